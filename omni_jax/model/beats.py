@@ -1,0 +1,166 @@
+"""BEATs: Kaldi fbank in, one feature per 16 x 16 patch out, with gated relative positions and deep norm.
+
+Source: SPEC section 1 (settings and formulas of the published encoder).
+
+Letters: N segments, F fbank frames, T patches (time-major, frequency minor), E patch width, C width, H heads, h head width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from omni_jax.config import BeatsConfig
+from omni_jax.model.decoder import Embed
+from omni_jax.model.layers import ONES, WEIGHT_INIT, ZEROS, LayerNorm, Linear, Maker, attend, gelu, scan_layers, split_heads
+from omni_jax.parallel import constrain
+
+
+def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
+    """Returns bucket numbers (2*length - 1,) int32 of the distances key - query = -(length-1) .. length-1.
+
+    As in T5, both directions: half the buckets for each sign, exact below a quarter of `num_buckets`, logarithmic up to `max_distance`.
+    """
+    distance = np.arange(-(length - 1), length)
+    half = num_buckets // 2
+    exact = half // 2
+    size = np.abs(distance)
+    large = np.log(np.maximum(size, 1).astype(np.float32) / exact) / np.log(max_distance / exact) * (half - exact)
+    bucket = np.where(size < exact, size, np.minimum(exact + large.astype(np.int64), half - 1))
+    return (bucket + np.where(distance > 0, half, 0)).astype(np.int32)
+
+
+class PositionConv(nnx.Module):
+    """Grouped convolution over time whose kernel is g * v / ||v||, the norm taken per kernel tap."""
+
+    def __init__(self, make: Maker, config: BeatsConfig):
+        width = config.hidden_size
+        self.v = make.param((config.conv_pos, width // config.conv_pos_groups, width), ("kernel", None, None), WEIGHT_INIT)
+        self.g = make.param((config.conv_pos,), ("kernel",), ONES)
+        self.bias = make.param((width,), ("norm",), ZEROS)
+        self.groups = config.conv_pos_groups
+
+    def kernel(self) -> jax.Array:
+        """(taps, C/groups, C) float32."""
+        v = self.v[...].astype(jnp.float32)
+        norm = jnp.sqrt(jnp.sum(jnp.square(v), axis=(1, 2), keepdims=True))
+        return self.g[...].astype(jnp.float32)[:, None, None] * v / norm
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(N, T, C) -> (N, T, C): half the taps of zeros on both sides, the surplus last output of an even kernel dropped."""
+        taps = self.v.shape[0]
+        y = jax.lax.conv_general_dilated(
+            x,
+            self.kernel().astype(x.dtype),
+            window_strides=(1,),
+            padding=[(taps // 2, taps // 2 - 1 + taps % 2)],
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            feature_group_count=self.groups,
+        )
+        return y + self.bias[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Attention whose relative-position bias is scaled per query and head by a gate on the query."""
+
+    def __init__(self, make: Maker, config: BeatsConfig):
+        width = config.hidden_size
+        self.q = Linear(make / "q", width, width, ("embed", "heads"))
+        self.k = Linear(make / "k", width, width, ("embed", "heads"))
+        self.v = Linear(make / "v", width, width, ("embed", "heads"))
+        self.out = Linear(make / "out", width, width, ("heads", "embed"))
+        self.gate = Linear(make / "gate", config.head_dim, 8, (None, None))
+        self.gate_scale = make.param((config.num_heads,), (None,), ONES)
+        self.num_heads = config.num_heads
+
+    def __call__(self, x: jax.Array, position_bias: jax.Array, mask: jax.Array) -> jax.Array:
+        """x (N, T, C), position_bias (H, T, T) float32, mask (N, T, T) -> (N, T, C)."""
+        q = split_heads(self.q(x), self.num_heads)
+        gates = self.gate(q)
+        gates = jax.nn.sigmoid(gates.reshape(*gates.shape[:-1], 2, 4).sum(axis=-1).astype(jnp.float32))
+        gate = gates[..., 0] * (gates[..., 1] * self.gate_scale[...].astype(jnp.float32) - 1.0) + 2.0
+        bias = jnp.moveaxis(gate, 1, 2)[..., None] * position_bias
+        k, v = split_heads(self.k(x), self.num_heads), split_heads(self.v(x), self.num_heads)
+        return self.out(attend(q, k, v, mask, bias))
+
+
+class Block(nnx.Module):
+    """Post-norm block with the residual branch scaled by the deep-norm factor."""
+
+    def __init__(self, make: Maker, config: BeatsConfig):
+        self.attn = Attention(make / "attn", config)
+        self.norm1 = LayerNorm(make, config.hidden_size, config.norm_eps)
+        self.fc1 = Linear(make / "fc1", config.hidden_size, config.intermediate_size, ("embed", "mlp"))
+        self.fc2 = Linear(make / "fc2", config.intermediate_size, config.hidden_size, ("mlp", "embed"))
+        self.norm2 = LayerNorm(make, config.hidden_size, config.norm_eps)
+        self.residual_scale = config.residual_scale
+
+    def __call__(self, x: jax.Array, position_bias: jax.Array, mask: jax.Array) -> jax.Array:
+        x = self.norm1(x * self.residual_scale + self.attn(x, position_bias, mask))
+        return self.norm2(x * self.residual_scale + self.fc2(gelu(self.fc1(x))))
+
+
+class Beats(nnx.Module):
+    """The BEATs encoder."""
+
+    def __init__(self, make: Maker, config: BeatsConfig):
+        self.patch_embed = Linear(make / "patch_embed", config.patch_size**2, config.embed_dim, ("patch", "embed"), bias=config.conv_bias)
+        self.norm_patches = LayerNorm(make, config.embed_dim, config.norm_eps)
+        self.input_proj = Linear(make / "input_proj", config.embed_dim, config.hidden_size, ("mlp", "embed")) if config.has_input_projection else None
+        self.pos_conv = PositionConv(make, config)
+        self.norm = LayerNorm(make, config.hidden_size, config.norm_eps)
+        self.relative_bias = Embed(make, config.num_buckets, config.num_heads, ("table", "norm"))
+        self.layers = Block((make / "layers").stack(config.num_layers), config)
+        # Carried for export; embeddings do not use it.
+        self.predictor = Linear(make / "predictor", config.hidden_size, config.predictor_classes, ("embed", None)) if config.predictor_classes else None
+        self.config = config
+
+    def __call__(self, fbank: jax.Array, frames: jax.Array, *, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Returns features (N, T, C), zero beyond the valid patches, and the valid patches (N,) int32.
+
+        Args:
+          fbank: (N, F, 128) normalised fbank, F a multiple of 16; frames: (N,) int32 valid frames, of which whole patches count.
+        """
+        cfg, side = self.config, self.config.patch_size
+        n, length, bins = fbank.shape
+        x = fbank.reshape(n, length // side, side, bins // side, side).swapaxes(2, 3)
+        x = x.reshape(n, (length // side) * (bins // side), side * side).astype(dtype)
+        patches = (frames // side) * (bins // side)
+        valid = jnp.arange(x.shape[1]) < patches[:, None]
+
+        x = self.norm_patches(self.patch_embed(x))
+        if self.input_proj is not None:
+            x = self.input_proj(x)
+        x = jnp.where(valid[..., None], x, 0)
+        x = constrain(self.norm(x + gelu(self.pos_conv(x))), "batch", "tokens", "features")
+
+        tokens = x.shape[1]
+        buckets = relative_buckets(tokens, cfg.num_buckets, cfg.max_distance)
+        distance = np.arange(tokens)[None, :] - np.arange(tokens)[:, None] + tokens - 1
+        table = self.relative_bias(buckets, jnp.float32)
+        position_bias = jnp.moveaxis(table[distance], -1, 0)
+        mask = valid[:, None, :] | ~valid[:, :, None]
+
+        def body(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return constrain(block(x, position_bias, mask), "batch", "tokens", "features"), None
+
+        x, _ = scan_layers(self.layers, body, x)
+        return jnp.where(valid[..., None], x, 0), patches
+
+
+class BeatsBridge(nnx.Module):
+    """Brings BEATs features to the audio tower's rate and the decoder's width: pairs averaged, layer norm, two linear maps."""
+
+    def __init__(self, make: Maker, width: int, output: int, eps: float = 1e-5):
+        self.norm = LayerNorm(make, width, eps)
+        self.fc1 = Linear(make / "fc1", width, output, (None, "mlp"))
+        self.fc2 = Linear(make / "fc2", output, output, ("mlp", "embed"))
+
+    def __call__(self, features: jax.Array, tokens: int) -> jax.Array:
+        """(N, T, C) -> (N, tokens, D): cut or zero-padded to 2 * tokens rows, neighbours averaged."""
+        rows = 2 * tokens
+        x = jnp.pad(features[:, :rows], ((0, 0), (0, max(0, rows - features.shape[1])), (0, 0)))
+        x = x.reshape(x.shape[0], tokens, 2, x.shape[2]).mean(axis=2)
+        return self.fc2(gelu(self.fc1(self.norm(x))))

@@ -1,0 +1,122 @@
+"""The text decoder: packed rows in, one pooled vector per layer and prompt out.
+
+Letters: R rows, S tokens, K pooled prompts per row, D width, H heads, h head width, L layers, V vocabulary, M media tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from omni_jax.config import DecoderConfig
+from omni_jax.model.layers import WEIGHT_INIT, Linear, Maker, RMSNorm, SwiGLU, attend, scan_layers, split_heads
+from omni_jax.model.rope import rotate, tmrope_angles
+from omni_jax.parallel import constrain
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, make: Maker, config: DecoderConfig):
+        width, kv_width = config.hidden_size, config.num_kv_heads * config.head_dim
+        self.q = Linear(make / "q", width, width, ("embed", "heads"))
+        self.k = Linear(make / "k", width, kv_width, ("embed", "heads"))
+        self.v = Linear(make / "v", width, kv_width, ("embed", "heads"))
+        self.o = Linear(make / "o", width, width, ("heads", "embed"), bias=False)
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, key: jax.Array | None) -> jax.Array:
+        q = rotate(split_heads(self.q(x, key), self.num_heads), cos, sin)
+        k = rotate(split_heads(self.k(x, key), self.num_kv_heads), cos, sin)
+        v = split_heads(self.v(x, key), self.num_kv_heads)
+        return self.o(attend(q, k, v, mask), key)
+
+
+class Layer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, make: Maker, config: DecoderConfig):
+        self.norm_attn = RMSNorm(make, config.hidden_size, config.rms_norm_eps)
+        self.attn = Attention(make / "attn", config)
+        self.norm_mlp = RMSNorm(make, config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(make / "mlp", config.hidden_size, config.intermediate_size, bias=False)
+
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, key: jax.Array | None) -> jax.Array:
+        x = x + self.attn(self.norm_attn(x), cos, sin, mask, key)
+        return x + self.mlp(self.norm_mlp(x), key)
+
+
+class Embed(nnx.Module):
+    """Token embedding table (V, D)."""
+
+    def __init__(self, make: Maker, rows: int, width: int, axes: tuple[str, str] = ("vocab", "embed")):
+        self.embedding = make.param((rows, width), axes, WEIGHT_INIT)
+
+    def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return self.embedding[...][ids].astype(dtype)
+
+
+def row_mask(segment: jax.Array, branch: jax.Array) -> jax.Array:
+    """Returns (R, S, S) bool, True where query i sees key j: same segment, j <= i, and j in the shared prefix or in i's own branch.
+
+    Padding (segment 0) sees earlier padding and itself, so no softmax is empty.
+    """
+    tokens = segment.shape[1]
+    causal = jnp.arange(tokens)[:, None] >= jnp.arange(tokens)[None]
+    same = segment[:, :, None] == segment[:, None, :]
+    reachable = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    return causal & same & reachable
+
+
+class Decoder(nnx.Module):
+    """Qwen2.5 decoder with TMRoPE that keeps nothing of a layer but the pooled tokens."""
+
+    def __init__(self, make: Maker, config: DecoderConfig):
+        self.embed = Embed(make, config.vocab_size, config.hidden_size)
+        self.layers = Layer((make / "layers").stack(config.num_layers), config)
+        self.norm = RMSNorm(make, config.hidden_size, config.rms_norm_eps)
+        self.config = config
+
+    def __call__(
+        self,
+        ids: jax.Array,
+        media_index: jax.Array,
+        positions: jax.Array,
+        segment: jax.Array,
+        branch: jax.Array,
+        pool: jax.Array,
+        media: jax.Array,
+        *,
+        dtype: jnp.dtype,
+        dropout_key: jax.Array | None = None,
+        remat: Callable | None = None,
+    ) -> jax.Array:
+        """Returns the pooled hidden states (R, K, L, D): layers 1 .. L-1 as they are, layer L after the final norm.
+
+        Args:
+          ids, media_index, segment, branch: (R, S) int32, as in `types.RowBatch`.
+          positions: (3, R, S) int32.
+          pool: (R, K) int32, the token pooled for each prompt.
+          media: (M, D) media tokens that `media_index` points into.
+          dropout_key: turns LoRA dropout on.
+          remat: checkpoint policy of a layer, for training.
+        """
+        x = self.embed(ids, dtype)
+        if media.shape[0]:
+            x = jnp.where(media_index[..., None] >= 0, media.astype(dtype)[jnp.maximum(media_index, 0)], x)
+        x = constrain(x, "batch", "tokens", "features")
+        angles = tmrope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_sections)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        mask = row_mask(segment, branch)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
+
+        def body(layer: Layer, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            x = constrain(layer(x, cos, sin, mask, key), "batch", "tokens", "features")
+            return x, jnp.take_along_axis(x, pool[..., None], axis=1)
+
+        _, pooled = scan_layers(self.layers, body, x, keys, remat)
+        last = self.norm(pooled[-1])
+        return jnp.moveaxis(jnp.concatenate([pooled[:-1], last[None]]), 0, 2)

@@ -1,0 +1,125 @@
+"""The whole encoder: towers, bridge, decoder, fusion head.
+
+Letters: N items, R rows, K prompts per row, L layers, D LLM width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from omni_jax.config import ModelConfig
+from omni_jax.model.audio import AudioTower
+from omni_jax.model.beats import Beats, BeatsBridge
+from omni_jax.model.decoder import Decoder
+from omni_jax.model.layers import WEIGHT_INIT, Linear, Maker, gelu
+from omni_jax.model.vision import VisionTower
+from omni_jax.parallel import constrain
+
+
+class FusionHead(nnx.Module):
+    """The pooled states of all layers, concatenated, to one embedding (`classify_linear` of the release)."""
+
+    def __init__(self, make: Maker, layers: int, width: int):
+        self.fc1 = Linear(make / "fc1", layers * width, width, ("fused", "mlp"))
+        self.fc2 = Linear(make / "fc2", width, width, ("mlp", "embed"))
+
+    def __call__(self, pooled: jax.Array) -> jax.Array:
+        """(B, L, D) -> (B, D) in the dtype of the states.
+
+        The concatenated states are split over fsdp along their width, as the weight is; without these constraints the compiler gathers
+        the 686 MiB weight instead.
+        """
+        x = constrain(pooled.reshape(pooled.shape[0], -1), "batch_data", "fused")
+        x = constrain(self.fc1(x), "batch", "features")
+        return self.fc2(gelu(x))
+
+
+class Unembed(nnx.Module):
+    """Language-model head, carried for export only."""
+
+    def __init__(self, make: Maker, width: int, vocabulary: int):
+        self.kernel = make.param((width, vocabulary), ("embed", "vocab"), WEIGHT_INIT)
+
+
+class Encoder(nnx.Module):
+    """WAVE-7B with an optional LoRA adapter. `dtype` is that of activations; weights keep the dtype they are stored in."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, param_dtype: Any = jnp.float32, dtype: Any = None):
+        make = Maker(rngs, jnp.dtype(param_dtype), config.lora)
+        width = config.decoder.hidden_size
+        self.vision = VisionTower(make / "vision", config.vision)
+        self.audio = AudioTower(make / "audio", config.audio)
+        self.beats = Beats(make / "beats", config.beats)
+        self.bridge = BeatsBridge(make / "bridge", config.beats.hidden_size, width)
+        self.decoder = Decoder(make / "decoder", config.decoder)
+        self.head = FusionHead(make / "head", config.decoder.num_layers, width)
+        self.lm_head = Unembed(make, width, config.decoder.vocab_size)
+        self.config = config
+        self.dtype = jnp.dtype(dtype or param_dtype)
+
+    def video_tokens(self, patches: jax.Array, coords: jax.Array, window: jax.Array) -> jax.Array:
+        """Returns (N, P/4, D) merged video tokens; arguments as in `types.VisionBatch`."""
+        return self.vision(patches, coords, window, dtype=self.dtype)
+
+    def whisper_tokens(self, mel: jax.Array, frames: jax.Array) -> jax.Array:
+        """Returns (N, 50, D) audio-tower tokens; arguments as in `types.AudioBatch`."""
+        return self.audio(mel, frames, dtype=self.dtype)
+
+    def beats_tokens(self, fbank: jax.Array, frames: jax.Array, max_tokens: int) -> jax.Array:
+        """Returns (N, max_tokens, D) BEATs tokens at the audio tower's rate; arguments as in `types.BeatsBatch`."""
+        features, _ = self.beats(fbank, frames, dtype=self.dtype)
+        return self.bridge(features, max_tokens)
+
+    def embed_rows(self, rows: dict[str, jax.Array], media: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
+        """Returns the embeddings of the pooled prompts through each head: fused (R, K, D) and last-layer (R, K, D), float32, not normalised.
+
+        Args:
+          rows: the device arrays of `types.RowBatch`.
+          media: (M, D) the media table.
+          options: `dropout_key` and `remat` of the decoder.
+        """
+        pooled = self.decoder(**rows, media=media, dtype=self.dtype, **options)
+        r, k, layers, width = pooled.shape
+        fused = self.head(pooled.reshape(r * k, layers, width)).reshape(r, k, width)
+        return fused.astype(jnp.float32), pooled[:, :, -1].astype(jnp.float32)
+
+
+def abstract_encoder(config: ModelConfig, *, param_dtype: Any = jnp.float32, dtype: Any = None) -> Encoder:
+    """Returns an encoder whose parameters are shapes without storage, in milliseconds at any size."""
+    return nnx.eval_shape(lambda: Encoder(config, nnx.Rngs(0), param_dtype=param_dtype, dtype=dtype))
+
+
+def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """Returns path -> shape and dtype of every parameter."""
+    return {path: jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in _flat(abstract_encoder(config, param_dtype=dtype)).items()}
+
+
+def param_axes(config: ModelConfig) -> dict[tuple[str, ...], tuple[str | None, ...]]:
+    """Returns path -> logical axis names of every parameter."""
+    return {path: p.get_metadata()["axes"] for path, p in _flat(abstract_encoder(config)).items()}
+
+
+def with_params(encoder: Encoder, params: dict[tuple[str, ...], jax.Array]) -> Encoder:
+    """Returns the (abstract) encoder filled with these parameters.
+
+    Raises:
+      ValueError: naming parameters that are missing, unknown or misshapen.
+    """
+    graph, state = nnx.split(encoder)
+    slots = dict(nnx.to_flat_state(state))
+    missing, unknown = sorted(slots.keys() - params.keys()), sorted(params.keys() - slots.keys())
+    wrong = [path for path in slots.keys() & params.keys() if slots[path].shape != params[path].shape]
+    for what, paths in (("missing", missing), ("unknown", unknown), ("misshapen", sorted(wrong))):
+        if paths:
+            names = ", ".join("/".join(p) for p in paths[:5])
+            raise ValueError(f"{len(paths)} parameters are {what}: {names}{' ...' if len(paths) > 5 else ''}")
+    filled = [(path, slots[path].replace(params[path])) for path in slots]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _flat(encoder: Encoder) -> dict[tuple[str, ...], Any]:
+    return dict(nnx.to_flat_state(nnx.state(encoder, nnx.Param)))

@@ -1,0 +1,194 @@
+"""Building blocks shared by the decoder and the towers: parameters with named axes, linear maps, norms, attention, layer stacks.
+
+Letters: B batch, S query tokens, T key tokens, H heads, K KV heads, G query heads per KV head, h head width, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from omni_jax.config import LoraConfig
+
+Initializer = jax.nn.initializers.Initializer
+
+
+class Maker:
+    """Makes the parameters of one module: holds the random stream, the stored dtype, the module's path and the leading layer axis.
+
+    A stack of L equal layers is one module whose parameters have a leading axis of length L; `scan_layers` slices it.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, dtype: jnp.dtype, lora: LoraConfig | None = None, path: str = "", layers: int | None = None):
+        self.rngs = rngs
+        self.dtype = dtype
+        self.path = path
+        self.layers = layers
+        self._lora = lora
+
+    def __truediv__(self, name: str) -> Maker:
+        """Returns the maker of the submodule with this name."""
+        return Maker(self.rngs, self.dtype, self._lora, f"{self.path}/{name}".lstrip("/"), self.layers)
+
+    def stack(self, layers: int) -> Maker:
+        """Returns a maker that adds a leading layer axis."""
+        return Maker(self.rngs, self.dtype, self._lora, self.path, layers)
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapter, where it targets the module being made."""
+        return self._lora if self._lora and self.path in self._lora.targets else None
+
+    def param(self, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer) -> nnx.Param:
+        """Returns a parameter; `axes` names each dimension for sharding (without the layer axis, which is added here)."""
+        if len(shape) != len(axes):
+            raise ValueError(f"axes {axes} do not fit shape {shape}")
+        key = self.rngs.params()
+        if self.layers is None:
+            return nnx.Param(init(key, shape, self.dtype), axes=axes)
+        value = jax.vmap(lambda k: init(k, shape, self.dtype))(jax.random.split(key, self.layers))
+        return nnx.Param(value, axes=("layers", *axes))
+
+
+WEIGHT_INIT = jax.nn.initializers.normal(0.02)
+ZEROS = jax.nn.initializers.zeros
+ONES = jax.nn.initializers.ones
+
+
+class Linear(nnx.Module):
+    """y = x W + b, with an optional LoRA slot: y += scale * (dropout(x) A) B. Weights are cast to the dtype of x."""
+
+    def __init__(
+        self,
+        make: Maker,
+        inputs: int,
+        outputs: int,
+        axes: tuple[str | None, str | None],
+        *,
+        bias: bool = True,
+    ):
+        lora = make.lora
+        self.kernel = make.param((inputs, outputs), axes, WEIGHT_INIT)
+        self.bias = make.param((outputs,), (axes[1],), ZEROS) if bias else None
+        self.lora_scale = lora.scale if lora else 0.0
+        self.lora_dropout = lora.dropout if lora else 0.0
+        self.lora_stream = lora.targets.index(make.path) if lora else 0
+        if lora:
+            self.lora_a = make.param((inputs, lora.rank), (axes[0], "rank"), jax.nn.initializers.he_uniform())
+            self.lora_b = make.param((lora.rank, outputs), ("rank", axes[1]), ZEROS)
+        else:
+            self.lora_a = self.lora_b = None
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.lora_a is not None and self.lora_b is not None:
+            if dropout_key is not None and self.lora_dropout > 0:
+                # Each adapter of a layer draws its own mask from the layer's key.
+                dropout_key = jax.random.fold_in(dropout_key, self.lora_stream)
+                keep = jax.random.bernoulli(dropout_key, 1 - self.lora_dropout, x.shape)
+                x = jnp.where(keep, x / (1 - self.lora_dropout), 0).astype(x.dtype)
+            y = y + ((x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)) * self.lora_scale
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, computed in float32."""
+
+    def __init__(self, make: Maker, width: int, eps: float):
+        self.scale = make.param((width,), ("norm",), ONES)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with bias over the last axis, computed in float32."""
+
+    def __init__(self, make: Maker, width: int, eps: float):
+        self.scale = make.param((width,), ("norm",), ONES)
+        self.bias = make.param((width,), ("norm",), ZEROS)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, make: Maker, width: int, inner: int, *, bias: bool):
+        self.gate = Linear(make / "gate", width, inner, ("embed", "mlp"), bias=bias)
+        self.up = Linear(make / "up", width, inner, ("embed", "mlp"), bias=bias)
+        self.down = Linear(make / "down", inner, width, ("mlp", "embed"), bias=bias)
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x, dropout_key)) * self.up(x, dropout_key), dropout_key)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact (erf) GELU."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """(B, S, H*h) -> (B, S, H, h)."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, bias: jax.Array | None = None) -> jax.Array:
+    """Softmax attention; logits and softmax in float32, grouped KV heads.
+
+    Args:
+      q: (B, S, H, h). k, v: (B, T, K, h), K dividing H.
+      mask: (B, S, T) bool, True where a query sees a key; each query must see one key at least. None: all see all.
+      bias: (B, H, S, T) float32 added to the logits after scaling by 1/sqrt(h); only with K = H.
+
+    Returns:
+      (B, S, H*h) in the dtype of q.
+    """
+    b, s, heads, width = q.shape
+    kv_heads = k.shape[2]
+    q = (q * width**-0.5).reshape(b, s, kv_heads, heads // kv_heads, width)
+    logits = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + bias[:, :, None]
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgst,btkh->bskgh", weights, v).reshape(b, s, heads * width)
+
+
+def scan_layers(
+    stack: nnx.Module, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any = None, remat: Callable | None = None
+) -> tuple[Any, Any]:
+    """Runs `carry, y = body(layer, carry, x)` over a stack of layers, one compiled body for all.
+
+    Args:
+      stack: a module whose parameters have a leading layer axis.
+      xs: per-layer inputs with the same leading axis, or None.
+      remat: a `jax.checkpoint` policy; None keeps all residuals. (`jax.checkpoint_policies.nothing_saveable` recomputes the layer.)
+
+    Returns:
+      The last carry and the stacked ys.
+    """
+    graph, params = nnx.split(stack)
+
+    def step(carry: Any, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
+        layer_params, x = inputs
+        return body(nnx.merge(graph, layer_params), carry, x)
+
+    if remat is not None:
+        step = jax.checkpoint(step, policy=remat, prevent_cse=False)
+    return jax.lax.scan(step, carry, (params, xs))

@@ -1,0 +1,71 @@
+"""One table from the logical axes of weights and activations to mesh axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+MeshAxes = str | tuple[str, ...] | None
+
+RULES: dict[str, MeshAxes] = {
+    # Weights: the input width over fsdp, the output width over tensor (and the reverse for projections back to the residual stream).
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "fused": "fsdp",  # the concatenated states of all layers, input of the fusion head
+    "rank": None,
+    "patch": None,
+    "kernel": None,
+    "norm": None,
+    "table": None,
+    # Activations.
+    "batch": ("data", "fsdp"),
+    "batch_data": "data",
+    "tokens": None,
+    "features": None,
+}
+
+
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Returns the PartitionSpec of an array whose dimensions carry these logical names.
+
+    A dimension that its mesh axes do not divide stays whole, since jax places even shards only.
+
+    Raises:
+      ValueError: for an unknown name, a rank mismatch, or two dimensions that claim the same mesh axis.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"logical axes {tuple(axes)} do not fit shape {tuple(shape)}")
+    sizes = dict(mesh.shape)
+    spec: list[MeshAxes] = []
+    used: dict[str, str] = {}
+    for name, length in zip(axes, shape, strict=True):
+        if name is not None and name not in RULES:
+            raise ValueError(f"unknown logical axis {name!r}; add it to parallel.rules.RULES")
+        target = RULES[name] if name is not None else None
+        for axis in (target,) if isinstance(target, str) else target or ():
+            if axis in used:
+                raise ValueError(f"logical axes {used[axis]!r} and {name!r} of {tuple(axes)} both map to mesh axis {axis!r}")
+            used[axis] = str(name)
+        ways = 1
+        for axis in (target,) if isinstance(target, str) else target or ():
+            ways *= sizes.get(axis, 1)
+        spec.append(target if ways > 1 and length % ways == 0 else None)
+    return PartitionSpec(*spec)
+
+
+def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Returns the NamedSharding for logical axes on a mesh; raises as `partition_spec`."""
+    return NamedSharding(mesh, partition_spec(axes, shape, mesh))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Returns x pinned to its logical axes inside jit; x itself where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))

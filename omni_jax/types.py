@@ -1,0 +1,230 @@
+"""The records passed between rooms, in the order a clip travels: file -> arrays -> features -> tokens -> batch -> embeddings.
+
+Letters: B batch, S tokens, N items, P patches, F frames, D LLM width, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+
+class InputError(Exception):
+    """Something a user gave cannot be used. The message is one line: what, where, what to do."""
+
+
+class ClipError(InputError):
+    """One record cannot be used; the run goes on without it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One line of a manifest. Absent modalities are None; paths are absolute."""
+
+    id: str
+    text: str | None = None
+    video: Path | None = None
+    audio: Path | None = None
+    timestamps: tuple[float, float] | None = None  # seconds, [start, end)
+    line: int = 0  # line of the manifest, from 1; 0 where it did not come from a file
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        return frozenset(k for k, v in (("t", self.text), ("v", self.video), ("a", self.audio)) if v is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoFrames:
+    """Frames sampled from one clip.
+
+    Attributes:
+      frames: (F, height, width, 3) uint8, RGB.
+      frame_index: (F,) int64, indices into the stream, repeated where the clip has fewer than F frames.
+      fps: average frames per second of the stream.
+      num_frames: frames in the whole stream.
+      seconds: length of the clip (of the `timestamps` interval where one is given).
+    """
+
+    frames: np.ndarray
+    frame_index: np.ndarray
+    fps: float
+    num_frames: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A decoded record. `waveform` is (samples,) float32 at 16 kHz, cropped and padded as the preset says."""
+
+    record: Record
+    video: VideoFrames | None = None
+    waveform: np.ndarray | None = None
+    warnings: tuple[str, ...] = ()  # one line each: what was mended so that the clip could be used
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionFeatures:
+    """Patches of one clip.
+
+    Attributes:
+      patches: (t*h*w, 1176) float32, rows ordered (t, h/2, w/2, 2, 2), values (channel, frame of the pair, 14, 14).
+      grid_thw: (t, h, w) in patches.
+      second_per_grid: seconds between temporal steps.
+    """
+
+    patches: np.ndarray
+    grid_thw: tuple[int, int, int]
+    second_per_grid: float
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioSegment:
+    """At most 300 s of audio, encoded on its own.
+
+    Attributes:
+      log_mel: (128, F) float32.
+      fbank: (F', 128) float32, normalised for BEATs.
+      tokens: audio tokens k before doubling.
+    """
+
+    log_mel: np.ndarray
+    fbank: np.ndarray
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Model-ready arrays of one record."""
+
+    record: Record
+    vision: VisionFeatures | None = None
+    audio: tuple[AudioSegment, ...] | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def audio_tokens(self) -> int:
+        """k, audio tokens before doubling, over all segments."""
+        return sum(s.tokens for s in self.audio or ())
+
+
+# What a token's embedding is read from.
+SOURCE_TEXT, SOURCE_VIDEO, SOURCE_AUDIO = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSequence:
+    """One prompt.
+
+    Attributes:
+      ids: (S,) int32, media placeholders included.
+      positions: (3, S) int32, TMRoPE axes temporal, height, width.
+      source: (S,) int8, SOURCE_TEXT, SOURCE_VIDEO or SOURCE_AUDIO.
+      source_index: (S,) int32, for a media token its number among the clip's video tokens, or among its doubled audio tokens; 0 for text.
+      prefix: leading tokens that depend on the media alone (0 for a prompt without media): they may be computed once for every prompt
+        that starts with the same media.
+      truncated: caption tokens dropped because the caption was longer than the preset allows.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    source: np.ndarray
+    source_index: np.ndarray
+    prefix: int = 0
+    truncated: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionBatch:
+    """Temporal grid steps, each attended on its own, padded to P patches.
+
+    Attributes:
+      patches: (N, P, 1176) float32.
+      coords: (N, P, 2) int32, row and column of each patch in its grid.
+      window: (N, P) int32, attention window of each patch, -1 for padding.
+    """
+
+    patches: np.ndarray
+    coords: np.ndarray
+    window: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioBatch:
+    """Log-mel chunks: mel (N, 200, 128) float32 and frames (N,) int32, the valid frames of each."""
+
+    mel: np.ndarray
+    frames: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class BeatsBatch:
+    """Audio segments for BEATs.
+
+    Attributes:
+      fbank: (N, F, 128) float32, F a multiple of 16.
+      frames: (N,) int32, valid fbank frames (whole patches only count).
+      tokens: (N,) int32, audio tokens k of each segment; the pooled output keeps the first k rows.
+      max_tokens: rows of the pooled output, a static bucket >= max(tokens).
+    """
+
+    fbank: np.ndarray
+    frames: np.ndarray
+    tokens: np.ndarray
+    max_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RowBatch:
+    """Packed decoder rows.
+
+    A row holds several prompts. Tokens attend causally within their segment; where prompts share a media prefix, the prefix has branch 0
+    and each continuation a branch number of its own: a token sees its segment's branch 0 and its own branch.
+
+    Attributes:
+      ids: (R, S) int32, the pad token where nothing stands.
+      media_index: (R, S) int32, row of the media table that replaces the token's embedding, -1 for text.
+      positions: (3, R, S) int32.
+      segment: (R, S) int32, 1.. per row; 0 for padding.
+      branch: (R, S) int32.
+      pool: (R, K) int32, token pooled for each prompt of the row, 0 where there is none.
+      owner: (R, K, 2) int32, (clip of the batch, index into TABLES) of each pooled prompt, -1 where there is none. Host only.
+    """
+
+    ids: np.ndarray
+    media_index: np.ndarray
+    positions: np.ndarray
+    segment: np.ndarray
+    branch: np.ndarray
+    pool: np.ndarray
+    owner: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderBatch:
+    """Everything the encoder needs for a group of clips, in static shapes.
+
+    The media table, which `RowBatch.media_index` points into, is the concatenation of: each vision batch's merged tokens
+    (N * P/4 rows), the audio tower's tokens (N * 50 rows), BEATs' tokens (N * max_tokens rows), in this order.
+    """
+
+    vision: tuple[VisionBatch, ...]
+    audio: AudioBatch | None
+    beats: BeatsBatch | None
+    rows: tuple[RowBatch, ...]
+    used_tokens: int  # tokens that are not padding: patches / 4, audio chunks' tokens, BEATs' tokens and decoder tokens
+    total_tokens: int  # the same, padding included
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingTable:
+    """Embeddings by table name.
+
+    Attributes:
+      ids: N record ids, in manifest order.
+      tables: name -> (N, D) float32.
+    """
+
+    ids: tuple[str, ...]
+    tables: dict[str, np.ndarray]
