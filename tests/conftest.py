@@ -1,0 +1,57 @@
+"""Eight CPU devices, no network, the golden sets, and a closing count of what ran.
+
+Devices are set through jax.config and not through XLA_FLAGS, so that commands which tests start as subprocesses see the one device a
+user would see.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ[_name] = "1"
+
+import jax  # noqa: E402 (the environment must be set first)
+import pytest  # noqa: E402
+
+from tests import golden_set  # noqa: E402
+
+DEVICES = 8
+jax.config.update("jax_num_cpu_devices", DEVICES)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if jax.device_count() < DEVICES:
+        raise pytest.UsageError(f"{jax.device_count()} JAX devices, the tests need {DEVICES}: a plugin used JAX before tests/conftest.py")
+
+
+@pytest.fixture(scope="session")
+def golden() -> golden_set.GoldenSet:
+    """The golden set of OMNI_GOLDEN (default wave_tiny)."""
+    return golden_set.find("OMNI_GOLDEN", "wave_tiny")
+
+
+@pytest.fixture(scope="session")
+def golden_nemotron() -> golden_set.GoldenSet:
+    """The golden set of the second backbone, OMNI_GOLDEN_NEMOTRON (default nemotron_tiny)."""
+    return golden_set.find("OMNI_GOLDEN_NEMOTRON", "nemotron_tiny")
+
+
+def _count(reporter: pytest.TerminalReporter, *outcomes: str) -> int:
+    return sum(len(reporter.stats.get(outcome, [])) for outcome in outcomes)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """In CI a skipped test is a failed run: a missing reference or device must not pass unnoticed."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") and exitstatus == 0 and reporter and _count(reporter, "skipped", "xfailed", "xpassed"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    passed, failed = _count(terminalreporter, "passed"), _count(terminalreporter, "failed", "error")
+    skipped = _count(terminalreporter, "skipped", "xfailed", "xpassed")
+    terminalreporter.write_line(f"counts: {passed} passed, {failed} failed, {skipped} skipped")
+    if skipped and os.environ.get("CI"):
+        terminalreporter.write_line("a skipped test fails the run where CI is set", red=True)

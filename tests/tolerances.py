@@ -1,0 +1,106 @@
+"""Every tolerance of the tests, in one table: nothing is compared with a number that stands elsewhere.
+
+An entry is (kind, limit):
+  absolute  max |actual - expected| <= limit
+  relative  max |actual - expected| <= limit * max |expected|
+  cosine    smallest cosine between rows (last axis) >= limit
+  exact     equal in shape and in every value
+
+float32 on CPU unless the name says otherwise. Adding an entry needs a reason beside it; loosening one needs a CHANGELOG entry.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+TOLERANCES: dict[str, tuple[str, float]] = {
+    # From the media file to the model's inputs.
+    "frame_index": ("exact", 0.0),
+    "token_ids": ("exact", 0.0),
+    "position_ids": ("exact", 0.0),
+    "pixel_values": ("absolute", 1e-5),
+    "log_mel": ("absolute", 1e-4),
+    "fbank": ("absolute", 2e-3),
+    "waveform": ("absolute", 1e-3),
+    # Encoder outputs against the PyTorch reference. Its own distance between float32 and float64 is about 1e-6 of the largest entry.
+    "encoder": ("relative", 5e-5),
+    "whisper_tokens": ("relative", 5e-5),
+    "beats_features": ("relative", 5e-5),
+    "beats_tokens": ("relative", 5e-5),
+    "video_tokens": ("relative", 5e-5),
+    "last_token_hidden": ("relative", 5e-5),
+    "embed": ("relative", 5e-5),
+    # One layer or block against a plain NumPy rewrite: fewer roundings than a tower.
+    "layer": ("relative", 1e-5),
+    # The same rows from media files through the command line (decoder, resampler and resize included).
+    "file_to_embedding_cosine": ("cosine", 0.9999),
+    # The same embedding alone, in a mixed batch, under a larger bucket, on other meshes.
+    "invariance": ("absolute", 1e-5),
+    "sharding": ("absolute", 1e-5),
+    # Converters: bytes in are bytes out.
+    "round_trip": ("exact", 0.0),
+    # PEFT's projections on the exported adapter, float32.
+    "adapter_projection": ("relative", 1e-5),
+    # Losses and training against the reference: losses absolute, gradients of their largest entry, parameters after six steps.
+    "loss": ("absolute", 2e-5),
+    "gradient": ("relative", 1e-4),
+    "parameter": ("absolute", 2e-6),
+    # bfloat16 against float32: 8 bits of mantissa through a tower; the direction must stay.
+    "bfloat16_cosine": ("cosine", 0.99),
+    # Retrieval figures are counts and short sums in float64.
+    "metric": ("absolute", 1e-9),
+}
+
+
+def assert_close(actual: Any, expected: Any, name: str) -> None:
+    """Raises AssertionError unless `actual` agrees with `expected` as the entry `name` of TOLERANCES says.
+
+    The message names the entry, the worst place, both values there and the distance against the limit. NaN or infinity on either side
+    fails, and so does a difference in shape.
+    """
+    kind, limit = TOLERANCES[name]
+    got, want = np.asarray(actual), np.asarray(expected)
+    if got.shape != want.shape:
+        raise AssertionError(f"{name}: shape {got.shape}, expected {want.shape}")
+    if kind == "exact":
+        if got.dtype.kind in "fV":  # bit for bit, so that NaN payloads, -0.0 and bfloat16 count as well
+            same = _bits(got) == _bits(want) if got.dtype == want.dtype else np.zeros(got.shape, bool)
+        else:
+            same = got == want
+        if not np.all(same):
+            place = _place(np.argmin(same), got.shape)
+            raise AssertionError(
+                f"{name}: {np.size(same) - np.count_nonzero(same)} of {np.size(same)} values differ; first at {place}: {got[place]!r}, "
+                f"expected {want[place]!r} ({got.dtype}, {want.dtype})"
+            )
+        return
+    got, want = got.astype(np.float64), want.astype(np.float64)
+    for side, array in (("actual", got), ("expected", want)):
+        if not np.isfinite(array).all():
+            raise AssertionError(f"{name}: {side} is not finite at {_place(np.argmin(np.isfinite(array)), array.shape)}")
+    if got.size == 0:
+        return
+    if kind == "cosine":
+        norms = np.linalg.norm(got, axis=-1) * np.linalg.norm(want, axis=-1)
+        cosine = np.sum(got * want, axis=-1) / np.maximum(norms, np.finfo(np.float64).tiny)
+        if cosine.min() < limit:
+            raise AssertionError(f"{name}: cosine {cosine.min():.6f} < {limit} at row {_place(np.argmin(cosine), cosine.shape)}")
+        return
+    distance = np.abs(got - want)
+    allowed = limit * np.abs(want).max() if kind == "relative" else limit
+    if distance.max() > allowed:
+        place = _place(np.argmax(distance), got.shape)
+        raise AssertionError(
+            f"{name}: |difference| {distance.max():.3e} > {allowed:.3e} ({kind} {limit:g}) at {place}: {got[place]:.9g}, "
+            f"expected {want[place]:.9g}; {np.count_nonzero(distance > allowed)} of {distance.size} values are too far"
+        )
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(np.dtype(f"u{array.dtype.itemsize}"))
+
+
+def _place(flat: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.unravel_index(int(flat), shape)) if shape else ()
