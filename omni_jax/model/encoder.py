@@ -75,7 +75,7 @@ class Encoder(nnx.Module):
         return self.bridge(features, max_tokens)
 
     def embed_rows(self, rows: dict[str, jax.Array], media: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
-        """Returns the embeddings of the pooled prompts through each head: fused (R, K, D) and last-layer (R, K, D), float32, not normalised.
+        """Returns the pooled prompts through each head: fused (R, K, D) and last-layer (R, K, D), float32, not normalised.
 
         Args:
           rows: the device arrays of `types.RowBatch`.

@@ -1,0 +1,145 @@
+"""Compiled programs that turn an `EncoderBatch` into embeddings.
+
+Each tower and the decoder is one program per static shape. Tower outputs are written into a media table on the device, which the decoder
+programs read; the table's capacity is a power of two that only grows, so that it does not multiply the number of programs.
+
+Letters: N items, R rows, K prompts per row, D LLM width, M media tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from omni_jax.config import TABLES
+from omni_jax.model.encoder import Encoder
+from omni_jax.parallel import sharding
+from omni_jax.types import EncoderBatch, RowBatch
+
+
+class Runner:
+    """Runs batches through an encoder on one device or a mesh.
+
+    Attributes:
+      programs: compiled programs so far, one string each: what and which shapes.
+    """
+
+    def __init__(self, encoder: Encoder, mesh: Mesh | None = None):
+        graph, params = nnx.split(encoder)
+        self._mesh = mesh
+        self._params = params if mesh is None else place_params(params, mesh)
+        self._width = encoder.config.decoder.hidden_size
+        self._dtype = encoder.dtype
+        self._table: jax.Array | None = None
+        self.programs: list[str] = []
+
+        def program(name: str, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+            def traced(params: Any, *args: Any, **kwargs: Any) -> Any:
+                # Python runs this once per compilation, never when a compiled program is reused.
+                self.programs.append(f"{name} {[tuple(x.shape) for x in jax.tree.leaves(args)]}")
+                return function(nnx.merge(graph, params), *args, **kwargs)
+
+            return jax.jit(traced, **options)
+
+        def write(table: jax.Array, offset: jax.Array, tokens: jax.Array) -> jax.Array:
+            rows = tokens.reshape(-1, tokens.shape[-1]).astype(table.dtype)
+            return jax.lax.dynamic_update_slice(table, rows, (offset, jnp.zeros((), offset.dtype)))
+
+        def vision(model: Encoder, table: jax.Array, offset: jax.Array, batch: tuple[jax.Array, ...]) -> jax.Array:
+            return write(table, offset, model.video_tokens(*batch))
+
+        def audio(model: Encoder, table: jax.Array, offset: jax.Array, batch: tuple[jax.Array, ...]) -> jax.Array:
+            return write(table, offset, model.whisper_tokens(*batch))
+
+        def beats(model: Encoder, table: jax.Array, offset: jax.Array, batch: tuple[jax.Array, ...], max_tokens: int) -> jax.Array:
+            return write(table, offset, model.beats_tokens(*batch, max_tokens))
+
+        def rows(model: Encoder, table: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            return model.embed_rows(batch, table)
+
+        self._vision = program("vision", vision, donate_argnums=1)
+        self._audio = program("audio", audio, donate_argnums=1)
+        self._beats = program("beats", beats, donate_argnums=1, static_argnames="max_tokens")
+        self._rows = program("rows", rows)
+
+    def embed(self, batch: EncoderBatch, text_head: str = "last") -> Iterator[tuple[int, str, np.ndarray]]:
+        """Starts every program of a batch; the iterator yields (clip of the batch, table name, embedding (D,) float32, not normalised).
+
+        Devices work while the caller prepares and starts the next batch; only reading the iterator waits.
+
+        Args:
+          text_head: "last" takes the `text` table from the last layer, "fused" from the fusion head.
+        """
+        self._fill_table(batch)
+        return _collect(batch.rows, [self._run_rows(rows) for rows in batch.rows], text_head)
+
+    def _fill_table(self, batch: EncoderBatch) -> None:
+        """Runs the towers; afterwards `self._table` holds the batch's media tokens in `EncoderBatch` order."""
+        steps: list[tuple[Callable[..., jax.Array], tuple[np.ndarray, ...], dict[str, Any], int]] = []
+        for v in batch.vision:
+            steps.append((self._vision, (v.patches, v.coords, v.window), {}, v.patches.shape[0] * v.patches.shape[1] // 4))
+        if batch.audio is not None:
+            a = batch.audio
+            steps.append((self._audio, (a.mel, a.frames), {}, a.mel.shape[0] * a.mel.shape[1] // 4))
+        if batch.beats is not None:
+            b = batch.beats
+            steps.append((self._beats, (b.fbank, b.frames), {"max_tokens": b.max_tokens}, b.fbank.shape[0] * b.max_tokens))
+        self._reserve(sum(tokens for *_, tokens in steps))
+        offset = 0
+        with self._context():
+            for run, arrays, static, tokens in steps:
+                self._table = run(self._params, self._table, np.int32(offset), self._place(arrays), **static)
+                offset += tokens
+
+    def _run_rows(self, rows: RowBatch) -> tuple[jax.Array, jax.Array]:
+        names = ("ids", "media_index", "segment", "branch", "pool")
+        arrays = dict(zip(names, self._place(tuple(getattr(rows, n) for n in names)), strict=True))
+        arrays["positions"] = self._place((rows.positions,), axis=1)[0]
+        with self._context():
+            return self._rows(self._params, self._table, arrays)
+
+    def _reserve(self, tokens: int) -> None:
+        capacity = 1 << max(6, (max(tokens, 1) - 1).bit_length())
+        if self._table is None or self._table.shape[0] < capacity:
+            self._table = self._put(np.zeros((capacity, self._width), self._dtype), (None, None))
+
+    def _place(self, arrays: tuple[np.ndarray, ...], axis: int = 0) -> tuple[jax.Array, ...]:
+        """Puts arrays on the devices, split along their batch axis."""
+        return tuple(self._put(a, tuple("batch" if d == axis else None for d in range(a.ndim))) for a in arrays)
+
+    def _put(self, array: np.ndarray, axes: tuple[str | None, ...]) -> jax.Array:
+        return jnp.asarray(array) if self._mesh is None else jax.device_put(array, sharding(axes, array.shape, self._mesh))
+
+    @contextlib.contextmanager
+    def _context(self) -> Iterator[None]:
+        """Float32 means float32 on every backend (TPU and GPU multiply at lower precision unless told); the mesh, where there is one."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(jax.default_matmul_precision("highest" if self._dtype == jnp.float32 else "default"))
+            if self._mesh is not None:
+                stack.enter_context(jax.set_mesh(self._mesh))
+            yield
+
+
+def place_params(params: nnx.State, mesh: Mesh) -> nnx.State:
+    """Returns the parameters on the devices of a mesh, split by their logical axes."""
+    flat = nnx.to_flat_state(params)
+    placed = [(path, p.replace(jax.device_put(p[...], sharding(p.get_metadata()["axes"], p.shape, mesh)))) for path, p in flat]
+    return nnx.from_flat_state(placed)
+
+
+def _collect(
+    batches: tuple[RowBatch, ...], results: list[tuple[jax.Array, jax.Array]], text_head: str
+) -> Iterator[tuple[int, str, np.ndarray]]:
+    for rows, (fused, last) in zip(batches, results, strict=True):
+        fused, last = np.asarray(fused), np.asarray(last)
+        for r, k in np.argwhere(rows.owner[..., 0] >= 0):
+            clip, table = rows.owner[r, k]
+            name = TABLES[table]
+            yield int(clip), name, (last if name == "text" and text_head == "last" else fused)[r, k]
