@@ -1,0 +1,78 @@
+# Every target does its own set-up. A machine needs Python 3.11, make and a package index, nothing else.
+# .venv holds requirements.lock and this project; .venv-reference and .venv-tpu lie on top of it and add torch or libtpu alone, so that
+# the plain environment stays what a user installs.
+
+PYTHON ?= python3.11
+PYTEST_ARGS ?=
+PIP = -m pip install --quiet --disable-pip-version-check --no-deps
+SETUP = .venv/.installed
+REFERENCE = .venv-reference/.installed
+TPU = .venv-tpu/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-reference test-tpu test-all bench lint format lock clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(SETUP)  ## create .venv with the pinned packages and the project
+
+$(SETUP): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not on PATH; install Python 3.11 or run make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -x .venv/bin/python || { echo "creating .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installing requirements.lock"
+	@.venv/bin/python $(PIP) -r requirements.lock
+	@.venv/bin/python $(PIP) --no-build-isolation -e .
+	@touch $@
+
+# Lays an environment on top of .venv: packages installed here are found first, all others there.
+define overlay
+	@echo "installing $(2) into $(1)"
+	@rm -rf $(1)
+	@$(PYTHON) -m venv $(1)
+	@echo "import site; site.addsitedir('$(CURDIR)/.venv/lib/python3.11/site-packages')" > $(1)/lib/python3.11/site-packages/base.pth
+	@$(1)/bin/python $(PIP) -r $(2)
+	@touch $(1)/.installed
+endef
+
+$(REFERENCE): requirements-reference.lock $(SETUP)
+	$(call overlay,.venv-reference,requirements-reference.lock)
+
+$(TPU): requirements-tpu.lock $(SETUP)
+	$(call overlay,.venv-tpu,requirements-tpu.lock)
+
+demo: $(SETUP)  ## convert the tiny checkpoint, embed the demo clips, print the 12 directions
+	.venv/bin/omni-jax demo
+
+test: $(SETUP)  ## the default tests; no torch, no libtpu, no network
+	.venv/bin/python -m pytest -m "not slow and not reference and not tpu" $(PYTEST_ARGS)
+
+test-slow: $(SETUP)  ## kills, several processes, long parity
+	.venv/bin/python -m pytest -m "slow and not reference and not tpu" $(PYTEST_ARGS)
+
+test-reference: $(REFERENCE)  ## against torch, transformers' torch model and PEFT
+	.venv-reference/bin/python -m pytest -m "reference" $(PYTEST_ARGS)
+
+test-tpu: $(TPU)  ## compile for TPU, with no TPU attached
+	.venv-tpu/bin/python -m pytest -m "tpu and not reference" $(PYTEST_ARGS)
+
+test-all: test test-slow test-reference test-tpu  ## all four
+
+bench: $(REFERENCE)  ## speed and memory, as ratios with the torch model
+	.venv-reference/bin/python -m tests.benchmarks $(BENCH_ARGS)
+
+lint: $(SETUP)  ## ruff (rules and format) and pyright
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+format: $(SETUP)  ## format and mend what ruff can mend
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+lock: $(SETUP)  ## write requirements.lock from .venv, after an upgrade there
+	@{ sed -n '/^#/p' requirements.lock; .venv/bin/python -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+=='; } > requirements.lock.new
+	@mv requirements.lock.new requirements.lock
+
+clean:  ## remove environments, caches and outputs
+	rm -rf .venv .venv-reference .venv-tpu .pytest_cache .ruff_cache .hypothesis build dist demo_out bench_out
