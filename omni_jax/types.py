@@ -215,6 +215,7 @@ class EncoderBatch:
     rows: tuple[RowBatch, ...]
     used_tokens: int  # tokens that are not padding: patches / 4, audio chunks' tokens, BEATs' tokens and decoder tokens
     total_tokens: int  # the same, padding included
+    truncated: int = 0  # captions that were cut to the preset's length
 
 
 @dataclasses.dataclass(frozen=True)
