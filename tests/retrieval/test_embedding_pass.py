@@ -1,0 +1,100 @@
+"""The embedding pass: order, grouping, overlap of host and devices, records set aside."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from omni_jax.retrieval.embedding_pass import embedding_pass
+from omni_jax.types import ClipError, EncoderBatch, Features, Record
+
+
+def _features(number: int, **options) -> Features:
+    return Features(Record(id=f"clip{number}", text="x"), **options)
+
+
+def _stream(numbers, broken=()):
+    for n in numbers:
+        item = ClipError(f"clip{n}.mp4: broken") if n in broken else _features(n)
+        yield Record(id=f"clip{n}", text="x"), item
+
+
+class _Encoder:
+    """Stands for tokens and model: a clip's vector is its number; logs when groups start and when they are read."""
+
+    def __init__(self, spoiled=()):
+        self.log: list[tuple[str, tuple[int, ...]]] = []
+        self.spoiled = spoiled
+
+    def plan(self, clips):
+        self.numbers = tuple(int(c.record.id.removeprefix("clip")) for c in clips)
+        return EncoderBatch(vision=(), audio=None, beats=None, rows=(), used_tokens=3 * len(clips), total_tokens=4 * len(clips), truncated=1)
+
+    def encode(self, batch):
+        numbers = self.numbers
+        self.log.append(("start", numbers))
+
+        def read():
+            self.log.append(("read", numbers))
+            for table in ("video", "text"):
+                for clip in reversed(range(len(numbers))):
+                    value = self.spoiled[numbers[clip]] if numbers[clip] in self.spoiled else numbers[clip] + 1.0
+                    yield clip, table, np.array([value, 0 if table == "text" else value], np.float32)
+
+        return read()
+
+
+def test_rows_come_in_the_order_of_the_records_with_an_uneven_last_group():
+    encoder = _Encoder()
+    outcome = embedding_pass(_stream(range(5)), ("text", "video"), plan=encoder.plan, encode=encoder.encode, group=2, normalize=False)
+    assert outcome.table.ids == tuple(f"clip{i}" for i in range(5))
+    np.testing.assert_array_equal(outcome.table.tables["text"], [[i + 1, 0] for i in range(5)])
+    np.testing.assert_array_equal(outcome.table.tables["video"], [[i + 1, i + 1] for i in range(5)])
+    assert (outcome.used_tokens, outcome.total_tokens, outcome.truncated) == (15, 20, 3)
+    assert outcome.padded_share == pytest.approx(0.25)
+
+
+def test_the_next_group_starts_before_the_last_one_is_read():
+    encoder = _Encoder()
+    embedding_pass(_stream(range(5)), ("text",), plan=encoder.plan, encode=encoder.encode, group=2)
+    assert encoder.log == [
+        ("start", (0, 1)),
+        ("start", (2, 3)),
+        ("read", (0, 1)),
+        ("start", (4,)),
+        ("read", (2, 3)),
+        ("read", (4,)),
+    ]
+
+
+def test_a_broken_clip_is_set_aside_and_the_others_go_on():
+    encoder, seen = _Encoder(), []
+    outcome = embedding_pass(
+        _stream(range(6), broken=(0, 3)), ("text",), plan=encoder.plan, encode=encoder.encode, group=2, progress=seen.append
+    )
+    assert outcome.table.ids == ("clip1", "clip2", "clip4", "clip5")
+    assert [(p.record.id, p.reason) for p in outcome.problems] == [("clip0", "clip0.mp4: broken"), ("clip3", "clip3.mp4: broken")]
+    assert seen == sorted(seen) and seen[-1] == 6
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_a_vector_that_is_no_direction_is_set_aside(value):
+    encoder = _Encoder(spoiled={1: value})
+    outcome = embedding_pass(_stream(range(3)), ("text", "video"), plan=encoder.plan, encode=encoder.encode, group=3)
+    assert outcome.table.ids == ("clip0", "clip2")
+    assert "zero or not finite" in outcome.problems[0].reason and "text, video" in outcome.problems[0].reason
+
+
+def test_rows_are_normalised_and_nothing_at_all_gives_no_tables():
+    encoder = _Encoder()
+    outcome = embedding_pass(_stream(range(3)), ("video",), plan=encoder.plan, encode=encoder.encode, group=8)
+    np.testing.assert_allclose(np.linalg.norm(outcome.table.tables["video"], axis=1), 1, rtol=1e-6)
+    empty = embedding_pass(_stream(range(2), broken=(0, 1)), ("video",), plan=encoder.plan, encode=encoder.encode, group=8)
+    assert empty.table.ids == () and empty.table.tables == {} and len(empty.problems) == 2
+
+
+def test_warnings_are_kept_by_record():
+    encoder = _Encoder()
+    stream = [(Record(id="clip0", text="x"), _features(0, warnings=("clip0.mp4: no audio track, 8 s of silence used",)))]
+    outcome = embedding_pass(stream, ("text",), plan=encoder.plan, encode=encoder.encode, group=2)
+    assert outcome.warnings == [("clip0", "clip0.mp4: no audio track, 8 s of silence used")]
