@@ -25,9 +25,9 @@ def test_absolute_limit_names_the_worst_place() -> None:
 def test_relative_limit_is_of_the_largest_reference_value() -> None:
     want = np.array([1000.0, 0.0])
     step = TOLERANCES["encoder"][1] * 1000
-    assert_close(want + [0, 0.9 * step], want, "encoder")
+    assert_close(want + np.array([0, 0.9 * step]), want, "encoder")
     with pytest.raises(AssertionError, match="encoder"):
-        assert_close(want + [0, 1.1 * step], want, "encoder")
+        assert_close(want + np.array([0, 1.1 * step]), want, "encoder")
 
 
 def test_cosine_takes_the_worst_row() -> None:
@@ -49,10 +49,10 @@ def test_exact_compares_bits() -> None:
     assert_close(nan, nan.copy(), "round_trip")
     assert_close(nan.astype(ml_dtypes.bfloat16), nan.astype(ml_dtypes.bfloat16), "round_trip")
     for got, want in (
-        (np.float32([0.0]), np.float32([-0.0])),
-        (np.float32([1.0]), np.float64([1.0])),
+        (np.array([0.0], np.float32), np.array([-0.0], np.float32)),
+        (np.array([1.0], np.float32), np.array([1.0], np.float64)),
         (np.ones(2, ml_dtypes.bfloat16), np.array([1, 1.0078125], ml_dtypes.bfloat16)),
-        (np.int64([1, 2]), np.int64([1, 3])),
+        (np.array([1, 2]), np.array([1, 3])),
     ):
         with pytest.raises(AssertionError, match="round_trip"):
             assert_close(got, want, "round_trip")

@@ -1,0 +1,156 @@
+"""Entry point of `omni-jax`: finds the command's module, runs it, turns errors into one line and an exit status.
+
+A command is a module of this folder with HELP (one line), EXAMPLE (shown at the end of its --help), `add_arguments(parser)` and
+`run(args) -> int`. It is imported only when it is the one asked for: `omni-jax --help` reads HELP without running any module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import importlib
+import os
+import select
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from omni_jax import __version__
+from omni_jax.config import ConfigError
+from omni_jax.types import InputError
+
+DONE = 0
+DONE_WITH_QUARANTINE = 1  # some records could not be used; they are listed in a file
+BAD_INPUT = 2
+STOPPED_AND_SAVED = 75  # EX_TEMPFAIL: stopped by SIGTERM after saving, run again to go on
+INTERRUPTED = 130  # 128 + SIGINT
+
+# Order of the help; a command without a place here comes after these.
+ORDER = ("demo", "convert", "embed", "eval", "presets", "search", "export", "bench-data", "prepare", "train", "compile")
+
+
+def commands() -> dict[str, Path]:
+    """Returns command name -> file: the modules of this folder that define `run` and `add_arguments` (bench_data.py is bench-data)."""
+    found = {}
+    for path in Path(__file__).parent.glob("*.py"):
+        if {"run", "add_arguments"} <= _definitions(path):
+            found[path.stem.replace("_", "-")] = path
+    return dict(sorted(found.items(), key=lambda item: (ORDER.index(item[0]) if item[0] in ORDER else len(ORDER), item[0])))
+
+
+def build_parser(name: str | None = None) -> argparse.ArgumentParser:
+    """Returns the parser with the arguments of command `name`, or with none but the list of commands."""
+    found = commands()
+    lines = "\n".join(f"  {command:<12}{_constant(path, 'HELP')}" for command, path in found.items())
+    parser = argparse.ArgumentParser(
+        prog="omni-jax",
+        description="Embed, convert, train and evaluate text, video and audio with OmniRetriever-7B in JAX.",
+        epilog=f"commands:\n{lines}\n\nexample:\n  omni-jax demo\n  omni-jax embed --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"omni-jax {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
+    for command in found:
+        module = _load(command) if command == name else None
+        sub = subparsers.add_parser(
+            command,
+            description=getattr(module, "HELP", None),
+            epilog=f"example:\n{_indent(getattr(module, 'EXAMPLE', ''))}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if module is not None:
+            module.add_arguments(sub)
+        # SUPPRESS keeps `omni-jax --debug embed` from being reset by the subparser's own default.
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 1, 2, 75 or 130 as named above."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _stay_offline()
+    name = next((a for a in arguments if not a.startswith("-")), None)
+    debug = "--debug" in arguments
+    try:
+        parser = build_parser(name)
+        args = parser.parse_args(arguments)
+        if args.command is None:
+            parser.print_help(sys.stderr)
+            return BAD_INPUT
+        status = _load(args.command).run(args)
+        sys.stdout.flush()
+        return int(status or DONE)
+    except SystemExit as e:  # argparse: 0 after --help, 2 after a usage error
+        return e.code if isinstance(e.code, int) else _report(str(e.code or "stopped"), debug)
+    except KeyboardInterrupt:
+        print("\nomni-jax: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (InputError, ConfigError, OSError) as e:
+        if isinstance(e, BrokenPipeError) and _reader_left():
+            # `omni-jax ... | head`: quiet, as other tools are. Python would complain once more when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        return _report(message(e), debug)
+    except Exception as e:
+        return _report(f"unexpected {type(e).__name__}: {message(e)} (run again with --debug for the traceback)", debug)
+
+
+def message(error: BaseException) -> str:
+    """Returns the error as one line; an OSError as its reason and the file it is about."""
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _report(line: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"omni-jax: {line}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _stay_offline() -> None:
+    """Keeps the libraries below from asking a hub for files or printing advice about packages this project does without."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _reader_left() -> bool:
+    """Whether the reader of stdout has closed it; a broken pipe to a worker process is another matter and is reported."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+def _load(command: str) -> ModuleType:
+    return importlib.import_module(f"omni_jax.cli.{command.replace('-', '_')}")
+
+
+def _definitions(path: Path) -> set[str]:
+    return {node.name for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.FunctionDef)}
+
+
+def _constant(path: Path, name: str) -> str:
+    for node in ast.parse(path.read_bytes()).body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+            with contextlib.suppress(ValueError):  # not a plain string: the module's own text is used once it is loaded
+                return str(ast.literal_eval(node.value))
+    return ""
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line.strip()}" for line in text.strip().splitlines())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

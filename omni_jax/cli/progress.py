@@ -1,0 +1,94 @@
+"""Progress of long work: a bar on a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TextIO
+
+WIDTH = 24  # characters of the bar
+BAR_SECONDS = 0.1
+LINE_SECONDS = 5.0
+
+
+class Progress:
+    """Reports how many of `total` items are done, the rate and the time left, on stderr.
+
+    Use it as a context manager and call `update` as items finish; the closing line is printed on leaving. Items that were done before
+    (a resumed run) are given as `done` and do not count in the rate.
+
+    Attributes:
+      done: items finished so far.
+    """
+
+    def __init__(
+        self,
+        total: int | None,
+        what: str,
+        *,
+        unit: str = "clips",
+        done: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total, self.what, self.unit, self.done = total, what, unit, done
+        self._stream = sys.stderr if stream is None else stream
+        self._terminal = self._stream.isatty()
+        self._clock = clock
+        self._already = done
+        self._start = self._last = clock()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._show(self._clock(), final=True)
+
+    def update(self, items: int = 1) -> None:
+        """Counts `items` as done and shows it when it is time."""
+        self.done += items
+        now = self._clock()
+        if now - self._last >= (BAR_SECONDS if self._terminal else LINE_SECONDS):
+            self._last = now
+            self._show(now)
+
+    def note(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._stream.write(f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
+        self._stream.flush()
+
+    def line(self, now: float) -> str:
+        """Returns the plain line: what is done, count, rate and time left."""
+        elapsed = max(now - self._start, 1e-9)
+        rate = (self.done - self._already) / elapsed
+        count = f"{self.done}/{self.total}" if self.total is not None else f"{self.done}"
+        text = f"{self.what}: {count} {self.unit}, {_rate(rate)} {self.unit}/s"
+        if self.total is None or self.done >= self.total:
+            return f"{text}, {duration(elapsed)}"
+        left = duration((self.total - self.done) / rate) if rate > 0 else "?"
+        return f"{text}, {left} left"
+
+    def _show(self, now: float, final: bool = False) -> None:
+        text = self.line(now)
+        if self._terminal:
+            share = min(self.done / self.total, 1.0) if self.total else 0.0
+            bar = f"[{'#' * round(WIDTH * share):<{WIDTH}}] " if self.total else ""
+            text = f"\r\x1b[K{bar}{text}"
+        self._stream.write(text + ("\n" if final or not self._terminal else ""))
+        self._stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """Returns a length of time as people write it: 8 s, 3:05, 2:10:00."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"

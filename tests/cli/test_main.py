@@ -1,0 +1,156 @@
+"""The frame of the command line: statuses, one-line errors, help. Commands here are small modules made by the tests."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from omni_jax import __version__
+from omni_jax.cli import main as cli
+from omni_jax.config import ConfigError
+from omni_jax.types import ClipError, InputError
+
+REAL = sorted(cli.commands())
+
+PROBE = """
+HELP = "does what the test says"
+EXAMPLE = "omni-jax probe --status 0"
+
+def add_arguments(parser):
+    parser.add_argument("--status", type=int, default=0)
+
+def run(args):
+    return args.status
+"""
+
+
+@pytest.fixture
+def probe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """A command named probe, whose `run` a test may replace."""
+    file = tmp_path / "probe.py"
+    file.write_text(PROBE)
+    module = ModuleType("omni_jax.cli.probe")
+    exec(PROBE, module.__dict__)
+    monkeypatch.setitem(sys.modules, "omni_jax.cli.probe", module)
+    monkeypatch.setattr(cli, "commands", lambda: {"probe": file})
+    return module
+
+
+def _raises(module: ModuleType, error: BaseException) -> None:
+    def run(args: object) -> int:
+        raise error
+
+    module.__dict__["run"] = run
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 75])
+def test_status_of_the_command_is_returned(probe: ModuleType, status: int) -> None:
+    assert cli.main(["probe", "--status", str(status)]) == status
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (InputError("clips.jsonl line 3: not JSON; mend the line"), "clips.jsonl line 3: not JSON; mend the line"),
+        (ClipError("a.mp4: no frames"), "a.mp4: no frames"),
+        (ConfigError("unknown preset 'x'"), "unknown preset 'x'"),
+        (FileNotFoundError(2, "No such file or directory", "clips.jsonl"), "clips.jsonl: No such file or directory"),
+        (IsADirectoryError(21, "Is a directory", "clips"), "clips: Is a directory"),
+        (InputError("two\n lines"), "two lines"),
+    ],
+)
+def test_errors_of_a_user_are_one_line(probe: ModuleType, capsys: pytest.CaptureFixture[str], error: Exception, line: str) -> None:
+    _raises(probe, error)
+    assert cli.main(["probe"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"omni-jax: {line}\n" and captured.out == ""
+
+
+def test_unexpected_error_names_its_type_and_the_way_to_a_traceback(probe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    _raises(probe, ZeroDivisionError("division by zero"))
+    assert cli.main(["probe"]) == 2
+    assert (
+        capsys.readouterr().err == "omni-jax: unexpected ZeroDivisionError: division by zero (run again with --debug for the traceback)\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "probe"], ["probe", "--debug"]])
+def test_debug_shows_the_traceback(probe: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    _raises(probe, InputError("bad"))
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error and error.endswith("omni-jax: bad\n")
+
+
+def test_interrupt_is_130_and_quiet(probe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    _raises(probe, KeyboardInterrupt())
+    assert cli.main(["probe", "--debug"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["probe", "--nonsense"], ["probe", "--status", "x"], [], ["probe", "--stat", "1"]])
+def test_bad_usage_is_2(probe: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert cli.main(arguments) == 2
+    assert "usage: omni-jax" in capsys.readouterr().err
+
+
+def test_broken_pipe_to_a_worker_is_reported(probe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    _raises(probe, BrokenPipeError(32, "Broken pipe"))
+    assert cli.main(["probe"]) == 2
+    assert "Broken pipe" in capsys.readouterr().err
+
+
+def test_reader_that_leaves_is_met_quietly() -> None:
+    code = (
+        "import sys, types; from omni_jax.cli import main as m; import pathlib, tempfile\n"
+        "mod = types.ModuleType('omni_jax.cli.probe'); mod.add_arguments = lambda p: None\n"
+        "mod.run = lambda a: [print('x' * 1000) for _ in range(10000)] and 0\n"
+        "sys.modules['omni_jax.cli.probe'] = mod; m.commands = lambda: {'probe': pathlib.Path(m.__file__)}\n"
+        "sys.exit(m.main(['probe']))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"omni-jax {__version__}\n"
+
+
+def test_help_lists_every_command_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name in REAL:
+        assert re.search(rf"^  {name} +\S", out, re.M), f"{name} has no HELP line"
+
+
+def test_commands_follow_the_order_of_the_help() -> None:
+    names = list(cli.commands())
+    assert names == sorted(names, key=lambda n: (cli.ORDER.index(n) if n in cli.ORDER else 99, n))
+    assert not set(names) - set(cli.ORDER), "give a new command its place in ORDER"
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_help_of_every_command_ends_with_an_example(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert cli.main([name, "--help"]) == 0
+    last = capsys.readouterr().out.rstrip().split("example:\n")[-1]
+    assert re.match(rf"  omni-jax {name}\b", last), f"{name}: set EXAMPLE to a line that starts with omni-jax {name}"
+
+
+def test_top_level_help_and_package_import_load_no_library() -> None:
+    code = (
+        "import sys, omni_jax; from omni_jax.cli.main import main; main(['--help'])\n"
+        "print(sorted({'jax', 'numpy', 'flax', 'transformers', 'av'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # types.py, which every room shares, brings NumPy; nothing heavier may come with it.
+    assert done.stdout.splitlines()[-1] == "['numpy']"
