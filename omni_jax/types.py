@@ -206,12 +206,12 @@ class EncoderBatch:
     """Everything the encoder needs for a group of clips, in static shapes.
 
     The media table, which `RowBatch.media_index` points into, is the concatenation of: each vision batch's merged tokens
-    (N * P/4 rows), the audio tower's tokens (N * 50 rows), BEATs' tokens (N * max_tokens rows), in this order.
+    (N * P/4 rows), each audio batch's tokens (N * 50 rows), each BEATs batch's tokens (N * max_tokens rows), in this order.
     """
 
     vision: tuple[VisionBatch, ...]
-    audio: AudioBatch | None
-    beats: BeatsBatch | None
+    audio: tuple[AudioBatch, ...]
+    beats: tuple[BeatsBatch, ...]
     rows: tuple[RowBatch, ...]
     used_tokens: int  # tokens that are not padding: patches / 4, audio chunks' tokens, BEATs' tokens and decoder tokens
     total_tokens: int  # the same, padding included

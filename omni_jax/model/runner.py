@@ -85,11 +85,9 @@ class Runner:
         steps: list[tuple[Callable[..., jax.Array], tuple[np.ndarray, ...], dict[str, Any], int]] = []
         for v in batch.vision:
             steps.append((self._vision, (v.patches, v.coords, v.window), {}, v.patches.shape[0] * v.patches.shape[1] // 4))
-        if batch.audio is not None:
-            a = batch.audio
+        for a in batch.audio:
             steps.append((self._audio, (a.mel, a.frames), {}, a.mel.shape[0] * a.mel.shape[1] // 4))
-        if batch.beats is not None:
-            b = batch.beats
+        for b in batch.beats:
             steps.append((self._beats, (b.fbank, b.frames), {"max_tokens": b.max_tokens}, b.fbank.shape[0] * b.max_tokens))
         self._reserve(sum(tokens for *_, tokens in steps))
         offset = 0
