@@ -1,0 +1,100 @@
+"""Video frames to patches. Source: SPEC section 2 (Qwen2-VL's smart_resize and patch order).
+
+Letters: F frames, t temporal steps, h and w patches of a frame (before merging), C colour channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image
+
+from omni_jax.config import Preset
+from omni_jax.types import ClipError, VideoFrames, VisionFeatures
+
+PATCH = 14  # pixels
+MERGE = 2  # patches per side of a token
+FACTOR = PATCH * MERGE  # pixels per side of a token: frames are resized to multiples of it
+FRAMES_PER_STEP = 2  # frames joined into one temporal step
+MAX_ASPECT = 200  # longer side over shorter side
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of CLIP's training images, RGB, 0..1
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def smart_resize(height: int, width: int, pixels: int) -> tuple[int, int]:
+    """Returns (height, width) in pixels, multiples of 28 near `pixels` in area, the aspect nearly kept.
+
+    Both sides are rounded to multiples of 28. An area above `pixels` is then scaled down and both sides rounded down, an area below it
+    scaled up and both sides rounded up.
+
+    Raises:
+      ClipError: for a side below 28 pixels or an aspect ratio above 200.
+    """
+    if min(height, width) < FACTOR:
+        raise ClipError(f"frames are {width}x{height} pixels; both sides must be at least {FACTOR}")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ClipError(f"frames are {width}x{height} pixels; the aspect ratio must not exceed {MAX_ASPECT}")
+    sides = [round(side / FACTOR) * FACTOR for side in (height, width)]
+    area = sides[0] * sides[1]
+    if area > pixels:
+        scale = math.sqrt(height * width / pixels)
+        # A side of a long strip would round down to nothing.
+        sides = [max(FACTOR, math.floor(side / scale / FACTOR) * FACTOR) for side in (height, width)]
+    elif area < pixels:
+        scale = math.sqrt(pixels / (height * width))
+        sides = [math.ceil(side * scale / FACTOR) * FACTOR for side in (height, width)]
+    return sides[0], sides[1]
+
+
+def square_crop(frames: np.ndarray) -> np.ndarray:
+    """Returns the centre square of frames (F, height, width, C)."""
+    height, width = frames.shape[1:3]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return frames[:, top : top + side, left : left + side]
+
+
+def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Returns frames (F, height, width, 3) uint8, bicubic with antialiasing, rounded to uint8 as the reference does."""
+    if frames.shape[1:3] == (height, width):
+        return frames
+    return np.stack([np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.BICUBIC)) for f in frames])
+
+
+def patchify(pixels: np.ndarray) -> np.ndarray:
+    """Returns patches (t*h*w, 1176): rows (t, h/2, w/2, 2, 2), values (C, frame of the pair, 14, 14).
+
+    Args:
+      pixels: (F, height, width, 3), F even, height and width multiples of 28.
+    """
+    frames, height, width, channels = pixels.shape
+    t, h, w = frames // FRAMES_PER_STEP, height // PATCH, width // PATCH
+    x = pixels.reshape(t, FRAMES_PER_STEP, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, channels)
+    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # t, h/2, w/2, 2, 2, C, pair, 14, 14
+    return np.ascontiguousarray(x.reshape(t * h * w, channels * FRAMES_PER_STEP * PATCH * PATCH))
+
+
+def vision_features(frames: VideoFrames, preset: Preset) -> VisionFeatures:
+    """Returns the normalised patches of one clip.
+
+    Raises:
+      ClipError: for an odd number of frames, a clip without length, and frames that cannot be resized.
+    """
+    pictures = frames.frames
+    count = pictures.shape[0]
+    if count == 0 or count % FRAMES_PER_STEP:
+        raise ClipError(f"{count} frames were sampled; the number must be even and positive")
+    if not (math.isfinite(frames.seconds) and frames.seconds > 0):
+        raise ClipError(f"the clip is {frames.seconds} seconds long; it must have a positive length")
+    if preset.frame_crop == "square":
+        pictures = square_crop(pictures)
+    height, width = smart_resize(pictures.shape[1], pictures.shape[2], preset.pixels)
+    pictures = resize(pictures, height, width)
+    pixels = (pictures.astype(np.float32) / np.float32(255) - MEAN) / STD
+    return VisionFeatures(
+        patches=patchify(pixels),
+        grid_thw=(count // FRAMES_PER_STEP, height // PATCH, width // PATCH),
+        second_per_grid=FRAMES_PER_STEP / (count / frames.seconds),
+    )
