@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from omni_jax import objectives as objectives
     from omni_jax import retrieval as retrieval
     from omni_jax.api import OmniRetriever as OmniRetriever
 
@@ -21,7 +20,7 @@ _LAZY = {
     "retrieval": ("omni_jax.retrieval", ""),
 }
 
-__all__ = ["OmniRetriever", "__version__", "objectives", "retrieval"]
+__all__ = ["OmniRetriever", "__version__", "retrieval"]
 
 
 def __getattr__(name: str) -> Any:

@@ -48,6 +48,7 @@ def build_parser(name: str | None = None) -> argparse.ArgumentParser:
     lines = "\n".join(f"  {command:<12}{_constant(path, 'HELP')}" for command, path in found.items())
     parser = argparse.ArgumentParser(
         prog="omni-jax",
+        usage="omni-jax [-h] [--version] [--debug] COMMAND ...",
         description="Embed, convert, train and evaluate text, video and audio with OmniRetriever-7B in JAX.",
         epilog=f"commands:\n{lines}\n\nexample:\n  omni-jax demo\n  omni-jax embed --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -55,7 +56,7 @@ def build_parser(name: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"omni-jax {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
+    subparsers = parser.add_subparsers(dest="command", prog="omni-jax", metavar="COMMAND", help=argparse.SUPPRESS)
     for command in found:
         module = _load(command) if command == name else None
         sub = subparsers.add_parser(

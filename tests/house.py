@@ -1,0 +1,149 @@
+"""The plan of the house as data, and the reading of sources that tests/test_house.py checks it with."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+BASE = {"omni_jax.config", "omni_jax.types"}
+CHAIN = {*BASE, "omni_jax.media", "omni_jax.features", "omni_jax.tokens"}
+ROOMS = {
+    *CHAIN,
+    "omni_jax.data",
+    "omni_jax.parallel",
+    "omni_jax.model",
+    "omni_jax.objectives",
+    "omni_jax.retrieval",
+    "omni_jax.train",
+    "omni_jax.api",
+}
+
+# Room -> the rooms it may import; a room may always import itself. docs/architecture.md shows the same table to people.
+MAY_IMPORT: dict[str, set[str]] = {
+    "omni_jax": {"omni_jax.api", "omni_jax.objectives", "omni_jax.retrieval"},  # lazily: the public names
+    "omni_jax.config": set(),
+    "omni_jax.types": set(),
+    "omni_jax.media": BASE,
+    "omni_jax.features": BASE,
+    "omni_jax.tokens": BASE,
+    "omni_jax.data": CHAIN,
+    "omni_jax.parallel": set(),
+    "omni_jax.model": {*BASE, "omni_jax.parallel"},
+    "omni_jax.objectives": set(),
+    "omni_jax.retrieval": {*BASE, "omni_jax.parallel"},
+    "omni_jax.train": {*BASE, "omni_jax.parallel", "omni_jax.model", "omni_jax.objectives"},
+    "omni_jax.api": {*ROOMS - {"omni_jax.api"}, "conversion"},
+    "omni_jax.cli": {"omni_jax", *ROOMS, "conversion"},
+    "conversion": {*BASE, "omni_jax.model"},
+    "configs": {"omni_jax.config"},
+    "launch": set(),
+}
+
+# Other people's packages that the product does without: other frameworks, and whatever asks the network.
+FORBIDDEN_PACKAGES = {
+    "torch",
+    "torchvision",
+    "torchaudio",
+    "tensorflow",
+    "librosa",
+    "requests",
+    "httpx",
+    "urllib.request",
+    "huggingface_hub",
+}
+FORBIDDEN_NAMES = {"utils.py", "util.py", "helpers.py", "helper.py", "common.py", "misc.py"}
+PRODUCT = ("omni_jax", "conversion", "configs", "launch")
+MAX_LINES = 450
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """One imported module: where it stands and its dotted name."""
+
+    file: Path
+    line: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.file.relative_to(ROOT)}:{self.line} imports {self.name}"
+
+
+@functools.cache
+def tracked() -> tuple[Path, ...]:
+    """Returns the files of the project: what git tracks, or all but hidden folders where there is no git (a source archive)."""
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+        return tuple(ROOT / name for name in listed if name and (ROOT / name).is_file())
+    return tuple(p for p in sorted(ROOT.rglob("*")) if p.is_file() and not {"__pycache__", ".venv"} & set(p.parts))
+
+
+def sources(*folders: str) -> tuple[Path, ...]:
+    """Returns the Python files under the folders, tracked or new."""
+    return tuple(sorted(p for folder in folders for p in (ROOT / folder).rglob("*.py")))
+
+
+@functools.cache
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_bytes(), filename=str(file))
+
+
+def module_name(file: Path) -> str:
+    """Returns the dotted name: omni_jax/model/__init__.py is omni_jax.model."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room(module: str) -> str:
+    """Returns the room a dotted name belongs to: omni_jax.model.layers is in omni_jax.model, conversion.rules in conversion."""
+    parts = module.split(".")
+    return ".".join(parts[: 2 if parts[0] == "omni_jax" else 1])
+
+
+def modules() -> dict[str, Path]:
+    return {module_name(file): file for file in sources(*PRODUCT)}
+
+
+def imports(file: Path) -> Iterator[Import]:
+    """Yields every import of a file, inside functions too, resolved to whole modules where the name is one."""
+    known = modules()
+    here = module_name(file)
+    package = here if file.name == "__init__.py" else here.rpartition(".")[0]
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(file, node.lineno, alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([base] if base else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield Import(file, node.lineno, full if full in known or full in FORBIDDEN_PACKAGES else base)
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str] | None:
+    """Returns the names along one cycle of a directed graph, its first name again at the end, or None."""
+    done: set[str] = set()
+    path: list[str] = []
+
+    def visit(node: str) -> list[str] | None:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return None
+        path.append(node)
+        for following in sorted(graph.get(node, ())):
+            if cycle := visit(following):
+                return cycle
+        path.pop()
+        done.add(node)
+        return None
+
+    return next((cycle for node in sorted(graph) if (cycle := visit(node))), None)

@@ -1,0 +1,256 @@
+"""The house keeps its plan: who imports whom, what files are called and how long they are, and that the papers agree with the folders."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import math
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import omni_jax
+from tests import house
+from tests.golden_set import manifest_7b
+
+ALL_PYTHON = house.sources(*house.PRODUCT, "tests")
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".lock", ".yaml", ".yml", ".sh", ".cfg", ".txt", ".html", ".j2", ""}
+
+
+def test_every_file_belongs_to_a_room() -> None:
+    strangers = [name for name in house.modules() if house.room(name) not in house.MAY_IMPORT]
+    assert not strangers, f"no room of the import table holds {strangers}"
+
+
+def test_rooms_import_only_what_the_table_allows() -> None:
+    wrong = []
+    for file in house.sources(*house.PRODUCT):
+        mine = house.room(house.module_name(file))
+        for found in house.imports(file):
+            if found.name.split(".")[0] not in house.PRODUCT:
+                continue
+            other = house.room(found.name)
+            if other != mine and other not in house.MAY_IMPORT.get(mine, set()):
+                wrong.append(f"{found} (from {mine})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_cycles_between_rooms_or_modules() -> None:
+    known = house.modules()
+    files: dict[str, set[str]] = {name: set() for name in known}
+    rooms: dict[str, set[str]] = {}
+    for name, file in known.items():
+        for found in house.imports(file):
+            # A package's own __init__ shows names of its modules; a module that imports them from there would close a circle.
+            if found.name in known and found.name != name:
+                files[name].add(found.name)
+                if house.room(found.name) != house.room(name) and name != "omni_jax":
+                    rooms.setdefault(house.room(name), set()).add(house.room(found.name))
+    assert house.find_cycle(rooms) is None
+    del files["omni_jax"]  # its names are loaded when first used, after the modules below it
+    assert house.find_cycle(files) is None
+
+
+def test_cycle_finder_sees_cycles() -> None:
+    assert house.find_cycle({"a": {"b"}, "b": {"c"}, "c": set()}) is None
+    assert house.find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_import_reader_resolves_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = tmp_path / "omni_jax" / "media"
+    room.mkdir(parents=True)
+    (tmp_path / "omni_jax" / "types.py").write_text("")
+    file = room / "probe.py"
+    file.write_text("from ..types import Clip\nfrom omni_jax import types\ndef f():\n    import torch.nn as nn\n    from . import probe\n")
+    monkeypatch.setattr(house, "ROOT", tmp_path)
+    found = [(i.line, i.name) for i in house.imports(file)]
+    assert found == [(1, "omni_jax.types"), (2, "omni_jax.types"), (4, "torch.nn"), (5, "omni_jax.media.probe")]
+
+
+def test_no_other_framework_and_no_network() -> None:
+    wrong = [
+        str(found)
+        for file in house.sources(*house.PRODUCT)
+        for found in house.imports(file)
+        if any(found.name == p or found.name.startswith(f"{p}.") for p in house.FORBIDDEN_PACKAGES)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_tests_import_torch_inside_functions_only() -> None:
+    """Collection of the default tests must work where torch is not installed."""
+    wrong = []
+    for file in house.sources("tests"):
+        if not file.name.startswith("test_") and file.name != "conftest.py":
+            continue
+        for node in house.tree(file).body:
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+            wrong += [f"{file.relative_to(house.ROOT)}:{node.lineno}" for n in names if n.split(".")[0] in {"torch", "peft", "tensorflow"}]
+    assert not wrong, wrong
+
+
+def test_tests_that_read_golden_data_say_so() -> None:
+    wrong = []
+    for file in house.sources("tests"):
+        functions = [n for n in ast.walk(house.tree(file)) if isinstance(n, ast.FunctionDef)]
+        asks = {f.name: {a.arg for a in f.args.args} for f in functions}
+        golden = {"golden", "golden_nemotron"}
+        while more := {name for name, needs in asks.items() if needs & golden and not name.startswith("test_")} - golden:
+            golden |= more
+        wrong += [
+            f"{file.relative_to(house.ROOT)}: {name}"
+            for name, needs in asks.items()
+            if name.startswith("test_") and needs & golden and "golden" not in name
+        ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_files_are_short_and_named_for_what_they_do() -> None:
+    wrong = []
+    for file in ALL_PYTHON:
+        lines = len(file.read_text(encoding="utf-8").splitlines())
+        if lines > house.MAX_LINES:
+            wrong.append(f"{file.relative_to(house.ROOT)}: {lines} lines, at most {house.MAX_LINES}; it is probably two files")
+        if file.name in house.FORBIDDEN_NAMES:
+            wrong.append(f"{file.relative_to(house.ROOT)}: name a file for the one thing it does")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_is_left_to_be_done() -> None:
+    leftover = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|X" + r"XX)\b")
+    wrong = []
+    for file in ALL_PYTHON:
+        wrong += [
+            f"{file.relative_to(house.ROOT)}:{n}" for n, line in enumerate(file.read_text("utf-8").splitlines(), 1) if leftover.search(line)
+        ]
+        for node in ast.walk(house.tree(file)):
+            if isinstance(node, ast.Raise) and node.exc is not None and "NotImplementedError" in ast.unparse(node.exc):
+                wrong.append(f"{file.relative_to(house.ROOT)}:{node.lineno} raise NotImplementedError")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_test_is_skipped_or_expected_to_fail() -> None:
+    wrong = []
+    for file in house.sources("tests"):
+        for node in ast.walk(house.tree(file)):
+            if isinstance(node, ast.Attribute) and node.attr in {"skip", "skipif", "xfail", "importorskip"}:
+                wrong.append(f"{file.relative_to(house.ROOT)}:{node.lineno} {node.attr}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_machine_paths_in_tracked_files() -> None:
+    path = re.compile(r"(?<![\w.\-/])/(?:work|root|home|Users|opt)/[\w.]")
+    wrong = []
+    for file in house.tracked():
+        if file.suffix in TEXT_SUFFIXES and "golden" not in file.relative_to(house.ROOT).parts:
+            for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+                if path.search(line):
+                    wrong.append(f"{file.relative_to(house.ROOT)}:{number}: {line.strip()[:80]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_config_loads() -> None:
+    import ml_collections
+
+    for file in house.sources("configs"):
+        if file.name != "__init__.py":
+            module = importlib.import_module(house.module_name(file))
+            assert isinstance(module.get_config(), ml_collections.ConfigDict), file.name
+            assert "omni-jax" in (module.__doc__ or ""), f"{file.name}: open with the command that runs it"
+
+
+def test_every_config_field_is_read_somewhere() -> None:
+    config = house.ROOT / "omni_jax" / "config.py"
+    fields: set[tuple[str, str]] = set()
+    for node in house.tree(config).body:
+        if isinstance(node, ast.ClassDef):
+            fields |= {(node.name, f.target.id) for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)}
+    read: set[str] = set()
+    for file in house.sources("omni_jax", "conversion"):
+        read |= {n.attr for n in ast.walk(house.tree(file)) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    unread = sorted(f"{owner}.{name}" for owner, name in fields if name not in read)
+    assert not unread, f"fields that nothing reads: {unread}"
+
+
+def test_readme_tree_matches_the_folders() -> None:
+    text = (house.ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"<!-- file tree -->\n```text\n(.*?)```", text, re.S)
+    assert block, "README.md has no file tree"
+    listed: list[str] = []
+    folders: list[str] = []
+    for line in block.group(1).splitlines():
+        if not line.strip():
+            continue
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in line.strip().split("  ")[0].split(", "):
+            full = "/".join([*folders[:depth], name.rstrip("/")])
+            listed.append(full)
+            if name.endswith("/"):
+                folders[depth:] = [name.rstrip("/")]
+    missing = [name for name in listed if not (house.ROOT / name).exists()]
+    assert not missing, f"README.md names what does not exist: {missing}"
+    relative = [file.relative_to(house.ROOT).parts for file in house.tracked()]
+    wanted = {parts[0] for parts in relative if not parts[0].startswith(".") and parts[0] not in {"README.md", "LICENSE", "NOTICE"}}
+    wanted |= {"/".join(parts[:2]) for parts in relative if parts[0] == "omni_jax" and (len(parts) > 2 or parts[1] != "__init__.py")}
+    absent = sorted(name for name in wanted if name not in listed)
+    assert not absent, f"README.md's file tree does not show {absent}"
+
+
+def test_architecture_page_shows_the_import_table() -> None:
+    page = (house.ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    cells = [line.strip("| ").split("|") for line in page.splitlines()]
+    rows = {row[0].strip(" `"): row[-1] for row in cells if len(row) == 3}
+    short = {name: name.removeprefix("omni_jax.") for name in house.MAY_IMPORT}
+    for name, allowed in house.MAY_IMPORT.items():
+        assert short[name] in rows, f"docs/architecture.md has no row for {short[name]}"
+        shown = set(re.findall(r"`(\w+)`", rows[short[name]]))
+        assert shown == {short[other] for other in allowed}, f"docs/architecture.md, row {short[name]}"
+
+
+def test_readme_memory_table_follows_from_the_parameter_counts() -> None:
+    """One GiB figure a device: bfloat16 weights; and for training float32 weights, two moments and a gradient of what is trained."""
+    sizes = {name: sum(math.prod(shape) for shape in manifest_7b(name).values()) for name in ("wave7b", "adapter7b")}
+    lora = sum(math.prod(shape) for key, shape in manifest_7b("adapter7b").items() if "lora_" in key)
+    weights = 2 * (sizes["wave7b"] + lora) / 2**30
+    training = weights + (4 + 8 + 4 - 2) * sizes["adapter7b"] / 2**30
+    text = (house.ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?:TPU|GPU) [^|]+ \| ([\d.]+) \| (\d+) \| ([\d.]+) \| (\d+) \| ([\d.]+) \|$", text, re.M)
+    assert len(rows) >= 5
+    for memory, embed_on, embed_each, train_on, train_each in rows:
+        for devices, each, whole, share in ((embed_on, embed_each, weights, 0.75), (train_on, train_each, training, 0.5)):
+            fewest = next(n for n in (1, 2, 4, 8, 16) if whole / n <= share * float(memory))
+            assert (int(devices), each) == (fewest, f"{whole / fewest:.1f}")
+
+
+def test_public_names_load() -> None:
+    for name in omni_jax.__all__:
+        assert getattr(omni_jax, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = omni_jax.nonsense
+
+
+def test_lock_files_hold_pins_that_satisfy_pyproject() -> None:
+    pins: dict[str, str] = {}
+    for name in ("requirements.lock", "requirements-reference.lock", "requirements-tpu.lock"):
+        for line in (house.ROOT / name).read_text().splitlines():
+            if not line.startswith("#"):
+                match = re.fullmatch(r"([A-Za-z0-9_.\-]+)==([A-Za-z0-9_.\-]+)", line)
+                assert match, f"{name}: {line!r} is not a plain pin"
+                assert canonicalize_name(match[1]) not in pins, f"{name}: {match[1]} is pinned twice"
+                pins[canonicalize_name(match[1])] = match[2]
+    project = tomllib.loads((house.ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["reference"], *extras["dev"]]:
+        wanted = Requirement(text)
+        pin = pins.get(canonicalize_name(wanted.name))
+        assert pin and wanted.specifier.contains(pin), f"{text}: the lock files hold {pin}"
