@@ -1,0 +1,330 @@
+"""Results of a function over many items, from processes that may hang or die without stopping the rest.
+
+A decoder can hang inside C code, where no signal handler runs, or crash its process. So every item is worked on in a child process under
+a time limit; a child that exceeds it is killed and replaced, and only its item is lost. Children are started as fresh interpreters (never
+forked from this process, whose JAX threads a fork would break), and they do not import the caller's main script, so that calling code needs
+no `if __name__ == "__main__"`.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import math
+import os
+import pickle
+import queue
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+
+from omni_jax.types import ClipError, InputError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+START_LIMIT_S = 300.0  # a child imports NumPy and PyAV first, which a busy network disk can make slow
+_JOIN_LIMIT_S = 10.0
+_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from omni_jax.media.workers import _serve; _serve(int(sys.argv[1]))"
+
+
+def run_guarded(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    timeout_s: float,
+    *,
+    name: Callable[[Item], str] = str,
+    in_flight: int | None = None,
+) -> Iterator[tuple[Item, Result | ClipError]]:
+    """Yields (item, function(item)) in the order of `items`, with a ClipError in place of a result that could not be had.
+
+    An item gets a ClipError when the function raises (whatever it raises), exceeds the limit, or takes its process down. Closing the
+    iterator, also by an exception or Ctrl-C, kills every child; a child whose parent is killed ends by itself.
+
+    Args:
+      function: an importable function (or a functools.partial of one); its module must not import jax. Results are pickled, arrays without
+        a copy.
+      items: picklable; pulled from only `in_flight` ahead of what was yielded, in the caller's thread.
+      workers: child processes. 0 calls the function in this process, WITHOUT protection: a hang is not ended, a crash ends everything.
+      timeout_s: seconds one item may take; the start of a process does not count.
+      name: what to call an item in a message, a file name for example.
+      in_flight: items handed out or finished and not yet yielded, at most; default 4 per worker. Bounds memory.
+
+    Raises:
+      InputError: for arguments out of range.
+      RuntimeError: when children cannot start at all.
+    """
+    if workers < 0:
+        raise InputError(f"workers {workers}: must be 0 (no child processes) or more")
+    if not (timeout_s > 0 and math.isfinite(timeout_s)):
+        raise InputError(f"time limit {timeout_s}: must be a positive number of seconds")
+    if workers == 0:
+        return ((item, _attempt(function, item, name(item))) for item in items)
+    return _run_pool(function, items, _Pool(function, workers, timeout_s), name, in_flight or 4 * workers)
+
+
+def _run_pool(function: Any, items: Iterable[Any], pool: _Pool, name: Callable[[Any], str], in_flight: int) -> Iterator[tuple[Any, Any]]:
+    source = iter(items)
+    waiting: collections.deque[Any] = collections.deque()
+    submitted = yielded = 0
+    exhausted = False
+    try:
+        while True:
+            while not exhausted and submitted - yielded < in_flight:
+                try:
+                    item = next(source)
+                except StopIteration:
+                    exhausted = True
+                    break
+                pool.submit(submitted, item, name(item))
+                waiting.append(item)
+                submitted += 1
+            if not waiting:
+                return
+            outcome = pool.result(yielded)
+            yielded += 1
+            yield waiting.popleft(), outcome
+    finally:
+        pool.close()
+
+
+class _Pool:
+    """Threads of this process, each tending one child: a thread waits with a time limit, which a shared queue of results could not."""
+
+    def __init__(self, function: Any, workers: int, timeout_s: float) -> None:
+        self._function, self._workers, self._timeout_s = function, workers, timeout_s
+        self._tasks: queue.SimpleQueue[tuple[int, Any, str] | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._results: dict[int, Any] = {}
+        self._failure: BaseException | None = None
+        self._children: set[_Child] = set()
+        self._threads: list[threading.Thread] = []
+        self._closing = False
+
+    def submit(self, number: int, item: Any, name: str) -> None:
+        self._tasks.put((number, item, name))
+        if len(self._threads) < self._workers:
+            thread = threading.Thread(target=self._tend, name=f"decode-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def result(self, number: int) -> Any:
+        with self._changed:
+            self._changed.wait_for(lambda: number in self._results or self._failure is not None)
+            if number in self._results:
+                return self._results.pop(number)
+            raise self._failure or AssertionError("unreachable")
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            for child in self._children:
+                child.kill()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._tasks.get_nowait()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join(_JOIN_LIMIT_S)
+
+    def _tend(self) -> None:
+        child: _Child | None = None
+        try:
+            while (task := self._tasks.get()) is not None and not self._closing:
+                number, item, name = task
+                try:
+                    child = child or self._start()
+                    outcome = child.call(item, name, self._timeout_s)
+                except TimeoutError:
+                    outcome = ClipError(
+                        f"{name}: decoding took longer than {self._timeout_s:g} s and was stopped; check the file or raise the limit (--timeout)"
+                    )
+                    child = self._end(child)
+                except (EOFError, OSError):
+                    ending = child.ending() if child else "did not start"
+                    outcome = ClipError(
+                        f"{name}: the decoding process {ending}; the file is damaged or needs more memory than there is: re-encode it"
+                    )
+                    child = self._end(child)
+                with self._changed:
+                    self._results[number] = outcome
+                    self._changed.notify_all()
+        except BaseException as failure:  # not one item's fault: the consumer must hear of it, or it would wait for ever
+            with self._changed:
+                self._failure = self._failure or failure
+                self._changed.notify_all()
+        finally:
+            self._end(child)
+
+    def _start(self) -> _Child:
+        child = _Child()
+        with self._changed:
+            self._children.add(child)
+            if self._closing:
+                child.kill()
+        try:
+            child.begin(self._function, self._timeout_s)
+        except BaseException:
+            self._end(child)
+            raise
+        return child
+
+    def _end(self, child: _Child | None) -> None:
+        if child is None:
+            return
+        child.kill()
+        with self._changed:
+            self._children.discard(child)
+        child.close()
+
+
+class _Child:
+    """One process and the socket to it."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, str(theirs.fileno()), json.dumps(sys.path)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                # One thread each: the processes are the parallelism.
+                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+                process_group=0,  # Ctrl-C is for the parent, which ends its children itself
+            )
+        self._socket = ours
+
+    def begin(self, function: Any, timeout_s: float) -> None:
+        """Hands over the function. Raises RuntimeError when the child cannot import it."""
+        try:
+            deadline = time.monotonic() + START_LIMIT_S
+            _send(self._socket, (function, timeout_s), deadline)
+            problem = _receive(self._socket, deadline)
+        except (EOFError, OSError) as error:
+            problem = f"{self.ending()} ({type(error).__name__})"
+        if problem:
+            raise RuntimeError(f"a decoding process could not start: {problem}")
+
+    def call(self, item: Any, name: str, timeout_s: float) -> Any:
+        """Returns what the function gave. Raises TimeoutError past the limit, EOFError or OSError when the process is gone."""
+        deadline = time.monotonic() + timeout_s
+        _send(self._socket, (item, name), deadline)
+        return _receive(self._socket, deadline)
+
+    def ending(self) -> str:
+        """Says how the process ended."""
+        try:
+            status = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return "closed its connection"
+        if status >= 0:
+            return f"ended with status {status}"
+        return f"was killed by {signal.Signals(-status).name}"
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def close(self) -> None:
+        self._socket.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process in an uninterruptible read dies when the read ends
+            self._process.wait(_JOIN_LIMIT_S)
+
+
+# ------------------------------------------------------------------------------------------------------------- both processes
+
+
+def _attempt(function: Any, item: Any, name: str) -> Any:
+    """Returns function(item), or a ClipError that says why there is no result."""
+    try:
+        return function(item)
+    except ClipError as error:
+        return error.with_traceback(None)
+    except InputError as error:
+        return ClipError(str(error))
+    except MemoryError:
+        return ClipError(f"{name}: needs more memory than there is; shorten it or use fewer workers")
+    except Exception as error:  # one bad clip never stops the others, however it is bad
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        message = " ".join(str(error).split())
+        place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+        return ClipError(f"{name}: cannot be used ({type(error).__name__} at {place}: {message}); re-encode the file")
+
+
+_HEAD = struct.Struct("<QI")  # bytes of the pickle, number of arrays sent after it
+_SIZE = struct.Struct("<Q")
+
+
+def _send(connection: socket.socket, value: Any, deadline: float) -> None:
+    buffers: list[pickle.PickleBuffer] = []
+    body = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    arrays = [buffer.raw() for buffer in buffers]
+    head = _HEAD.pack(len(body), len(arrays)) + b"".join(_SIZE.pack(array.nbytes) for array in arrays)
+    for part in (head, body, *arrays):
+        connection.settimeout(_left(deadline))
+        connection.sendall(part)
+
+
+def _receive(connection: socket.socket, deadline: float) -> Any:
+    length, count = _HEAD.unpack(_read(connection, _HEAD.size, deadline))
+    sizes = [_SIZE.unpack(_read(connection, _SIZE.size, deadline))[0] for _ in range(count)]
+    body = _read(connection, length, deadline)
+    return pickle.loads(body, buffers=[_read(connection, size, deadline) for size in sizes])
+
+
+def _read(connection: socket.socket, size: int, deadline: float) -> memoryview:
+    data = memoryview(np.empty(size, np.uint8))
+    at = 0
+    while at < size:
+        connection.settimeout(_left(deadline))
+        got = connection.recv_into(data[at:])
+        if not got:
+            raise EOFError
+        at += got
+    return data
+
+
+def _left(deadline: float) -> float | None:
+    if deadline == math.inf:
+        return None
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _serve(descriptor: int) -> None:
+    """Life of a child: receive the function, then item after item, until the parent closes the socket."""
+    # An orphan that hangs in C code is ended by the kernel: the default action of an alarm needs no Python.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    with socket.socket(fileno=descriptor) as connection:
+        try:
+            function, timeout_s = _receive(connection, math.inf)
+        except EOFError:
+            return
+        except Exception as error:
+            _send(connection, " ".join(f"{type(error).__name__}: {error}".split()), math.inf)
+            return
+        with contextlib.suppress(EOFError, OSError):
+            _send(connection, "", math.inf)
+            while True:
+                item, name = _receive(connection, math.inf)
+                signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 10)
+                outcome = _attempt(function, item, name)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                try:
+                    _send(connection, outcome, math.inf)
+                except (pickle.PicklingError, TypeError, AttributeError) as error:
+                    _send(connection, ClipError(f"{name}: the result cannot be handed over ({error})"), math.inf)
