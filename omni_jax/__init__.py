@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "OmniRetriever": ("omni_jax.api", "OmniRetriever"),
-    "objectives": ("omni_jax.objectives", ""),
     "retrieval": ("omni_jax.retrieval", ""),
 }
 
