@@ -1,0 +1,335 @@
+"""Exact ranks by counting better candidates: query rows over the mesh, gallery in chunks, both directions from one product.
+
+Letters: N rows of the query table, M rows of the gallery table, T rows of a tile, D width, R the most relevant items a query has.
+
+Equal means equal. Every product is a (T, D) x (D, T) tile of one compiled program, whatever the chunk or the device, and the score of
+a relevant item is read from the same product as its rivals' scores: a separate dot product differs in the last bit and breaks ties.
+Rows that hold the same direction are, besides, found once on the host and count as tied whatever the device rounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from omni_jax.types import InputError
+
+CPU_CHUNK = 512  # rows; a product of this side runs at the full matrix rate of a CPU and a table chunk of 7B width takes 7 MB
+ACCELERATOR_CHUNK = 4096  # rows; an accelerator would otherwise wait for the host
+SMALLEST_TILE = 8  # rows
+NORMS = (1e-30, 1e30)  # outside, the reciprocal of a norm or a product of two rows leaves float32
+PREPARE_ROWS = 256  # rows handled together in float64
+
+NO_ROW, NO_ITEM = -1, -2  # `same` of a padded row and of an absent relevant item; they differ so that padding matches nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Vectors:
+    """A checked table, ready to be ranked.
+
+    Attributes:
+      rows: (N, D) float32, as given.
+      scale: (N,) float32, reciprocal norms.
+      same: (N,) int32, first row that holds the same direction bit for bit.
+    """
+
+    rows: np.ndarray
+    scale: np.ndarray
+    same: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """Where the relevant items stand, one entry per (query, relevant item), ordered by query.
+
+    Attributes:
+      queries: rows of the query table. A query without a relevant item has no entry.
+      gallery: rows of the gallery.
+      query: (P,) int64, row of the query.
+      item: (P,) int64, row of the relevant item.
+      better: (P,) int64, candidates with a strictly greater similarity, other relevant items included.
+      equal: (P,) int64, other candidates with the same similarity, other relevant items included.
+    """
+
+    queries: int
+    gallery: int
+    query: np.ndarray
+    item: np.ndarray
+    better: np.ndarray
+    equal: np.ndarray
+
+
+def prepare(rows: np.ndarray, name: str = "embeddings", ids: Sequence[str] | None = None) -> Vectors:
+    """Returns the table with its reciprocal norms and its duplicate rows found.
+
+    Args:
+      rows: (N, D), any floating type.
+      name: of the table, for the message.
+      ids: N record ids, for the message.
+
+    Raises:
+      InputError: for a table that is not (N, D) with N, D >= 1, and for rows with NaN, infinity, or no usable norm, naming them.
+    """
+    rows = np.asarray(rows)
+    if rows.ndim != 2 or 0 in rows.shape:
+        raise InputError(f"table {name!r} has shape {rows.shape}; expected (records, width), both at least 1")
+    if rows.dtype.kind not in "fiu" and rows.dtype.name != "bfloat16":
+        raise InputError(f"table {name!r} holds {rows.dtype}; expected floating point numbers")
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    norms, seen = np.empty(len(rows)), {}
+    same = np.empty(len(rows), np.int32)
+    scale = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), PREPARE_ROWS):
+        part = slice(start, start + PREPARE_ROWS)
+        wide = rows[part].astype(np.float64)
+        norms[part] = np.sqrt((wide * wide).sum(axis=1))
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            scale[part] = 1 / norms[part]
+            unit = rows[part] * scale[part, None] + np.float32(0)  # -0 becomes 0
+        for i, row in enumerate(unit, start):
+            same[i] = seen.setdefault(hashlib.blake2b(row, digest_size=16).digest(), i)
+    finite = np.isfinite(norms)
+    _refuse(np.flatnonzero(~finite), "NaN or infinity", name, ids)
+    _refuse(np.flatnonzero(norms == 0), "only zeros", name, ids)
+    _refuse(np.flatnonzero((norms < NORMS[0]) | (norms > NORMS[1])), f"vectors whose norm is outside {NORMS}", name, ids)
+    return Vectors(rows, scale, same)
+
+
+def rank_pair(
+    a: Vectors,
+    b: Vectors,
+    relevance: tuple[Sequence, Sequence] | None = None,
+    *,
+    chunk: int | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Ranks, Ranks]:
+    """Returns the ranks of a's rows in gallery b and of b's rows in gallery a, from one pass over the cosine matrix.
+
+    The memory needed beyond the tables is O(chunk * (chunk + D)) per device.
+
+    Args:
+      relevance: labels of a's N rows and of b's M rows; a pair is relevant where they are equal. None: the same row is relevant.
+      chunk: largest side of a tile, rows.
+      mesh: rows of `a` are spread over all its axes; None: one device.
+
+    Raises:
+      InputError: for widths that differ, labels of another length, or no relevant pair at all.
+    """
+    if a.rows.shape[1] != b.rows.shape[1]:
+        raise InputError(f"the tables are {a.rows.shape[1]} and {b.rows.shape[1]} wide; they must come from one model")
+    if mesh is None:
+        mesh = Mesh(np.array(jax.local_devices()[:1]), ("rows",))
+    if chunk is None:
+        chunk = CPU_CHUNK if mesh.devices.flat[0].platform == "cpu" else ACCELERATOR_CHUNK
+    order_a, order_b, rows, columns = _relevant(len(a.rows), len(b.rows), relevance)
+    side = _Side(a, order_a, _tile_rows(len(a.rows), chunk) * mesh.size, rows, b.same[order_b][columns])
+    other = _Side(b, order_b, _tile_rows(len(b.rows), chunk), columns, a.same[order_a][rows])
+    _read_scores(side, other, rows, columns, mesh)
+    _count(side, other, mesh)
+    return (
+        side.ranks(order_a[rows], order_b[columns], len(b.rows)),
+        other.ranks(order_b[columns], order_a[rows], len(a.rows)),
+    )
+
+
+class _Side:
+    """One table of a pair, its rows in tile order, with the relevant items of each row and what has been counted for them."""
+
+    def __init__(self, table: Vectors, order: np.ndarray, tile: int, row: np.ndarray, item_same: np.ndarray):
+        """`row` (P,) is the row, in tile order, of each relevant pair; `item_same` (P,) the `same` of its item."""
+        self.table, self.order, self.tile = table, order, tile
+        self.blocks = -(-len(order) // tile)
+        self.row, self.slot = row, _count_up(row)
+        shape = (int(self.slot.max()) + 1, self.blocks * tile)  # relevant items first: the counting loop walks along this axis
+        self.score = np.full(shape, np.inf, np.float32)
+        self.item_same = np.full(shape, NO_ITEM, np.int32)
+        self.item_same[self.slot, row] = item_same
+        self.same = np.full(shape[1], NO_ROW, np.int32)
+        self.same[: len(order)] = table.same[order]
+        self.counts = np.zeros((2, *shape), np.int64)
+        self._in_order = bool(np.array_equal(order, np.arange(len(order))))
+
+    def part(self, block: int) -> slice:
+        return slice(block * self.tile, (block + 1) * self.tile)
+
+    def vectors(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (T, D) and scales (T,) of a block; zeros where the table has ended."""
+        index = self.order[self.part(block)]
+        if self._in_order and len(index) == self.tile:
+            return self.table.rows[self.part(block)], self.table.scale[self.part(block)]
+        rows = np.zeros((self.tile, self.table.rows.shape[1]), np.float32)
+        scale = np.zeros(self.tile, np.float32)
+        rows[: len(index)], scale[: len(index)] = self.table.rows[index], self.table.scale[index]
+        return rows, scale
+
+    def thresholds(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Scores (R, T) and `same` (R, T) of the relevant items, and `same` (T,) of the rows."""
+        part = self.part(block)
+        return self.score[:, part], self.item_same[:, part], self.same[part]
+
+    def ranks(self, query: np.ndarray, item: np.ndarray, gallery: int) -> Ranks:
+        better, equal = self.counts[:, self.slot, self.row]
+        order = np.lexsort((item, query))
+        return Ranks(len(self.order), gallery, query[order], item[order], better[order], equal[order] - 1)  # an item equals itself
+
+
+def _read_scores(side: _Side, other: _Side, rows: np.ndarray, columns: np.ndarray, mesh: Mesh) -> None:
+    """Reads every relevant pair's similarity from its tile. Pairs were sorted, so few tiles hold any."""
+    run = _programs(mesh)
+    tiles = rows // side.tile * other.blocks + columns // other.tile
+    by_tile = np.argsort(tiles, kind="stable")
+    starts = np.flatnonzero(np.diff(tiles[by_tile], prepend=-1))
+    groups = np.split(by_tile, starts[1:])
+    length = max(len(group) for group in groups)
+    for group in groups:
+        i, j = divmod(int(tiles[group[0]]), other.blocks)
+        where = np.zeros((2, length), np.int32)
+        where[:, : len(group)] = rows[group] % side.tile, columns[group] % other.tile
+        products = run.product(*run.put_rows(*side.vectors(i)), *run.put(*other.vectors(j)))
+        scores = np.asarray(run.pick(products, *run.put(where)))[: len(group)]
+        side.score[side.slot[group], rows[group]] = scores
+        other.score[other.slot[group], columns[group]] = scores
+
+
+def _count(side: _Side, other: _Side, mesh: Mesh) -> None:
+    """Counts better and equal candidates along both axes of the cosine matrix."""
+    run = _programs(mesh)
+    for i in range(side.blocks):
+        rows = run.put_rows(*side.vectors(i))
+        thresholds = run.put_thresholds(*side.thresholds(i))
+        pending = None
+        for j in range(other.blocks):
+            products = run.product(*rows, *run.put(*other.vectors(j)))
+            done = run.count(products, *thresholds, *run.put(*other.thresholds(j)))
+            if pending is not None:  # one tile computes while the next is handed over, never more
+                _add(side, i, other, j - 1, pending)
+            pending = done
+        _add(side, i, other, other.blocks - 1, pending)
+
+
+def _add(side: _Side, i: int, other: _Side, j: int, counts: tuple[jax.Array, jax.Array] | None) -> None:
+    assert counts is not None
+    side.counts[:, :, side.part(i)] += np.asarray(counts[0])
+    other.counts[:, :, other.part(j)] += np.asarray(counts[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+    """The compiled functions for one mesh, and the placing of their inputs."""
+
+    product: Callable[..., jax.Array]
+    pick: Callable[..., jax.Array]
+    count: Callable[..., tuple[jax.Array, jax.Array]]
+    whole: NamedSharding
+    by_row: NamedSharding  # first axis over the mesh
+    by_column: NamedSharding  # second axis over the mesh
+
+    def put(self, *arrays: np.ndarray) -> list[jax.Array]:
+        return [_place(x, self.whole) for x in arrays]
+
+    def put_rows(self, *arrays: np.ndarray) -> list[jax.Array]:
+        return [_place(x, self.by_row) for x in arrays]
+
+    def put_thresholds(self, score: np.ndarray, item_same: np.ndarray, same: np.ndarray) -> list[jax.Array]:
+        return [_place(score, self.by_column), _place(item_same, self.by_column), _place(same, self.by_row)]
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(mesh: Mesh) -> _Programs:
+    axes = mesh.axis_names
+    whole, by_row, by_column = (NamedSharding(mesh, spec) for spec in (P(), P(axes), P(None, axes)))
+
+    def product(q: jax.Array, q_scale: jax.Array, g: jax.Array, g_scale: jax.Array) -> jax.Array:
+        """Cosines (T, T), float32. Mapped by hand so that every device multiplies tiles of one shape."""
+        q, g = q * q_scale[:, None], g * g_scale[:, None]
+        return jax.lax.dot_general(q, g, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+    def pick(products: jax.Array, where: jax.Array) -> jax.Array:
+        return products[where[0], where[1]]
+
+    def count(
+        products: jax.Array, score: jax.Array, item: jax.Array, same: jax.Array, g_score: jax.Array, g_item: jax.Array, g_same: jax.Array
+    ):
+        """(2, R, T) int32 better and equal along the rows, the same along the columns."""
+        return (
+            _along_rows(products, score, item, g_same),
+            _along_rows(products.T, g_score, g_item, same),
+        )
+
+    return _Programs(
+        product=jax.jit(jax.shard_map(product, mesh=mesh, in_specs=(P(axes), P(axes), P(), P()), out_specs=P(axes))),
+        pick=jax.jit(pick, out_shardings=whole),
+        count=jax.jit(count, out_shardings=whole),
+        whole=whole,
+        by_row=by_row,
+        by_column=by_column,
+    )
+
+
+def _along_rows(products: jax.Array, score: jax.Array, item: jax.Array, candidates: jax.Array) -> jax.Array:
+    """(2, R, rows) int32: for each relevant item, candidates (columns) above its score, and level with it."""
+    real = candidates != NO_ROW
+
+    def one(_: None, relevant: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        level, direction = relevant
+        same = candidates[None, :] == direction[:, None]
+        better = jnp.sum((products > level[:, None]) & real & ~same, axis=1, dtype=jnp.int32)
+        equal = jnp.sum((products == level[:, None]) & real | same, axis=1, dtype=jnp.int32)
+        return None, jnp.stack([better, equal])
+
+    return jnp.swapaxes(jax.lax.scan(one, None, (score, item))[1], 0, 1)
+
+
+def _relevant(n: int, m: int, relevance: tuple[Sequence, Sequence] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Row orders that bring relevant pairs together (N,), (M,), and the pairs (P,), (P,) as positions in these orders."""
+    if relevance is None:
+        pairs = np.arange(min(n, m))
+        return np.arange(n), np.arange(m), pairs, pairs
+    left, right = (np.asarray(labels) for labels in relevance)
+    if left.shape != (n,) or right.shape != (m,):
+        raise InputError(f"relevance labels are {left.shape} and {right.shape}, the tables have {n} and {m} rows: one label per row")
+    _, codes = np.unique(np.concatenate([left, right]), return_inverse=True)
+    order_a, order_b = np.argsort(codes[:n], kind="stable"), np.argsort(codes[n:], kind="stable")
+    sorted_a, sorted_b = codes[:n][order_a], codes[n:][order_b]
+    first = np.searchsorted(sorted_b, sorted_a, "left")
+    number = np.searchsorted(sorted_b, sorted_a, "right") - first
+    if not number.sum():
+        raise InputError("no query has a relevant item: no relevance label stands in both tables")
+    rows = np.repeat(np.arange(n), number)
+    return order_a, order_b, rows, np.repeat(first, number) + _count_up(rows)
+
+
+def _count_up(labels: np.ndarray) -> np.ndarray:
+    """For each entry, how many entries before it carry the same label."""
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+    start = np.flatnonzero(np.diff(ordered, prepend=-1))
+    result = np.empty(len(labels), np.int64)
+    result[order] = np.arange(len(labels)) - np.repeat(start, np.diff(start, append=len(labels)))
+    return result
+
+
+def _tile_rows(n: int, chunk: int) -> int:
+    """Depends on the table alone, so that a similarity does not change with the number of devices."""
+    return min(chunk, max(SMALLEST_TILE, 1 << (n - 1).bit_length()))
+
+
+def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _refuse(rows: np.ndarray, what: str, name: str, ids: Sequence[str] | None) -> None:
+    if len(rows):
+        shown = ", ".join(str(i) if ids is None else f"{i} ({ids[i]})" for i in rows[:5])
+        more = ", ..." if len(rows) > 5 else ""
+        raise InputError(f"table {name!r}: {len(rows)} rows hold {what}: {shown}{more}; embed these records again or drop them")

@@ -1,0 +1,92 @@
+"""Results as plain text: the 12-direction table of one result, and several results side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omni_jax.retrieval.directions import AVERAGES, DIRECTIONS
+
+COLUMNS = {
+    "R@1": ("R@1", ".2f"),
+    "R@5": ("R@5", ".2f"),
+    "R@10": ("R@10", ".2f"),
+    "NDCG@10": ("NDCG@10", ".2f"),
+    "MRR": ("MRR", ".2f"),
+    "median_rank": ("median", ".1f"),
+    "mean_rank": ("mean", ".1f"),
+    "ties": ("ties", "d"),
+}
+"""Metric -> (heading, format)."""
+
+POLICY = {
+    "optimistic": "a candidate level with the relevant one counts as worse (optimistic, as published)",
+    "average": "a relevant item stands in the middle of the candidates level with it (average)",
+    "worst": "a candidate level with the relevant one counts as better (worst)",
+}
+ABSENT = "-"
+
+
+def format_table(result: Mapping[str, Any]) -> str:
+    """Returns the 12 directions of one result (the dict of `evaluate`) with their metrics, the averages, and a note on ties."""
+    directions: Mapping[str, Mapping[str, Any]] = result["directions"]
+    shown = [key for key in COLUMNS if any(key in metrics for metrics in directions.values())]
+    rows = [["direction", *(COLUMNS[key][0] for key in shown)]]
+    for name in (d for d in DIRECTIONS if d in directions):
+        rows.append([name, *(_cell(directions[name].get(key), COLUMNS[key][1]) for key in shown)])
+    rows += [[name, _cell(result.get(name), ".2f")] for name in AVERAGES]
+    lines = _aligned(rows, rule_before=(1, len(rows) - len(AVERAGES)))
+    lines += ["", f"{result['n']} records; rates, NDCG and MRR in percent; averages are means of R@1."]
+    reasons: Mapping[str, str] = result.get("missing", {})
+    lines += [f"{name}: no value, {reason}." for name, reason in reasons.items()]
+    policy = result.get("tie_policy", "optimistic")
+    queries = sum(int(metrics.get("queries", result["n"])) for metrics in directions.values())
+    tied = sum(int(metrics.get("ties", 0)) for metrics in directions.values())
+    share = f"{tied} of {queries} queries are decided by a tie ({100 * tied / max(queries, 1):.1f} %)"
+    lines.append(f"Ties: {share}; {POLICY[policy]}.")
+    if tied and policy == "optimistic":
+        lines.append("      The numbers above are the best case; --ties worst shows the other end.")
+    return "\n".join(lines)
+
+
+def format_comparison(results: Mapping[str, Mapping[str, Any]], metric: str = "R@1") -> str:
+    """Returns one metric of several results side by side: rows are directions and averages, columns are results in the order given.
+
+    A result may hold some directions only, as the published ones do. Results over different numbers of records, or scored under
+    different tie policies, are pointed out below the table.
+    """
+    rows = [[metric, *results]]
+    for name in DIRECTIONS:
+        values = [result["directions"].get(name, {}).get(metric) for result in results.values()]
+        if any(value is not None for value in values):
+            rows.append([name, *(_cell(value, COLUMNS[metric][1]) for value in values)])
+    averages = [[name, *(_cell(result.get(name), ".2f") for result in results.values())] for name in AVERAGES]
+    if metric == "R@1":
+        rows += averages
+    lines = _aligned(rows, rule_before=(1, len(rows) - len(averages)) if metric == "R@1" else (1,))
+    sizes = {name: result["n"] for name, result in results.items() if "n" in result}
+    if len(set(sizes.values())) > 1:
+        lines += ["", "Note: galleries differ in size, so these columns are not comparable: " + _listed(sizes) + "."]
+    policies = {name: result["tie_policy"] for name, result in results.items() if "tie_policy" in result}
+    if len(set(policies.values())) > 1:
+        lines += ["", "Note: tie policies differ: " + _listed(policies) + "."]
+    return "\n".join(lines)
+
+
+def _cell(value: Any, spec: str) -> str:
+    return ABSENT if value is None else format(value, spec)
+
+
+def _aligned(rows: Sequence[Sequence[str]], rule_before: Sequence[int]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    lines = []
+    for number, row in enumerate(rows):
+        if number in rule_before:
+            lines.append("  ".join("-" * width for width in widths))
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=False))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
