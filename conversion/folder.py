@@ -1,0 +1,141 @@
+"""The converted folder: what lies where in it, and a way to write a folder so that it appears whole or not at all.
+
+config.json, tokenizer, ...   every side file of the source
+omni_jax.json                 this page's `Manifest`
+weights/                      base weights (see store.py)
+adapter/                      LoRA and modules saved whole, kept apart from the base; absent without an adapter
+adapter/files/                side files of the adapter, adapter_config.json included
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from omni_jax.config import ModelConfig
+from omni_jax.types import InputError
+
+MANIFEST = "omni_jax.json"
+WEIGHTS = "weights"
+ADAPTER = "adapter"
+ADAPTER_FILES = f"{ADAPTER}/files"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFile:
+    """One file of the source, so that an export is split and ordered as the source was.
+
+    Attributes:
+      file: its name.
+      metadata: safetensors metadata.
+      tensors: [name, dtype, shape] in the order of the data; dtype is the safetensors name of the type in the source.
+    """
+
+    file: str
+    metadata: dict[str, str]
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What `omni_jax.json` says.
+
+    Attributes:
+      model: the resolved configuration, `lora` included where there is an adapter.
+      dtype: "keep", or the type every weight was cast to.
+      shards: the base checkpoint's weight files.
+      index: `metadata` of the source's index file; None where it had none.
+      side_files: relative names of the base's side files.
+      adapter: the adapter's weight file; None without one.
+      adapter_config: `adapter_config.json`, parsed.
+      adapter_files: relative names of the adapter's side files.
+      merged: an adapter was folded into the base: only a merged base can be exported.
+    """
+
+    model: ModelConfig
+    dtype: str
+    shards: tuple[TensorFile, ...]
+    index: dict[str, Any] | None
+    side_files: tuple[str, ...]
+    adapter: TensorFile | None = None
+    adapter_config: dict[str, Any] | None = None
+    adapter_files: tuple[str, ...] = ()
+    merged: bool = False
+
+    def write(self, folder: epath.Path) -> None:
+        value = dataclasses.asdict(self) | {"format": FORMAT, "model": self.model.to_json()}
+        (folder / MANIFEST).write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_manifest(folder: epath.PathLike) -> Manifest:
+    """Returns the manifest of a converted folder.
+
+    Raises:
+      InputError: not a converted folder, or written by a newer version.
+    """
+    folder = epath.Path(folder)
+    path = folder / MANIFEST
+    if not path.exists():
+        what = "no such folder" if not folder.exists() else f"not a converted folder ({MANIFEST} is missing)"
+        raise InputError(f"{folder}: {what}; make one with omni-jax convert to-jax")
+    try:
+        value = json.loads(path.read_text())
+        version = value.pop("format")
+        if version == FORMAT:
+            fields: dict[str, Any] = {name: tuple(field) if isinstance(field, list) else field for name, field in value.items()}
+            fields["model"] = ModelConfig.from_json(value["model"])
+            fields["shards"] = tuple(_tensor_file(file) for file in value["shards"])
+            fields["adapter"] = _tensor_file(value["adapter"]) if value["adapter"] else None
+            return Manifest(**fields)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{path}: cannot be read ({type(e).__name__}: {e}); convert the checkpoint again") from None
+    raise InputError(f"{path}: format {version}, this version reads {FORMAT}; update omni_jax or convert the checkpoint again")
+
+
+def _tensor_file(value: dict[str, Any]) -> TensorFile:
+    return TensorFile(value["file"], value["metadata"], tuple((name, dtype, tuple(shape)) for name, dtype, shape in value["tensors"]))
+
+
+@contextlib.contextmanager
+def new_folder(out: epath.PathLike) -> Iterator[epath.Path]:
+    """Yields a temporary folder that takes the name `out` when the block ends, and is removed when it fails.
+
+    Raises:
+      InputError: `out` exists and is not an empty folder, or cannot be created.
+    """
+    out = epath.Path(out).absolute()
+    if out.exists() and (not out.is_dir() or any(True for _ in out.iterdir())):
+        raise InputError(f"{out}: exists and is not an empty folder; choose another name or remove it first")
+    temporary = out.parent / f".{out.name}.incomplete-{os.getpid()}"
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{out}: cannot be created ({e.strerror or e}); choose another place") from None
+    try:
+        yield temporary
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except OSError as e:
+        raise InputError(f"{out}: not written ({e}); free some space or choose another place") from e
+    finally:
+        temporary.rmtree(missing_ok=True)
+
+
+def copy_files(source: epath.Path, names: tuple[str, ...], target: epath.Path) -> None:
+    """Copies files by relative name, making folders as needed."""
+    for name in names:
+        to = target / name
+        if to.exists():
+            raise InputError(f"{source / name}: its name is taken in the converted folder; rename or remove the file")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with (source / name).open("rb") as reader, to.open("wb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)

@@ -1,0 +1,256 @@
+"""A PyTorch checkpoint folder, opened without reading its weights: configuration, where every tensor lies, side files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from conversion import safetensors_io
+from conversion.safetensors_io import TensorInfo
+from conversion.torch_pickle import read_torch_file
+from omni_jax.config import BeatsConfig, ConfigError, ModelConfig
+from omni_jax.types import InputError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_SKIPPED_FOLDERS = (".git", ".cache")  # version control and download bookkeeping, not part of a checkpoint
+_TABLE = re.compile(r"beats\.encoder\.layers\.\d+\.self_attn\.relative_attention_bias\.weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One weight file: its name, its metadata and the names of its tensors in the order of their data."""
+
+    file: str
+    metadata: dict[str, str]
+    tensors: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors weights.
+
+    Attributes:
+      folder: the folder.
+      config: `config.json`, parsed.
+      tensors: name -> place of every tensor.
+      shards: the weight files in the order of their names.
+      index: `metadata` of the index file; None for a checkpoint of one file without an index.
+      side_files: every other file of the folder, relative names.
+    """
+
+    folder: epath.Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    shards: tuple[Shard, ...]
+    index: dict[str, Any] | None
+    side_files: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def open_checkpoint(folder: epath.PathLike) -> Checkpoint:
+    """Returns the checkpoint in a folder; headers are read and checked, weights are not.
+
+    Raises:
+      InputError: wrong folder, damaged or missing files, a tensor in two shards, an index that contradicts the shards.
+    """
+    folder = epath.Path(folder)
+    _wanted_folder(folder)
+    config = read_json(folder / "config.json")
+    index, files, placed = _weight_files(folder)
+    shards, tensors, where = [], {}, {}
+    for file in files:
+        infos, metadata = safetensors_io.read_header(folder / file)
+        shards.append(Shard(file, metadata, tuple(infos)))
+        for name, info in infos.items():
+            where.setdefault(name, []).append(file)
+            tensors[name] = info
+    doubled = [f"{name} in {' and '.join(in_files)}" for name, in_files in where.items() if len(in_files) > 1]
+    if doubled:
+        raise InputError(f"{folder}: {len(doubled)} doubled tensors ({_some(doubled)}); remove the stray shard")
+    if placed is not None:
+        wrong = [f"{name} not in {file}" for name, file in placed.items() if where.get(name) != [file]]
+        wrong += [f"{name} not in the index" for name in where if name not in placed]
+        if wrong:
+            raise InputError(f"{folder / INDEX}: contradicts its shards at {len(wrong)} tensors ({_some(wrong)}); download it again")
+    not_float = [f"{name} is {info.dtype}" for name, info in tensors.items() if info.dtype not in safetensors_io.FLOATS]
+    if not_float:
+        raise InputError(
+            f"{folder}: {len(not_float)} tensors are not floating point ({_some(not_float)}); quantised weights cannot be read"
+        )
+    weights = {*files, INDEX} if index is not None else set(files)
+    return Checkpoint(folder, config, tensors, tuple(shards), index, list_files(folder, leave_out=weights))
+
+
+def read_finite(info: TensorInfo) -> np.ndarray:
+    """Returns a tensor; InputError where it holds NaN or infinity."""
+    array = info.read()
+    refuse_non_finite(array, info.name, info.path)
+    return array
+
+
+def refuse_non_finite(array: np.ndarray, name: str, where: Any) -> None:
+    """Raises InputError naming the tensor where a value is NaN or infinite."""
+    bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
+    exponent = _EXPONENT[safetensors_io.dtype_name(array.dtype)]
+    mantissa_and_exponent = bits.dtype.type((1 << (8 * array.dtype.itemsize - 1)) - 1)
+    step = 1 << 22  # values per pass, so that no temporary is as large as the tensor
+    bad = [at for at in range(0, bits.size, step) if (bits[at : at + step] & mantissa_and_exponent).max() >= exponent]
+    if bad:
+        count = sum(int(np.count_nonzero((bits[at : at + step] & mantissa_and_exponent) >= exponent)) for at in bad)
+        raise InputError(f"{where}: tensor {name} holds {count} NaN or infinite values of {bits.size}; get the weights again")
+
+
+# Bit pattern of infinity; a larger one is NaN.
+_EXPONENT = {"F64": 0x7FF0000000000000, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+
+
+@dataclasses.dataclass(frozen=True)
+class BeatsFile:
+    """A published BEATs `.pt`: its settings, and its weights under the names they have in a WAVE checkpoint."""
+
+    config: BeatsConfig
+    tensors: dict[str, np.ndarray]
+
+
+def read_beats_file(path: epath.PathLike) -> BeatsFile:
+    """Returns settings and weights of a BEATs file {cfg, model}; never executes what the file says.
+
+    Raises:
+      InputError: not such a file, or a variant that is not supported.
+    """
+    path = epath.Path(path)
+    content = read_torch_file(path)
+    if not (isinstance(content, dict) and isinstance(content.get("cfg"), dict) and isinstance(content.get("model"), dict)):
+        raise InputError(f"{path}: not a BEATs file: a dict with 'cfg' and 'model' is wanted")
+    weights = content["model"]
+    wrong = [str(name) for name, value in weights.items() if not (isinstance(name, str) and isinstance(value, np.ndarray))]
+    wrong += [f"{n} ({v.dtype})" for n, v in weights.items() if isinstance(v, np.ndarray) and not is_float(v.dtype)]
+    if wrong:
+        raise InputError(f"{path}: {len(wrong)} entries of 'model' are not floating-point tensors ({_some(wrong)}); not a BEATs file")
+    try:
+        config = BeatsConfig.from_pt_config(content["cfg"])
+    except KeyError as e:
+        raise InputError(f"{path}: its cfg lacks {e.args[0]!r}; not a BEATs file") from None
+    except (ConfigError, TypeError, ValueError) as e:
+        raise InputError(f"{path}: {e}") from None
+    tensors = {f"beats.{name}": value for name, value in weights.items()}
+    return BeatsFile(_as_stored(config, {name: value.shape for name, value in tensors.items()}), tensors)
+
+
+def model_config(checkpoint: Checkpoint, beats: BeatsFile | None = None) -> ModelConfig:
+    """Returns the configuration of a checkpoint, without LoRA.
+
+    BEATs' settings come from `beats`, else from the file `audio_config.beats_path` names if the folder holds it, else from the published
+    values (SPEC section 1). Whether a predictor is there and how often the shared table is stored, the weights say.
+
+    Raises:
+      InputError: a config.json that is not of this model.
+    """
+    if beats is not None:
+        settings = beats.config
+    else:
+        settings = _as_stored(_beats_settings(checkpoint), {name: info.shape for name, info in checkpoint.tensors.items()})
+    try:
+        return ModelConfig.from_hf(checkpoint.config, settings)
+    except ConfigError as e:
+        text = str(e).removeprefix("config.json: ")
+        raise InputError(f"{checkpoint.folder / 'config.json'}: {text}") from None
+    except (TypeError, AttributeError, ValueError) as e:
+        raise InputError(f"{checkpoint.folder / 'config.json'}: cannot be read as a WAVE configuration ({e})") from None
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Returns a JSON object; InputError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (ValueError, OSError) as e:
+        raise InputError(f"{path}: not readable as JSON ({e}); download it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON object is wanted, this is a {type(value).__name__}")
+    return value
+
+
+def list_files(folder: epath.Path, leave_out: set[str], below: str = "") -> tuple[str, ...]:
+    """Returns the relative names of all files of a folder and its subfolders but `leave_out`, sorted."""
+    names: list[str] = []
+    for item in sorted(folder.iterdir(), key=lambda item: item.name):
+        name = f"{below}{item.name}"
+        if item.is_dir():
+            if item.name not in _SKIPPED_FOLDERS:
+                names += list_files(item, leave_out, f"{name}/")
+        elif not item.exists():
+            raise InputError(f"{item}: a link to a file that does not exist; download the folder again")
+        elif name not in leave_out:
+            names.append(name)
+    return tuple(names)
+
+
+def _wanted_folder(folder: epath.Path) -> None:
+    if not folder.exists():
+        raise InputError(f"{folder}: no such folder")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: is a file; name the folder that holds config.json and the weights")
+    if (folder / "omni_jax.json").exists():
+        raise InputError(f"{folder}: is already a converted folder; name the PyTorch checkpoint")
+    if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise InputError(f"{folder}: is an adapter; give it as --adapter, and the WAVE-7B folder as --base")
+        raise InputError(f"{folder}: has no config.json; name the folder that holds config.json and the weights")
+
+
+def _weight_files(folder: epath.Path) -> tuple[dict[str, Any] | None, list[str], dict[str, str] | None]:
+    """Returns (index metadata, weight files, tensor -> file as the index says)."""
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            raise InputError(f"{folder}: has neither {INDEX} nor {SINGLE}; safetensors weights are wanted")
+        return None, [SINGLE], None
+    index = read_json(folder / INDEX)
+    placed = index.get("weight_map")
+    if not (isinstance(placed, dict) and placed and all(isinstance(file, str) for file in placed.values())):
+        raise InputError(f"{folder / INDEX}: has no weight_map; download it again")
+    files = sorted(set(placed.values()))
+    outside = [file for file in files if "/" in file or "\\" in file or file in ("", ".", "..")]
+    if outside:
+        raise InputError(f"{folder / INDEX}: names files outside its folder ({_some(outside)}); do not use this checkpoint")
+    absent = [file for file in files if not (folder / file).exists()]
+    if absent:
+        raise InputError(f"{folder / INDEX}: {len(absent)} of {len(files)} weight files are absent ({_some(absent)}); download them")
+    return index.get("metadata") or {}, files, placed
+
+
+def _beats_settings(checkpoint: Checkpoint) -> BeatsConfig:
+    name = (checkpoint.config.get("audio_config") or {}).get("beats_path")
+    if not name:
+        return BeatsConfig()
+    path = checkpoint.folder / str(name).replace("\\", "/").rsplit("/", 1)[-1]  # published configs hold a path of the training machine
+    return read_beats_file(path).config if path.exists() else BeatsConfig()
+
+
+def _as_stored(config: BeatsConfig, shapes: Mapping[str, tuple[int, ...]]) -> BeatsConfig:
+    predictor = shapes.get("beats.predictor.weight", (0,))
+    tables = sum(1 for name in shapes if _TABLE.fullmatch(name))
+    return dataclasses.replace(config, predictor_classes=predictor[0] if predictor else 0, shared_table_stored=tables)
+
+
+def is_float(dtype: np.dtype) -> bool:
+    try:
+        return safetensors_io.dtype_name(dtype) in safetensors_io.FLOATS
+    except KeyError:
+        return False
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

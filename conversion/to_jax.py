@@ -1,0 +1,229 @@
+"""PyTorch checkpoint and PEFT adapter -> converted folder, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from conversion import engine, folder, source
+from conversion.adapter import Adapter, open_adapter
+from conversion.engine import Entry
+from conversion.folder import Manifest, TensorFile
+from conversion.rules import PEFT_PREFIX
+from conversion.safetensors_io import DTYPES as DTYPE_OF
+from conversion.safetensors_io import dtype_name
+from conversion.source import BeatsFile, Checkpoint
+from conversion.store import PART_BYTES, StoreWriter
+from omni_jax.types import InputError
+
+DTYPES: dict[str, Any] = {"keep": None, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a conversion did: tensors written, their values and bytes, and the time it took."""
+
+    tensors: int
+    parameters: int
+    nbytes: int
+    seconds: float
+
+
+def to_jax(
+    base: epath.PathLike,
+    out: epath.PathLike,
+    *,
+    adapter: epath.PathLike | None = None,
+    beats: epath.PathLike | None = None,
+    dtype: str = "keep",
+    merge_adapter: bool = False,
+    part_bytes: int = PART_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Writes the converted folder `out`; it appears under its name only when complete.
+
+    Args:
+      base: folder with config.json and safetensors weights.
+      out: new folder.
+      adapter: PEFT adapter folder; kept apart from the base unless `merge_adapter`.
+      beats: BEATs `.pt` whose weights and settings replace those of the base.
+      dtype: "keep", "bfloat16" or "float32"; "keep" makes the way back bit-equal.
+      merge_adapter: fold LoRA and whole modules into the base; the result can only be exported as a merged base.
+      part_bytes: largest group of arrays saved together.
+      progress: called with (bytes done, bytes in all).
+
+    Raises:
+      InputError: one line naming the file and the mend; nothing is left under `out`.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    if merge_adapter and adapter is None:
+        raise InputError("--merge-adapter: needs --adapter, the folder to merge")
+    started = time.monotonic()
+    with folder.new_folder(out) as temporary:
+        job = _Job(source.open_checkpoint(base), beats, adapter, DTYPES[dtype], merge_adapter, progress)
+        with StoreWriter(temporary / folder.WEIGHTS, part_bytes) as writer:
+            job.write_base(writer)
+        kept = job.adapter if not merge_adapter else None
+        if kept is not None:
+            with StoreWriter(temporary / folder.ADAPTER, part_bytes) as writer:
+                job.write_adapter(kept, writer)
+            folder.copy_files(kept.folder, kept.side_files, temporary / folder.ADAPTER_FILES)
+        folder.copy_files(job.checkpoint.folder, job.checkpoint.side_files, temporary)
+        if (temporary / folder.MANIFEST).exists():
+            raise InputError(f"{job.checkpoint.folder / folder.MANIFEST}: its name is taken in the converted folder; rename the file")
+        Manifest(
+            model=dataclasses.replace(job.config, lora=kept.lora if kept else None),
+            dtype=dtype,
+            shards=job.shards(),
+            index=job.index(),
+            side_files=job.checkpoint.side_files,
+            adapter=job.adapter_file(kept) if kept else None,
+            adapter_config=kept.config if kept else None,
+            adapter_files=kept.side_files if kept else (),
+            merged=merge_adapter,
+        ).write(temporary)
+    return Summary(job.tensors, job.parameters, job.nbytes, time.monotonic() - started)
+
+
+class _Job:
+    """One conversion: the opened sources and the counts so far."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        beats: epath.PathLike | None,
+        adapter: epath.PathLike | None,
+        dtype: Any,
+        merge: bool,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.beats: BeatsFile | None = source.read_beats_file(beats) if beats is not None else None
+        self._beats_path = beats
+        self.config = source.model_config(checkpoint, self.beats)
+        self.entries = engine.base_entries(self.config)
+        self._check()
+        self.adapter = open_adapter(adapter, self.config) if adapter is not None else None
+        self._merge = self.adapter if merge else None
+        self._dtype = None if dtype is None else np.dtype(dtype)
+        self._progress = progress or (lambda done, total: None)
+        self._total = checkpoint.nbytes
+        self._read = 0
+        self._written: dict[str, tuple[str, tuple[int, ...]]] = {}  # torch name -> dtype and shape as stored
+        self.tensors = self.parameters = self.nbytes = 0
+
+    def _check(self) -> None:
+        shapes = {name: info.shape for name, info in self.checkpoint.tensors.items() if not self._replaced(name)}
+        if self.beats is None:
+            where, mend = str(self.checkpoint.folder), "use the config.json that belongs to these weights"
+            engine.check(self.entries, shapes, where, mend)
+            return
+        ours = {name: entry for name, entry in self.entries.items() if self._replaced(name)}
+        theirs = {name: value.shape for name, value in self.beats.tensors.items()}
+        engine.check(ours, theirs, str(self._beats_path), "use the .pt file as published, with the cfg that belongs to its weights")
+        rest = {name: entry for name, entry in self.entries.items() if name not in ours}
+        engine.check(rest, shapes, str(self.checkpoint.folder), "use the config.json that belongs to these weights")
+
+    def _replaced(self, name: str) -> bool:
+        return self.beats is not None and name.startswith("beats.")
+
+    def _load(self, entry: Entry) -> np.ndarray:
+        """Returns one torch tensor of the base."""
+        if self.beats is not None and self._replaced(entry.key):
+            array = np.ascontiguousarray(self.beats.tensors[entry.key])
+            source.refuse_non_finite(array, entry.key.removeprefix("beats."), self._beats_path)
+            return array
+        info = self.checkpoint.tensors[entry.key]
+        self._read += info.nbytes
+        self._progress(self._read, self._total)
+        return source.read_finite(info)
+
+    def _present(self, entry: Entry) -> bool:
+        tensors = self.beats.tensors if self.beats is not None and self._replaced(entry.key) else self.checkpoint.tensors
+        return entry.key in tensors
+
+    def write_base(self, writer: StoreWriter) -> None:
+        """Writes every leaf; in the order of the tree, so that the layers of a stack lie together."""
+        for group in engine.stacks(entry for entry in self.entries.values() if self._present(entry)).values():
+            if group[0].shared:
+                self._add(writer, group[0], self._shared(group))
+                for entry in group[1:]:
+                    self._written[entry.key] = self._written[group[0].key]
+                continue
+            for entry in group:
+                self._add(writer, entry, entry.to_tree(self._merged(entry, self._load(entry))))
+
+    def _shared(self, group: list[Entry]) -> np.ndarray:
+        first = self._load(group[0])
+        for entry in group[1:]:
+            other = self._load(entry)
+            if other.dtype != first.dtype or other.tobytes() != first.tobytes():
+                where = self._beats_path if self._replaced(entry.key) else self.checkpoint.folder
+                raise InputError(
+                    f"{where}: {entry.key} differs from {group[0].key}, but all layers must share one table; get the weights again"
+                )
+        return group[0].to_tree(first)
+
+    def _merged(self, entry: Entry, array: np.ndarray) -> np.ndarray:
+        """Returns a torch tensor of the base with the adapter folded in (float32 arithmetic, the base's type)."""
+        adapter = self._merge
+        if adapter is None:
+            return array
+        whole = PEFT_PREFIX + entry.key
+        if whole in adapter.entries:
+            return adapter.read(whole)
+        sides = [f"{PEFT_PREFIX}{entry.key.removesuffix('.weight')}.lora_{side}.weight" for side in "AB"]
+        if not all(side in adapter.entries for side in sides):
+            return array
+        a, b = (adapter.read(side).astype(np.float32) for side in sides)  # (r, in) and (out, r)
+        merged = (b @ a) * np.float32(adapter.lora.scale)
+        merged += array.astype(np.float32)
+        return merged.astype(array.dtype)
+
+    def write_adapter(self, adapter: Adapter, writer: StoreWriter) -> None:
+        for group in engine.stacks(adapter.entries.values()).values():
+            for entry in group:
+                self._add(writer, entry, entry.to_tree(adapter.read(entry.key)))
+
+    def _add(self, writer: StoreWriter, entry: Entry, array: np.ndarray) -> None:
+        if self._dtype is not None:
+            array = array.astype(self._dtype, copy=False)
+        writer.add(entry.stored, array)
+        self._written[entry.key] = (dtype_name(array.dtype), entry.torch_shape)
+        self.tensors += 1
+        self.parameters += array.size
+        self.nbytes += array.nbytes
+
+    def shards(self) -> tuple[TensorFile, ...]:
+        """Returns the source's files with the tensors an export has to put there.
+
+        Tensors that only the BEATs file has go where the first of the base's BEATs tensors lies.
+        """
+        files = [(shard, [name for name in shard.tensors if name in self._written]) for shard in self.checkpoint.shards]
+        placed = {name for _, names in files for name in names}
+        new = [name for name in self._written if name in self.entries and name not in placed]
+        home = next((names for shard, names in files if any(name.startswith("beats.") for name in shard.tensors)), files[0][1])
+        home += new
+        return tuple(TensorFile(shard.file, shard.metadata, self._described(names)) for shard, names in files)
+
+    def index(self) -> dict[str, Any] | None:
+        """Returns the metadata of the source's index, its `total_size` brought up to date where the weights changed."""
+        index = self.checkpoint.index
+        written = sum(DTYPE_OF[dtype].itemsize * math.prod(shape) for name, (dtype, shape) in self._written.items() if name in self.entries)
+        if index is not None and "total_size" in index and written != self.checkpoint.nbytes:
+            return index | {"total_size": written}
+        return index
+
+    def adapter_file(self, adapter: Adapter) -> TensorFile:
+        return TensorFile("adapter_model.safetensors", adapter.metadata, self._described(adapter.entries))
+
+    def _described(self, names: Iterable[str]) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        return tuple((name, *self._written[name]) for name in names)
