@@ -56,7 +56,7 @@ def embedding_pass(
     encode: Encode,
     group: int,
     normalize: bool = True,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda items: None,
 ) -> Outcome:
     """Embeds every record of a stream, `group` clips at a time.
 
@@ -68,7 +68,7 @@ def embedding_pass(
       plan: features of a group -> a batch of static shapes.
       encode: starts a batch and yields (clip of the group, table, vector (D,) float32).
       normalize: whether rows are scaled to length 1.
-      progress: called with the number of records embedded or set aside so far.
+      progress: called with the number of records just embedded or set aside.
     """
     run = _Pass(tables, plan, encode, normalize, progress)
     waiting: list[Features] = []
@@ -113,7 +113,7 @@ class _Pass:
 
     def set_aside(self, record: Record, reason: str) -> None:
         self.outcome.problems.append(Problem(record, reason))
-        self._progress(len(self._ids) + len(self.outcome.problems))
+        self._progress(1)
 
     def _collect(self, group: tuple[list[Features], Iterator[tuple[int, str, np.ndarray]]] | None) -> None:
         if group is None:
@@ -131,4 +131,4 @@ class _Pass:
             for name in self._tables:
                 vector = by_table[name]
                 self._rows[name].append(vector / np.linalg.norm(vector) if self._normalize else vector)
-        self._progress(len(self._ids) + len(self.outcome.problems))
+            self._progress(1)

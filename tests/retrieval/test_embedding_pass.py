@@ -74,7 +74,7 @@ def test_a_broken_clip_is_set_aside_and_the_others_go_on():
     )
     assert outcome.table.ids == ("clip1", "clip2", "clip4", "clip5")
     assert [(p.record.id, p.reason) for p in outcome.problems] == [("clip0", "clip0.mp4: broken"), ("clip3", "clip3.mp4: broken")]
-    assert seen == sorted(seen) and seen[-1] == 6
+    assert sum(seen) == 6 and len(seen) > 2
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
