@@ -66,8 +66,8 @@ def read_waveform(
       timestamps: (start, end) seconds of the part to take; None for the whole track.
 
     Raises:
-      ClipError: when the file is missing, empty, a directory, not a media file or truncated, and when a file that holds audio alone cannot be
-        decoded, has no samples, has NaN or infinite samples, or ends before the interval starts.
+      ClipError: when the file is missing, empty, a directory, not a media file or truncated, and when a file that holds audio alone cannot
+        be decoded, has no samples, has NaN or infinite samples, or ends before the interval starts.
     """
     check_file(path)
     wanted = round(seconds * SAMPLE_RATE) if seconds > 0 else None

@@ -8,6 +8,7 @@ no `if __name__ == "__main__"`.
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import json
@@ -111,6 +112,7 @@ class _Pool:
         self._children: set[_Child] = set()
         self._threads: list[threading.Thread] = []
         self._closing = False
+        atexit.register(self.close)  # an iterator that nobody closed must not leave a hung child behind
 
     def submit(self, number: int, item: Any, name: str) -> None:
         self._tasks.put((number, item, name))
@@ -138,6 +140,7 @@ class _Pool:
             self._tasks.put(None)
         for thread in self._threads:
             thread.join(_JOIN_LIMIT_S)
+        atexit.unregister(self.close)
 
     def _tend(self) -> None:
         child: _Child | None = None
@@ -149,7 +152,7 @@ class _Pool:
                     outcome = child.call(item, name, self._timeout_s)
                 except TimeoutError:
                     outcome = ClipError(
-                        f"{name}: decoding took longer than {self._timeout_s:g} s and was stopped; check the file or raise the limit (--timeout)"
+                        f"{name}: decoding took longer than {self._timeout_s:g} s and was stopped; re-encode the file or raise --timeout"
                     )
                     child = self._end(child)
                 except (EOFError, OSError):
@@ -169,7 +172,10 @@ class _Pool:
             self._end(child)
 
     def _start(self) -> _Child:
-        child = _Child()
+        try:
+            child = _Child()
+        except OSError as error:
+            raise RuntimeError(f"a decoding process could not start: {error}; use fewer workers") from None
         with self._changed:
             self._children.add(child)
             if self._closing:
@@ -285,7 +291,7 @@ def _receive(connection: socket.socket, deadline: float) -> Any:
 
 
 def _read(connection: socket.socket, size: int, deadline: float) -> memoryview:
-    data = memoryview(np.empty(size, np.uint8))
+    data = np.empty(size, np.uint8).data  # not a bytearray: this one is not filled with zeros first
     at = 0
     while at < size:
         connection.settimeout(_left(deadline))

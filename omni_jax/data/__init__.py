@@ -1,0 +1,1 @@
+"""Manifests, shards and the pipelines that turn records into features. Importing this package loads none of them."""

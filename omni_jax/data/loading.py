@@ -1,0 +1,86 @@
+"""From manifest records to features, decoded and computed in processes that a bad file cannot stop."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+
+from omni_jax.config import Preset
+from omni_jax.media.workers import run_guarded
+from omni_jax.types import Clip, ClipError, Features, Record
+
+DECODE_LIMIT_S = 120.0
+"""Seconds after which one clip's decoding counts as hung."""
+
+
+def load_features(
+    records: Iterable[Record],
+    preset: Preset,
+    modalities: Iterable[str],
+    workers: int,
+    timeout_s: float = DECODE_LIMIT_S,
+) -> Iterator[Features | ClipError]:
+    """Yields, for each record in order, its features or the reason why there are none.
+
+    Args:
+      records: any iterable; read a few records ahead.
+      preset: how clips become arrays.
+      modalities: among "t", "v", "a"; others are neither decoded nor opened. A modality the record lacks is left out.
+      workers: decoding processes; 0 decodes in this process, where a hang cannot be ended.
+      timeout_s: seconds one record may take.
+    """
+    function = functools.partial(record_features, preset=preset, modalities=frozenset(modalities))
+    for _, outcome in run_guarded(function, records, workers, timeout_s, name=_name):
+        yield outcome
+
+
+def record_features(record: Record, preset: Preset, modalities: frozenset[str]) -> Features:
+    """Returns one record's features. Raises ClipError when its media cannot be used."""
+    return clip_features(load_clip(record, preset, modalities), preset)
+
+
+def load_clip(record: Record, preset: Preset, modalities: frozenset[str]) -> Clip:
+    """Returns a record with its frames and waveform, of those modalities that are asked for and that it has.
+
+    Raises:
+      ClipError: when a media file cannot be used.
+    """
+    # Each reader loads its libraries when it is first needed: captions alone need neither.
+    video = waveform = None
+    warnings: tuple[str, ...] = ()
+    if "v" in modalities and record.video is not None:
+        from omni_jax.media.video import read_frames
+
+        video = read_frames(record.video, preset.frames, record.timestamps)
+    if "a" in modalities and record.audio is not None:
+        from omni_jax.media.audio import read_waveform
+
+        audio = read_waveform(
+            record.audio,
+            seconds=preset.audio_seconds,
+            pad=preset.audio_pad,
+            crop=preset.audio_crop,
+            channels=preset.channels,
+            timestamps=record.timestamps,
+        )
+        waveform, warnings = audio.samples, audio.warnings
+    return Clip(record=record, video=video, waveform=waveform, warnings=warnings)
+
+
+def clip_features(clip: Clip, preset: Preset) -> Features:
+    """Returns the model-ready arrays of a decoded clip."""
+    vision = audio = None
+    if clip.video is not None:
+        from omni_jax.features.vision import vision_features
+
+        vision = vision_features(clip.video, preset)
+    if clip.waveform is not None:
+        from omni_jax.features.audio import audio_segments
+
+        audio = audio_segments(clip.waveform, preset)
+    return Features(record=clip.record, vision=vision, audio=audio, warnings=clip.warnings)
+
+
+def _name(record: Record) -> str:
+    files = dict.fromkeys(str(path) for path in (record.video, record.audio) if path is not None)
+    return " + ".join(files) or f"record {record.id}"
