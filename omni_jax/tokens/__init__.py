@@ -1,0 +1,1 @@
+"""Features to prompts, positions and batches of static shape. NumPy only."""

@@ -1,0 +1,153 @@
+"""One prompt: media, text, end token. Source: SPEC section 3.
+
+Letters: S tokens, M media tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from omni_jax.config import TABLE_MODALITIES, ConfigError, ModelConfig, Preset
+from omni_jax.tokens.interleave import VideoSpan, interleave
+from omni_jax.tokens.positions import line, media_positions
+from omni_jax.tokens.tokenizer import Tokenizer
+from omni_jax.types import SOURCE_TEXT, SOURCE_VIDEO, ClipError, Features, TokenSequence
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaBlock:
+    """Media tokens with their bos and eos. Fields as in `types.TokenSequence`; `next` is the position of the text after the block."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    source: np.ndarray
+    source_index: np.ndarray
+    next: int
+
+
+def media_block(
+    config: ModelConfig, video: VideoSpan | None, audio_tokens: int | None, *, start: int = 0, audio_repeat: int = 2
+) -> MediaBlock:
+    """Returns the tokens of a prompt's media, bos and eos included.
+
+    Args:
+      video: the video's grid, None for a prompt without video.
+      audio_tokens: tokens k of the audio tower, None for a prompt without audio.
+      start: position of the block's first token.
+      audio_repeat: prompt tokens per audio-tower token: 2 (Whisper, BEATs), 1 for a backbone without BEATs.
+    """
+    tokens = config.tokens
+    order = interleave(config, video, audio_tokens, audio_repeat)
+    positions, after = media_positions(config, order, video, start)
+    bos = [tokens.vision_bos] * (video is not None) + [tokens.audio_bos] * (audio_tokens is not None)
+    eos = [tokens.audio_eos] * (audio_tokens is not None) + [tokens.vision_eos] * (video is not None)
+    media = np.where(order.source == SOURCE_VIDEO, tokens.video, tokens.audio)
+    edges = (len(bos), len(eos))
+    return MediaBlock(
+        ids=np.concatenate([bos, media, eos]).astype(np.int32),
+        positions=positions,
+        source=np.pad(order.source, edges, constant_values=SOURCE_TEXT),
+        source_index=np.pad(order.index, edges),
+        next=after,
+    )
+
+
+def prompt_text(tokenizer: Tokenizer, preset: Preset, table: str, caption: str | None) -> tuple[list[int], int]:
+    """Returns the indices of a prompt's text, end token included, and how many caption tokens were cut.
+
+    Raises:
+      ClipError: for a table with text and no caption, or a caption that is not valid Unicode.
+    """
+    modalities = TABLE_MODALITIES[table]
+    cut = 0
+    if "t" in modalities:
+        if caption is None:
+            raise ClipError(f"table {table} needs a caption, and the record has none")
+        # Quirk of the release's processor: a prompt that is text alone loses leading whitespace on its way to the fused head.
+        alone = modalities == frozenset("t") and preset.text_head == "fused"
+        ids = tokenizer.encode_text(caption.lstrip() if alone else caption)
+        cut = max(0, len(ids) - preset.max_text_tokens)
+        ids = ids[: preset.max_text_tokens]
+    else:
+        ids = tokenizer.encode_text(preset.filler)
+    return ids + [tokenizer.im_end] * preset.end_token, cut
+
+
+def build_sequence(
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    preset: Preset,
+    table: str,
+    caption: str | None,
+    vision: tuple[tuple[int, int, int], float] | None,
+    audio_tokens: int | None,
+    *,
+    audio_repeat: int = 2,
+) -> TokenSequence:
+    """Returns the prompt of one clip for one table.
+
+    Args:
+      table: a name in `config.TABLES`.
+      caption: used where the table has text.
+      vision: (grid_thw, second_per_grid), used where the table has video.
+      audio_tokens: tokens k of the audio tower, used where the table has audio.
+      audio_repeat: prompt tokens per audio-tower token.
+
+    Raises:
+      ConfigError: for an unknown table.
+      ClipError: where the clip lacks what the table needs, the caption is not valid Unicode, or nothing is left to embed.
+    """
+    if table not in TABLE_MODALITIES:
+        raise ConfigError(f"unknown table {table!r}; choose among {', '.join(TABLE_MODALITIES)}")
+    modalities = TABLE_MODALITIES[table]
+    if "v" in modalities and vision is None:
+        raise ClipError(f"table {table} needs video, and the record has none")
+    if "a" in modalities and not audio_tokens:
+        raise ClipError(f"table {table} needs audio, and the record has none")
+    text, cut = prompt_text(tokenizer, preset, table, caption)
+    if not modalities & frozenset("va"):
+        if not text:
+            raise ClipError("the caption is empty and the preset adds no end token, so that nothing is left to embed; give a caption")
+        return _text_only(text, cut)
+    video = VideoSpan(*vision) if vision is not None and "v" in modalities else None
+    block = media_block(config, video, audio_tokens if "a" in modalities else None, audio_repeat=audio_repeat)
+    count = (0, len(text))
+    return TokenSequence(
+        ids=np.concatenate([block.ids, np.asarray(text, np.int32)]),
+        positions=np.concatenate([block.positions, line(block.next, len(text))], axis=1),
+        source=np.pad(block.source, count, constant_values=SOURCE_TEXT),
+        source_index=np.pad(block.source_index, count),
+        prefix=len(block.ids),
+        truncated=cut,
+    )
+
+
+def _text_only(ids: list[int], cut: int) -> TokenSequence:
+    return TokenSequence(
+        ids=np.asarray(ids, np.int32),
+        positions=line(0, len(ids)),
+        source=np.full(len(ids), SOURCE_TEXT, np.int8),
+        source_index=np.zeros(len(ids), np.int32),
+        truncated=cut,
+    )
+
+
+def build_sequences(
+    features: Features, tables: Sequence[str], tokenizer: Tokenizer, config: ModelConfig, preset: Preset
+) -> Mapping[str, TokenSequence]:
+    """Returns the prompts of one clip, one for each table whose modalities the clip has.
+
+    Raises:
+      ClipError: where a prompt cannot be built.
+    """
+    vision = (features.vision.grid_thw, features.vision.second_per_grid) if features.vision else None
+    has = {"t": features.record.text is not None, "v": vision is not None, "a": features.audio is not None}
+    return {
+        table: build_sequence(tokenizer, config, preset, table, features.record.text, vision, features.audio_tokens)
+        for table in tables
+        if all(has[m] for m in TABLE_MODALITIES[table])
+    }
+

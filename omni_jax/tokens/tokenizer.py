@@ -1,0 +1,120 @@
+"""Captions to vocabulary indices, with no way for a caption to speak in control tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import tokenizers
+from etils import epath
+
+from omni_jax.types import ClipError, InputError
+
+END = "<|im_end|>"
+CONTROL_TOKENS = {
+    "pad": "<|endoftext|>",
+    "audio": "<|AUDIO|>",
+    "audio_bos": "<|audio_bos|>",
+    "audio_eos": "<|audio_eos|>",
+    "video": "<|VIDEO|>",
+    "vision_bos": "<|vision_bos|>",
+    "vision_eos": "<|vision_eos|>",
+}
+"""Field of `config.SpecialTokens` -> the token's string in the tokenizer."""
+
+
+class Tokenizer:
+    """The byte-pair tokenizer of a checkpoint.
+
+    Attributes:
+      im_end: index of `<|im_end|>`, which ends a prompt.
+      control: indices of the control tokens, by the field names of `config.SpecialTokens`.
+    """
+
+    def __init__(self, plain: tokenizers.Tokenizer, added: Mapping[str, int], where: str = "the tokenizer"):
+        """Takes a tokenizer without added tokens and the added tokens apart.
+
+        Raises:
+          InputError: when a control token is missing.
+        """
+        missing = [name for name in (END, *CONTROL_TOKENS.values()) if name not in added]
+        if missing:
+            raise InputError(f"{where}: the tokenizer lacks {', '.join(missing)}; use the folder of a WAVE-7B checkpoint")
+        self._plain = plain
+        self.im_end = added[END]
+        self.control = {field: added[name] for field, name in CONTROL_TOKENS.items()}
+
+    @classmethod
+    def from_pretrained(cls, directory: str | PathLike[str]) -> Tokenizer:
+        """Reads the tokenizer files of a checkpoint folder; nothing is fetched and no code of the folder is run.
+
+        Raises:
+          InputError: when the folder has no tokenizer, or one that cannot be read or lacks a control token.
+        """
+        folder = epath.Path(directory)
+        if not folder.is_dir():
+            raise InputError(f"{folder}: not a folder; give the folder of a checkpoint")
+        file = folder / "tokenizer.json"
+        if file.is_file():
+            try:
+                text = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as e:
+                raise InputError(f"{file}: cannot be read ({_line(e)}); copy it again from the checkpoint") from None
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            text = _from_slow_files(folder)
+        else:
+            raise InputError(f"{folder}: no tokenizer.json (nor vocab.json with merges.txt); copy the tokenizer files of the checkpoint there")
+        try:
+            record = json.loads(text)
+            added = {token["content"]: int(token["id"]) for token in record["added_tokens"]}
+            # Without its added tokens the tokenizer reads their strings as ordinary text, those marked special=false too.
+            plain = tokenizers.Tokenizer.from_str(json.dumps({**record, "added_tokens": [], "truncation": None, "padding": None}))
+        except Exception as e:  # the library raises bare Exception
+            raise InputError(f"{file}: cannot be read as a tokenizer ({_line(e)}); copy it again from the checkpoint") from None
+        return cls(plain, {**_added_tokens(folder), **added}, str(folder))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Returns the vocabulary indices of a text; the strings of control tokens in it are ordinary text.
+
+        Raises:
+          ClipError: for text that is not valid Unicode (lone surrogates, as undecodable bytes leave behind).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as e:
+            raise ClipError(f"the caption is not valid Unicode at character {e.start}; save the file as UTF-8") from None
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
+
+
+def _added_tokens(folder: epath.Path) -> dict[str, int]:
+    """Control tokens that older checkpoints list beside the tokenizer."""
+    found: dict[str, int] = {}
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            if name == "added_tokens.json":
+                found.update({content: int(index) for content, index in record.items()})
+            else:
+                found.update({token["content"]: int(index) for index, token in record.get("added_tokens_decoder", {}).items()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise InputError(f"{file}: cannot be read ({_line(e)}); copy it again from the checkpoint") from None
+    return found
+
+
+def _from_slow_files(folder: epath.Path) -> str:
+    """Returns what tokenizer.json would hold, built from vocab.json and merges.txt."""
+    from transformers import Qwen2Tokenizer  # slow to import; only checkpoints without tokenizer.json need it
+
+    try:
+        return Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).backend_tokenizer.to_str()
+    except Exception as e:  # the library raises whatever its parsers do
+        raise InputError(f"{folder}: vocab.json and merges.txt cannot be read ({_line(e)}); copy them again from the checkpoint") from None
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
