@@ -48,10 +48,12 @@ def log_mel(waveform: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _whisper():  # noqa: ANN202 (the type lives in the package imported here)
+def _whisper():
     from transformers import WhisperFeatureExtractor  # half a second; only clips with audio need it
 
-    return WhisperFeatureExtractor(feature_size=MEL_BINS, sampling_rate=SAMPLE_RATE, hop_length=HOP, chunk_length=SEGMENT_SECONDS, n_fft=WHISPER_WINDOW)
+    return WhisperFeatureExtractor(
+        feature_size=MEL_BINS, sampling_rate=SAMPLE_RATE, hop_length=HOP, chunk_length=SEGMENT_SECONDS, n_fft=WHISPER_WINDOW
+    )
 
 
 def kaldi_fbank(waveform: np.ndarray) -> np.ndarray:

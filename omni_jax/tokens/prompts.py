@@ -150,4 +150,3 @@ def build_sequences(
         for table in tables
         if all(has[m] for m in TABLE_MODALITIES[table])
     }
-

@@ -65,7 +65,7 @@ class Tokenizer:
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             text = _from_slow_files(folder)
         else:
-            raise InputError(f"{folder}: no tokenizer.json (nor vocab.json with merges.txt); copy the tokenizer files of the checkpoint there")
+            raise InputError(f"{folder}: no tokenizer.json, nor vocab.json with merges.txt; copy them from the checkpoint")
         try:
             record = json.loads(text)
             added = {token["content"]: int(token["id"]) for token in record["added_tokens"]}

@@ -1,0 +1,240 @@
+"""Features of a group of clips to one `EncoderBatch`: the towers' batches, the media table's layout, the decoder's rows.
+
+Letters: N items, P patches, F frames, R rows, S tokens, K prompts per row, k audio tokens of a segment before doubling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from omni_jax.config import DecoderConfig, ModelConfig, Preset
+from omni_jax.tokens.buckets import BEATS_PATCH, Piece, Planner, beats_tokens
+from omni_jax.tokens.packing import MediaRows, group_prompts, row_batch
+from omni_jax.tokens.prompts import build_sequences
+from omni_jax.tokens.tokenizer import Tokenizer
+from omni_jax.types import (
+    SOURCE_AUDIO,
+    SOURCE_VIDEO,
+    AudioBatch,
+    AudioSegment,
+    BeatsBatch,
+    EncoderBatch,
+    Features,
+    RowBatch,
+    TokenSequence,
+    VisionBatch,
+    VisionFeatures,
+)
+
+__all__ = ["Planner", "build_batches", "step_layout"]
+
+NONE = np.zeros(0, np.int32)
+
+
+def build_batches(
+    features: Sequence[Features],
+    tables: Sequence[str],
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    preset: Preset,
+    *,
+    share_prefix: bool = True,
+    planner: Planner,
+    sequences: Sequence[Mapping[str, TokenSequence]] | None = None,
+) -> EncoderBatch:
+    """Returns everything the encoder needs for these clips, in static shapes that the planner chooses.
+
+    A clip gets a prompt for each requested table whose modalities it has; towers run only for media that some prompt contains.
+
+    Args:
+      share_prefix: whether prompts of a clip with the same media share its tokens.
+      planner: remembers shapes between calls.
+      sequences: what `build_sequences` returned for each clip, where the caller has built them (to set bad captions aside).
+
+    Raises:
+      ClipError: where a prompt cannot be built (build sequences one by one to know which clip).
+    """
+    if sequences is None:
+        sequences = [build_sequences(f, tables, tokenizer, config, preset) for f in features]
+    groups = [g for clip, found in enumerate(sequences) for g in group_prompts(clip, found, share_prefix)]
+    lengths = [g.length for g in groups]
+
+    seen = [c for c in range(len(features)) if _contains(sequences[c], SOURCE_VIDEO)]
+    heard = [c for c in range(len(features)) if _contains(sequences[c], SOURCE_AUDIO)]
+    steps = [(c, t) for c in seen for t in range(_vision(features[c]).grid_thw[0])]
+    segments = [(c, s) for c in heard for s in features[c].audio or ()]
+    merge = config.vision.merge_size**2
+    step_tokens = [_vision(features[c]).grid_thw[1] * _vision(features[c]).grid_thw[2] // merge for c, _ in steps]
+    used = sum(step_tokens) + 2 * sum(s.tokens for _, s in segments) + sum(lengths)
+    cost = planner.new_cost(used)
+
+    table = _Table()
+    video_rows: dict[int, list[np.ndarray]] = {}
+    vision = _vision_batches(planner.vision(step_tokens, cost), steps, features, config, table, video_rows)
+    chunks = [_chunks(s, config) for _, s in segments]
+    audio, whisper = _audio_batches(planner.audio(sum(map(len, chunks)), config.audio.chunk_tokens, cost), chunks, config, table)
+    beats, second = _beats_batches(planner.beats([_whole_patches(s) for _, s in segments], cost) if segments else [], segments, table)
+
+    doubled: dict[int, list[np.ndarray]] = {}
+    for (clip, s), a, b in zip(segments, whisper, second, strict=True):
+        doubled.setdefault(clip, []).append(np.stack([a[: s.tokens], b[: s.tokens]], axis=1).ravel())
+    media = {
+        clip: MediaRows(np.concatenate([NONE, *video_rows.get(clip, [])]), np.concatenate([NONE, *doubled.get(clip, [])]))
+        for clip in range(len(features))
+    }
+    rows: list[RowBatch] = []
+    if groups:
+        for plan in planner.rows(lengths, [len(g.prompts) for g in groups], cost, attention_cost(config.decoder)):
+            filled = [[groups[g] for g in row] for row in plan.rows]
+            rows.append(row_batch(filled, count=plan.count, size=plan.size, slots=plan.slots, media=media, pad=config.tokens.pad))
+    return EncoderBatch(
+        vision=vision,
+        audio=audio,
+        beats=beats,
+        rows=tuple(rows),
+        used_tokens=used,
+        total_tokens=table.rows + sum(r.ids.size for r in rows),
+        truncated=sum(any(s.truncated for s in found.values()) for found in sequences),
+    )
+
+
+def attention_cost(config: DecoderConfig) -> float:
+    """Returns the operations of attention per token and token of the row, over those of a token's linear maps."""
+    width, heads = config.hidden_size, config.num_heads + config.num_kv_heads
+    linear = 2 * width * (2 * heads * config.head_dim + 3 * config.intermediate_size)
+    return 4 * width / linear
+
+
+def step_layout(h: int, w: int, merge_size: int, window_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns coords (h*w, 2) and window (h*w,) int32 of one temporal step's patches, in the order (h/2, w/2, 2, 2).
+
+    Coordinates are row and column in patches; windows are squares of `window_tokens` merged tokens, numbered by rows.
+    """
+    rows, columns = h // merge_size, w // merge_size
+    y, x, i, j = np.meshgrid(np.arange(rows), np.arange(columns), np.arange(merge_size), np.arange(merge_size), indexing="ij")
+    coords = np.stack([(y * merge_size + i).ravel(), (x * merge_size + j).ravel()], axis=1).astype(np.int32)
+    window = (y // window_tokens) * -(-columns // window_tokens) + x // window_tokens
+    return coords, window.ravel().astype(np.int32)
+
+
+class _Table:
+    """Counts rows of the media table as batches are laid out."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def take(self, count: int) -> int:
+        """Returns the first of `count` new rows."""
+        self.rows += count
+        return self.rows - count
+
+
+def _vision_batches(
+    pieces: list[Piece],
+    steps: list[tuple[int, int]],
+    features: Sequence[Features],
+    config: ModelConfig,
+    table: _Table,
+    rows: dict[int, list[np.ndarray]],
+) -> tuple[VisionBatch, ...]:
+    """Fills vision batches; `rows` receives each clip's rows of the media table, a list over temporal steps."""
+    merge = config.vision.merge_size**2
+    batches = []
+    for piece in pieces:
+        patches = piece.size * merge
+        batch = VisionBatch(
+            patches=np.zeros((piece.count, patches, config.vision.patch_values), np.float32),
+            coords=np.zeros((piece.count, patches, 2), np.int32),
+            window=np.full((piece.count, patches), -1, np.int32),
+        )
+        first = table.take(piece.count * piece.size)
+        for n, item in enumerate(piece.items):
+            clip, t = steps[item]
+            steps_of_clip, h, w = _vision(features[clip]).grid_thw
+            size = h * w
+            batch.patches[n, :size] = _vision(features[clip]).patches[t * size : (t + 1) * size]
+            batch.coords[n, :size], batch.window[n, :size] = step_layout(h, w, config.vision.merge_size, config.vision.window_tokens)
+            start = first + n * piece.size
+            rows.setdefault(clip, [NONE] * steps_of_clip)[t] = np.arange(start, start + size // merge, dtype=np.int32)
+        batches.append(batch)
+    return tuple(batches)
+
+
+def _chunks(segment: AudioSegment, config: ModelConfig) -> list[np.ndarray]:
+    """The segment's log-mel, transposed, in pieces (frames, 128); pieces too short for a token are left out."""
+    frames = config.audio.chunk_frames
+    pieces = [segment.log_mel[:, start : start + frames].T for start in range(0, segment.log_mel.shape[1], frames)]
+    return [p for p in pieces if _chunk_tokens(len(p)) > 0]
+
+
+def _chunk_tokens(frames: int) -> int:
+    return ((frames - 1) // 2 + 1) // 2
+
+
+def _audio_batches(
+    pieces: list[Piece], chunks: list[list[np.ndarray]], config: ModelConfig, table: _Table
+) -> tuple[tuple[AudioBatch, ...], list[np.ndarray]]:
+    """Returns audio batches and, per segment, the media rows of its Whisper tokens."""
+    flat = [c for of_segment in chunks for c in of_segment]
+    first = np.zeros(len(flat), np.int64)
+    batches = []
+    for piece in pieces:
+        batch = AudioBatch(
+            mel=np.zeros((piece.count, config.audio.chunk_frames, config.audio.num_mel_bins), np.float32),
+            frames=np.zeros(piece.count, np.int32),
+        )
+        start = table.take(piece.count * config.audio.chunk_tokens)
+        for n, item in enumerate(piece.items):
+            batch.mel[n, : len(flat[item])] = flat[item]
+            batch.frames[n] = len(flat[item])
+            first[item] = start + n * config.audio.chunk_tokens
+        batches.append(batch)
+    rows, done = [], 0
+    for of_segment in chunks:
+        places = [first[done + i] + np.arange(_chunk_tokens(len(c))) for i, c in enumerate(of_segment)]
+        rows.append(np.concatenate([NONE, *places]).astype(np.int32))
+        done += len(of_segment)
+    return tuple(batches), rows
+
+
+def _whole_patches(segment: AudioSegment) -> int:
+    return len(segment.fbank) // BEATS_PATCH * BEATS_PATCH
+
+
+def _beats_batches(
+    pieces: list[Piece], segments: list[tuple[int, AudioSegment]], table: _Table
+) -> tuple[tuple[BeatsBatch, ...], list[np.ndarray]]:
+    """Returns BEATs batches and, per segment, the media rows of its BEATs tokens."""
+    rows = [NONE] * len(segments)
+    batches = []
+    for piece in pieces:
+        most = beats_tokens(piece.size)
+        batch = BeatsBatch(
+            fbank=np.zeros((piece.count, piece.size, segments[0][1].fbank.shape[1]), np.float32),
+            frames=np.zeros(piece.count, np.int32),
+            tokens=np.zeros(piece.count, np.int32),
+            max_tokens=most,
+        )
+        first = table.take(piece.count * most)
+        for n, item in enumerate(piece.items):
+            segment = segments[item][1]
+            frames = _whole_patches(segment)
+            if segment.tokens > most:
+                raise ValueError(f"a segment of {len(segment.fbank)} fbank frames cannot have {segment.tokens} tokens")
+            batch.fbank[n, :frames] = segment.fbank[:frames]
+            batch.frames[n] = frames
+            batch.tokens[n] = segment.tokens
+            rows[item] = np.arange(first + n * most, first + n * most + segment.tokens, dtype=np.int32)
+        batches.append(batch)
+    return tuple(batches), rows
+
+
+def _contains(sequences: Mapping[str, TokenSequence], source: int) -> bool:
+    return any((s.source == source).any() for s in sequences.values())
+
+
+def _vision(features: Features) -> VisionFeatures:
+    assert features.vision is not None
+    return features.vision

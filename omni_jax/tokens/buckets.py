@@ -1,0 +1,272 @@
+"""Static shapes: each new one costs a compilation, each one too large costs padding. The planner weighs the two.
+
+Letters: N items of a batch, P patches, F filter-bank frames, R rows, S tokens, K prompts per row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Sequence
+
+from omni_jax.tokens.packing import first_fit_decreasing
+
+MANTISSA_BITS = 3
+PATCHES_PER_TOKEN = 4
+BEATS_PATCH = 16  # fbank frames of one patch
+FRAMES_PER_TOKEN = 4  # mel or fbank frames of one audio token
+BEATS_EDGE = 4  # tokens: a segment's mel frames outnumber its whole fbank patches by at most 18 frames
+MAX_PAIRS = 1 << 25  # query-key pairs of one tower batch and head: bounds the memory of its attention
+SLOT_TOKENS = 0.1  # the fusion head on one pooled prompt, about a twelfth of a token's way through the decoder
+DISPATCH_TOKENS = 32  # what starting one more program costs, in tokens
+
+
+def round_up(value: int, unit: int = 1) -> int:
+    """Returns the smallest size >= value that is `unit` times a number of three significant bits (1-8, 10, 12, 14, 16, 20, ...)."""
+    count = max(1, -(-value // unit))
+    shift = max(0, count.bit_length() - MANTISSA_BITS)
+    return unit * ((count + (1 << shift) - 1) >> shift << shift)
+
+
+def row_size(tokens: int) -> int:
+    """Returns the row length for so many tokens: multiples of 16 up to 128, then multiples of 128 of three significant bits."""
+    return -(-max(tokens, 1) // 16) * 16 if tokens <= 128 else round_up(tokens, 128)
+
+
+def beats_tokens(frames: int) -> int:
+    """Returns the tokens that any segment of so many fbank frames (whole patches) can have."""
+    return frames // FRAMES_PER_TOKEN + BEATS_EDGE
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One batch of a plan: shape and the items it holds, at most `count`."""
+
+    count: int
+    size: int
+    items: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPlan:
+    """One batch of rows: shape (count, size, slots), and the groups in each row that is used."""
+
+    count: int
+    size: int
+    slots: int
+    rows: tuple[tuple[int, ...], ...]
+
+
+def cover(
+    needs: Sequence[int],
+    *,
+    known: Collection[tuple[int, int]],
+    fit: Callable[[int], int],
+    limit: Callable[[int], int],
+    new_cost: float,
+    tokens: Callable[[int], float] = float,
+    multiple: int = 1,
+) -> tuple[list[Piece], float]:
+    """Returns batches that hold every item, and what they cost in tokens: padding, starts and new shapes.
+
+    Items go in order of size, so that neighbours share a batch. Each batch is the cheapest, per token it holds, among the known shapes
+    and a new one.
+
+    Args:
+      needs: size of each item.
+      known: shapes (count, size) already compiled.
+      fit: size of a new shape that an item of this size gets.
+      limit: largest count for a size.
+      new_cost: what a new shape costs, in tokens.
+      tokens: tokens in an item of a size.
+      multiple: every count is a multiple of it.
+    """
+    order = sorted(range(len(needs)), key=lambda i: (-needs[i], i))
+    known = set(known)
+    pieces: list[Piece] = []
+    total, start = 0.0, 0
+    while start < len(order):
+        left = len(order) - start
+        need = needs[order[start]]
+        fresh = fit(need)
+        alike = sum(fit(needs[i]) == fresh for i in order[start:])
+        best: tuple[float, int, int, float] | None = None
+        for count, size in sorted({*(k for k in known if k[1] >= need), *((n, fresh) for n in _counts(left, limit(fresh), multiple))}):
+            held = sum(tokens(needs[i]) for i in order[start : start + count])
+            cost = count * tokens(size) - held + DISPATCH_TOKENS
+            if (count, size) not in known:
+                # A shape that serves several batches of this plan is paid for once.
+                cost += new_cost * count / max(count, alike)
+            score = cost / max(held, 1.0)
+            if best is None or score < best[0]:
+                best = (score, count, size, cost)
+        assert best is not None
+        _, count, size, cost = best
+        known.add((count, size))
+        pieces.append(Piece(count, size, tuple(order[start : start + count])))
+        total += cost
+        start += count
+    return pieces, total
+
+
+def _counts(left: int, largest: int, multiple: int) -> set[int]:
+    """The powers of two (times `multiple`) around `left`, at most `largest`."""
+    units = max(1, min(-(-left // multiple), max(1, largest // multiple)))
+    below = 1 << (units.bit_length() - 1)
+    above = below if below == units else 2 * below
+    return {below * multiple, *({above * multiple} if above * multiple <= max(largest, multiple) else ())}
+
+
+def _slots(size: int) -> tuple[int, ...]:
+    """Slots for pooled prompts that a row of this length may have."""
+    return tuple(sorted({max(1, size // 64), max(1, size // 16), max(1, size // 4)}))
+
+
+class Planner:
+    """Chooses static shapes and remembers them, so that later batches reuse them where that pads little. Deterministic.
+
+    Attributes:
+      shapes: kind ("vision", "audio", "beats", "rows") -> shapes used so far, each one a compiled program.
+    """
+
+    def __init__(
+        self,
+        *,
+        row_multiple: int = 1,
+        vision_steps: int = 8,
+        audio_chunks: int = 32,
+        beats_segments: int = 8,
+        batch_tokens: int = 8192,
+        longest_row: int = 4096,
+        new_shape_share: float = 0.03,
+        new_shape_tokens: int = 512,
+    ):
+        """Sets the limits.
+
+        Args:
+          row_multiple: rows of a batch are a multiple of it, so that they spread over so many devices.
+          vision_steps: temporal steps of one vision batch.
+          audio_chunks: chunks of one audio batch.
+          beats_segments: segments of one BEATs batch.
+          batch_tokens: decoder tokens (and fbank frames) of one batch; a batch holds one row or segment at least.
+          longest_row: longest row that prompts share; a longer group has rows of its own.
+          new_shape_share: padding, as a share of a call's tokens, that a new shape must save.
+          new_shape_tokens: padding, in tokens, that a new shape must save at least.
+        """
+        self._multiple = row_multiple
+        self._vision_steps = max(vision_steps, row_multiple)
+        self._audio_chunks = max(audio_chunks, row_multiple)
+        self._beats_segments = max(beats_segments, row_multiple)
+        self._batch_tokens, self._longest_row = batch_tokens, longest_row
+        self._share, self._least = new_shape_share, new_shape_tokens
+        self.shapes: dict[str, set[tuple[int, ...]]] = {"vision": set(), "audio": set(), "beats": set(), "rows": set()}
+
+    @property
+    def programs(self) -> int:
+        """Programs that the batches planned so far need."""
+        return sum(map(len, self.shapes.values()))
+
+    def new_cost(self, tokens: int) -> float:
+        """Returns what a new shape costs, in tokens, in a call of so many."""
+        return max(self._least, self._share * tokens)
+
+    def vision(self, tokens: Sequence[int], new_cost: float) -> list[Piece]:
+        """Returns batches of temporal steps; `tokens` are merged tokens of each step, as is the size of a batch."""
+
+        def limit(size: int) -> int:
+            return max(1, min(self._vision_steps, MAX_PAIRS // (PATCHES_PER_TOKEN * size) ** 2))
+
+        return self._cover("vision", tokens, round_up, limit, new_cost)
+
+    def audio(self, chunks: int, tokens: int, new_cost: float) -> list[Piece]:
+        """Returns batches of log-mel chunks, each of so many tokens."""
+        return self._cover("audio", [tokens] * chunks, lambda size: size, lambda size: self._audio_chunks, new_cost)
+
+    def beats(self, frames: Sequence[int], new_cost: float) -> list[Piece]:
+        """Returns batches of segments; `frames` are fbank frames in whole patches, as is the size of a batch.
+
+        The size is exact where all segments are equal.
+        """
+        needs = [max(f, BEATS_PATCH) for f in frames]
+        equal = len(set(needs)) == 1
+
+        def limit(size: int) -> int:
+            pairs = MAX_PAIRS // (size // 2) ** 2  # 8 patches per 16 frames
+            return max(1, min(self._beats_segments, self._batch_tokens // size, pairs))
+
+        def fit(size: int) -> int:
+            return size if equal else round_up(size, BEATS_PATCH)
+
+        return self._cover("beats", needs, fit, limit, new_cost, beats_tokens)
+
+    def rows(self, lengths: Sequence[int], prompts: Sequence[int], new_cost: float, attention: float) -> list[RowPlan]:
+        """Returns packed rows for groups of prompts.
+
+        Args:
+          lengths: tokens of each group.
+          prompts: prompts pooled from each group.
+          new_cost: what a new shape costs, in tokens.
+          attention: cost of attention per token and token of the row, in units of a token's other cost.
+        """
+        plans: list[RowPlan] = []
+        shared = [i for i, n in enumerate(lengths) if n <= self._longest_row]
+        if shared:
+            plans += self._rows(shared, lengths, prompts, new_cost, attention, self._longest_row)
+        long: dict[int, list[int]] = {}
+        for i, n in enumerate(lengths):
+            if n > self._longest_row:
+                long.setdefault(row_size(n), []).append(i)
+        for size in sorted(long):
+            plans += self._rows(long[size], lengths, prompts, new_cost, attention, size)
+        return plans
+
+    def _rows(
+        self, groups: list[int], lengths: Sequence[int], prompts: Sequence[int], new_cost: float, attention: float, longest: int
+    ) -> list[RowPlan]:
+        """Tries row lengths and slot counts, and takes the cheapest."""
+        needs, pooled = [lengths[i] for i in groups], [prompts[i] for i in groups]
+        most = self._longest_row if max(needs) <= self._longest_row else math.inf
+        shapes = {(r, s, k) for r, s, k in self.shapes["rows"] if max(needs) <= s <= most and max(pooled) <= k}
+        candidates = {(s, k) for _, s, k in shapes}
+        size = row_size(max(needs))
+        whole = row_size(sum(needs))
+        while True:
+            candidates |= {(size, k) for k in _slots(size) if k >= max(pooled)}
+            if size >= whole or row_size(size + 1) > longest:
+                break
+            size = row_size(size + 1)
+        best: tuple[float, list[RowPlan]] | None = None
+        for size, slots in sorted(candidates):
+            rows = first_fit_decreasing(needs, pooled, size, slots)
+            pieces, cost = cover(
+                [size] * len(rows),
+                known={(r, s) for r, s, k in shapes if (s, k) == (size, slots)},
+                fit=lambda s: s,
+                limit=lambda s: max(1, self._batch_tokens // s),
+                new_cost=new_cost,
+                multiple=self._multiple,
+            )
+            count = sum(p.count for p in pieces)
+            # Unused places within rows, attention over whole rows, and the fusion head on every slot.
+            cost += len(rows) * size - sum(needs) + count * size * size * attention + count * slots * SLOT_TOKENS
+            if best is None or cost < best[0]:
+                plan = [RowPlan(p.count, size, slots, tuple(tuple(groups[g] for g in rows[r]) for r in p.items)) for p in pieces]
+                best = (cost, plan)
+        assert best is not None
+        for plan in best[1]:
+            self.shapes["rows"].add((plan.count, plan.size, plan.slots))
+        return best[1]
+
+    def _cover(
+        self,
+        kind: str,
+        needs: Sequence[int],
+        fit: Callable[[int], int],
+        limit: Callable[[int], int],
+        new_cost: float,
+        tokens: Callable[[int], float] = float,
+    ) -> list[Piece]:
+        known = {(shape[0], shape[1]) for shape in self.shapes[kind]}
+        pieces, _ = cover(needs, known=known, fit=fit, limit=limit, new_cost=new_cost, tokens=tokens)
+        self.shapes[kind].update((p.count, p.size) for p in pieces)
+        return pieces
