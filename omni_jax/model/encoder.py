@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from omni_jax.config import ModelConfig
 from omni_jax.model.audio import AudioTower
@@ -17,7 +18,7 @@ from omni_jax.model.beats import Beats, BeatsBridge
 from omni_jax.model.decoder import Decoder
 from omni_jax.model.layers import WEIGHT_INIT, Linear, Maker, gelu
 from omni_jax.model.vision import VisionTower
-from omni_jax.parallel import constrain
+from omni_jax.parallel import constrain, sharding
 
 
 class FusionHead(nnx.Module):
@@ -101,6 +102,12 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[tuple
 def param_axes(config: ModelConfig) -> dict[tuple[str, ...], tuple[str | None, ...]]:
     """Returns path -> logical axis names of every parameter."""
     return {path: p.get_metadata()["axes"] for path, p in _flat(abstract_encoder(config)).items()}
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[tuple[str, ...], NamedSharding]:
+    """Returns path -> where each parameter lies on a mesh."""
+    shapes = abstract_params(config)
+    return {path: sharding(axes, shapes[path].shape, mesh) for path, axes in param_axes(config).items()}
 
 
 def with_params(encoder: Encoder, params: dict[tuple[str, ...], jax.Array]) -> Encoder:

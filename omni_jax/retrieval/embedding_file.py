@@ -25,6 +25,22 @@ SEPARATOR = "__"
 PathLike = str | os.PathLike[str]
 
 
+def check_place(path: PathLike) -> epath.Path:
+    """Returns the path, once it is clear that a file can be put there: to be asked before hours of work, not after.
+
+    Raises:
+      InputError: when the folder is missing or not writable, or the name is that of a folder.
+    """
+    target = epath.Path(path)
+    if not target.parent.is_dir():
+        raise InputError(f"{path}: folder {target.parent} does not exist; create it or choose another output")
+    if target.is_dir():
+        raise InputError(f"{path} is a folder; name a file")
+    if "://" not in str(path) and not os.access(target.parent, os.W_OK):
+        raise InputError(f"{path}: folder {target.parent} cannot be written to; choose another output")
+    return target
+
+
 @contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[IO[bytes]]:
     """Yields a binary file that takes the place of `path` when the block ends well, and leaves nothing behind when it does not.
@@ -32,11 +48,7 @@ def replacing(path: PathLike) -> Iterator[IO[bytes]]:
     Raises:
       InputError: when the folder is missing or cannot be written.
     """
-    target = epath.Path(path)
-    if not target.parent.is_dir():
-        raise InputError(f"{path}: folder {target.parent} does not exist; create it or choose another output")
-    if target.is_dir():
-        raise InputError(f"{path} is a folder; name a file")
+    target = check_place(path)
     partial = target.parent / f".{target.name}.{os.getpid()}.partial"
     try:
         with partial.open("wb") as file:

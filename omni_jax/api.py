@@ -1,0 +1,172 @@
+"""The Python face: a converted checkpoint as one object that embeds text, video, audio and any mix of them.
+
+This file and `omni_jax.cli` are the only places that wire rooms together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+import conversion
+from conversion.folder import read_manifest
+from omni_jax.config import TABLE_MODALITIES, TABLES, ConfigError, Preset
+from omni_jax.config import preset as preset_named
+from omni_jax.data.loading import DECODE_LIMIT_S, load_features
+from omni_jax.model import Encoder, abstract_encoder, param_shardings, with_params
+from omni_jax.model.runner import Runner
+from omni_jax.parallel import make_mesh
+from omni_jax.retrieval.embedding_pass import Outcome, Problem, embedding_pass
+from omni_jax.tokens.batching import Planner, build_batches
+from omni_jax.tokens.tokenizer import Tokenizer
+from omni_jax.types import EncoderBatch, Features, InputError, Record
+
+
+class OmniRetriever:
+    """Embeds clips and captions with a converted checkpoint.
+
+    Attributes:
+      preset: how clips and captions become tokens; assign another one at any time.
+    """
+
+    def __init__(self, encoder: Encoder, tokenizer: Tokenizer, preset: Preset, mesh: Mesh | None = None):
+        self.config = encoder.config
+        self.preset = preset
+        self._tokenizer = tokenizer
+        self._runner = Runner(encoder, mesh)
+        self._rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self._planners: dict[Preset, Planner] = {}
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], *, dtype: str = "keep", preset: str | Preset = "training") -> OmniRetriever:
+        """Loads a folder that `omni-jax convert to-jax` wrote, on every device jax sees.
+
+        Args:
+          directory: the converted folder.
+          dtype: "keep", "bfloat16" or "float32": of the weights in memory, and of the computation.
+          preset: a preset, or the name of one.
+
+        Raises:
+          InputError: when the folder is not a converted checkpoint.
+        """
+        folder = Path(directory)
+        mesh = make_mesh() if len(jax.devices()) > 1 else None
+        shardings = param_shardings(read_manifest(folder).model, mesh) if mesh is not None else None
+        config, params = conversion.load(folder, dtype=None if dtype == "keep" else dtype, shardings=shardings)
+        compute = jnp.dtype(dtype) if dtype != "keep" else params["decoder", "layers", "attn", "q", "kernel"].dtype
+        encoder = with_params(abstract_encoder(config, dtype=compute), params)
+        chosen = preset_named(preset) if isinstance(preset, str) else preset
+        return cls(encoder, Tokenizer.from_pretrained(folder), chosen, mesh)
+
+    @property
+    def programs(self) -> list[str]:
+        """Programs compiled so far: what and which shapes."""
+        return self._runner.programs
+
+    def encode(
+        self,
+        texts: Sequence[str] | None = None,
+        videos: Sequence[str | os.PathLike[str]] | None = None,
+        audios: Sequence[str | os.PathLike[str]] | None = None,
+        *,
+        batch_size: int = 16,
+        normalize: bool = True,
+        workers: int | None = None,
+    ) -> np.ndarray:
+        """Returns one embedding per item, (N, D) float32: of the modalities given, taken together.
+
+        `encode(texts=..., videos=...)` embeds each text with the video of the same place. Audio may be read from a video file.
+
+        Args:
+          texts, videos, audios: lists of equal length; at least one.
+          batch_size: clips encoded together.
+          normalize: whether rows are scaled to length 1.
+          workers: decoding processes; None chooses by the number of cores.
+
+        Raises:
+          InputError: for lists of unequal length, and naming every item that cannot be read.
+        """
+        given = {"text": texts, "video": videos, "audio": audios}
+        lengths = {name: len(values) for name, values in given.items() if values is not None}
+        if not lengths or len(set(lengths.values())) != 1:
+            raise InputError(f"encode: give at least one of texts, videos, audios, all of the same length; got {lengths or 'none'}")
+        count = next(iter(lengths.values()))
+        modalities = frozenset(name[0] for name in lengths)
+        table = next(name for name in TABLES if TABLE_MODALITIES[name] == modalities)
+        records = [
+            Record(
+                id=str(i),
+                text=texts[i] if texts is not None else None,
+                video=Path(videos[i]).absolute() if videos is not None else None,
+                audio=Path(audios[i]).absolute() if audios is not None else None,
+            )
+            for i in range(count)
+        ]
+        if not records:
+            return np.zeros((0, self.config.decoder.hidden_size), np.float32)
+        outcome = self.embed(records, (table,), batch_size=batch_size, normalize=normalize, workers=workers)
+        if outcome.problems:
+            lines = "; ".join(f"item {p.record.id}: {p.reason}" for p in outcome.problems[:5])
+            raise InputError(f"encode: {len(outcome.problems)} of {count} items cannot be embedded: {lines}")
+        return outcome.table.tables[table]
+
+    def embed(
+        self,
+        records: Sequence[Record],
+        tables: Sequence[str],
+        *,
+        batch_size: int = 16,
+        normalize: bool = True,
+        workers: int | None = None,
+        timeout: float = DECODE_LIMIT_S,
+        share_prefix: bool = True,
+        progress: Callable[[int], None] = lambda items: None,
+    ) -> Outcome:
+        """Embeds records into tables; a record that cannot be embedded is set aside and never stops the others.
+
+        Args:
+          tables: names among `omni_jax.config.TABLES`.
+          workers: decoding processes, 0 decodes in this one (then a decoder that hangs cannot be killed).
+          timeout: seconds one clip may take to decode.
+          share_prefix: whether prompts that start with the same media share its tokens; the embeddings are the same.
+          progress: called with the number of records just embedded or set aside.
+
+        Raises:
+          ConfigError: for an unknown table.
+        """
+        unknown = [name for name in tables if name not in TABLES]
+        if unknown or not tables:
+            raise ConfigError(f"unknown table {', '.join(unknown) or '(none given)'}; choose among {', '.join(TABLES)}")
+        needed = frozenset().union(*(TABLE_MODALITIES[name] for name in tables))
+        able = [r for r in records if needed <= r.modalities]
+        unable = [Problem(r, _missing(r, needed)) for r in records if not needed <= r.modalities]
+
+        progress(len(unable))
+        planner = self._planners.setdefault(self.preset, Planner(row_multiple=self._rows))
+
+        def plan(group: Sequence[Features]) -> EncoderBatch:
+            return build_batches(group, tables, self._tokenizer, self.config, self.preset, share_prefix=share_prefix, planner=planner)
+
+        def encode(batch: EncoderBatch) -> Iterator[tuple[int, str, np.ndarray]]:
+            return self._runner.embed(batch, self.preset.text_head)
+
+        if workers is None:
+            workers = max(1, (os.cpu_count() or 1) - 1) if needed != {"t"} else 0
+        features = load_features(able, self.preset, needed, workers=workers, timeout_s=timeout)
+        outcome = embedding_pass(
+            zip(able, features, strict=True), tables, plan=plan, encode=encode, group=batch_size, normalize=normalize, progress=progress
+        )
+        outcome.problems.extend(unable)
+        return outcome
+
+
+def _missing(record: Record, needed: frozenset[str]) -> str:
+    names = {"t": "text", "v": "video", "a": "audio"}
+    lacking = [names[m] for m in "tva" if m in needed - record.modalities]
+    return f"the record has no {' and no '.join(lacking)}, which the requested tables need; add the field or choose other --tables"
