@@ -18,6 +18,7 @@ import numpy as np
 TOLERANCES: dict[str, tuple[str, float]] = {
     # From the media file to the model's inputs.
     "frame_index": ("exact", 0.0),
+    "frames": ("exact", 0.0),  # the same decoder and colour conversion as the reference's
     "token_ids": ("exact", 0.0),
     "position_ids": ("exact", 0.0),
     "pixel_values": ("absolute", 1e-5),

@@ -114,7 +114,7 @@ def _open_track(path: os.PathLike[str] | str, channels: str, stack: contextlib.E
         file: Any = stack.enter_context(opened(path))
         # libsndfile refuses some files that FFmpeg reads: another format under a wrong suffix, for one.
         with contextlib.suppress(soundfile.LibsndfileError):
-            return _SoundTrack(stack.enter_context(soundfile.SoundFile(file)), channels), False, ""
+            return _SoundTrack(stack.enter_context(soundfile.SoundFile(file)), path, channels), False, ""
     container = stack.enter_context(open_container(path))
     in_video = moving_picture(container) is not None
     if not container.streams.audio:
@@ -177,8 +177,8 @@ def _mono(samples: np.ndarray, channels: str) -> np.ndarray:
 class _SoundTrack(_Track):
     """A track libsndfile reads."""
 
-    def __init__(self, file: soundfile.SoundFile, channels: str) -> None:
-        self._file, self._channels = file, channels
+    def __init__(self, file: soundfile.SoundFile, path: os.PathLike[str] | str, channels: str) -> None:
+        self._file, self._path, self._channels = file, path, channels
         self.rate, self.length = file.samplerate, file.frames
 
     def blocks(self, start: int) -> Iterator[np.ndarray]:
@@ -194,6 +194,8 @@ class _SoundTrack(_Track):
             raise _Unreadable(f"unreadable audio track ({reason(error)})") from None
         if position < self._file.frames:
             raise _Unreadable(f"truncated: {position} of the {self._file.frames} samples that the file declares are there")
+        if is_incomplete(self._path):
+            raise _Unreadable(f"truncated: the file ends before its last chunk does, after {position / self.rate:.6g} s")
 
 
 class _ContainerTrack(_Track):
@@ -257,7 +259,7 @@ class _ContainerTrack(_Track):
         """Refuses a track that ended early. A fraction of a second may be missing: encoders count their padding in different ways."""
         there = position / self.rate
         short = self._declared is not None and there < 0.99 * self._declared - 0.5
-        if short or (self._declared is None and is_incomplete(self._path)):
+        if short or ("mp4" not in self._container.format.name and is_incomplete(self._path)):
             declared = f" of {self._declared:.6g} s" if self._declared else ""
             raise ClipError(f"{self._path}: truncated: the audio ends after {there:.6g} s{declared}; fetch it again")
 

@@ -88,7 +88,10 @@ def moving_picture(container: av.container.InputContainer) -> av.video.stream.Vi
 
 
 def is_incomplete(path: os.PathLike[str] | str) -> bool:
-    """Whether a Matroska, WebM or MP4 file ends before its outermost elements do, as a file does whose copy was broken off."""
+    """Whether a file ends before its outermost parts do, as a copy does that was broken off.
+
+    Knows Matroska and WebM, MP4 and MOV, AVI and WAV, Ogg; False for everything else.
+    """
     with contextlib.ExitStack() as stack:
         file: Any = stack.enter_context(opened(path))
         if isinstance(file, str):
@@ -100,6 +103,10 @@ def is_incomplete(path: os.PathLike[str] | str) -> bool:
             return _matroska_end(head) > length
         if head[4:8] in (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"free", b"skip"):
             return _boxes_end(file, length) > length
+        if head[:4] == b"RIFF":
+            return _riff_end(file, length) > length
+        if head[:4] == b"OggS":
+            return _ogg_end(file, length) > length
     return False
 
 
@@ -143,3 +150,29 @@ def _boxes_end(file: IO[bytes], length: int) -> int:
             return at
         at += size
     return at
+
+
+def _riff_end(file: IO[bytes], length: int) -> int:
+    """End of the last RIFF list that starts within the file: a long AVI has several. A size that was never filled in counts as right."""
+    at = 0
+    while at + 12 <= length:
+        file.seek(at)
+        head = file.read(8)
+        size = int.from_bytes(head[4:8], "little")
+        if head[:4] != b"RIFF" or size == 0 or size >= 0x7FFF_F000:
+            return length
+        at += 8 + size
+    return at if at > length + 1 else length  # the padding byte of an odd size is often left out
+
+
+def _ogg_end(file: IO[bytes], length: int) -> int:
+    """End of the last page that starts within the file."""
+    start = max(0, length - (1 << 17))  # a page has at most 65,307 bytes
+    file.seek(start)
+    tail = file.read()
+    page = tail.rfind(b"OggS\0")
+    segments = tail[page + 26 : page + 27]
+    if page < 0 or not segments:
+        return length + 1
+    table = tail[page + 27 : page + 27 + segments[0]]
+    return start + page + 27 + segments[0] + sum(table)

@@ -106,7 +106,6 @@ def _read_index(container: av.container.InputContainer, stream: av.video.stream.
     declared = _declared_frames(container, stream)
     times, keys = array.array("q"), array.array("q")
     exact, hidden_possible = True, stream.codec_context.name in ("vp8", "libvpx")
-    end = 0
     try:
         for packet in container.demux(stream):
             if not packet.size or packet.is_corrupt:  # a packet is corrupt when the file ends within it
@@ -118,13 +117,11 @@ def _read_index(container: av.container.InputContainer, stream: av.video.stream.
             exact &= packet.pts is not None
             time = time if time is not None else len(times)
             times.append(time)
-            end = max(end, time + (packet.duration or 0))
             if packet.is_keyframe:
                 keys.append(time)
     except AvError as error:
         raise ClipError(f"{path}: damaged after {len(times)} frames ({reason(error)}); fetch it again or re-encode it") from None
-    if len(times) < declared and not (container.format.name == "avi" and stream.duration and end >= stream.duration):
-        # AVI also counts frames that stand for "as before" and hold no data; there the last time says whether the stream is whole.
+    if len(times) < declared:
         raise ClipError(f"{path}: truncated: {len(times)} of the {declared} frames that the container declares are there; fetch it again")
     if not times:
         raise ClipError(f"{path}: the video stream holds no frames; fetch it again or remove the record's video field")
@@ -136,7 +133,9 @@ def _read_index(container: av.container.InputContainer, stream: av.video.stream.
 
 
 def _declared_frames(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> int:
-    """Frames the container says the stream has; 0 where it says nothing."""
+    """Frames the container says the stream has; 0 where it says nothing that could be relied on."""
+    if container.format.name == "avi":
+        return 0  # counts frames that repeat the one before and hold no data, and one too many where FFmpeg wrote it with B-frames
     if stream.frames and "mp4" in container.format.name:
         # The sample table after the edit list was applied: a clip trimmed by its edit list shows fewer frames than it stores.
         return len(stream.index_entries)
