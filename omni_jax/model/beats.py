@@ -140,7 +140,7 @@ class Beats(nnx.Module):
         tokens = x.shape[1]
         buckets = relative_buckets(tokens, cfg.num_buckets, cfg.max_distance)
         distance = np.arange(tokens)[None, :] - np.arange(tokens)[:, None] + tokens - 1
-        table = self.relative_bias(buckets, jnp.float32)
+        table = self.relative_bias(jnp.asarray(buckets), jnp.float32)
         position_bias = jnp.moveaxis(table[distance], -1, 0)
         mask = valid[:, None, :] | ~valid[:, :, None]
 

@@ -117,7 +117,7 @@ def with_params(encoder: Encoder, params: dict[tuple[str, ...], jax.Array]) -> E
       ValueError: naming parameters that are missing, unknown or misshapen.
     """
     graph, state = nnx.split(encoder)
-    slots = dict(nnx.to_flat_state(state))
+    slots = _flat(state)
     missing, unknown = sorted(slots.keys() - params.keys()), sorted(params.keys() - slots.keys())
     wrong = [path for path in slots.keys() & params.keys() if slots[path].shape != params[path].shape]
     for what, paths in (("missing", missing), ("unknown", unknown), ("misshapen", sorted(wrong))):
@@ -128,5 +128,6 @@ def with_params(encoder: Encoder, params: dict[tuple[str, ...], jax.Array]) -> E
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def _flat(encoder: Encoder) -> dict[tuple[str, ...], Any]:
-    return dict(nnx.to_flat_state(nnx.state(encoder, nnx.Param)))
+def _flat(tree: Encoder | nnx.State) -> dict[tuple[str, ...], Any]:
+    state = nnx.state(tree, nnx.Param) if isinstance(tree, Encoder) else tree
+    return {tuple(str(part) for part in path): leaf for path, leaf in nnx.to_flat_state(state)}

@@ -44,7 +44,8 @@ class Runner:
             def traced(params: Any, *args: Any, **kwargs: Any) -> Any:
                 # Python runs this once per compilation, never when a compiled program is reused.
                 self.programs.append(f"{name} {[tuple(x.shape) for x in jax.tree.leaves(args)]}")
-                return function(nnx.merge(graph, params), *args, **kwargs)
+                model: Encoder = nnx.merge(graph, params)
+                return function(model, *args, **kwargs)
 
             return jax.jit(traced, **options)
 
@@ -97,9 +98,9 @@ class Runner:
                 offset += tokens
 
     def _run_rows(self, rows: RowBatch) -> tuple[jax.Array, jax.Array]:
-        names = ("ids", "media_index", "segment", "branch", "pool")
-        arrays = dict(zip(names, self._place(tuple(getattr(rows, n) for n in names)), strict=True))
-        arrays["positions"] = self._place((rows.positions,), axis=1)[0]
+        by_row = {name: getattr(rows, name) for name in ("ids", "media_index", "segment", "branch", "pool")}
+        arrays = dict(zip(by_row, self._place(tuple(by_row.values())), strict=True))
+        arrays |= {"positions": self._place((rows.positions,), axis=1)[0]}
         with self._context():
             return self._rows(self._params, self._table, arrays)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 from jax.sharding import AxisType, Mesh
 
@@ -10,7 +13,7 @@ BATCH = ("data", "fsdp")
 """Mesh axes a batch dimension is split over."""
 
 
-def make_mesh(data: int = 1, fsdp: int | None = None, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int | None = None, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a (data, fsdp, tensor) mesh; `fsdp=None` takes the devices that the other axes leave.
 
     Axes are `Auto`: the compiler propagates shardings from the weights and inputs (`jax.make_mesh` alone would make them Explicit).

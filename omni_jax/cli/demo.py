@@ -1,0 +1,83 @@
+"""`omni-jax demo`: the main job on a tiny checkpoint: convert, embed, score, and compare with what PyTorch computed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from omni_jax.types import InputError
+
+HELP = "convert a tiny checkpoint, embed its clips and print the 12-direction table beside the PyTorch reference"
+EXAMPLE = "omni-jax demo --out demo_out"
+
+REFERENCE = {"text": "label", "video": "v", "audio": "a", "av": "va", "tv": "tv", "at": "ta", "tva": "tva"}
+"""Table -> the reference run's name for the same prompt."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="folder for the results (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the demo and returns the exit status.
+
+    Raises:
+      InputError: when the demo's data are not at hand, or --out holds something else.
+    """
+    source = _source()
+    model, embeddings = args.out / "model", args.out / "demo.npz"
+    if model.exists():
+        if not (model / "omni_jax.json").is_file():
+            raise InputError(f"{model}: is not a folder of an earlier demo; choose another --out")
+        shutil.rmtree(model)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    from omni_jax.cli.main import main
+    from omni_jax.retrieval import read_embeddings
+
+    steps = [
+        ["convert", "to-jax", "--base", str(source / "checkpoint"), "--adapter", str(source / "adapter"), "--out", str(model)],
+        ["embed", "--model", str(model), "--manifest", str(source / "manifest.jsonl"), "--out", str(embeddings), *_settings(source)],
+        ["eval", str(embeddings), "--json", str(args.out / "demo.json")],
+    ]
+    for step in steps:
+        print(f"\n$ omni-jax {' '.join(step)}", flush=True)
+        status = main(step)
+        if status:
+            return status
+    difference, cosine = compare(read_embeddings(embeddings).tables, source)
+    print(f"\nLargest difference from the PyTorch reference: {difference:.1e} of the largest entry (smallest cosine {cosine:.7f}).")
+    return 0
+
+
+def compare(tables: dict[str, Any], source: Path) -> tuple[float, float]:
+    """Returns the largest |difference| as a share of the largest entry, and the smallest cosine, over every table and clip."""
+    import numpy as np
+
+    worst, least = 0.0, 1.0
+    with np.load(source / "outputs_adapter.npz") as reference:
+        for table, rows in tables.items():
+            wanted = np.stack([reference[f"{i}/embed/{REFERENCE[table]}"] for i in range(len(rows))])
+            wanted = wanted / np.linalg.norm(wanted, axis=1, keepdims=True)
+            worst = max(worst, float(np.abs(rows - wanted).max() / np.abs(wanted).max()))
+            least = min(least, float((rows * wanted).sum(axis=1).min()))
+    return worst, least
+
+
+def _settings(source: Path) -> list[str]:
+    """Returns the preset fields the reference run was made with."""
+    spec = json.loads((source / "spec.json").read_text())
+    return [part for name in ("frames", "pixels", "audio_seconds") if name in spec for part in ("--set", f"{name}={spec[name]}")]
+
+
+def _source() -> Path:
+    """Returns the folder of the tiny checkpoint, its clips and the reference outputs."""
+    checkout = Path(__file__).parents[2] / "tests" / "golden" / "wave_tiny"
+    folder = Path(os.environ.get("OMNI_GOLDEN") or checkout)
+    if not (folder / "spec.json").is_file():
+        raise InputError(f"{folder}: the demo's checkpoint is not here; run it in a clone of the repository, or name one with OMNI_GOLDEN")
+    return folder
