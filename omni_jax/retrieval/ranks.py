@@ -188,7 +188,7 @@ def _read_scores(side: _Side, other: _Side, rows: np.ndarray, columns: np.ndarra
     by_tile = np.argsort(tiles, kind="stable")
     starts = np.flatnonzero(np.diff(tiles[by_tile], prepend=-1))
     groups = np.split(by_tile, starts[1:])
-    length = max(len(group) for group in groups)
+    length = 1 << (max(len(group) for group in groups) - 1).bit_length()  # a power of two, so that few lengths are compiled
     for group in groups:
         i, j = divmod(int(tiles[group[0]]), other.blocks)
         where = np.zeros((2, length), np.int32)

@@ -1,0 +1,17 @@
+"""The losses: arrays in, scalars out. Knows no model, no mesh and no file."""
+
+from omni_jax.objectives.infonce import info_nce
+from omni_jax.objectives.losses import distillation_loss, pairwise_loss, tuple_loss
+from omni_jax.objectives.schedule import HARD_NEGATIVES, PAIRS, hard_negative_in_play, pairs_in_play, students_in_play
+
+__all__ = [
+    "HARD_NEGATIVES",
+    "PAIRS",
+    "distillation_loss",
+    "hard_negative_in_play",
+    "info_nce",
+    "pairs_in_play",
+    "pairwise_loss",
+    "students_in_play",
+    "tuple_loss",
+]

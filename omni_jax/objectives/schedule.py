@@ -1,0 +1,35 @@
+"""What a step plays: the pairs of L_A (with the students of L_D) and the kind of hard negative of L_T. Both cycles have period 3."""
+
+from __future__ import annotations
+
+PAIRS = (("text", "audio"), ("text", "video"), ("audio", "video"))
+"""The three pairs, in the order the release rotates them (SPEC section 6)."""
+
+HARD_NEGATIVES = ("text", "audio", "video")
+"""What the hard negative tuple exchanges, in order: another sample's caption, shuffled audio, shuffled video."""
+
+PERIOD = 3
+
+
+def pairs_in_play(step: int, pairs: str = "cycle") -> tuple[tuple[str, str], ...]:
+    """Returns the pairs of L_A at `step`: one under "cycle" (as released), all three under "all" (as the paper states).
+
+    Raises:
+      ValueError: for another schedule.
+    """
+    if pairs == "all":
+        return PAIRS
+    if pairs == "cycle":
+        return (PAIRS[step % PERIOD],)
+    raise ValueError(f"pairs {pairs!r}: choose 'cycle' or 'all'")
+
+
+def students_in_play(step: int, pairs: str = "cycle") -> tuple[str, ...]:
+    """Returns the modalities that L_D teaches at `step`: those of the pairs in play, text before audio before video."""
+    playing = {name for pair in pairs_in_play(step, pairs) for name in pair}
+    return tuple(name for name in HARD_NEGATIVES if name in playing)
+
+
+def hard_negative_in_play(step: int, audio_only: bool = False) -> str:
+    """Returns the modality exchanged in the hard negative at `step`; `audio_only` (`hn_audio_only`) fixes it to "audio"."""
+    return "audio" if audio_only else HARD_NEGATIVES[step % PERIOD]

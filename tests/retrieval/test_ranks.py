@@ -1,0 +1,198 @@
+"""Ranks against the naive ranker: ties, duplicates, uneven tails, galleries larger than queries, several relevant items."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from jax.sharding import Mesh
+
+from omni_jax.parallel import make_mesh
+from omni_jax.retrieval import ranks as ranks_module
+from omni_jax.retrieval.ranks import Ranks, prepare, rank_pair
+from omni_jax.types import InputError
+from tests.retrieval import naive
+
+WIDTH = 8
+DECIDED = 1e-6  # float32 cosines cannot tell smaller differences apart; cases that hold one are not drawn
+
+
+@pytest.fixture(params=[1, 8], ids=["1-device", "8-devices"])
+def mesh(request: pytest.FixtureRequest) -> Mesh:
+    return Mesh(np.array(jax.devices()[: request.param]), ("rows",))
+
+
+def gaussian(rng: np.random.Generator, n: int, pool: np.ndarray) -> np.ndarray:
+    """Rows of a pool, so that many are bit-equal; some are doubled in length, which leaves their direction bit-equal too."""
+    rows = pool[rng.integers(len(pool), size=n)]
+    return rows * rng.choice([1, 2], size=(n, 1)).astype(np.float32)
+
+
+def signs(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Rows with four entries of +-1: every cosine is an exact multiple of 1/4, so unlike rows tie as well."""
+    rows = np.zeros((n, WIDTH), np.float32)
+    for row in rows:
+        row[rng.permutation(WIDTH)[:4]] = rng.choice([-1, 1], size=4)
+    return rows
+
+
+def as_dict(ranks: Ranks) -> dict[tuple[int, int], tuple[int, int]]:
+    keys = zip(ranks.query.tolist(), ranks.item.tolist(), strict=True)
+    return dict(zip(keys, zip(ranks.better.tolist(), ranks.equal.tolist(), strict=True), strict=True))
+
+
+@hypothesis.settings(
+    max_examples=200, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow]
+)
+@hypothesis.given(
+    seed=st.integers(0, 2**32 - 1),
+    n=st.integers(1, 20),
+    m=st.integers(1, 20),
+    chunk=st.sampled_from([4, 8]),  # few shapes: almost all the time of a case is compilation
+    kind=st.sampled_from(["gaussian", "signs"]),
+    many=st.booleans(),
+)
+@hypothesis.example(seed=0, n=1, m=1, chunk=512, kind="gaussian", many=False)
+@hypothesis.example(seed=0, n=2, m=2, chunk=4, kind="signs", many=False)
+@hypothesis.example(seed=0, n=1, m=20, chunk=512, kind="gaussian", many=True)
+def test_ranks_are_those_of_the_naive_ranker(mesh: Mesh, seed: int, n: int, m: int, chunk: int, kind: str, many: bool) -> None:
+    rng = np.random.default_rng(seed)
+    if kind == "gaussian":
+        pool = rng.normal(size=(int(rng.integers(1, 40)), WIDTH)).astype(np.float32)
+        a, b = gaussian(rng, n, pool), gaussian(rng, m, pool)
+    else:
+        a, b = signs(rng, n), signs(rng, m)
+    scores = naive.cosines(a, b)
+    if kind == "gaussian":
+        hypothesis.assume(naive.smallest_gap(scores) > DECIDED)
+    if many:
+        labels = max(n, m)
+        left, right = rng.integers(labels, size=n).tolist(), rng.integers(labels, size=m).tolist()
+        right[0] = left[-1]  # one pair at least
+        relevance = (left, right)
+    else:
+        left, right, relevance = list(range(n)), list(range(m)), None
+    forward, backward = rank_pair(prepare(a), prepare(b), relevance, chunk=chunk, mesh=mesh)
+    assert (forward.queries, forward.gallery, backward.queries, backward.gallery) == (n, m, m, n)
+    assert as_dict(forward) == naive.ranks(scores, left, right)
+    assert as_dict(backward) == naive.ranks(scores.T, right, left)
+
+
+def test_tables_larger_than_the_chunk_on_a_three_axis_mesh() -> None:
+    rng = np.random.default_rng(3)
+    a = rng.normal(size=(203, 16)).astype(np.float32)
+    b = a + rng.normal(size=a.shape).astype(np.float32)
+    b[50:60] = b[7]
+    scores = naive.cosines(a, b)
+    assert naive.smallest_gap(scores) > 1e-9
+    forward, backward = rank_pair(prepare(a), prepare(b), chunk=16, mesh=make_mesh(data=2, fsdp=2, tensor=2))
+    own = range(203)
+    assert as_dict(forward) == naive.ranks(scores, own, own)
+    assert as_dict(backward) == naive.ranks(scores.T, own, own)
+
+
+@pytest.mark.parametrize("width", [1, 3, 8, 64, 100, 515])
+@pytest.mark.parametrize("rows", [8, 32, 256])
+def test_equal_rows_have_equal_products_wherever_they_stand(mesh: Mesh, width: int, rows: int) -> None:
+    rng = np.random.default_rng(width)
+    run = ranks_module._programs(mesh)
+    one = rng.normal(size=(1, width)).astype(np.float32)
+    others = rng.normal(size=(rows * mesh.size, width)).astype(np.float32)
+    ones = np.ones(rows * mesh.size, np.float32)
+    # The same vector in every gallery row: each query sees a single value. The same vector in every query row: so does each candidate.
+    by_gallery = np.asarray(run.product(*run.put_rows(others, ones), *run.put(one.repeat(rows, 0), ones[:rows])))
+    by_query = np.asarray(run.product(*run.put_rows(one.repeat(rows * mesh.size, 0), ones), *run.put(others[:rows], ones[:rows])))
+    assert (by_gallery == by_gallery[:, :1]).all()
+    assert (by_query == by_query[:1]).all()
+
+
+def test_products_do_not_depend_on_the_number_of_devices() -> None:
+    rng = np.random.default_rng(0)
+    a, b = (prepare(rng.normal(size=(300, 48)).astype(np.float32)) for _ in range(2))
+    read = []
+    for devices in (1, 8):
+        run = ranks_module._programs(Mesh(np.array(jax.devices()[:devices]), ("rows",)))
+        tiles = [run.product(*run.put_rows(*rows), *run.put(b.rows[:32], b.scale[:32])) for rows in _tiles(a, 32 * devices)]
+        read.append(np.concatenate([np.asarray(tile) for tile in tiles])[:300])
+    np.testing.assert_array_equal(*read)
+
+
+def _tiles(table: ranks_module.Vectors, size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    rows = np.pad(table.rows, ((0, -len(table.rows) % size), (0, 0)))
+    scale = np.pad(table.scale, (0, -len(table.scale) % size))
+    return [(rows[i : i + size], scale[i : i + size]) for i in range(0, len(rows), size)]
+
+
+@pytest.mark.parametrize("found", [True, False], ids=["duplicates-found", "products-alone"])
+def test_constant_embeddings_tie_everywhere(mesh: Mesh, found: bool) -> None:
+    rows = np.tile(np.random.default_rng(1).normal(size=(1, 37)).astype(np.float32), (75, 1))
+    table = prepare(rows)
+    if not found:  # the second line of defence by itself
+        table = dataclasses.replace(table, same=np.arange(75, dtype=np.int32))
+    for ranks in rank_pair(table, table, chunk=16, mesh=mesh):
+        assert (ranks.better == 0).all()
+        assert (ranks.equal == 74).all()
+
+
+def test_duplicates_are_found_across_blocks_and_scales() -> None:
+    rng = np.random.default_rng(5)
+    rows = rng.normal(size=(1000, 6)).astype(np.float32)
+    rows[900] = rows[3]
+    rows[700] = 4 * rows[3]
+    rows[[1, 999], 2] = 0.0, -0.0
+    rows[999] = np.where(rows[1] == 0, -0.0, rows[1])
+    same = prepare(rows).same
+    expected = np.arange(1000)
+    expected[[700, 900, 999]] = 3, 3, 1
+    np.testing.assert_array_equal(same, expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(np.nan, "NaN or infinity"), (np.inf, "NaN or infinity"), (-np.inf, "NaN or infinity")],
+)
+def test_not_finite_rows_are_refused_by_name(value: float, words: str) -> None:
+    rows = np.ones((9, 4), np.float32)
+    rows[2, 1] = rows[7, 3] = value
+    with pytest.raises(InputError, match=rf"table 'video': 2 rows hold {words}: 2 \(c\), 7 \(h\)"):
+        prepare(rows, "video", "abcdefghi")
+
+
+def test_zero_and_extreme_rows_are_refused() -> None:
+    rows = np.ones((300, 4), np.float32)
+    rows[[260, 299]] = 0
+    with pytest.raises(InputError, match="2 rows hold only zeros: 260, 299"):
+        prepare(rows, "text")
+    rows[:] = 1e-36
+    with pytest.raises(InputError, match=r"300 rows hold vectors whose norm is outside .*: 0, 1, 2, 3, 4, \.\.\."):
+        prepare(rows, "text")
+    rows[:] = 3e38
+    with pytest.raises(InputError, match="norm is outside"):
+        prepare(rows, "text")
+
+
+def test_lengths_from_tiny_to_huge_rank_alike() -> None:
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(size=(2, 20, 5)).astype(np.float32)
+    scales = np.float32(2.0) ** rng.integers(-90, 90, size=(20, 1)).astype(np.float32)
+    plain, scaled = rank_pair(prepare(a), prepare(b)), rank_pair(prepare(a * scales), prepare(b * scales[::-1]))
+    assert [as_dict(r) for r in plain] == [as_dict(r) for r in scaled]
+
+
+def test_shapes_and_labels_that_do_not_fit_are_refused() -> None:
+    table = prepare(np.eye(4, dtype=np.float32))
+    for rows in (np.ones(4), np.ones((0, 3)), np.ones((3, 0)), np.ones((2, 2, 2))):
+        with pytest.raises(InputError, match="has shape"):
+            prepare(rows.astype(np.float32))
+    with pytest.raises(InputError, match="expected floating point"):
+        prepare(np.array([["a", "b"]]))
+    with pytest.raises(InputError, match="4 and 3 wide"):
+        rank_pair(table, prepare(np.ones((4, 3), np.float32)))
+    with pytest.raises(InputError, match="one label per row"):
+        rank_pair(table, table, ([0, 1, 2], [0, 1, 2, 3]))
+    with pytest.raises(InputError, match="no query has a relevant item"):
+        rank_pair(table, table, ([0, 1, 2, 3], [4, 5, 6, 7]))
