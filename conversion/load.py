@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import collections
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,15 +14,16 @@ from etils import epath
 from conversion import engine, folder
 from conversion.engine import Entry
 from conversion.rules import TreePath
-from conversion.store import PART_BYTES, Store
+from conversion.store import Store
 from omni_jax.config import ModelConfig
 from omni_jax.types import InputError
 
 Params = dict[TreePath, jax.Array]
+Shardings = Mapping[TreePath, jax.sharding.Sharding]
 
 
 def load(
-    model: epath.PathLike, *, dtype: Any = None, shardings: Mapping[TreePath, jax.sharding.Sharding] | None = None
+    model: epath.PathLike, *, dtype: Any = None, shardings: Shardings | Callable[[ModelConfig], Shardings] | None = None
 ) -> tuple[ModelConfig, Params]:
     """Returns the configuration and every parameter of a converted folder, layer stacks with their leading axis.
 
@@ -31,7 +33,8 @@ def load(
     Args:
       model: folder written by `to_jax`.
       dtype: type of every parameter; None keeps each as stored.
-      shardings: where each leaf goes (of the stacked shape); a leaf without one goes to the default device.
+      shardings: where each leaf goes (of the stacked shape), or a function of the configuration that says so; a leaf without one goes to
+        the default device.
 
     Raises:
       InputError: not a converted folder, or one whose parts do not hold what its configuration asks for.
@@ -44,62 +47,31 @@ def load(
     entries = [*engine.base_entries(manifest.model).values(), *engine.lora_entries(manifest.model).values()]
     leaves = dict(_leaves(entries))
     _check(leaves, stores, source)
-    params: Params = {}
-    for batch in _batches(leaves, stores):
-        params |= _read(batch, stores, dtype, shardings or {})
-    return manifest.model, params
-
-
-def _batches(leaves: Mapping[TreePath, list[Entry]], stores: list[Store]) -> Iterator[dict[TreePath, list[Entry]]]:
-    """Yields leaves in groups of at most a part's size (or one leaf): small ones are read together, large ones alone."""
-    batch: dict[TreePath, list[Entry]] = {}
-    size = 0
-    for path, group in leaves.items():
-        nbytes = sum(store.arrays[entry.stored].nbytes for entry in group if (store := _holder(entry, stores)))
-        if batch and size + nbytes > PART_BYTES:
-            yield batch
-            batch, size = {}, 0
-        batch[path] = group
-        size += nbytes
-    if batch:
-        yield batch
+    places = (shardings(manifest.model) if callable(shardings) else shardings) or {}
+    return manifest.model, dict(_read(leaves, stores, dtype, places))
 
 
 def _read(
-    batch: Mapping[TreePath, list[Entry]], stores: list[Store], dtype: Any, shardings: Mapping[TreePath, jax.sharding.Sharding]
-) -> Params:
-    """Returns the leaves of one batch."""
-    kinds = {path: _dtype(group, stores, dtype) for path, group in batch.items()}
-    placed = {path: _layer_sharding(shardings.get(path), group[0]) for path, group in batch.items()}
-    found: dict[str, np.ndarray | jax.Array] = {}
-    for kind in dict.fromkeys(kinds.values()):
-        entries = [(path, entry) for path, group in batch.items() if kinds[path] == kind for entry in group]
-        for store in stores:
-            names = {entry.stored: placed[path] for path, entry in entries if _holder(entry, stores) is store}
-            found |= store.read(names, {name: place for name, place in names.items() if place is not None}, kind)
-    params = {}
-    for path, group in batch.items():
-        params[path] = _leaf([found.pop(entry.stored, None) for entry in group], group, kinds[path], placed[path], shardings.get(path))
-    return params
-
-
-def _leaf(
-    arrays: list[Any], group: list[Entry], kind: jnp.dtype, layer: jax.sharding.Sharding | None, sharding: jax.sharding.Sharding | None
-) -> jax.Array:
-    """Returns one leaf from its layers; a missing layer (LoRA that touches some layers only) is zero."""
-    if group[0].layer is None:
-        return arrays[0] if layer is not None else _place(np.asarray(arrays[0]).astype(kind, copy=False), sharding)
-    shape = group[0].tree_shape
-    if layer is None:
-        # One host buffer, filled layer by layer.
-        whole = np.zeros((len(group), *shape), kind)
-        for index, array in enumerate(arrays):
-            if array is not None:
-                whole[index] = array
-        return _place(whole, sharding)
-    # Sharded leaves never stand whole on a host or device.
-    arrays = [_zeros(shape, kind, layer) if array is None else array for array in arrays]
-    return jax.jit(lambda *layers: jnp.stack(layers), out_shardings=sharding)(*arrays)
+    leaves: Mapping[TreePath, list[Entry]], stores: list[Store], dtype: Any, places: Shardings
+) -> Iterator[tuple[TreePath, jax.Array]]:
+    """Yields (path, leaf) as each becomes complete; its host buffer is freed before the next large one is made."""
+    where = {entry.stored: (path, entry) for path, group in leaves.items() for entry in group}
+    held = {name: _holder(entry, stores) for name, (_, entry) in where.items()}
+    left = collections.Counter(where[name][0] for name, store in held.items() if store)
+    stacks: dict[TreePath, np.ndarray] = {}
+    for store in stores:
+        for name, array in store.read([name for name, holder in held.items() if holder is store]):
+            path, entry = where[name]
+            kind = _dtype(leaves[path], stores, dtype)
+            if entry.layer is None:
+                yield path, _place(array.astype(kind, copy=False), places.get(path))
+                continue
+            if path not in stacks:
+                stacks[path] = np.zeros((len(leaves[path]), *entry.tree_shape), kind)
+            stacks[path][entry.layer] = array
+            left[path] -= 1
+            if not left[path]:
+                yield path, _place(stacks.pop(path), places.get(path))
 
 
 def _leaves(entries: list[Entry]) -> Iterator[tuple[TreePath, list[Entry]]]:
@@ -134,20 +106,11 @@ def _dtype(group: list[Entry], stores: list[Store], dtype: Any) -> jnp.dtype:
     return jnp.dtype(jnp.result_type(*(np.float32 if kind == np.float64 else kind for kind in stored)))
 
 
-def _layer_sharding(sharding: jax.sharding.Sharding | None, entry: Entry) -> jax.sharding.NamedSharding | None:
-    """Returns the sharding of what is stored of a leaf (one layer of a stack); None where it is placed from the host."""
-    if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.mesh.size == 1:
-        return None
-    spec = tuple(sharding.spec)
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*(spec if entry.layer is None else spec[1:])))
-
-
-def _zeros(shape: tuple[int, ...], kind: jnp.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape, kind), out_shardings=sharding)()
-
-
 def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    return jax.device_put(array, sharding) if sharding is not None else jnp.asarray(array)
+    if sharding is None:
+        return jnp.asarray(array)
+    # Each process takes its own shards; device_put would compare the whole array across processes.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _is_lora(path: TreePath) -> bool:

@@ -58,11 +58,19 @@ class TensorInfo:
 
     def read(self) -> np.ndarray:
         """Returns the tensor in its own dtype; raises InputError where the file ends early."""
+        return self._read(self.start, self.shape)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Returns rows `start` to `stop` of the first axis."""
+        width = self.nbytes // max(self.shape[0], 1)
+        return self._read(self.start + start * width, (stop - start, *self.shape[1:]))
+
+    def _read(self, position: int, shape: tuple[int, ...]) -> np.ndarray:
         # Filled through a byte view, so that no second copy of the tensor exists; bfloat16 does not offer a buffer of its own.
-        array = np.empty(self.shape, DTYPES[self.dtype])
+        array = np.empty(shape, DTYPES[self.dtype])
         view = array.reshape(-1).view(np.uint8).data
         with self.path.open("rb") as file:
-            file.seek(self.start)
+            file.seek(position)
             done = 0
             while done < len(view):
                 count = file.readinto(view[done:])  # type: ignore[attr-defined]

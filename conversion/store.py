@@ -1,11 +1,11 @@
 """Weights on disk as Orbax checkpoints, in parts small enough to be written and read in bounded memory.
 
-    weights/index.json       {"parts": N, "arrays": {name: {"part": n, "dtype": "bfloat16", "shape": [..]}}}
+    weights/index.json       {"parts": N, "arrays": {name: {"dtype", "shape", "pieces": [[part, first row, row after the last], ..]}}}
     weights/part-00000/      an Orbax PyTree checkpoint of a flat dict name -> array
     weights/part-00001/      ...
 
 One Orbax save of a whole model needs twice its size in memory; one save per part needs about twice the part. Layer stacks are stored
-per layer.
+per layer, and a large array as pieces along its first axis: Orbax takes ten times as long for one array in many chunks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -27,18 +27,39 @@ from etils import epath
 from omni_jax.types import InputError
 
 PART_BYTES = 256 * 2**20
-CHUNK_BYTES = 32 * 2**20  # unit of reading: a sharded restore reads the chunks that touch its shard
+PIECE_BYTES = 64 * 2**20
 _INDEX = "index.json"
 _CONVERT = "convert the checkpoint again"
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-    """One array: its part, dtype and shape."""
+class Piece:
+    """Rows `start` to `stop` of an array (all of it where the array has no axis), and the part they are in."""
 
+    name: str
     part: int
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def key(self) -> str:
+        """Name within the part."""
+        return f"{self.name}@{self.start}"
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One array."""
+
     dtype: np.dtype
     shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
 
     @property
     def nbytes(self) -> int:
@@ -46,7 +67,7 @@ class Stored:
 
 
 class StoreWriter:
-    """Writes arrays one after another; a part is saved whenever the next array would make it larger than `part_bytes`."""
+    """Writes arrays one after another; a part is saved whenever the next piece would make it larger than `part_bytes`."""
 
     def __init__(self, folder: epath.Path, part_bytes: int = PART_BYTES) -> None:
         self._folder = folder
@@ -57,18 +78,27 @@ class StoreWriter:
         self._checkpointer = _checkpointer()
         folder.mkdir(parents=True, exist_ok=True)
 
+    def reserve(self, nbytes: int) -> None:
+        """Saves what is pending if an array of this size would not fit beside it: called before the array is made, it lowers the peak."""
+        if self._pending and sum(a.nbytes for a in self._pending.values()) + nbytes > self._part_bytes:
+            self._flush()
+
     def add(self, name: str, array: np.ndarray) -> None:
-        """Takes one array; it may be written now or with a later one."""
+        """Takes one array, which must not be changed afterwards; it may be written now or with a later one."""
         if name in self._index:
             raise ValueError(f"{name} is added twice")
-        if self._pending and sum(a.nbytes for a in self._pending.values()) + array.nbytes > self._part_bytes:
-            self._flush()
-        self._index[name] = {"part": self._parts, "dtype": array.dtype.name, "shape": list(array.shape)}
-        self._pending[name] = array
+        rows = array.shape[0] if array.ndim else 1
+        step = max(1, rows * min(PIECE_BYTES, self._part_bytes) // max(array.nbytes, 1)) if array.ndim else 1
+        pieces = []
+        for start in range(0, max(rows, 1), step):
+            piece = array[start : start + step] if array.ndim else array
+            self.reserve(piece.nbytes)
+            self._pending[f"{name}@{start}"] = piece
+            pieces.append([self._parts, start, min(start + step, rows)])
+        self._index[name] = {"dtype": array.dtype.name, "shape": list(array.shape), "pieces": pieces}
 
     def _flush(self) -> None:
-        arguments = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in self._pending}
-        self._checkpointer.save(_part(self._folder, self._parts), ocp.args.PyTreeSave(self._pending, save_args=arguments))
+        self._checkpointer.save(_part(self._folder, self._parts), ocp.args.PyTreeSave(self._pending))
         self._pending.clear()
         self._parts += 1
 
@@ -84,7 +114,7 @@ class StoreWriter:
 
 
 class Store:
-    """Arrays written by `StoreWriter`, read by name."""
+    """Arrays written by `StoreWriter`, read by name or by piece."""
 
     def __init__(self, folder: epath.Path) -> None:
         """Opens a store; InputError where the folder holds none."""
@@ -92,68 +122,68 @@ class Store:
         self._checkpointer = _checkpointer()
         try:
             arrays = json.loads((folder / _INDEX).read_text())["arrays"]
-            self.arrays = {name: Stored(at["part"], jnp.dtype(at["dtype"]), tuple(at["shape"])) for name, at in arrays.items()}
+            self.arrays = {name: _stored(name, jnp.dtype(at["dtype"]), tuple(at["shape"]), at["pieces"]) for name, at in arrays.items()}
         except FileNotFoundError:
             raise InputError(f"{folder / _INDEX}: no such file; the folder is not a finished conversion: {_CONVERT}") from None
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{folder / _INDEX}: cannot be read ({e}); {_CONVERT}") from None
 
-    def batches(self, names: Iterable[str], limit: int = PART_BYTES) -> Iterator[list[str]]:
-        """Yields runs of `names`, in order, of at most `limit` bytes each (or one array): what to ask `read` for at a time.
+    def read(self, names: Iterable[str], limit: int = PART_BYTES) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields (name, array) in the order of `names`, reading at most `limit` bytes (or one array) ahead.
 
         Raises:
-          InputError: a name that is not stored.
+          InputError: a name that is not stored, or a damaged part.
         """
-        batch: list[str] = []
-        size = 0
+        whole: dict[str, np.ndarray] = {}
+        left: dict[str, int] = {}
+        for pieces in self._batches(names, limit):
+            for piece, array in self._read(pieces):
+                stored = self.arrays[piece.name]
+                if len(stored.pieces) == 1:
+                    yield piece.name, array
+                    continue
+                if piece.name not in whole:
+                    whole[piece.name], left[piece.name] = np.empty(stored.shape, stored.dtype), len(stored.pieces)
+                whole[piece.name][piece.start : piece.stop] = array
+                left[piece.name] -= 1
+                if not left[piece.name]:
+                    yield piece.name, whole.pop(piece.name)
+
+    def _batches(self, names: Iterable[str], limit: int) -> Iterator[list[Piece]]:
+        batch: list[Piece] = []
         for name in names:
             if name not in self.arrays:
                 raise InputError(f"{self._folder}: array {name} is missing; {_CONVERT}")
-            if batch and size + self.arrays[name].nbytes > limit:
-                yield batch
-                batch, size = [], 0
-            batch.append(name)
-            size += self.arrays[name].nbytes
+            for piece in self.arrays[name].pieces:
+                if batch and sum(p.nbytes for p in batch) + piece.nbytes > limit:
+                    yield batch
+                    batch = []
+                batch.append(piece)
         if batch:
             yield batch
 
-    def read(
-        self, names: Iterable[str], shardings: Mapping[str, jax.sharding.Sharding] | None = None, dtype: Any = None
-    ) -> dict[str, np.ndarray | jax.Array]:
-        """Returns arrays by name: on the host as stored, or placed where `shardings` gives a sharding for the name.
+    def _read(self, pieces: list[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
+        """Yields the pieces' values in order, after one restore of each part they are in."""
+        found: dict[str, np.ndarray] = {}
+        for part in dict.fromkeys(piece.part for piece in pieces):
+            members = [piece for piece in pieces if piece.part == part]
+            arguments = {piece.key: ocp.RestoreArgs(restore_type=np.ndarray) for piece in members}
+            item = {piece.key: jax.ShapeDtypeStruct(piece.shape, piece.dtype) for piece in members}
+            path = _part(self._folder, part)
+            try:
+                found |= self._checkpointer.restore(path, ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True))
+            except (ValueError, KeyError, OSError) as e:
+                raise InputError(f"{path}: cannot be read ({' '.join(str(e).split())[:200]}); {_CONVERT}") from None
+        for piece in pieces:
+            array = found.pop(piece.key)
+            if array.shape != piece.shape or array.dtype != piece.dtype:
+                raise InputError(f"{_part(self._folder, piece.part)}: array {piece.name} is not as the index says; {_CONVERT}")
+            yield piece, array
 
-        `dtype` is the type of placed arrays; None keeps the stored one.
 
-        Raises:
-          InputError: a part is damaged.
-        """
-        groups: dict[int, list[str]] = {}
-        for name in names:
-            groups.setdefault(self.arrays[name].part, []).append(name)
-        found: dict[str, np.ndarray | jax.Array] = {}
-        for part, members in groups.items():
-            found |= self._read_part(part, members, shardings or {}, dtype)
-        return found
-
-    def _read_part(
-        self, part: int, names: list[str], shardings: Mapping[str, jax.sharding.Sharding], dtype: Any
-    ) -> dict[str, np.ndarray | jax.Array]:
-        arguments = {
-            name: ocp.ArrayRestoreArgs(sharding=shardings[name], dtype=dtype, global_shape=self.arrays[name].shape)
-            if name in shardings
-            else ocp.RestoreArgs(restore_type=np.ndarray)
-            for name in names
-        }
-        item = {name: jax.ShapeDtypeStruct(self.arrays[name].shape, self.arrays[name].dtype) for name in names}
-        path = _part(self._folder, part)
-        try:
-            found = self._checkpointer.restore(path, ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True))
-        except (ValueError, KeyError, OSError) as e:
-            raise InputError(f"{path}: cannot be read ({' '.join(str(e).split())[:200]}); {_CONVERT}") from None
-        wrong = [name for name in names if tuple(found[name].shape) != self.arrays[name].shape]
-        if wrong:
-            raise InputError(f"{path}: array {wrong[0]} has shape {found[wrong[0]].shape}, not that of the index; {_CONVERT}")
-        return found
+def _stored(name: str, dtype: np.dtype, shape: tuple[int, ...], pieces: list[list[int]]) -> Stored:
+    rows = [Piece(name, part, start, stop, (stop - start, *shape[1:]) if shape else (), dtype) for part, start, stop in pieces]
+    return Stored(dtype, shape, tuple(rows))
 
 
 def _part(folder: epath.Path, part: int) -> epath.Path:
@@ -161,10 +191,11 @@ def _part(folder: epath.Path, part: int) -> epath.Path:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    # One file per array and chunk instead of one database per part: faster, and half the memory. Weights hardly compress.
+    # One file per array instead of one database per part: faster, and half the memory. Weights hardly compress.
     logging.getLogger("absl").addFilter(_quiet)
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, use_compression=False))
 
 
 def _quiet(record: logging.LogRecord) -> bool:
+    # Orbax warns at every restore that no sharding was given, which is what is wanted here.
     return record.levelno > logging.WARNING or "orbax" not in record.pathname

@@ -26,6 +26,9 @@ from omni_jax.types import InputError
 DTYPES: dict[str, Any] = {"keep": None, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
 
+_BLOCK = 16 * 2**20  # bytes of a large tensor read at a time
+
+
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """What a conversion did: tensors written, their values and bytes, and the time it took."""
@@ -146,6 +149,23 @@ class _Job:
         self._progress(self._read, self._total)
         return source.read_finite(info)
 
+    def _leaf(self, entry: Entry) -> np.ndarray:
+        """Returns one leaf (one layer of it). A large tensor is read and laid out some rows at a time, so that it never exists twice."""
+        info = self.checkpoint.tensors.get(entry.key)
+        axis = entry.transform.row_axis
+        if info is None or self._replaced(entry.key) or self._merge is not None or axis is None or info.nbytes <= _BLOCK:
+            return entry.to_tree(self._merged(entry, self._load(entry)))
+        whole = np.empty(entry.tree_shape, self._dtype or DTYPE_OF[info.dtype])
+        step = max(1, info.shape[0] * _BLOCK // info.nbytes)
+        for start in range(0, info.shape[0], step):
+            rows = info.rows(start, min(start + step, info.shape[0]))
+            source.refuse_non_finite(rows, entry.key, info.path)
+            block = entry.to_tree(rows)
+            whole[(slice(start, start + len(rows)), ...) if axis == 0 else (..., slice(start, start + len(rows)))] = block
+            self._read += rows.nbytes
+            self._progress(self._read, self._total)
+        return whole
+
     def _present(self, entry: Entry) -> bool:
         tensors = self.beats.tensors if self.beats is not None and self._replaced(entry.key) else self.checkpoint.tensors
         return entry.key in tensors
@@ -159,7 +179,9 @@ class _Job:
                     self._written[entry.key] = self._written[group[0].key]
                 continue
             for entry in group:
-                self._add(writer, entry, entry.to_tree(self._merged(entry, self._load(entry))))
+                if entry.key in self.checkpoint.tensors:
+                    writer.reserve(self.checkpoint.tensors[entry.key].nbytes)
+                self._add(writer, entry, self._leaf(entry))
 
     def _shared(self, group: list[Entry]) -> np.ndarray:
         first = self._load(group[0])

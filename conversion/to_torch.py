@@ -108,17 +108,14 @@ class _Job:
             writers = {name: writer for file in files for name, writer in _writers(stack, out, file)}
             types = {name: dtype for file in files for name, dtype, _ in file.tensors}
             wanted = _by_stored(entries, writers)
-            for names in store.batches(wanted):
-                arrays = store.read(names)
-                for stored in names:
-                    array = np.asarray(arrays.pop(stored))
-                    for key in wanted[stored]:
-                        if dtype_name(array.dtype) != types[key] or array.shape != entries[key].tree_shape:
-                            raise InputError(f"{stored} is not stored as {folder.MANIFEST} says; convert the checkpoint again")
-                        writers[key].write(key, entries[key].to_torch(array))
-                        self.tensors += 1
-                        self.parameters += array.size
-                        self.nbytes += array.nbytes
+            for stored, array in store.read(wanted):
+                for key in wanted[stored]:
+                    if dtype_name(array.dtype) != types[key] or array.shape != entries[key].tree_shape:
+                        raise InputError(f"{stored} is not stored as {folder.MANIFEST} says; convert the checkpoint again")
+                    writers[key].write(key, entries[key].to_torch(array))
+                    self.tensors += 1
+                    self.parameters += array.size
+                    self.nbytes += array.nbytes
                 self._progress(self.parameters, self._values)
 
 

@@ -18,7 +18,14 @@ _TILE = 128  # rows and columns copied together: a plain transposed copy misses 
 
 
 class Transform(Protocol):
-    """One invertible layout change; `inverse(forward(x))` equals x bit for bit."""
+    """One invertible layout change; `inverse(forward(x))` equals x bit for bit.
+
+    `row_axis` is the axis of the leaf along which the rows (first axis) of the torch tensor lie, so that a large tensor can be converted
+    some rows at a time; None where it cannot.
+    """
+
+    @property
+    def row_axis(self) -> int | None: ...
 
     def forward(self, array: np.ndarray) -> np.ndarray:
         """Returns the tree leaf of a torch tensor, C-contiguous."""
@@ -41,6 +48,8 @@ class Transform(Protocol):
 class Identity:
     """The same array: biases, norms, embeddings."""
 
+    row_axis = 0
+
     def forward(self, array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array)
 
@@ -56,6 +65,8 @@ class Identity:
 @dataclasses.dataclass(frozen=True)
 class ReverseAxes:
     """All axes in reverse order: a linear kernel (O, I) <-> (I, O), a convolution kernel (O, I, K) <-> (K, I, O)."""
+
+    row_axis = -1
 
     def forward(self, array: np.ndarray) -> np.ndarray:
         return _reversed_copy(array)
@@ -77,6 +88,7 @@ class PatchKernel:
     """
 
     inner: Shape
+    row_axis = None
 
     def forward(self, array: np.ndarray) -> np.ndarray:
         return _reversed_copy(np.ascontiguousarray(array).reshape(array.shape[0], -1))
@@ -97,6 +109,7 @@ class KeepAxis:
 
     rank: int
     axis: int
+    row_axis = None
 
     def forward(self, array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array).reshape(-1)

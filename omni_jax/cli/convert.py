@@ -1,0 +1,78 @@
+"""`omni-jax convert`: PyTorch checkpoints in, PyTorch checkpoints and PEFT adapters out."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+
+HELP = "convert PyTorch weights to JAX and back"
+EXAMPLE = """omni-jax convert to-jax --base WAVE-7B --adapter OmniRetriever-7B --out omni7b
+omni-jax convert to-torch --model omni7b --base-out wave --adapter-out adapter"""
+
+_TO_JAX = "write a folder that every other command reads, from a WAVE-7B checkpoint and a LoRA adapter"
+_TO_TORCH = "give the PyTorch checkpoint and the PEFT adapter back, bit for bit"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
+    to_jax = _direction(directions, "to-jax", _TO_JAX, EXAMPLE.splitlines()[0])
+    to_jax.add_argument("--base", required=True, metavar="DIR", help="folder with config.json and safetensors weights")
+    to_jax.add_argument("--adapter", metavar="DIR", help="PEFT adapter folder; kept apart from the base unless --merge-adapter")
+    to_jax.add_argument("--beats", metavar="FILE.pt", help="BEATs weights and settings to use instead of the base's; read, never executed")
+    to_jax.add_argument("--out", required=True, metavar="DIR", help="new folder; it appears only when complete")
+    to_jax.add_argument(
+        "--dtype",
+        choices=("keep", "bfloat16", "float32"),
+        default="keep",
+        help="type of the stored weights (default: keep, which makes the way back bit-equal)",
+    )
+    to_jax.add_argument(
+        "--merge-adapter", action="store_true", help="fold the adapter into the base; only a merged base can be exported then"
+    )
+    to_torch = _direction(directions, "to-torch", _TO_TORCH, EXAMPLE.splitlines()[1])
+    to_torch.add_argument("--model", required=True, metavar="DIR", help="folder written by 'omni-jax convert to-jax'")
+    to_torch.add_argument("--base-out", metavar="DIR", help="new folder for the base checkpoint, split as the source was")
+    to_torch.add_argument("--adapter-out", metavar="DIR", help="new folder for the PEFT adapter")
+
+
+def run(args: argparse.Namespace) -> int:
+    # Late, so that `--help` answers at once.
+    import conversion
+    from omni_jax.cli.progress import Progress
+
+    with contextlib.ExitStack() as stack:
+        bars: list[Progress] = []
+
+        def progress(done: int, total: int) -> None:
+            if not bars:  # made with the first tensor, so that bad input is answered by its one line alone
+                unit = "MB" if args.direction == "to-jax" else "M values"
+                bars.append(stack.enter_context(Progress(total // 1_000_000, f"convert {args.direction}", unit=unit)))
+            bars[0].update(done // 1_000_000 - bars[0].done)
+
+        if args.direction == "to-jax":
+            made = conversion.to_jax(
+                args.base,
+                args.out,
+                adapter=args.adapter,
+                beats=args.beats,
+                dtype=args.dtype,
+                merge_adapter=args.merge_adapter,
+                progress=progress,
+            )
+            what = f"{args.out} (dtype {args.dtype}{', adapter merged' if args.merge_adapter else ''})"
+        else:
+            made = conversion.to_torch(args.model, base_out=args.base_out, adapter_out=args.adapter_out, progress=progress)
+            what = " and ".join(out for out in (args.base_out, args.adapter_out) if out)
+    print(f"{what}: {made.tensors} tensors, {made.parameters:,} parameters, {made.nbytes:,} bytes, {made.seconds:.1f} s")
+    return 0
+
+
+def _direction(directions: argparse._SubParsersAction, name: str, text: str, example: str) -> argparse.ArgumentParser:
+    return directions.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
