@@ -18,6 +18,7 @@ FRAMES_PER_TOKEN = 4  # mel or fbank frames of one audio token
 BEATS_EDGE = 4  # tokens: a segment's mel frames outnumber its whole fbank patches by at most 18 frames
 MAX_PAIRS = 1 << 25  # query-key pairs of one tower batch and head: bounds the memory of its attention
 SLOT_TOKENS = 0.1  # the fusion head on one pooled prompt, about a twelfth of a token's way through the decoder
+PROGRAMS_FREE, PROGRAMS_DOUBLING = 8, 3  # programs at the plain price, and how many more double it
 DISPATCH_TOKENS = 32  # what starting one more program costs, in tokens
 
 
@@ -138,7 +139,7 @@ class Planner:
         beats_segments: int = 8,
         batch_tokens: int = 8192,
         longest_row: int = 4096,
-        new_shape_share: float = 0.03,
+        new_shape_share: float = 0.02,
         new_shape_tokens: int = 512,
     ):
         """Sets the limits.
@@ -167,8 +168,8 @@ class Planner:
         return sum(map(len, self.shapes.values()))
 
     def new_cost(self, tokens: int) -> float:
-        """Returns what a new shape costs, in tokens, in a call of so many."""
-        return max(self._least, self._share * tokens)
+        """Returns what a new shape costs, in tokens, in a call of so many. It doubles with every few programs, so that they stay few."""
+        return max(self._least, self._share * tokens) * 2 ** (max(0, self.programs - PROGRAMS_FREE) / PROGRAMS_DOUBLING)
 
     def vision(self, tokens: Sequence[int], new_cost: float) -> list[Piece]:
         """Returns batches of temporal steps; `tokens` are merged tokens of each step, as is the size of a batch."""
