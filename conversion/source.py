@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _SKIPPED_FOLDERS = (".git", ".cache")  # version control and download bookkeeping, not part of a checkpoint
-_TABLE = re.compile(r"beats\.encoder\.layers\.\d+\.self_attn\.relative_attention_bias\.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +150,7 @@ def model_config(checkpoint: Checkpoint, beats: BeatsFile | None = None) -> Mode
     """Returns the configuration of a checkpoint, without LoRA.
 
     BEATs' settings come from `beats`, else from the file `audio_config.beats_path` names if the folder holds it, else from the published
-    values (SPEC section 1). Whether a predictor is there and how often the shared table is stored, the weights say.
+    values (SPEC section 1). Whether a predictor is there, the weights say.
 
     Raises:
       InputError: a config.json that is not of this model.
@@ -241,8 +239,7 @@ def _beats_settings(checkpoint: Checkpoint) -> BeatsConfig:
 
 def _as_stored(config: BeatsConfig, shapes: Mapping[str, tuple[int, ...]]) -> BeatsConfig:
     predictor = shapes.get("beats.predictor.weight", (0,))
-    tables = sum(1 for name in shapes if _TABLE.fullmatch(name))
-    return dataclasses.replace(config, predictor_classes=predictor[0] if predictor else 0, shared_table_stored=tables)
+    return dataclasses.replace(config, predictor_classes=predictor[0] if predictor else 0)
 
 
 def is_float(dtype: np.dtype) -> bool:

@@ -16,9 +16,6 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field and the mend."""
 
 
-# ------------------------------------------------------------------------------------------------------------ architecture
-
-
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Text decoder (Qwen2.5 with TMRoPE)."""
@@ -116,6 +113,8 @@ class AudioConfig:
     def __post_init__(self) -> None:
         _divides("audio_config.encoder_attention_heads", self.num_heads, "d_model", self.hidden_size)
         _divides("4", 4, "chunk of 2 * audio_config.n_window frames", self.chunk_frames)
+        if self.n_window > self.max_source_positions:
+            raise ConfigError(f"audio_config.n_window {self.n_window} exceeds max_source_positions {self.max_source_positions}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +135,6 @@ class BeatsConfig:
     norm_eps: float = 1e-5
     conv_bias: bool = False  # bias of the patch embedding
     predictor_classes: int = 527  # carried classifier, 0 where the checkpoint has none
-    shared_table_stored: int = 12  # how many layers of the source stored the shared relative-attention table
 
     @property
     def head_dim(self) -> int:
@@ -189,7 +187,6 @@ class BeatsConfig:
             max_distance=int(cfg["max_distance"]),
             conv_bias=bool(cfg.get("conv_bias", False)),
             predictor_classes=int(cfg.get("predictor_class", 0)) if cfg.get("finetuned_model") else 0,
-            shared_table_stored=int(cfg["encoder_layers"]),
         )
 
 

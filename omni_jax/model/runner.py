@@ -23,6 +23,9 @@ from omni_jax.model.encoder import Encoder
 from omni_jax.parallel import sharding
 from omni_jax.types import EncoderBatch, RowBatch
 
+# Host or device arrays of one tower batch, in the order of its record.
+Arrays = tuple[jax.Array, ...]
+
 
 class Runner:
     """Runs batches through an encoder on one device or a mesh.
@@ -53,14 +56,15 @@ class Runner:
             rows = tokens.reshape(-1, tokens.shape[-1]).astype(table.dtype)
             return jax.lax.dynamic_update_slice(table, rows, (offset, jnp.zeros((), offset.dtype)))
 
-        def vision(model: Encoder, table: jax.Array, offset: jax.Array, batch: tuple[jax.Array, ...]) -> jax.Array:
+        def vision(model: Encoder, table: jax.Array, offset: jax.Array, batch: Arrays) -> jax.Array:
             return write(table, offset, model.video_tokens(*batch))
 
-        def audio(model: Encoder, table: jax.Array, offset: jax.Array, batch: tuple[jax.Array, ...]) -> jax.Array:
+        def audio(model: Encoder, table: jax.Array, offset: jax.Array, batch: Arrays) -> jax.Array:
             return write(table, offset, model.whisper_tokens(*batch))
 
-        def beats(model: Encoder, table: jax.Array, offset: jax.Array, batch: tuple[jax.Array, ...], max_tokens: int) -> jax.Array:
-            return write(table, offset, model.beats_tokens(*batch, max_tokens))
+        def beats(model: Encoder, table: jax.Array, offset: jax.Array, batch: Arrays, max_tokens: int) -> jax.Array:
+            fbank, frames = batch
+            return write(table, offset, model.beats_tokens(fbank, frames, max_tokens))
 
         def rows(model: Encoder, table: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             return model.embed_rows(batch, table)
