@@ -36,9 +36,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tables", metavar="LIST", help=f"comma-separated, among {','.join(TABLES)} (default: all that the fields allow)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help="override a preset field")
     parser.add_argument("--batch-size", type=_positive(int), default=16, metavar="N", help="clips encoded together (default: %(default)s)")
-    parser.add_argument(
-        "--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="weights and computation (default: keep)"
-    )
+    parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="weights and computation (default: keep)")
     parser.add_argument("--media-root", metavar="DIR", help="folder that media paths start from (default: the manifest's)")
     parser.add_argument("--workers", type=int, metavar="N", help="decoding processes (default: one less than the cores)")
     parser.add_argument(
@@ -97,23 +95,26 @@ def embed(args: argparse.Namespace, model: OmniRetriever, manifest: Manifest, ta
         )
 
 
-def report(out: Path, manifest: Manifest, outcome: Outcome) -> int:
-    """Writes OUT.errors.jsonl and OUT.warnings.jsonl (or removes those of an earlier run), says so, and returns the number of errors."""
+def report(out: Path | None, manifest: Manifest, outcome: Outcome) -> int:
+    """Says what was set aside or mended and returns the number of records set aside.
+
+    With `out` the lists go to OUT.errors.jsonl and OUT.warnings.jsonl, and those of an earlier run are removed.
+    """
     from omni_jax.data.manifest import Problem, write_jsonl_atomic
 
     failed = [Problem(p.record.id, p.record.line, str(p.record.video or p.record.audio or ""), p.reason) for p in outcome.problems]
-    errors = sorted([*manifest.problems, *failed], key=lambda p: p.line)
-    lists = {
-        "errors": ([p.row() for p in errors], "could not be embedded"),
-        "warnings": ([{"id": name, "warning": line} for name, line in outcome.warnings], "were mended"),
-    }
-    for kind, (rows, what) in lists.items():
-        path = _beside(out, kind)
-        path.unlink(missing_ok=True)
+    errors = [p.row() for p in sorted([*manifest.problems, *failed], key=lambda p: p.line)]
+    warnings = [{"id": name, "reason": line} for name, line in outcome.warnings]
+    for kind, rows, what in (("errors", errors, "records could not be embedded"), ("warnings", warnings, "records were mended")):
+        listed = ""
+        if out is not None:
+            path = _beside(out, kind)
+            path.unlink(missing_ok=True)
+            listed = f", listed in {path}"
+            if rows:
+                write_jsonl_atomic(path, rows)
         if rows:
-            write_jsonl_atomic(path, rows)
-            text = rows[0].get("reason") or rows[0]["warning"]
-            print(f"{len(rows)} records {what}, listed in {path}; the first: {text}", file=sys.stderr)
+            print(f"{len(rows)} {what}{listed}; the first: {rows[0]['reason']}", file=sys.stderr)
     if outcome.truncated:
         print(f"{outcome.truncated} captions were cut to the preset's max_text_tokens", file=sys.stderr)
     return len(errors)

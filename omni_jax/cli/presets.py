@@ -1,0 +1,55 @@
+"""`omni-jax presets`: the same clips under every preset, side by side."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from omni_jax.cli import embed
+from omni_jax.config import PRESETS
+from omni_jax.types import InputError
+
+HELP = "embed and score the same clips under every preset, in one table"
+EXAMPLE = "omni-jax presets --model omni7b --manifest clips.jsonl --out presets"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    embed.add_input_arguments(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="keep each preset's embedding file and error list in this folder")
+    parser.add_argument(
+        "--ties", choices=("optimistic", "average", "worst"), default="optimistic", help="as in eval (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints R@1 of the 12 directions, one column a preset, and returns the exit status.
+
+    Raises:
+      InputError, ConfigError: for anything in the arguments that cannot be used, or when a preset leaves nothing to score.
+    """
+    chosen = {name: preset.override(args.overrides) for name, preset in PRESETS.items()}
+    tables = embed.parse_tables(args.tables)
+
+    # Late, so that `--help` and usage errors answer at once.
+    from omni_jax.data.manifest import read_manifest
+    from omni_jax.retrieval import evaluate, format_comparison, write_embeddings
+
+    manifest = read_manifest(args.manifest, args.media_root)
+    tables = tables or embed.tables_of(manifest.records)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+    model = embed.load_model(args, chosen["training"])
+    results, bad = {}, 0
+    for name, preset in chosen.items():
+        model.preset = preset
+        outcome = embed.embed(args, model, manifest, tables, name)
+        if not outcome.table.ids:
+            reason = outcome.problems[0].reason if outcome.problems else manifest.problems[0].reason
+            raise InputError(f"{args.manifest}: no record could be embedded under preset {name}; the first: {reason}")
+        out = args.out / f"{name}.npz" if args.out else None
+        bad = max(bad, embed.report(out, manifest, outcome))
+        if out:
+            write_embeddings(out, outcome.table)
+        results[name] = evaluate(outcome.table, ties=args.ties)
+    print(format_comparison(results))
+    return 1 if bad else 0
