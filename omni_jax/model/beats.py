@@ -27,7 +27,9 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.nda
     half = num_buckets // 2
     exact = half // 2
     size = np.abs(distance)
-    large = np.log(np.maximum(size, 1).astype(np.float32) / exact) / np.log(max_distance / exact) * (half - exact)
+    # In float32 throughout, as the published encoder: where a distance falls on the edge of a bucket, the rounding decides.
+    large = np.log(np.maximum(size, 1).astype(np.float32) / np.float32(exact)) / np.float32(np.log(max_distance / exact))
+    large = large * np.float32(half - exact)
     bucket = np.where(size < exact, size, np.minimum(exact + large.astype(np.int64), half - 1))
     return (bucket + np.where(distance > 0, half, 0)).astype(np.int32)
 
