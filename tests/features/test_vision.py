@@ -27,7 +27,9 @@ def test_golden_patches(golden: GoldenSet) -> None:
         seconds = float(a["num_frames"]) / float(a["fps"])
         if span := golden.records[i].timestamps:
             seconds = min(span[1], seconds) - span[0]
-        features = vision_features(VideoFrames(a["frames"], a["frame_index"], float(a["fps"]), int(a["num_frames"]), seconds), golden.preset)
+        features = vision_features(
+            VideoFrames(a["frames"], a["frame_index"], float(a["fps"]), int(a["num_frames"]), seconds), golden.preset
+        )
         assert_close(features.patches, golden.inputs[f"{i}/pixel_values"], "pixel_values")
         assert features.grid_thw == tuple(golden.inputs[f"{i}/grid_thw"].reshape(3).tolist())
         assert features.second_per_grid == float(golden.inputs[f"{i}/second_per_grid"])
