@@ -136,7 +136,7 @@ def _lines(path: os.PathLike[str] | str) -> Iterator[tuple[int, bytes]]:
             for number, data in enumerate(file, 1):
                 data = data.removeprefix(b"\xef\xbb\xbf") if number == 1 else data  # a byte-order mark, as some editors write
                 if data.strip():
-                    yield number, data
+                    yield number, data.rstrip(b"\r\n")
     except FileNotFoundError:
         raise InputError(f"{path}: manifest not found; check the path") from None
     except OSError as error:

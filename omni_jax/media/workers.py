@@ -36,6 +36,7 @@ Result = TypeVar("Result")
 
 START_LIMIT_S = 300.0  # a child imports NumPy and PyAV first, which a busy network disk can make slow
 _JOIN_LIMIT_S = 10.0
+_ORPHAN_GRACE_S = 2.0  # a hung child ends itself this long after its parent should have done so
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from omni_jax.media.workers import _serve; _serve(int(sys.argv[1]))"
 
 
@@ -327,7 +328,7 @@ def _serve(descriptor: int) -> None:
             _send(connection, "", math.inf)
             while True:
                 item, name = _receive(connection, math.inf)
-                signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 10)
+                signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_GRACE_S)
                 outcome = _attempt(function, item, name)
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 try:

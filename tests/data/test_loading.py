@@ -1,0 +1,95 @@
+"""Records to features through the pool: what is decoded, in which order, and what a bad clip costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from omni_jax.config import preset
+from omni_jax.data.loading import load_clip, load_features
+from omni_jax.types import ClipError, Features, Record
+from tests.golden_set import GoldenSet
+from tests.media_samples import cut_file, write_clip, write_sound
+from tests.tolerances import assert_close
+
+TRAINING = preset("training")
+ALL = frozenset("tva")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_golden_features_from_files(golden: GoldenSet, workers: int) -> None:
+    records = golden.records[: golden.clips]
+    loaded = list(load_features(records, golden.preset, ALL, workers, 120.0))
+    assert len(loaded) == golden.clips
+    for i, (record, features) in enumerate(zip(records, loaded, strict=True)):
+        assert isinstance(features, Features), features
+        assert features.record == record
+        assert features.vision is not None
+        assert features.audio is not None
+        assert_close(features.vision.patches, golden.inputs[f"{i}/pixel_values"], "pixel_values")
+        assert list(features.vision.grid_thw) == golden.inputs[f"{i}/grid_thw"][0].tolist()
+        assert features.vision.second_per_grid == pytest.approx(float(golden.inputs[f"{i}/second_per_grid"]), rel=1e-12)
+        assert features.audio_tokens == golden.inputs[f"{i}/audio_tokens"]
+
+
+def test_only_what_is_asked_for_is_opened(tmp_path: Path) -> None:
+    record = Record("a", "caption", video=tmp_path / "missing.mp4", audio=write_sound(tmp_path / "a.wav"))
+    clip = load_clip(record, TRAINING, frozenset("ta"))
+    assert clip.video is None
+    assert clip.waveform is not None
+    assert load_clip(record, TRAINING, frozenset("t")).waveform is None
+    with pytest.raises(ClipError, match="missing"):
+        load_clip(record, TRAINING, frozenset("v"))
+
+
+def test_modalities_a_record_lacks_are_left_out() -> None:
+    (features,) = load_features([Record("a", "caption")], TRAINING, ALL, 0, 60)
+    assert features == Features(Record("a", "caption"))
+
+
+def test_the_preset_and_the_interval_reach_the_readers(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "clip.mp4", 4.0, fps=10, sample_rate=16_000, channels=2)
+    record = Record("a", video=path, audio=path, timestamps=(1.0, 3.0))
+    clip = load_clip(record, dataclasses.replace(TRAINING, frames=4, audio_seconds=1.0, audio_crop="center"), ALL)
+    assert clip.video is not None
+    assert clip.waveform is not None
+    assert clip.video.frame_index.tolist() == [10, 16, 23, 30]
+    assert clip.video.seconds == pytest.approx(2.0)
+    whole = load_clip(dataclasses.replace(record, timestamps=None), dataclasses.replace(TRAINING, audio_seconds=0.0), frozenset("a"))
+    assert whole.waveform is not None
+    assert np.array_equal(clip.waveform, whole.waveform[24_000:40_000])
+
+
+def test_one_bad_clip_never_stops_the_others(tmp_path: Path) -> None:
+    good = write_clip(tmp_path / "good.mp4", 1.0, faststart=True)
+    mute = write_clip(tmp_path / "mute.mp4", 1.0, audio=False)
+    records = [
+        Record("good", video=good, audio=good),
+        Record("cut", video=cut_file(good, tmp_path / "cut.mp4", 0.6)),
+        Record("mute", video=mute, audio=mute),
+        Record("missing", audio=tmp_path / "missing.wav"),
+        Record("last", video=good),
+    ]
+    loaded = list(load_features(records, TRAINING, ALL, 2, 60))
+    assert [isinstance(got, Features) for got in loaded] == [True, False, True, False, True]
+    assert str(loaded[1]).startswith(f"{tmp_path / 'cut.mp4'}: truncated")
+    assert str(loaded[3]).startswith(f"{tmp_path / 'missing.wav'}: file not found")
+    assert isinstance(loaded[2], Features)
+    assert loaded[2].warnings == (f"{mute}: no audio track; silence is used instead",)
+    assert isinstance(loaded[0], Features)
+    assert not loaded[0].warnings
+
+
+def test_what_the_processes_import_holds_no_accelerator_library() -> None:
+    code = (
+        "import sys, omni_jax.data.loading, omni_jax.media.video, omni_jax.media.audio, omni_jax.features.vision, omni_jax.features.audio;"
+        "found = {'jax', 'flax', 'torch', 'tensorflow'} & set(sys.modules);"
+        "sys.exit(f'imported: {found}' if found else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

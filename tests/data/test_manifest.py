@@ -1,0 +1,213 @@
+"""Manifests of both forms, and every way a line can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
+
+from omni_jax.data.manifest import Problem, read_manifest, write_jsonl_atomic
+from omni_jax.types import InputError, Record
+from tests.golden_set import GoldenSet
+
+GOOD = b'{"id": "good", "text": "a dog barks"}'
+
+
+def write(folder: Path, *lines: bytes | dict[str, Any], name: str = "clips.jsonl") -> Path:
+    path = folder / name
+    path.write_bytes(b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines))
+    return path
+
+
+def official(caption: Any = "a dog barks", **fields: Any) -> dict[str, Any]:
+    return {"conversations": [{"from": "human", "value": "<image>\nDescribe."}, {"from": "gpt", "value": caption}], **fields}
+
+
+def test_golden_manifest(golden: GoldenSet) -> None:
+    got = read_manifest(golden.manifest)
+    assert not got.problems
+    assert got.records == golden.records
+
+
+def test_plain_lines(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        {"id": "a", "text": "one", "video": "media/a.mp4", "audio": "media/a.wav", "timestamps": [1, 2.5]},
+        b"",
+        {"id": "b", "video": "/elsewhere/b.mp4"},
+        {"id": "c", "text": "  spaces stay  ", "video": None, "timestamps": None},
+        {"id": 17, "audio": "d.wav"},
+    )
+    got = read_manifest(path)
+    assert not got.problems
+    assert got.records == (
+        Record("a", "one", tmp_path / "media/a.mp4", tmp_path / "media/a.wav", (1.0, 2.5), 1),
+        Record("b", None, Path("/elsewhere/b.mp4"), None, None, 3),
+        Record("c", "  spaces stay  ", None, None, None, 4),
+        Record("17", None, None, tmp_path / "d.wav", None, 5),
+    )
+
+
+def test_official_lines_may_stand_beside_plain_ones(tmp_path: Path) -> None:
+    path = write(tmp_path, official("rain", id="a", video="a.mp4", audio="a.mp4", timestamps=[0, 3]), {"id": "b", "text": "plain"})
+    got = read_manifest(path)
+    assert not got.problems
+    assert got.records[0] == Record("a", "rain", tmp_path / "a.mp4", tmp_path / "a.mp4", (0.0, 3.0), 1)
+    assert got.records[1].text == "plain"
+
+
+def test_relative_manifest_and_media_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, {"id": "a", "video": "v/a.mp4"})
+    assert read_manifest("clips.jsonl").records[0].video == tmp_path / "v/a.mp4"
+    assert read_manifest("clips.jsonl", "media").records[0].video == tmp_path / "media/v/a.mp4"
+    assert read_manifest("clips.jsonl", tmp_path / "x").records[0].video == tmp_path / "x/v/a.mp4"
+
+
+def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    path = write(tmp_path, b"\xef\xbb\xbf" + GOOD + b"\r", b'{"id": "b", "text": "\xe9\x9b\xa8"}\r')
+    got = read_manifest(path)
+    assert not got.problems
+    assert [record.text for record in got.records] == ["a dog barks", "雨"]
+
+
+BAD_LINES: dict[str, tuple[bytes | dict[str, Any], str | None, str]] = {
+    "malformed": (b'{"id": "x", "text": ', None, "malformed JSON (Expecting value at column 22); write one JSON object a line"),
+    "two objects": (b'{"id": "x"} {"id": "y"}', None, "malformed JSON (Extra data"),
+    "NaN": (b'{"id": "x", "text": NaN}', None, "malformed JSON (NaN is not"),
+    "deep": (b"[" * 100_000, None, "malformed JSON"),
+    "long number": (b'{"id": ' + b"9" * 5000 + b"}", None, "malformed JSON"),
+    "bytes": (b'{"id": "x", "text": "caf\xe9"}', None, "byte 25 of the line is not UTF-8"),
+    "surrogate": (b'{"id": "x", "text": "\\ud83d"}', "x", "the caption holds half of a surrogate pair"),
+    "list": (b"[1, 2]", None, "a list where a record belongs"),
+    "unknown field": ({"id": "x", "text": "t", "vidoe": "a.mp4"}, None, "unknown field 'vidoe'; the fields are id, text, video, audio"),
+    "mixed forms": (official(id="x", text="t"), None, "unknown field 'text'; the fields are id, conversations"),
+    "field twice": (b'{"id": "x", "text": "t", "text": "u"}', None, "field 'text' stands twice"),
+    "no id": ({"text": "t"}, None, "has no id"),
+    "null id": ({"id": None, "text": "t"}, None, "has no id"),
+    "empty id": ({"id": "", "text": "t"}, None, "has no id"),
+    "list id": ({"id": ["x"], "text": "t"}, None, "id is a list"),
+    "boolean id": ({"id": True, "text": "t"}, None, "id is true or false"),
+    "duplicate id": ({"id": "good", "text": "t"}, "good", "id 'good' was used on line 1 already"),
+    "number as text": ({"id": "x", "text": 3}, "x", "record 'x': text is a number; make it a string"),
+    "empty caption": ({"id": "x", "text": ""}, "x", "record 'x': the caption is empty; write one"),
+    "blank caption": ({"id": "x", "text": " \n", "video": "a.mp4"}, "x", "record 'x': the caption is empty"),
+    "empty official caption": (official("", id="x", video="a.mp4"), "x", "record 'x': the caption is empty"),
+    "number as path": ({"id": "x", "video": 3}, "x", "record 'x': video is a number; make it the path of a file"),
+    "empty path": ({"id": "x", "audio": ""}, "x", "record 'x': audio is an empty string"),
+    "nul in path": ({"id": "x", "audio": "a\0.wav"}, "x", "record 'x': audio is a string; make it the path"),
+    "web address": ({"id": "x", "video": "http://a.b/c.mp4"}, "x", "record 'x': video http://a.b/c.mp4: not a kind of storage"),
+    "no modality": ({"id": "x"}, "x", "record 'x': has no text, video or audio"),
+    "all null": ({"id": "x", "text": None, "video": None}, "x", "record 'x': has no text, video or audio"),
+    "no turns": ({"id": "x", "conversations": []}, "x", "conversations must be"),
+    "three turns": (
+        {"id": "x", "conversations": [{"from": who, "value": "v"} for who in ("human", "gpt", "human")]},
+        "x",
+        "conversations must be",
+    ),
+    "turns are text": ({"id": "x", "conversations": "hello"}, "x", "conversations must be"),
+    "caption of a turn": (official(7, id="x"), "x", "conversations must be"),
+    "reversed interval": ({"id": "x", "video": "a.mp4", "timestamps": [3, 2]}, "x", "record 'x': timestamps [3, 2] must be [start, end]"),
+    "empty interval": ({"id": "x", "video": "a.mp4", "timestamps": [2, 2]}, "x", "record 'x': timestamps [2, 2] must be"),
+    "negative interval": ({"id": "x", "video": "a.mp4", "timestamps": [-1, 2]}, "x", "record 'x': timestamps [-1, 2] must be"),
+    "interval of words": ({"id": "x", "video": "a.mp4", "timestamps": ["0", "2"]}, "x", 'record \'x\': timestamps ["0", "2"] must be'),
+    "interval of three": ({"id": "x", "video": "a.mp4", "timestamps": [0, 1, 2]}, "x", "record 'x': timestamps [0, 1, 2] must be"),
+    "endless interval": (b'{"id": "x", "video": "a.mp4", "timestamps": [0, 1e999]}', "x", "record 'x': timestamps [0, Infinity] must be"),
+    "huge interval": (b'{"id": "x", "video": "a.mp4", "timestamps": [0, 1' + b"0" * 400 + b"]}", "x", "record 'x': timestamps [0, 1000"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_bad_line_never_stops_the_others(tmp_path: Path, case: str) -> None:
+    line, known_id, words = BAD_LINES[case]
+    path = write(tmp_path, GOOD, line, {"id": "last", "text": "t"})
+    got = read_manifest(path)
+    assert [record.id for record in got.records] == ["good", "last"]
+    (problem,) = got.problems
+    assert problem.reason.startswith(f"{path}:2: {words}")
+    assert "\n" not in problem.reason
+    assert (problem.id, problem.line, problem.file) == (known_id, 2, str(path))
+
+
+def test_only_the_second_use_of_an_id_is_refused(tmp_path: Path) -> None:
+    got = read_manifest(
+        write(tmp_path, *({"id": "same", "text": f"{i}"} for i in range(3)), {"id": 1, "text": "t"}, {"id": "1", "text": "t"})
+    )
+    assert [(r.id, r.line) for r in got.records] == [("same", 1), ("1", 4)]
+    assert [(p.id, p.line) for p in got.problems] == [("same", 2), ("same", 3), ("1", 5)]
+
+
+@given(st.lists(st.binary(max_size=40).filter(lambda data: b"\n" not in data), max_size=5))
+def test_no_bytes_raise(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
+    path = write(tmp_path_factory.mktemp("fuzz"), GOOD, *lines)
+    got = read_manifest(path)
+    assert len(got.records) + len(got.problems) == 1 + sum(bool(line.strip()) for line in lines)
+
+
+def test_unusable_manifests(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "blank.jsonl").write_text("\n  \n")
+    for name, words in {
+        "missing.jsonl": "manifest not found; check the path",
+        "": "is a directory; name the manifest file in it",
+        "empty.jsonl": "the manifest is empty; write one JSON record a line",
+        "blank.jsonl": "the manifest is empty",
+    }.items():
+        with pytest.raises(InputError) as error:
+            read_manifest(tmp_path / name)
+        assert str(error.value).startswith(f"{tmp_path / name}: {words}")
+    with pytest.raises(InputError, match="not a kind of storage that is known"):
+        read_manifest("http://a.b/clips.jsonl")
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> Iterator[epath.Path]:
+    """gs://bucket, kept in a local folder."""
+
+    def local(path: Any) -> Path:
+        return tmp_path / os.fspath(path).removeprefix("gs://")
+
+    folder = tmp_path / "bucket"
+    folder.mkdir()
+    with epath.testing.mock_epath(
+        open=lambda original, path, *args, **kwargs: open(local(path), *args, **kwargs),
+        isdir=lambda original, path: local(path).is_dir(),
+    ):
+        yield epath.Path("gs://bucket")
+
+
+def test_manifest_in_an_object_store(bucket: epath.Path, tmp_path: Path) -> None:
+    write(tmp_path / "bucket", {"id": "a", "video": "v/a.mp4"}, {"id": "b", "audio": "gs://other/b.wav"})
+    got = read_manifest("gs://bucket/clips.jsonl")
+    assert not got.problems
+    assert [str(record.video or record.audio) for record in got.records] == ["gs://bucket/v/a.mp4", "gs://other/b.wav"]
+    assert write_jsonl_atomic("gs://bucket/out.jsonl", [{"id": "a"}]) == 1
+    assert (tmp_path / "bucket/out.jsonl").read_text() == '{"id": "a"}\n'
+
+
+def test_problems_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "clips.errors.jsonl"
+    problems = [Problem("a", 3, "a.mp4", "a.mp4: truncated; fetch it again"), Problem(None, 4, "clips.jsonl", "雨")]
+    assert write_jsonl_atomic(target, [problem.row() for problem in problems]) == 2
+    rows = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+    assert rows[0] == {"id": "a", "line": 3, "file": "a.mp4", "reason": "a.mp4: truncated; fetch it again"}
+    assert rows[1]["reason"] == "雨"
+
+    def interrupted() -> Iterator[dict[str, Any]]:
+        yield {"id": "b"}
+        raise KeyboardInterrupt
+
+    before = target.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        write_jsonl_atomic(target, interrupted())
+    assert target.read_bytes() == before
+    assert os.listdir(tmp_path) == [target.name]
+    with pytest.raises(InputError, match="cannot be written"):
+        write_jsonl_atomic(tmp_path / "nowhere" / "x.jsonl", [])

@@ -1,0 +1,187 @@
+"""The pool of decoding processes: order, bounds, and functions that hang, crash and raise."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from omni_jax.media.workers import run_guarded
+from omni_jax.types import ClipError, InputError
+from tests.media import worker_functions as functions
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """Every test must end with the child processes it began with."""
+    before = {child.pid for child in psutil.Process().children()}
+    yield
+    left = [child for child in psutil.Process().children() if child.pid not in before]
+    assert not left
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_results_come_in_the_order_of_the_items(workers: int) -> None:
+    assert list(run_guarded(functions.square, range(50), workers, 60)) == [(i, i * i) for i in range(50)]
+
+
+def test_a_slow_item_does_not_change_the_order() -> None:
+    assert [got for _, got in run_guarded(functions.slow_first, range(9), 2, 60)] == list(range(9))
+
+
+def test_no_items() -> None:
+    assert list(run_guarded(functions.square, [], 2, 60)) == []
+
+
+def test_arrays_arrive_whole() -> None:
+    size = 3_000_000
+    ((_, got),) = run_guarded(functions.arrays, [size], 1, 60)
+    assert not isinstance(got, ClipError)
+    assert np.array_equal(got["floats"], np.arange(size, dtype=np.float32))
+    assert np.array_equal(got["strided"], np.arange(2 * size)[::2])
+    assert got["empty"].shape == (0, 3)
+    got["floats"][0] = 7.0  # the receiver owns its arrays
+
+
+def test_children_import_neither_jax_nor_the_main_script() -> None:
+    for _, got in run_guarded(functions.environment, range(4), 2, 60):
+        assert not isinstance(got, ClipError)
+        assert (got["jax"], got["torch"]) == (False, False)
+        assert got["pid"] != os.getpid()
+
+
+def test_items_are_pulled_only_a_little_ahead() -> None:
+    pulled = 0
+
+    def items() -> Iterator[int]:
+        nonlocal pulled
+        while pulled < 1000:
+            pulled += 1
+            yield pulled
+
+    results = run_guarded(functions.square, items(), 2, 60, in_flight=5)
+    for count, _ in zip(range(1, 21), results, strict=False):
+        assert pulled <= count + 5
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_a_hang_in_c_code_costs_its_item_only(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    items = ["a", "hang", "b", f"fifo:{tmp_path / 'pipe'}", "c", "d"]
+    got = [result for _, result in run_guarded(functions.misbehave, items, 2, 1.0, name=lambda item: f"{item[:4]}.mp4")]
+    assert [r for r in got if not isinstance(r, ClipError)] == ["a", "b", "c", "d"]
+    assert str(got[1]) == "hang.mp4: decoding took longer than 1 s and was stopped; re-encode the file or raise --timeout"
+    assert str(got[3]).startswith("fifo.mp4: decoding took longer than 1 s")
+
+
+@pytest.mark.parametrize(("what", "words"), [("segfault", "SIGSEGV"), ("killed", "SIGKILL"), ("exit", "ended with status 3")])
+def test_a_process_that_dies_costs_its_item_only(what: str, words: str) -> None:
+    got = [result for _, result in run_guarded(functions.misbehave, ["a", what, "b", what, "c"], 1, 60)]
+    assert [r for r in got if not isinstance(r, ClipError)] == ["a", "b", "c"]
+    for error in (got[1], got[3]):
+        assert str(error).startswith(f"{what}: the decoding process ")
+        assert words in str(error)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whatever_is_raised_becomes_one_line(workers: int) -> None:
+    items = ["clip error", "input error", "memory", "bug", "fine"]
+    got = dict(run_guarded(functions.misbehave, items, workers, 60))
+    assert all(isinstance(got[item], ClipError) and "\n" not in str(got[item]) for item in items[:-1])
+    assert str(got["clip error"]) == "clip.mp4: truncated; fetch it again"
+    assert str(got["input error"]) == "clip.mp4: no"
+    assert "memory" in str(got["memory"])
+    assert "KeyError at worker_functions.py:" in str(got["bug"])
+    assert got["fine"] == "fine"
+
+
+def test_a_result_that_cannot_be_sent_costs_its_item_only() -> None:
+    got = [result for _, result in run_guarded(functions.misbehave, ["unsendable", "fine"], 1, 60)]
+    assert isinstance(got[0], ClipError)
+    assert "cannot be handed over" in str(got[0])
+    assert got[1] == "fine"
+
+
+def test_a_function_that_cannot_be_imported_is_no_clips_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functions.square, "__module__", "tests.media.not_there")
+    monkeypatch.setitem(sys.modules, "tests.media.not_there", functions)
+    with pytest.raises(RuntimeError, match="a decoding process could not start: ModuleNotFoundError"):
+        list(run_guarded(functions.square, [1], 1, 60))
+
+
+def test_an_error_of_the_items_reaches_the_caller() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise OSError("manifest went away")
+
+    with pytest.raises(OSError, match="manifest went away"):
+        list(run_guarded(functions.square, items(), 1, 60))
+
+
+@pytest.mark.parametrize(("workers", "limit"), [(-1, 1.0), (1, 0.0), (1, float("nan")), (1, float("inf"))])
+def test_arguments_out_of_range(workers: int, limit: float) -> None:
+    with pytest.raises(InputError, match="must be"):
+        run_guarded(functions.square, [1], workers, limit)
+
+
+def test_closing_early_ends_hung_children() -> None:
+    results = run_guarded(functions.misbehave, ["a", "hang", "hang"], 2, 600)
+    assert next(results) == ("a", "a")
+    results.close()  # type: ignore[attr-defined]
+    # The fixture sees that no process is left.
+
+
+SCRIPT = """
+    import sys
+    import tests.media.worker_functions as functions
+    from omni_jax.media.workers import run_guarded
+    print("started", flush=True)  # no guard before this: children must not run this file
+    for _ in run_guarded(functions.note_and_wait, [sys.argv[1]] * 2, 2, {limit}):
+        pass
+"""
+
+
+def start_script(folder: Path, limit: float) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """Starts a program whose two children wait; returns it and them."""
+    script = folder / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT.format(limit=limit)))
+    notes = folder / "notes"
+    notes.mkdir()
+    program = subprocess.Popen(
+        [sys.executable, str(script), str(notes)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(children := [int(pid) for pid in os.listdir(notes) if psutil.pid_exists(int(pid))]) < 2:
+        assert program.poll() is None
+        time.sleep(0.05)
+    return program, [psutil.Process(pid) for pid in children]
+
+
+def test_ctrl_c_ends_the_program_and_its_children(tmp_path: Path) -> None:
+    program, children = start_script(tmp_path, 600)
+    program.send_signal(signal.SIGINT)
+    out, err = program.communicate(timeout=60)
+    assert "KeyboardInterrupt" in err
+    assert out.count("started") == 1
+    assert not psutil.wait_procs(children, timeout=30)[1]
+
+
+def test_children_of_a_killed_program_end_by_themselves(tmp_path: Path) -> None:
+    program, children = start_script(tmp_path, 4.0)
+    program.kill()
+    program.communicate(timeout=60)
+    assert not psutil.wait_procs(children, timeout=60)[1]  # they sleep for ten minutes otherwise
