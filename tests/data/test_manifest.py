@@ -79,7 +79,7 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
 
 
 BAD_LINES: dict[str, tuple[bytes | dict[str, Any], str | None, str]] = {
-    "malformed": (b'{"id": "x", "text": ', None, "malformed JSON (Expecting value at column 22); write one JSON object a line"),
+    "malformed": (b'{"id": "x", "text": ', None, "malformed JSON (Expecting value at column 21); write one JSON object a line"),
     "two objects": (b'{"id": "x"} {"id": "y"}', None, "malformed JSON (Extra data"),
     "NaN": (b'{"id": "x", "text": NaN}', None, "malformed JSON (NaN is not"),
     "deep": (b"[" * 100_000, None, "malformed JSON"),
