@@ -92,7 +92,7 @@ DECODER = (
     *_norm("model.layers.{layer}.input_layernorm", "decoder/layers/norm_attn", bias=False),
     *_norm("model.layers.{layer}.post_attention_layernorm", "decoder/layers/norm_mlp", bias=False),
     *_norm("model.norm", "decoder/norm", bias=False),
-    *_linear("lm_head", "lm_head", bias=False),
+    Rule("lm_head.weight", ("lm_head", "kernel"), ReverseAxes()),  # carried, not computed with: no LoRA
 )
 
 AUDIO = (

@@ -20,7 +20,7 @@ from conversion.rules import TreePath
 from conversion.safetensors_io import Writer, dtype_name
 from conversion.source import INDEX
 from conversion.store import Store
-from conversion.to_jax import Summary
+from conversion.importer import Summary
 from omni_jax.config import ModelConfig
 from omni_jax.types import InputError
 
