@@ -35,12 +35,12 @@ def unpack(batch: EncoderBatch) -> dict[tuple[int, str], tuple[np.ndarray, np.nd
     found = {}
     for rows in batch.rows:
         for r, k in np.argwhere(rows.owner[..., 0] >= 0):
-            places = seen(rows, r, rows.pool[r, k])
+            places = seen(rows, int(r), int(rows.pool[r, k]))
             key = (int(rows.owner[r, k, 0]), TABLES[rows.owner[r, k, 1]])
             assert key not in found
             found[key] = (rows.ids[r, places], rows.positions[:, r, places], rows.media_index[r, places])
             for n, place in enumerate(places):
-                np.testing.assert_array_equal(seen(rows, r, place), places[: n + 1])
+                np.testing.assert_array_equal(seen(rows, int(r), int(place)), places[: n + 1])
     return found
 
 

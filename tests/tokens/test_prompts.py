@@ -76,10 +76,10 @@ def _naive_chunks(values: list[float], span: float) -> list[list[int]]:
 
 def _naive_block(
     grid: tuple[int, int, int] | None, second_per_grid: float, k: int | None, repeat: int, start: int
-) -> tuple[list[int], list[tuple[int, int, int]], list[tuple[int, int]], int]:
+) -> tuple[list[int], list[tuple[int, ...]], list[tuple[int, int]], int]:
     """SPEC sections 3 and 4 read aloud: ids, positions, (source, index), position after the block."""
     c = CONFIG.tokens
-    video: list[tuple[int, int, int]] = []
+    video: list[tuple[int, ...]] = []
     values: list[float] = []
     if grid:
         for t in range(grid[0]):
@@ -101,7 +101,7 @@ def _naive_block(
     span = 50 * second_per_grid
     of_video, of_audio = _naive_chunks(values, span), _naive_chunks([float(n) for n in range(k)], span)
     ids, places, owners = [c.vision_bos, c.audio_bos], [(start,) * 3] * 2, [(SOURCE_TEXT, 0)] * 2
-    last: list[tuple[int, int, int]] = []
+    last: list[tuple[int, ...]] = []
     for n in range(max(len(of_video), len(of_audio))):
         if n < len(of_video):
             last = [video[v] for v in of_video[n]]
