@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 import conversion
@@ -55,7 +56,7 @@ class OmniRetriever:
         Raises:
           InputError: when the folder is not a converted checkpoint.
         """
-        folder = Path(directory)
+        folder = epath.Path(directory)
         mesh = make_mesh() if len(jax.devices()) > 1 else None
         shardings = param_shardings(read_manifest(folder).model, mesh) if mesh is not None else None
         config, params = conversion.load(folder, dtype=None if dtype == "keep" else dtype, shardings=shardings)

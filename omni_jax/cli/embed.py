@@ -6,8 +6,9 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from etils import epath
 
 from omni_jax.config import PRESETS, TABLE_MODALITIES, TABLES, ConfigError, Preset, preset
 from omni_jax.types import InputError, Record
@@ -23,7 +24,7 @@ EXAMPLE = "omni-jax embed --model omni7b --manifest clips.jsonl --out clips.npz 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="embedding file to write")
+    parser.add_argument("--out", type=epath.Path, required=True, metavar="FILE.npz", help="embedding file to write")
     parser.add_argument("--preset", default="training", help=f"one of {', '.join(PRESETS)} (default: %(default)s)")
     parser.add_argument("--no-normalize", action="store_true", help="keep the vectors' own lengths")
     parser.add_argument("--official-keys", action="store_true", help="write '{id}__table' arrays, as the published extractor does")
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what every command that embeds a manifest takes."""
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder written by 'omni-jax convert to-jax'")
+    parser.add_argument("--model", type=epath.Path, required=True, metavar="DIR", help="folder written by 'omni-jax convert to-jax'")
     parser.add_argument("--manifest", required=True, metavar="FILE.jsonl", help="plain or official manifest, one JSON record a line")
     parser.add_argument("--tables", metavar="LIST", help=f"comma-separated, among {','.join(TABLES)} (default: all that the fields allow)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help="override a preset field")
@@ -95,7 +96,7 @@ def embed(args: argparse.Namespace, model: OmniRetriever, manifest: Manifest, ta
         )
 
 
-def report(out: Path | None, manifest: Manifest, outcome: Outcome) -> int:
+def report(out: epath.Path | None, manifest: Manifest, outcome: Outcome) -> int:
     """Says what was set aside or mended and returns the number of records set aside.
 
     With `out` the lists go to OUT.errors.jsonl and OUT.warnings.jsonl, and those of an earlier run are removed.
@@ -105,7 +106,7 @@ def report(out: Path | None, manifest: Manifest, outcome: Outcome) -> int:
     failed = [Problem(p.record.id, p.record.line, str(p.record.video or p.record.audio or ""), p.reason) for p in outcome.problems]
     errors = [p.row() for p in sorted([*manifest.problems, *failed], key=lambda p: p.line)]
     warnings = [{"id": name, "reason": line} for name, line in outcome.warnings]
-    for kind, rows, what in (("errors", errors, "records could not be embedded"), ("warnings", warnings, "records were mended")):
+    for kind, rows, what in (("errors", errors, "records set aside"), ("warnings", warnings, "records mended")):
         listed = ""
         if out is not None:
             path = _beside(out, kind)
@@ -114,13 +115,13 @@ def report(out: Path | None, manifest: Manifest, outcome: Outcome) -> int:
             if rows:
                 write_jsonl_atomic(path, rows)
         if rows:
-            print(f"{len(rows)} {what}{listed}; the first: {rows[0]['reason']}", file=sys.stderr)
+            print(f"{what}: {len(rows)}{listed}; the first: {rows[0]['reason']}", file=sys.stderr)
     if outcome.truncated:
-        print(f"{outcome.truncated} captions were cut to the preset's max_text_tokens", file=sys.stderr)
+        print(f"captions cut to max_text_tokens: {outcome.truncated}", file=sys.stderr)
     return len(errors)
 
 
-def _beside(out: Path, kind: str) -> Path:
+def _beside(out: epath.Path, kind: str) -> epath.Path:
     return out.with_name(f"{out.stem}.{kind}.jsonl")
 
 

@@ -61,13 +61,14 @@ def run(args: argparse.Namespace) -> int:
             _add(columns, other, _read_result(other))
         else:
             _add(columns, other, evaluate(read_embeddings(other), ties=args.ties, mesh=mesh))
+    if jax.process_index() != 0:
+        return 0
     if args.json:
         with replacing(args.json) as file:
             file.write(json.dumps(result, indent=2, allow_nan=False).encode() + b"\n")
-    if jax.process_index() == 0:
-        print(format_table(result))
-        if args.compare:
-            print("\n" + format_comparison(columns))
+    print(format_table(result))
+    if args.compare:
+        print("\n" + format_comparison(columns))
     return 0
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from etils import epath
 
 from omni_jax.cli import embed
 from omni_jax.config import PRESETS
@@ -15,7 +16,7 @@ EXAMPLE = "omni-jax presets --model omni7b --manifest clips.jsonl --out presets"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     embed.add_input_arguments(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="keep each preset's embedding file and error list in this folder")
+    parser.add_argument("--out", type=epath.Path, metavar="DIR", help="keep each preset's embedding file and error list in this folder")
     parser.add_argument(
         "--ties", choices=("optimistic", "average", "worst"), default="optimistic", help="as in eval (default: %(default)s)"
     )

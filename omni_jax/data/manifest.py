@@ -73,7 +73,7 @@ def read_manifest(path: os.PathLike[str] | str, media_root: os.PathLike[str] | s
             if name in first_line:
                 raise _BadLine(f"id {name!r} was used on line {first_line[name]} already; give every record its own")
             first_line[name] = line
-            records.append(_record(fields, name, line, root))
+            records.append(_record(_known(fields), name, line, root))
         except _BadLine as error:
             problems.append(Problem(id=name, line=line, file=str(path), reason=f"{path}:{line}: {error}"))
     if not records and not problems:
@@ -146,7 +146,7 @@ def _lines(path: os.PathLike[str] | str) -> Iterator[tuple[int, bytes]]:
 
 
 def _fields(data: bytes) -> dict[str, Any]:
-    """Parses one line into its fields; null means absent."""
+    """Parses one line into its fields."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -159,11 +159,16 @@ def _fields(data: bytes) -> dict[str, Any]:
         raise _BadLine(f"malformed JSON ({error}); write one JSON object a line") from None
     if not isinstance(value, dict):
         raise _BadLine(f"{_kind(value)} where a record belongs; write one JSON object a line")
-    allowed = _OFFICIAL if "conversations" in value else _PLAIN
-    unknown = [name for name in value if name not in allowed]
+    return value
+
+
+def _known(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields that are present; null means absent."""
+    allowed = _OFFICIAL if "conversations" in fields else _PLAIN
+    unknown = [name for name in fields if name not in allowed]
     if unknown:
         raise _BadLine(f"unknown field {', '.join(map(repr, unknown))}; the fields are {', '.join(allowed)}")
-    return {name: item for name, item in value.items() if item is not None}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -180,7 +185,8 @@ def _no_constant(name: str) -> None:
 
 
 def _id(fields: Mapping[str, Any]) -> str:
-    value = fields.get("id", "")
+    value = fields.get("id")
+    value = "" if value is None else value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):

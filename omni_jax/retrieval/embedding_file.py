@@ -6,6 +6,7 @@ under `{id}__text`, `{id}__video`, `{id}__audio`, `{id}__av`, `{id}__tv`, `{id}_
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import zipfile
@@ -137,7 +138,7 @@ def _load(path: PathLike) -> dict[str, np.ndarray]:
     try:
         with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
             names = archive.namelist()
-            doubled = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+            doubled = [name for name, times in collections.Counter(names).items() if times > 1]
             if doubled:
                 raise InputError(f"{path}: {', '.join(doubled[:3])} stands more than once; write the file again")
             arrays = {}
@@ -147,8 +148,10 @@ def _load(path: PathLike) -> dict[str, np.ndarray]:
             return arrays
     except zipfile.BadZipFile as e:
         raise InputError(f"{path}: truncated or not an .npz file ({e}); write it again") from e
-    except (ValueError, EOFError, zlib.error, NotImplementedError) as e:
-        raise InputError(f"{path}: cannot be read as arrays ({str(e).splitlines()[0]}); pickled content is never loaded") from e
+    except (ValueError, EOFError, MemoryError, RuntimeError, zlib.error) as e:
+        raise InputError(
+            f"{path}: cannot be read as arrays ({' '.join(str(e).split()) or type(e).__name__}); pickled content is never loaded"
+        ) from e
     except OSError as e:
         raise InputError(f"{path}: cannot be read: {e.strerror or e}") from e
 
@@ -162,7 +165,10 @@ def _from_ours(arrays: dict[str, np.ndarray], path: str) -> EmbeddingTable:
         raise InputError(f"{path}: unknown table {unknown[0]!r}; the tables are {', '.join(TABLES)}")
     if not arrays:
         raise InputError(f"{path}: no tables beside 'ids'; expected some of {', '.join(TABLES)}")
-    names = tuple(np.char.decode(ids, "utf-8").tolist() if ids.dtype.kind == "S" else map(str, ids.tolist()))
+    try:
+        names = tuple(i.decode() if isinstance(i, bytes) else str(i) for i in ids.tolist())
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: 'ids' is not UTF-8 text ({e.reason})") from e
     return EmbeddingTable(names, {name: _float32(arrays[name], name, path) for name in TABLES if name in arrays})
 
 

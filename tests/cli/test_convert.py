@@ -1,0 +1,35 @@
+"""`omni-jax convert`, as a user calls it."""
+
+import re
+
+import pytest
+
+from omni_jax.cli.main import main
+from tests.conversion import checkpoints
+from tests.conversion.test_round_trip import assert_same_tensors
+
+
+def test_golden_there_and_back(golden, tmp_path, capsys):
+    model, base, adapter = (str(tmp_path / name) for name in ("model", "base", "adapter"))
+    source = ["--base", str(golden.checkpoint), "--adapter", str(golden.adapter_dir)]
+    assert main(["convert", "to-jax", *source, "--out", model]) == 0
+    out = capsys.readouterr().out
+    assert re.fullmatch(r".*/model \(dtype keep\): \d+ tensors, [\d,]+ parameters, [\d,]+ bytes, [\d.]+ s\n", out)
+    assert main(["convert", "to-torch", "--model", model, "--base-out", base, "--adapter-out", adapter]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert_same_tensors(checkpoints.read_folder(tmp_path / "base"), checkpoints.read_folder(golden.checkpoint))
+    assert_same_tensors(checkpoints.read_folder(tmp_path / "adapter"), checkpoints.read_folder(golden.adapter_dir))
+
+
+@pytest.mark.parametrize("direction", ["to-jax", "to-torch"])
+def test_help_ends_with_an_example(direction, capsys):
+    assert main(["convert", direction, "--help"]) == 0
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].strip().startswith(f"omni-jax convert {direction} --")
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
+    assert main(["convert", "to-jax", "--base", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "none: no such folder" in error
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,191 @@
+"""`omni-jax embed`, `presets`, `demo` and the Python face, from media files to embeddings. All read the golden checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import omni_jax
+from omni_jax.cli import demo
+from omni_jax.cli.main import main
+from omni_jax.config import PRESETS, TABLES
+from omni_jax.retrieval import read_embeddings
+from omni_jax.types import InputError
+from tests.golden_set import GoldenSet
+from tests.media_samples import write_clip
+from tests.tolerances import assert_close
+
+
+@pytest.fixture(scope="session")
+def embedded(golden: GoldenSet, converted: Path, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every golden clip embedded into all seven tables by the command line."""
+    out = tmp_path_factory.mktemp("embedded") / "all.npz"
+    arguments = ["embed", "--model", str(converted), "--manifest", str(golden.manifest), "--out", str(out)]
+    assert main([*arguments, "--tables", ",".join(TABLES), *settings]) == 0
+    return out
+
+
+def _reference(golden: GoldenSet, table: str) -> np.ndarray:
+    rows = np.stack([golden.adapter[f"{i}/embed/{demo.REFERENCE[table]}"] for i in range(golden.clips)])
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_golden_rows_from_media_files_through_the_command_line(golden: GoldenSet, embedded: Path, table: str):
+    found = read_embeddings(embedded)
+    assert found.ids == tuple(record.id for record in golden.records)
+    assert_close(found.tables[table], _reference(golden, table), "file_to_embedding_cosine")
+
+
+def test_golden_run_leaves_no_lists_where_nothing_went_wrong(embedded: Path):
+    assert [p.name for p in embedded.parent.iterdir()] == ["all.npz"]
+
+
+def test_golden_vectors_keep_their_length_when_asked(golden: GoldenSet, converted: Path, settings: list[str], tmp_path: Path):
+    out = tmp_path / "raw.npz"
+    arguments = ["--manifest", str(golden.manifest), "--out", str(out), "--tables", "text", "--no-normalize", "--official-keys"]
+    assert main(["embed", "--model", str(converted), *arguments, *settings]) == 0
+    with np.load(out, allow_pickle=False) as file:
+        for i, record in enumerate(golden.records):
+            assert_close(file[f"{record.id}__text"].ravel(), golden.adapter[f"{i}/embed/label"], "embed")
+
+
+@pytest.fixture
+def rough(golden: GoldenSet, tmp_path: Path) -> Path:
+    """A manifest with one good record between every kind of bad one."""
+    folder = tmp_path / "rough"
+    folder.mkdir()
+    shutil.copy(golden.records[0].video, folder / "good.mp4")
+    whole = (folder / "good.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "folder.mp4").mkdir()
+    write_clip(folder / "silent.mp4", seconds=1.0, fps=8, width=96, height=64, audio=False, seed=3)
+    broken = ("cut", "empty", "folder", "gone")
+    lines = [json.dumps({"id": name, "text": name, "video": f"{name}.mp4", "audio": f"{name}.mp4"}) for name in broken]
+    lines += [
+        json.dumps({"id": "good", "text": "a whole clip", "video": "good.mp4", "audio": "good.mp4"}),
+        "{not json",
+        json.dumps({"id": "good", "text": "the id again", "video": "good.mp4", "audio": "good.mp4"}),
+        json.dumps({"id": "odd", "text": "x", "picture": "good.mp4"}),
+        json.dumps({"id": "words", "text": "no media"}),
+        json.dumps({"id": "silent", "text": "x " * 3000, "video": "silent.mp4", "audio": "silent.mp4"}),
+    ]
+    data = ("\n".join(lines) + "\n").encode() + b'{"id": "bytes", "text": "\xff\xfe"}\n'
+    (folder / "rough.jsonl").write_bytes(data)
+    return folder / "rough.jsonl"
+
+
+def test_golden_bad_records_are_listed_and_the_good_ones_embedded(rough: Path, converted: Path, capsys: pytest.CaptureFixture[str]):
+    out = rough.parent / "rough.npz"
+    assert main(["embed", "--model", str(converted), "--manifest", str(rough), "--out", str(out), "--batch-size", "2"]) == 1
+    found = read_embeddings(out)
+    assert found.ids == ("good", "silent")
+    assert set(found.tables) == set(TABLES)
+
+    errors = [json.loads(line) for line in (rough.parent / "rough.errors.jsonl").read_text().splitlines()]
+    assert [e["line"] for e in errors] == [1, 2, 3, 4, 6, 7, 8, 9, 11]
+    assert [e["id"] for e in errors] == ["cut", "empty", "folder", "gone", None, "good", "odd", "words", None]
+    for error in errors:
+        assert "\n" not in error["reason"] and len(error["reason"]) > 20
+    for error in errors[:4]:
+        assert f"{error['id']}.mp4" in error["reason"]
+    assert "line 5" in errors[5]["reason"] or ":7" in errors[5]["reason"]
+    assert "picture" in errors[6]["reason"]
+    assert "no video and no audio" in errors[7]["reason"]
+
+    warnings = [json.loads(line) for line in (rough.parent / "rough.warnings.jsonl").read_text().splitlines()]
+    assert [w["id"] for w in warnings] == ["silent"] and "silence" in warnings[0]["reason"]
+    shown = capsys.readouterr().err
+    assert "records set aside: 9, listed in" in shown and "records mended: 1, listed in" in shown and "captions cut to max_text_tokens: 1" in shown
+    assert not list(rough.parent.glob(".*")), "something half-written was left"
+
+
+def test_golden_run_with_nothing_usable_says_so_and_writes_no_embeddings(converted: Path, tmp_path: Path, capsys):
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text('{"id": "a", "text": "x", "video": "gone.mp4"}\n')
+    assert main(["embed", "--model", str(converted), "--manifest", str(manifest), "--out", str(tmp_path / "o.npz")]) == 2
+    assert "o.errors.jsonl says why" in capsys.readouterr().err
+    assert not (tmp_path / "o.npz").exists() and (tmp_path / "o.errors.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tables", "video,smell"], ["smell", "tva"]),
+        (["--preset", "imagined"], ["imagined", "release"]),
+        (["--set", "frames=7"], ["frames=7", "even"]),
+        (["--set", "colour=red"], ["colour=red", "pixels"]),
+        (["--model", "nowhere"], ["nowhere", "convert"]),
+        (["--manifest", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["--out", "no/such/folder/o.npz"], ["no/such/folder"]),
+        (["--out", "o.txt"], ["o.txt", ".npz"]),
+    ],
+)
+def test_golden_bad_arguments_are_one_line(golden, converted, settings, tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    usual = ["--model", str(converted), "--manifest", str(golden.manifest), "--out", "o.npz", *settings]
+    assert main(["embed", *usual, *arguments]) == 2
+    shown = capsys.readouterr().err.strip()
+    assert len(shown.splitlines()) == 1 and shown.startswith("omni-jax: ")
+    for word in words:
+        assert word in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_golden_presets_are_scored_side_by_side(golden: GoldenSet, converted: Path, tmp_path: Path, capsys):
+    arguments = ["--model", str(converted), "--manifest", str(golden.manifest), "--out", str(tmp_path), "--tables", "text,video"]
+    assert main(["presets", *arguments, "--set", "audio_seconds=2", "--set", "pixels=12544"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["R@1", *PRESETS]
+    tables = {name: read_embeddings(tmp_path / f"{name}.npz").tables for name in PRESETS}
+    assert np.abs(tables["training"]["text"] - tables["mteb"]["text"]).max() > 1e-3, "the two heads gave the same vectors"
+    assert np.abs(tables["release"]["video"] - tables["mteb"]["video"]).max() > 1e-3, "the crop changed nothing"
+
+
+def test_golden_demo_prints_the_table_and_the_difference(golden: GoldenSet, tmp_path: Path):
+    """In a process of its own, as a newcomer runs it: one device, no test settings."""
+    run = subprocess.run(
+        [sys.executable, "-m", "omni_jax.cli.main", "demo", "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr
+    assert "AVG-all" in run.stdout
+    assert "Largest difference from the PyTorch reference" in run.stdout.splitlines()[-1]
+    difference, cosine = demo.compare(read_embeddings(tmp_path / "out" / "demo.npz").tables, golden.dir)
+    assert f"{difference:.1e}" in run.stdout.splitlines()[-1]
+    assert cosine >= 0.9999
+
+
+class TestPythonFace:
+    @pytest.fixture(scope="class")
+    def model(self, golden: GoldenSet, converted: Path) -> omni_jax.OmniRetriever:
+        return omni_jax.OmniRetriever.from_pretrained(converted, preset=golden.preset)
+
+    def test_golden_rows_of_each_mix(self, golden: GoldenSet, model: omni_jax.OmniRetriever):
+        records = golden.records[:2]
+        texts, videos, audios = [r.text for r in records], [r.video for r in records], [r.audio for r in records]
+        found = {
+            "text": model.encode(texts=texts),
+            "av": model.encode(videos=videos, audios=audios),
+            "tva": model.encode(texts, videos, audios, batch_size=1),
+        }
+        for table, rows in found.items():
+            assert_close(rows, _reference(golden, table)[:2], "file_to_embedding_cosine")
+        raw = model.encode(texts=texts, normalize=False)
+        assert_close(raw, np.stack([golden.adapter[f"{i}/embed/label"] for i in range(2)]), "embed")
+
+    def test_golden_empty_list_gives_no_rows(self, model: omni_jax.OmniRetriever):
+        assert model.encode(texts=[]).shape == (0, model.config.decoder.hidden_size)
+
+    def test_golden_misuse_is_explained(self, model: omni_jax.OmniRetriever):
+        with pytest.raises(InputError, match="same length"):
+            model.encode(texts=["a"], videos=[])
+        with pytest.raises(InputError, match="at least one"):
+            model.encode()
+        with pytest.raises(InputError, match=r"1 of 1 items .*gone\.mp4"):
+            model.encode(videos=["gone.mp4"])
