@@ -6,6 +6,8 @@ Shapes come from the model's own abstract tree, so a change of the model that th
 from __future__ import annotations
 
 import dataclasses
+import functools
+import types
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -82,12 +84,13 @@ def saved_entries(config: ModelConfig, base: Mapping[str, Entry]) -> dict[str, E
     return {PEFT_PREFIX + key: dataclasses.replace(entry, key=PEFT_PREFIX + key) for key, entry in chosen.items()}
 
 
-def tree_shapes(config: ModelConfig) -> dict[TreePath, Shape]:
+@functools.lru_cache(maxsize=8)
+def tree_shapes(config: ModelConfig) -> Mapping[TreePath, Shape]:
     """Returns the shape of every leaf of the model's parameter tree, layer stacks with their leading axis."""
     # Here, so that reading a header or a `.pt` file does not import the model.
     from omni_jax.model import abstract_params
 
-    return {path: tuple(leaf.shape) for path, leaf in abstract_params(config).items()}
+    return types.MappingProxyType({path: tuple(leaf.shape) for path, leaf in abstract_params(config).items()})
 
 
 def check(entries: Mapping[str, Entry], found: Mapping[str, Shape], where: str, mend: str) -> None:

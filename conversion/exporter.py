@@ -16,11 +16,11 @@ from conversion import engine, folder
 from conversion.adapter import CONFIG, WEIGHTS, adapter_entries, default_config, write_config
 from conversion.engine import Entry
 from conversion.folder import Manifest, TensorFile
+from conversion.importer import Summary
 from conversion.rules import TreePath
 from conversion.safetensors_io import Writer, dtype_name
 from conversion.source import INDEX
 from conversion.store import Store
-from conversion.importer import Summary
 from omni_jax.config import ModelConfig
 from omni_jax.types import InputError
 

@@ -68,5 +68,5 @@ def test_every_linear_kernel_can_carry_lora():
 def test_a_rule_without_a_leaf_is_a_fault(monkeypatch):
     config = checkpoints.model_config()
     monkeypatch.setattr(engine, "base_rules", lambda config: base_rules(config)[1:])
-    with pytest.raises(ValueError, match="leaves without a rule.*embed"):
+    with pytest.raises(ValueError, match=r"leaves without a rule.*embed"):
         engine.base_entries(config)

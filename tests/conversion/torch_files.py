@@ -22,8 +22,9 @@ class Assembler:
     def value(self, value: Any) -> bytes:
         if isinstance(value, np.ndarray):
             key = str(len(self.storages))
-            self.storages[key] = np.ascontiguousarray(value).tobytes()
-            strides = tuple(stride // value.itemsize for stride in np.ascontiguousarray(value).strides)
+            value = np.asarray(value, order="C")
+            self.storages[key] = value.tobytes()
+            strides = tuple(stride // value.itemsize for stride in value.strides)
             return self.tensor(key, STORAGE[value.dtype], value.size, 0, value.shape, strides)
         if isinstance(value, dict):
             return b"}(" + b"".join(self.value(k) + self.value(v) for k, v in value.items()) + b"u"

@@ -1,0 +1,190 @@
+import dataclasses
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import conversion
+from conversion.adapter import default_config, lora_config
+from omni_jax.config import LoraConfig
+from omni_jax.types import InputError
+from tests.conversion import checkpoints
+from tests.conversion.test_round_trip import assert_same_tensors, beats_file
+from tests.tolerances import assert_close
+
+BASE = checkpoints.model_config()
+CONFIG = checkpoints.model_config(lora=checkpoints.LORA)
+ATTENTION = r"model\.layers\.(\d+)\.self_attn\.(q|k|v)_proj"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = checkpoints.write_base(tmp_path_factory.mktemp("base") / "base", checkpoints.tensors(BASE, dtype=np.float32))
+    beats_file(folder / "BEATs.pt")
+    return folder
+
+
+def settings(**changes):
+    return default_config(CONFIG) | changes
+
+
+@pytest.mark.parametrize(
+    ("target", "modules", "paths"),
+    [
+        (ATTENTION, 6, {"decoder/layers/attn/q", "decoder/layers/attn/k", "decoder/layers/attn/v"}),
+        (r".*model\.layers\.1\.self_attn\.q_proj", 1, {"decoder/layers/attn/q"}),
+        (r"model\.layers.*(o_proj|down_proj)", 4, {"decoder/layers/attn/o", "decoder/layers/mlp/down"}),
+        (["gate_proj", "up_proj"], 8, {f"{t}/layers/mlp/{n}" for t in ("decoder", "vision") for n in ("gate", "up")}),
+        (["q_proj"], 7, {"decoder/layers/attn/q", "audio/layers/attn/q", "beats/layers/attn/q"}),
+        (["classify_linear.0"], 1, {"head/fc1"}),
+    ],
+)
+def test_target_modules_select_as_in_peft(target, modules, paths):
+    lora, selected = lora_config(settings(target_modules=target), BASE, "adapter_config.json")
+    assert (len(selected), set(lora.targets)) == (modules, paths)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(rank=2, alpha=3.5, rslora=True, dropout=0.0),
+        LoraConfig(rank=5, alpha=1.0, targets=("decoder/layers/attn/v", "vision/merger/fc1"), modules_to_save=("beats_ln",)),
+        LoraConfig(rank=1, alpha=2.0, modules_to_save=()),
+    ],
+)
+def test_settings_survive_being_written_and_read(lora):
+    written = default_config(dataclasses.replace(BASE, lora=lora))
+    found, _ = lora_config(json.loads(json.dumps(written)), BASE, "adapter_config.json")
+    assert dataclasses.replace(found, targets=()) == dataclasses.replace(lora, targets=())
+    assert set(found.targets) == set(lora.targets)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"exclude_modules": ["x"]}, "exclude_modules"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"r": 0}, "r=0"),
+        ({"r": True}, "r=True"),
+        ({"lora_alpha": "two"}, "lora_alpha='two'"),
+        ({"target_modules": "("}, "not a regular expression"),
+        ({"target_modules": "nothing"}, "selects no module"),
+        ({"target_modules": "all-linear"}, "all-linear"),
+        ({"target_modules": None}, "target_modules=None"),
+        ({"target_modules": ["embed_tokens"]}, "model.embed_tokens, which is not a linear layer"),
+        ({"target_modules": ["conv1"]}, "audio_tower.conv1, which is not a linear layer"),
+        ({"modules_to_save": ["nothing"]}, "['nothing']"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(changes, expected):
+    with pytest.raises(InputError) as caught:
+        lora_config(settings(**changes), BASE, "folder/adapter_config.json")
+    assert expected in str(caught.value)
+    assert "folder/adapter_config.json" in str(caught.value)
+
+
+def test_adapter_keys_are_those_the_settings_select(tmp_path, base):
+    q = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    for name, keep, changes, expected in (
+        ("missing", lambda n: n != q, {}, f"1 missing ({q})"),
+        ("unknown", lambda n: True, {"target_modules": r"model\.layers\.0\.self_attn\.[qkv]_proj"}, "6 unknown"),
+        ("unsaved", lambda n: True, {"modules_to_save": ["beats_ln", "beats_proj"]}, "4 unknown (base_model.model.classify_linear"),
+        ("rank", lambda n: True, {"r": 4}, "12 misshapen"),
+    ):
+        adapter = checkpoints.write_adapter(tmp_path / name, CONFIG, changes, keep)
+        with pytest.raises(InputError) as caught:
+            conversion.to_jax(base, tmp_path / "out", adapter=adapter)
+        assert expected in str(caught.value)
+        assert "adapter_model.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_merging_folds_in_lora_and_whole_modules(tmp_path, base, rslora):
+    config = dataclasses.replace(CONFIG, lora=dataclasses.replace(checkpoints.LORA, rslora=rslora))
+    adapter = checkpoints.write_adapter(tmp_path / "adapter", config)
+    conversion.to_jax(base, tmp_path / "apart", adapter=adapter)
+    conversion.to_jax(base, tmp_path / "merged", adapter=adapter, merge_adapter=True)
+    apart_config, apart = conversion.load(tmp_path / "apart")
+    merged_config, merged = conversion.load(tmp_path / "merged")
+    assert merged_config == dataclasses.replace(apart_config, lora=None)
+    scale = 8.0 / (math.sqrt(3) if rslora else 3)
+    for path, leaf in merged.items():
+        expected = np.asarray(apart[path], np.float64)
+        if (*path[:-1], "lora_a") in apart and path[-1] == "kernel":
+            a, b = (np.asarray(apart[(*path[:-1], side)], np.float64) for side in ("lora_a", "lora_b"))
+            assert np.abs(a @ b).max() > 0.1
+            expected = expected + scale * (a @ b)
+        assert_close(leaf, expected, "layer")
+    conversion.to_torch(tmp_path / "merged", base_out=tmp_path / "base")
+    weights = checkpoints.read_folder(tmp_path / "base")
+    assert_close(weights["classify_linear.0.weight"], np.asarray(merged["head", "fc1", "kernel"]).T, "round_trip")
+    with pytest.raises(InputError, match="merged into the base"):
+        conversion.to_torch(tmp_path / "merged", adapter_out=tmp_path / "again")
+    with pytest.raises(InputError, match="--adapter"):
+        conversion.to_jax(base, tmp_path / "none", merge_adapter=True)
+
+
+def test_base_stays_apart_from_the_adapters_modules(tmp_path, base):
+    adapter = checkpoints.write_adapter(tmp_path / "adapter", CONFIG)
+    conversion.to_jax(base, tmp_path / "model", adapter=adapter)
+    conversion.to_torch(tmp_path / "model", base_out=tmp_path / "base", adapter_out=tmp_path / "out")
+    assert_same_tensors(checkpoints.read_folder(tmp_path / "base"), checkpoints.read_folder(base))
+    saved = checkpoints.read_folder(adapter)
+    assert_same_tensors(checkpoints.read_folder(tmp_path / "out"), saved)
+    _, params = conversion.load(tmp_path / "model")
+    assert_close(params["bridge", "norm", "scale"], saved["base_model.model.beats_ln.weight"], "round_trip")
+
+
+def test_layers_without_lora_get_zeros_and_are_not_exported(tmp_path, base):
+    target = r"model\.layers\.1\.self_attn\.q_proj"
+    lora = LoraConfig(rank=3, targets=("decoder/layers/attn/q",), modules_to_save=())
+    adapter = checkpoints.write_adapter(
+        tmp_path / "adapter",
+        dataclasses.replace(BASE, lora=lora),
+        {"target_modules": target, "modules_to_save": None},
+        lambda n: ".1." in n,
+    )
+    conversion.to_jax(base, tmp_path / "model", adapter=adapter)
+    _, params = conversion.load(tmp_path / "model")
+    a = np.asarray(params["decoder", "layers", "attn", "q", "lora_a"])
+    assert not a[0].any()
+    assert a[1].all()
+    conversion.to_torch(tmp_path / "model", adapter_out=tmp_path / "out")
+    assert_same_tensors(checkpoints.read_folder(tmp_path / "out"), checkpoints.read_folder(adapter))
+
+
+def test_trained_adapter_without_a_source_is_written_in_full(tmp_path, base):
+    adapter = checkpoints.write_adapter(tmp_path / "adapter", CONFIG)
+    conversion.to_jax(base, tmp_path / "model", adapter=adapter)
+    config, params = conversion.load(tmp_path / "model")
+    conversion.write_adapter(tmp_path / "out", config, params, base_model="WAVE-7B")
+    assert_same_tensors(checkpoints.read_folder(tmp_path / "out"), checkpoints.read_folder(adapter))
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written == default_config(config, "WAVE-7B")
+    conversion.to_jax(base, tmp_path / "again", adapter=tmp_path / "out")
+
+
+def test_golden_adapter_config_has_no_field_that_is_not_written(golden):
+    """PEFT's own file names every field; what we write for a new adapter must not lack one."""
+    assert set(default_config(CONFIG)) >= set(golden.adapter_config) - {"peft_version"}
+
+
+def test_nan_in_the_adapter_is_named(tmp_path, base):
+    adapter = checkpoints.write_adapter(tmp_path / "adapter", CONFIG)
+    weights = checkpoints.read_folder(adapter)
+    name = next(n for n in weights if "lora_B" in n)
+    weights[name][0, 0] = jnp.nan
+    from safetensors.numpy import save_file
+
+    save_file(weights, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"lora_B.*NaN"):
+        conversion.to_jax(base, tmp_path / "out", adapter=adapter)

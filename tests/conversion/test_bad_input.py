@@ -1,0 +1,238 @@
+"""Every wrong folder or damaged checkpoint: one line that names the file, and nothing left behind."""
+
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import conversion
+from omni_jax.types import InputError
+from tests.conversion import checkpoints
+from tests.conversion.test_round_trip import beats_file
+from tests.conversion.torch_files import write_torch_file
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return checkpoints.tensors(checkpoints.model_config())
+
+
+@pytest.fixture
+def base(tmp_path, weights):
+    folder = checkpoints.write_base(tmp_path / "base", weights)
+    beats_file(folder / "BEATs.pt")
+    return folder
+
+
+def refused(tmp_path, base, *expected, **more):
+    """Converts, and returns the one-line error after checking that nothing was left behind."""
+    with pytest.raises(InputError) as caught:
+        conversion.to_jax(base, tmp_path / "out", **more)
+    text = str(caught.value)
+    assert "\n" not in text
+    for part in expected:
+        assert part in text
+    assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
+    return text
+
+
+def rewrite(base, change):
+    """Applies `change` to the tensors and writes the checkpoint again as one file."""
+    tensors = checkpoints.read_folder(base)
+    change(tensors)
+    for file in base.glob("model*"):
+        file.unlink()
+    save_file(tensors, base / "model.safetensors")
+
+
+def test_missing_folder_file_and_wrong_folder(tmp_path, base):
+    refused(tmp_path, tmp_path / "none", "no such folder")
+    refused(tmp_path, base / "config.json", "is a file")
+    refused(tmp_path, base / "assets", "has no config.json")
+    adapter = checkpoints.write_adapter(tmp_path / "adapter", checkpoints.model_config(lora=checkpoints.LORA))
+    refused(tmp_path, adapter, "is an adapter", "--adapter")
+    refused(tmp_path, base, "has no adapter_config.json", adapter=base)
+
+
+def test_converted_folder_is_not_a_source(tmp_path, base):
+    conversion.to_jax(base, tmp_path / "model")
+    refused(tmp_path, tmp_path / "model", "already a converted folder")
+
+
+def test_golden_second_backbone_is_refused(golden_nemotron, tmp_path):
+    refused(tmp_path, golden_nemotron.checkpoint, str(golden_nemotron.checkpoint), "missing")
+
+
+def test_no_weights(tmp_path, base):
+    for file in base.glob("model*"):
+        file.unlink()
+    refused(tmp_path, base, "neither model.safetensors.index.json nor model.safetensors")
+
+
+def test_config_that_is_not_json_or_not_of_this_model(tmp_path, base):
+    config = json.loads((base / "config.json").read_text())
+    for text, expected in (("{", "not readable as JSON"), ("[]", "JSON object"), ("{}", "'text_config' is missing")):
+        (base / "config.json").write_text(text)
+        refused(tmp_path, base, "config.json", expected)
+    config["text_config"]["hidden_size"] = "wide"
+    (base / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, base, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "expected"),
+    [
+        ("text_config", "num_hidden_layers", 3, "missing (model.layers.2."),
+        ("text_config", "num_hidden_layers", 1, "unknown (model.layers.1."),
+        ("text_config", "intermediate_size", 24, "misshapen (model.layers.0.mlp.down_proj.weight is 32x20, expected 32x24"),
+        ("text_config", "vocab_size", 41, "expected 41x32"),
+        ("vision_config", "depth", 3, "missing (visual.blocks.2."),
+        ("audio_config", "d_model", 16, "misshapen"),
+    ],
+)
+def test_config_that_contradicts_the_weights(tmp_path, base, section, field, value, expected):
+    config = checkpoints.tiny_config()
+    config[section][field] = value
+    (base / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, base, expected, str(base), "config.json that belongs to these weights")
+
+
+def test_unknown_missing_and_misshapen_are_named_and_counted(tmp_path, base):
+    def change(tensors):
+        del tensors[Q]
+        tensors["model.extra.weight"] = np.zeros(3, np.float32)
+        tensors["beats_ln.bias"] = np.zeros(3, np.float32)
+
+    rewrite(base, change)
+    refused(tmp_path, base, "1 unknown (model.extra.weight)", f"1 missing ({Q})", "1 misshapen (beats_ln.bias is 3, expected 24)")
+
+
+def test_doubled_key(tmp_path, base, weights):
+    first = base / "model-00001-of-00002.safetensors"
+    from safetensors.numpy import load_file
+
+    held = load_file(first)
+    name = next(n for n in weights if n not in held)
+    save_file(held | {name: weights[name]}, first)
+    refused(tmp_path, base, "1 doubled", name, "model-00001-of-00002.safetensors and model-00002-of-00002.safetensors")
+
+
+def test_index_that_names_absent_or_outside_files_or_wrong_shards(tmp_path, base):
+    path = base / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    name = next(iter(index["weight_map"]))
+    other = {"model-00001-of-00002.safetensors": "model-00002-of-00002.safetensors"}
+    for file, expected in (
+        ("model-00003-of-00002.safetensors", "1 of 3 weight files are absent (model-00003-of-00002.safetensors)"),
+        ("../../etc/passwd", "outside its folder"),
+        (other.get(index["weight_map"][name], "model-00001-of-00002.safetensors"), f"{name} not in"),
+    ):
+        path.write_text(json.dumps(index | {"weight_map": index["weight_map"] | {name: file}}))
+        refused(tmp_path, base, "index.json", expected)
+    del index["weight_map"][name]
+    path.write_text(json.dumps(index))
+    refused(tmp_path, base, f"{name} not in the index")
+    path.write_text("{}")
+    refused(tmp_path, base, "no weight_map")
+
+
+def test_truncated_shard(tmp_path, base):
+    path = base / "model-00002-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    refused(tmp_path, base, path.name, "truncated", "download it again")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinite_weights(tmp_path, base, dtype, value):
+    def change(tensors):
+        tensors[Q] = tensors[Q].astype(dtype)
+        tensors[Q][3, 4] = value
+
+    rewrite(base, change)
+    refused(tmp_path, base, Q, "holds 1 NaN or infinite values of 1024")
+
+
+def test_largest_finite_values_are_accepted(tmp_path, base):
+    def change(tensors):
+        tensors[Q][:] = ml_dtypes.finfo(tensors[Q].dtype).max
+
+    rewrite(base, change)
+    assert conversion.to_jax(base, tmp_path / "out").tensors > 100
+
+
+def test_integer_weights(tmp_path, base):
+    rewrite(base, lambda tensors: tensors.update({Q: np.zeros((32, 32), np.int8)}))
+    refused(tmp_path, base, f"{Q} is I8", "quantised")
+
+
+def test_shared_table_that_differs_between_layers(tmp_path, base):
+    name = "beats.encoder.layers.2.self_attn.relative_attention_bias.weight"
+    rewrite(base, lambda tensors: tensors.update({name: tensors[name] + np.asarray(1, tensors[name].dtype)}))
+    refused(tmp_path, base, name, "must share one table")
+
+
+def test_dangling_link(tmp_path, base):
+    (base / "vocab.json").symlink_to(base / "gone.json")
+    refused(tmp_path, base, "vocab.json", "does not exist")
+
+
+def test_output_that_exists(tmp_path, base):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("x")
+    with pytest.raises(InputError, match="not an empty folder"):
+        conversion.to_jax(base, tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["precious"]
+    (tmp_path / "empty").mkdir()
+    conversion.to_jax(base, tmp_path / "empty")
+    assert (tmp_path / "empty" / "omni_jax.json").exists()
+
+
+def test_bad_beats_files(tmp_path, base):
+    for value, expected in (
+        ({"model": {}}, "'cfg' and 'model'"),
+        ({"cfg": {}, "model": {}}, "lacks 'encoder_layers'"),
+        ({"cfg": {"deep_norm": False}, "model": {}}, "deep_norm"),
+        ({"cfg": {}, "model": {"w": np.zeros(2, np.int64)}}, "not floating-point"),
+        ([1], "'cfg' and 'model'"),
+    ):
+        write_torch_file(tmp_path / "bad.pt", value)
+        refused(tmp_path, base, "bad.pt", expected, beats=tmp_path / "bad.pt")
+    weights = beats_file(tmp_path / "good.pt")
+    cfg = conversion.read_torch_file(tmp_path / "good.pt")["cfg"]
+    write_torch_file(tmp_path / "bad.pt", {"cfg": cfg | {"encoder_layers": 4}, "model": weights})
+    refused(tmp_path, base, "bad.pt", "missing (beats.encoder.layers.3.", beats=tmp_path / "bad.pt")
+    weights["layer_norm.weight"][0] = np.nan
+    write_torch_file(tmp_path / "bad.pt", {"cfg": cfg, "model": weights})
+    refused(tmp_path, base, "bad.pt", "layer_norm.weight", "NaN", beats=tmp_path / "bad.pt")
+
+
+def test_loading_and_exporting_what_is_not_a_finished_conversion(tmp_path, base):
+    for folder, expected in ((tmp_path / "none", "no such folder"), (base, "not a converted folder")):
+        with pytest.raises(InputError, match=expected):
+            conversion.load(folder)
+        with pytest.raises(InputError, match=expected):
+            conversion.to_torch(folder, base_out=tmp_path / "x")
+    conversion.to_jax(base, tmp_path / "model")
+    with pytest.raises(InputError, match="nothing to write"):
+        conversion.to_torch(tmp_path / "model")
+    with pytest.raises(InputError, match="has no adapter"):
+        conversion.to_torch(tmp_path / "model", adapter_out=tmp_path / "x")
+    manifest = json.loads((tmp_path / "model" / "omni_jax.json").read_text())
+    (tmp_path / "model" / "omni_jax.json").write_text(json.dumps(manifest | {"format": 99}))
+    with pytest.raises(InputError, match="format 99"):
+        conversion.load(tmp_path / "model")
+    (tmp_path / "model" / "omni_jax.json").write_text("{}")
+    with pytest.raises(InputError, match=r"omni_jax\.json: cannot be read"):
+        conversion.load(tmp_path / "model")
+    (tmp_path / "model" / "omni_jax.json").write_text(json.dumps(manifest))
+    shutil.rmtree(tmp_path / "model" / "weights" / "part-00000")
+    for action in (lambda: conversion.load(tmp_path / "model"), lambda: conversion.to_torch(tmp_path / "model", base_out=tmp_path / "x")):
+        with pytest.raises(InputError, match="part-00000"):
+            action()
+    assert not (tmp_path / "x").exists()
