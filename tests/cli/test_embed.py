@@ -103,7 +103,11 @@ def test_golden_bad_records_are_listed_and_the_good_ones_embedded(rough: Path, c
     warnings = [json.loads(line) for line in (rough.parent / "rough.warnings.jsonl").read_text().splitlines()]
     assert [w["id"] for w in warnings] == ["silent"] and "silence" in warnings[0]["reason"]
     shown = capsys.readouterr().err
-    assert "records set aside: 9, listed in" in shown and "records mended: 1, listed in" in shown and "captions cut to max_text_tokens: 1" in shown
+    assert (
+        "records set aside: 9, listed in" in shown
+        and "records mended: 1, listed in" in shown
+        and "captions cut to max_text_tokens: 1" in shown
+    )
     assert not list(rough.parent.glob(".*")), "something half-written was left"
 
 
@@ -161,11 +165,12 @@ def test_golden_demo_prints_the_table_and_the_difference(golden: GoldenSet, tmp_
     assert cosine >= 0.9999
 
 
-class TestPythonFace:
-    @pytest.fixture(scope="class")
-    def model(self, golden: GoldenSet, converted: Path) -> omni_jax.OmniRetriever:
-        return omni_jax.OmniRetriever.from_pretrained(converted, preset=golden.preset)
+@pytest.fixture(scope="module")
+def model(golden: GoldenSet, converted: Path) -> omni_jax.OmniRetriever:
+    return omni_jax.OmniRetriever.from_pretrained(converted, preset=golden.preset)
 
+
+class TestPythonFace:
     def test_golden_rows_of_each_mix(self, golden: GoldenSet, model: omni_jax.OmniRetriever):
         records = golden.records[:2]
         texts, videos, audios = [r.text for r in records], [r.video for r in records], [r.audio for r in records]
