@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -27,8 +28,7 @@ def ranks(scores: np.ndarray, left: Sequence, right: Sequence) -> dict[tuple[int
 def smallest_gap(scores: np.ndarray) -> float:
     """Smallest difference, other than none, between two cosines of a row or of a column."""
     gaps = [np.diff(np.sort(line)) for line in (*scores, *scores.T)]
-    flat = np.concatenate(gaps)
-    return float(flat[flat > 0].min(initial=np.inf))
+    return min((gap for line in gaps for gap in line.tolist() if gap > 0), default=float("inf"))
 
 
 def positions(scores: Sequence[float], relevant: Sequence[bool], ties: str) -> list[float]:
@@ -43,8 +43,6 @@ def positions(scores: Sequence[float], relevant: Sequence[bool], ties: str) -> l
         elif ties == "worst":
             places += [float(place + size - hits + k) for k in range(hits)]
         else:
-            from itertools import combinations
-
             orders = list(combinations(range(size), hits))
             places += [place + sum(order[k] for order in orders) / len(orders) for k in range(hits)]
         place += size

@@ -47,7 +47,8 @@ def from_scores(scores: np.ndarray, relevant: np.ndarray) -> Ranks:
     better = [int((scores[i] > scores[i, j]).sum()) for i, j in labels]
     equal = [int((scores[i] == scores[i, j]).sum()) - 1 for i, j in labels]
     query, item = np.array(labels).T
-    return Ranks(*scores.shape, query, item, np.array(better), np.array(equal))
+    queries, gallery = scores.shape
+    return Ranks(queries, gallery, query, item, np.array(better), np.array(equal))
 
 
 def test_one_relevant_item_by_hand() -> None:

@@ -1,0 +1,296 @@
+"""The losses: recorded values, a case by hand, plain NumPy, gradients, invariances, and shards against the whole batch."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+from numpy.typing import ArrayLike
+
+from omni_jax.objectives import (
+    distillation_loss,
+    hard_negative_in_play,
+    info_nce,
+    pairs_in_play,
+    pairwise_loss,
+    students_in_play,
+    tuple_loss,
+)
+from tests.golden_set import GoldenSet
+from tests.tolerances import assert_close
+
+TAU = 0.07
+
+compiled = jax.jit(info_nce, static_argnames=("hard_scope", "hard_blocks"))
+
+
+def plain(a: ArrayLike, b: ArrayLike, hard: Sequence[np.ndarray] | None = None, tau: float = TAU) -> float:
+    """InfoNCE row by row in float64; `hard[i]` are the hard negatives that row i sees."""
+
+    def unit(rows: ArrayLike) -> np.ndarray:
+        x = np.asarray(rows, np.float64)
+        return x / np.sqrt((x * x).sum(-1, keepdims=True))
+
+    total = 0.0
+    for x, y in ((unit(a), unit(b)), (unit(b), unit(a))):
+        for i, row in enumerate(x):
+            rivals = [row @ other / tau for other in y]
+            rivals += [row @ unit(other) / tau for other in (hard[i] if hard is not None else ())]
+            top = max(rivals)
+            total += math.log(sum(math.exp(r - top) for r in rivals)) + top - rivals[i]
+    return total / (2 * np.shape(a)[0])
+
+
+def batch(seed: int, *shapes: tuple[int, int]) -> list[jax.Array]:
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+# ------------------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_golden_losses_from_recorded_embeddings(golden: GoldenSet, step: int) -> None:
+    read = {
+        name: jnp.asarray(golden.losses[f"step{step}/{name}"]) for name in ("anchor", "positive", "hard_negative", "text", "audio", "video")
+    }
+    singles = {name: read[name] for name in ("text", "audio", "video")}
+    tau = golden.spec["temperature"]
+    got = {
+        "L_T": tuple_loss(read["anchor"], read["positive"], read["hard_negative"], temperature=tau),
+        "L_D": distillation_loss(read["anchor"], [singles[name] for name in students_in_play(step)], temperature=tau),
+        "L_A": pairwise_loss(singles, pairs_in_play(step), temperature=tau),
+    }
+    for name, value in got.items():
+        assert value.dtype == jnp.float32 and value.shape == ()
+        assert_close(value, golden.losses[f"step{step}/{name}"], "loss_from_embeddings")
+
+
+def test_three_by_three_by_hand() -> None:
+    # Cosines: a0.b = (1, 0, 0.6), a1.b = (0, 1, 0.8), a2.b = (0, -1, -0.8); temperature 0.5 doubles them.
+    a = jnp.array([[2.0, 0.0], [0.0, 1.0], [0.0, -3.0]])
+    b = jnp.array([[1.0, 0.0], [0.0, 5.0], [3.0, 4.0]])
+    rows = [math.log(math.exp(2) + 1 + math.exp(1.2)) - 2, math.log(1 + math.exp(2) + math.exp(1.6)) - 2]
+    rows.append(math.log(1 + math.exp(-2) + math.exp(-1.6)) + 1.6)
+    columns = [math.log(math.exp(2) + 2) - 2, math.log(1 + math.exp(2) + math.exp(-2)) - 2]
+    columns.append(math.log(math.exp(1.2) + math.exp(1.6) + math.exp(-1.6)) + 1.6)
+    assert_close(info_nce(a, b, temperature=0.5), (sum(rows) + sum(columns)) / 6, "loss_sharding")
+    # One hard negative (0, 1): a . h = (0, 1, -1), b . h = (0, 1, 0.8), a further column in every row of both directions.
+    hard = jnp.array([[0.0, 7.0]])
+    terms = [math.log(math.exp(2) + 1 + math.exp(1.2) + 1) - 2, math.log(1 + 2 * math.exp(2) + math.exp(1.6)) - 2]
+    terms.append(math.log(1 + 2 * math.exp(-2) + math.exp(-1.6)) + 1.6)
+    terms += [math.log(math.exp(2) + 3) - 2, math.log(1 + 2 * math.exp(2) + math.exp(-2)) - 2]
+    terms.append(math.log(math.exp(1.2) + 2 * math.exp(1.6) + math.exp(-1.6)) + 1.6)
+    assert_close(info_nce(a, b, hard, temperature=0.5), sum(terms) / 6, "loss_sharding")
+
+
+@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.sampled_from([1, 4, 8]),
+    blocks=st.sampled_from([1, 2, 4]),
+    tau=st.sampled_from([0.01, 0.05, 1.0]),
+)
+def test_values_are_those_of_plain_numpy(seed: int, size: int, blocks: int, tau: float) -> None:
+    hypothesis.assume(size % blocks == 0)
+    a, b, hard = batch(seed, (size, 5), (size, 5), (size, 5))
+    seen = np.split(np.asarray(hard), blocks)
+    mine = [seen[i * blocks // size] for i in range(size)]
+    scale = 1 / tau  # the largest logit: float32 rounds relative to it
+    assert_close(tau * compiled(a, b, temperature=tau), plain(a, b, tau=tau) / scale, "loss_sharding")
+    assert_close(tau * compiled(a, b, hard, temperature=tau, hard_blocks=blocks), plain(a, b, mine, tau) / scale, "loss_sharding")
+    every = [np.asarray(hard)] * size
+    assert_close(
+        tau * compiled(a, b, hard, temperature=tau, hard_blocks=blocks, hard_scope="global"),
+        plain(a, b, every, tau) / scale,
+        "loss_sharding",
+    )
+
+
+def test_means_over_pairs_and_students() -> None:
+    t, v, a, z = batch(4, *[(6, 8)] * 4)
+    singles = {"text": t, "audio": a, "video": v}
+    pairs = pairs_in_play(0, "all")
+    want = np.mean([plain(t, a), plain(t, v), plain(a, v)])
+    assert_close(pairwise_loss(singles, pairs, temperature=TAU), want, "loss_from_embeddings")
+    want = np.mean([plain(z, t), plain(z, a), plain(z, v)])
+    assert_close(distillation_loss(z, singles, temperature=TAU), want, "loss_from_embeddings")
+    assert_close(distillation_loss(z, [t, a, v], temperature=TAU), want, "loss_from_embeddings")
+
+
+def test_schedule_rotates_pairs_and_hard_negatives() -> None:
+    assert [pairs_in_play(step)[0] for step in range(4)] == [("text", "audio"), ("text", "video"), ("audio", "video"), ("text", "audio")]
+    assert [students_in_play(step) for step in range(3)] == [("text", "audio"), ("text", "video"), ("audio", "video")]
+    assert students_in_play(1, "all") == ("text", "audio", "video")
+    assert [hard_negative_in_play(step) for step in range(4)] == ["text", "audio", "video", "text"]
+    assert {hard_negative_in_play(step, audio_only=True) for step in range(3)} == {"audio"}
+    with pytest.raises(ValueError, match="'cycle' or 'all'"):
+        pairs_in_play(0, "some")
+
+
+# --------------------------------------------------------------------------------------------------------------- invariances
+
+
+@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.given(seed=st.integers(0, 2**32 - 1))
+def test_order_of_the_batch_and_lengths_do_not_matter(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b, hard = batch(seed, (8, 6), (8, 6), (8, 6))
+    value = compiled(a, b, hard, temperature=TAU)
+    order, other = rng.permutation(8), rng.permutation(8)
+    assert_close(compiled(a[order], b[order], hard[other], temperature=TAU), value, "loss_invariance")
+    lengths = jnp.asarray(np.exp(rng.uniform(-8, 8, size=(3, 8, 1))), jnp.float32)
+    assert_close(compiled(a * lengths[0], b * lengths[1], hard * lengths[2], temperature=TAU), value, "loss_invariance")
+    assert_close(compiled(b, a, hard, temperature=TAU), value, "loss_invariance")
+    turn = jnp.asarray(np.linalg.qr(rng.normal(size=(6, 6)))[0], jnp.float32)
+    assert_close(compiled(a @ turn, b @ turn, hard @ turn, temperature=TAU), value, "loss_invariance")
+
+
+def test_low_precision_inputs_are_computed_in_float32() -> None:
+    a, b = (x.astype(jnp.bfloat16) for x in batch(1, (5, 7), (5, 7)))
+    value = info_nce(a, b, temperature=0.01)
+    assert value.dtype == jnp.float32
+    assert_close(value, info_nce(a.astype(jnp.float32), b.astype(jnp.float32), temperature=0.01), "round_trip")
+
+
+# ----------------------------------------------------------------------------------------------------------------- gradients
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    with jax.enable_x64(False):
+        a, b, hard = batch(2, (4, 5), (4, 5), (4, 5))
+
+        def whole(a: jax.Array, b: jax.Array, hard: jax.Array, tau: jax.Array) -> jax.Array:
+            return info_nce(a, b, hard, temperature=tau)
+
+        check_grads(whole, (a, b, hard, jnp.float32(0.5)), order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-2)
+
+
+def test_gradients_are_those_of_plain_numpy_in_float64() -> None:
+    a, b, hard = (np.asarray(x, np.float64) for x in batch(3, (3, 4), (3, 4), (3, 4)))
+    got = jax.grad(lambda x: info_nce(x, jnp.asarray(b), jnp.asarray(hard), temperature=TAU))(jnp.asarray(a, jnp.float32))
+    step, want = 1e-6, np.zeros_like(a)
+    for place in np.ndindex(a.shape):
+        ahead, behind = a.copy(), a.copy()
+        ahead[place] += step
+        behind[place] -= step
+        want[place] = (plain(ahead, b, [hard] * 3) - plain(behind, b, [hard] * 3)) / (2 * step)
+    assert_close(got, want, "loss_gradient")
+
+
+def test_teacher_and_hard_negatives_take_no_gradient() -> None:
+    z, x, hard = batch(5, (4, 6), (4, 6), (4, 6))
+    teacher, student = jax.grad(lambda z, x: distillation_loss(z, [x], temperature=TAU), argnums=(0, 1))(z, x)
+    assert not np.any(teacher) and np.any(student)
+    anchor, positive, negative = jax.grad(lambda *xs: tuple_loss(*xs, temperature=TAU), argnums=(0, 1, 2))(z, x, hard)
+    assert np.any(anchor) and np.any(positive) and not np.any(negative)
+
+
+def test_learned_temperature_takes_a_gradient() -> None:
+    a, b = batch(6, (4, 6), (4, 6))
+    slope = jax.grad(lambda tau: info_nce(a, b, temperature=tau))(jnp.float32(0.5))
+    step = 1e-5
+    assert_close(slope, (plain(a, b, tau=0.5 + step) - plain(a, b, tau=0.5 - step)) / (2 * step), "loss_gradient")
+
+
+def test_zero_vectors_have_finite_values_and_gradients() -> None:
+    a, b = batch(7, (4, 6), (4, 6))
+    value, gradient = jax.value_and_grad(lambda x: info_nce(x, b, temperature=TAU))(a.at[2].set(0))
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+# ------------------------------------------------------------------------------------------------------------------- sharding
+
+
+def all_losses(z: jax.Array, p: jax.Array, hard: jax.Array, t: jax.Array, v: jax.Array, **kw) -> jax.Array:
+    """The three losses as one (3,) array, so that a weighted sum of them can be differentiated."""
+    shards = {name: kw.pop(name) for name in ("hard_scope", "hard_blocks") if name in kw}
+    return jnp.stack(
+        [
+            tuple_loss(z, p, hard, temperature=TAU, **shards, **kw),
+            distillation_loss(z, [t, v], temperature=TAU, **kw),
+            pairwise_loss({"text": t, "video": v}, (("text", "video"),), temperature=TAU, **kw),
+        ]
+    )
+
+
+def values_and_gradients(losses: Callable[..., jax.Array], *xs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The (3,) losses, and the gradient of a weighted sum of them by each input; one compilation."""
+
+    def weighted(*xs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values = losses(*xs)
+        return values @ jnp.array([1.0, 0.7, 1.3]), values
+
+    (_, values), gradients = jax.jit(jax.value_and_grad(weighted, argnums=range(len(xs)), has_aux=True))(*xs)
+    return values, gradients
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize(("axes", "shape"), [(("data",), (8,)), (("data", "fsdp"), (2, 4))], ids=["one-axis", "two-axes"])
+def test_shards_and_jit_on_eight_devices_equal_one_device(scope: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> None:
+    mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(shape))
+    xs = batch(8, *[(24, 10)] * 5)
+    whole = functools.partial(all_losses, hard_scope=scope, hard_blocks=8)
+    want, want_gradients = values_and_gradients(whole, *xs)
+
+    spread = [jax.device_put(x, NamedSharding(mesh, P(axes))) for x in xs]
+    mapped = jax.shard_map(
+        functools.partial(all_losses, hard_scope=scope, axis_name=axes), mesh=mesh, in_specs=(P(axes),) * 5, out_specs=P()
+    )
+    for losses in (mapped, whole):
+        got, gradients = values_and_gradients(losses, *spread)
+        assert_close(got, want, "loss_sharding")
+        for gradient, expected in zip(gradients, want_gradients, strict=True):
+            assert_close(gradient, expected, "loss_sharding")
+
+
+def test_gradient_taken_inside_the_shards_is_that_of_the_whole_batch() -> None:
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    a, b = batch(9, (16, 6), (16, 6))
+
+    def inside(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jax.grad(lambda x: info_nce(x, b, temperature=TAU, axis_name="data"))(a)
+
+    got = jax.jit(jax.shard_map(inside, mesh=mesh, in_specs=P("data"), out_specs=P("data")))(a, b)
+    assert_close(got, jax.grad(lambda x: info_nce(x, b, temperature=TAU))(a), "loss_sharding")
+
+
+def test_local_and_global_hard_negatives_differ() -> None:
+    a, b, hard = batch(10, (8, 6), (8, 6), (8, 6))
+    local = info_nce(a, b, hard, temperature=TAU, hard_blocks=4)
+    everywhere = info_nce(a, b, hard, temperature=TAU, hard_blocks=4, hard_scope="global")
+    assert float(everywhere) > float(local) > float(info_nce(a, b, temperature=TAU))
+
+
+# ------------------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    a, b, hard = batch(0, (4, 3), (5, 3), (4, 2))
+    with pytest.raises(ValueError, match="must both be"):
+        info_nce(a, b, temperature=TAU)
+    with pytest.raises(ValueError, match="hard negatives"):
+        info_nce(a, a, hard, temperature=TAU)
+    with pytest.raises(ValueError, match="must divide"):
+        info_nce(a, a, a, temperature=TAU, hard_blocks=3)
+    with pytest.raises(ValueError, match="'local' or 'global'"):
+        info_nce(a, a, a, temperature=TAU, hard_scope="near")
+    with pytest.raises(ValueError, match="no pairs"):
+        pairwise_loss({"text": a}, (), temperature=TAU)
+    with pytest.raises(ValueError, match="no students"):
+        distillation_loss(a, [], temperature=TAU)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    with pytest.raises(ValueError, match="the shards are the blocks"):
+        jax.shard_map(
+            lambda x: info_nce(x, x, x, temperature=TAU, axis_name="data", hard_blocks=2), mesh=mesh, in_specs=P("data"), out_specs=P()
+        )(jnp.ones((8, 3)))
