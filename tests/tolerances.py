@@ -60,6 +60,8 @@ TOLERANCES: dict[str, tuple[str, float]] = {
     "bfloat16_cosine": ("cosine", 0.99),
     # Retrieval figures are counts and short sums in float64.
     "metric": ("absolute", 1e-9),
+    # Published averages, each rounded to two places: the mean of two of them against a third.
+    "published_percent": ("absolute", 0.0101),
 }
 
 

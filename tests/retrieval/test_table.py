@@ -80,7 +80,7 @@ AVG-all            -   33.12"""
 
 def test_published_rows_are_consistent() -> None:
     for row in OMNIRETRIEVER_BENCH.values():
-        assert abs((row["AVG-single"] + row["AVG-dual"]) / 2 - row["AVG-all"]) < 0.0101  # each is rounded to two places
+        assert_close((row["AVG-single"] + row["AVG-dual"]) / 2, row["AVG-all"], "published_percent")
         assert set(row["directions"]) <= set(DIRECTIONS)
 
 
