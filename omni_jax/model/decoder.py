@@ -1,6 +1,7 @@
 """The text decoder: packed rows in, one pooled vector per layer and prompt out.
 
-Letters: R rows, S tokens, K pooled prompts per row, D width, H heads, h head width, L layers, V vocabulary, M media tokens.
+Letters: R rows, S tokens, K pooled prompts per row, D width, H heads, h head width, L layers, V vocabulary, M media tokens,
+G media tables.
 """
 
 from __future__ import annotations
@@ -71,6 +72,15 @@ def row_mask(segment: jax.Array, branch: jax.Array) -> jax.Array:
     return causal & same & reachable
 
 
+def read_media(media: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns (R, S, D): rows `index` (R, S) of one table (M, D), or of the table (G, M, D) that each R / G consecutive rows have."""
+    if media.ndim == 2:
+        return media[index]
+    # Indices within a table keep the gather on the device that holds the clip.
+    tables = jax.vmap(lambda table, rows: table[rows])(media, index.reshape(media.shape[0], -1))
+    return tables.reshape(*index.shape, media.shape[-1])
+
+
 class Decoder(nnx.Module):
     """Qwen2.5 decoder with TMRoPE that keeps nothing of a layer but the pooled tokens."""
 
@@ -100,13 +110,13 @@ class Decoder(nnx.Module):
           ids, media_index, segment, branch: (R, S) int32, as in `types.RowBatch`.
           positions: (3, R, S) int32.
           pool: (R, K) int32, the token pooled for each prompt.
-          media: (M, D) media tokens that `media_index` points into.
+          media: (M, D) media tokens that `media_index` points into, or (G, M, D): one table for each R / G consecutive rows.
           dropout_key: turns LoRA dropout on.
           remat: checkpoint policy of a layer, for training.
         """
         x = self.embed(ids, dtype)
-        if media.shape[0]:
-            x = jnp.where(media_index[..., None] >= 0, media.astype(dtype)[jnp.maximum(media_index, 0)], x)
+        if media.shape[-2]:
+            x = jnp.where(media_index[..., None] >= 0, read_media(media.astype(dtype), jnp.maximum(media_index, 0)), x)
         x = constrain(x, "batch", "tokens", "features")
         angles = tmrope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_sections)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -119,4 +129,5 @@ class Decoder(nnx.Module):
 
         _, pooled = scan_layers(self.layers, body, x, keys, remat)
         last = self.norm(pooled[-1])
-        return jnp.moveaxis(jnp.concatenate([pooled[:-1], last[None]]), 0, 2)
+        pooled = jnp.moveaxis(jnp.concatenate([pooled[:-1], last[None]]), 0, 2)
+        return constrain(pooled, "batch", None, None, None)

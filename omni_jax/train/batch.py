@@ -1,0 +1,338 @@
+"""The training batch: arrays of static shape for the micro-batches of one update, and their making from clips and prompts.
+
+Letters: n micro-batches, B clips of a micro-batch, C copies of a clip (2 where an augmented one is in play), t temporal steps, P patches,
+c log-mel chunks, F fbank frames, R rows, S tokens, K prompts per row, G blocks of clips that exchange features, M media tokens of a copy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from omni_jax.config import ModelConfig
+from omni_jax.parallel import BATCH
+from omni_jax.train.plan import StepKind
+from omni_jax.types import SOURCE_AUDIO, SOURCE_VIDEO, AudioBatch, BeatsBatch, InputError, TokenSequence, VisionBatch
+
+PATCHES_PER_TOKEN = 4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TowerInputs:
+    """What the towers read: the clip first, then its augmented copy where a positive is in play.
+
+    Attributes:
+      patches: (n, B, C, t, P, 1176) float32; coords: (n, B, C, t, P, 2) int32; window: (n, B, C, t, P) int32, -1 for padding.
+      mel: (n, B, C, c, 200, 128) float32; mel_frames: (n, B, C, c) int32.
+      fbank: (n, B, C, F, 128) float32; fbank_frames: (n, B, C) int32.
+    """
+
+    patches: Any
+    coords: Any
+    window: Any
+    mel: Any
+    mel_frames: Any
+    fbank: Any
+    fbank_frames: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Packed decoder rows; fields as in `types.RowBatch`.
+
+    `media_index` counts within the clip: its video tokens (t * P/4), Whisper tokens (c * 50), BEATs tokens (c * 50), then those of the
+    augmented copy in the same order.
+
+    Attributes:
+      ids, media_index, segment, branch: (n, B, R, S) int32.
+      positions: (n, B, R, 3, S) int32.
+      pool: (n, B, R, K) int32.
+    """
+
+    ids: Any
+    media_index: Any
+    positions: Any
+    segment: Any
+    branch: Any
+    pool: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+    """One update's micro-batches.
+
+    Attributes:
+      clips: what the towers read.
+      rows: a row for each entry of `StepKind.rows`.
+      hard: the hard negatives, a row each. None where there is none, or where it shares the anchor's row: then it is the second prompt
+        pooled there, with the anchor's media as its prefix.
+      shuffle: (n, G, B / G) int32: within each block of consecutive clips, whose features a clip's hard negative takes.
+      kinds: what each micro-batch plays.
+    """
+
+    clips: TowerInputs
+    rows: Rows
+    hard: Rows | None
+    shuffle: Any
+    kinds: tuple[StepKind, ...] = dataclasses.field(metadata={"static": True}, default=())
+
+    @property
+    def micro_batches(self) -> int:
+        return self.clips.patches.shape[0]
+
+    @property
+    def clips_per_micro(self) -> int:
+        return self.clips.patches.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipMedia:
+    """Tower inputs of one clip, unpadded or padded: vision (t, P, ...), audio (c, 200, 128), BEATs (1, F, 128)."""
+
+    vision: VisionBatch
+    audio: AudioBatch
+    beats: BeatsBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One clip of a batch.
+
+    Attributes:
+      media: the clip.
+      augmented: its augmented copy; None where no positive is in play.
+      prompts: "anchor", "positive", "hard", and each modality in play. For a hard negative with exchanged video, its prompt has the
+        layout of the video it takes.
+    """
+
+    media: ClipMedia
+    augmented: ClipMedia | None
+    prompts: Mapping[str, TokenSequence]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShapes:
+    """Static sizes: temporal steps t, patches P of a step, log-mel chunks c, fbank frames F, tokens S of a row."""
+
+    steps: int
+    patches: int
+    chunks: int
+    fbank_frames: int
+    row_tokens: int
+
+    def media_tokens(self, chunk_tokens: int) -> int:
+        """M, media tokens of one clip."""
+        return self.steps * self.patches // PATCHES_PER_TOKEN + 2 * self.chunks * chunk_tokens
+
+
+def fit_shapes(examples: Sequence[Example], kind: StepKind, share_prefix: bool = True) -> BatchShapes:
+    """Returns the smallest sizes that hold these clips; the caller rounds them up to its buckets."""
+    media = [m for e in examples for m in (e.media, e.augmented) if m is not None]
+    rows = [sum(len(e.prompts[p].ids) for p in names) for e in examples for names in kind.rows]
+    if _branches(kind, share_prefix):
+        rows += [len(e.prompts["anchor"].ids) + len(e.prompts["hard"].ids) - e.prompts["hard"].prefix for e in examples]
+    elif kind.hard:
+        rows += [len(e.prompts["hard"].ids) for e in examples]
+    return BatchShapes(
+        steps=max(m.vision.patches.shape[0] for m in media),
+        patches=max(m.vision.patches.shape[1] for m in media),
+        chunks=max(m.audio.mel.shape[0] for m in media),
+        fbank_frames=max(m.beats.fbank.shape[1] for m in media),
+        row_tokens=max(rows),
+    )
+
+
+def pack_micro_batch(
+    examples: Sequence[Example], kind: StepKind, shapes: BatchShapes, config: ModelConfig, shuffle: np.ndarray, share_prefix: bool = True
+) -> TrainBatch:
+    """Returns a batch of one micro-batch (n = 1).
+
+    Args:
+      shuffle: (G, B / G) int32; read where the kind exchanges features.
+      share_prefix: a hard negative with another caption shares the anchor's row and media instead of having a row of its own.
+
+    Raises:
+      InputError: for a shuffle that is none: a fixed point, an index out of its block, blocks of one clip.
+      ValueError: where something does not fit the shapes.
+    """
+    shuffle = np.asarray(shuffle, np.int32)
+    if shuffle.ndim != 2 or shuffle.size != len(examples):
+        raise ValueError(f"shuffle {shuffle.shape} must be (blocks, clips of a block) for {len(examples)} clips")
+    if kind.shuffles:
+        check_shuffle(shuffle)
+    block = shuffle.shape[1]
+    taken = (shuffle + np.arange(0, shuffle.size, block)[:, None]).ravel()
+    extra = shapes.media_tokens(config.audio.chunk_tokens)
+    places = [_places(e.media, shapes, config) for e in examples]
+    branches = _branches(kind, share_prefix)
+    slots = max(len(kind.singles), 1 + branches)
+    rows = _empty_rows(len(examples), len(kind.rows), shapes.row_tokens, slots, config.tokens.pad)
+    hard = None if kind.hard is None or branches else _empty_rows(len(examples), 1, shapes.row_tokens, 1, config.tokens.pad)
+    for b, example in enumerate(examples):
+        for r, names in enumerate(kind.rows):
+            where = places[b]
+            if names == ("positive",):
+                if example.augmented is None:
+                    raise ValueError(f"clip {b}: the positive needs an augmented copy")
+                where = {s: p + extra for s, p in _places(example.augmented, shapes, config).items()}
+            _fill_row(rows, b, r, [example.prompts[name] for name in names], where)
+        if branches:
+            _fill_branch(rows, b, example.prompts["anchor"], example.prompts["hard"], places[b])
+        elif hard is not None:
+            source = {SOURCE_VIDEO: taken[b] if kind.hard == "video" else b, SOURCE_AUDIO: taken[b] if kind.hard == "audio" else b}
+            _fill_row(hard, b, 0, [example.prompts["hard"]], {s: places[c][s] for s, c in source.items()})
+    copies = [e.augmented for e in examples if e.augmented is not None] if kind.positive else []
+    inputs = [_tower_inputs(media, shapes) for media in ([e.media for e in examples], copies) if media]
+    batch = TrainBatch(
+        clips=jax.tree.map(lambda *x: np.stack(x, axis=1), *inputs),
+        rows=rows,
+        hard=hard,
+        shuffle=shuffle,
+        kinds=(kind,),
+    )
+    return jax.tree.map(lambda x: x[None], batch)
+
+
+def stack_micro_batches(batches: Sequence[TrainBatch]) -> TrainBatch:
+    """Returns one batch of all micro-batches; they must agree in their shapes.
+
+    Raises:
+      ValueError: when they do not.
+    """
+    kinds = tuple(kind for batch in batches for kind in batch.kinds)
+    plain = [dataclasses.replace(batch, kinds=()) for batch in batches]
+    if len({jax.tree.structure(b) for b in plain}) > 1 or len({tuple(x.shape[1:] for x in jax.tree.leaves(b)) for b in plain}) > 1:
+        raise ValueError("the micro-batches of an update must have the same arrays of the same shapes (pack them with share_prefix=False)")
+    return dataclasses.replace(jax.tree.map(lambda *x: np.concatenate(x), *plain), kinds=kinds)
+
+
+def check_shuffle(shuffle: np.ndarray) -> None:
+    """Raises InputError unless each row of (G, B / G) names places of its block, none its own."""
+    block = shuffle.shape[1]
+    if block < 2:
+        raise InputError("hard negatives that exchange audio or video need at least 2 clips in a block; use a larger micro-batch")
+    if shuffle.min() < 0 or shuffle.max() >= block:
+        raise InputError(f"shuffle indices must be 0 .. {block - 1}, places within their block")
+    if (shuffle == np.arange(block)).any():
+        raise InputError("a shuffle left a clip in its place; a hard negative would equal its anchor")
+
+
+def place_batch(batch: TrainBatch, mesh: Mesh | None) -> TrainBatch:
+    """Returns the batch on the devices, clips split over the data and fsdp axes; each process gives its own clips.
+
+    Raises:
+      InputError: when the clips of a micro-batch do not divide evenly.
+    """
+    if mesh is None:
+        return jax.tree.map(jax.numpy.asarray, batch)
+    ways = int(np.prod([mesh.shape[axis] for axis in BATCH]))
+    clips = batch.clips_per_micro * jax.process_count()
+    if clips % ways:
+        raise InputError(f"a micro-batch of {clips} clips does not divide over {ways} batch shards (data x fsdp); change either")
+    split, whole = (NamedSharding(mesh, PartitionSpec(None, axes)) for axes in (BATCH, None))
+
+    def place(x: np.ndarray) -> jax.Array:
+        even = (x.shape[1] * jax.process_count()) % ways == 0
+        return jax.make_array_from_process_local_data(split if even else whole, np.asarray(x))
+
+    return jax.tree.map(place, batch)
+
+
+def _branches(kind: StepKind, share_prefix: bool) -> bool:
+    return share_prefix and kind.hard == "text"
+
+
+def _places(media: ClipMedia, shapes: BatchShapes, config: ModelConfig) -> dict[int, np.ndarray]:
+    """Source -> media-table rows of a clip's video tokens and of its doubled audio tokens."""
+    step, valid = shapes.patches // PATCHES_PER_TOKEN, int((media.vision.window[0] >= 0).sum()) // PATCHES_PER_TOKEN
+    video = (np.arange(media.vision.patches.shape[0])[:, None] * step + np.arange(valid)).ravel()
+    audio = shapes.chunks * config.audio.chunk_tokens
+    pairs = np.stack([np.arange(audio), audio + np.arange(audio)], axis=1)[: int(media.beats.tokens[0])]
+    return {SOURCE_VIDEO: video, SOURCE_AUDIO: shapes.steps * step + pairs.ravel()}
+
+
+def _empty_rows(clips: int, count: int, size: int, slots: int, pad: int) -> Rows:
+    shape = (clips, count, size)
+    return Rows(
+        ids=np.full(shape, pad, np.int32),
+        media_index=np.full(shape, -1, np.int32),
+        positions=np.zeros((clips, count, 3, size), np.int32),
+        segment=np.zeros(shape, np.int32),
+        branch=np.zeros(shape, np.int32),
+        pool=np.zeros((clips, count, slots), np.int32),
+    )
+
+
+def _media_index(sequence: TokenSequence, places: Mapping[int, np.ndarray]) -> np.ndarray:
+    index = np.full(len(sequence.ids), -1, np.int32)
+    for source, rows in places.items():
+        here = sequence.source == source
+        wanted = sequence.source_index[here]
+        if len(wanted) and wanted.max() >= len(rows):
+            raise ValueError(f"a prompt has {wanted.max() + 1} tokens of a medium whose clip has {len(rows)}")
+        index[here] = rows[wanted]
+    return index
+
+
+def _fill_row(rows: Rows, b: int, r: int, prompts: Sequence[TokenSequence], places: Mapping[int, np.ndarray]) -> None:
+    """Writes prompts one after another, each a segment of its own."""
+    start, size = 0, rows.ids.shape[-1]
+    for k, prompt in enumerate(prompts):
+        span = slice(start, start + len(prompt.ids))
+        if span.stop > size:
+            raise ValueError(f"clip {b}: prompts of {sum(len(p.ids) for p in prompts)} tokens do not fit a row of {size}")
+        rows.ids[b, r, span] = prompt.ids
+        rows.media_index[b, r, span] = _media_index(prompt, places)
+        rows.positions[b, r, :, span] = prompt.positions
+        rows.segment[b, r, span] = k + 1
+        rows.pool[b, r, k] = span.stop - 1
+        start = span.stop
+
+
+def _fill_branch(rows: Rows, b: int, anchor: TokenSequence, hard: TokenSequence, places: Mapping[int, np.ndarray]) -> None:
+    """Writes the anchor's media once, then both captions as branches of it; the anchor is pooled first."""
+    prefix, start, size = anchor.prefix, len(anchor.ids), rows.ids.shape[-1]
+    if prefix != hard.prefix or not np.array_equal(anchor.ids[:prefix], hard.ids[:prefix]):
+        raise ValueError(f"clip {b}: the hard negative's media are not the anchor's")
+    rest = len(hard.ids) - prefix
+    if start + rest > size:
+        raise ValueError(f"clip {b}: the anchor and the hard negative's caption, {start + rest} tokens, do not fit a row of {size}")
+    _fill_row(rows, b, 0, [anchor], places)
+    span = slice(start, start + rest)
+    rows.ids[b, 0, span] = hard.ids[prefix:]
+    rows.positions[b, 0, :, span] = hard.positions[:, prefix:]
+    rows.segment[b, 0, span] = 1
+    rows.branch[b, 0, prefix:start] = 1
+    rows.branch[b, 0, span] = 2
+    rows.pool[b, 0, 1] = span.stop - 1 if rest else prefix - 1
+
+
+def _tower_inputs(media: Sequence[ClipMedia], shapes: BatchShapes) -> TowerInputs:
+    t, p, c, f = shapes.steps, shapes.patches, shapes.chunks, shapes.fbank_frames
+    return TowerInputs(
+        patches=_pad([m.vision.patches for m in media], (t, p)),
+        coords=_pad([m.vision.coords for m in media], (t, p)),
+        window=_pad([m.vision.window for m in media], (t, p), fill=-1),
+        mel=_pad([m.audio.mel for m in media], (c,)),
+        mel_frames=_pad([m.audio.frames for m in media], (c,)),
+        fbank=_pad([m.beats.fbank[0] for m in media], (f,)),
+        fbank_frames=np.concatenate([m.beats.frames for m in media]).astype(np.int32),
+    )
+
+
+def _pad(arrays: Sequence[np.ndarray], sizes: tuple[int, ...], fill: int = 0) -> np.ndarray:
+    """Stacks arrays, their leading axes padded to `sizes`."""
+    out = np.full((len(arrays), *sizes, *arrays[0].shape[len(sizes) :]), fill, arrays[0].dtype)
+    for n, array in enumerate(arrays):
+        if any(have > size for have, size in zip(array.shape, sizes, strict=False)):
+            raise ValueError(f"an array of shape {array.shape} does not fit the batch's {sizes}")
+        out[(n, *(slice(0, s) for s in array.shape[: len(sizes)]))] = array
+    return out

@@ -1,0 +1,188 @@
+"""Loss and gradient of one update: plainly over one micro-batch, or cached over many (one pool of negatives, memory of one micro-batch).
+
+Letters: n micro-batches, B clips of a micro-batch, D LLM width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from omni_jax import objectives
+from omni_jax.config import ModelConfig
+from omni_jax.model import Encoder, abstract_encoder, with_params
+from omni_jax.parallel import constrain
+from omni_jax.train.batch import TrainBatch
+from omni_jax.train.plan import LossConfig, StepKind
+from omni_jax.train.streams import TOWERS, Features, embed_hard_negatives, embed_streams, run_towers
+from omni_jax.train.trainable import TEMPERATURE, Arrays, join
+
+Embeddings = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+REMAT: dict[str, Callable | None] = {
+    "none": None,  # keep every residual
+    "layer": jax.checkpoint_policies.nothing_saveable,  # keep the layer's input, compute the layer again
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the linear maps' outputs
+}
+"""Checkpoint policies of a decoder layer by name."""
+
+
+def loss_of(
+    embeddings: Embeddings, log_inverse_temperature: jax.Array | None, losses: LossConfig, kind: StepKind, blocks: int
+) -> tuple[jax.Array, Metrics]:
+    """Returns the weighted sum of the losses in play and each of them, float32 scalars.
+
+    Args:
+      embeddings: (B, D) of the whole pool, as `embed_streams` names them.
+      log_inverse_temperature: log(1 / tau) where it is learned.
+      blocks: blocks of consecutive clips that see one another's hard negatives, where those are local.
+    """
+    tau = losses.temperature if log_inverse_temperature is None else jnp.exp(-log_inverse_temperature)
+    terms: dict[str, tuple[float, jax.Array]] = {}
+    if losses.tuple_weight > 0:
+        hard = objectives.tuple_loss(
+            embeddings["anchor"],
+            embeddings["positive"],
+            embeddings["hard"],
+            temperature=tau,
+            hard_scope=losses.hard_scope,
+            hard_blocks=blocks,
+        )
+        terms["L_T"] = (losses.tuple_weight, hard)
+    if losses.distillation_weight > 0:
+        students = [embeddings[name] for name in kind.singles]
+        terms["L_D"] = (losses.distillation_weight, objectives.distillation_loss(embeddings["anchor"], students, temperature=tau))
+    if losses.pairwise_weight > 0:
+        terms["L_A"] = (losses.pairwise_weight, objectives.pairwise_loss(embeddings, kind.pairs, temperature=tau))
+    metrics = {name: value for name, (_, value) in terms.items()}
+    metrics["loss"] = sum((weight * value for weight, value in terms.values()), jnp.zeros(()))
+    metrics["temperature"] = jnp.asarray(tau, jnp.float32)
+    return metrics["loss"], metrics | spread(embeddings["anchor"] if kind.anchor else embeddings[kind.singles[0]])
+
+
+def spread(z: jax.Array) -> Metrics:
+    """Returns how far embeddings (B, D) have collapsed: mean cosine between different rows, and the effective rank.
+
+    The effective rank is the participation ratio of the centred unit vectors' covariance, (sum of eigenvalues)^2 / sum of squares: near
+    min(B - 1, D) for vectors that fill the space, 1 for vectors on a line, 0 where all are equal.
+    """
+    z = jax.lax.stop_gradient(z.astype(jnp.float32))
+    z = z / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+    rows = z.shape[0]
+    total = z.sum(axis=0)
+    cosine = (jnp.vdot(total, total) - jnp.vdot(z, z)) / max(rows * (rows - 1), 1)
+    centred = z - total / rows
+    gram = centred @ centred.T
+    return {"mean_cosine": cosine, "effective_rank": jnp.square(jnp.trace(gram)) / jnp.maximum(jnp.vdot(gram, gram), 1e-12)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """The encoder as functions of its trainable and frozen parameters.
+
+    Attributes:
+      config: its architecture.
+      abstract: the encoder without storage.
+      losses: what is computed from the embeddings.
+      kept: towers nothing of which trains: they run once per clip, without residuals.
+      remat: checkpoint policy of a decoder layer.
+    """
+
+    config: ModelConfig
+    abstract: Encoder
+    losses: LossConfig
+    kept: tuple[str, ...]
+    remat: Callable | None
+
+    @classmethod
+    def make(cls, config: ModelConfig, losses: LossConfig, trainable: frozenset[str], dtype: Any, remat: Callable | None) -> Forward:
+        kept = tuple(tower for tower in TOWERS if not any(name.startswith(f"{tower}/") for name in trainable))
+        return cls(config, abstract_encoder(config, dtype=dtype), losses, kept, remat)
+
+    def model(self, trainable: Arrays, frozen: Arrays) -> Encoder:
+        return with_params(self.abstract, join(trainable, frozen))
+
+    def keep(self, trainable: Arrays, frozen: Arrays, batch: TrainBatch, kind: StepKind) -> Features:
+        """Returns the features of the towers that do not train."""
+        towers = [tower for tower in kind.towers if tower in self.kept]
+        return run_towers(self.model(jax.lax.stop_gradient(trainable), frozen), batch.clips, towers)
+
+    def embed(
+        self,
+        trainable: Arrays,
+        frozen: Arrays,
+        batch: TrainBatch,
+        kept: Features,
+        kind: StepKind,
+        key: jax.Array | None,
+        *,
+        hard: bool,
+    ) -> Embeddings:
+        """Returns the embeddings of a micro-batch, those of hard negatives with rows of their own only where `hard` is set."""
+        model = self.model(trainable, frozen)
+        features = {**kept, **run_towers(model, batch.clips, [tower for tower in kind.towers if tower not in self.kept])}
+        keys = (None, None) if key is None else jax.random.split(key)
+        embedded = embed_streams(model, batch, features, kind, dropout_key=keys[0], remat=self.remat)
+        if hard and batch.hard is not None:
+            still = self.model(jax.lax.stop_gradient(trainable), frozen)
+            embedded["hard"] = embed_hard_negatives(still, batch, features, kind, dropout_key=keys[1])
+        return embedded
+
+    def plain(self, trainable: Arrays, frozen: Arrays, batch: TrainBatch, kind: StepKind, key: jax.Array | None) -> tuple[Arrays, Metrics]:
+        """Returns gradient and metrics of one micro-batch that is a pool of its own."""
+        kept = self.keep(trainable, frozen, batch, kind)
+
+        def loss(trainable: Arrays) -> tuple[jax.Array, Metrics]:
+            embeddings = self.embed(trainable, frozen, batch, kept, kind, key, hard=True)
+            return loss_of(embeddings, trainable.get(TEMPERATURE), self.losses, kind, batch.shuffle.shape[0])
+
+        gradients, metrics = jax.grad(loss, has_aux=True)(trainable)
+        return gradients, metrics
+
+    def cached(
+        self, trainable: Arrays, frozen: Arrays, batches: TrainBatch, kind: StepKind, keys: jax.Array | None
+    ) -> tuple[Arrays, Metrics]:
+        """Returns gradient and metrics of all micro-batches as one pool, as the whole batch at once would give them.
+
+        Embeddings first, without residuals; then the loss and dL/dz of the pool; then each micro-batch again with its part of dL/dz. Tower
+        outputs are kept from the first pass to the second.
+
+        Args:
+          batches: arrays with the leading axis n.
+          keys: (n, 2) dropout keys: both passes draw the same masks.
+        """
+
+        def first(_: None, item: Any) -> tuple[None, Any]:
+            batch, key = item
+            kept = self.keep(trainable, frozen, batch, kind)
+            return None, (kept, self.embed(trainable, frozen, batch, kept, kind, key, hard=True))
+
+        _, (kept, embeddings) = jax.lax.scan(first, None, (batches, keys))
+        pool = {name: constrain(z.reshape(-1, z.shape[-1]), "batch", "features") for name, z in embeddings.items()}
+        blocks = batches.shuffle.shape[0] * batches.shuffle.shape[1]
+
+        def loss(pool: Embeddings, temperature: jax.Array | None) -> tuple[jax.Array, Metrics]:
+            return loss_of(pool, temperature, self.losses, kind, blocks)
+
+        (by_z, by_temperature), metrics = jax.grad(loss, argnums=(0, 1), has_aux=True)(pool, trainable.get(TEMPERATURE))
+        by_z = {name: by_z[name].reshape(z.shape) for name, z in embeddings.items() if name != "hard"}
+
+        def second(total: Arrays, item: Any) -> tuple[Arrays, None]:
+            batch, key, kept, by_z = item
+
+            def again(trainable: Arrays) -> Embeddings:
+                embeddings = self.embed(trainable, frozen, batch, kept, kind, key, hard=False)
+                return {name: embeddings[name] for name in by_z}
+
+            _, pull = jax.vjp(again, trainable)
+            return jax.tree.map(jnp.add, total, pull(by_z)[0]), None
+
+        gradients, _ = jax.lax.scan(second, jax.tree.map(jnp.zeros_like, trainable), (batches, keys, kept, by_z))
+        if by_temperature is not None:
+            gradients = {**gradients, TEMPERATURE: gradients[TEMPERATURE] + by_temperature}
+        return gradients, metrics

@@ -1,0 +1,200 @@
+"""The training step: compiled programs from a batch to the next state, one for each kind of step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from omni_jax.config import ConfigError, ModelConfig
+from omni_jax.train.batch import TrainBatch
+from omni_jax.train.gradients import REMAT, Forward, Metrics
+from omni_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
+from omni_jax.train.plan import LossConfig, StepKind
+from omni_jax.train.state import TrainState, array_shardings, new_state, state_shardings
+from omni_jax.train.trainable import TEMPERATURE, Arrays, GroupCount, TrainableConfig, count_groups, group_of, select, split
+from omni_jax.types import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """Everything that decides what one update computes.
+
+    Attributes:
+      remat: what the backward pass computes again of a decoder layer: "none" nothing, "layer" everything, "dots" all but the outputs of
+        linear maps.
+      frozen_dtype: dtype name that frozen weights are stored in; None leaves them as they come.
+      seed: of LoRA dropout.
+    """
+
+    optimizer: OptimizerConfig
+    losses: LossConfig = dataclasses.field(default_factory=LossConfig)
+    trainable: TrainableConfig = dataclasses.field(default_factory=TrainableConfig)
+    remat: str = "layer"
+    frozen_dtype: str | None = "bfloat16"
+    seed: int = 2025
+
+    def __post_init__(self) -> None:
+        if self.remat not in REMAT:
+            raise ConfigError(f"remat {self.remat!r}: choose one of {', '.join(REMAT)}")
+
+
+class TrainStep:
+    """Makes updates on one device or a mesh.
+
+    Attributes:
+      names: paths of the encoder's parameters that train.
+      groups: the start-up report.
+      programs: compiled programs so far, one string each.
+    """
+
+    def __init__(self, model: ModelConfig, config: StepConfig, *, dtype: Any = jnp.bfloat16, mesh: Mesh | None = None):
+        """Takes the architecture, the recipe, the dtype of activations and the devices.
+
+        Raises:
+          InputError: when a head that should train would not.
+        """
+        self.names = select(model, config.trainable)
+        self.groups: tuple[GroupCount, ...] = count_groups(model, self.names)
+        self.programs: list[str] = []
+        self._model, self._config, self._mesh, self._dtype = model, config, mesh, jnp.dtype(dtype)
+        self._forward = Forward.make(model, config.losses, self.names, self._dtype, REMAT[config.remat])
+        self._optimizer = make_optimizer(config.optimizer)
+        self._rate = schedule(config.optimizer)
+        self._dropout = model.lora is not None and model.lora.dropout > 0
+        self._compiled: dict[str, Callable[..., Any]] = {}
+
+    def init(self, params: Mapping[tuple[str, ...], Any]) -> tuple[TrainState, Arrays]:
+        """Returns the first state and the frozen weights, both on the devices; `params` stays usable."""
+        trainable, frozen = split(params, self.names, self._config.frozen_dtype)
+        if self._config.losses.learn_temperature:
+            trainable[TEMPERATURE] = jnp.asarray(-math.log(self._config.losses.temperature), jnp.float32)
+        state = new_state(trainable, self._optimizer, self._config.seed)
+        if self._mesh is None:
+            return state, frozen
+        places = array_shardings(frozen, self._model, self._mesh)
+        return jax.device_put(state, state_shardings(state, self._model, self._mesh)), jax.device_put(frozen, places)
+
+    def __call__(self, state: TrainState, frozen: Arrays, batch: TrainBatch) -> tuple[TrainState, Metrics]:
+        """Returns the next state and the metrics, scalars on the devices; `state` is given away.
+
+        Metrics are the mean over micro-batches of "loss", the losses in play, "temperature", "mean_cosine" and "effective_rank"; then
+        "grad_norm" (before clipping, also by group as "grad_norm/lora"), "learning_rate", "skipped" and "skipped_in_row".
+
+        Raises:
+          InputError: for a batch whose kinds do not fit the recipe.
+        """
+        kinds = batch.kinds
+        if len(kinds) != batch.micro_batches:
+            raise InputError(f"a batch of {batch.micro_batches} micro-batches lists {len(kinds)} kinds; give each its kind")
+        pooled = self._config.losses.negatives == "global"
+        if pooled and len(set(kinds)) > 1:
+            raise InputError("with negatives='global' every micro-batch of an update plays the same kind; use kinds_of_update")
+        # The programs see no kinds in the batch, so that the order of kinds compiles nothing anew.
+        arrays = dataclasses.replace(batch, kinds=())
+        with self._context():
+            if pooled or len(kinds) == 1:
+                return self._program("update", self._update)(state, frozen, arrays, kind=kinds[0])
+            total: tuple[Arrays, Metrics] | None = None
+            for index, kind in enumerate(kinds):
+                one = self._program("micro", self._micro)(state, frozen, arrays, jnp.int32(index), kind=kind)
+                total = one if total is None else self._program("add", _add)(total, one)
+            return self._program("apply", self._apply_mean)(state, total, jnp.float32(len(kinds)))
+
+    def lower(self, state: TrainState, frozen: Arrays, batch: TrainBatch) -> jax.stages.Lowered:
+        """Returns the lowered program of one update, arguments may be shapes: for compiling ahead and for reading what it needs."""
+        with self._context():
+            step = self._program("update", self._update)
+            return step.lower(state, frozen, dataclasses.replace(batch, kinds=()), kind=batch.kinds[0])  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------------------------------------------------ traced functions
+
+    def _update(self, state: TrainState, frozen: Arrays, batch: TrainBatch, kind: StepKind) -> tuple[TrainState, Metrics]:
+        count = batch.micro_batches
+        if count == 1:
+            first = jax.tree.map(lambda x: x[0], batch)
+            return self._apply(state, *self._forward.plain(state.trainable, frozen, first, kind, self._key(state, 0)))
+        keys = None if not self._dropout else jnp.stack([k for i in range(count) if (k := self._key(state, i)) is not None])
+        return self._apply(state, *self._forward.cached(state.trainable, frozen, batch, kind, keys))
+
+    def _micro(self, state: TrainState, frozen: Arrays, batch: TrainBatch, index: jax.Array, kind: StepKind) -> tuple[Arrays, Metrics]:
+        one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batch)
+        return self._forward.plain(state.trainable, frozen, one, kind, self._key(state, index))
+
+    def _apply_mean(self, state: TrainState, total: tuple[Arrays, Metrics], count: jax.Array) -> tuple[TrainState, Metrics]:
+        return self._apply(state, *jax.tree.map(lambda x: x / count, total))
+
+    def _apply(self, state: TrainState, gradients: Arrays, metrics: Metrics) -> tuple[TrainState, Metrics]:
+        norm = jnp.asarray(optax.global_norm(gradients))
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        made, kept = (trainable, optimizer), (state.trainable, state.optimizer)
+        trainable, optimizer = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, kept)
+        missed = (~finite).astype(jnp.int32)
+        after = TrainState(
+            step=state.step + 1,
+            trainable=trainable,
+            optimizer=optimizer,
+            skipped=state.skipped + missed,
+            skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+            key=state.key,
+        )
+        groups = sorted({group_of(name) for name in gradients})
+        by_group = {g: jnp.asarray(optax.global_norm({n: x for n, x in gradients.items() if group_of(n) == g})) for g in groups}
+        metrics = {
+            **metrics,
+            "grad_norm": norm,
+            **{f"grad_norm/{group}": value for group, value in by_group.items()},
+            "learning_rate": jnp.asarray(self._rate(state.step - state.skipped)),
+            "skipped": after.skipped,
+            "skipped_in_row": after.skipped_in_row,
+        }
+        return after, metrics
+
+    def _key(self, state: TrainState, index: jax.Array | int) -> jax.Array | None:
+        """The dropout key of a micro-batch: a function of the seed, the step and its number alone, so that any step can be run again."""
+        return jax.random.fold_in(jax.random.fold_in(state.key, state.step), index) if self._dropout else None
+
+    # ----------------------------------------------------------------------------------------------------------------- compilation
+
+    def _program(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns the jitted function, made once."""
+        if name not in self._compiled:
+
+            def traced(*args: Any, **static: Any) -> Any:
+                # Python runs this once per compilation, never when a compiled program is reused.
+                self.programs.append(" ".join([name, *map(str, static.values())]))
+                out = function(*args, **static)
+                return self._pinned(out) if name in ("update", "apply") else out
+
+            given = {"update": 0, "apply": (0, 1), "add": 0}.get(name, ())
+            self._compiled[name] = jax.jit(traced, static_argnames=("kind",), donate_argnums=given)
+        return self._compiled[name]
+
+    def _pinned(self, out: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+        """Keeps the state where it was: another sharding would compile the next step anew."""
+        if self._mesh is None:
+            return out
+        state, metrics = out
+        return jax.lax.with_sharding_constraint(state, state_shardings(state, self._model, self._mesh)), metrics
+
+    @contextlib.contextmanager
+    def _context(self) -> Iterator[None]:
+        """Float32 means float32 on every backend; the mesh, where there is one."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(jax.default_matmul_precision("highest" if self._dtype == jnp.float32 else "default"))
+            if self._mesh is not None:
+                stack.enter_context(jax.set_mesh(self._mesh))
+            yield
+
+
+def _add(a: tuple[Arrays, Metrics], b: tuple[Arrays, Metrics]) -> tuple[Arrays, Metrics]:
+    return jax.tree.map(jnp.add, a, b)

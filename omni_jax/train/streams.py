@@ -1,0 +1,129 @@
+"""One micro-batch through the encoder: towers once per clip, then every embedding that the losses need.
+
+Arrays here are one micro-batch's: the fields of `batch.TrainBatch` without their leading axis n.
+
+Letters: B clips, C copies of a clip, R rows, S tokens, K prompts per row, L layers, D LLM width, M media tokens of a copy, G blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import jax
+import jax.numpy as jnp
+
+from omni_jax.model import Encoder
+from omni_jax.parallel import constrain
+from omni_jax.train.batch import Rows, TowerInputs, TrainBatch
+from omni_jax.train.plan import StepKind
+
+TOWERS = ("vision", "audio", "beats")
+
+Features = dict[str, jax.Array]
+"""Tower name -> features of each copy: vision (B, C, t * P/4, D), audio (B, C, c * 50, D), beats (B, C, c * 100 at most, BEATs width): what
+stands before the bridge."""
+
+
+def run_towers(model: Encoder, clips: TowerInputs, towers: Collection[str]) -> Features:
+    """Returns the features that the named towers give, clips and their copies in one call."""
+    clip_count, copies = clips.mel.shape[:2]
+
+    def flat(*inputs: jax.Array, axes: int) -> list[jax.Array]:
+        return [x.reshape(-1, *x.shape[axes:]) for x in inputs]
+
+    features: Features = {}
+    if "vision" in towers:
+        features["vision"] = model.video_tokens(*flat(clips.patches, clips.coords, clips.window, axes=3))
+    if "audio" in towers:
+        features["audio"] = model.whisper_tokens(*flat(clips.mel, clips.mel_frames, axes=3))
+    if "beats" in towers:
+        # The bridge trains, so what is kept stands before it; it reads two features for each audio token.
+        kept = 2 * clips.mel.shape[2] * model.config.audio.chunk_tokens
+        features["beats"] = model.beats(*flat(clips.fbank, clips.fbank_frames, axes=2), dtype=model.dtype)[0][:, :kept]
+    features = {name: x.reshape(clip_count, copies, -1, x.shape[-1]) for name, x in features.items()}
+    return {name: constrain(x, "batch", None, "tokens", "features") for name, x in features.items()}
+
+
+def media_table(model: Encoder, features: Features, inputs: TowerInputs) -> jax.Array:
+    """Returns (B, C * M, D): video tokens, Whisper tokens, BEATs tokens of each copy, zeros where a tower was not in play."""
+    clips, _, chunks = inputs.mel.shape[:3]
+    copies = next(iter(features.values())).shape[1] if features else 1
+    steps, patches = inputs.patches.shape[2:4]
+    width, heard = model.config.decoder.hidden_size, chunks * model.config.audio.chunk_tokens
+    seen = steps * patches // model.config.vision.merge_size**2
+    parts = {
+        "vision": jnp.zeros((clips, copies, seen, width), model.dtype),
+        "audio": jnp.zeros((clips, copies, heard, width), model.dtype),
+        "bridge": jnp.zeros((clips, copies, heard, width), model.dtype),
+    } | {name: x for name, x in features.items() if name != "beats"}
+    if "beats" in features:
+        bridged = model.bridge(features["beats"].reshape(clips * copies, *features["beats"].shape[2:]), heard)
+        parts["bridge"] = bridged.reshape(clips, copies, heard, width)
+    table = jnp.concatenate(list(parts.values()), axis=2)
+    return constrain(table.reshape(clips, -1, width), "batch", "tokens", "features")
+
+
+def shuffle_clips(x: jax.Array, shuffle: jax.Array) -> jax.Array:
+    """Returns x (B, ...) with each clip's entry taken from another of its block; `shuffle` is (G, B / G)."""
+    blocks = x.reshape(*shuffle.shape, *x.shape[1:])
+    return jax.vmap(lambda block, index: block[index])(blocks, shuffle).reshape(x.shape)
+
+
+def embed_streams(
+    model: Encoder,
+    batch: TrainBatch,
+    features: Features,
+    kind: StepKind,
+    *,
+    dropout_key: jax.Array | None = None,
+    remat: Callable | None = None,
+) -> dict[str, jax.Array]:
+    """Returns the embeddings of the rows that take a gradient, (B, D) float32 each, not normalised.
+
+    Names are "anchor", "positive", each modality in play, and "hard" (without gradient) where it shares the anchor's row. Text alone is
+    read from the last layer, everything else through the fusion head (SPEC section 6).
+    """
+    pooled = pool_rows(model, batch.rows, media_table(model, features, batch.clips), dropout_key, remat)
+    places = {name: (r, k) for r, names in enumerate(kind.rows) for k, name in enumerate(names)}
+    if kind.hard and batch.hard is None:
+        places["hard"] = (0, 1)
+    found = {name: pooled[:, r, k] for name, (r, k) in places.items()}
+    embedded = {"text": found.pop("text")[:, -1].astype(jnp.float32)} if "text" in found else {}
+    embedded |= _fuse(model, found)
+    if "hard" in embedded:
+        embedded["hard"] = jax.lax.stop_gradient(embedded["hard"])
+    return embedded
+
+
+def embed_hard_negatives(
+    model: Encoder, batch: TrainBatch, features: Features, kind: StepKind, *, dropout_key: jax.Array | None = None
+) -> jax.Array:
+    """Returns z of the hard negatives that have rows of their own, (B, D) float32, without gradient.
+
+    Call it with a model whose parameters are behind `stop_gradient`: then nothing is kept for a backward pass.
+    """
+    assert batch.hard is not None
+    features = {name: jax.lax.stop_gradient(x[:, :1]) for name, x in features.items()}
+    swapped = {"audio": ("audio", "beats"), "video": ("vision",)}.get(kind.hard or "", ())
+    features = {name: shuffle_clips(x, batch.shuffle) if name in swapped else x for name, x in features.items()}
+    pooled = pool_rows(model, batch.hard, media_table(model, features, batch.clips), dropout_key, None)
+    return jax.lax.stop_gradient(_fuse(model, {"hard": pooled[:, 0, 0]})["hard"])
+
+
+def pool_rows(model: Encoder, rows: Rows, media: jax.Array, dropout_key: jax.Array | None, remat: Callable | None) -> jax.Array:
+    """Returns the states (B, R, K, L, D) of the prompts of B x R rows, a media table (B, M, D) for each clip's R."""
+    clips, count, size = rows.ids.shape
+    flat = {name: getattr(rows, name).reshape(clips * count, -1) for name in ("ids", "media_index", "segment", "branch", "pool")}
+    positions = jnp.moveaxis(rows.positions.reshape(clips * count, 3, size), 1, 0)
+    pooled = model.decoder(**flat, positions=positions, media=media, dtype=model.dtype, dropout_key=dropout_key, remat=remat)
+    return pooled.reshape(clips, count, *pooled.shape[1:])
+
+
+def _fuse(model: Encoder, pooled: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Pooled states (B, L, D) by name through the fusion head, all in one product: (B, D) float32 by name."""
+    if not pooled:
+        return {}
+    stacked = jnp.stack(list(pooled.values()), axis=1)
+    clips, count, layers, width = stacked.shape
+    fused = model.head(stacked.reshape(clips * count, layers, width)).reshape(clips, count, width).astype(jnp.float32)
+    return {name: fused[:, i] for i, name in enumerate(pooled)}

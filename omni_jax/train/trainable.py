@@ -1,0 +1,134 @@
+"""Which parameters train, and the split of a parameter tree into what trains and what stays.
+
+Paths are written with slashes here ("decoder/layers/attn/q/lora_a"), which is what optimizers and checkpoints take as keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from omni_jax.config import ConfigError, ModelConfig
+from omni_jax.model import abstract_params
+from omni_jax.types import InputError
+
+Arrays = dict[str, jax.Array]
+
+TEMPERATURE = "loss/log_inverse_temperature"
+"""The one parameter that is not the encoder's."""
+
+CARRIED = ("lm_head/", "audio/bos_eos/", "beats/predictor/")
+"""Parts no embedding depends on: weight decay alone would change them."""
+
+HEADS = {"classify_linear": "head/", "beats_ln": "bridge/norm/", "beats_proj": "bridge/fc"}
+"""Modules that every recipe trains, by their names in a PEFT adapter, and where they stand."""
+
+RECIPES = ("adapter", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainableConfig:
+    """What trains.
+
+    Attributes:
+      recipe: "adapter": LoRA, the fusion head and the BEATs bridge, as OmniRetriever-7B was trained; "all": every parameter that an
+        embedding depends on.
+      freeze: path prefixes that stay as they are all the same ("vision", "decoder/embed").
+    """
+
+    recipe: str = "adapter"
+    freeze: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ConfigError(f"trainable recipe {self.recipe!r}: choose one of {', '.join(RECIPES)}")
+
+
+def is_lora(path: str) -> bool:
+    return path.rpartition("/")[2].startswith("lora_")
+
+
+def group_of(path: str) -> str:
+    """Returns the group a parameter is reported under: "lora", or the first part of its path ("head", "bridge", "vision" ...)."""
+    return "lora" if is_lora(path) else path.partition("/")[0]
+
+
+def select(config: ModelConfig, choice: TrainableConfig) -> frozenset[str]:
+    """Returns the paths that train.
+
+    Raises:
+      InputError: when a head that should train would not, or would be lost on the way back to PyTorch.
+    """
+    paths = ["/".join(path) for path in abstract_params(config)]
+    frozen = [p for p in choice.freeze if not any(_under(path, p) for path in paths)]
+    if frozen:
+        raise InputError(f"trainable.freeze names {', '.join(frozen)}, which no parameter path starts with")
+    kept = [p for p in paths if not p.startswith(CARRIED) and not any(_under(p, prefix) for prefix in choice.freeze)]
+    if choice.recipe == "adapter":
+        if not any(map(is_lora, kept)):
+            raise InputError("trainable recipe 'adapter' trains LoRA, but no LoRA parameter would train; set lora.rank and lora.targets")
+        kept = [p for p in kept if is_lora(p) or p.startswith(tuple(HEADS.values()))]
+    for name, place in HEADS.items():
+        if any(p.startswith(place) and p not in kept for p in paths):
+            raise InputError(f"the head {name} ({place.rstrip('/')}) should train, but would not; take it out of trainable.freeze")
+        if choice.recipe == "adapter" and config.lora and name not in config.lora.modules_to_save:
+            raise InputError(
+                f"the head {name} should train, but lora.modules_to_save does not list it, so an exported adapter would lose it; add it"
+            )
+    return frozenset(kept)
+
+
+def split(params: Mapping[tuple[str, ...], Any], names: Iterable[str], frozen_dtype: Any = None) -> tuple[Arrays, Arrays]:
+    """Returns (trainable, frozen): the first float32 copies, the second as stored, or in `frozen_dtype`.
+
+    Raises:
+      ValueError: for a name that is no parameter.
+    """
+    wanted = set(names)
+    flat = {"/".join(path): array for path, array in params.items()}
+    if unknown := wanted - flat.keys():
+        raise ValueError(f"{len(unknown)} trainable names are no parameters: {', '.join(sorted(unknown)[:5])}")
+    # Copies: a training step gives its input buffers away, and the caller's arrays must outlive it.
+    trainable = {name: jnp.array(flat[name], jnp.float32, copy=True) for name in sorted(wanted)}
+    frozen = {name: jnp.asarray(array, frozen_dtype) for name, array in sorted(flat.items()) if name not in wanted}
+    return trainable, frozen
+
+
+def join(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """Returns the encoder's whole tree, path -> array, as `model.with_params` takes it."""
+    return {tuple(name.split("/")): array for name, array in {**frozen, **trainable}.items() if name != TEMPERATURE}
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupCount:
+    """Parameters of one group: values that train and values that stay."""
+
+    group: str
+    trainable: int
+    frozen: int
+
+
+def count_groups(config: ModelConfig, names: frozenset[str]) -> tuple[GroupCount, ...]:
+    """Returns the start-up report: the counts of each group, in the order of the tree."""
+    counts: dict[str, list[int]] = {}
+    for path, leaf in abstract_params(config).items():
+        name = "/".join(path)
+        counts.setdefault(group_of(name), [0, 0])[name not in names] += math.prod(leaf.shape)
+    return tuple(GroupCount(group, *both) for group, both in counts.items())
+
+
+def report(counts: Iterable[GroupCount]) -> str:
+    """Returns the counts as a table, a line for each group and one for the total."""
+    rows = list(counts)
+    rows.append(GroupCount("total", sum(r.trainable for r in rows), sum(r.frozen for r in rows)))
+    lines = [f"{'parameters':<12}{'trainable':>16}{'frozen':>16}"]
+    return "\n".join([*lines, *(f"{r.group:<12}{r.trainable:>16,}{r.frozen:>16,}" for r in rows)])
+
+
+def _under(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(prefix.rstrip("/") + "/")
