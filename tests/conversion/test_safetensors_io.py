@@ -13,8 +13,8 @@ from tests.tolerances import assert_close
 
 TENSORS = {
     "b": np.arange(6, dtype=np.float32).reshape(2, 3),
-    "a": np.float64([1.5, np.nan]),
-    "half": np.float16([[0.1]]),
+    "a": np.array([1.5, np.nan], np.float64),
+    "half": np.array([[0.1]], np.float16),
     "brain": np.arange(5).astype(ml_dtypes.bfloat16),
     "scalar": np.array(3, np.int64),
     "none": np.zeros((0, 4), np.float32),

@@ -22,7 +22,7 @@ def read_program(tmp_path, program, storages=None, **more):
 def test_plain_values_and_tensors_come_back(tmp_path):
     value = {
         "cfg": {"layers": 12, "rate": 0.5, "name": "é", "on": True, "off": False, "none": None, "list": [1, -2, [3]], "big": 2**70},
-        "model": {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.float16([[1.5]]), "scalar": np.array(7, np.int64)},
+        "model": {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([[1.5]], np.float16), "scalar": np.array(7, np.int64)},
     }
     write_torch_file(tmp_path / "file.pt", value)
     found = read_torch_file(tmp_path / "file.pt")
@@ -67,7 +67,7 @@ def test_strides_offsets_and_shared_storages(tmp_path):
     whole, turned, inner, scalar, empty = read_program(tmp_path, b"\x80\x02(" + b"".join(views) + b"t.", {"0": flat.tobytes()})
     assert_close(whole, flat.reshape(3, 4), "round_trip")
     assert_close(turned, flat.reshape(3, 4).T, "round_trip")
-    assert_close(inner, np.float32([[5, 6], [8, 9]]), "round_trip")
+    assert_close(inner, np.array([[5, 6], [8, 9]], np.float32), "round_trip")
     assert (scalar.shape, float(scalar), empty.shape) == ((), 11.0, (0, 3))
     assert np.shares_memory(whole, turned)
     with pytest.raises(ValueError, match="read-only"):
