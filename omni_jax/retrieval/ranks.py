@@ -24,7 +24,7 @@ from omni_jax.types import InputError
 
 CPU_CHUNK = 512  # rows; a product of this side runs at the full matrix rate of a CPU and a table chunk of 7B width takes 7 MB
 ACCELERATOR_CHUNK = 4096  # rows; an accelerator would otherwise wait for the host
-SMALLEST_TILE = 8  # rows
+TILE_STEP = 16  # rows; the side of a tile is a multiple, so that vector instructions leave no tail
 NORMS = (1e-30, 1e30)  # outside, the reciprocal of a norm or a product of two rows leaves float32
 PREPARE_ROWS = 256  # rows handled together in float64
 
@@ -318,8 +318,9 @@ def _count_up(labels: np.ndarray) -> np.ndarray:
 
 
 def _tile_rows(n: int, chunk: int) -> int:
-    """Depends on the table alone, so that a similarity does not change with the number of devices."""
-    return min(chunk, max(SMALLEST_TILE, 1 << (n - 1).bit_length()))
+    """Side of the tiles that cut n rows evenly. Knows no devices: a similarity must not change with their number."""
+    even = -(-n // -(-n // chunk))
+    return min(chunk, -(-even // TILE_STEP) * TILE_STEP)
 
 
 def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
