@@ -5,6 +5,7 @@ This file and `omni_jax.cli` are the only places that wire rooms together.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,8 +26,9 @@ from omni_jax.model.runner import Runner
 from omni_jax.parallel import make_mesh
 from omni_jax.retrieval.embedding_pass import Outcome, Problem, embedding_pass
 from omni_jax.tokens.batching import Planner, build_batches
+from omni_jax.tokens.prompts import build_sequences
 from omni_jax.tokens.tokenizer import Tokenizer
-from omni_jax.types import EncoderBatch, Features, InputError, Record
+from omni_jax.types import ClipError, EncoderBatch, Features, InputError, Record, TokenizedClip
 
 
 class OmniRetriever:
@@ -151,8 +153,25 @@ class OmniRetriever:
         progress(len(unable))
         planner = self._planners.setdefault(self.preset, Planner(row_multiple=self._rows))
 
-        def plan(group: Sequence[Features]) -> EncoderBatch:
-            return build_batches(group, tables, self._tokenizer, self.config, self.preset, share_prefix=share_prefix, planner=planner)
+        def tokenized(record: Record, item: Features | ClipError) -> tuple[Record, TokenizedClip | ClipError]:
+            if isinstance(item, ClipError):
+                return record, item
+            try:
+                return record, TokenizedClip(item, build_sequences(item, tables, self._tokenizer, self.config, self.preset))
+            except ClipError as e:
+                return record, ClipError(f"record {record.id!r}: {e}")
+
+        def plan(group: Sequence[TokenizedClip]) -> EncoderBatch:
+            return build_batches(
+                [clip.features for clip in group],
+                tables,
+                self._tokenizer,
+                self.config,
+                self.preset,
+                share_prefix=share_prefix,
+                planner=planner,
+                sequences=[clip.sequences for clip in group],
+            )
 
         def encode(batch: EncoderBatch) -> Iterator[tuple[int, str, np.ndarray]]:
             return self._runner.embed(batch, self.preset.text_head)
@@ -160,9 +179,8 @@ class OmniRetriever:
         if workers is None:
             workers = max(1, (os.cpu_count() or 1) - 1) if needed != {"t"} else 0
         features = load_features(able, self.preset, needed, workers=workers, timeout_s=timeout)
-        outcome = embedding_pass(
-            zip(able, features, strict=True), tables, plan=plan, encode=encode, group=batch_size, normalize=normalize, progress=progress
-        )
+        clips = itertools.starmap(tokenized, zip(able, features, strict=True))
+        outcome = embedding_pass(clips, tables, plan=plan, encode=encode, group=batch_size, normalize=normalize, progress=progress)
         outcome.problems.extend(unable)
         return outcome
 

@@ -1,8 +1,4 @@
-"""Architecture and preset records. Nothing here touches an array or a file.
-
-`ModelConfig` describes one checkpoint completely; `Preset` describes how clips and captions become tokens. Both are frozen, so they
-can be hashed, compared and used as static arguments of a jitted function.
-"""
+"""Architecture and preset records: `ModelConfig` describes a checkpoint, `Preset` how clips and captions become tokens."""
 
 from __future__ import annotations
 
@@ -29,6 +25,7 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     mrope_sections: tuple[int, int, int] = (16, 24, 24)
+    max_positions: int = 32768  # longest prompt, tokens
 
     @property
     def head_dim(self) -> int:
@@ -272,6 +269,7 @@ class ModelConfig:
                 rms_norm_eps=text["rms_norm_eps"],
                 rope_theta=text.get("rope_theta") or rope["rope_theta"],
                 mrope_sections=tuple(rope["mrope_section"]),
+                max_positions=text.get("max_position_embeddings", 32768),
             ),
             vision=VisionConfig(
                 hidden_size=vision["hidden_size"],

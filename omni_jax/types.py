@@ -6,6 +6,7 @@ Letters: B batch, S tokens, N items, P patches, F frames, D LLM width, L layers,
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,14 @@ class TokenSequence:
     source_index: np.ndarray
     prefix: int = 0
     truncated: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedClip:
+    """A record's features with its prompts, by table name."""
+
+    features: Features
+    sequences: Mapping[str, TokenSequence]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,8 +109,9 @@ class Runner:
             return self._rows(self._params, self._table, arrays)
 
     def _reserve(self, tokens: int) -> None:
-        capacity = 1 << max(6, (max(tokens, 1) - 1).bit_length())
-        if self._table is None or self._table.shape[0] < capacity:
+        if self._table is None or self._table.shape[0] < tokens:
+            # A larger table compiles every program again: the first batch gets one with room for others twice its size.
+            capacity = 1 << max(6, (2 * tokens - 1).bit_length())
             self._table = self._put(np.zeros((capacity, self._width), self._dtype), (None, None))
 
     def _place(self, arrays: tuple[np.ndarray, ...], axis: int = 0) -> tuple[jax.Array, ...]:

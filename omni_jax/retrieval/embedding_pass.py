@@ -1,4 +1,4 @@
-"""From a stream of features to embedding tables: groups clips, encodes, keeps order, sets bad clips aside.
+"""From a stream of clips to embedding tables: groups clips, encodes, keeps order, sets bad clips aside.
 
 Planning (tokens) and encoding (model) are passed in as functions; this file knows neither.
 """
@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from omni_jax.types import ClipError, EmbeddingTable, EncoderBatch, Features, Record
+from omni_jax.types import ClipError, EmbeddingTable, EncoderBatch, Record, TokenizedClip
 
 Encode = Callable[[EncoderBatch], Iterator[tuple[int, str, np.ndarray]]]
-Plan = Callable[[Sequence[Features]], EncoderBatch]
+Plan = Callable[[Sequence[TokenizedClip]], EncoderBatch]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Outcome:
 
 
 def embedding_pass(
-    features: Iterable[tuple[Record, Features | ClipError]],
+    clips: Iterable[tuple[Record, TokenizedClip | ClipError]],
     tables: Sequence[str],
     *,
     plan: Plan,
@@ -63,20 +63,20 @@ def embedding_pass(
     One group is prepared on the host while the devices work on the one before it.
 
     Args:
-      features: records with their features, or the error that took their place.
+      clips: records with their features and prompts, or the error that took their place.
       tables: names of the tables to fill; each record must have the modalities they need.
-      plan: features of a group -> a batch of static shapes.
+      plan: clips of a group -> a batch of static shapes.
       encode: starts a batch and yields (clip of the group, table, vector (D,) float32).
       normalize: whether rows are scaled to length 1.
       progress: called with the number of records just embedded or set aside.
     """
     run = _Pass(tables, plan, encode, normalize, progress)
-    waiting: list[Features] = []
-    for record, item in features:
+    waiting: list[TokenizedClip] = []
+    for record, item in clips:
         if isinstance(item, ClipError):
             run.set_aside(record, str(item))
             continue
-        run.outcome.warnings.extend((record.id, line) for line in item.warnings)
+        run.outcome.warnings.extend((record.id, line) for line in item.features.warnings)
         waiting.append(item)
         if len(waiting) == group:
             run.start(waiting)
@@ -94,9 +94,9 @@ class _Pass:
         self._tables, self._plan, self._encode, self._normalize, self._progress = tables, plan, encode, normalize, progress
         self._ids: list[str] = []
         self._rows: dict[str, list[np.ndarray]] = {name: [] for name in tables}
-        self._started: tuple[list[Features], Iterator[tuple[int, str, np.ndarray]]] | None = None
+        self._started: tuple[list[TokenizedClip], Iterator[tuple[int, str, np.ndarray]]] | None = None
 
-    def start(self, clips: list[Features]) -> None:
+    def start(self, clips: list[TokenizedClip]) -> None:
         """Starts a group on the devices, then collects the one before."""
         batch = self._plan(clips)
         self.outcome.used_tokens += batch.used_tokens
@@ -115,7 +115,7 @@ class _Pass:
         self.outcome.problems.append(Problem(record, reason))
         self._progress(1)
 
-    def _collect(self, group: tuple[list[Features], Iterator[tuple[int, str, np.ndarray]]] | None) -> None:
+    def _collect(self, group: tuple[list[TokenizedClip], Iterator[tuple[int, str, np.ndarray]]] | None) -> None:
         if group is None:
             return
         clips, vectors = group
@@ -125,9 +125,11 @@ class _Pass:
         for clip, by_table in zip(clips, found, strict=True):
             bad = [name for name in self._tables if not (np.isfinite(by_table[name]).all() and by_table[name].any())]
             if bad:
-                self.set_aside(clip.record, f"the embedding for {', '.join(bad)} is zero or not finite; check the weights and --dtype")
+                self.set_aside(
+                    clip.features.record, f"the embedding for {', '.join(bad)} is zero or not finite; check the weights and --dtype"
+                )
                 continue
-            self._ids.append(clip.record.id)
+            self._ids.append(clip.features.record.id)
             for name in self._tables:
                 vector = by_table[name]
                 self._rows[name].append(vector / np.linalg.norm(vector) if self._normalize else vector)

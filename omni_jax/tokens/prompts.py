@@ -145,8 +145,15 @@ def build_sequences(
     """
     vision = (features.vision.grid_thw, features.vision.second_per_grid) if features.vision else None
     has = {"t": features.record.text is not None, "v": vision is not None, "a": features.audio is not None}
-    return {
+    found = {
         table: build_sequence(tokenizer, config, preset, table, features.record.text, vision, features.audio_tokens)
         for table in tables
         if all(has[m] for m in TABLE_MODALITIES[table])
     }
+    for table, sequence in found.items():
+        if len(sequence.ids) > config.decoder.max_positions:
+            raise ClipError(
+                f"its {table} prompt has {len(sequence.ids)} tokens, the model takes {config.decoder.max_positions}; "
+                f"lower the preset's audio_seconds, pixels or frames"
+            )
+    return found

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from omni_jax.retrieval.embedding_pass import embedding_pass
-from omni_jax.types import ClipError, EncoderBatch, Features, Record
+from omni_jax.types import ClipError, EncoderBatch, Features, Record, TokenizedClip
 
 
-def _features(number: int, **options) -> Features:
-    return Features(Record(id=f"clip{number}", text="x"), **options)
+def _clip(number: int, **options) -> TokenizedClip:
+    return TokenizedClip(Features(Record(id=f"clip{number}", text="x"), **options), {})
 
 
 def _stream(numbers, broken=()):
     for n in numbers:
-        item = ClipError(f"clip{n}.mp4: broken") if n in broken else _features(n)
+        item = ClipError(f"clip{n}.mp4: broken") if n in broken else _clip(n)
         yield Record(id=f"clip{n}", text="x"), item
 
 
@@ -27,7 +27,7 @@ class _Encoder:
         self.spoiled = spoiled
 
     def plan(self, clips):
-        self.numbers = tuple(int(c.record.id.removeprefix("clip")) for c in clips)
+        self.numbers = tuple(int(c.features.record.id.removeprefix("clip")) for c in clips)
         return EncoderBatch(vision=(), audio=(), beats=(), rows=(), used_tokens=3 * len(clips), total_tokens=4 * len(clips), truncated=1)
 
     def encode(self, batch):
@@ -95,6 +95,6 @@ def test_rows_are_normalised_and_nothing_at_all_gives_no_tables():
 
 def test_warnings_are_kept_by_record():
     encoder = _Encoder()
-    stream = [(Record(id="clip0", text="x"), _features(0, warnings=("clip0.mp4: no audio track, 8 s of silence used",)))]
+    stream = [(Record(id="clip0", text="x"), _clip(0, warnings=("clip0.mp4: no audio track, 8 s of silence used",)))]
     outcome = embedding_pass(stream, ("text",), plan=encoder.plan, encode=encoder.encode, group=2)
     assert outcome.warnings == [("clip0", "clip0.mp4: no audio track, 8 s of silence used")]

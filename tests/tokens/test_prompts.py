@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from omni_jax.config import TABLE_MODALITIES, TABLES, BeatsConfig, ConfigError, ModelConfig, preset
 from omni_jax.features import audio_tokens
 from omni_jax.tokens.interleave import VideoSpan
-from omni_jax.tokens.prompts import build_sequence, media_block
+from omni_jax.tokens.prompts import build_sequence, build_sequences, media_block
 from omni_jax.tokens.tokenizer import Tokenizer
-from omni_jax.types import SOURCE_AUDIO, SOURCE_TEXT, SOURCE_VIDEO, ClipError
+from omni_jax.types import SOURCE_AUDIO, SOURCE_TEXT, SOURCE_VIDEO, ClipError, Features, Record
 from tests.golden_set import GoldenSet, find
 from tests.tolerances import assert_close
 
@@ -216,3 +216,10 @@ def test_clips_without_what_a_table_needs_are_refused_golden(tokenizer: Tokenize
     with pytest.raises(ConfigError, match="unknown table"):
         build_sequence(tokenizer, config, chosen, "vt", "a", None, None)
     assert build_sequence(tokenizer, config, chosen, "text", "", None, None).ids.tolist() == [tokenizer.im_end]
+
+
+def test_a_prompt_longer_than_the_model_takes_is_refused_golden(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    long = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, max_positions=40))
+    features = Features(Record("a", "word " * 100))
+    with pytest.raises(ClipError, match=r"text prompt has \d+ tokens, the model takes 40; lower"):
+        build_sequences(features, ("text",), tokenizer, long, preset("training"))
