@@ -33,7 +33,9 @@ def measure(folder: Path, out: Path) -> dict[str, float]:
     """Converts a checkpoint in a process of its own; returns its peak resident memory in bytes, seconds, bytes and tensors."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", _CHILD, str(folder), str(out)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"the conversion ended with status {done.returncode}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
