@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import math
@@ -92,7 +93,7 @@ class _Unreadable(Exception):
     """A track that cannot be used; the message completes "FILE: ..."."""
 
 
-class _Track:
+class _Track(abc.ABC):
     """Mono samples of one track at its own rate.
 
     Attributes:
@@ -103,9 +104,9 @@ class _Track:
     rate: int
     length: int | None
 
+    @abc.abstractmethod
     def blocks(self, start: int) -> Iterator[np.ndarray]:
         """Yields (N,) float32 blocks from sample `start` on. Raises _Unreadable for what does not decode."""
-        raise NotImplementedError
 
 
 def _open_track(path: os.PathLike[str] | str, channels: str, stack: contextlib.ExitStack) -> tuple[_Track | None, bool, str]:
