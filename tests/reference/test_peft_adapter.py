@@ -23,7 +23,7 @@ def skeleton(config, weights):
 
     class Node(torch.nn.Module):
         def prepare_inputs_for_generation(self, *_):
-            raise NotImplementedError("PEFT looks for it in a causal language model; nothing is generated here")
+            raise AssertionError("PEFT looks for it in a causal language model; nothing is generated here")
 
     root = Node()
     heads = {
