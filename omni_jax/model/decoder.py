@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from omni_jax.config import DecoderConfig
-from omni_jax.model.layers import WEIGHT_INIT, Linear, Maker, RMSNorm, SwiGLU, attend, scan_layers, split_heads
+from omni_jax.model.layers import WEIGHT_INIT, Linear, Maker, RMSNorm, SwiGLU, attend_causal, scan_layers, split_heads
 from omni_jax.model.rope import rotate, tmrope_angles
 from omni_jax.parallel import constrain
 
@@ -33,7 +33,7 @@ class Attention(nnx.Module):
         q = rotate(split_heads(self.q(x, key), self.num_heads), cos, sin)
         k = rotate(split_heads(self.k(x, key), self.num_kv_heads), cos, sin)
         v = split_heads(self.v(x, key), self.num_kv_heads)
-        return self.o(attend(q, k, v, mask), key)
+        return self.o(attend_causal(q, k, v, mask), key)
 
 
 class Layer(nnx.Module):

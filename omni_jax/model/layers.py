@@ -58,6 +58,9 @@ WEIGHT_INIT = jax.nn.initializers.normal(0.02)
 ZEROS = jax.nn.initializers.zeros
 ONES = jax.nn.initializers.ones
 
+# Blocks of queries that causal attention goes in: at most so many, each a multiple of the unit (a TPU tile, and enough work for one product).
+CAUSAL_BLOCKS, CAUSAL_UNIT = 8, 128
+
 
 class Linear(nnx.Module):
     """y = x W + b, with an optional LoRA slot: y += scale * (dropout(x) A) B. Weights are cast to the dtype of x."""
@@ -153,21 +156,41 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, bia
     Args:
       q: (B, S, H, h). k, v: (B, T, K, h), K dividing H.
       mask: (B, S, T) bool, True where a query sees a key; each query must see one key at least. None: all see all.
-      bias: (B, H, S, T) float32 added to the logits after scaling by 1/sqrt(h); only with K = H.
+      bias: (B, H, S, T) float32 added to the logits after scaling by 1/sqrt(h).
 
     Returns:
       (B, S, H*h) in the dtype of q.
     """
     b, s, heads, width = q.shape
-    kv_heads = k.shape[2]
-    q = (q * width**-0.5).reshape(b, s, kv_heads, heads // kv_heads, width)
-    logits = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32)
+    t, kv_heads = k.shape[1:3]
+    groups = heads // kv_heads
+    # Heads lead in every operand, so that both products are plain batched ones and no S x T array is ever transposed.
+    q = (q * width**-0.5).reshape(b, s, kv_heads, groups, width).transpose(0, 2, 3, 1, 4)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    logits = jnp.einsum("bkqh,bkth->bkqt", q.reshape(b, kv_heads, groups * s, width), k, preferred_element_type=jnp.float32)
+    logits = logits.reshape(b, kv_heads, groups, s, t)
     if bias is not None:
-        logits = logits + bias[:, :, None]
+        logits = logits + bias.reshape(logits.shape)
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgst,btkh->bskgh", weights, v).reshape(b, s, heads * width)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1)[..., None]
+    weights = weights.astype(v.dtype).reshape(b, kv_heads, groups * s, t)
+    # Dividing the h values of a query instead of its T weights saves a pass over the largest array.
+    out = jnp.einsum("bkqt,bkth->bkqh", weights, v, preferred_element_type=jnp.float32).reshape(b, kv_heads, groups, s, width)
+    return (out / total).transpose(0, 3, 1, 2, 4).reshape(b, s, heads * width).astype(q.dtype)
+
+
+def attend_causal(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`attend` for a mask that lets no query see a later key: queries go in blocks, and no block meets the keys behind it.
+
+    Saves up to 7/16 of the products and of the largest array. Shapes as in `attend`, T = S.
+    """
+    tokens = q.shape[1]
+    block = CAUSAL_UNIT * -(-tokens // (CAUSAL_UNIT * CAUSAL_BLOCKS))
+    ends = [min(start + block, tokens) for start in range(0, tokens, block)]
+    starts = [0, *ends[:-1]]
+    return jnp.concatenate([attend(q[:, i:j], k[:, :j], v[:, :j], mask[:, i:j, :j]) for i, j in zip(starts, ends, strict=True)], axis=1)
 
 
 def scan_layers(
