@@ -58,7 +58,7 @@ WEIGHT_INIT = jax.nn.initializers.normal(0.02)
 ZEROS = jax.nn.initializers.zeros
 ONES = jax.nn.initializers.ones
 
-# Blocks of queries that causal attention goes in: at most so many, each a multiple of the unit (a TPU tile, and enough work for one product).
+# Blocks of queries that causal attention goes in: at most so many, each a multiple of the unit (enough work for one product).
 CAUSAL_BLOCKS, CAUSAL_UNIT = 8, 128
 
 
