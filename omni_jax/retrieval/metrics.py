@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 
 from omni_jax.retrieval.directions import AVERAGES, averages, possible
 from omni_jax.retrieval.ranks import Ranks, Vectors, prepare, rank_pair
+from omni_jax.retrieval.statistics import LEVEL, RESAMPLES, Tally, intervals
 from omni_jax.types import EmbeddingTable, InputError
 
 TIES = ("optimistic", "average", "worst")
@@ -17,6 +19,53 @@ TIES = ("optimistic", "average", "worst")
 
 RECALL_AT = (1, 5, 10)
 NDCG_AT = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the first relevant item of every query of one direction stands.
+
+    Attributes:
+      query: (Q,) int64, row of the query table; a query without a relevant item has no entry.
+      place: (Q,) float64, from 1, halves where `average` falls between two places.
+      item: (Q,) int64, row of the gallery that stands there.
+      record: (Q,) int64, the query's record, as a position in `Scores.records`.
+      gallery: rows of the gallery.
+    """
+
+    query: np.ndarray
+    place: np.ndarray
+    item: np.ndarray
+    record: np.ndarray
+    gallery: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """A result with the places it was counted from.
+
+    Attributes:
+      result: what `evaluate` returns.
+      places: by direction.
+      records: names of the records: ids, row numbers where none were given, or the labels of `relevance`.
+    """
+
+    result: dict[str, Any]
+    places: dict[str, Places]
+    records: tuple
+
+    @property
+    def tally(self) -> Tally:
+        """Hits at place 1 per record, for intervals and comparisons."""
+        return tally(self.places, self.records)
+
+
+def tally(places: Mapping[str, Places], records: tuple) -> Tally:
+    """Returns the hits at place 1, and the queries, of every record and direction."""
+    size = len(records)
+    hits = [np.bincount(p.record, weights=p.place <= 1, minlength=size) for p in places.values()]
+    asked = [np.bincount(p.record, minlength=size).astype(np.float64) for p in places.values()]
+    return Tally(records, tuple(places), np.stack(hits, axis=1), np.stack(asked, axis=1))
 
 
 def positions(ranks: Ranks, ties: str = "optimistic") -> np.ndarray:
@@ -75,12 +124,14 @@ def evaluate(
     ties: str = "optimistic",
     chunk: int | None = None,
     mesh: Mesh | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Returns the 12-direction result, ready for JSON.
 
-    {"n", "tie_policy", "directions": {"t2v": {"R@1", "R@5", "R@10", "NDCG@10", "MRR", "median_rank", "mean_rank", "ties"}, ...},
-    "AVG-single", "AVG-dual", "AVG-all", "missing"}. A direction whose tables are absent is left out; an average that needs it is None, and
-    `missing` says why.
+    {"n", "tie_policy", "directions": {"t2v": {"R@1", "R@1_interval", "R@5", "R@10", "NDCG@10", "MRR", "median_rank", "mean_rank", "ties"},
+    ...}, "AVG-single", "AVG-dual", "AVG-all", "intervals": {"AVG-single": [low, high], ...}, "bootstrap": {"level", "resamples", "seed"},
+    "missing"}. A direction whose tables are absent is left out; an average that needs it is None, and `missing` says why.
 
     Args:
       tables: table name -> (N, D) embeddings, need not be normalised; row i of every table belongs to record i.
@@ -89,10 +140,26 @@ def evaluate(
         their number of rows, "n" counts the different labels, and each direction says its "queries" and its "gallery".
       ties: "optimistic", "average" or "worst".
       chunk, mesh: as in `rank_pair`.
+      resamples, seed: of the bootstrap intervals; 0 resamples leaves them out.
 
     Raises:
       InputError: for NaN, infinite or zero vectors (naming the rows), tables or ids that do not fit together, or no direction at all.
     """
+    return score(tables, ids=ids, relevance=relevance, ties=ties, chunk=chunk, mesh=mesh, resamples=resamples, seed=seed).result
+
+
+def score(
+    tables: EmbeddingTable | Mapping[str, Any],
+    *,
+    ids: Sequence[str] | None = None,
+    relevance: Mapping[str, Sequence] | None = None,
+    ties: str = "optimistic",
+    chunk: int | None = None,
+    mesh: Mesh | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Scores:
+    """Returns the result of `evaluate`, which has the same arguments, with the place of every query."""
     if ties not in TIES:
         raise InputError(f"ties {ties!r} is unknown; choose one of {', '.join(TIES)}")
     if isinstance(tables, EmbeddingTable):
@@ -106,20 +173,50 @@ def evaluate(
     _check(tables, used, ids, relevance)
     vectors = {name: prepare(tables[name], name, ids) for name in used}
 
-    found: dict[str, dict[str, float | int]] = {}
+    records, record_of = _records(vectors, ids, relevance)
+
+    found: dict[str, dict[str, Any]] = {}
+    places: dict[str, Places] = {}
     for query, gallery in dict.fromkeys((min(pair), max(pair)) for pair in wanted.values()):
         labels = None if relevance is None else (relevance[query], relevance[gallery])
         both = _rank(vectors, query, gallery, labels, chunk, mesh)
         for name, pair in wanted.items():
             if pair in both:
                 found[name] = direction_metrics(both[pair], ties)
+                places[name] = _places(both[pair], ties, record_of[pair[0]])
                 if relevance is not None:
-                    found[name] |= {"queries": len(np.unique(both[pair].query)), "gallery": both[pair].gallery}
-    directions = {name: found[name] for name in wanted}
-    means = averages({name: float(metrics["R@1"]) for name, metrics in directions.items()})
-    missing = {name: f"needs {', '.join(d for d in AVERAGES[name] if d not in directions)}" for name, mean in means.items() if mean is None}
-    n = len(vectors[used[0]].rows) if relevance is None else len(set().union(*(np.asarray(relevance[name]).tolist() for name in used)))
-    return {"n": n, "tie_policy": ties, "directions": directions, **means, "missing": missing}
+                    found[name] |= {"queries": len(places[name].query), "gallery": both[pair].gallery}
+    places = {name: places[name] for name in wanted}
+    means = averages({name: float(found[name]["R@1"]) for name in wanted})
+    missing = {name: f"needs {', '.join(d for d in AVERAGES[name] if d not in wanted)}" for name, mean in means.items() if mean is None}
+    result: dict[str, Any] = {"n": len(records), "tie_policy": ties, "directions": {name: found[name] for name in wanted}, **means}
+    if resamples:
+        spread = {name: list(pair) for name, pair in intervals(tally(places, records), resamples=resamples, seed=seed).items()}
+        for name in wanted:
+            found[name]["R@1_interval"] = spread.pop(name)
+        result |= {"intervals": spread, "bootstrap": {"level": LEVEL, "resamples": resamples, "seed": seed}}
+    return Scores(result | {"missing": missing}, places, records)
+
+
+def _records(
+    vectors: Mapping[str, Vectors], ids: Sequence[str] | None, relevance: Mapping[str, Sequence] | None
+) -> tuple[tuple, dict[str, np.ndarray]]:
+    """Names of the records, and for every table the record of each row."""
+    if relevance is None:
+        rows = len(next(iter(vectors.values())).rows)
+        return (tuple(ids) if ids is not None else tuple(range(rows))), dict.fromkeys(vectors, np.arange(rows))
+    position = {
+        label: i for i, label in enumerate(dict.fromkeys(label for name in vectors for label in np.asarray(relevance[name]).tolist()))
+    }
+    return tuple(position), {name: np.array([position[label] for label in np.asarray(relevance[name]).tolist()]) for name in vectors}
+
+
+def _places(ranks: Ranks, ties: str, record_of: np.ndarray) -> Places:
+    place = positions(ranks, ties)
+    order = np.lexsort((place, ranks.query))
+    query, first = np.unique(ranks.query[order], return_index=True)
+    best = order[first]
+    return Places(query, place[best], ranks.item[best], record_of[query], ranks.gallery)
 
 
 def _rank(

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omni_jax.retrieval.directions import AVERAGES, DIRECTIONS
+from omni_jax.retrieval.statistics import Difference
 
+INTERVAL = "R@1_interval"
 COLUMNS = {
     "R@1": ("R@1", ".2f"),
+    INTERVAL: ("95 %", ".1f"),
     "R@5": ("R@5", ".2f"),
     "R@10": ("R@10", ".2f"),
     "NDCG@10": ("NDCG@10", ".2f"),
@@ -34,9 +37,15 @@ def format_table(result: Mapping[str, Any]) -> str:
     rows = [["direction", *(COLUMNS[key][0] for key in shown)]]
     for name in (d for d in DIRECTIONS if d in directions):
         rows.append([name, *(_cell(directions[name].get(key), COLUMNS[key][1]) for key in shown)])
-    rows += [[name, _cell(result.get(name), ".2f")] for name in AVERAGES]
+    spread = result.get("intervals", {})
+    for name in AVERAGES:
+        value = result.get(name)
+        rows.append([name, _cell(value, ".2f"), *([_cell(spread.get(name), ".1f")] if INTERVAL in shown and value is not None else [])])
     lines = _aligned(rows, rule_before=(1, len(rows) - len(AVERAGES)))
     lines += ["", f"{result['n']} records; rates, NDCG and MRR in percent; averages are means of R@1."]
+    if spread or INTERVAL in shown:
+        drawn = result["bootstrap"]
+        lines.append(f"95 %: bootstrap interval of R@1 over the records ({drawn['resamples']} resamples, seed {drawn['seed']}).")
     reasons: Mapping[str, str] = result.get("missing", {})
     lines += [f"{name}: no value, {reason}." for name, reason in reasons.items()]
     policy = result.get("tie_policy", "optimistic")
@@ -73,7 +82,28 @@ def format_comparison(results: Mapping[str, Mapping[str, Any]], metric: str = "R
     return "\n".join(lines)
 
 
+def format_differences(name: str, other: str, differences: Mapping[str, Difference]) -> str:
+    """Returns the differences in R@1 between two results over the same records, with their intervals and p-values."""
+    rows = [["R@1", "difference", "95 %", "p", "p (Holm)"]]
+    directions = [d for d in DIRECTIONS if d in differences]
+    for key in (*directions, *(a for a in AVERAGES if a in differences)):
+        found = differences[key]
+        low, high = (format(end, "+.2f") for end in found.interval)
+        rows.append([key, format(found.difference, "+.2f"), f"{low} to {high}", chance(found.p), chance(found.p_holm)])
+    lines = [f"{name} less {other}, percentage points:", *_aligned(rows, rule_before=(1, 1 + len(directions)))]
+    return "\n".join(
+        [*lines, "", f"p: sign-flip test, record by record; Holm: corrected for the number of directions ({len(directions)})."]
+    )
+
+
+def chance(p: float | None) -> str:
+    """Returns a p-value as people write it."""
+    return ABSENT if p is None else "<0.001" if p < 0.001 else format(p, ".3f")
+
+
 def _cell(value: Any, spec: str) -> str:
+    if isinstance(value, Sequence):
+        return "-".join(format(end, spec) for end in value)
     return ABSENT if value is None else format(value, spec)
 
 

@@ -138,10 +138,10 @@ def test_averages_come_out_to_the_last_digit() -> None:
 
 def test_result_has_the_documented_shape(tables: dict[str, np.ndarray]) -> None:
     result = json.loads(json.dumps(evaluate(tables), allow_nan=False))
-    assert set(result) == {"n", "tie_policy", "directions", "missing", *AVERAGES}
+    assert set(result) == {"n", "tie_policy", "directions", "missing", "intervals", "bootstrap", *AVERAGES}
     assert result["n"] == 60 and result["tie_policy"] == "optimistic" and result["missing"] == {}
     for metrics in result["directions"].values():
-        assert set(metrics) == {"R@1", "R@5", "R@10", "NDCG@10", "MRR", "median_rank", "mean_rank", "ties"}
+        assert set(metrics) == {"R@1", "R@5", "R@10", "NDCG@10", "MRR", "median_rank", "mean_rank", "ties", "R@1_interval"}
     r1 = {name: metrics["R@1"] for name, metrics in result["directions"].items()}
     assert_close(result["AVG-all"], sum(r1.values()) / 12, "metric")
     assert_close(result["AVG-dual"], sum(r1[name] for name in list(SPOKEN)[6:]) / 6, "metric")

@@ -25,20 +25,21 @@ AUDIO = np.array([[0, 1], [0, 1], [0, 1]], np.float32)
 SMALL = {"text": TEXT, "video": VIDEO, "audio": AUDIO}
 
 GOLDEN = """\
-direction      R@1     R@5    R@10  NDCG@10     MRR  median  mean  ties
-----------  ------  ------  ------  -------  ------  ------  ----  ----
-t2v         100.00  100.00  100.00   100.00  100.00     1.0   1.0     0
-v2t         100.00  100.00  100.00   100.00  100.00     1.0   1.0     0
-t2a           0.00  100.00  100.00    50.00   33.33     3.0   3.0     3
-a2t          33.33  100.00  100.00    71.03   61.11     2.0   2.0     0
-v2a           0.00  100.00  100.00    50.00   33.33     3.0   3.0     3
-a2v          33.33  100.00  100.00    71.03   61.11     2.0   2.0     0
-----------  ------  ------  ------  -------  ------  ------  ----  ----
-AVG-single   44.44
+direction      R@1         95 %     R@5    R@10  NDCG@10     MRR  median  mean  ties
+----------  ------  -----------  ------  ------  -------  ------  ------  ----  ----
+t2v         100.00  100.0-100.0  100.00  100.00   100.00  100.00     1.0   1.0     0
+v2t         100.00  100.0-100.0  100.00  100.00   100.00  100.00     1.0   1.0     0
+t2a           0.00      0.0-0.0  100.00  100.00    50.00   33.33     3.0   3.0     3
+a2t          33.33    0.0-100.0  100.00  100.00    71.03   61.11     2.0   2.0     0
+v2a           0.00      0.0-0.0  100.00  100.00    50.00   33.33     3.0   3.0     3
+a2v          33.33    0.0-100.0  100.00  100.00    71.03   61.11     2.0   2.0     0
+----------  ------  -----------  ------  ------  -------  ------  ------  ----  ----
+AVG-single   44.44    33.3-66.7
 AVG-dual         -
 AVG-all          -
 
 3 records; rates, NDCG and MRR in percent; averages are means of R@1.
+95 %: bootstrap interval of R@1 over the records (2000 resamples, seed 0).
 AVG-dual: no value, needs t2av, av2t, a2tv, tv2a, v2at, at2v.
 AVG-all: no value, needs t2av, av2t, a2tv, tv2a, v2at, at2v.
 Ties: 6 of 18 queries are decided by a tie (33.3 %); a candidate level with the relevant one counts as better (worst)."""
