@@ -51,6 +51,7 @@ class Manifest:
     Attributes:
       model: the resolved configuration, `lora` included where there is an adapter.
       dtype: "keep", or the type every weight was cast to.
+      base_digest, adapter_digest: of the stored weights, names and types included: equal digests mean equal weights.
       shards: the base checkpoint's weight files.
       index: `metadata` of the source's index file; None where it had none.
       side_files: relative names of the base's side files.
@@ -62,6 +63,8 @@ class Manifest:
 
     model: ModelConfig
     dtype: str
+    base_digest: str
+    adapter_digest: str | None
     shards: tuple[TensorFile, ...]
     index: dict[str, Any] | None
     side_files: tuple[str, ...]

@@ -74,10 +74,12 @@ def to_jax(
         job = _Job(source.open_checkpoint(base), beats, adapter, DTYPES[dtype], merge_adapter, progress)
         with StoreWriter(temporary / folder.WEIGHTS, part_bytes) as writer:
             job.write_base(writer)
-        kept = job.adapter if not merge_adapter else None
+            base_digest = writer.digest
+        kept, adapter_digest = job.adapter if not merge_adapter else None, None
         if kept is not None:
             with StoreWriter(temporary / folder.ADAPTER, part_bytes) as writer:
                 job.write_adapter(kept, writer)
+                adapter_digest = writer.digest
             folder.copy_files(kept.folder, kept.side_files, temporary / folder.ADAPTER_FILES)
         folder.copy_files(job.checkpoint.folder, job.checkpoint.side_files, temporary)
         if (temporary / folder.MANIFEST).exists():
@@ -85,6 +87,8 @@ def to_jax(
         Manifest(
             model=dataclasses.replace(job.config, lora=kept.lora if kept else None),
             dtype=dtype,
+            base_digest=base_digest,
+            adapter_digest=adapter_digest,
             shards=job.shards(),
             index=job.index(),
             side_files=job.checkpoint.side_files,

@@ -11,6 +11,7 @@ per layer, and a large array as pieces along its first axis: Orbax takes ten tim
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -75,6 +76,7 @@ class StoreWriter:
         self._pending: dict[str, np.ndarray] = {}
         self._index: dict[str, dict[str, Any]] = {}
         self._parts = 0
+        self._digest = hashlib.blake2b(digest_size=16)
         self._checkpointer = _checkpointer()
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -93,9 +95,16 @@ class StoreWriter:
         for start in range(0, max(rows, 1), step):
             piece = array[start : start + step] if array.ndim else array
             self.reserve(piece.nbytes)
+            self._digest.update(f"{name}@{start} {array.dtype.name} {array.shape}".encode())
+            self._digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
             self._pending[f"{name}@{start}"] = piece
             pieces.append([self._parts, start, min(start + step, rows)])
         self._index[name] = {"dtype": array.dtype.name, "shape": list(array.shape), "pieces": pieces}
+
+    @property
+    def digest(self) -> str:
+        """BLAKE2b of the names, types, shapes and values added so far."""
+        return self._digest.hexdigest()
 
     def _flush(self) -> None:
         self._checkpointer.save(_part(self._folder, self._parts), ocp.args.PyTreeSave(self._pending))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -24,7 +24,7 @@ from omni_jax.data.loading import DECODE_LIMIT_S, load_features
 from omni_jax.model import Encoder, abstract_encoder, param_shardings, with_params
 from omni_jax.model.runner import Runner
 from omni_jax.parallel import make_mesh
-from omni_jax.retrieval.embedding_pass import Outcome, Problem, embedding_pass
+from omni_jax.retrieval.embedding_pass import Part, assemble, embedding_pass
 from omni_jax.tokens.batching import Planner, build_batches
 from omni_jax.tokens.prompts import build_sequences
 from omni_jax.tokens.tokenizer import Tokenizer
@@ -113,9 +113,10 @@ class OmniRetriever:
         ]
         if not records:
             return np.zeros((0, self.config.decoder.hidden_size), np.float32)
-        outcome = self.embed(records, (table,), batch_size=batch_size, normalize=normalize, workers=workers)
+        parts = self.embed(records, (table,), batch_size=batch_size, normalize=normalize, workers=workers)
+        outcome = assemble(records, list(parts))
         if outcome.problems:
-            lines = "; ".join(f"item {p.record.id}: {p.reason}" for p in outcome.problems[:5])
+            lines = "; ".join(f"item {record.id}: {reason}" for record, reason in outcome.problems[:5])
             raise InputError(f"encode: {len(outcome.problems)} of {count} items cannot be embedded: {lines}")
         return outcome.table.tables[table]
 
@@ -129,16 +130,16 @@ class OmniRetriever:
         workers: int | None = None,
         timeout: float = DECODE_LIMIT_S,
         share_prefix: bool = True,
-        progress: Callable[[int], None] = lambda items: None,
-    ) -> Outcome:
-        """Embeds records into tables; a record that cannot be embedded is set aside and never stops the others.
+    ) -> Iterator[Part]:
+        """Embeds records into tables, a group at a time; a record that cannot be embedded is set aside and never stops the others.
+
+        `omni_jax.retrieval.embedding_pass.assemble(records, parts)` puts the parts together.
 
         Args:
           tables: names among `omni_jax.config.TABLES`.
           workers: decoding processes, 0 decodes in this one (then a decoder that hangs cannot be killed).
           timeout: seconds one clip may take to decode.
           share_prefix: whether prompts that start with the same media share its tokens; the embeddings are the same.
-          progress: called with the number of records just embedded or set aside.
 
         Raises:
           ConfigError: for an unknown table.
@@ -147,10 +148,11 @@ class OmniRetriever:
         if unknown or not tables:
             raise ConfigError(f"unknown table {', '.join(unknown) or '(none given)'}; choose among {', '.join(TABLES)}")
         needed = frozenset().union(*(TABLE_MODALITIES[name] for name in tables))
+        unable = [(r.id, _missing(r, needed)) for r in records if not needed <= r.modalities]
+        if unable:
+            yield Part(problems=tuple(unable))
         able = [r for r in records if needed <= r.modalities]
-        unable = [Problem(r, _missing(r, needed)) for r in records if not needed <= r.modalities]
 
-        progress(len(unable))
         planner = self._planners.setdefault(self.preset, Planner(row_multiple=self._rows))
 
         def tokenized(record: Record, item: Features | ClipError) -> tuple[Record, TokenizedClip | ClipError]:
@@ -180,9 +182,7 @@ class OmniRetriever:
             workers = max(1, (os.cpu_count() or 1) - 1) if needed != {"t"} else 0
         features = load_features(able, self.preset, needed, workers=workers, timeout_s=timeout)
         clips = itertools.starmap(tokenized, zip(able, features, strict=True))
-        outcome = embedding_pass(clips, tables, plan=plan, encode=encode, group=batch_size, normalize=normalize, progress=progress)
-        outcome.problems.extend(unable)
-        return outcome
+        yield from embedding_pass(clips, tables, plan=plan, encode=encode, group=batch_size, normalize=normalize)
 
 
 def _missing(record: Record, needed: frozenset[str]) -> str:

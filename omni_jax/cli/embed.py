@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import math
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE, STOPPED_AND_SAVED
 from omni_jax.config import PRESETS, TABLE_MODALITIES, TABLES, ConfigError, Preset, preset
 from omni_jax.types import InputError, Record
 
 if TYPE_CHECKING:
     from omni_jax.api import OmniRetriever
     from omni_jax.data.manifest import Manifest
-    from omni_jax.retrieval.embedding_pass import Outcome
+    from omni_jax.retrieval.embedding_pass import Outcome, Part
 
 HELP = "embed a manifest of clips and captions"
 EXAMPLE = "omni-jax embed --model omni7b --manifest clips.jsonl --out clips.npz --tables text,video,audio,av,tv,at"
@@ -26,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
     parser.add_argument("--out", type=epath.Path, required=True, metavar="FILE.npz", help="embedding file to write")
     parser.add_argument("--preset", default="training", help=f"one of {', '.join(PRESETS)} (default: %(default)s)")
+    parser.add_argument(
+        "--part",
+        type=_part,
+        default=(0, 1),
+        metavar="I/N",
+        help="embed the I-th of N slices (from 0), written as FILE-I-of-N.npz; eval reads all",
+    )
     parser.add_argument("--no-normalize", action="store_true", help="keep the vectors' own lengths")
     parser.add_argument("--official-keys", action="store_true", help="write '{id}__table' arrays, as the published extractor does")
 
@@ -46,32 +56,49 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Embeds and returns the exit status: 0, or 1 when records were set aside.
+    """Embeds and returns the exit status: 0, 1 when records were set aside, 75 when SIGTERM stopped it after saving.
 
     Raises:
       InputError, ConfigError: for anything in the arguments that cannot be used.
     """
     chosen = preset(args.preset).override(args.overrides)
     tables = parse_tables(args.tables)
+    index, count = args.part
+    out = args.out if count == 1 else args.out.with_name(f"{args.out.stem}-{index:05}-of-{count:05}.npz")
     if args.out.suffix != ".npz":
         raise InputError(f"--out {args.out}: the name of an embedding file ends in .npz")
 
     # Late, so that `--help` and usage errors answer at once.
+    from omni_jax.cli.stopping import sigterm
     from omni_jax.data.manifest import read_manifest
     from omni_jax.retrieval.embedding_file import check_place, write_embeddings
+    from omni_jax.retrieval.embedding_pass import assemble
+    from omni_jax.retrieval.journal import Journal
 
-    check_place(args.out)
-    manifest = read_manifest(args.manifest, args.media_root)
-    outcome = embed(args, load_model(args, chosen), manifest, tables or tables_of(manifest.records), "embed")
-    bad = report(args.out, manifest, outcome)
+    check_place(out)
+    whole = read_manifest(args.manifest, args.media_root)
+    tables = tables or tables_of(whole.records)
+    manifest = dataclasses.replace(whole, records=whole.records[index::count], problems=whole.problems[index::count])
+    model = load_model(args, chosen)
+    journal = Journal(out.with_name(f".{out.stem}.unfinished"), _settings(args, tables, manifest))
+    left = [record for record in manifest.records if record.id not in journal.finished]
+    with sigterm() as stopped:
+        for part in embed(args, model, left, tables, "embed", done=len(manifest.records) - len(left)):
+            journal.add(part)
+            if stopped():
+                kept = f"{len(journal.finished)} of {len(manifest.records)} records"
+                print(f"stopped by SIGTERM; {kept} are kept: run it again to go on", file=sys.stderr)
+                return STOPPED_AND_SAVED
+    outcome = assemble(manifest.records, journal.parts)
+    bad = report(out, manifest, outcome)
     if not outcome.table.ids:
-        raise InputError(f"{args.manifest}: no record could be embedded; {_beside(args.out, 'errors')} says why")
-    write_embeddings(args.out, outcome.table, args.official_keys)
+        journal.remove()
+        raise InputError(f"{args.manifest}: no record could be embedded; {_beside(out, 'errors')} says why")
+    write_embeddings(out, outcome.table, args.official_keys)
+    journal.remove()
     names = ", ".join(outcome.table.tables)
-    print(
-        f"{args.out}: {len(outcome.table.ids)} records x {len(outcome.table.tables)} tables ({names}), {outcome.padded_share:.0%} padding"
-    )
-    return 1 if bad else 0
+    print(f"{out}: {len(outcome.table.ids)} records, tables {names}; {outcome.padded_share:.0%} of the tokens were padding")
+    return DONE_WITH_QUARANTINE if bad else DONE
 
 
 def load_model(args: argparse.Namespace, chosen: Preset) -> OmniRetriever:
@@ -80,20 +107,19 @@ def load_model(args: argparse.Namespace, chosen: Preset) -> OmniRetriever:
     return OmniRetriever.from_pretrained(args.model, dtype=args.dtype, preset=chosen)
 
 
-def embed(args: argparse.Namespace, model: OmniRetriever, manifest: Manifest, tables: tuple[str, ...], what: str) -> Outcome:
-    """Embeds a manifest's records under a progress bar."""
+def embed(
+    args: argparse.Namespace, model: OmniRetriever, records: Sequence[Record], tables: tuple[str, ...], what: str, done: int = 0
+) -> Iterator[Part]:
+    """Yields the parts of an embedding pass under a progress bar."""
     from omni_jax.cli.progress import Progress
 
-    with Progress(len(manifest.records), what) as progress:
-        return model.embed(
-            manifest.records,
-            tables,
-            batch_size=args.batch_size,
-            normalize=not getattr(args, "no_normalize", False),
-            workers=args.workers,
-            timeout=args.timeout,
-            progress=progress.update,
-        )
+    normalize = not getattr(args, "no_normalize", False)
+    with Progress(done + len(records), what, done=done) as progress:
+        for part in model.embed(
+            records, tables, batch_size=args.batch_size, normalize=normalize, workers=args.workers, timeout=args.timeout
+        ):
+            progress.update(part.records)
+            yield part
 
 
 def report(out: epath.Path | None, manifest: Manifest, outcome: Outcome) -> int:
@@ -103,7 +129,7 @@ def report(out: epath.Path | None, manifest: Manifest, outcome: Outcome) -> int:
     """
     from omni_jax.data.manifest import Problem, write_jsonl_atomic
 
-    failed = [Problem(p.record.id, p.record.line, str(p.record.video or p.record.audio or ""), p.reason) for p in outcome.problems]
+    failed = [Problem(r.id, r.line, str(r.video or r.audio or ""), reason) for r, reason in outcome.problems]
     errors = [p.row() for p in sorted([*manifest.problems, *failed], key=lambda p: p.line)]
     warnings = [{"id": name, "reason": line} for name, line in outcome.warnings]
     for kind, rows, what in (("errors", errors, "records set aside"), ("warnings", warnings, "records mended")):
@@ -119,6 +145,21 @@ def report(out: epath.Path | None, manifest: Manifest, outcome: Outcome) -> int:
     if outcome.truncated:
         print(f"captions cut to max_text_tokens: {outcome.truncated}", file=sys.stderr)
     return len(errors)
+
+
+def _settings(args: argparse.Namespace, tables: tuple[str, ...], manifest: Manifest) -> dict[str, Any]:
+    """Returns all that the embeddings depend on: an unfinished run goes on only under the same."""
+    from conversion.folder import read_manifest
+
+    source = read_manifest(args.model)
+    return {
+        "tables": tables,
+        "preset": dataclasses.asdict(preset(args.preset).override(args.overrides)),
+        "weights": [source.base_digest, source.adapter_digest],
+        "dtype": args.dtype,
+        "normalize": not args.no_normalize,
+        "records": hashlib.blake2b(repr(manifest.records).encode(), digest_size=16).hexdigest(),
+    }
 
 
 def _beside(out: epath.Path, kind: str) -> epath.Path:
@@ -140,6 +181,13 @@ def tables_of(records: Iterable[Record]) -> tuple[str, ...]:
     """Returns every table that the fields of some record allow."""
     found = {r.modalities for r in records}
     return tuple(name for name in TABLES if any(TABLE_MODALITIES[name] <= modalities for modalities in found))
+
+
+def _part(text: str) -> tuple[int, int]:
+    index, separator, count = text.partition("/")
+    if not (separator and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N-1")
+    return int(index), int(count)
 
 
 def _positive(kind: type) -> type:

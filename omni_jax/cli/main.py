@@ -18,19 +18,22 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 from omni_jax import __version__
+from omni_jax.cli.status import BAD_INPUT, DONE, INTERRUPTED
 from omni_jax.config import ConfigError
 from omni_jax.types import InputError
 
-DONE = 0
-DONE_WITH_QUARANTINE = 1  # some records could not be used; they are listed in a file
-BAD_INPUT = 2
-STOPPED_AND_SAVED = 75  # EX_TEMPFAIL: stopped by SIGTERM after saving, run again to go on
-INTERRUPTED = 130  # 128 + SIGINT
-
 # Order of the help; a command without a place here comes after these.
 ORDER = ("demo", "convert", "embed", "eval", "presets", "search", "export", "bench-data", "prepare", "train", "compile")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose usage errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
 
 
 def commands() -> dict[str, Path]:
@@ -46,7 +49,7 @@ def build_parser(name: str | None = None) -> argparse.ArgumentParser:
     """Returns the parser with the arguments of command `name`, or with none but the list of commands."""
     found = commands()
     lines = "\n".join(f"  {command:<12}{_constant(path, 'HELP')}" for command, path in found.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="omni-jax",
         usage="omni-jax [-h] [--version] [--debug] COMMAND ...",
         description="Embed, convert, train and evaluate text, video and audio with OmniRetriever-7B in JAX.",
@@ -74,7 +77,7 @@ def build_parser(name: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 1, 2, 75 or 130 as named above."""
+    """Runs one command and returns its exit status: 0, 1, 2, 75 or 130 as in status.py."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _stay_offline()
     name = next((a for a in arguments if not a.startswith("-")), None)
@@ -88,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _load(args.command).run(args)
         sys.stdout.flush()
         return int(status or DONE)
-    except SystemExit as e:  # argparse: 0 after --help, 2 after a usage error
+    except SystemExit as e:  # argparse: 0 after --help
         return e.code if isinstance(e.code, int) else _report(str(e.code or "stopped"), debug)
     except KeyboardInterrupt:
         print("\nomni-jax: interrupted", file=sys.stderr)

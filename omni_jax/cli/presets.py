@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     # Late, so that `--help` and usage errors answer at once.
     from omni_jax.data.manifest import read_manifest
     from omni_jax.retrieval import evaluate, format_comparison, write_embeddings
+    from omni_jax.retrieval.embedding_pass import assemble
 
     manifest = read_manifest(args.manifest, args.media_root)
     tables = tables or embed.tables_of(manifest.records)
@@ -43,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
     results, bad = {}, 0
     for name, preset in chosen.items():
         model.preset = preset
-        outcome = embed.embed(args, model, manifest, tables, name)
+        outcome = assemble(manifest.records, list(embed.embed(args, model, manifest.records, tables, name)))
         if not outcome.table.ids:
-            reason = outcome.problems[0].reason if outcome.problems else manifest.problems[0].reason
+            reason = outcome.problems[0][1] if outcome.problems else manifest.problems[0].reason
             raise InputError(f"{args.manifest}: no record could be embedded under preset {name}; the first: {reason}")
         out = args.out / f"{name}.npz" if args.out else None
         bad = max(bad, embed.report(out, manifest, outcome))

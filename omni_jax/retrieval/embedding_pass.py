@@ -17,35 +17,30 @@ Plan = Callable[[Sequence[TokenizedClip]], EncoderBatch]
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """A record that could not be embedded, and why."""
-
-    record: Record
-    reason: str
-
-
-@dataclasses.dataclass
-class Outcome:
-    """What an embedding pass produced.
+class Part:
+    """What one group of clips gave.
 
     Attributes:
-      table: the embeddings of every good record, in the order the records came.
-      problems: records set aside.
+      ids: embedded records, in the order they came.
+      rows: table name -> (N, D) float32.
+      problems: (record id, reason) of records set aside.
       warnings: (record id, line): what was mended so that the record could be used.
       used_tokens, total_tokens: tokens encoded without and with padding.
       truncated: captions that were cut.
     """
 
-    table: EmbeddingTable
-    problems: list[Problem] = dataclasses.field(default_factory=list)
-    warnings: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    ids: tuple[str, ...] = ()
+    rows: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    problems: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[tuple[str, str], ...] = ()
     used_tokens: int = 0
     total_tokens: int = 0
     truncated: int = 0
 
     @property
-    def padded_share(self) -> float:
-        return 1 - self.used_tokens / self.total_tokens if self.total_tokens else 0.0
+    def records(self) -> int:
+        """Records embedded or set aside."""
+        return len(self.ids) + len(self.problems)
 
 
 def embedding_pass(
@@ -56,11 +51,10 @@ def embedding_pass(
     encode: Encode,
     group: int,
     normalize: bool = True,
-    progress: Callable[[int], None] = lambda items: None,
-) -> Outcome:
-    """Embeds every record of a stream, `group` clips at a time.
+) -> Iterator[Part]:
+    """Yields one part for every `group` clips embedded; records set aside in between come with the next part.
 
-    One group is prepared on the host while the devices work on the one before it.
+    One group is prepared on the host while the devices work on the one before it. A caller that stops early has every part it was given.
 
     Args:
       clips: records with their features and prompts, or the error that took their place.
@@ -68,69 +62,95 @@ def embedding_pass(
       plan: clips of a group -> a batch of static shapes.
       encode: starts a batch and yields (clip of the group, table, vector (D,) float32).
       normalize: whether rows are scaled to length 1.
-      progress: called with the number of records just embedded or set aside.
     """
-    run = _Pass(tables, plan, encode, normalize, progress)
+
+    def start(waiting: list[TokenizedClip], problems: list[tuple[str, str]]) -> Callable[[], Part]:
+        batch = plan(waiting) if waiting else None
+        vectors = encode(batch) if batch else iter(())
+        return lambda: _collect(waiting, problems, batch, vectors, tables, normalize)
+
     waiting: list[TokenizedClip] = []
+    problems: list[tuple[str, str]] = []
+    started: Callable[[], Part] | None = None
     for record, item in clips:
         if isinstance(item, ClipError):
-            run.set_aside(record, str(item))
-            continue
-        run.outcome.warnings.extend((record.id, line) for line in item.features.warnings)
-        waiting.append(item)
+            problems.append((record.id, str(item)))
+        else:
+            waiting.append(item)
         if len(waiting) == group:
-            run.start(waiting)
-            waiting = []
-    if waiting:
-        run.start(waiting)
-    return run.finish()
+            before, started = started, start(waiting, problems)
+            waiting, problems = [], []
+            if before:
+                yield before()
+    last = start(waiting, problems) if waiting or problems else None
+    for finish in (started, last):
+        if finish:
+            yield finish()
 
 
-class _Pass:
-    """The state of one embedding pass: rows found so far and the group that the devices work on."""
+def _collect(
+    clips: Sequence[TokenizedClip],
+    problems: list[tuple[str, str]],
+    batch: EncoderBatch | None,
+    vectors: Iterator[tuple[int, str, np.ndarray]],
+    tables: Sequence[str],
+    normalize: bool,
+) -> Part:
+    """Waits for a group's vectors and sorts them into rows; a vector that is no direction sets its clip aside."""
+    found: list[dict[str, np.ndarray]] = [{} for _ in clips]
+    for clip, table, vector in vectors:
+        found[clip][table] = vector
+    good: list[int] = []
+    for number, (clip, by_table) in enumerate(zip(clips, found, strict=True)):
+        bad = [name for name in tables if not (np.isfinite(by_table[name]).all() and by_table[name].any())]
+        if bad:
+            reason = f"the embedding for {', '.join(bad)} is zero or not finite; check the weights and --dtype"
+            problems.append((clip.features.record.id, reason))
+        else:
+            good.append(number)
+    rows = {name: np.stack([found[n][name] for n in good]) for name in tables if good}
+    if normalize:
+        rows = {name: values / np.linalg.norm(values, axis=1, keepdims=True) for name, values in rows.items()}
+    return Part(
+        ids=tuple(clips[n].features.record.id for n in good),
+        rows=rows,
+        problems=tuple(problems),
+        warnings=tuple((clip.features.record.id, line) for clip in clips for line in clip.features.warnings),
+        used_tokens=batch.used_tokens if batch else 0,
+        total_tokens=batch.total_tokens if batch else 0,
+        truncated=batch.truncated if batch else 0,
+    )
 
-    def __init__(self, tables: Sequence[str], plan: Plan, encode: Encode, normalize: bool, progress: Callable[[int], None]):
-        self.outcome = Outcome(EmbeddingTable((), {}))
-        self._tables, self._plan, self._encode, self._normalize, self._progress = tables, plan, encode, normalize, progress
-        self._ids: list[str] = []
-        self._rows: dict[str, list[np.ndarray]] = {name: [] for name in tables}
-        self._started: tuple[list[TokenizedClip], Iterator[tuple[int, str, np.ndarray]]] | None = None
 
-    def start(self, clips: list[TokenizedClip]) -> None:
-        """Starts a group on the devices, then collects the one before."""
-        batch = self._plan(clips)
-        self.outcome.used_tokens += batch.used_tokens
-        self.outcome.total_tokens += batch.total_tokens
-        self.outcome.truncated += batch.truncated
-        before, self._started = self._started, (clips, self._encode(batch))
-        self._collect(before)
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a whole embedding pass gave: as `Part`, with the rows in the order of the records."""
 
-    def finish(self) -> Outcome:
-        self._collect(self._started)
-        self._started = None
-        self.outcome.table = EmbeddingTable(tuple(self._ids), {name: np.stack(rows) for name, rows in self._rows.items() if rows})
-        return self.outcome
+    table: EmbeddingTable
+    problems: tuple[tuple[Record, str], ...]
+    warnings: tuple[tuple[str, str], ...]
+    used_tokens: int
+    total_tokens: int
+    truncated: int
 
-    def set_aside(self, record: Record, reason: str) -> None:
-        self.outcome.problems.append(Problem(record, reason))
-        self._progress(1)
+    @property
+    def padded_share(self) -> float:
+        return 1 - self.used_tokens / self.total_tokens if self.total_tokens else 0.0
 
-    def _collect(self, group: tuple[list[TokenizedClip], Iterator[tuple[int, str, np.ndarray]]] | None) -> None:
-        if group is None:
-            return
-        clips, vectors = group
-        found: list[dict[str, np.ndarray]] = [{} for _ in clips]
-        for clip, table, vector in vectors:
-            found[clip][table] = vector
-        for clip, by_table in zip(clips, found, strict=True):
-            bad = [name for name in self._tables if not (np.isfinite(by_table[name]).all() and by_table[name].any())]
-            if bad:
-                self.set_aside(
-                    clip.features.record, f"the embedding for {', '.join(bad)} is zero or not finite; check the weights and --dtype"
-                )
-                continue
-            self._ids.append(clip.features.record.id)
-            for name in self._tables:
-                vector = by_table[name]
-                self._rows[name].append(vector / np.linalg.norm(vector) if self._normalize else vector)
-            self._progress(1)
+
+def assemble(records: Sequence[Record], parts: Sequence[Part]) -> Outcome:
+    """Returns the outcome of parts that together hold some or all of these records."""
+    place = {record.id: n for n, record in enumerate(records)}
+    ids = [i for part in parts for i in part.ids]
+    order = sorted(range(len(ids)), key=lambda n: place[ids[n]])
+    names = next((tuple(part.rows) for part in parts if part.rows), ())
+    rows = {name: np.concatenate([part.rows[name] for part in parts if part.rows])[order] for name in names}
+    problems = sorted(((place[i], reason) for part in parts for i, reason in part.problems))
+    return Outcome(
+        table=EmbeddingTable(tuple(ids[n] for n in order), rows),
+        problems=tuple((records[n], reason) for n, reason in problems),
+        warnings=tuple(pair for part in parts for pair in part.warnings),
+        used_tokens=sum(part.used_tokens for part in parts),
+        total_tokens=sum(part.total_tokens for part in parts),
+        truncated=sum(part.truncated for part in parts),
+    )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from omni_jax.cli import demo
 from omni_jax.cli.main import main
 from omni_jax.config import PRESETS, TABLES
 from omni_jax.retrieval import read_embeddings
+from omni_jax.retrieval.embedding_pass import Part
+from omni_jax.retrieval.journal import Journal
 from omni_jax.types import InputError
 from tests.golden_set import GoldenSet
 from tests.media_samples import write_clip
@@ -119,6 +123,74 @@ def test_golden_run_with_nothing_usable_says_so_and_writes_no_embeddings(convert
     assert not (tmp_path / "o.npz").exists() and (tmp_path / "o.errors.jsonl").exists()
 
 
+class TestGoingOn:
+    """A run that ends half-way is gone on with, and gives what an uninterrupted one gives."""
+
+    @pytest.fixture
+    def arguments(self, golden: GoldenSet, converted: Path, settings: list[str], tmp_path: Path) -> list[str]:
+        usual = ["--model", str(converted), "--manifest", str(golden.manifest), "--out", str(tmp_path / "o.npz")]
+        return ["embed", *usual, "--tables", "text", "--batch-size", "1", *settings]
+
+    def test_golden_what_was_finished_is_not_done_again(self, golden, embedded, arguments, tmp_path, monkeypatch, capsys):
+        done: list[str] = []
+
+        def crash(self: Journal, part: Part) -> None:
+            if len(done) == 2:
+                raise OSError(28, "No space left on device", "part")
+            done.extend(part.ids)
+            original(self, part)
+
+        original = Journal.add
+        monkeypatch.setattr(Journal, "add", crash)
+        assert main(arguments) == 2
+        assert "No space left" in capsys.readouterr().err
+        assert not (tmp_path / "o.npz").exists()
+        monkeypatch.setattr(Journal, "add", original)
+        assert main([*arguments, "--no-normalize"]) == 2
+        assert "other settings" in capsys.readouterr().err
+        assert main(arguments) == 0
+        assert f"embed: {golden.clips}/{golden.clips}" in capsys.readouterr().err
+        found = read_embeddings(tmp_path / "o.npz")
+        assert found.ids == read_embeddings(embedded).ids and done == list(found.ids[:2])
+        assert_close(found.tables["text"], read_embeddings(embedded).tables["text"], "invariance")
+        assert [p.name for p in tmp_path.iterdir()] == ["o.npz"]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+    def test_golden_a_stopped_process_goes_on_where_it_was(self, golden, embedded, arguments, tmp_path, sign):
+        command = [sys.executable, "-m", "omni_jax.cli.main", *arguments, "--workers", "0"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        parts = tmp_path / ".o.unfinished"
+        deadline = time.monotonic() + 300
+        while not list(parts.glob("part-*.npz")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(sign)
+        _, shown = process.communicate(timeout=300)
+        kept = len(list(parts.glob("part-*.npz")))
+        if sign == signal.SIGTERM:
+            assert process.returncode == 75, shown
+            assert "run it again to go on" in shown
+        else:
+            assert process.returncode == -signal.SIGKILL, shown
+        assert 1 <= kept < golden.clips, "the run was over before the signal came"
+        again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert again.returncode == 0, again.stderr
+        found = read_embeddings(tmp_path / "o.npz")
+        assert found.ids == read_embeddings(embedded).ids
+        assert_close(found.tables["text"], read_embeddings(embedded).tables["text"], "invariance")
+        assert [p.name for p in tmp_path.iterdir()] == ["o.npz"]
+
+    def test_golden_parts_of_several_hosts_are_read_together(self, golden, embedded, arguments, tmp_path, capsys):
+        for index in range(2):
+            assert main([*arguments, "--part", f"{index}/2"]) == 0
+        parts = [str(tmp_path / f"o-{index:05}-of-00002.npz") for index in range(2)]
+        found = read_embeddings(parts)
+        whole = read_embeddings(embedded)
+        assert sorted(found.ids) == sorted(whole.ids)
+        order = [found.ids.index(i) for i in whole.ids]
+        assert_close(found.tables["text"][order], whole.tables["text"], "invariance")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -130,6 +202,8 @@ def test_golden_run_with_nothing_usable_says_so_and_writes_no_embeddings(convert
         (["--manifest", "nowhere.jsonl"], ["nowhere.jsonl"]),
         (["--out", "no/such/folder/o.npz"], ["no/such/folder"]),
         (["--out", "o.txt"], ["o.txt", ".npz"]),
+        (["--part", "2/2"], ["2/2", "I/N"]),
+        (["--batch-size", "0"], ["--batch-size", "'0'"]),
     ],
 )
 def test_golden_bad_arguments_are_one_line(golden, converted, settings, tmp_path, monkeypatch, capsys, arguments, words):

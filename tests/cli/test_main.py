@@ -93,9 +93,15 @@ def test_interrupt_is_130_and_quiet(probe: ModuleType, capsys: pytest.CaptureFix
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["probe", "--nonsense"], ["probe", "--status", "x"], [], ["probe", "--stat", "1"]])
-def test_bad_usage_is_2(probe: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [["nonsense"], ["probe", "--nonsense"], ["probe", "--status", "x"], ["probe", "--stat", "1"]])
+def test_bad_usage_is_2_and_one_line(probe: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("omni-jax: ") and error.count("\n") == 1 and " --help" in error
+
+
+def test_no_command_shows_the_help(probe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
     assert "usage: omni-jax" in capsys.readouterr().err
 
 

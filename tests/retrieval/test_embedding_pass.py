@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from omni_jax.retrieval.embedding_pass import embedding_pass
+from omni_jax.retrieval.embedding_pass import Outcome, assemble, embedding_pass
 from omni_jax.types import ClipError, EncoderBatch, Features, Record, TokenizedClip
 
 
@@ -44,9 +44,14 @@ class _Encoder:
         return read()
 
 
+def _embed(encoder: _Encoder, numbers, tables=("text", "video"), *, broken=(), group=2, normalize=False) -> Outcome:
+    stream = list(_stream(numbers, broken))
+    parts = embedding_pass(stream, tables, plan=encoder.plan, encode=encoder.encode, group=group, normalize=normalize)
+    return assemble([record for record, _ in stream], list(parts))
+
+
 def test_rows_come_in_the_order_of_the_records_with_an_uneven_last_group():
-    encoder = _Encoder()
-    outcome = embedding_pass(_stream(range(5)), ("text", "video"), plan=encoder.plan, encode=encoder.encode, group=2, normalize=False)
+    outcome = _embed(_Encoder(), range(5))
     assert outcome.table.ids == tuple(f"clip{i}" for i in range(5))
     np.testing.assert_array_equal(outcome.table.tables["text"], [[i + 1, 0] for i in range(5)])
     np.testing.assert_array_equal(outcome.table.tables["video"], [[i + 1, i + 1] for i in range(5)])
@@ -56,45 +61,41 @@ def test_rows_come_in_the_order_of_the_records_with_an_uneven_last_group():
 
 def test_the_next_group_starts_before_the_last_one_is_read():
     encoder = _Encoder()
-    embedding_pass(_stream(range(5)), ("text",), plan=encoder.plan, encode=encoder.encode, group=2)
-    assert encoder.log == [
-        ("start", (0, 1)),
-        ("start", (2, 3)),
-        ("read", (0, 1)),
-        ("start", (4,)),
-        ("read", (2, 3)),
-        ("read", (4,)),
-    ]
+    _embed(encoder, range(5))
+    order = [("start", (0, 1)), ("start", (2, 3)), ("read", (0, 1)), ("start", (4,)), ("read", (2, 3)), ("read", (4,))]
+    assert encoder.log == order
 
 
 def test_a_broken_clip_is_set_aside_and_the_others_go_on():
-    encoder, seen = _Encoder(), []
-    outcome = embedding_pass(
-        _stream(range(6), broken=(0, 3)), ("text",), plan=encoder.plan, encode=encoder.encode, group=2, progress=seen.append
-    )
+    outcome = _embed(_Encoder(), range(7), broken=(0, 3, 6))
     assert outcome.table.ids == ("clip1", "clip2", "clip4", "clip5")
-    assert [(p.record.id, p.reason) for p in outcome.problems] == [("clip0", "clip0.mp4: broken"), ("clip3", "clip3.mp4: broken")]
-    assert sum(seen) == 6 and len(seen) > 2
+    assert [(record.id, reason) for record, reason in outcome.problems] == [(f"clip{n}", f"clip{n}.mp4: broken") for n in (0, 3, 6)]
+
+
+def test_parts_count_every_record_once():
+    encoder = _Encoder()
+    parts = embedding_pass(_stream(range(9), broken=(0, 3, 8)), ("text",), plan=encoder.plan, encode=encoder.encode, group=2)
+    assert [part.records for part in parts] == [3, 3, 2, 1]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
-def test_a_vector_that_is_no_direction_is_set_aside(value):
-    encoder = _Encoder(spoiled={1: value})
-    outcome = embedding_pass(_stream(range(3)), ("text", "video"), plan=encoder.plan, encode=encoder.encode, group=3)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_vector_that_is_no_direction_is_set_aside(value: float, normalize: bool):
+    outcome = _embed(_Encoder(spoiled={1: value}), range(3), group=3, normalize=normalize)
     assert outcome.table.ids == ("clip0", "clip2")
-    assert "zero or not finite" in outcome.problems[0].reason and "text, video" in outcome.problems[0].reason
+    (record, reason), *rest = outcome.problems
+    assert not rest and record.id == "clip1" and "text, video is zero or not finite" in reason
 
 
 def test_rows_are_normalised_and_nothing_at_all_gives_no_tables():
-    encoder = _Encoder()
-    outcome = embedding_pass(_stream(range(3)), ("video",), plan=encoder.plan, encode=encoder.encode, group=8)
+    outcome = _embed(_Encoder(), range(3), normalize=True)
     np.testing.assert_allclose(np.linalg.norm(outcome.table.tables["video"], axis=1), 1, rtol=1e-6)
-    empty = embedding_pass(_stream(range(2), broken=(0, 1)), ("video",), plan=encoder.plan, encode=encoder.encode, group=8)
+    empty = _embed(_Encoder(), range(2), broken=(0, 1))
     assert empty.table.ids == () and empty.table.tables == {} and len(empty.problems) == 2
 
 
 def test_warnings_are_kept_by_record():
     encoder = _Encoder()
     stream = [(Record(id="clip0", text="x"), _clip(0, warnings=("clip0.mp4: no audio track, 8 s of silence used",)))]
-    outcome = embedding_pass(stream, ("text",), plan=encoder.plan, encode=encoder.encode, group=2)
-    assert outcome.warnings == [("clip0", "clip0.mp4: no audio track, 8 s of silence used")]
+    (part,) = embedding_pass(stream, ("text",), plan=encoder.plan, encode=encoder.encode, group=2)
+    assert part.warnings == (("clip0", "clip0.mp4: no audio track, 8 s of silence used"),)

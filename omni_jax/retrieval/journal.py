@@ -1,0 +1,78 @@
+"""What an interrupted embedding pass had finished, kept beside its output until the whole is written.
+
+A journal is a folder of parts. Each part appears whole or not at all, so that a kill at any moment loses one group of clips at most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from omni_jax.retrieval.embedding_file import replacing
+from omni_jax.retrieval.embedding_pass import Part
+from omni_jax.types import InputError
+
+SETTINGS = "settings.json"
+_RECORDS = "records"
+
+
+class Journal:
+    """Parts on disk, bound to the settings they were made with.
+
+    Attributes:
+      parts: those of earlier runs, then those added since.
+    """
+
+    def __init__(self, folder: epath.PathLike, settings: Mapping[str, Any]):
+        """Opens a journal, or begins one.
+
+        Raises:
+          InputError: when the folder holds parts made with other settings.
+        """
+        self._folder = epath.Path(folder)
+        self.parts: list[Part] = []
+        written = json.dumps(dict(settings), indent=1, sort_keys=True)
+        note = self._folder / SETTINGS
+        if note.exists():
+            if note.read_text() != written:
+                raise InputError(
+                    f"{self._folder}: holds the unfinished work of a run with other settings; run it again as it was, or remove the folder"
+                )
+            self.parts = [_read(path) for path in sorted(self._folder.glob("part-*.npz"))]
+        else:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with replacing(note) as file:
+                file.write(written.encode())
+
+    @property
+    def finished(self) -> frozenset[str]:
+        """Ids of the records that are embedded or set aside."""
+        return frozenset(i for part in self.parts for i in (*part.ids, *(name for name, _ in part.problems)))
+
+    def add(self, part: Part) -> None:
+        """Keeps a part."""
+        fields = dataclasses.asdict(part)
+        rows = fields.pop("rows")
+        with replacing(self._folder / f"part-{len(self.parts):06}.npz") as file:
+            np.savez(file, **{_RECORDS: np.array(json.dumps(fields))}, **rows)
+        self.parts.append(part)
+
+    def remove(self) -> None:
+        """Deletes the folder, once the output is written."""
+        self._folder.rmtree()
+
+
+def _read(path: epath.Path) -> Part:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            fields = json.loads(str(arrays[_RECORDS]))
+            rows = {name: arrays[name] for name in arrays.files if name != _RECORDS}
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(f"{path}: cannot be read ({e}); remove the folder {path.parent} to begin again") from None
+    pairs = {name: tuple((i, line) for i, line in fields.pop(name)) for name in ("problems", "warnings")}
+    return Part(ids=tuple(fields.pop("ids")), rows=rows, **fields, **pairs)

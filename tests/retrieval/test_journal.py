@@ -1,0 +1,62 @@
+"""The journal of an embedding pass: what is kept is whole, bound to its settings, and readable after a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from omni_jax.retrieval.embedding_pass import Part, assemble
+from omni_jax.retrieval.journal import Journal
+from omni_jax.types import InputError, Record
+
+SETTINGS = {"tables": ("text",), "dtype": "keep"}
+
+
+def _part(*numbers: int, problems: tuple[tuple[str, str], ...] = ()) -> Part:
+    rows = {"text": np.array([[n, 0.5] for n in numbers], np.float32)} if numbers else {}
+    return Part(tuple(f"clip{n}" for n in numbers), rows, problems, (("clip9", "silence"),), 3, 4, 1)
+
+
+def test_what_was_added_is_read_back(tmp_path: Path):
+    parts = [_part(0, 1), _part(3, problems=(("clip2", "clip2.mp4: broken"),)), _part(problems=(("clip4", "gone"),))]
+    journal = Journal(tmp_path / "j", SETTINGS)
+    for part in parts:
+        journal.add(part)
+    again = Journal(tmp_path / "j", SETTINGS)
+    assert again.finished == {f"clip{n}" for n in range(5)}
+    for found, wanted in zip(again.parts, parts, strict=True):
+        for field in dataclasses.fields(Part):
+            np.testing.assert_equal(getattr(found, field.name), getattr(wanted, field.name))
+    outcome = assemble([Record(f"clip{n}") for n in range(5)], again.parts)
+    assert outcome.table.ids == ("clip0", "clip1", "clip3") and [r.id for r, _ in outcome.problems] == ["clip2", "clip4"]
+    assert (outcome.used_tokens, outcome.total_tokens, outcome.truncated) == (9, 12, 3)
+
+
+def test_other_settings_are_refused(tmp_path: Path):
+    Journal(tmp_path / "j", SETTINGS).add(_part(0))
+    with pytest.raises(InputError, match="other settings"):
+        Journal(tmp_path / "j", SETTINGS | {"dtype": "bfloat16"})
+
+
+def test_a_half_written_part_does_not_count(tmp_path: Path):
+    journal = Journal(tmp_path / "j", SETTINGS)
+    journal.add(_part(0))
+    (tmp_path / "j" / ".part-000001.npz.77.partial").write_bytes(b"PK half")
+    assert Journal(tmp_path / "j", SETTINGS).finished == {"clip0"}
+
+
+def test_a_damaged_part_is_named(tmp_path: Path):
+    Journal(tmp_path / "j", SETTINGS).add(_part(0))
+    (tmp_path / "j" / "part-000000.npz").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"part-000000\.npz: cannot be read"):
+        Journal(tmp_path / "j", SETTINGS)
+
+
+def test_it_is_gone_when_removed(tmp_path: Path):
+    journal = Journal(tmp_path / "j", SETTINGS)
+    journal.add(_part(0))
+    journal.remove()
+    assert list(tmp_path.iterdir()) == []
