@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,12 @@ from jax.sharding import PartitionSpec as P
 
 from omni_jax.types import InputError
 
-CPU_CHUNK = 512  # rows; a product of this side runs at the full matrix rate of a CPU and a table chunk of 7B width takes 7 MB
+CPU_CHUNK = 640  # rows; a product of this side runs at the full matrix rate of a CPU and takes 1.6 MB
 ACCELERATOR_CHUNK = 4096  # rows; an accelerator would otherwise wait for the host
 TILE_STEP = 16  # rows; the side of a tile is a multiple, so that vector instructions leave no tail
 NORMS = (1e-30, 1e30)  # outside, the reciprocal of a norm or a product of two rows leaves float32
-PREPARE_ROWS = 256  # rows handled together in float64
+UNSCALED = (1e-9, 1e9)  # rows of such norms are multiplied as they are, without a scaled copy: their products stay far inside float32
+PREPARE_ROWS = 64  # rows handled together in float64
 
 NO_ROW, NO_ITEM = -1, -2  # `same` of a padded row and of an absent relevant item; they differ so that padding matches nothing
 
@@ -36,14 +37,16 @@ class Vectors:
     """A checked table, ready to be ranked.
 
     Attributes:
-      rows: (N, D) float32, as given.
+      rows: (N, D) float32 or bfloat16, as given.
       scale: (N,) float32, reciprocal norms.
       same: (N,) int32, first row that holds the same direction bit for bit.
+      unscaled: whether every norm lies within UNSCALED.
     """
 
     rows: np.ndarray
     scale: np.ndarray
     same: np.ndarray
+    unscaled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,8 @@ def prepare(rows: np.ndarray, name: str = "embeddings", ids: Sequence[str] | Non
     """Returns the table with its reciprocal norms and its duplicate rows found.
 
     Args:
-      rows: (N, D), any floating type.
+      rows: (N, D), any floating type. bfloat16 is kept as it is, at half the memory of float32, which all others become; products and
+        sums are float32 for both.
       name: of the table, for the message.
       ids: N record ids, for the message.
 
@@ -83,24 +87,40 @@ def prepare(rows: np.ndarray, name: str = "embeddings", ids: Sequence[str] | Non
         raise InputError(f"table {name!r} has shape {rows.shape}; expected (records, width), both at least 1")
     if rows.dtype.kind not in "fiu" and rows.dtype.name != "bfloat16":
         raise InputError(f"table {name!r} holds {rows.dtype}; expected floating point numbers")
-    rows = np.ascontiguousarray(rows, dtype=np.float32)
-    norms, seen = np.empty(len(rows)), {}
-    same = np.empty(len(rows), np.int32)
-    scale = np.empty(len(rows), np.float32)
-    for start in range(0, len(rows), PREPARE_ROWS):
-        part = slice(start, start + PREPARE_ROWS)
+    rows = np.ascontiguousarray(rows, dtype=rows.dtype if rows.dtype == jnp.bfloat16 else np.float32)
+    norms = np.empty(len(rows))
+    for part in _parts(len(rows)):
         wide = rows[part].astype(np.float64)
-        norms[part] = np.sqrt((wide * wide).sum(axis=1))
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            scale[part] = 1 / norms[part]
-            unit = rows[part] * scale[part, None] + np.float32(0)  # -0 becomes 0
-        for i, row in enumerate(unit, start):
-            same[i] = seen.setdefault(hashlib.blake2b(row, digest_size=16).digest(), i)
+        with np.errstate(invalid="ignore", over="ignore"):
+            norms[part] = np.sqrt(np.vecdot(wide, wide))
     finite = np.isfinite(norms)
     _refuse(np.flatnonzero(~finite), "NaN or infinity", name, ids)
     _refuse(np.flatnonzero(norms == 0), "only zeros", name, ids)
     _refuse(np.flatnonzero((norms < NORMS[0]) | (norms > NORMS[1])), f"vectors whose norm is outside {NORMS}", name, ids)
-    return Vectors(rows, scale, same)
+    scale = (1 / norms).astype(np.float32)
+    return Vectors(rows, scale, _duplicates(rows, scale), bool(norms.min() >= UNSCALED[0] and norms.max() <= UNSCALED[1]))
+
+
+def _duplicates(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """(N,) int32: for each row the first row of the same direction. Only rows whose bits have the sum of another's are compared in full."""
+
+    def unit(index: slice | np.ndarray) -> np.ndarray:
+        return rows[index].astype(np.float32) * scale[index, None] + np.float32(0)  # -0 becomes 0
+
+    sums = np.empty(len(rows), np.uint32)
+    for part in _parts(len(rows)):
+        sums[part] = unit(part).view(np.uint32).sum(axis=1, dtype=np.uint32)
+    _, which, number = np.unique(sums, return_inverse=True, return_counts=True)
+    same, seen = np.arange(len(rows), dtype=np.int32), {}
+    doubtful = np.flatnonzero(number[which] > 1)
+    for part in _parts(len(doubtful)):
+        for i, row in zip(doubtful[part].tolist(), unit(doubtful[part]), strict=True):
+            same[i] = seen.setdefault(hashlib.blake2b(row, digest_size=16).digest(), i)
+    return same
+
+
+def _parts(n: int) -> Iterator[slice]:
+    return (slice(start, start + PREPARE_ROWS) for start in range(0, n, PREPARE_ROWS))
 
 
 def rank_pair(
@@ -132,8 +152,8 @@ def rank_pair(
     order_a, order_b, rows, columns = _relevant(len(a.rows), len(b.rows), relevance)
     side = _Side(a, order_a, _tile_rows(len(a.rows), chunk) * mesh.size, rows, b.same[order_b][columns])
     other = _Side(b, order_b, _tile_rows(len(b.rows), chunk), columns, a.same[order_a][rows])
-    _read_scores(side, other, rows, columns, mesh)
-    _count(side, other, mesh)
+    counted = _read_scores(side, other, rows, columns, mesh)
+    _count(side, other, counted, mesh)
     return (
         side.ranks(order_a[rows], order_b[columns], len(b.rows)),
         other.ranks(order_b[columns], order_a[rows], len(a.rows)),
@@ -148,6 +168,7 @@ class _Side:
         self.table, self.order, self.tile = table, order, tile
         self.blocks = -(-len(order) // tile)
         self.row, self.slot = row, _count_up(row)
+        self.unread = np.bincount(row // tile, minlength=self.blocks)  # relevant pairs of each block whose scores are not known yet
         shape = (int(self.slot.max()) + 1, self.blocks * tile)  # relevant items first: the counting loop walks along this axis
         self.score = np.full(shape, np.inf, np.float32)
         self.item_same = np.full(shape, NO_ITEM, np.int32)
@@ -163,11 +184,14 @@ class _Side:
     def vectors(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows (T, D) and scales (T,) of a block; zeros where the table has ended."""
         index = self.order[self.part(block)]
-        if self._in_order and len(index) == self.tile:
+        if self._in_order and self.table.unscaled and len(index) == self.tile:
             return self.table.rows[self.part(block)], self.table.scale[self.part(block)]
-        rows = np.zeros((self.tile, self.table.rows.shape[1]), np.float32)
+        rows = np.zeros((self.tile, self.table.rows.shape[1]), self.table.rows.dtype)
         scale = np.zeros(self.tile, np.float32)
         rows[: len(index)], scale[: len(index)] = self.table.rows[index], self.table.scale[index]
+        if not self.table.unscaled:
+            rows = rows.astype(np.float32) * scale[:, None]
+            scale = np.ones_like(scale)
         return rows, scale
 
     def thresholds(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -181,14 +205,19 @@ class _Side:
         return Ranks(len(self.order), gallery, query[order], item[order], better[order], equal[order] - 1)  # an item equals itself
 
 
-def _read_scores(side: _Side, other: _Side, rows: np.ndarray, columns: np.ndarray, mesh: Mesh) -> None:
-    """Reads every relevant pair's similarity from its tile. Pairs were sorted, so few tiles hold any."""
+def _read_scores(side: _Side, other: _Side, rows: np.ndarray, columns: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """Reads every relevant pair's similarity from its tile, and returns which tiles (blocks, blocks) were counted on the way.
+
+    Pairs were sorted, so few tiles hold any. A tile that completes what its rows and columns are measured by is counted at once: with the
+    same row relevant these are all the tiles that hold pairs, and no product is computed twice.
+    """
     run = _programs(mesh)
     tiles = rows // side.tile * other.blocks + columns // other.tile
     by_tile = np.argsort(tiles, kind="stable")
     starts = np.flatnonzero(np.diff(tiles[by_tile], prepend=-1))
     groups = np.split(by_tile, starts[1:])
     length = 1 << (max(len(group) for group in groups) - 1).bit_length()  # a power of two, so that few lengths are compiled
+    counted = np.zeros((side.blocks, other.blocks), bool)
     for group in groups:
         i, j = divmod(int(tiles[group[0]]), other.blocks)
         where = np.zeros((2, length), np.int32)
@@ -197,26 +226,36 @@ def _read_scores(side: _Side, other: _Side, rows: np.ndarray, columns: np.ndarra
         scores = np.asarray(run.pick(products, *run.put(where)))[: len(group)]
         side.score[side.slot[group], rows[group]] = scores
         other.score[other.slot[group], columns[group]] = scores
+        side.unread[i] -= len(group)
+        other.unread[j] -= len(group)
+        if side.unread[i] == other.unread[j] == 0:
+            counted[i, j] = True
+            done = run.count(products, *run.put_thresholds(*side.thresholds(i)), *run.put(*other.thresholds(j)))
+            _add(side, i, other, j, done)
+    return counted
 
 
-def _count(side: _Side, other: _Side, mesh: Mesh) -> None:
-    """Counts better and equal candidates along both axes of the cosine matrix."""
+def _count(side: _Side, other: _Side, counted: np.ndarray, mesh: Mesh) -> None:
+    """Counts better and equal candidates along both axes of the tiles not `counted` yet."""
     run = _programs(mesh)
+    pending = None
     for i in range(side.blocks):
+        left = np.flatnonzero(~counted[i]).tolist()
+        if not left:
+            continue
         rows = run.put_rows(*side.vectors(i))
         thresholds = run.put_thresholds(*side.thresholds(i))
-        pending = None
-        for j in range(other.blocks):
+        for j in left:
             products = run.product(*rows, *run.put(*other.vectors(j)))
             done = run.count(products, *thresholds, *run.put(*other.thresholds(j)))
             if pending is not None:  # one tile computes while the next is handed over, never more
-                _add(side, i, other, j - 1, pending)
-            pending = done
-        _add(side, i, other, other.blocks - 1, pending)
+                _add(side, pending[0], other, pending[1], pending[2])
+            pending = i, j, done
+    if pending is not None:
+        _add(side, pending[0], other, pending[1], pending[2])
 
 
-def _add(side: _Side, i: int, other: _Side, j: int, counts: tuple[jax.Array, jax.Array] | None) -> None:
-    assert counts is not None
+def _add(side: _Side, i: int, other: _Side, j: int, counts: tuple[jax.Array, jax.Array]) -> None:
     side.counts[:, :, side.part(i)] += np.asarray(counts[0])
     other.counts[:, :, other.part(j)] += np.asarray(counts[1])
 
@@ -249,8 +288,8 @@ def _programs(mesh: Mesh) -> _Programs:
 
     def product(q: jax.Array, q_scale: jax.Array, g: jax.Array, g_scale: jax.Array) -> jax.Array:
         """Cosines (T, T), float32. Mapped by hand so that every device multiplies tiles of one shape."""
-        q, g = q * q_scale[:, None], g * g_scale[:, None]
-        return jax.lax.dot_general(q, g, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        dot = jax.lax.dot_general(q, g, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        return dot * q_scale[:, None] * g_scale[None, :]
 
     def pick(products: jax.Array, where: jax.Array) -> jax.Array:
         return products[where[0], where[1]]
@@ -318,9 +357,13 @@ def _count_up(labels: np.ndarray) -> np.ndarray:
 
 
 def _tile_rows(n: int, chunk: int) -> int:
-    """Side of the tiles that cut n rows evenly. Knows no devices: a similarity must not change with their number."""
-    even = -(-n // -(-n // chunk))
-    return min(chunk, -(-even // TILE_STEP) * TILE_STEP)
+    """Side, at most `chunk`, of the tiles that cut n rows with the least padding; the largest such.
+
+    Knows no devices: a similarity must not change with their number.
+    """
+    fewest = -(-n // chunk)
+    sides = [min(chunk, -(-n // (blocks * TILE_STEP)) * TILE_STEP) for blocks in range(fewest, fewest + fewest // 2 + 1)]
+    return min(sides, key=lambda side: -(-n // side) * side)
 
 
 def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -6,6 +6,7 @@ import dataclasses
 
 import hypothesis
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -96,7 +97,7 @@ def test_tables_larger_than_the_chunk_on_a_three_axis_mesh() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 3, 8, 64, 100, 515])
-@pytest.mark.parametrize("rows", [8, 16, 48, 240])
+@pytest.mark.parametrize("rows", [8, 16, 48, 240, 272])
 def test_equal_rows_have_equal_products_wherever_they_stand(mesh: Mesh, width: int, rows: int) -> None:
     rng = np.random.default_rng(width)
     run = ranks_module._programs(mesh)
@@ -181,6 +182,39 @@ def test_lengths_from_tiny_to_huge_rank_alike() -> None:
     scales = np.float32(2.0) ** rng.integers(-90, 90, size=(20, 1)).astype(np.float32)
     plain, scaled = rank_pair(prepare(a), prepare(b)), rank_pair(prepare(a * scales), prepare(b * scales[::-1]))
     assert [as_dict(r) for r in plain] == [as_dict(r) for r in scaled]
+
+
+def test_bfloat16_tables_rank_as_their_rounded_values_do(mesh: Mesh) -> None:
+    rng = np.random.default_rng(9)
+    pool = rng.normal(size=(30, WIDTH)).astype(np.float32)
+    a, b = (gaussian(rng, n, pool).astype(ml_dtypes.bfloat16) for n in (40, 50))
+    scores = naive.cosines(a, b)
+    assert naive.smallest_gap(scores) > DECIDED
+    kept = prepare(a)
+    assert kept.rows.dtype == ml_dtypes.bfloat16
+    forward, backward = rank_pair(kept, prepare(b), chunk=16, mesh=mesh)
+    assert as_dict(forward) == naive.ranks(scores, range(40), range(50))
+    assert as_dict(backward) == naive.ranks(scores.T, range(50), range(40))
+
+
+@pytest.mark.parametrize(("n", "chunk", "side"), [(1, 640, 16), (5, 4, 4), (3782, 640, 544), (640, 640, 640), (641, 640, 336), (20, 8, 8)])
+def test_tiles_leave_little_padding(n: int, chunk: int, side: int) -> None:
+    assert ranks_module._tile_rows(n, chunk) == side
+
+
+def test_no_product_is_computed_twice_when_rows_answer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    a, b = (prepare(rng.normal(size=(60, 5)).astype(np.float32)) for _ in range(2))
+    mesh = Mesh(np.array(jax.devices()[:1]), ("rows",))
+    run, calls = ranks_module._programs(mesh), []
+
+    def product(*arguments: jax.Array) -> jax.Array:
+        calls.append(arguments[0].shape)
+        return run.product(*arguments)
+
+    monkeypatch.setattr(ranks_module, "_programs", lambda mesh: dataclasses.replace(run, product=product))
+    rank_pair(a, b, chunk=16, mesh=mesh)
+    assert len(calls) == 16
 
 
 def test_shapes_and_labels_that_do_not_fit_are_refused() -> None:
