@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -190,7 +190,7 @@ def _part(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _positive(kind: type) -> type:
+def _positive(kind: type) -> Callable[[str], float]:
     def read(text: str) -> float:
         value = kind(text)
         if not (value > 0 and math.isfinite(value)):

@@ -74,5 +74,5 @@ def _read(path: epath.Path) -> Part:
             rows = {name: arrays[name] for name in arrays.files if name != _RECORDS}
     except (OSError, ValueError, KeyError) as e:
         raise InputError(f"{path}: cannot be read ({e}); remove the folder {path.parent} to begin again") from None
-    pairs = {name: tuple((i, line) for i, line in fields.pop(name)) for name in ("problems", "warnings")}
-    return Part(ids=tuple(fields.pop("ids")), rows=rows, **fields, **pairs)
+    pairs: dict[str, Any] = {name: tuple((i, line) for i, line in fields[name]) for name in ("problems", "warnings")}
+    return Part(**{**fields, **pairs, "ids": tuple(fields["ids"]), "rows": rows})

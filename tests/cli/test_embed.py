@@ -65,7 +65,7 @@ def rough(golden: GoldenSet, tmp_path: Path) -> Path:
     """A manifest with one good record between every kind of bad one."""
     folder = tmp_path / "rough"
     folder.mkdir()
-    shutil.copy(golden.records[0].video, folder / "good.mp4")
+    shutil.copy(str(golden.records[0].video), folder / "good.mp4")
     whole = (folder / "good.mp4").read_bytes()
     (folder / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
     (folder / "empty.mp4").write_bytes(b"")
@@ -247,7 +247,7 @@ def model(golden: GoldenSet, converted: Path) -> omni_jax.OmniRetriever:
 class TestPythonFace:
     def test_golden_rows_of_each_mix(self, golden: GoldenSet, model: omni_jax.OmniRetriever):
         records = golden.records[:2]
-        texts, videos, audios = [r.text for r in records], [r.video for r in records], [r.audio for r in records]
+        texts, videos, audios = ([str(getattr(r, name)) for r in records] for name in ("text", "video", "audio"))
         found = {
             "text": model.encode(texts=texts),
             "av": model.encode(videos=videos, audios=audios),
