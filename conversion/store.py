@@ -96,7 +96,7 @@ class StoreWriter:
             piece = array[start : start + step] if array.ndim else array
             self.reserve(piece.nbytes)
             self._digest.update(f"{name}@{start} {array.dtype.name} {array.shape}".encode())
-            self._digest.update(memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8)))
+            self._digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
             self._pending[f"{name}@{start}"] = piece
             pieces.append([self._parts, start, min(start + step, rows)])
         self._index[name] = {"dtype": array.dtype.name, "shape": list(array.shape), "pieces": pieces}
