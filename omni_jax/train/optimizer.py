@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,7 +61,7 @@ class OptimizerConfig:
         return math.ceil(self.warmup_ratio * self.total_steps) if self.warmup_steps is None else self.warmup_steps
 
 
-def schedule(config: OptimizerConfig) -> optax.Schedule:
+def schedule(config: OptimizerConfig) -> Callable[[Any], jax.Array]:
     """Returns update number (from 0) -> learning rate: rising from 0 in a line, then a cosine down to `final_fraction` of it."""
     rise, fall = config.warmup, max(1, config.total_steps - config.warmup)
 
@@ -82,7 +83,7 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        factor = jnp.minimum(1.0, limit / (optax.global_norm(updates) + TORCH_CLIP_EPSILON))
+        factor = jnp.minimum(1.0, limit / (optax.tree.norm(updates) + TORCH_CLIP_EPSILON))
         return jax.tree.map(lambda g: g * factor, updates), state
 
     return optax.GradientTransformation(init, update)

@@ -55,8 +55,16 @@ class TrainStep:
       programs: compiled programs so far, one string each.
     """
 
-    def __init__(self, model: ModelConfig, config: StepConfig, *, dtype: Any = jnp.bfloat16, mesh: Mesh | None = None):
-        """Takes the architecture, the recipe, the dtype of activations and the devices.
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: StepConfig,
+        *,
+        dtype: Any = jnp.bfloat16,
+        mesh: Mesh | None = None,
+        compiler_options: Mapping[str, Any] | None = None,
+    ):
+        """Takes the architecture, the recipe, the dtype of activations, the devices, and options of the XLA compiler.
 
         Raises:
           InputError: when a head that should train would not.
@@ -69,6 +77,7 @@ class TrainStep:
         self._optimizer = make_optimizer(config.optimizer)
         self._rate = schedule(config.optimizer)
         self._dropout = model.lora is not None and model.lora.dropout > 0
+        self._options = dict(compiler_options or {})
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     def init(self, params: Mapping[tuple[str, ...], Any]) -> tuple[TrainState, Arrays]:
@@ -132,7 +141,7 @@ class TrainStep:
         return self._apply(state, *jax.tree.map(lambda x: x / count, total))
 
     def _apply(self, state: TrainState, gradients: Arrays, metrics: Metrics) -> tuple[TrainState, Metrics]:
-        norm = jnp.asarray(optax.global_norm(gradients))
+        norm = jnp.asarray(optax.tree.norm(gradients))
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
@@ -148,12 +157,12 @@ class TrainStep:
             key=state.key,
         )
         groups = sorted({group_of(name) for name in gradients})
-        by_group = {g: jnp.asarray(optax.global_norm({n: x for n, x in gradients.items() if group_of(n) == g})) for g in groups}
+        by_group = {g: jnp.asarray(optax.tree.norm({n: x for n, x in gradients.items() if group_of(n) == g})) for g in groups}
         metrics = {
             **metrics,
             "grad_norm": norm,
             **{f"grad_norm/{group}": value for group, value in by_group.items()},
-            "learning_rate": jnp.asarray(self._rate(state.step - state.skipped)),
+            "learning_rate": self._rate(state.step - state.skipped),
             "skipped": after.skipped,
             "skipped_in_row": after.skipped_in_row,
         }
@@ -176,7 +185,7 @@ class TrainStep:
                 return self._pinned(out) if name in ("update", "apply") else out
 
             given = {"update": 0, "apply": (0, 1), "add": 0}.get(name, ())
-            self._compiled[name] = jax.jit(traced, static_argnames=("kind",), donate_argnums=given)
+            self._compiled[name] = jax.jit(traced, static_argnames=("kind",), donate_argnums=given, compiler_options=self._options)
         return self._compiled[name]
 
     def _pinned(self, out: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:

@@ -1,0 +1,39 @@
+"""The reference's training run, set up once: compiling its three step kinds is the costly part."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from omni_jax.config import ModelConfig
+from omni_jax.train import StepConfig, TrainBatch, TrainStep, step_kind
+from tests.golden_set import GoldenSet
+from tests.train import golden_batches
+from tests.train.random_batches import QUICK
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reference:
+    """Model, recipe and batches of the recorded run."""
+
+    golden: GoldenSet
+    model: ModelConfig
+    params: golden_batches.Params
+    config: StepConfig
+    step: TrainStep
+
+    @functools.cache  # noqa: B019 (one object for the session)
+    def batch(self, update: int) -> TrainBatch:
+        made = golden_batches.batch(self.golden, self.model, step_kind(update % 3, self.config.losses))
+        return jax.tree.map(jnp.asarray, made)
+
+
+@pytest.fixture(scope="session")
+def reference(golden: GoldenSet, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    model, params = golden_batches.load_model(golden, tmp_path_factory.mktemp("golden") / "model")
+    config = golden_batches.recipe(golden)
+    return Reference(golden, model, params, config, TrainStep(model, config, dtype=jnp.float32, compiler_options=QUICK))

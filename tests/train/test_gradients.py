@@ -1,0 +1,197 @@
+"""Gradients by different roads: cached and plain, shared rows and own rows, remat policies, what is frozen."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from omni_jax.train import LossConfig, TrainableConfig, TrainStep
+from omni_jax.train.gradients import REMAT, Forward, loss_of, spread
+from omni_jax.train.trainable import TEMPERATURE
+from tests.tolerances import TOLERANCES, assert_close
+from tests.train.random_batches import MODEL, QUICK, WITH_DROPOUT, batch, parts, recipe
+
+
+def forward(losses: LossConfig, model=MODEL, remat="layer", choice="adapter") -> tuple[Forward, dict, dict]:
+    """Returns the encoder's functions, trainable and frozen parameters."""
+    step = TrainStep(model, recipe(trainable=TrainableConfig(recipe=choice)), dtype=jnp.float32)
+    trainable, frozen = parts(step)
+    return Forward.make(model, losses, step.names, jnp.float32, REMAT[remat]), trainable, frozen
+
+
+@functools.cache
+def compiled(road: str, fwd: Forward):
+    return jax.jit(fwd.plain if road == "plain" else fwd.cached, static_argnames="kind", compiler_options=QUICK)
+
+
+def plain(fwd: Forward, trainable, frozen, made, key=None):
+    """Gradient and metrics of a batch of one micro-batch."""
+    assert made.micro_batches == 1
+    return compiled("plain", fwd)(trainable, frozen, jax.tree.map(lambda x: x[0], made), kind=made.kinds[0], key=key)
+
+
+def cached(fwd: Forward, trainable, frozen, made, keys=None):
+    return compiled("cached", fwd)(trainable, frozen, made, kind=made.kinds[0], keys=keys)
+
+
+def assert_same_update(got, want):
+    # NumPy from here on: jax would compile each shape's arithmetic.
+    (gradients, metrics), (wanted, expected) = jax.device_get((got, want))
+    assert gradients.keys() == wanted.keys() and metrics.keys() == expected.keys()
+    for name in expected:
+        assert_close(metrics[name], expected[name], "update_loss")
+    largest = max(float(np.abs(g).max()) for g in wanted.values())
+    limit = TOLERANCES["gradient_cache"][1]
+    for name in wanted:
+        assert float(np.abs(gradients[name] - wanted[name]).max()) <= limit * largest, name
+
+
+@pytest.mark.parametrize(("update", "pairs", "scope"), [(0, "cycle", "local"), (1, "all", "global"), (2, "cycle", "local")])
+def test_gradient_caching_equals_the_whole_batch_at_once(update, pairs, scope):
+    """Four micro-batches of two against one of eight whose shuffles stay in the same four blocks."""
+    losses = LossConfig(temperature=0.2, pairs=pairs, hard_scope=scope, learn_temperature=True)
+    fwd, trainable, frozen = forward(losses)
+    trainable = {**trainable, TEMPERATURE: jnp.asarray(1.3, jnp.float32)}
+    got = cached(fwd, trainable, frozen, batch(losses, update, micro=4, clips=8))
+    whole = plain(fwd, trainable, frozen, batch(losses, update, micro=1, clips=8, blocks=4))
+    assert_same_update(got, whole)
+    assert abs(float(whole[0][TEMPERATURE])) > 1e-3
+
+
+def test_gradient_caching_equals_the_whole_batch_where_everything_trains():
+    losses = LossConfig(temperature=0.2)
+    fwd, trainable, frozen = forward(losses, choice="all")
+    assert fwd.kept == ()
+    got = cached(fwd, trainable, frozen, batch(losses, 1, micro=2, clips=4))
+    assert_same_update(got, plain(fwd, trainable, frozen, batch(losses, 1, clips=4, blocks=2)))
+    assert {name.partition("/")[0] for name, g in jax.device_get(got[0]).items() if np.abs(g).max() > 0} == {
+        "audio",
+        "beats",
+        "bridge",
+        "decoder",
+        "head",
+        "vision",
+    }
+
+
+def test_both_passes_of_gradient_caching_drop_the_same():
+    losses = LossConfig(temperature=0.2)
+    fwd, trainable, frozen = forward(losses, WITH_DROPOUT)
+    made, keys = batch(losses, 1, micro=2, clips=4), jax.random.split(jax.random.PRNGKey(3), 2)
+    kind = made.kinds[0]
+
+    def whole(trainable):
+        found = []
+        for i in range(2):
+            one = jax.tree.map(lambda x, i=i: x[i], made)
+            kept = fwd.keep(trainable, frozen, one, kind)
+            found.append(fwd.embed(trainable, frozen, one, kept, kind, keys[i], hard=True))
+        pool = {name: jnp.concatenate([z[name] for z in found]) for name in found[0]}
+        return loss_of(pool, None, losses, kind, 2)
+
+    expected = jax.jit(jax.grad(whole, has_aux=True), compiler_options=QUICK)(trainable)
+    got = cached(fwd, trainable, frozen, made, keys)
+    assert_same_update(got, expected)
+    other = cached(fwd, trainable, frozen, made, keys[::-1])
+    assert abs(float(other[1]["loss"] - got[1]["loss"])) > 1e-3
+
+
+def test_a_caption_that_shares_the_anchors_row_is_the_hard_negative_of_its_own_row():
+    losses = LossConfig(temperature=0.2)
+    fwd, trainable, frozen = forward(losses)
+    shared, apart = (batch(losses, 0, clips=4, share_prefix=s) for s in (True, False))
+    assert shared.hard is None and apart.hard is not None
+    assert_same_update(plain(fwd, trainable, frozen, shared), plain(fwd, trainable, frozen, apart))
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_remat_policies_agree(remat):
+    losses = LossConfig(temperature=0.2)
+    made = batch(losses, 1, clips=4)
+    fwd, trainable, frozen = forward(losses)
+    other, *_ = forward(losses, remat=remat)
+    assert_same_update(plain(other, trainable, frozen, made), plain(fwd, trainable, frozen, made))
+
+
+def test_the_gradient_is_the_slope_of_the_loss():
+    """Central differences along a random direction; L_A alone, since teacher and hard negatives move without counting."""
+    losses = LossConfig(temperature=0.5, tuple_weight=0, distillation_weight=0, learn_temperature=True)
+    fwd, trainable, frozen = forward(losses)
+    trainable = {**trainable, TEMPERATURE: jnp.asarray(0.7, jnp.float32)}
+    made = batch(losses, 2, clips=4)
+    rng = np.random.default_rng(0)
+    trainable = jax.device_get(trainable)
+    way = {name: rng.standard_normal(x.shape).astype(np.float32) for name, x in trainable.items()}
+    step = 1e-4
+
+    def loss(sign):
+        moved = {name: x + np.float32(sign * step) * way[name] for name, x in trainable.items()}
+        return float(plain(fwd, moved, frozen, made)[1]["loss"])
+
+    gradients, _ = jax.device_get(plain(fwd, trainable, frozen, made))
+    slope = sum(float(np.vdot(gradients[name], way[name])) for name in way)
+    assert_close((loss(1) - loss(-1)) / (2 * step), slope, "finite_difference")
+
+
+def test_the_hard_negative_takes_no_gradient():
+    """Its embedding changes with LoRA, the derivative of the loss along it does not count."""
+    losses = LossConfig(temperature=0.2, distillation_weight=0, pairwise_weight=0)
+    fwd, trainable, frozen = forward(losses)
+    made = batch(losses, 1, clips=4)
+    one, kind = jax.tree.map(lambda x: x[0], made), made.kinds[0]
+
+    def negative(trainable):
+        kept = fwd.keep(trainable, frozen, one, kind)
+        return jnp.sum(fwd.embed(trainable, frozen, one, kept, kind, None, hard=True)["hard"])
+
+    assert not any(g.any() for g in jax.device_get(jax.jit(jax.grad(negative), compiler_options=QUICK)(trainable)).values())
+
+
+def test_nothing_is_kept_or_computed_for_the_gradient_of_frozen_weights():
+    """No backward loop over the decoder's layers gives anything of a frozen stack's shape, and towers have no backward loop at all."""
+    losses = LossConfig(temperature=0.2)
+    fwd, trainable, frozen = forward(losses)
+    made = batch(losses, 1, clips=4)
+    one = jax.tree.map(lambda x: x[0], made)
+    program = jax.make_jaxpr(lambda t, f: fwd.plain(t, f, one, made.kinds[0], None))(trainable, frozen)
+    loops = [eqn for eqn in equations(program.jaxpr) if eqn.primitive.name == "scan"]
+    outputs = {var.aval.shape for eqn in loops for var in eqn.outvars}
+    stacks = {x.shape for name, x in frozen.items() if "decoder/layers" in name and name.endswith("kernel")}
+    assert stacks and not stacks & outputs
+    assert trainable["decoder/layers/attn/q/lora_a"].shape in outputs
+    assert sum(eqn.params["length"] == MODEL.vision.num_layers and not eqn.params["reverse"] for eqn in loops) >= 1
+    assert sum(bool(eqn.params["reverse"]) for eqn in loops) == 1  # the decoder's
+    gradients, _ = plain(fwd, trainable, frozen, made)
+    assert gradients.keys() == trainable.keys()
+
+
+def equations(jaxpr):
+    """Every equation, those of inner programs too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+def test_towers_that_no_stream_reads_do_not_run():
+    losses = LossConfig(temperature=0.2, tuple_weight=0, distillation_weight=0)
+    fwd, trainable, frozen = forward(losses)
+    made = batch(losses, 0, clips=4)
+    spoilt = {name: jnp.full_like(x, jnp.nan) if name.startswith("vision/") else x for name, x in frozen.items()}
+    assert np.isfinite(float(plain(fwd, trainable, spoilt, made)[1]["loss"]))
+
+
+def test_spread_tells_collapsed_embeddings_from_full_ones():
+    full = spread(jnp.eye(8))
+    assert_close(full["mean_cosine"], 0.0, "update_loss")
+    assert_close(full["effective_rank"], 7.0, "update_loss")
+    line = spread(jnp.array([[1.0, 0.0], [1.0, 0.1], [1.0, -0.1]]))
+    assert float(line["mean_cosine"]) > 0.97 and float(line["effective_rank"]) < 1.1
+    same = spread(jnp.ones((4, 3)))
+    assert_close(same["mean_cosine"], 1.0, "update_loss")
+    assert_close(same["effective_rank"], 0.0, "update_loss")

@@ -1,0 +1,89 @@
+"""What trains, what stays, and when a run refuses to start."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from omni_jax.config import ConfigError
+from omni_jax.train import TrainableConfig, report
+from omni_jax.train.trainable import count_groups, group_of, join, select, split
+from omni_jax.types import InputError
+from tests.model.builders import SEVEN_B
+from tests.train.random_batches import MODEL, PARAMS
+
+
+def test_the_adapter_recipe_trains_what_the_release_trained():
+    names = select(SEVEN_B, TrainableConfig())
+    groups = {g.group: g for g in count_groups(SEVEN_B, names)}
+    assert sum(g.trainable for g in groups.values()) == 395_001_344  # SPEC section 1
+    assert groups["lora"].trainable == 6_881_280 and groups["lora"].frozen == 0
+    assert {g for g, count in groups.items() if count.trainable} == {"lora", "head", "bridge"}
+    assert sum(g.trainable + g.frozen for g in groups.values()) == 9_417_532_287
+
+
+def test_the_report_names_every_group_and_the_total():
+    text = report(count_groups(SEVEN_B, select(SEVEN_B, TrainableConfig())))
+    assert "395,001,344" in text.splitlines()[-1]
+    assert [line.split()[0] for line in text.splitlines()][1:-1] == sorted({group_of("/".join(p)) for p in PARAMS}, key=text.index)
+
+
+def test_everything_trains_but_what_no_embedding_reads():
+    names = select(MODEL, TrainableConfig(recipe="all"))
+    left = {"/".join(p) for p in PARAMS} - names
+    assert {n.rpartition("/")[0] for n in left} == {"lm_head", "audio/bos_eos", "beats/predictor"}
+
+
+def test_parts_can_be_frozen():
+    names = select(MODEL, TrainableConfig(recipe="all", freeze=("beats", "decoder/embed")))
+    assert not any(n.startswith(("beats/", "decoder/embed/")) for n in names)
+    assert any(n.startswith("decoder/layers/") for n in names)
+
+
+def test_a_head_that_should_train_and_would_not_stops_the_run():
+    for place, name in (("head", "classify_linear"), ("bridge/norm", "beats_ln"), ("bridge/fc2", "beats_proj")):
+        with pytest.raises(InputError, match=name):
+            select(MODEL, TrainableConfig(freeze=(place,)))
+        with pytest.raises(InputError, match=name):
+            select(MODEL, TrainableConfig(recipe="all", freeze=(place,)))
+
+
+def test_a_head_that_the_adapter_would_lose_stops_the_run():
+    assert MODEL.lora is not None
+    lora = dataclasses.replace(MODEL.lora, modules_to_save=("classify_linear", "beats_proj"))
+    with pytest.raises(InputError, match=r"beats_ln .* exported adapter would lose it"):
+        select(dataclasses.replace(MODEL, lora=lora), TrainableConfig())
+
+
+def test_the_adapter_recipe_needs_lora():
+    with pytest.raises(InputError, match="no LoRA parameter"):
+        select(dataclasses.replace(MODEL, lora=None), TrainableConfig())
+    with pytest.raises(InputError, match="no LoRA parameter"):
+        select(MODEL, TrainableConfig(freeze=("decoder/layers/attn",)))
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(InputError, match="decoder/layer"):
+        select(MODEL, TrainableConfig(freeze=("decoder/layer",)))
+    with pytest.raises(ConfigError, match="lora"):
+        TrainableConfig(recipe="lora")
+    with pytest.raises(ValueError, match="no/such"):
+        split(PARAMS, ["no/such"])
+
+
+def test_split_and_join_are_inverse():
+    names = select(MODEL, TrainableConfig())
+    trainable, frozen = split(PARAMS, names)
+    assert trainable.keys() == names and not trainable.keys() & frozen.keys()
+    back = join(trainable, frozen)
+    assert back.keys() == PARAMS.keys()
+    assert all(np.array_equal(back[path], PARAMS[path]) for path in PARAMS)
+
+
+def test_frozen_weights_stay_in_bfloat16_and_trainable_ones_in_float32():
+    params = {path: x.astype(jnp.bfloat16) for path, x in PARAMS.items()}
+    trainable, frozen = split(params, select(MODEL, TrainableConfig()))
+    assert {x.dtype for x in trainable.values()} == {jnp.dtype(jnp.float32)}
+    assert {x.dtype for x in frozen.values()} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in split(PARAMS, [], "bfloat16")[1].values()} == {jnp.dtype(jnp.bfloat16)}
