@@ -48,11 +48,13 @@ class Scores:
       result: what `evaluate` returns.
       places: by direction.
       records: names of the records: ids, row numbers where none were given, or the labels of `relevance`.
+      rows: table name -> (N,) int64, record of every row, as a position in `records`.
     """
 
     result: dict[str, Any]
     places: dict[str, Places]
     records: tuple
+    rows: dict[str, np.ndarray]
 
     @property
     def tally(self) -> Tally:
@@ -195,7 +197,7 @@ def score(
         for name in wanted:
             found[name]["R@1_interval"] = spread.pop(name)
         result |= {"intervals": spread, "bootstrap": {"level": LEVEL, "resamples": resamples, "seed": seed}}
-    return Scores(result | {"missing": missing}, places, records)
+    return Scores(result | {"missing": missing}, places, records, record_of)
 
 
 def _records(

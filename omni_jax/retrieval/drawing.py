@@ -1,0 +1,196 @@
+"""Chart geometry: numbers in, coordinates of an SVG out. The templates draw what stands here and know no arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from omni_jax.retrieval.figures import Curve, Gap, Histogram
+
+
+@dataclasses.dataclass(frozen=True)
+class Tick:
+    """A mark of an axis: its coordinate and its label."""
+
+    at: float
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """A rectangle with the label of its place and its value."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    label: str
+    value: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A named path; `colour` is a number from 0 that the style sheet turns into colour and dashes, -1 for the line of chance."""
+
+    name: str
+    path: str
+    colour: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Dot:
+    """A named point with the ends of its interval, if it has one."""
+
+    name: str
+    x: float
+    y: float
+    low: float | None
+    high: float | None
+    colour: int
+    value: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """One drawing of `width` x `height` units; the plot lies within (left, top) and (right, bottom)."""
+
+    width: float
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    x_ticks: tuple[Tick, ...] = ()
+    y_ticks: tuple[Tick, ...] = ()
+    bars: tuple[Bar, ...] = ()
+    lines: tuple[Line, ...] = ()
+    dots: tuple[Dot, ...] = ()
+
+
+def bars(histogram: Histogram) -> Chart:
+    """Returns a bar chart of shares, its axis cut at the next tenth above the largest."""
+    width, height, left, right, top, bottom = 260, 150, 30, 256, 14, 122
+    top_share = max(0.1, math.ceil(max(histogram.shares, default=0) * 10 - 1e-9) / 10)
+    step = (right - left) / len(histogram.labels)
+    drawn = [
+        Bar(
+            _round(left + i * step + step * 0.1),
+            _round(bottom - (bottom - top) * share / top_share),
+            _round(step * 0.8),
+            _round((bottom - top) * share / top_share),
+            label,
+            _percent(share),
+        )
+        for i, (label, share) in enumerate(zip(histogram.labels, histogram.shares, strict=True))
+    ]
+    # Where the bar begins: the whole label of a wide bar would run into its neighbour's.
+    marks = [Tick(_round(left + (i + 0.5) * step), label.partition("-")[0]) for i, label in enumerate(histogram.labels)]
+    levels = [Tick(_round(bottom - (bottom - top) * part), f"{100 * part * top_share:.0f}") for part in (0, 0.5, 1)]
+    return Chart(width, height, left, right, top, bottom, tuple(marks), tuple(levels), tuple(drawn))
+
+
+def curves(named: Mapping[str, Curve]) -> Chart:
+    """Returns recall over rank on a logarithmic axis, one line a direction, and the line of chance."""
+    width, height, left, right, top, bottom = 560, 330, 40, 548, 12, 292
+    last = max(curve.ranks[-1] for curve in named.values())
+    span = math.log10(max(last, 2))
+
+    def path(ranks: Sequence[int], shares: Sequence[float]) -> str:
+        points = [
+            f"{_round(left + (right - left) * math.log10(rank) / span):g} {_round(bottom - (bottom - top) * share):g}"
+            for rank, share in zip(ranks, shares, strict=True)
+        ]
+        return "M" + "L".join(points) + (f"H{right}" if len(points) == 1 else "")
+
+    lines = [Line(name, path(curve.ranks, curve.shares), i) for i, (name, curve) in enumerate(named.items())]
+    longest = max(named.values(), key=lambda curve: curve.ranks[-1])
+    lines.insert(0, Line("chance", path(longest.ranks, longest.chance), -1))
+    ranks = [rank for power in range(7) for rank in (10**power, 2 * 10**power, 5 * 10**power) if rank <= last]
+    if len(ranks) > 8:
+        ranks = [rank for rank in ranks if str(rank)[0] == "1"]
+    marks = [Tick(_round(left + (right - left) * math.log10(rank) / span), f"{rank:,}") for rank in ranks]
+    levels = [Tick(_round(bottom - (bottom - top) * part), f"{100 * part:.0f}") for part in (0, 0.25, 0.5, 0.75, 1)]
+    return Chart(width, height, left, right, top, bottom, tuple(marks), tuple(levels), lines=tuple(lines))
+
+
+def overlap(gap: Gap) -> Chart:
+    """Returns the two histograms of cosines as outlines: line 0 the random pairs, line 1 the relevant ones."""
+    width, height, left, right, top, bottom = 260, 150, 8, 252, 10, 122
+    low, high = gap.edges[0], gap.edges[-1]
+    peak = max(*gap.random, *gap.matched, 1e-9)
+
+    def outline(shares: Sequence[float]) -> str:
+        step = (right - left) / len(shares)
+        steps = "".join(f"V{_round(bottom - (bottom - top) * s / peak):g}H{_round(left + (i + 1) * step):g}" for i, s in enumerate(shares))
+        return f"M{left} {bottom}{steps}V{bottom}Z"
+
+    marks = [Tick(_round(left + (right - left) * part), f"{low + (high - low) * part:.2f}") for part in (0.06, 0.5, 0.94)]
+    lines = (Line("random pairs", outline(gap.random), 0), Line("relevant pairs", outline(gap.matched), 1))
+    return Chart(width, height, left, right, top, bottom, tuple(marks), lines=lines)
+
+
+def cloud(points: Mapping[str, np.ndarray]) -> Chart:
+    """Returns a scatter plot with equal scales, one colour a table."""
+    width, height, left, right, top, bottom = 560, 400, 10, 550, 10, 390
+    every = np.concatenate(list(points.values()))
+    low, high = every.min(axis=0), every.max(axis=0)
+    scale = min((right - left - 12) / max(high[0] - low[0], 1e-9), (bottom - top - 12) / max(high[1] - low[1], 1e-9))
+    middle = (low + high) / 2
+    dots = [
+        Dot(
+            name,
+            _round((left + right) / 2 + (x - middle[0]) * scale),
+            _round((top + bottom) / 2 - (y - middle[1]) * scale),
+            None,
+            None,
+            i,
+            "",
+        )
+        for i, (name, rows) in enumerate(points.items())
+        for x, y in rows.tolist()
+    ]
+    return Chart(width, height, left, right, top, bottom, dots=tuple(dots))
+
+
+def standing(rows: Sequence[str], models: Sequence[tuple[str, Mapping[str, float | None], Mapping[str, Sequence[float]]]]) -> Chart:
+    """Returns averages on a common axis: one row an average, one dot a model.
+
+    Args:
+      rows: names of the averages.
+      models: (name, average -> R@1 in percent, average -> its interval), in the order of their colours.
+    """
+    left, right, top, line = 92, 548, 16, 56
+    height = top + line * len(rows) + 30
+    ends = [v for _, values, spread in models for key in rows for v in (values.get(key), *spread.get(key, ())) if v is not None]
+    low, high = math.floor(min(ends) / 5) * 5, math.ceil(max(ends) / 5) * 5
+    high = max(high, low + 5)
+
+    def across(value: float) -> float:
+        return _round(left + (right - left) * (value - low) / (high - low))
+
+    dots = []
+    for r, key in enumerate(rows):
+        present = [
+            (m, name, values[key], spread.get(key)) for m, (name, values, spread) in enumerate(models) if values.get(key) is not None
+        ]
+        for slot, (m, name, value, interval) in enumerate(present):
+            assert value is not None
+            y = top + line * r + 12 + (line - 24) * (slot + 0.5) / len(present)
+            bounds = [across(end) for end in interval] if interval else [None, None]
+            dots.append(Dot(name, across(value), _round(y), bounds[0], bounds[1], m, f"{value:.2f}"))
+    step = next(s for s in (1, 2, 5, 10, 20) if (high - low) / s <= 10)
+    first = math.ceil(low / step) * step
+    marks = [Tick(across(v), f"{v}") for v in range(first, high + 1, step)]
+    levels = [Tick(top + line * (r + 0.5), key) for r, key in enumerate(rows)]
+    return Chart(560, height, left, right, top, top + line * len(rows), tuple(marks), tuple(levels), dots=tuple(dots))
+
+
+def _round(value: float) -> float:
+    return round(float(value), 1)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
