@@ -106,5 +106,7 @@ class AudioTower(nnx.Module):
             return constrain(block(x, mask), "batch", "tokens", "features"), None
 
         x, _ = scan_layers(self.layers, body, x)
+        # Pinned again: left to itself, the compiler lays the last carry out by its reader's weights, and on some meshes gets it wrong.
+        x = constrain(x, "batch", "tokens", "features")
         n, steps, width = x.shape
         return self.proj(self.norm(x.reshape(n, steps // 2, 2, width).mean(axis=2)))

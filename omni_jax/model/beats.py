@@ -150,7 +150,7 @@ class Beats(nnx.Module):
             return constrain(block(x, position_bias, mask), "batch", "tokens", "features"), None
 
         x, _ = scan_layers(self.layers, body, x)
-        return jnp.where(valid[..., None], x, 0), patches
+        return constrain(jnp.where(valid[..., None], x, 0), "batch", "tokens", "features"), patches
 
 
 class BeatsBridge(nnx.Module):

@@ -103,4 +103,4 @@ class VisionTower(nnx.Module):
             return constrain(block(x, cos, sin, mask), "batch", "tokens", "features"), None
 
         x, _ = scan_layers(self.layers, body, x, jnp.asarray(full))
-        return self.merger(x)
+        return self.merger(constrain(x, "batch", "tokens", "features"))
