@@ -96,6 +96,30 @@ def read_torch_file(path: epath.PathLike) -> Any:
             raise InputError(f"{path}: damaged or truncated torch file ({e}); copy or download it again") from None
 
 
+def read_pickle(path: epath.PathLike) -> Any:
+    """Returns the dicts, lists and plain values of a bare pickle file, without executing anything.
+
+    Raises:
+      InputError: one line: not a pickle, damaged, or one that asks to run code.
+    """
+    path = epath.Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: {'is a folder, a pickle file is wanted' if path.is_dir() else 'no such file'}")
+    try:
+        data = path.read_bytes()
+        if len(data) > _MAX_PICKLE:
+            raise Refused(f"has {len(data)} bytes, at most {_MAX_PICKLE} expected")
+        return interpret(data, _no_storage)
+    except Refused as e:
+        raise InputError(f"{path}: {e}") from None
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read: {e.strerror or e}") from e
+
+
+def _no_storage(pid: Any) -> Any:
+    raise Refused(f"refers to {_short(pid)} outside the file")
+
+
 class _Archive:
     """The zip side: finds the pickle and the storages."""
 

@@ -1,0 +1,124 @@
+"""`omni-jax bench-data`: a benchmark's annotations and a folder of media to a manifest."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omni_jax.types import InputError
+
+if TYPE_CHECKING:
+    from omni_jax.data.benchmarks import Annotations, Coverage
+
+HELP = "make a manifest from a public benchmark's annotations and the media at hand"
+EXAMPLE = "omni-jax bench-data clotho --annotations clotho_captions_evaluation.csv --media evaluation --out clotho.jsonl --audit"
+
+NAMES = ("omniretriever", "clotho", "sounddescs", "msrvtt", "msvd", "didemo", "vatex")  # those of omni_jax.data.benchmarks, imported late
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=NAMES, help="the benchmark")
+    parser.add_argument("--annotations", required=True, metavar="FILE", help="annotation file as published")
+    parser.add_argument("--media", required=True, metavar="DIR", help="folder of the clips, or of whole sources; searched to its depth")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="manifest of the clips that are at hand")
+    parser.add_argument("--split", metavar="FILE", help="keep the clips whose ids stand in this file, one a line")
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="ROLE=NAME",
+        help="omniretriever: the column of a role (source, start, caption ...)",
+    )
+    parser.add_argument("--fetch-list", metavar="FILE", help="write id, URL, start and end of the missing clips, tab-separated")
+    parser.add_argument("--audit", action="store_true", help="print how much of the benchmark is at hand")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the manifest and returns the exit status: 0, or 1 when clips are missing.
+
+    Raises:
+      InputError: for anything in the arguments that cannot be used.
+    """
+    if not (args.out or args.audit or args.fetch_list):
+        raise InputError("nothing to do: give --out FILE.jsonl, --fetch-list FILE or --audit")
+    if args.out and args.out.suffix != ".jsonl":
+        raise InputError(f"--out {args.out}: the name of a manifest ends in .jsonl")
+    columns = dict(_role(text) for text in args.column)
+
+    # Late, so that `--help` and usage errors answer at once.
+    from conversion.torch_pickle import read_pickle
+    from omni_jax.data.benchmarks import BENCHMARKS, look_for, read_annotations
+
+    found = read_annotations(args.name, args.annotations, split=args.split, columns=columns, read_pickle=read_pickle)
+    media = BENCHMARKS[args.name].media
+    coverage = look_for(found.items, args.media, media)
+    if args.fetch_list:
+        _write_fetch_list(args.fetch_list, coverage)
+    if args.audit:
+        print(_audit(args.name, args.annotations, found, coverage))
+    if found.problems:
+        print(f"entries that cannot be used: {len(found.problems)}; the first: {found.problems[0]}", file=sys.stderr)
+    if args.out:
+        _write_manifests(args.out, args.media, media, found, coverage)
+    return 1 if coverage.missing or found.problems else 0
+
+
+def _write_manifests(out: Path, folder: str, media: tuple[str, ...], found: Annotations, coverage: Coverage) -> None:
+    from omni_jax.data.benchmarks import manifest_rows
+    from omni_jax.data.manifest import write_jsonl_atomic
+
+    if not coverage.found:
+        raise InputError(f"{folder}: holds no file of the {len(found.items)} clips; the first is called {coverage.missing[0].files[0]!r}")
+    clips, captions = manifest_rows(coverage, media, out.absolute().parent)
+    beside = {kind: out.with_name(f"{out.stem}.{kind}.jsonl") for kind in ("captions", "missing")}
+    missing = [{"id": item.id, "url": item.url, "reason": f"no file called {item.files[0]!r} in {folder}"} for item in coverage.missing]
+    missing += [{"id": None, "url": None, "reason": line} for line in found.problems]
+    write_jsonl_atomic(out, clips)
+    for path, rows in ((beside["captions"], captions), (beside["missing"], missing)):
+        path.unlink(missing_ok=True)
+        if rows:
+            write_jsonl_atomic(path, rows)
+    told = f", {len(captions)} captions in {beside['captions']}" if captions else ""
+    print(f"{out}: {len(clips)} of {len(found.items)} clips{told}")
+    if missing:
+        print(f"not in it: {len(missing)}, listed in {beside['missing']}", file=sys.stderr)
+
+
+def _write_fetch_list(path: str, coverage: Coverage) -> None:
+    from omni_jax.data.benchmarks import fetch_rows
+    from omni_jax.retrieval.embedding_file import replacing
+
+    rows = list(fetch_rows(coverage.missing))
+    if coverage.missing and not rows:
+        raise InputError("--fetch-list: these annotations do not say where the media are to be had; see the benchmark's own page")
+    with replacing(path) as file:
+        file.write("".join("\t".join(row) + "\n" for row in (("id", "url", "start", "end"), *rows)).encode())
+    print(f"{path}: {len(rows)} clips of {len({row[1] for row in rows})} sources to fetch")
+
+
+def _audit(name: str, annotations: str, found: Annotations, coverage: Coverage) -> str:
+    total, here = len(found.items), len(coverage.found)
+    captions = sum(len(item.captions) for item, _, _ in coverage.found)
+    lines = [
+        f"{name}: {total} clips in {annotations}",
+        f"  at hand       {here:6d}  ({100 * here / total:.1f} %), {coverage.whole} of them to be cut out of their source",
+        f"  missing       {len(coverage.missing):6d}"
+        + (f"  the first: {', '.join(item.id for item in coverage.missing[:5])}" if coverage.missing else ""),
+        f"  empty files   {len(coverage.empty):6d}",
+        f"  unused files  {coverage.unused:6d}",
+    ]
+    if coverage.doubtful:
+        lines.append(f"  several files {len(coverage.doubtful):6d}  of one name, the first taken: {', '.join(coverage.doubtful[:5])}")
+    if found.problems:
+        lines.append(f"  bad entries   {len(found.problems):6d}")
+    lines.append(f"A score on this subset is over a gallery of {here} clips and {captions} captions; a smaller gallery scores higher.")
+    return "\n".join(lines)
+
+
+def _role(text: str) -> tuple[str, str]:
+    role, sign, name = text.partition("=")
+    if not sign or not name:
+        raise InputError(f"--column {text}: write ROLE=NAME")
+    return role, name

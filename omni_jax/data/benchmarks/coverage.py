@@ -1,0 +1,116 @@
+"""Which clips of a benchmark are at hand: manifests of those that are, fetch lists of those that are not.
+
+Clips with one caption each make one manifest. Where any clip has several, the captions get a manifest of their own, with ids CLIP#NUMBER,
+so that `embed` runs once per clip and once per caption; `eval --captions` joins them again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omni_jax.data.benchmarks.items import Item
+from omni_jax.types import InputError
+
+VIDEO = frozenset("mp4 mkv mov webm avi m4v mpg mpeg flv 3gp wmv".split())
+AUDIO = frozenset("wav flac mp3 ogg oga opus m4a aac".split())
+CAPTION_MARK = "#"
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """Which clips have a file.
+
+    Attributes:
+      found: (clip, file, whether the file is the whole source) in the order of the benchmark.
+      missing: clips without a file.
+      empty: files of no bytes; their clips are among the missing.
+      doubtful: names that several files share; the first in alphabetical order was taken.
+      unused: media files that belong to no clip.
+    """
+
+    found: tuple[tuple[Item, Path, bool], ...]
+    missing: tuple[Item, ...]
+    empty: tuple[Path, ...]
+    doubtful: tuple[str, ...]
+    unused: int
+
+    @property
+    def whole(self) -> int:
+        """Clips to be cut out of their source by their interval."""
+        return sum(whole for _, _, whole in self.found)
+
+
+def look_for(items: Sequence[Item], folder: str | os.PathLike[str], media: Sequence[str]) -> Coverage:
+    """Returns which of the clips have a file in a folder or below it.
+
+    Args:
+      media: fields the file will fill: sound files count only where "video" is not among them.
+
+    Raises:
+      InputError: when the folder does not exist.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"{folder}: no such folder; name the one that holds the media")
+    endings = VIDEO if "video" in media else VIDEO | AUDIO
+    by_name: dict[str, list[Path]] = defaultdict(list)
+    files = []
+    for parent, folders, names in os.walk(root, followlinks=True):
+        folders.sort()
+        for name in sorted(names):
+            if name.rpartition(".")[2].lower() in endings:
+                path = Path(parent, name)
+                files.append(path)
+                for key in {name, path.stem}:
+                    by_name[key].append(path)
+    empty = [path for path in files if path.stat().st_size == 0]
+    usable = {name: good for name, paths in by_name.items() if (good := sorted(path for path in paths if path not in set(empty)))}
+    found, missing, doubtful, used = [], [], [], set()
+    for item in items:
+        candidates = [(name, False) for name in item.files] + [(name, True) for name in item.sources]
+        hit = next(((name, whole) for name, whole in candidates if name in usable), None)
+        if hit is None:
+            missing.append(item)
+            continue
+        name, whole = hit
+        if len(usable[name]) > 1:
+            doubtful.append(name)
+        found.append((item, usable[name][0], whole))
+        used.add(usable[name][0])
+    return Coverage(tuple(found), tuple(missing), tuple(empty), tuple(dict.fromkeys(doubtful)), len(set(files) - used - set(empty)))
+
+
+def manifest_rows(
+    coverage: Coverage, media: Sequence[str], folder: str | os.PathLike[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns the lines of the clips' manifest and of the captions' manifest; the second is empty where every clip has one caption.
+
+    Args:
+      folder: where the manifests will lie; paths are relative to it.
+    """
+    apart = any(len(item.captions) > 1 for item, _, _ in coverage.found)
+    clips, captions = [], []
+    for item, path, whole in coverage.found:
+        row: dict[str, Any] = {"id": item.id}
+        if not apart:
+            row["text"] = item.captions[0]
+        row |= dict.fromkeys(media, os.path.relpath(path, folder))
+        if whole and item.interval is not None:
+            row["timestamps"] = list(item.interval)
+        clips.append(row)
+        if apart:
+            captions += [{"id": f"{item.id}{CAPTION_MARK}{number}", "text": text} for number, text in enumerate(item.captions)]
+    return clips, captions
+
+
+def fetch_rows(items: Iterable[Item]) -> Iterator[tuple[str, str, str, str]]:
+    """Yields (id, URL, start, end) of clips to be fetched, in seconds, empty for a whole recording; clips without a URL are left out."""
+    for item in items:
+        if item.url is not None:
+            start, end = (f"{t:g}" for t in item.interval) if item.interval else ("", "")
+            yield item.id, item.url, start, end

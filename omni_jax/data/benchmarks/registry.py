@@ -1,0 +1,75 @@
+"""The benchmarks by name, and the reading of their annotations with the split applied."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from omni_jax.data.benchmarks import captioned
+from omni_jax.data.benchmarks.items import Annotations, PathLike, ReadPickle, read_text
+from omni_jax.data.benchmarks.omni_bench import omni_bench
+from omni_jax.types import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A benchmark.
+
+    Attributes:
+      media: manifest fields that a clip's file fills.
+      read: (annotation file, restricted pickle reader) -> annotations; None for the CSV whose columns may be named.
+      split: what the file given with --split is called where the annotations hold more than the test clips.
+    """
+
+    media: tuple[str, ...]
+    read: Callable[[PathLike, ReadPickle | None], Annotations] | None
+    split: str | None = None
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "omniretriever": Benchmark(("video", "audio"), None),
+    "clotho": Benchmark(("audio",), captioned.clotho),
+    "sounddescs": Benchmark(("audio",), captioned.sounddescs, "test_list.txt"),
+    "msrvtt": Benchmark(("video",), captioned.msrvtt),
+    "msvd": Benchmark(("video",), captioned.msvd, "test_list.txt"),
+    "didemo": Benchmark(("video",), captioned.didemo),
+    "vatex": Benchmark(("video",), captioned.vatex, "a list of test ids"),
+}
+
+
+def read_annotations(
+    name: str,
+    path: PathLike,
+    *,
+    split: PathLike | None = None,
+    columns: Mapping[str, str] | None = None,
+    read_pickle: ReadPickle | None = None,
+) -> Annotations:
+    """Returns the clips of a benchmark's annotation file.
+
+    Args:
+      name: of BENCHMARKS.
+      split: text file of the clip ids to keep, one a line, as the test lists are published.
+      columns: role -> column name, for OmniRetriever-Bench.
+      read_pickle: restricted reader of pickle files; None: they are refused.
+
+    Raises:
+      InputError: for an unknown name, a file of another form, or a split that shares no id with it.
+    """
+    if name not in BENCHMARKS:
+        raise InputError(f"benchmark {name!r} is unknown; choose one of {', '.join(BENCHMARKS)}")
+    read = BENCHMARKS[name].read
+    if read is None:
+        found = omni_bench(path, columns)
+    elif columns:
+        raise InputError(f"--column: the columns of {name} are as published; leave it out")
+    else:
+        found = read(path, read_pickle)
+    if split is None:
+        return found
+    wanted = dict.fromkeys(line.strip() for line in read_text(split).splitlines() if line.strip())
+    by_id = {item.id: item for item in found.items}
+    items = tuple(by_id[i] for i in wanted if i in by_id)
+    if not items:
+        raise InputError(f"{split}: none of its {len(wanted)} ids stands in {path}; is it the split of {name}?")
+    return Annotations(items, (*found.problems, *(f"{split}: clip {i!r} is not in {path}" for i in wanted if i not in by_id)))
