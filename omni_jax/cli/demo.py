@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     steps = [
         ["convert", "to-jax", "--base", str(source / "checkpoint"), "--adapter", str(source / "adapter"), "--out", str(model)],
         ["embed", "--model", str(model), "--manifest", str(source / "manifest.jsonl"), "--out", str(embeddings), *_settings(source)],
-        ["eval", str(embeddings), "--json", str(args.out / "demo.json")],
+        ["eval", str(embeddings), "--json", str(args.out / "demo.json"), "--html", str(args.out / "demo.html"), *_clips(source)],
     ]
     for step in steps:
         print(f"\n$ omni-jax {' '.join(step)}", flush=True)
@@ -72,6 +72,11 @@ def _settings(source: Path) -> list[str]:
     """Returns the preset fields the reference run was made with."""
     spec = json.loads((source / "spec.json").read_text())
     return [part for name in ("frames", "pixels", "audio_seconds") if name in spec for part in ("--set", f"{name}={spec[name]}")]
+
+
+def _clips(source: Path) -> list[str]:
+    """Returns the arguments that put captions, pictures and sounds into the report."""
+    return ["--manifest", str(source / "manifest.jsonl"), "--media", str(source)]
 
 
 def _source() -> Path:

@@ -12,7 +12,7 @@ from etils import epath
 from omni_jax.types import InputError
 
 HELP = "score an embedding file in the 12 directions between text, video, audio and their pairs"
-EXAMPLE = "omni-jax eval bench.npz --ties worst --json bench.json --compare published --compare wave7b.npz"
+EXAMPLE = "omni-jax eval bench.npz --ties worst --json bench.json --html bench.html --compare published --compare wave7b.npz"
 
 TIES = ("optimistic", "average", "worst")  # those of omni_jax.retrieval, which is imported late
 PUBLISHED = "published"
@@ -31,7 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         action="append",
         default=[],
-        help=f"put another embedding file, a result written with --json, or the word {PUBLISHED!r} beside it; may be repeated",
+        help=f"put another embedding file, a result written with --json, or the word {PUBLISHED!r} beside it; may be repeated. A file over "
+        "the same records is also tested: differences, their intervals and p-values",
+    )
+    parser.add_argument("--html", metavar="OUT", help="also write a report as one self-contained page")
+    parser.add_argument("--manifest", metavar="FILE.jsonl", help="captions for the report, and with --media the names of its files")
+    parser.add_argument(
+        "--media",
+        metavar="DIR",
+        help="show pictures and sounds in the report: the folder that the manifest's paths start from, or, without --manifest, a folder of "
+        "files named for their records (clip7.mp4)",
     )
 
 
@@ -41,41 +50,69 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       InputError: for anything in the files that cannot be scored.
     """
+    for flag, value in (("--manifest", args.manifest), ("--media", args.media)):
+        if value and not args.html:
+            raise InputError(f"{flag} {value}: is for the report; name its file with --html")
     # The library imports come late so that `--help` and usage errors answer at once.
     import jax
     import numpy as np
     from jax.sharding import Mesh
 
-    from omni_jax.retrieval import evaluate, format_comparison, format_table, read_embeddings
-    from omni_jax.retrieval.embedding_file import replacing
-    from omni_jax.retrieval.published import OMNIRETRIEVER_BENCH
+    from omni_jax.cli.report import page, records_of
+    from omni_jax.retrieval import compare, format_comparison, format_differences, format_table, read_embeddings, score
+    from omni_jax.retrieval.embedding_file import check_place, replacing
+    from omni_jax.retrieval.published import OMNIRETRIEVER_BENCH, OMNIRETRIEVER_BENCH_RECORDS
+    from omni_jax.retrieval.report import Other
 
+    for out in filter(None, (args.json, args.html)):
+        check_place(out)
+    records = records_of(args.manifest, args.media)
     mesh = Mesh(np.array(jax.devices()), ("rows",))
-    result = evaluate(read_embeddings(args.files), ties=args.ties, mesh=mesh)
+    embeddings = read_embeddings(args.files)
+    scores = score(embeddings, ties=args.ties, mesh=mesh)
+    result = scores.result
     columns: dict[str, dict[str, Any]] = {}
-    _add(columns, args.files[0] if len(args.files) == 1 else f"{args.files[0]} +{len(args.files) - 1}", result)
-    for other in args.compare:
-        if other == PUBLISHED:
+    own = _add(columns, args.files[0] if len(args.files) == 1 else f"{args.files[0]} +{len(args.files) - 1}", result)
+    published = [Other(f"{name} (published)", row | {"n": OMNIRETRIEVER_BENCH_RECORDS}, True) for name, row in OMNIRETRIEVER_BENCH.items()]
+    others: list[Other] = []
+    notes: list[str] = []
+    for path in args.compare:
+        if path == PUBLISHED:
             columns |= {f"{name} (published)": row for name, row in OMNIRETRIEVER_BENCH.items()}
-        elif other.endswith(".json"):
-            _add(columns, other, _read_result(other))
+        elif path.endswith(".json"):
+            read = _read_result(path)
+            others.append(Other(_add(columns, path, read), read))
         else:
-            _add(columns, other, evaluate(read_embeddings(other), ties=args.ties, mesh=mesh))
+            theirs = score(read_embeddings(path), ties=args.ties, mesh=mesh)
+            name = _add(columns, path, theirs.result)
+            try:
+                differences = compare(scores.tally, theirs.tally)
+                result.setdefault("comparisons", {})[name] = {key: found.row() for key, found in differences.items()}
+                notes.append(format_differences(own, name, differences))
+            except InputError as e:
+                differences = None
+                notes.append(f"No paired test with {name}: {e}.")
+            others.append(Other(name, theirs.result, differences=differences))
     if jax.process_index() != 0:
         return 0
     if args.json:
         with replacing(args.json) as file:
             file.write(json.dumps(result, indent=2, allow_nan=False).encode() + b"\n")
+    if args.html:
+        text = page(own, embeddings, scores, [*published, *others], records, with_media=args.media is not None)
+        with replacing(args.html) as file:
+            file.write(text.encode())
     print(format_table(result))
     if args.compare:
-        print("\n" + format_comparison(columns))
+        print("\n" + "\n\n".join([format_comparison(columns), *notes]))
     return 0
 
 
-def _add(columns: dict[str, dict[str, Any]], path: str, result: dict[str, Any]) -> None:
-    """Files are headed by their names, and by their paths where two names are equal."""
-    name = Path(path).name
-    columns[path if name in columns else name] = result
+def _add(columns: dict[str, dict[str, Any]], path: str, result: dict[str, Any]) -> str:
+    """Adds a column and returns its heading: the file's name, or its path where two names are equal."""
+    name = path if Path(path).name in columns else Path(path).name
+    columns[name] = result
+    return name
 
 
 def _read_result(path: str) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def look_closer(
     place = places.place[studied]
     examples = []
     for kind, order in (("best", np.lexsort((-margin, place))), ("worst", np.lexsort((margin, -place)))):
-        for i in order[: min(shown, len(order))].tolist():
+        for i in order[: min(shown, max(1, len(order) // 2))].tolist():  # a query is not among the best and the worst at once
             near = [
                 Neighbour(str(scores.records[gallery_record[item]]), float(level), bool(mine))
                 for item, level, mine in zip(items[i, :SHOWN], cosines[i, :SHOWN], own[i, :SHOWN], strict=True)

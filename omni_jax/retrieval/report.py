@@ -29,6 +29,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 MEDIA_BYTES = 12_000_000  # of pictures and sounds in one page, as base64 characters
 CAPTION_LENGTH, NEIGHBOUR_LENGTH = 500, 160  # characters shown
 MODELS_DRAWN = 6  # colours of the style sheet
+COMPARABLE = 0.1  # galleries whose sizes differ by more than this share are not drawn on one axis
 
 WORDS = {"text": "text", "video": "video", "audio": "audio", "av": "audio + video", "tv": "text + video", "at": "audio + text"}
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -262,7 +263,10 @@ def _standing(report: Report) -> dict[str, Any] | None:
     if not rows:
         return None
     models = [(report.name, {k: ours[k] for k in rows}, ours.get("intervals", {}))]
-    models += [(other.name, other.result, other.result.get("intervals", {})) for other in report.others][: MODELS_DRAWN - 1]
+    # Those compared by name come before the published ones when the colours run out.
+    near = [other for other in report.others if abs(other.result.get("n", ours["n"]) - ours["n"]) <= COMPARABLE * ours["n"]]
+    near = sorted(near, key=lambda other: other.published)[: MODELS_DRAWN - 1]
+    models += [(other.name, other.result, other.result.get("intervals", {})) for other in near]
     return {"chart": drawing.standing(rows, models), "legend": [(f"c{i}", name) for i, (name, _, _) in enumerate(models)]}
 
 

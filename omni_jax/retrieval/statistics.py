@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -63,6 +64,10 @@ class Difference:
     interval: Interval
     p: float
     p_holm: float | None
+
+    def row(self) -> dict[str, Any]:
+        """The difference, ready for JSON."""
+        return {"difference": self.difference, "interval": list(self.interval), "p": self.p, "p_holm": self.p_holm}
 
 
 def intervals(tally: Tally, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Interval]:

@@ -25,7 +25,7 @@
       if (clip.sound) {
         const sound = document.createElement("audio");
         sound.controls = true;
-        sound.preload = "none";
+        sound.preload = "metadata";
         sound.src = clip.sound;
         sound.setAttribute("aria-label", `Sound of ${place.dataset.name}`);
         place.append(sound);

@@ -1,0 +1,81 @@
+"""The page that `eval --html` writes: its records' captions from a manifest, their pictures and sounds from media files, and its text."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from omni_jax import __version__
+from omni_jax.cli.progress import Progress
+from omni_jax.retrieval.metrics import Scores
+from omni_jax.retrieval.report import Clip, Other, build_report, render
+from omni_jax.types import ClipError, EmbeddingTable, InputError, Record
+
+TIME_LIMIT = 60.0  # seconds one clip may take
+SOUND_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".m4a", ".opus", ".aac"}
+VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
+
+
+def records_of(manifest: str | None, media: str | None) -> dict[str, Record]:
+    """Returns records by id: those of the manifest, or those that the names of the files in folder `media` tell (clip7.mp4 is clip7).
+
+    Raises:
+      InputError: for a manifest that cannot be read, or a folder that is not there.
+    """
+    if media is not None and not os.path.isdir(media):
+        raise InputError(f"--media {media}: no such folder; name the one that holds the clips")
+    if manifest is not None:
+        from omni_jax.data.manifest import read_manifest
+
+        return {record.id: record for record in read_manifest(manifest, media).records}
+    found: dict[str, Record] = {}
+    for path in sorted(Path(media).iterdir()) if media is not None else ():
+        kind = path.suffix.lower()
+        if kind not in SOUND_SUFFIXES | VIDEO_SUFFIXES or not path.is_file():
+            continue
+        record = found.get(path.stem, Record(path.stem))
+        if kind in VIDEO_SUFFIXES:
+            record = dataclasses.replace(record, video=record.video or path, audio=record.audio or path)
+        else:
+            record = dataclasses.replace(record, audio=path)
+        found[path.stem] = record
+    return found
+
+
+def page(
+    name: str, embeddings: EmbeddingTable, scores: Scores, others: Sequence[Other], records: Mapping[str, Record], with_media: bool
+) -> str:
+    """Returns the report of a result, with what is known of the records it shows."""
+    report = build_report(name, embeddings.tables, scores, others)
+    shown = [records[record] for record in report.records if record in records]
+    clips, notes = clips_of(shown) if with_media else ({}, [])
+    captions = {record.id: record.text for record in shown if record.text}
+    return render(report, captions, clips, notes=notes, version=__version__)
+
+
+def clips_of(records: Sequence[Record]) -> tuple[dict[str, Clip], list[str]]:
+    """Returns pictures and sounds by id, and lines about media that could not be read. Decoding happens in processes that can be ended."""
+    from omni_jax.media.preview import record_preview
+    from omni_jax.media.workers import run_guarded
+
+    wanted = [record for record in records if record.video is not None or record.audio is not None]
+    clips: dict[str, Clip] = {}
+    failed: list[str] = []
+    if not wanted:
+        return clips, failed
+    workers = min(len(wanted), max(1, (os.cpu_count() or 1) - 1))
+    with Progress(len(wanted), "previews") as progress:
+        for record, preview in run_guarded(record_preview, wanted, workers, TIME_LIMIT, name=lambda record: record.id):
+            progress.update()
+            if isinstance(preview, ClipError):
+                failed.append(record.id)
+                continue
+            if preview.problems:
+                failed.append(record.id)
+            clips[record.id] = Clip(preview.image, preview.sound)
+    if not failed:
+        return clips, failed
+    more = ", ..." if len(failed) > 5 else ""
+    return clips, [f"Media of {len(failed)} of the {len(wanted)} records shown could not be read: {', '.join(failed[:5])}{more}."]
