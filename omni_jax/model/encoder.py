@@ -5,6 +5,8 @@ Letters: N items, R rows, K prompts per row, L layers, D LLM width, V vocabulary
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -97,12 +99,12 @@ def abstract_encoder(config: ModelConfig, *, param_dtype: Any = jnp.float32, dty
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """Returns path -> shape and dtype of every parameter."""
-    return {path: jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in _flat(abstract_encoder(config, param_dtype=dtype)).items()}
+    return {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, _) in _leaves(config).items()}
 
 
 def param_axes(config: ModelConfig) -> dict[tuple[str, ...], tuple[str | None, ...]]:
     """Returns path -> logical axis names of every parameter."""
-    return {path: p.get_metadata()["axes"] for path, p in _flat(abstract_encoder(config)).items()}
+    return {path: axes for path, (_, axes) in _leaves(config).items()}
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[tuple[str, ...], NamedSharding]:
@@ -127,6 +129,12 @@ def with_params(encoder: Encoder, params: dict[tuple[str, ...], jax.Array]) -> E
             raise ValueError(f"{len(paths)} parameters are {what}: {names}{' ...' if len(paths) > 5 else ''}")
     filled = [(path, slots[path].replace(params[path])) for path in slots]
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+@functools.lru_cache(maxsize=8)
+def _leaves(config: ModelConfig) -> Mapping[tuple[str, ...], tuple[tuple[int, ...], tuple[str | None, ...]]]:
+    """Shape and logical axes of every parameter. Kept: tracing an encoder takes a second, and training asks several times."""
+    return {path: (p.shape, p.get_metadata()["axes"]) for path, p in _flat(abstract_encoder(config)).items()}
 
 
 def _flat(tree: Encoder | nnx.State) -> dict[tuple[str, ...], Any]:
