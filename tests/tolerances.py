@@ -76,6 +76,14 @@ TOLERANCES: dict[str, tuple[str, float]] = {
     "resampled_probability": ("absolute", 0.03),
     # The ends of a bootstrap interval of 4,000 records, percent, against the normal law: the wobble of 2,000 resamples.
     "interval_percent": ("absolute", 0.2),
+    # float32 cosines shown beside a query: a row sum against a matrix product.
+    "cosine_shown": ("absolute", 1e-6),
+    # Means over hundreds of points scattered by 0.01 around their centre.
+    "cloud": ("absolute", 5e-3),
+    # A float32 cosine against float64; int8 keeps half a step of a row's largest value in 127; the step itself, a float32 division.
+    "cosine_score": ("absolute", 1e-6),
+    "int8": ("relative", 0.5 / 127 + 1e-6),
+    "int8_scale": ("absolute", 1e-8),
     # Published averages, each rounded to two places: the mean of two of them against a third.
     "published_percent": ("absolute", 0.0101),
 }
