@@ -1,17 +1,19 @@
 """Embedding files: one `.npz` of ids and tables, written whole or not at all, read without ever unpickling.
 
-Two forms (SPEC section 9): ours holds `ids` (N,) and one (N, D) array per table; the official one holds one (D,) array per record and table
-under `{id}__text`, `{id}__video`, `{id}__audio`, `{id}__av`, `{id}__tv`, `{id}__at`.
+Three forms (SPEC section 9). Ours holds `ids` (N,) and one (N, D) array per table; a table may be int8 beside a `{table}_scale` (N,), as
+`omni-jax export --to int8` writes it. The official one holds one (D,) array per record and table under `{id}__text`, `{id}__video`,
+`{id}__audio`, `{id}__av`, `{id}__tv`, `{id}__at`. The published scorer's holds `text_embeds` and `mllm_embeds`, each (N, D).
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -22,6 +24,11 @@ from omni_jax.types import EmbeddingTable, InputError
 
 IDS = "ids"
 SEPARATOR = "__"
+SCALE = "_scale"
+TEXT_EMBEDS, MEDIA_EMBEDS = "text_embeds", "mllm_embeds"
+MEDIA_TABLE = "av"  # what `mllm_embeds` holds unless it is said otherwise
+ALIGNMENT = 64  # bytes; a CPU backend reads an array that starts so without copying it
+BLOCK = 1 << 20  # bytes read together
 
 PathLike = str | os.PathLike[str]
 
@@ -78,12 +85,20 @@ def write_embeddings(path: PathLike, table: EmbeddingTable, official_keys: bool 
         }
     else:
         arrays = {IDS: np.array(table.ids, dtype=np.str_), **table.tables}
+    write_members(path, {name: array if name == IDS else np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()})
+
+
+def write_members(path: PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes an `.npz` of these arrays, atomically.
+
+    Raises:
+      InputError: for a place that cannot be written.
+    """
     # np.savez takes names as keywords and would refuse a record called "file".
     with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, array in arrays.items():
-            value = array if name == IDS else np.ascontiguousarray(array, dtype=np.float32)
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, value, allow_pickle=False)
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def read_embeddings(path: PathLike | Sequence[PathLike]) -> EmbeddingTable:
@@ -120,8 +135,10 @@ def read_embeddings(path: PathLike | Sequence[PathLike]) -> EmbeddingTable:
 
 
 def _read_one(path: PathLike) -> EmbeddingTable:
-    arrays = _load(path)
-    if IDS in arrays:
+    arrays = load_arrays(path)
+    if MEDIA_EMBEDS in arrays or TEXT_EMBEDS in arrays:
+        table = from_two_arrays(arrays, str(path))
+    elif IDS in arrays:
         table = _from_ours(arrays, str(path))
     else:
         table = _from_official(arrays, str(path))
@@ -129,7 +146,12 @@ def _read_one(path: PathLike) -> EmbeddingTable:
     return table
 
 
-def _load(path: PathLike) -> dict[str, np.ndarray]:
+def load_arrays(path: PathLike) -> dict[str, np.ndarray]:
+    """Returns the arrays of an `.npz` file by name, none of them unpickled.
+
+    Raises:
+      InputError: for a file that is missing, truncated, no `.npz`, or pickled, or holds a name twice.
+    """
     file = epath.Path(path)
     if file.is_dir():
         raise InputError(f"{path} is a folder; name an .npz file")
@@ -144,7 +166,7 @@ def _load(path: PathLike) -> dict[str, np.ndarray]:
             arrays = {}
             for name in names:
                 with archive.open(name) as member:
-                    arrays[name.removesuffix(".npy")] = np.lib.format.read_array(member, allow_pickle=False)
+                    arrays[name.removesuffix(".npy")] = read_array(member)
             return arrays
     except zipfile.BadZipFile as e:
         raise InputError(f"{path}: truncated or not an .npz file ({e}); write it again") from e
@@ -156,20 +178,91 @@ def _load(path: PathLike) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: cannot be read: {e.strerror or e}") from e
 
 
-def _from_ours(arrays: dict[str, np.ndarray], path: str) -> EmbeddingTable:
-    ids = arrays.pop(IDS)
+def read_array(file: IO[bytes]) -> np.ndarray:
+    """Returns the array of an open `.npy` file, its rows aligned for the CPU backend.
+
+    Raises:
+      ValueError, EOFError: for a file that holds no plain array, or not all of it.
+    """
+    version = np.lib.format.read_magic(file)
+    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if header is None:
+        raise ValueError(f"array format {version[0]}.{version[1]}")
+    shape, by_column, dtype = header(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + ALIGNMENT, np.uint8)
+    flat = room[-room.ctypes.data % ALIGNMENT :][:size]
+    for start in range(0, size, BLOCK):
+        block = flat[start : start + BLOCK]
+        data = file.read(len(block))
+        if len(data) < len(block):
+            raise EOFError("the array ends early")
+        block[:] = np.frombuffer(data, np.uint8)
+    if file.read(1):  # also makes a zip member check its sum
+        raise ValueError("more values than the header says")
+    return flat.view(dtype).reshape(shape, order="F" if by_column else "C")
+
+
+def from_two_arrays(arrays: Mapping[str, Any], path: str, media: str = MEDIA_TABLE) -> EmbeddingTable:
+    """Returns the tables of the published scorer's form: `text_embeds` (N, D), `mllm_embeds` (N, D) and, optionally, `ids` (N,).
+
+    Without ids the records are called by their row numbers.
+
+    Args:
+      media: table that `mllm_embeds` becomes.
+
+    Raises:
+      InputError: for a missing array, arrays of unequal length or no table shape.
+    """
+    absent = [key for key in (TEXT_EMBEDS, MEDIA_EMBEDS) if key not in arrays]
+    if absent:
+        raise InputError(f"{path}: has no {absent[0]!r}; a file of two arrays holds {TEXT_EMBEDS!r} and {MEDIA_EMBEDS!r}")
+    tables = {}
+    for name, key in (("text", TEXT_EMBEDS), (media, MEDIA_EMBEDS)):
+        rows = arrays[key]
+        if not isinstance(rows, np.ndarray) or rows.ndim != 2:
+            raise InputError(f"{path}: {key!r} is {getattr(rows, 'shape', type(rows).__name__)}; expected an array (records, width)")
+        tables[name] = float32_rows(rows, key, path)
+    (a, b), (width, other) = zip(*(rows.shape for rows in tables.values()), strict=True)
+    if a != b or width != other:
+        raise InputError(
+            f"{path}: {TEXT_EMBEDS!r} is {a} x {width} and {MEDIA_EMBEDS!r} {b} x {other}; row i of both must be record i, of one model"
+        )
+    ids = id_names(np.asarray(arrays[IDS]), path) if IDS in arrays else tuple(map(str, range(a)))
+    table = EmbeddingTable(ids, tables)
+    _check(table, path)
+    return table
+
+
+def id_names(ids: np.ndarray, path: str) -> tuple[str, ...]:
+    """Returns record ids as text.
+
+    Raises:
+      InputError: when they are neither text nor whole numbers.
+    """
     if ids.ndim != 1 or ids.dtype.kind not in "USiu":
         raise InputError(f"{path}: 'ids' is {ids.dtype} {ids.shape}; expected one text or whole number per record")
+    try:
+        return tuple(i.decode() if isinstance(i, bytes) else str(i) for i in ids.tolist())
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: 'ids' is not UTF-8 text ({e.reason})") from e
+
+
+def _from_ours(arrays: dict[str, np.ndarray], path: str) -> EmbeddingTable:
+    names = id_names(arrays.pop(IDS), path)
+    scales = {name: arrays.pop(name + SCALE) for name in TABLES if name in arrays and name + SCALE in arrays}
     unknown = [name for name in arrays if name not in TABLES]
     if unknown:
         raise InputError(f"{path}: unknown table {unknown[0]!r}; the tables are {', '.join(TABLES)}")
     if not arrays:
         raise InputError(f"{path}: no tables beside 'ids'; expected some of {', '.join(TABLES)}")
-    try:
-        names = tuple(i.decode() if isinstance(i, bytes) else str(i) for i in ids.tolist())
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: 'ids' is not UTF-8 text ({e.reason})") from e
-    return EmbeddingTable(names, {name: _float32(arrays[name], name, path) for name in TABLES if name in arrays})
+    for name, scale in scales.items():
+        if arrays[name].dtype != np.int8 or scale.dtype.kind != "f" or scale.shape != arrays[name].shape[:1]:
+            raise InputError(f"{path}: table {name!r} and its scales do not fit together; export the file again")
+        arrays[name] = arrays[name].astype(np.float32) * scale[:, None].astype(np.float32)
+    return EmbeddingTable(names, {name: float32_rows(arrays[name], name, path) for name in TABLES if name in arrays})
 
 
 def _from_official(arrays: dict[str, np.ndarray], path: str) -> EmbeddingTable:
@@ -194,12 +287,12 @@ def _from_official(arrays: dict[str, np.ndarray], path: str) -> EmbeddingTable:
             raise InputError(
                 f"{path}: {odd[0]}{SEPARATOR}{name} has shape {shapes[odd[0]]}; expected one vector of the width of the others"
             )
-        tables[name] = _float32(np.stack([found[record] for record in ids]), name, path)
+        tables[name] = float32_rows(np.stack([found[record] for record in ids]), name, path)
     return EmbeddingTable(ids, tables)
 
 
-def _float32(array: np.ndarray, name: str, path: str) -> np.ndarray:
-    if array.dtype.kind != "f":
+def float32_rows(array: np.ndarray, name: str, path: str) -> np.ndarray:
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise InputError(f"{path}: table {name!r} holds {array.dtype}; expected floating point numbers (float32)")
     return np.ascontiguousarray(array, dtype=np.float32)
 

@@ -1,0 +1,50 @@
+"""`omni-jax export`: an embedding file in another form."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from omni_jax.types import InputError
+
+HELP = "turn an embedding file into FAISS indexes, .npy files or int8, with the recall that int8 costs"
+EXAMPLE = "omni-jax export clips.npz --to int8 --out clips-int8.npz"
+
+FORMS = ("faiss", "npy", "int8")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help="embedding file (.npz); several are parts of one set")
+    parser.add_argument(
+        "--to", choices=FORMS, required=True, help="faiss and npy write a folder, one file a table and ids.txt; int8 a file"
+    )
+    parser.add_argument("--out", required=True, metavar="PATH", help="folder, or for int8 an .npz file, to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the export and returns the exit status.
+
+    Raises:
+      InputError: for files that cannot be read or a place that cannot be written, or when faiss is wanted and not installed.
+    """
+    if args.to == "int8" and not args.out.endswith(".npz"):
+        raise InputError(f"--out {args.out}: int8 tables make an embedding file; its name ends in .npz")
+
+    # Late, so that `--help` and usage errors answer at once.
+    from conversion.torch_pickle import read_torch_file
+    from omni_jax.retrieval.export import export_faiss, export_int8, export_npy, format_loss, recall_loss
+    from omni_jax.retrieval.inputs import read_inputs
+
+    table = read_inputs(args.files, read_torch_file)
+    if args.to == "int8":
+        held = export_int8(table, args.out)
+        before, after = (sum(rows.nbytes for rows in table.tables.values()) * share / 1e6 for share in (1, 0.25))
+        print(f"{args.out}: {len(table.ids)} records x {len(table.tables)} tables, {before:.1f} MB of float32 became {after:.1f} MB")
+        try:
+            print(format_loss(recall_loss(table, held)))
+        except InputError as e:
+            print(f"the loss of recall was not measured: {e}", file=sys.stderr)
+        return 0
+    made = (export_npy if args.to == "npy" else export_faiss)(table, args.out)
+    print(f"{args.out}: {', '.join(made)}; {len(table.ids)} records")
+    return 0

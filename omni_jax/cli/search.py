@@ -1,0 +1,81 @@
+"""`omni-jax search`: the records of an embedding file nearest to a text, a sound, a video or both."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from etils import epath
+
+from omni_jax.config import PRESETS, TABLES, preset
+from omni_jax.types import InputError
+
+HELP = "search an embedding file by text, audio, video or audio and video together"
+EXAMPLE = 'omni-jax search --model omni7b --index clips.npz --text "a whistle over a gradient sky" -k 5'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=epath.Path, required=True, metavar="DIR", help="folder written by 'omni-jax convert to-jax'")
+    parser.add_argument(
+        "--index", action="append", required=True, metavar="FILE.npz", help="embedding file; repeat it for parts of one set"
+    )
+    query = parser.add_mutually_exclusive_group(required=True)
+    query.add_argument("--text", metavar="TEXT", help="search by a caption")
+    query.add_argument("--audio", metavar="FILE", help="search by a sound; a video file's track will do")
+    query.add_argument("--video", metavar="FILE", help="search by the pictures of a video")
+    query.add_argument("--av", metavar="FILE", help="search by the pictures and the sound of a video")
+    parser.add_argument("-k", type=_count, default=10, metavar="N", help="results to print (default: %(default)s)")
+    parser.add_argument(
+        "--table", choices=TABLES, help="table to search in (default: for a text av, then video, audio; for other queries what they lack)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.add_argument("--preset", default="training", help=f"one of {', '.join(PRESETS)}; that of the index (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help="override a preset field")
+    parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="weights and computation (default: keep)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints rank, cosine and id of the nearest records and returns the exit status.
+
+    Raises:
+      InputError, ConfigError: for an index, a query or a model that cannot be used.
+    """
+    chosen = preset(args.preset).override(args.overrides)
+    kind = next(name for name in ("text", "audio", "video", "av") if getattr(args, name) is not None)
+    given = getattr(args, kind)
+    if kind == "text" and not given.strip():
+        raise InputError("--text: is empty; say what to search for")
+
+    # Late, so that `--help` and usage errors answer at once.
+    from omni_jax.retrieval.inputs import read_inputs
+    from omni_jax.retrieval.search import search, target_table
+
+    index = read_inputs(args.index)
+    table = target_table(kind, index.tables, args.table)
+    if not index.ids:
+        raise InputError(f"{args.index[0]}: holds no records")
+
+    from omni_jax.api import OmniRetriever
+
+    model = OmniRetriever.from_pretrained(args.model, dtype=args.dtype, preset=chosen)
+    query = model.encode(
+        texts=[given] if kind == "text" else None,
+        videos=[given] if kind in ("video", "av") else None,
+        audios=[given] if kind in ("audio", "av") else None,
+    )
+    scores, rows = search(query, index.tables[table], args.k, name=table, ids=index.ids)
+    found = [(index.ids[row], float(score)) for row, score in zip(rows[0].tolist(), scores[0], strict=True)]
+    if args.json:
+        print(json.dumps({"query": kind, "table": table, "records": len(index.ids), "results": [{"id": i, "score": s} for i, s in found]}))
+        return 0
+    print(f"{kind} in table {table} of {len(index.ids)} records, by cosine:")
+    for rank, (name, score) in enumerate(found, 1):
+        print(f"{rank:4d}  {score:7.4f}  {name}")
+    return 0
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("at least 1 is needed")
+    return value

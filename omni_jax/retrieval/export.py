@@ -1,0 +1,116 @@
+"""Embedding tables in other forms: plain `.npy` with ids, int8 with what it costs, FAISS indexes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from omni_jax.retrieval.embedding_file import IDS, SCALE, check_place, replacing, write_members
+from omni_jax.retrieval.inputs import IDS_FILE
+from omni_jax.retrieval.metrics import RECALL_AT, evaluate
+from omni_jax.types import EmbeddingTable, InputError
+
+INT8 = 127  # largest value of a row
+
+
+def export_npy(table: EmbeddingTable, folder: str | os.PathLike[str]) -> list[str]:
+    """Writes TABLE.npy (N, D) float32 for every table and ids.txt, one id a line; returns the file names."""
+    target = _folder(folder)
+    for name, rows in table.tables.items():
+        with replacing(target / f"{name}.npy") as file:
+            np.lib.format.write_array(file, np.ascontiguousarray(rows, np.float32), allow_pickle=False)
+    return [*(f"{name}.npy" for name in table.tables), _write_ids(table, target)]
+
+
+def quantized(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int8 (N, D) and scales (N,) float32 whose product is near the rows: every row's largest value becomes 127."""
+    scale = np.abs(rows).max(axis=1).astype(np.float32) / INT8
+    return np.rint(rows / np.where(scale > 0, scale, 1)[:, None]).astype(np.int8), scale
+
+
+def export_int8(table: EmbeddingTable, path: str | os.PathLike[str]) -> EmbeddingTable:
+    """Writes an embedding file of int8 tables, which `eval` and `search` read like any other, and returns what they will read."""
+    members: dict[str, np.ndarray] = {IDS: np.array(table.ids, dtype=np.str_)}
+    held = {}
+    for name, rows in table.tables.items():
+        members[name], members[name + SCALE] = quantized(rows)
+        held[name] = members[name].astype(np.float32) * members[name + SCALE][:, None]
+    write_members(path, members)
+    return EmbeddingTable(table.ids, held)
+
+
+def recall_loss(before: EmbeddingTable, after: EmbeddingTable, ties: str = "optimistic") -> dict[str, dict[str, tuple[float, float]]]:
+    """Returns direction -> {"R@1": (before, after), "R@5": ..., "R@10": ...}, in percent.
+
+    Raises:
+      InputError: when the tables allow no direction, or hold NaN or zero vectors.
+    """
+    found = [evaluate(tables, ties=ties, resamples=0)["directions"] for tables in (before, after)]
+    return {
+        name: {f"R@{k}": (float(metrics[f"R@{k}"]), float(found[1][name][f"R@{k}"])) for k in RECALL_AT}
+        for name, metrics in found[0].items()
+    }
+
+
+def format_loss(loss: dict[str, dict[str, tuple[float, float]]]) -> str:
+    """Returns the table of `recall_loss`: after, and the change, for every direction."""
+    columns = [f"R@{k}" for k in RECALL_AT]
+    lines = ["direction  " + "".join(f"{name:>8}  change  " for name in columns).rstrip()]
+    for direction, metrics in loss.items():
+        lines.append(
+            f"{direction:<11}" + "".join(f"{metrics[c][1]:8.2f}  {metrics[c][1] - metrics[c][0]:+6.2f}  " for c in columns).rstrip()
+        )
+    return "\n".join(lines)
+
+
+def export_faiss(table: EmbeddingTable, folder: str | os.PathLike[str], names: Sequence[str] | None = None) -> list[str]:
+    """Writes TABLE.faiss, an exact inner-product index of unit rows, for every table, and ids.txt; returns the file names.
+
+    Raises:
+      InputError: when faiss is not installed, or for rows of only zeros.
+    """
+    faiss = _faiss()
+    target = _folder(folder)
+    made = []
+    for name in names or table.tables:
+        rows = table.tables[name]
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        if not (np.isfinite(norms).all() and (norms > 0).all()):
+            bad = int(np.argmax(~(np.isfinite(norms) & (norms > 0))))
+            raise InputError(f"table {name!r}: record {table.ids[bad]!r} holds NaN, infinity or only zeros; embed it again or drop it")
+        index = faiss.IndexFlatIP(rows.shape[1])
+        index.add(np.ascontiguousarray(rows / norms, np.float32))
+        faiss.write_index(index, os.fspath(target / f"{name}.faiss"))
+        made.append(f"{name}.faiss")
+    return [*made, _write_ids(table, target)]
+
+
+def _faiss() -> ModuleType | Any:
+    try:
+        return importlib.import_module("faiss")
+    except ImportError as e:
+        raise InputError("faiss is not installed; run pip install 'omni-jax[faiss]', or export --to npy") from e
+
+
+def _folder(path: str | os.PathLike[str]) -> epath.Path:
+    target = epath.Path(path)
+    if target.is_file():
+        raise InputError(f"{path} is a file; name a folder, which will hold one file a table")
+    check_place(target / IDS_FILE) if target.is_dir() else check_place(target)
+    target.mkdir(exist_ok=True)
+    return target
+
+
+def _write_ids(table: EmbeddingTable, folder: epath.Path) -> str:
+    broken = next((name for name in table.ids if len(name.splitlines()) != 1), None)
+    if broken is not None:
+        raise InputError(f"id {broken!r} holds a line break; rename the record, since {IDS_FILE} has one id a line")
+    with replacing(folder / IDS_FILE) as file:
+        file.write("".join(f"{name}\n" for name in table.ids).encode())
+    return IDS_FILE

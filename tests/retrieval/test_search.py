@@ -1,0 +1,146 @@
+"""Search against sorting in float64, and exports there and back."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from omni_jax.cli.main import main
+from omni_jax.retrieval import evaluate, read_embeddings, write_embeddings
+from omni_jax.retrieval import search as search_module
+from omni_jax.retrieval.export import export_faiss, export_int8, export_npy, quantized, recall_loss
+from omni_jax.retrieval.inputs import read_inputs
+from omni_jax.retrieval.search import search, target_table
+from omni_jax.types import EmbeddingTable, InputError
+from tests.retrieval import naive
+from tests.tolerances import assert_close
+
+
+def table(n: int = 30, width: int = 16) -> EmbeddingTable:
+    rng = np.random.default_rng(n)
+    shared = rng.normal(size=(n, width))
+    rows = {name: (shared + 0.6 * rng.normal(size=shared.shape)).astype(np.float32) for name in ("text", "video", "av")}
+    return EmbeddingTable(tuple(f"clip {i}" for i in range(n)), rows)
+
+
+@pytest.mark.parametrize(("n", "k", "block"), [(1, 10, 8), (7, 3, 8), (8, 8, 8), (50, 10, 8), (50, 20, 8), (50, 60, 64)])
+def test_search_is_sorting(monkeypatch: pytest.MonkeyPatch, n: int, k: int, block: int) -> None:
+    monkeypatch.setattr(search_module, "BLOCK", block)
+    rng = np.random.default_rng(n)
+    queries, rows = rng.normal(size=(3, 12)).astype(np.float32), rng.normal(size=(n, 12)).astype(np.float32)
+    rows[n // 2] = rows[0]  # level: the first comes first
+    scores, found = search(queries, rows, k)
+    want = naive.cosines(queries, rows)
+    order = np.argsort(-want, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(found, order)
+    assert_close(scores, np.take_along_axis(want, order, axis=1), "cosine_score")
+
+
+def test_search_refuses_what_it_cannot_rank() -> None:
+    rows = np.eye(3, dtype=np.float32)
+    with pytest.raises(InputError, match="the query is 4 wide, table 'av' is 3"):
+        search(np.ones((1, 4)), rows, name="av")
+    with pytest.raises(InputError, match=r"table 'av': 1 rows hold only zeros: 1 \(b\)"):
+        search(rows[:1], rows * np.array([[1], [0], [1]]), name="av", ids="abc")
+    with pytest.raises(InputError, match="ask for at least 1"):
+        search(rows[:1], rows, 0)
+
+
+def test_a_query_looks_for_what_it_lacks() -> None:
+    everything = ("text", "video", "audio", "av", "tv", "at", "tva")
+    assert [target_table(q, everything) for q in ("text", "audio", "video", "av")] == ["av", "video", "audio", "text"]
+    assert target_table("text", ("text", "audio")) == "audio" and target_table("audio", ("audio",)) == "audio"
+    assert target_table("text", everything, "tv") == "tv"
+    with pytest.raises(InputError, match="no table 'tv'; it holds text, audio"):
+        target_table("text", ("text", "audio"), "tv")
+
+
+def test_npy_export_is_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    want = table()
+    write_embeddings(tmp_path / "e.npz", want)
+    assert main(["export", str(tmp_path / "e.npz"), "--to", "npy", "--out", str(tmp_path / "out")]) == 0
+    assert "text.npy, video.npy, av.npy, ids.txt; 30 records" in capsys.readouterr().out
+    got = read_inputs([str(tmp_path / "out" / f"{name}.npy") for name in want.tables])
+    assert got.ids == want.ids
+    for name, rows in want.tables.items():
+        assert_close(got.tables[name], rows, "round_trip")
+    with pytest.raises(InputError, match="line break"):
+        export_npy(EmbeddingTable(("a\nb",), {"text": np.ones((1, 2), np.float32)}), tmp_path / "out")
+    with pytest.raises(InputError, match="is a file; name a folder"):
+        export_npy(want, tmp_path / "e.npz")
+
+
+def test_int8_export_is_an_embedding_file_and_its_loss_is_what_eval_sees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    want = table(200, 8)
+    write_embeddings(tmp_path / "e.npz", want)
+    out = tmp_path / "small.npz"
+    assert main(["export", str(tmp_path / "e.npz"), "--to", "int8", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    got = read_embeddings(out)
+    assert got.ids == want.ids and out.stat().st_size < 0.75 * (tmp_path / "e.npz").stat().st_size
+    for name, rows in want.tables.items():
+        assert_close(got.tables[name], rows, "int8")
+    before, after = (evaluate(t, resamples=0)["directions"] for t in (want, got))
+    loss = recall_loss(want, export_int8(want, out))
+    assert set(loss) == {"t2v", "v2t", "t2av", "av2t"}
+    for name, metrics in loss.items():
+        assert metrics == {key: (before[name][key], after[name][key]) for key in ("R@1", "R@5", "R@10")}
+        assert f"{name} " in printed and f"{metrics['R@1'][1] - metrics['R@1'][0]:+.2f}" in printed
+    assert any(metrics[key][0] != metrics[key][1] for metrics in loss.values() for key in metrics), "the fixture must lose something"
+
+
+def test_int8_values_by_hand() -> None:
+    values, scale = quantized(np.array([[1.27, -0.635, 0.012], [0, 0, 0]], np.float32))
+    assert values.tolist() == [[127, -64, 1], [0, 0, 0]]
+    assert_close(scale, [0.01, 0.0], "int8_scale")
+
+
+def test_int8_of_one_table_says_that_nothing_can_be_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_embeddings(tmp_path / "e.npz", EmbeddingTable(("a",), {"text": np.ones((1, 4), np.float32)}))
+    assert main(["export", str(tmp_path / "e.npz"), "--to", "int8", "--out", str(tmp_path / "o.npz")]) == 0
+    assert "the loss of recall was not measured: no direction" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "e.npz"), "--to", "int8", "--out", str(tmp_path / "o")]) == 2
+
+
+def test_damaged_scales_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "e.npz", ids=np.array(["a"]), text=np.ones((1, 4), np.int8), text_scale=np.ones(2, np.float32))
+    with pytest.raises(InputError, match="its scales do not fit"):
+        read_embeddings(tmp_path / "e.npz")
+
+
+def test_faiss_that_is_not_installed_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    write_embeddings(tmp_path / "e.npz", table())
+    assert main(["export", str(tmp_path / "e.npz"), "--to", "faiss", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "omni-jax: faiss is not installed; run pip install 'omni-jax[faiss]', or export --to npy\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_faiss_is_given_unit_rows_in_the_order_of_the_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class IndexFlatIP:
+        def __init__(self, width: int):
+            self.width = width
+
+        def add(self, rows: np.ndarray) -> None:
+            self.rows = rows
+
+    def write_index(index: IndexFlatIP, path: str) -> None:
+        np.save(f"{path}.npy", index.rows)
+
+    monkeypatch.setitem(sys.modules, "faiss", SimpleNamespace(IndexFlatIP=IndexFlatIP, write_index=write_index))
+    want = table()
+    assert export_faiss(want, tmp_path / "out") == ["text.faiss", "video.faiss", "av.faiss", "ids.txt"]
+    written = np.load(tmp_path / "out" / "av.faiss.npy")
+    assert written.dtype == np.float32
+    rows = want.tables["av"].astype(np.float64)
+    assert_close(written, rows / np.sqrt((rows * rows).sum(1, keepdims=True)), "cosine_score")
+    assert (tmp_path / "out" / "ids.txt").read_text().splitlines() == list(want.ids)
+    want.tables["av"][3] = 0
+    with pytest.raises(InputError, match="table 'av': record 'clip 3' holds NaN, infinity or only zeros"):
+        export_faiss(want, tmp_path / "out")
