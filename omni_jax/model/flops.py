@@ -40,7 +40,7 @@ class Work:
 def forward_work(config: ModelConfig, batch: EncoderBatch) -> dict[str, Work]:
     """Returns part -> operations of embedding a batch once; the parts are PARTS."""
     weights = _weights(config)
-    work = dict.fromkeys(PARTS, Work())
+    work: dict[str, Work] = {part: Work() for part in PARTS}
     for vision in batch.vision:
         work["vision"] += _vision(config, weights, vision)
     for audio in batch.audio:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from omni_jax.config import AudioConfig, BeatsConfig, DecoderConfig, ModelConfig, Preset, SpecialTokens, VisionConfig
-from omni_jax.model import Encoder
+from omni_jax.model import Encoder, abstract_encoder, abstract_params, with_params
 from omni_jax.tokens.batching import Planner, build_batches
 from omni_jax.tokens.prompts import build_sequences
 from omni_jax.types import AudioSegment, EncoderBatch, Features, Record, TokenSequence, VisionFeatures
@@ -41,13 +41,12 @@ def mid_config() -> ModelConfig:
 
 def random_encoder(config: ModelConfig, seed: int = 0) -> Encoder:
     """Returns a float32 encoder with random weights; norms and biases are random as well, so that each of them counts in a comparison."""
-    encoder = Encoder(config, nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
-    for path, parameter in nnx.to_flat_state(nnx.state(encoder, nnx.Param)):
-        if path[-1] in ("bias", "scale", "g", "gate_scale"):
-            noise = rng.normal(0, 0.02, parameter.shape).astype(np.float32)
-            parameter[...] = parameter[...] + jnp.asarray(noise)
-    return encoder
+    leaves = {}
+    for path, spec in abstract_params(config).items():
+        values = rng.standard_normal(spec.shape, np.float32) * np.float32(0.02)
+        leaves[path] = jnp.asarray(values + 1 if path[-1] in ("scale", "g", "gate_scale") else values)
+    return with_params(abstract_encoder(config), leaves)
 
 
 def checkpoint_weights(encoder: Encoder) -> dict[str, np.ndarray]:

@@ -57,7 +57,6 @@ def thinker_config(config: ModelConfig) -> Qwen2_5OmniThinkerConfig:
         },
         audio_token_index=tokens.audio,
         video_token_index=tokens.video,
-        pad_token_id=tokens.pad,
     )
     made._attn_implementation = "sdpa"
     return made

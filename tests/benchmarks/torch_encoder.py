@@ -2,7 +2,8 @@
 
 Parameter names and layouts are those of a released checkpoint, so that one state dict fills this and the `transformers` thinker.
 
-Letters: N items, P patches, F frames, T positions, R rows, S tokens, K prompts per row, C tower width, D decoder width, H heads, h head width.
+Letters: N items, P patches, F frames, T positions, R rows, S tokens, K prompts per row, L layers, C tower width, D decoder width,
+H heads, h head width.
 """
 
 from __future__ import annotations

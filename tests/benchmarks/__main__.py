@@ -1,0 +1,38 @@
+"""Runs the benchmarks and prints ratios: python -m tests.benchmarks [--only NAME] [--pairs N] [--json FILE].
+
+Ratios are the other side's time over ours (above one, we are faster): medians over interleaved pairs of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+from pathlib import Path
+
+BENCHMARKS = ("encoder_mid", "conversion_memory")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the chosen benchmarks one after the other."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", choices=BENCHMARKS, help="run this one alone")
+    parser.add_argument("--pairs", type=int, help="interleaved pairs per ratio (default 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    chosen = parser.parse_args(arguments)
+    if hasattr(os, "sched_setaffinity"):
+        # XLA takes a thread per core it may use; torch is told the same number.
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    print(f"load of the machine at the start: {os.getloadavg()[0]:.1f}")
+    results = {}
+    for name in (chosen.only,) if chosen.only else BENCHMARKS:
+        print(f"== {name}", flush=True)
+        options = {"pairs": chosen.pairs} if chosen.pairs and name == "encoder_mid" else {}
+        results[name] = importlib.import_module(f"tests.benchmarks.{name}").run(**options)
+    if chosen.json:
+        chosen.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
