@@ -7,6 +7,8 @@ Letters: N segments, F fbank frames, T patches (time-major, frequency minor), E 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +16,24 @@ from flax import nnx
 
 from omni_jax.config import BeatsConfig
 from omni_jax.model.decoder import Embed
-from omni_jax.model.layers import ONES, WEIGHT_INIT, ZEROS, LayerNorm, Linear, Maker, attend, gelu, scan_layers, split_heads
+from omni_jax.model.layers import (
+    LONGEST_BLOCK,
+    ONES,
+    WEIGHT_INIT,
+    ZEROS,
+    LayerNorm,
+    Linear,
+    Maker,
+    attend,
+    gelu,
+    query_blocks,
+    scan_layers,
+    split_heads,
+)
 from omni_jax.parallel import constrain
+
+PositionBias = Callable[[int, int], jax.Array]
+"""Bias (H, stop - start, T) of the queries from start to stop against all keys."""
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
@@ -77,15 +95,18 @@ class Attention(nnx.Module):
         self.gate_scale = make.param((config.num_heads,), (None,), ONES)
         self.num_heads = config.num_heads
 
-    def __call__(self, x: jax.Array, position_bias: jax.Array, mask: jax.Array) -> jax.Array:
-        """x (N, T, C), position_bias (H, T, T) float32, mask (N, T, T) -> (N, T, C)."""
+    def __call__(self, x: jax.Array, position_bias: PositionBias, mask: jax.Array) -> jax.Array:
+        """x (N, T, C), position_bias (start, stop) -> (H, stop - start, T) float32, mask (N, T, T) -> (N, T, C)."""
         q = split_heads(self.q(x), self.num_heads)
         gates = self.gate(q)
         gates = jax.nn.sigmoid(gates.reshape(*gates.shape[:-1], 2, 4).sum(axis=-1).astype(jnp.float32))
         gate = gates[..., 0] * (gates[..., 1] * self.gate_scale[...].astype(jnp.float32) - 1.0) + 2.0
-        bias = jnp.moveaxis(gate, 1, 2)[..., None] * position_bias
+        gate = jnp.moveaxis(gate, 1, 2)[..., None]
         k, v = split_heads(self.k(x), self.num_heads), split_heads(self.v(x), self.num_heads)
-        return self.out(attend(q, k, v, mask, bias))
+        blocks = [
+            attend(q[:, i:j], k, v, mask[:, i:j], gate[:, :, i:j] * position_bias(i, j)) for i, j in query_blocks(x.shape[1], LONGEST_BLOCK)
+        ]
+        return self.out(jnp.concatenate(blocks, axis=1))
 
 
 class Block(nnx.Module):
@@ -99,7 +120,7 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(make, config.hidden_size, config.norm_eps)
         self.residual_scale = config.residual_scale
 
-    def __call__(self, x: jax.Array, position_bias: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, position_bias: PositionBias, mask: jax.Array) -> jax.Array:
         x = self.norm1(x * self.residual_scale + self.attn(x, position_bias, mask))
         return self.norm2(x * self.residual_scale + self.fc2(gelu(self.fc1(x))))
 
@@ -126,7 +147,7 @@ class Beats(nnx.Module):
         Args:
           fbank: (N, F, 128) normalised fbank, F a multiple of 16; frames: (N,) int32 valid frames, of which whole patches count.
         """
-        cfg, side = self.config, self.config.patch_size
+        side = self.config.patch_size
         n, length, bins = fbank.shape
         x = fbank.reshape(n, length // side, side, bins // side, side).swapaxes(2, 3)
         x = x.reshape(n, (length // side) * (bins // side), side * side).astype(dtype)
@@ -139,11 +160,7 @@ class Beats(nnx.Module):
         x = jnp.where(valid[..., None], x, 0)
         x = constrain(self.norm(x + gelu(self.pos_conv(x))), "batch", "tokens", "features")
 
-        tokens = x.shape[1]
-        buckets = relative_buckets(tokens, cfg.num_buckets, cfg.max_distance)
-        distance = np.arange(tokens)[None, :] - np.arange(tokens)[:, None] + tokens - 1
-        table = self.relative_bias(jnp.asarray(buckets), jnp.float32)
-        position_bias = jnp.moveaxis(table[distance], -1, 0)
+        position_bias = self._position_bias(x.shape[1])
         mask = valid[:, None, :] | ~valid[:, :, None]
 
         def body(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -151,6 +168,20 @@ class Beats(nnx.Module):
 
         x, _ = scan_layers(self.layers, body, x)
         return constrain(jnp.where(valid[..., None], x, 0), "batch", "tokens", "features"), patches
+
+    def _position_bias(self, tokens: int) -> PositionBias:
+        """Returns the function that gives the relative-position bias of a block of queries."""
+        buckets = relative_buckets(tokens, self.config.num_buckets, self.config.max_distance)
+        by_distance = self.relative_bias(jnp.asarray(buckets), jnp.float32)
+
+        def block(start: int, stop: int) -> jax.Array:
+            distance = jnp.arange(tokens)[None, :] - jnp.arange(start, stop)[:, None]
+            return jnp.moveaxis(by_distance[distance + tokens - 1], -1, 0)
+
+        if tokens > LONGEST_BLOCK:
+            return block  # made anew in every layer: all of it at once would be heads x tokens x tokens
+        whole = block(0, tokens)
+        return lambda start, stop: whole[:, start:stop]
 
 
 class BeatsBridge(nnx.Module):

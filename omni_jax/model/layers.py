@@ -58,8 +58,10 @@ WEIGHT_INIT = jax.nn.initializers.normal(0.02)
 ZEROS = jax.nn.initializers.zeros
 ONES = jax.nn.initializers.ones
 
-# Blocks of queries that causal attention goes in: at most so many, each a multiple of the unit (enough work for one product).
+# Blocks of queries that causal attention goes in: eight, each a multiple of the unit (enough work for one product).
 CAUSAL_BLOCKS, CAUSAL_UNIT = 8, 128
+# No block is longer than this, so that minutes of audio do not need logits of tokens x tokens at once.
+LONGEST_BLOCK = 1024
 
 
 class Linear(nnx.Module):
@@ -181,10 +183,15 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, bia
     return (out / total).transpose(0, 3, 1, 2, 4).reshape(b, s, heads * width).astype(q.dtype)
 
 
+def query_blocks(tokens: int, block: int) -> list[tuple[int, int]]:
+    """Returns the (start, stop) of blocks of at most `block` queries."""
+    return [(start, min(start + block, tokens)) for start in range(0, tokens, block)]
+
+
 def causal_blocks(tokens: int) -> list[tuple[int, int]]:
     """Returns the (start, stop) of the query blocks of `attend_causal`."""
-    block = CAUSAL_UNIT * -(-tokens // (CAUSAL_UNIT * CAUSAL_BLOCKS))
-    return [(start, min(start + block, tokens)) for start in range(0, tokens, block)]
+    block = min(CAUSAL_UNIT * -(-tokens // (CAUSAL_UNIT * CAUSAL_BLOCKS)), LONGEST_BLOCK)
+    return query_blocks(tokens, block)
 
 
 def attend_causal(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_one_block(part: str):
     buckets = np.array([[reference_towers.bucket(k - q, CFG.num_buckets, CFG.max_distance) for k in range(23)] for q in range(23)])
     position_bias = jnp.moveaxis(jnp.asarray(table)[buckets], -1, 0)
     mask = np.tile(np.arange(23) < valid, (1, 23, 1))
-    got = builders.run(module, x, position_bias, mask)
+    got = module(jnp.asarray(x), lambda start, stop: position_bias[:, start:stop], jnp.asarray(mask))
     assert_close(got[0, :valid], want(w, CFG, table.astype(np.float64), x[0, :valid].astype(np.float64)), "layer")
 
 
@@ -91,3 +92,17 @@ def test_beats_tokens(odd: tuple[Encoder, Weights]):
     for n, frames in enumerate((64, 33)):
         features = reference_towers.beats(w / "beats", CFG, fbank[n, :frames].astype(np.float64))
         assert_close(got[n], reference_towers.bridge(w / "bridge", features, 8), "beats_tokens")
+
+
+def test_long_segments_in_blocks_of_queries_give_the_same(odd: tuple[Encoder, Weights], monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, _ = odd
+    side, bins = encoder.config.beats.patch_size, encoder.config.beats.num_mel_bins
+    fbank = np.random.default_rng(4).normal(size=(2, 9 * side, bins)).astype(np.float32)
+    frames = np.array([9 * side, 7 * side + 3], np.int32)
+
+    def run() -> np.ndarray:
+        return np.asarray(jax.jit(lambda fbank, frames: encoder.beats(fbank, frames, dtype=jnp.float32)[0])(fbank, frames))
+
+    whole = run()
+    monkeypatch.setattr(beats, "LONGEST_BLOCK", 5)  # 27 patches: five blocks and a short one
+    assert_close(run(), whole, "layer")
