@@ -142,7 +142,6 @@ def render(
             report=report,
             result=report.scores.result,
             heat=_heat(report),
-            table=_table(report),
             comparison=_comparison(report),
             standing=_standing(report),
             histogram_charts={name: drawing.bars(found) for name, found in report.histograms.items()},
@@ -213,18 +212,6 @@ def _heat(report: Report) -> dict[str, Any]:
         for pair, name in by_pair.items()
     }
     return {"sides": sides, "cells": cells}
-
-
-def _table(report: Report) -> list[dict[str, Any]]:
-    result = report.scores.result
-    rows = [{"name": name, **metrics} for name, metrics in result["directions"].items()]
-    for row in rows:
-        row["published"] = {
-            other.name: other.result["directions"][row["name"]]["R@1"]
-            for other in report.others
-            if row["name"] in other.result["directions"]
-        }
-    return rows
 
 
 def _comparison(report: Report) -> dict[str, Any]:
