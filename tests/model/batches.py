@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -71,8 +70,8 @@ class Roomy(Planner):
     def beats(self, frames: Sequence[int], new_cost: float) -> list[Piece]:
         return [dataclasses.replace(p, count=p.count + 1, size=p.size + 48) for p in super().beats(frames, new_cost)]
 
-    def rows(self, *args: Any) -> list[RowPlan]:
-        plans = super().rows(*args)
+    def rows(self, lengths: Sequence[int], prompts: Sequence[int], new_cost: float, attention: float) -> list[RowPlan]:
+        plans = super().rows(lengths, prompts, new_cost, attention)
         return [dataclasses.replace(p, count=p.count + 1, size=p.size + 80, slots=p.slots + 2) for p in plans]
 
 

@@ -69,16 +69,17 @@ def test_attend_with_a_bias():
     q, k, v = (builders.noise(seed, 1, 7, 3, 6) for seed in (1, 2, 3))
     bias = builders.noise(4, 1, 3, 7, 7)
     got = jax.jit(layers.attend)(q, k, v, np.ones((1, 7, 7), bool), bias)
-    assert_close(got[0], reference.attend_all(*(x[0].astype(np.float64) for x in (q, k, v)), bias[0]), "layer")
+    assert_close(got[0], reference.attend_all(*(x[0].astype(np.float64) for x in (q, k, v)), bias=bias[0]), "layer")
 
 
-def test_attend_keeps_its_softmax_in_float32():
-    # Two keys whose logits differ by 2^-10 at 64: bfloat16 logits could not tell them apart, float32 weights can.
-    q = jnp.full((1, 1, 1, 64), 1.0, jnp.bfloat16)
-    k = jnp.ones((1, 2, 1, 64), jnp.bfloat16).at[0, 1, 0, 0].add(2**-7)
-    weights = jax.jit(lambda q, k: layers.attend(q * 8, k, jnp.eye(2, 64, dtype=jnp.float32)[None, :, None], None))(q, k)
-    logits = np.array([64.0, 64.0 + 2**-7])
-    assert_close(weights[0, 0, :2], reference.softmax(logits), "layer")
+def test_attend_keeps_its_logits_in_float32():
+    """Logits of 128 and 128.5, which bfloat16 would round to the same number, weigh 0.38 and 0.62."""
+    q = jnp.full((1, 1, 1, 64), 2, jnp.bfloat16)
+    k = jnp.full((1, 2, 1, 64), 8, jnp.bfloat16).at[0, 1, 0, 0].set(10)
+    v = jnp.eye(2, 64, dtype=jnp.bfloat16)[None, :, None]
+    got = jax.jit(layers.attend)(q, k, v, jnp.ones((1, 1, 2), bool))
+    assert got.dtype == jnp.bfloat16
+    assert_close(got[0, :, :2].astype(jnp.float32), reference.softmax(np.array([128, 128.5]))[None], "bfloat16_cosine")
 
 
 @pytest.mark.parametrize("sections", [(1, 1, 3), (2, 0, 3), (0, 5, 0)])

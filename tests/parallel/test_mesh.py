@@ -27,7 +27,7 @@ def test_some_devices_only():
     assert list(mesh.devices.flat) == jax.devices()[3:5]
 
 
-@pytest.mark.parametrize("sizes", [{"data": 3}, {"data": 2, "fsdp": 2}, {"fsdp": 16}, {"tensor": 16}, {"data": 5, "tensor": 2}])
-def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, int]):
+@pytest.mark.parametrize("data, fsdp, tensor", [(3, None, 1), (2, 2, 1), (1, 16, 1), (1, None, 16), (5, None, 2)])
+def test_sizes_that_do_not_fit_are_refused(data: int, fsdp: int | None, tensor: int):
     with pytest.raises(ValueError, match=r"mesh data=\d+ x fsdp=\d+ x tensor=\d+ needs \d+ devices, 8 are here"):
-        make_mesh(**sizes)
+        make_mesh(data, fsdp, tensor)
