@@ -114,7 +114,9 @@ class Decoder(nnx.Module):
           dropout_key: turns LoRA dropout on.
           remat: checkpoint policy of a layer, for training.
         """
-        x = self.embed(ids, dtype)
+        # The table's width and the rows both lie over fsdp: look up in the table's layout, then let each row come to its own device.
+        x = constrain(self.embed(constrain(ids, "batch_data", "tokens"), dtype), "batch_data", "tokens", "embed")
+        x = constrain(x, "batch", "tokens", "features")
         if media.shape[-2]:
             x = jnp.where(media_index[..., None] >= 0, read_media(media.astype(dtype), jnp.maximum(media_index, 0)), x)
         x = constrain(x, "batch", "tokens", "features")

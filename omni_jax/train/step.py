@@ -50,6 +50,10 @@ class TrainStep:
     """Makes updates on one device or a mesh.
 
     Attributes:
+      config: the recipe.
+      mesh: the devices, None for one.
+      forward: the encoder as functions of its parameters.
+      rate: number of updates made -> learning rate.
       names: paths of the encoder's parameters that train.
       groups: the start-up report.
       programs: compiled programs so far, one string each.
@@ -72,24 +76,24 @@ class TrainStep:
         self.names = select(model, config.trainable)
         self.groups: tuple[GroupCount, ...] = count_groups(model, self.names)
         self.programs: list[str] = []
-        self._model, self._config, self._mesh, self._dtype = model, config, mesh, jnp.dtype(dtype)
-        self._forward = Forward.make(model, config.losses, self.names, self._dtype, REMAT[config.remat])
+        self.config, self.mesh, self.rate = config, mesh, schedule(config.optimizer)
+        self._model, self._dtype = model, jnp.dtype(dtype)
+        self.forward = Forward.make(model, config.losses, self.names, self._dtype, REMAT[config.remat])
         self._optimizer = make_optimizer(config.optimizer)
-        self._rate = schedule(config.optimizer)
         self._dropout = model.lora is not None and model.lora.dropout > 0
         self._options = dict(compiler_options or {})
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     def init(self, params: Mapping[tuple[str, ...], Any]) -> tuple[TrainState, Arrays]:
         """Returns the first state and the frozen weights, both on the devices; `params` stays usable."""
-        trainable, frozen = split(params, self.names, self._config.frozen_dtype)
-        if self._config.losses.learn_temperature:
-            trainable[TEMPERATURE] = jnp.asarray(-math.log(self._config.losses.temperature), jnp.float32)
-        state = new_state(trainable, self._optimizer, self._config.seed)
-        if self._mesh is None:
+        trainable, frozen = split(params, self.names, self.config.frozen_dtype)
+        if self.config.losses.learn_temperature:
+            trainable[TEMPERATURE] = jnp.asarray(-math.log(self.config.losses.temperature), jnp.float32)
+        state = new_state(trainable, self._optimizer, self.config.seed)
+        if self.mesh is None:
             return state, frozen
-        places = array_shardings(frozen, self._model, self._mesh)
-        return jax.device_put(state, state_shardings(state, self._model, self._mesh)), jax.device_put(frozen, places)
+        places = array_shardings(frozen, self._model, self.mesh)
+        return jax.device_put(state, state_shardings(state, self._model, self.mesh)), jax.device_put(frozen, places)
 
     def __call__(self, state: TrainState, frozen: Arrays, batch: TrainBatch) -> tuple[TrainState, Metrics]:
         """Returns the next state and the metrics, scalars on the devices; `state` is given away.
@@ -103,7 +107,7 @@ class TrainStep:
         kinds = batch.kinds
         if len(kinds) != batch.micro_batches:
             raise InputError(f"a batch of {batch.micro_batches} micro-batches lists {len(kinds)} kinds; give each its kind")
-        pooled = self._config.losses.negatives == "global"
+        pooled = self.config.losses.negatives == "global"
         if pooled and len(set(kinds)) > 1:
             raise InputError("with negatives='global' every micro-batch of an update plays the same kind; use kinds_of_update")
         # The programs see no kinds in the batch, so that the order of kinds compiles nothing anew.
@@ -129,13 +133,13 @@ class TrainStep:
         count = batch.micro_batches
         if count == 1:
             first = jax.tree.map(lambda x: x[0], batch)
-            return self._apply(state, *self._forward.plain(state.trainable, frozen, first, kind, self._key(state, 0)))
+            return self._apply(state, *self.forward.plain(state.trainable, frozen, first, kind, self._key(state, 0)))
         keys = None if not self._dropout else jnp.stack([k for i in range(count) if (k := self._key(state, i)) is not None])
-        return self._apply(state, *self._forward.cached(state.trainable, frozen, batch, kind, keys))
+        return self._apply(state, *self.forward.cached(state.trainable, frozen, batch, kind, keys))
 
     def _micro(self, state: TrainState, frozen: Arrays, batch: TrainBatch, index: jax.Array, kind: StepKind) -> tuple[Arrays, Metrics]:
         one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batch)
-        return self._forward.plain(state.trainable, frozen, one, kind, self._key(state, index))
+        return self.forward.plain(state.trainable, frozen, one, kind, self._key(state, index))
 
     def _apply_mean(self, state: TrainState, total: tuple[Arrays, Metrics], count: jax.Array) -> tuple[TrainState, Metrics]:
         return self._apply(state, *jax.tree.map(lambda x: x / count, total))
@@ -162,7 +166,7 @@ class TrainStep:
             **metrics,
             "grad_norm": norm,
             **{f"grad_norm/{group}": value for group, value in by_group.items()},
-            "learning_rate": self._rate(state.step - state.skipped),
+            "learning_rate": self.rate(state.step - state.skipped),
             "skipped": after.skipped,
             "skipped_in_row": after.skipped_in_row,
         }
@@ -184,24 +188,24 @@ class TrainStep:
                 out = function(*args, **static)
                 return self._pinned(out) if name in ("update", "apply") else out
 
-            given = {"update": 0, "apply": (0, 1), "add": 0}.get(name, ())
+            given = {"update": 0, "apply": 0, "add": 0}.get(name, ())
             self._compiled[name] = jax.jit(traced, static_argnames=("kind",), donate_argnums=given, compiler_options=self._options)
         return self._compiled[name]
 
     def _pinned(self, out: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         """Keeps the state where it was: another sharding would compile the next step anew."""
-        if self._mesh is None:
+        if self.mesh is None:
             return out
         state, metrics = out
-        return jax.lax.with_sharding_constraint(state, state_shardings(state, self._model, self._mesh)), metrics
+        return jax.lax.with_sharding_constraint(state, state_shardings(state, self._model, self.mesh)), metrics
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
         """Float32 means float32 on every backend; the mesh, where there is one."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.default_matmul_precision("highest" if self._dtype == jnp.float32 else "default"))
-            if self._mesh is not None:
-                stack.enter_context(jax.set_mesh(self._mesh))
+            if self.mesh is not None:
+                stack.enter_context(jax.set_mesh(self.mesh))
             yield
 
 

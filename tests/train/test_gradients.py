@@ -48,7 +48,9 @@ def assert_same_update(got, want):
         assert float(np.abs(gradients[name] - wanted[name]).max()) <= limit * largest, name
 
 
-@pytest.mark.parametrize(("update", "pairs", "scope"), [(0, "cycle", "local"), (1, "all", "global"), (2, "cycle", "local")])
+@pytest.mark.parametrize(
+    ("update", "pairs", "scope"), [(0, "cycle", "local"), (1, "all", "global"), pytest.param(2, "cycle", "local", marks=pytest.mark.slow)]
+)
 def test_gradient_caching_equals_the_whole_batch_at_once(update, pairs, scope):
     """Four micro-batches of two against one of eight whose shuffles stay in the same four blocks."""
     losses = LossConfig(temperature=0.2, pairs=pairs, hard_scope=scope, learn_temperature=True)
@@ -106,7 +108,7 @@ def test_a_caption_that_shares_the_anchors_row_is_the_hard_negative_of_its_own_r
     assert_same_update(plain(fwd, trainable, frozen, shared), plain(fwd, trainable, frozen, apart))
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow)])
 def test_remat_policies_agree(remat):
     losses = LossConfig(temperature=0.2)
     made = batch(losses, 1, clips=4)
