@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
-
-from etils import epath
 
 from omni_jax.types import InputError
 
@@ -20,7 +19,17 @@ PUBLISHED = "published"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="embedding file (.npz); several are parts of one set and are read together"
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="embedding file (.npz); several are parts of one set and are read together. Also TABLE=FILE.npy, one a table, and the two "
+        "arrays of the published scorer (.npz or .bin)",
+    )
+    parser.add_argument(
+        "--captions", metavar="FILE", help="embedding file of the captions, ids CLIP#NUMBER, where clips have several (see bench-data)"
+    )
+    parser.add_argument(
+        "--storage", choices=("float32", "bfloat16"), default="float32", help="keep tables so, and print what it changes (default: float32)"
     )
     parser.add_argument(
         "--ties", choices=TIES, default="optimistic", help="how candidates of equal similarity count (default: %(default)s)"
@@ -31,8 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         action="append",
         default=[],
-        help=f"put another embedding file, a result written with --json, or the word {PUBLISHED!r} beside it; may be repeated. A file over "
-        "the same records is also tested: differences, their intervals and p-values",
+        help=f"put another embedding file, a result written with --json, or the word {PUBLISHED!r} beside it, {PUBLISHED}:NAME for another "
+        "benchmark (published:clotho); may be repeated. A file over the same records is also tested: differences, their intervals and "
+        "p-values. Files of one table each are joined by commas",
     )
     parser.add_argument("--html", metavar="OUT", help="also write a report as one self-contained page")
     parser.add_argument("--manifest", metavar="FILE.jsonl", help="captions for the report, and with --media the names of its files")
@@ -58,32 +68,43 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
     from jax.sharding import Mesh
 
+    from omni_jax.cli.inputs import read_result, read_tables
     from omni_jax.cli.report import page, records_of
-    from omni_jax.retrieval import compare, format_comparison, format_differences, format_table, read_embeddings, score
+    from omni_jax.retrieval import compare, format_comparison, format_differences, format_table, score
     from omni_jax.retrieval.embedding_file import check_place, replacing
-    from omni_jax.retrieval.published import OMNIRETRIEVER_BENCH, OMNIRETRIEVER_BENCH_RECORDS
+    from omni_jax.retrieval.published import BENCH, published
     from omni_jax.retrieval.report import Other
+    from omni_jax.retrieval.storage import changes, format_changes, stored
 
     for out in filter(None, (args.json, args.html)):
         check_place(out)
     records = records_of(args.manifest, args.media)
     mesh = Mesh(np.array(jax.devices()), ("rows",))
-    embeddings = read_embeddings(args.files)
-    scores = score(embeddings, ties=args.ties, mesh=mesh)
+    embeddings, relevance = read_tables(args.files, args.captions)
+    ids = embeddings.ids if relevance is None else None
+    scores = score(embeddings.tables, ids=ids, relevance=relevance, ties=args.ties, mesh=mesh)
+    notes: list[str] = []
+    if args.storage != "float32":
+        embeddings, whole = dataclasses.replace(embeddings, tables=stored(embeddings.tables, args.storage)), scores.result
+        scores = score(embeddings.tables, ids=ids, relevance=relevance, ties=args.ties, mesh=mesh)
+        scores.result["storage"] = {"dtype": args.storage, "change": changes(whole, scores.result)}
+        notes.append(format_changes(scores.result["storage"]["change"], args.storage))
     result = scores.result
     columns: dict[str, dict[str, Any]] = {}
     own = _add(columns, args.files[0] if len(args.files) == 1 else f"{args.files[0]} +{len(args.files) - 1}", result)
-    published = [Other(f"{name} (published)", row | {"n": OMNIRETRIEVER_BENCH_RECORDS}, True) for name, row in OMNIRETRIEVER_BENCH.items()]
+    asked = [path.partition(":")[2] or BENCH for path in args.compare if path.partition(":")[0] == PUBLISHED]
+    known = [Other(name, row, True) for benchmark in asked or [BENCH][: not args.captions] for name, row in published(benchmark).items()]
     others: list[Other] = []
-    notes: list[str] = []
     for path in args.compare:
-        if path == PUBLISHED:
-            columns |= {f"{name} (published)": row for name, row in OMNIRETRIEVER_BENCH.items()}
+        if path.partition(":")[0] == PUBLISHED:
+            columns |= published(path.partition(":")[2] or BENCH)
         elif path.endswith(".json"):
-            read = _read_result(path)
+            read = read_result(path)
             others.append(Other(_add(columns, path, read), read))
         else:
-            theirs = score(read_embeddings(path), ties=args.ties, mesh=mesh)
+            if args.captions:
+                raise InputError(f"--compare {path}: with --captions, score it alone with --json and compare with that file")
+            theirs = score(read_tables(path.split(",") if "=" in path else [path])[0], ties=args.ties, mesh=mesh)
             name = _add(columns, path, theirs.result)
             try:
                 differences = compare(scores.tally, theirs.tally)
@@ -99,12 +120,12 @@ def run(args: argparse.Namespace) -> int:
         with replacing(args.json) as file:
             file.write(json.dumps(result, indent=2, allow_nan=False).encode() + b"\n")
     if args.html:
-        text = page(own, embeddings, scores, [*published, *others], records, with_media=args.media is not None)
+        text = page(own, embeddings, scores, [*known, *others], records, with_media=args.media is not None)
         with replacing(args.html) as file:
             file.write(text.encode())
     print(format_table(result))
-    if args.compare:
-        print("\n" + "\n\n".join([format_comparison(columns), *notes]))
+    for text in ([format_comparison(columns)] if args.compare else []) + notes:
+        print("\n" + text)
     return 0
 
 
@@ -113,19 +134,3 @@ def _add(columns: dict[str, dict[str, Any]], path: str, result: dict[str, Any]) 
     name = path if Path(path).name in columns else Path(path).name
     columns[name] = result
     return name
-
-
-def _read_result(path: str) -> dict[str, Any]:
-    try:
-        result = json.loads(epath.Path(path).read_text())
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror or e}") from e
-    except ValueError as e:
-        raise InputError(f"{path}: not JSON ({e}); give a result that `omni-jax eval --json` wrote") from e
-    try:
-        cells = [float(metrics["R@1"]) for metrics in result["directions"].values()]
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise InputError(f"{path}: not a result of `omni-jax eval --json` (no directions with R@1)") from e
-    if not cells:
-        raise InputError(f"{path}: holds no directions")
-    return result

@@ -31,11 +31,10 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--out {args.out}: int8 tables make an embedding file; its name ends in .npz")
 
     # Late, so that `--help` and usage errors answer at once.
-    from conversion.torch_pickle import read_torch_file
+    from omni_jax.cli.inputs import read_tables
     from omni_jax.retrieval.export import export_faiss, export_int8, export_npy, format_loss, recall_loss
-    from omni_jax.retrieval.inputs import read_inputs
 
-    table = read_inputs(args.files, read_torch_file)
+    table = read_tables(args.files)[0]
     if args.to == "int8":
         held = export_int8(table, args.out)
         before, after = (sum(rows.nbytes for rows in table.tables.values()) * share / 1e6 for share in (1, 0.25))

@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--text: is empty; say what to search for")
 
     # Late, so that `--help` and usage errors answer at once.
-    from omni_jax.retrieval.inputs import read_inputs
+    from omni_jax.cli.inputs import read_tables
     from omni_jax.retrieval.search import search, target_table
 
-    index = read_inputs(args.index)
+    index = read_tables(args.index)[0]
     table = target_table(kind, index.tables, args.table)
     if not index.ids:
         raise InputError(f"{args.index[0]}: holds no records")

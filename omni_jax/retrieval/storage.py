@@ -1,0 +1,35 @@
+"""What it costs to keep tables in fewer bits: they are rounded, scored, and compared metric by metric."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+STORAGE = ("float32", "bfloat16")
+
+
+def stored(tables: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """Returns the tables in the type they are to be kept in, one of STORAGE; `evaluate` multiplies and sums in float32 either way."""
+    return {name: rows.astype(jnp.dtype(dtype)) for name, rows in tables.items()}
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Returns direction -> metric -> after less before, for every number that two results of `evaluate` have in common."""
+    return {
+        name: {key: after["directions"][name][key] - value for key, value in metrics.items() if isinstance(value, int | float)}
+        for name, metrics in before["directions"].items()
+    }
+
+
+def format_changes(found: Mapping[str, Mapping[str, float]], dtype: str) -> str:
+    """Returns the table of `changes`, and the largest of each metric below it."""
+    keys = list(next(iter(found.values())))
+    width = {key: max(len(key), 9) for key in keys}
+    lines = [f"Kept as {dtype}, less kept as float32:", "direction" + "".join(f"  {key:>{width[key]}}" for key in keys)]
+    for name, row in found.items():
+        lines.append(f"{name:<9}" + "".join(f"  {row[key]:+{width[key]}.3f}" for key in keys))
+    lines.append("largest  " + "".join(f"  {max(abs(row[key]) for row in found.values()):{width[key]}.3f}" for key in keys))
+    return "\n".join(lines)

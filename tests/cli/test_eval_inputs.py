@@ -1,0 +1,174 @@
+"""`eval` over vectors from elsewhere, several captions a clip and rounded tables; `bench-data` and `search` from the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from omni_jax.api import OmniRetriever
+from omni_jax.cli.main import main
+from omni_jax.retrieval import evaluate, read_embeddings, write_embeddings
+from omni_jax.types import EmbeddingTable
+from tests.conversion.torch_files import write_torch_file
+from tests.golden_set import GoldenSet
+from tests.retrieval import naive
+from tests.tolerances import assert_close
+
+RNG = np.random.default_rng(0)
+SHARED = RNG.normal(size=(40, 8))
+TEXT, VIDEO = ((SHARED + 0.7 * RNG.normal(size=SHARED.shape)).astype(np.float32) for _ in range(2))
+
+
+def test_eval_scores_vectors_of_any_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_torch_file(tmp_path / "s.bin", {"text_embeds": TEXT, "mllm_embeds": VIDEO})
+    np.save(tmp_path / "a.npy", TEXT)
+    np.save(tmp_path / "b.npy", VIDEO)
+    write_embeddings(tmp_path / "e.npz", EmbeddingTable(tuple(map(str, range(40))), {"text": TEXT, "video": VIDEO}))
+    tables = [f"text={tmp_path / 'a.npy'}", f"video={tmp_path / 'b.npy'}"]
+    want = json.loads(json.dumps(evaluate({"text": TEXT, "video": VIDEO})))
+    for names in ([f"video={tmp_path / 's.bin'}"], tables, [str(tmp_path / "e.npz")]):
+        assert main(["eval", *names, "--json", str(tmp_path / "r.json")]) == 0
+        assert json.loads((tmp_path / "r.json").read_text()) == want
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "e.npz"), "--compare", ",".join(tables)]) == 0
+    line = next(line for line in capsys.readouterr().out.split("\n\n")[2].splitlines() if line.startswith("t2v"))
+    assert len(set(line.split()[1:3])) == 1
+
+
+def test_eval_in_bfloat16_prints_what_every_metric_loses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(1)
+    text = rng.normal(size=(300, 4)).astype(np.float32)
+    tables = {"text": text, "video": text + rng.normal(size=text.shape).astype(np.float32)}
+    write_embeddings(tmp_path / "e.npz", EmbeddingTable(tuple(map(str, range(300))), tables))
+    assert main(["eval", str(tmp_path / "e.npz"), "--storage", "bfloat16", "--json", str(tmp_path / "r.json")]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    whole = evaluate(tables)["directions"]
+    change = result["storage"]["change"]
+    assert set(change) == {"t2v", "v2t"} and {"R@1", "R@5", "R@10", "NDCG@10", "MRR", "median_rank", "mean_rank", "ties"} <= set(
+        change["t2v"]
+    )
+    for name, row in change.items():
+        for key, value in row.items():
+            assert_close(value, result["directions"][name][key] - whole[name][key], "metric")
+    assert any(value for row in change.values() for value in row.values()), "the fixture must change somewhere"
+    assert "Kept as bfloat16, less kept as float32:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "cells"), [("clotho", {"t2a": "19.14", "a2t": "16.10"}), ("msvd", {"t2v": "65.60"})])
+def test_published_figures_of_other_benchmarks_stand_beside_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, cells: dict[str, str]
+) -> None:
+    write_embeddings(tmp_path / "e.npz", EmbeddingTable(tuple(map(str, range(40))), {"text": TEXT, "video": VIDEO, "audio": VIDEO}))
+    assert main(["eval", str(tmp_path / "e.npz"), "--compare", f"published:{name}"]) == 0
+    table = capsys.readouterr().out.split("\n\n")[2].splitlines()
+    for direction, value in cells.items():
+        assert next(line for line in table if line.startswith(direction)).split()[2] == value
+    assert main(["eval", str(tmp_path / "e.npz"), "--compare", "published:nowhere"]) == 2
+    assert "nothing published is known for 'nowhere'" in capsys.readouterr().err
+
+
+def test_published_rows_over_another_gallery_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_embeddings(tmp_path / "e.npz", EmbeddingTable(tuple(map(str, range(40))), {"text": TEXT, "video": VIDEO}))
+    assert main(["eval", str(tmp_path / "e.npz"), "--compare", "published"]) == 0
+    assert (
+        "galleries differ in size, so these columns are not comparable: e.npz 40, WAVE-7B frozen (published) 3782"
+        in capsys.readouterr().out
+    )
+
+
+def test_bench_data_writes_manifest_fetch_list_and_audit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    media, out = tmp_path / "media", tmp_path / "bench.jsonl"
+    media.mkdir()
+    (media / "aaaaaaaaaaa.mp4").write_bytes(b"x")
+    rows = [["youtube_id", "start", "end", "caption"], ["aaaaaaaaaaa", "1", "3.5", "A dog."], ["bbbbbbbbbbb", "0", "2", "Rain."]]
+    with (tmp_path / "b.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([*rows, ["c", "9", "2", "Bad."]])
+    command = ["bench-data", "omniretriever", "--annotations", str(tmp_path / "b.csv"), "--media", str(media)]
+    assert main([*command, "--out", str(out), "--fetch-list", str(tmp_path / "fetch.tsv"), "--audit"]) == 1
+    told = capsys.readouterr()
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [
+        {
+            "id": "aaaaaaaaaaa_1_3.5",
+            "text": "A dog.",
+            "video": "media/aaaaaaaaaaa.mp4",
+            "audio": "media/aaaaaaaaaaa.mp4",
+            "timestamps": [1.0, 3.5],
+        }
+    ]
+    fetch = (tmp_path / "fetch.tsv").read_text().splitlines()
+    assert fetch == ["id\turl\tstart\tend", "bbbbbbbbbbb_0_2\thttps://www.youtube.com/watch?v=bbbbbbbbbbb\t0\t2"]
+    missing = [json.loads(line) for line in (tmp_path / "bench.missing.jsonl").read_text().splitlines()]
+    assert missing[0]["id"] == "bbbbbbbbbbb_0_2" and "line 4: interval" in missing[1]["reason"]
+    assert re.search(r"at hand +1 +\(50\.0 %\), 1 of them to be cut", told.out) and "over a gallery of 1 clips and 1 captions" in told.out
+    (media / "bbbbbbbbbbb_0_2.webm").write_bytes(b"x")
+    assert main([*command, "--fetch-list", str(tmp_path / "fetch.tsv")]) == 1  # the bad line stays
+    assert (tmp_path / "fetch.tsv").read_text() == "id\turl\tstart\tend\n"
+    assert main(command) == 2
+    assert main([*command, "--column", "nonsense", "--audit"]) == 2
+    assert "write ROLE=NAME" in capsys.readouterr().err
+
+
+def test_golden_several_captions_from_annotations_to_scores(
+    golden: GoldenSet, converted: Path, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sorted({record.audio for record in golden.records if record.audio is not None})[:3]
+    folder, video = files[0].parent, next(record.video for record in golden.records if record.video is not None)
+    captions = {file.name: [f"{file.stem} says {word}" for word in ("one", "two")] for file in files}
+    head = ["file_name", "caption_1", "caption_2"]
+    with (tmp_path / "clotho.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([head, *([name, *texts] for name, texts in captions.items())])
+    bench = ["bench-data", "clotho", "--annotations", str(tmp_path / "clotho.csv"), "--media", str(folder)]
+    assert main([*bench, "--out", str(tmp_path / "c.jsonl")]) == 0
+    for manifest in ("c", "c.captions"):
+        out = str(tmp_path / f"{manifest}.npz")
+        assert main(["embed", "--model", str(converted), "--manifest", str(tmp_path / f"{manifest}.jsonl"), "--out", out, *settings]) == 0
+    assert list(read_embeddings(tmp_path / "c.npz").tables) == ["audio"]
+    result = tmp_path / "r.json"
+    assert main(["eval", str(tmp_path / "c.npz"), "--captions", str(tmp_path / "c.captions.npz"), "--json", str(result)]) == 0
+    found = json.loads(result.read_text())
+    assert found["n"] == 3 and found["directions"]["t2a"]["queries"] == 6 and found["directions"]["t2a"]["gallery"] == 3
+    audio, text = read_embeddings(tmp_path / "c.npz").tables["audio"], read_embeddings(tmp_path / "c.captions.npz").tables["text"]
+    ranks = naive.ranks(naive.cosines(text, audio), [i // 2 for i in range(6)], range(3))
+    assert_close(found["directions"]["t2a"]["R@1"], 100 * np.mean([better == 0 for better, _ in ranks.values()]), "metric")
+
+    capsys.readouterr()
+    index = ["search", "--model", str(converted), "--index", str(tmp_path / "c.npz"), *settings]
+    assert main([*index, "--audio", str(files[1]), "-k", "2", "--table", "audio"]) == 0
+    first = capsys.readouterr().out.splitlines()
+    assert first[0] == "audio in table audio of 3 records, by cosine:" and len(first) == 3
+    rank, score, name = first[1].split(maxsplit=2)
+    assert (rank, name) == ("1", files[1].name) and float(score) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(("flag", "given"), [("text", "texts"), ("audio", "audios"), ("video", "videos"), ("av", "videos audios")])
+def test_search_embeds_what_it_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flag: str, given: str
+) -> None:
+    asked: dict[str, list[str]] = {}
+
+    class Model:
+        def encode(self, **items: list[str] | None) -> np.ndarray:
+            asked.update({name: value for name, value in items.items() if value is not None})
+            return VIDEO[7:8]
+
+    monkeypatch.setattr(OmniRetriever, "from_pretrained", lambda *_, **__: Model())
+    ids = tuple(f"clip {i}" for i in range(40))
+    write_embeddings(tmp_path / "e.npz", EmbeddingTable(ids, {"text": TEXT, "av": VIDEO, "audio": VIDEO, "video": VIDEO}))
+    command = ["search", "--model", "none", "--index", str(tmp_path / "e.npz"), f"--{flag}", "x"]
+    assert main([*command, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert asked == {name: ["x"] for name in given.split()}
+    assert (answer["query"], answer["table"]) == (flag, {"text": "av", "audio": "video", "video": "audio", "av": "text"}[flag])
+    rows = {"text": TEXT}.get(answer["table"], VIDEO)
+    scores = naive.cosines(VIDEO[7:8], rows)[0]
+    assert [r["id"] for r in answer["results"]] == [ids[i] for i in np.argsort(-scores)[:10]]
+    assert_close([r["score"] for r in answer["results"]], np.sort(scores)[::-1][:10], "cosine_score")
+    assert main([*command, "--table", "tva"]) == 2
+    assert "the index has no table 'tva'; it holds text, video, audio, av" in capsys.readouterr().err
+    assert main([*command, "-k", "0"]) == 2
+    assert main([*command[:-1], " "]) == (2 if flag == "text" else 0)
