@@ -18,7 +18,7 @@ from tests.tolerances import assert_close
 
 def length(sound: bytes) -> float:
     """Seconds of an encoded sound."""
-    with av.open(io.BytesIO(sound)) as container:
+    with av.open(io.BytesIO(sound), "r") as container:
         return sum(frame.samples / frame.sample_rate for frame in container.decode(audio=0))
 
 
@@ -42,7 +42,7 @@ def test_mp3_plays_the_same_tone() -> None:
     time = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
     data = mp3((0.5 * np.sin(2 * np.pi * 440 * time)).astype(np.float32))
     assert len(data) < 10_000
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         samples = np.concatenate([frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)])
         assert container.streams.audio[0].rate == SAMPLE_RATE
     spectrum = np.abs(np.fft.rfft(samples[4000:20000]))

@@ -1,0 +1,1 @@
+"""Checks that need a browser; `make report-check` runs them."""
