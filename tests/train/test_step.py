@@ -201,3 +201,17 @@ def test_a_batch_must_say_what_it_plays(released):
     pooled = make(recipe(negatives="global"))
     with pytest.raises(InputError, match="plays the same kind"):
         pooled(state, frozen, micro(0))
+
+
+def test_bfloat16_activations_and_frozen_weights_give_the_float32_direction():
+    losses = {"hn_audio_only": True, "pairs": "all", "temperature": 0.5}
+    moments = []
+    for dtype, frozen_dtype in ((jnp.float32, None), (jnp.bfloat16, "bfloat16")):
+        config = recipe(frozen_dtype=frozen_dtype, **losses)
+        step = TrainStep(MODEL, config, dtype=dtype, compiler_options=QUICK)
+        state, frozen = step.init(PARAMS)
+        assert {x.dtype for x in state.trainable.values()} == {jnp.dtype(jnp.float32)}
+        state, metrics = step(state, frozen, batch(config.losses, clips=8))
+        assert np.isfinite(float(metrics["loss"])) and int(metrics["skipped"]) == 0
+        moments.append(np.concatenate([m.ravel() for m in first_moments(state).values()]))
+    assert_close(moments[1], moments[0], "bfloat16_cosine")
