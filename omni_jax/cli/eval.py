@@ -45,7 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "p-values. Files of one table each are joined by commas",
     )
     parser.add_argument("--html", metavar="OUT", help="also write a report as one self-contained page")
-    parser.add_argument("--manifest", metavar="FILE.jsonl", help="captions for the report, and with --media the names of its files")
+    parser.add_argument(
+        "--manifest",
+        metavar="FILE.jsonl",
+        action="append",
+        default=[],
+        help="captions for the report, and with --media the names of its files; may be repeated (clips and their captions)",
+    )
     parser.add_argument(
         "--media",
         metavar="DIR",
@@ -60,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       InputError: for anything in the files that cannot be scored.
     """
-    for flag, value in (("--manifest", args.manifest), ("--media", args.media)):
+    for flag, value in (("--manifest", " ".join(args.manifest)), ("--media", args.media)):
         if value and not args.html:
             raise InputError(f"{flag} {value}: is for the report; name its file with --html")
     # The library imports come late so that `--help` and usage errors answer at once.

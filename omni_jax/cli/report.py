@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from omni_jax import __version__
 from omni_jax.cli.progress import Progress
+from omni_jax.retrieval.inputs import CAPTION_MARK
 from omni_jax.retrieval.metrics import Scores
 from omni_jax.retrieval.report import Clip, Other, build_report, render
 from omni_jax.types import ClipError, EmbeddingTable, InputError, Record
@@ -18,18 +19,18 @@ SOUND_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".m4a", ".opus", ".aac"}
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 
 
-def records_of(manifest: str | None, media: str | None) -> dict[str, Record]:
-    """Returns records by id: those of the manifest, or those that the names of the files in folder `media` tell (clip7.mp4 is clip7).
+def records_of(manifests: Sequence[str], media: str | None) -> dict[str, Record]:
+    """Returns records by id: those of the manifests, or those that the names of the files in folder `media` tell (clip7.mp4 is clip7).
 
     Raises:
       InputError: for a manifest that cannot be read, or a folder that is not there.
     """
     if media is not None and not os.path.isdir(media):
         raise InputError(f"--media {media}: no such folder; name the one that holds the clips")
-    if manifest is not None:
+    if manifests:
         from omni_jax.data.manifest import read_manifest
 
-        return {record.id: record for record in read_manifest(manifest, media).records}
+        return {record.id: record for path in manifests for record in read_manifest(path, media).records}
     found: dict[str, Record] = {}
     for path in sorted(Path(media).iterdir()) if media is not None else ():
         kind = path.suffix.lower()
@@ -51,8 +52,18 @@ def page(
     report = build_report(name, embeddings.tables, scores, others)
     shown = [records[record] for record in report.records if record in records]
     clips, notes = clips_of(shown) if with_media else ({}, [])
-    captions = {record.id: record.text for record in shown if record.text}
-    return render(report, captions, clips, notes=notes, version=__version__)
+    return render(report, captions_of(records.values()), clips, notes=notes, version=__version__)
+
+
+def captions_of(records: Iterable[Record]) -> dict[str, str]:
+    """Returns captions by record; several of one clip (ids CLIP#NUMBER) stand under the clip's id too, one after the other."""
+    captions = {record.id: record.text for record in records if record.text}
+    several: dict[str, list[str]] = {}
+    for name, text in captions.items():
+        clip, mark, number = name.rpartition(CAPTION_MARK)
+        if mark and number.isdigit():
+            several.setdefault(clip, []).append(text)
+    return {clip: " / ".join(texts) for clip, texts in several.items()} | captions
 
 
 def clips_of(records: Sequence[Record]) -> tuple[dict[str, Clip], list[str]]:

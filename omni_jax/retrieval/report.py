@@ -131,6 +131,7 @@ def render(
       version: of the program.
     """
     media, left_out = _media(report, clips or {})
+    shown = {near.record for example in report.examples for near in example.neighbours} | set(report.records)
     if left_out:
         notes = [*notes, f"{left_out} clips are not in the page, to keep its media under {MEDIA_BYTES / 1e6:.0f} MB."]
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
@@ -151,7 +152,7 @@ def render(
             cloud=drawing.cloud(report.points[0]),
             ties=_ties(report),
             gallery_examples={name: [e for e in report.examples if e.direction == name] for name in report.histograms},
-            captions={record: clean(text) for record, text in (captions or {}).items()},
+            captions={record: clean(text) for record, text in (captions or {}).items() if record in shown},
             clip_number={record: number for number, record in enumerate(media)},
             media={str(number): found for number, found in enumerate(media.values())},
             notes=notes,

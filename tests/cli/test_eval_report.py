@@ -133,3 +133,26 @@ def test_report_arguments_are_refused_in_one_line(file: Path, tmp_path: Path, ca
         captured = capsys.readouterr()
         assert words in captured.err and captured.err.count("\n") == 1 and not captured.out
     assert not Path(out).exists()
+
+
+def test_several_captions_stand_under_their_clip(tmp_path: Path) -> None:
+    clips, captions = tmp_path / "clips.jsonl", tmp_path / "clips.captions.jsonl"
+    rng = np.random.default_rng(0)
+    names = [f"clip{i}#{k}" for i in range(4) for k in range(2)]
+    write_embeddings(tmp_path / "clips.npz", EmbeddingTable(IDS[:4], {"audio": rng.normal(size=(4, 5)).astype(np.float32)}))
+    write_embeddings(tmp_path / "captions.npz", EmbeddingTable(tuple(names), {"text": rng.normal(size=(8, 5)).astype(np.float32)}))
+    clips.write_text("".join(json.dumps({"id": name, "audio": f"{name}.wav"}) + "\n" for name in IDS[:4]))
+    captions.write_text("".join(json.dumps({"id": name, "text": f"words of {name}"}) + "\n" for name in names))
+    out = tmp_path / "out.html"
+    files = [
+        str(tmp_path / "clips.npz"),
+        "--captions",
+        str(tmp_path / "captions.npz"),
+        "--manifest",
+        str(clips),
+        "--manifest",
+        str(captions),
+    ]
+    assert main(["eval", *files, "--html", str(out)]) == 0
+    page = Page(out.read_text())
+    assert page.faults == [] and "words of clip2#0 / words of clip2#1" in page.all("main")[0].text
