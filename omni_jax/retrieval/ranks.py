@@ -27,7 +27,8 @@ ACCELERATOR_CHUNK = 4096  # rows; an accelerator would otherwise wait for the ho
 TILE_STEP = 16  # rows; the side of a tile is a multiple, so that vector instructions leave no tail
 NORMS = (1e-30, 1e30)  # outside, the reciprocal of a norm or a product of two rows leaves float32
 UNSCALED = (1e-9, 1e9)  # rows of such norms are multiplied as they are, without a scaled copy: their products stay far inside float32
-PREPARE_ROWS = 64  # rows handled together in float64
+PREPARE_ROWS = 32  # rows handled together in float64
+ALIGNMENT = 64  # bytes; the CPU backend reads an array that starts so without copying it
 
 NO_ROW, NO_ITEM = -1, -2  # `same` of a padded row and of an absent relevant item; they differ so that padding matches nothing
 
@@ -152,7 +153,7 @@ def rank_pair(
     order_a, order_b, rows, columns = _relevant(len(a.rows), len(b.rows), relevance)
     side = _Side(a, order_a, _tile_rows(len(a.rows), chunk) * mesh.size, rows, b.same[order_b][columns])
     other = _Side(b, order_b, _tile_rows(len(b.rows), chunk), columns, a.same[order_a][rows])
-    counted = _read_scores(side, other, rows, columns, mesh)
+    counted = _read_scores(side, other, mesh)
     _count(side, other, counted, mesh)
     return (
         side.ranks(order_a[rows], order_b[columns], len(b.rows)),
@@ -164,17 +165,24 @@ class _Side:
     """One table of a pair, its rows in tile order, with the relevant items of each row and what has been counted for them."""
 
     def __init__(self, table: Vectors, order: np.ndarray, tile: int, row: np.ndarray, item_same: np.ndarray):
-        """`row` (P,) is the row, in tile order, of each relevant pair; `item_same` (P,) the `same` of its item."""
+        """`row` (P,) is the row, in tile order, of each relevant pair; `item_same` (P,) the `same` of its item.
+
+        Rows have places 0 .. blocks * tile. The last block ends with the table and overlaps the block before it, so that a tile is a plain
+        slice of the table; the places of the rows it repeats are masked.
+        """
         self.table, self.order, self.tile = table, order, tile
         self.blocks = -(-len(order) // tile)
-        self.row, self.slot = row, _count_up(row)
-        self.unread = np.bincount(row // tile, minlength=self.blocks)  # relevant pairs of each block whose scores are not known yet
+        place = np.arange(len(order))
+        if self.blocks > 1:
+            place[(self.blocks - 1) * tile :] += self.blocks * tile - len(order)
+        self.place, self.slot = place[row], _count_up(row)
+        self.unread = np.bincount(self.place // tile, minlength=self.blocks)  # relevant pairs of each block whose scores are not known yet
         shape = (int(self.slot.max()) + 1, self.blocks * tile)  # relevant items first: the counting loop walks along this axis
         self.score = np.full(shape, np.inf, np.float32)
         self.item_same = np.full(shape, NO_ITEM, np.int32)
-        self.item_same[self.slot, row] = item_same
+        self.item_same[self.slot, self.place] = item_same
         self.same = np.full(shape[1], NO_ROW, np.int32)
-        self.same[: len(order)] = table.same[order]
+        self.same[place] = table.same[order]
         self.counts = np.zeros((2, *shape), np.int64)
         self._in_order = bool(np.array_equal(order, np.arange(len(order))))
 
@@ -182,16 +190,18 @@ class _Side:
         return slice(block * self.tile, (block + 1) * self.tile)
 
     def vectors(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (T, D) and scales (T,) of a block; zeros where the table has ended."""
-        index = self.order[self.part(block)]
-        if self._in_order and self.table.unscaled and len(index) == self.tile:
-            return self.table.rows[self.part(block)], self.table.scale[self.part(block)]
-        rows = np.zeros((self.tile, self.table.rows.shape[1]), self.table.rows.dtype)
+        """Rows (T, D) and scales (T,) of a block; zeros behind a table of less than one tile."""
+        start = min(block * self.tile, max(len(self.order) - self.tile, 0))
+        part = slice(start, start + self.tile)
+        if self._in_order and self.table.unscaled and len(self.order) >= self.tile:
+            return self.table.rows[part], self.table.scale[part]
+        index = self.order[part]
+        rows = _aligned_zeros((self.tile, self.table.rows.shape[1]), self.table.rows.dtype if self.table.unscaled else np.dtype(np.float32))
         scale = np.zeros(self.tile, np.float32)
-        rows[: len(index)], scale[: len(index)] = self.table.rows[index], self.table.scale[index]
-        if not self.table.unscaled:
-            rows = rows.astype(np.float32) * scale[:, None]
-            scale = np.ones_like(scale)
+        if self.table.unscaled:
+            rows[: len(index)], scale[: len(index)] = self.table.rows[index], self.table.scale[index]
+        else:
+            rows[: len(index)], scale[: len(index)] = self.table.rows[index].astype(np.float32) * self.table.scale[index, None], 1
         return rows, scale
 
     def thresholds(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -200,18 +210,19 @@ class _Side:
         return self.score[:, part], self.item_same[:, part], self.same[part]
 
     def ranks(self, query: np.ndarray, item: np.ndarray, gallery: int) -> Ranks:
-        better, equal = self.counts[:, self.slot, self.row]
+        better, equal = self.counts[:, self.slot, self.place]
         order = np.lexsort((item, query))
         return Ranks(len(self.order), gallery, query[order], item[order], better[order], equal[order] - 1)  # an item equals itself
 
 
-def _read_scores(side: _Side, other: _Side, rows: np.ndarray, columns: np.ndarray, mesh: Mesh) -> np.ndarray:
+def _read_scores(side: _Side, other: _Side, mesh: Mesh) -> np.ndarray:
     """Reads every relevant pair's similarity from its tile, and returns which tiles (blocks, blocks) were counted on the way.
 
     Pairs were sorted, so few tiles hold any. A tile that completes what its rows and columns are measured by is counted at once: with the
     same row relevant these are all the tiles that hold pairs, and no product is computed twice.
     """
     run = _programs(mesh)
+    rows, columns = side.place, other.place
     tiles = rows // side.tile * other.blocks + columns // other.tile
     by_tile = np.argsort(tiles, kind="stable")
     starts = np.flatnonzero(np.diff(tiles[by_tile], prepend=-1))
@@ -364,6 +375,13 @@ def _tile_rows(n: int, chunk: int) -> int:
     fewest = -(-n // chunk)
     sides = [min(chunk, -(-n // (blocks * TILE_STEP)) * TILE_STEP) for blocks in range(fewest, fewest + fewest // 2 + 1)]
     return min(sides, key=lambda side: -(-n // side) * side)
+
+
+def _aligned_zeros(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+    """Zeros that the CPU backend reads without copying them."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    room = np.zeros(size + ALIGNMENT, np.uint8)
+    return room[-room.ctypes.data % ALIGNMENT :][:size].view(dtype).reshape(shape)
 
 
 def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
