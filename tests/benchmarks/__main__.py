@@ -11,7 +11,8 @@ import json
 import os
 from pathlib import Path
 
-BENCHMARKS = ("encoder_mid", "conversion_memory")
+BENCHMARKS = ("encoder_mid", "ranking", "conversion_memory")
+TIMED = ("encoder_mid", "ranking")  # those that take --pairs
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = {}
     for name in (chosen.only,) if chosen.only else BENCHMARKS:
         print(f"== {name}", flush=True)
-        options = {"pairs": chosen.pairs} if chosen.pairs and name == "encoder_mid" else {}
+        options = {"pairs": chosen.pairs} if chosen.pairs and name in TIMED else {}
         results[name] = importlib.import_module(f"tests.benchmarks.{name}").run(**options)
     if chosen.json:
         chosen.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
