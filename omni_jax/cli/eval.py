@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -91,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
     scores = score(embeddings.tables, ids=ids, relevance=relevance, ties=args.ties, mesh=mesh)
     notes: list[str] = []
     if args.storage != "float32":
-        embeddings, whole = dataclasses.replace(embeddings, tables=stored(embeddings.tables, args.storage)), scores.result
-        scores = score(embeddings.tables, ids=ids, relevance=relevance, ties=args.ties, mesh=mesh)
+        kept, whole = stored(embeddings.tables, args.storage), scores.result
+        scores = score(kept, ids=ids, relevance=relevance, ties=args.ties, mesh=mesh)
         scores.result["storage"] = {"dtype": args.storage, "change": changes(whole, scores.result)}
         notes.append(format_changes(scores.result["storage"]["change"], args.storage))
     result = scores.result

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 STORAGE = ("float32", "bfloat16")
+COUNTS = ("queries", "gallery")  # sizes, which no rounding changes
 
 
 def stored(tables: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
@@ -17,9 +18,13 @@ def stored(tables: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Returns direction -> metric -> after less before, for every number that two results of `evaluate` have in common."""
+    """Returns direction -> metric -> after less before, for every metric of two results of `evaluate` over the same records."""
     return {
-        name: {key: after["directions"][name][key] - value for key, value in metrics.items() if isinstance(value, int | float)}
+        name: {
+            key: after["directions"][name][key] - value
+            for key, value in metrics.items()
+            if isinstance(value, int | float) and key not in COUNTS
+        }
         for name, metrics in before["directions"].items()
     }
 

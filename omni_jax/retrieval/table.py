@@ -48,6 +48,9 @@ def format_table(result: Mapping[str, Any]) -> str:
         lines.append(f"95 %: bootstrap interval of R@1 over the records ({drawn['resamples']} resamples, seed {drawn['seed']}).")
     reasons: Mapping[str, str] = result.get("missing", {})
     lines += [f"{name}: no value, {reason}." for name, reason in reasons.items()]
+    sizes = [f"{name} {row['queries']} in {row['gallery']}" for name, row in directions.items() if "gallery" in row]
+    if sizes:
+        lines.append(f"Queries in galleries: {', '.join(sizes)}.")
     policy = result.get("tie_policy", "optimistic")
     queries = sum(int(metrics.get("queries", result["n"])) for metrics in directions.values())
     tied = sum(int(metrics.get("ties", 0)) for metrics in directions.values())

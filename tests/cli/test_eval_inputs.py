@@ -113,8 +113,28 @@ def test_bench_data_writes_manifest_fetch_list_and_audit(tmp_path: Path, capsys:
     assert "write ROLE=NAME" in capsys.readouterr().err
 
 
+def test_eval_scores_captions_that_stand_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = tuple(f"clip {i}" for i in range(40))
+    captions = EmbeddingTable(tuple(f"{i}#{k}" for i in ids for k in range(2)), {"text": np.stack([TEXT, -TEXT], 1).reshape(80, 8)})
+    write_embeddings(tmp_path / "c.npz", EmbeddingTable(ids, {"audio": VIDEO}))
+    write_embeddings(tmp_path / "t.npz", captions)
+    command = ["eval", str(tmp_path / "c.npz"), "--captions", str(tmp_path / "t.npz")]
+    assert main([*command, "--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html"), "--compare", "published:clotho"]) == 0
+    assert "Queries in galleries: t2a 80 in 40, a2t 40 in 80." in capsys.readouterr().out
+    found = json.loads((tmp_path / "r.json").read_text())["directions"]
+    scores = naive.cosines(captions.tables["text"], VIDEO)
+    places = naive.ranks(scores, [i // 2 for i in range(80)], range(40))
+    assert_close(found["t2a"]["R@1"], 100 * np.mean([better == 0 for better, _ in places.values()]), "metric")
+    best = [max(scores[2 * i, i], scores[2 * i + 1, i]) >= scores[:, i].max() for i in range(40)]
+    assert_close(found["a2t"]["R@1"], 100 * np.mean(best), "metric")
+    assert "OmniRetriever-7B (published)" in (tmp_path / "r.html").read_text()
+    assert main([*command, "--compare", str(tmp_path / "c.npz")]) == 2
+    assert "score it alone with --json" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_golden_several_captions_from_annotations_to_scores(
-    golden: GoldenSet, converted: Path, settings: list[str], tmp_path: Path
+    golden: GoldenSet, converted: Path, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = sorted({record.audio for record in golden.records if record.audio is not None})[:3]
     captions = {file.name: [f"{file.stem} says {word}" for word in ("one", "two")] for file in files}
@@ -129,6 +149,7 @@ def test_golden_several_captions_from_annotations_to_scores(
     assert list(read_embeddings(tmp_path / "c.npz").tables) == ["audio"]
     result = tmp_path / "r.json"
     assert main(["eval", str(tmp_path / "c.npz"), "--captions", str(tmp_path / "c.captions.npz"), "--json", str(result)]) == 0
+    assert "Queries in galleries: t2a 6 in 3, a2t 3 in 6." in capsys.readouterr().out
     found = json.loads(result.read_text())
     assert found["n"] == 3 and found["directions"]["t2a"]["queries"] == 6 and found["directions"]["t2a"]["gallery"] == 3
     audio, text = read_embeddings(tmp_path / "c.npz").tables["audio"], read_embeddings(tmp_path / "c.captions.npz").tables["text"]
