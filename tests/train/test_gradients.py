@@ -62,6 +62,7 @@ def test_gradient_caching_equals_the_whole_batch_at_once(update, pairs, scope):
     assert abs(float(whole[0][TEMPERATURE])) > 1e-3
 
 
+@pytest.mark.slow
 def test_gradient_caching_equals_the_whole_batch_where_everything_trains():
     losses = LossConfig(temperature=0.2)
     fwd, trainable, frozen = forward(losses, choice="all")

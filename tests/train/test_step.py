@@ -203,6 +203,7 @@ def test_a_batch_must_say_what_it_plays(released):
         pooled(state, frozen, micro(0))
 
 
+@pytest.mark.slow
 def test_bfloat16_activations_and_frozen_weights_give_the_float32_direction():
     losses = {"hn_audio_only": True, "pairs": "all", "temperature": 0.5}
     moments = []
