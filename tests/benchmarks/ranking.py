@@ -124,7 +124,7 @@ def run(pairs: int = PAIRS, records: int = RECORDS, width: int = WIDTH, sizes: t
     )
     print(
         f"memory above the tables: {above['ours']:.1f} MB, published formula {above['published']:.1f} MB, "
-        f"{above['published'] / above['ours']:.1f} times less; {apart} of {12 * records:,} places differ (last-bit ties)"
+        f"{above['published'] / above['ours']:.1f} times less; {apart} of {12 * records:,} places differ"
     )
     growth = {}
     for n in sizes:

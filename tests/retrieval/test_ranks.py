@@ -6,6 +6,7 @@ import dataclasses
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -215,6 +216,25 @@ def test_no_product_is_computed_twice_when_rows_answer_rows(monkeypatch: pytest.
     monkeypatch.setattr(ranks_module, "_programs", lambda mesh: dataclasses.replace(run, product=product))
     rank_pair(a, b, chunk=16, mesh=mesh)
     assert len(calls) == 16
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_counts_of_tiles_of_any_size(monkeypatch: pytest.MonkeyPatch, axis: int) -> None:
+    rng = np.random.default_rng(6)
+    products = rng.integers(3, size=(12, 10)).astype(np.float32)
+    score, item = rng.integers(3, size=(2, 2, products.shape[1 - axis])).astype(np.float32)
+    candidates = rng.integers(-1, 3, size=products.shape[axis]).astype(np.int32)
+    arrays = [jnp.asarray(x) for x in (products, score, item.astype(np.int32), candidates)]
+    packed = ranks_module._along(axis, *arrays)
+    monkeypatch.setattr(ranks_module, "PACKED", 1)
+    np.testing.assert_array_equal(packed, ranks_module._along(axis, *arrays))
+    for r in range(2):
+        for i in range(products.shape[1 - axis]):
+            line = (products[:, i] if axis == 0 else products[i]).tolist()
+            pairs = [(x, c) for x, c in zip(line, candidates.tolist(), strict=True) if c != ranks_module.NO_ROW]
+            better = sum(x > score[r, i] and c != item[r, i] for x, c in pairs)
+            equal = sum(x == score[r, i] or c == item[r, i] for x, c in pairs)
+            assert (packed[0, r, i], packed[1, r, i]) == (better, equal)
 
 
 def test_shapes_and_labels_that_do_not_fit_are_refused() -> None:
