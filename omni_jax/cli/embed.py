@@ -49,7 +49,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_positive(int), default=16, metavar="N", help="clips encoded together (default: %(default)s)")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="weights and computation (default: keep)")
     parser.add_argument("--media-root", metavar="DIR", help="folder that media paths start from (default: the manifest's)")
-    parser.add_argument("--workers", type=int, metavar="N", help="decoding processes (default: one less than the cores)")
+    parser.add_argument("--workers", type=_whole, metavar="N", help="decoding processes (default: one less than the cores)")
     parser.add_argument(
         "--timeout", type=_positive(float), default=120.0, metavar="SECONDS", help="a clip that takes longer is set aside (default: 120)"
     )
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--out {args.out}: the name of an embedding file ends in .npz")
 
     # Late, so that `--help` and usage errors answer at once.
-    from omni_jax.cli.stopping import sigterm
+    from omni_jax.cli.stopping import Terminated, sigterm_raises
     from omni_jax.data.manifest import read_manifest
     from omni_jax.retrieval.embedding_file import check_place, write_embeddings
     from omni_jax.retrieval.embedding_pass import assemble
@@ -81,14 +81,16 @@ def run(args: argparse.Namespace) -> int:
     manifest = dataclasses.replace(whole, records=whole.records[index::count], problems=whole.problems[index::count])
     model = load_model(args, chosen)
     journal = Journal(out.with_name(f".{out.stem}.unfinished"), _settings(args, tables, manifest))
-    left = [record for record in manifest.records if record.id not in journal.finished]
-    with sigterm() as stopped:
-        for part in embed(args, model, left, tables, "embed", done=len(manifest.records) - len(left)):
-            journal.add(part)
-            if stopped():
-                kept = f"{len(journal.finished)} of {len(manifest.records)} records"
-                print(f"stopped by SIGTERM; {kept} are kept: run it again to go on", file=sys.stderr)
-                return STOPPED_AND_SAVED
+    finished = journal.finished()
+    left = [record for record in manifest.records if record.id not in finished]
+    try:
+        with sigterm_raises():
+            for part in embed(args, model, left, tables, "embed", done=len(manifest.records) - len(left)):
+                journal.add(part)
+    except Terminated:
+        kept = f"{len(journal.finished())} of {len(manifest.records)} records"
+        print(f"stopped by SIGTERM; {kept} are kept: run it again to go on", file=sys.stderr)
+        return STOPPED_AND_SAVED
     outcome = assemble(manifest.records, journal.parts)
     bad = report(out, manifest, outcome)
     if not outcome.table.ids:
@@ -129,7 +131,7 @@ def report(out: epath.Path | None, manifest: Manifest, outcome: Outcome) -> int:
     """
     from omni_jax.data.manifest import Problem, write_jsonl_atomic
 
-    failed = [Problem(r.id, r.line, str(r.video or r.audio or ""), reason) for r, reason in outcome.problems]
+    failed = [Problem(r.id, r.line, _at_fault(r, reason), reason) for r, reason in outcome.problems]
     errors = [p.row() for p in sorted([*manifest.problems, *failed], key=lambda p: p.line)]
     warnings = [{"id": name, "reason": line} for name, line in outcome.warnings]
     for kind, rows, what in (("errors", errors, "records set aside"), ("warnings", warnings, "records mended")):
@@ -145,6 +147,11 @@ def report(out: epath.Path | None, manifest: Manifest, outcome: Outcome) -> int:
     if outcome.truncated:
         print(f"captions cut to max_text_tokens: {outcome.truncated}", file=sys.stderr)
     return len(errors)
+
+
+def _at_fault(record: Record, reason: str) -> str:
+    """Returns the media file that a reason begins with, "" where it is about the record itself."""
+    return next((str(path) for path in (record.video, record.audio) if path and reason.startswith(f"{path}:")), "")
 
 
 def _settings(args: argparse.Namespace, tables: tuple[str, ...], manifest: Manifest) -> dict[str, Any]:
@@ -188,6 +195,12 @@ def _part(text: str) -> tuple[int, int]:
     if not (separator and index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N-1")
     return int(index), int(count)
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes (0 decodes in this one)")
+    return int(text)
 
 
 def _positive(kind: type) -> Callable[[str], float]:

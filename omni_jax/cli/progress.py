@@ -38,13 +38,15 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._clock = clock
         self._already = done
+        self._shown = -1  # items at the last line, so that none comes twice
         self._start = self._last = clock()
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._show(self._clock(), final=True)
+        if self._terminal or self._shown != self.done:
+            self._show(self._clock(), final=True)
 
     def update(self, items: int = 1) -> None:
         """Counts `items` as done and shows it when it is time."""
@@ -71,6 +73,7 @@ class Progress:
         return f"{text}, {left} left"
 
     def _show(self, now: float, final: bool = False) -> None:
+        self._shown = self.done
         text = self.line(now)
         if self._terminal:
             share = min(self.done / self.total, 1.0) if self.total else 0.0

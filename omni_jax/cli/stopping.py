@@ -1,22 +1,30 @@
-"""SIGTERM as a wish to stop at the next safe place, which a scheduler sends before it takes the machine away."""
+"""SIGTERM, which a scheduler sends before it takes the machine away, as an exception that can be caught after saving."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import FrameType
+
+
+class Terminated(BaseException):
+    """SIGTERM has come. Like KeyboardInterrupt no Exception, so that nothing on the way takes it for an error of its own."""
 
 
 @contextlib.contextmanager
-def sigterm() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether SIGTERM has come; the process is not ended by it meanwhile."""
-    asked = threading.Event()
+def sigterm_raises() -> Iterator[None]:
+    """Makes SIGTERM raise Terminated in the main thread while the block runs; elsewhere it does nothing."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield asked.is_set
+        yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield asked.is_set
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)

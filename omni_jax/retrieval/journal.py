@@ -6,9 +6,11 @@ A journal is a folder of parts. Each part appears whole or not at all, so that a
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -32,24 +34,23 @@ class Journal:
         """Opens a journal, or begins one.
 
         Raises:
-          InputError: when the folder holds parts made with other settings.
+          InputError: when the folder holds parts made with other settings, or another run is writing to it.
         """
         self._folder = epath.Path(folder)
         self.parts: list[Part] = []
         written = json.dumps(dict(settings), indent=1, sort_keys=True)
-        note = self._folder / SETTINGS
-        if note.exists():
-            if note.read_text() != written:
-                raise InputError(
-                    f"{self._folder}: holds the unfinished work of a run with other settings; run it again as it was, or remove the folder"
-                )
-            self.parts = [_read(path) for path in sorted(self._folder.glob("part-*.npz"))]
-        else:
-            self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self._folder)
+        note, parts = self._folder / SETTINGS, sorted(self._folder.glob("part-*.npz"))
+        if parts and (not note.exists() or note.read_text() != written):
+            raise InputError(
+                f"{self._folder}: holds the unfinished work of a run with other settings; run it again as it was, or remove the folder"
+            )
+        self.parts = [_read(path) for path in parts]
+        if not parts:
             with replacing(note) as file:
                 file.write(written.encode())
 
-    @property
     def finished(self) -> frozenset[str]:
         """Ids of the records that are embedded or set aside."""
         return frozenset(i for part in self.parts for i in (*part.ids, *(name for name, _ in part.problems)))
@@ -65,6 +66,21 @@ class Journal:
     def remove(self) -> None:
         """Deletes the folder, once the output is written."""
         self._folder.rmtree()
+        if self._lock is not None:
+            self._lock.close()
+
+
+def _lock(folder: epath.Path) -> IO[bytes] | None:
+    """Returns a file that holds the folder for this process as long as it lives; None on an object store, which has no locks."""
+    if "://" in os.fspath(folder):
+        return None
+    file = open(folder / "lock", "wb")  # noqa: SIM115 - open as long as the journal is
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise InputError(f"{folder}: another run is writing here; wait for it, or choose another output") from None
+    return file
 
 
 def _read(path: epath.Path) -> Part:

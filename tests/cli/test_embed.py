@@ -48,7 +48,7 @@ def test_golden_rows_from_media_files_through_the_command_line(golden: GoldenSet
 
 
 def test_golden_run_leaves_no_lists_where_nothing_went_wrong(embedded: Path):
-    assert [p.name for p in embedded.parent.iterdir()] == ["all.npz"]
+    assert {p.name for p in embedded.parent.iterdir()} - {"all.warnings.jsonl"} == {"all.npz"}
 
 
 def test_golden_vectors_keep_their_length_when_asked(golden: GoldenSet, converted: Path, settings: list[str], tmp_path: Path):
@@ -135,7 +135,7 @@ class TestGoingOn:
         done: list[str] = []
 
         def crash(self: Journal, part: Part) -> None:
-            if len(done) == 2:
+            if len(done) == golden.clips - 1:
                 raise OSError(28, "No space left on device", "part")
             done.extend(part.ids)
             original(self, part)
@@ -151,7 +151,7 @@ class TestGoingOn:
         assert main(arguments) == 0
         assert f"embed: {golden.clips}/{golden.clips}" in capsys.readouterr().err
         found = read_embeddings(tmp_path / "o.npz")
-        assert found.ids == read_embeddings(embedded).ids and done == list(found.ids[:2])
+        assert found.ids == read_embeddings(embedded).ids and done == list(found.ids[:-1])
         assert_close(found.tables["text"], read_embeddings(embedded).tables["text"], "invariance")
         assert [p.name for p in tmp_path.iterdir()] == ["o.npz"]
 
@@ -246,17 +246,20 @@ def model(golden: GoldenSet, converted: Path) -> omni_jax.OmniRetriever:
 
 class TestPythonFace:
     def test_golden_rows_of_each_mix(self, golden: GoldenSet, model: omni_jax.OmniRetriever):
-        records = golden.records[:2]
-        texts, videos, audios = ([str(getattr(r, name)) for r in records] for name in ("text", "video", "audio"))
+        # `encode` takes whole files; sets with intervals keep them in the manifest.
+        chosen = [i for i, r in enumerate(golden.records) if r.timestamps is None and len(r.modalities) == 3][:2]
+        if not chosen:
+            pytest.fail("the golden set has no whole clip with text, video and audio")
+        texts, videos, audios = ([str(getattr(golden.records[i], name)) for i in chosen] for name in ("text", "video", "audio"))
         found = {
             "text": model.encode(texts=texts),
             "av": model.encode(videos=videos, audios=audios),
             "tva": model.encode(texts, videos, audios, batch_size=1),
         }
         for table, rows in found.items():
-            assert_close(rows, _reference(golden, table)[:2], "file_to_embedding_cosine")
+            assert_close(rows, _reference(golden, table)[chosen], "file_to_embedding_cosine")
         raw = model.encode(texts=texts, normalize=False)
-        assert_close(raw, np.stack([golden.adapter[f"{i}/embed/label"] for i in range(2)]), "embed")
+        assert_close(raw, np.stack([golden.adapter[f"{i}/embed/label"] for i in chosen]), "embed")
 
     def test_golden_empty_list_gives_no_rows(self, model: omni_jax.OmniRetriever):
         assert model.encode(texts=[]).shape == (0, model.config.decoder.hidden_size)

@@ -25,8 +25,9 @@ def test_what_was_added_is_read_back(tmp_path: Path):
     journal = Journal(tmp_path / "j", SETTINGS)
     for part in parts:
         journal.add(part)
+    del journal  # its process has ended
     again = Journal(tmp_path / "j", SETTINGS)
-    assert again.finished == {f"clip{n}" for n in range(5)}
+    assert again.finished() == {f"clip{n}" for n in range(5)}
     for found, wanted in zip(again.parts, parts, strict=True):
         for field in dataclasses.fields(Part):
             np.testing.assert_equal(getattr(found, field.name), getattr(wanted, field.name))
@@ -41,11 +42,27 @@ def test_other_settings_are_refused(tmp_path: Path):
         Journal(tmp_path / "j", SETTINGS | {"dtype": "bfloat16"})
 
 
+def test_settings_may_change_while_nothing_is_kept(tmp_path: Path):
+    Journal(tmp_path / "j", SETTINGS)
+    other = SETTINGS | {"dtype": "bfloat16"}
+    Journal(tmp_path / "j", other).add(_part(0))
+    assert Journal(tmp_path / "j", other).finished() == {"clip0"}
+
+
+def test_two_runs_at_once_are_refused(tmp_path: Path):
+    first = Journal(tmp_path / "j", SETTINGS)
+    with pytest.raises(InputError, match="another run is writing here"):
+        Journal(tmp_path / "j", SETTINGS)
+    first.remove()
+    Journal(tmp_path / "j", SETTINGS).add(_part(0))
+
+
 def test_a_half_written_part_does_not_count(tmp_path: Path):
     journal = Journal(tmp_path / "j", SETTINGS)
     journal.add(_part(0))
+    del journal
     (tmp_path / "j" / ".part-000001.npz.77.partial").write_bytes(b"PK half")
-    assert Journal(tmp_path / "j", SETTINGS).finished == {"clip0"}
+    assert Journal(tmp_path / "j", SETTINGS).finished() == {"clip0"}
 
 
 def test_a_damaged_part_is_named(tmp_path: Path):
