@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from omni_jax.config import Preset
 from omni_jax.media.workers import run_guarded
@@ -68,17 +70,32 @@ def load_clip(record: Record, preset: Preset, modalities: frozenset[str]) -> Cli
 
 
 def clip_features(clip: Clip, preset: Preset) -> Features:
-    """Returns the model-ready arrays of a decoded clip."""
+    """Returns the model-ready arrays of a decoded clip.
+
+    Raises:
+      ClipError: when they cannot be computed; the message starts with the media file.
+    """
     vision = audio = None
     if clip.video is not None:
         from omni_jax.features.vision import vision_features
 
-        vision = vision_features(clip.video, preset)
+        with _naming(clip.record, clip.record.video):
+            vision = vision_features(clip.video, preset)
     if clip.waveform is not None:
         from omni_jax.features.audio import audio_segments
 
-        audio = audio_segments(clip.waveform, preset)
+        with _naming(clip.record, clip.record.audio):
+            audio = audio_segments(clip.waveform, preset)
     return Features(record=clip.record, vision=vision, audio=audio, warnings=clip.warnings)
+
+
+@contextlib.contextmanager
+def _naming(record: Record, file: Path | None) -> Iterator[None]:
+    """Puts the file at fault before the message of a ClipError."""
+    try:
+        yield
+    except ClipError as e:
+        raise ClipError(f"{file or f'record {record.id!r}'}: {e}") from None
 
 
 def _name(record: Record) -> str:

@@ -6,6 +6,7 @@ Letters: F mel frames, F' filter-bank frames.
 from __future__ import annotations
 
 import functools
+import os
 
 import numpy as np
 
@@ -49,6 +50,7 @@ def log_mel(waveform: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _whisper():
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises PyTorch, which is not needed
     from transformers import WhisperFeatureExtractor  # half a second; only clips with audio need it
 
     return WhisperFeatureExtractor(
@@ -119,13 +121,15 @@ def audio_segments(waveform: np.ndarray, preset: Preset) -> tuple[AudioSegment, 
       ClipError: for a waveform too short for one token, or with samples that are not finite.
     """
     if waveform.ndim != 1:
-        raise ClipError(f"audio has shape {waveform.shape}; one channel is expected (preset channels={preset.channels})")
+        raise ClipError(f"audio has shape {waveform.shape}; one channel is expected; join its channels (preset channels={preset.channels})")
     if not np.isfinite(waveform).all():
         raise ClipError("audio has samples that are not finite (NaN or infinity); decode it again or remove the record")
     pieces = [waveform[start : start + SEGMENT_SAMPLES] for start in range(0, waveform.size, SEGMENT_SAMPLES)]
     segments = tuple(s for s in map(_segment, pieces) if s is not None)
     if not segments:
-        raise ClipError(f"audio has {waveform.size} samples at 16 kHz, too few for one token; it must last at least 30 ms")
+        raise ClipError(
+            f"audio has {waveform.size} samples at 16 kHz, too few for one token; give one of at least 30 ms or remove the record"
+        )
     return segments
 
 

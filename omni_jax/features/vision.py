@@ -33,9 +33,11 @@ def smart_resize(height: int, width: int, pixels: int) -> tuple[int, int]:
       ClipError: for a side below 28 pixels or an aspect ratio above 200.
     """
     if min(height, width) < FACTOR:
-        raise ClipError(f"frames are {width}x{height} pixels; both sides must be at least {FACTOR}")
+        raise ClipError(
+            f"frames are {width}x{height} pixels; both sides must be at least {FACTOR}; give a larger copy or remove the record"
+        )
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ClipError(f"frames are {width}x{height} pixels; the aspect ratio must not exceed {MAX_ASPECT}")
+        raise ClipError(f"frames are {width}x{height} pixels; the aspect ratio must not exceed {MAX_ASPECT}; crop it or remove the record")
     sides = [round(side / FACTOR) * FACTOR for side in (height, width)]
     area = sides[0] * sides[1]
     if area > pixels:
@@ -85,9 +87,11 @@ def vision_features(frames: VideoFrames, preset: Preset) -> VisionFeatures:
     pictures = frames.frames
     count = pictures.shape[0]
     if count == 0 or count % FRAMES_PER_STEP:
-        raise ClipError(f"{count} frames were sampled; the number must be even and positive")
+        raise ClipError(f"{count} frames were sampled; the number must be even and positive; set the preset's frames")
     if not (math.isfinite(frames.seconds) and frames.seconds > 0):
-        raise ClipError(f"the clip is {frames.seconds} seconds long; it must have a positive length")
+        raise ClipError(
+            f"the clip is {frames.seconds} seconds long; it must have a positive length; re-encode it or correct its timestamps"
+        )
     if preset.frame_crop == "square":
         pictures = square_crop(pictures)
     height, width = smart_resize(pictures.shape[1], pictures.shape[2], preset.pixels)

@@ -65,7 +65,7 @@ def prompt_text(tokenizer: Tokenizer, preset: Preset, table: str, caption: str |
     cut = 0
     if "t" in modalities:
         if caption is None:
-            raise ClipError(f"table {table} needs a caption, and the record has none")
+            raise ClipError(f"table {table} needs a caption, and the record has none; add its text or leave the table out")
         # Quirk of the release's processor: a prompt that is text alone loses leading whitespace on its way to the fused head.
         alone = modalities == frozenset("t") and preset.text_head == "fused"
         ids = tokenizer.encode_text(caption.lstrip() if alone else caption)
@@ -104,9 +104,9 @@ def build_sequence(
         raise ConfigError(f"unknown table {table!r}; choose among {', '.join(TABLE_MODALITIES)}")
     modalities = TABLE_MODALITIES[table]
     if "v" in modalities and vision is None:
-        raise ClipError(f"table {table} needs video, and the record has none")
+        raise ClipError(f"table {table} needs video, and the record has none; add its video or leave the table out")
     if "a" in modalities and not audio_tokens:
-        raise ClipError(f"table {table} needs audio, and the record has none")
+        raise ClipError(f"table {table} needs audio, and the record has none; add its audio or leave the table out")
     text, cut = prompt_text(tokenizer, preset, table, caption)
     if not modalities & frozenset("va"):
         if not text:

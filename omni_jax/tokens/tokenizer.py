@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -108,6 +109,7 @@ def _added_tokens(folder: epath.Path) -> dict[str, int]:
 
 def _from_slow_files(folder: epath.Path) -> str:
     """Returns what tokenizer.json would hold, built from vocab.json and merges.txt."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises PyTorch, which is not needed
     from transformers import Qwen2Tokenizer  # slow to import; only checkpoints without tokenizer.json need it
 
     try:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from omni_jax.config import preset
-from omni_jax.data.loading import load_clip, load_features
-from omni_jax.types import ClipError, Features, Record
+from omni_jax.data.loading import clip_features, load_clip, load_features
+from omni_jax.types import Clip, ClipError, Features, Record
 from tests.golden_set import GoldenSet
 from tests.media_samples import cut_file, write_clip, write_sound
 from tests.tolerances import assert_close
@@ -83,6 +83,36 @@ def test_one_bad_clip_never_stops_the_others(tmp_path: Path) -> None:
     assert loaded[2].warnings == (f"{mute}: no audio track; silence is used instead",)
     assert isinstance(loaded[0], Features)
     assert not loaded[0].warnings
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_messages_start_with_the_file_at_fault(tmp_path: Path, workers: int) -> None:
+    sound = write_sound(tmp_path / "good.wav")
+    low = write_clip(tmp_path / "low.mp4", 1.0, width=64, height=16)
+    clip = write_clip(tmp_path / "clip.mp4", 1.0)
+    (tmp_path / "noise.wav").write_bytes(b"not a sound")
+    records = [Record("low", video=low, audio=sound), Record("noise", video=clip, audio=tmp_path / "noise.wav")]
+    first, second = load_features(records, TRAINING, ALL, workers, 60)
+    assert str(first) == f"{low}: frames are 64x16 pixels; both sides must be at least 28; give a larger copy or remove the record"
+    assert isinstance(second, ClipError)
+    assert str(second).startswith(f"{tmp_path / 'noise.wav'}: ")
+
+
+def test_messages_about_arrays_without_a_file_start_with_the_record() -> None:
+    broken = Clip(Record("x"), waveform=np.full(16_000, np.nan, np.float32))
+    with pytest.raises(ClipError, match="^record 'x': audio has samples that are not finite"):
+        clip_features(broken, TRAINING)
+    with pytest.raises(ClipError, match=r"^a\.wav: audio has samples"):
+        clip_features(dataclasses.replace(broken, record=Record("x", audio=Path("a.wav"))), TRAINING)
+
+
+def test_decoding_processes_do_not_advise_pytorch(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)
+    (got,) = load_features([Record("a", audio=write_sound(tmp_path / "a.wav"))], TRAINING, ALL, 1, 60)
+    assert isinstance(got, Features)
+    assert "PyTorch" not in capfd.readouterr().err
 
 
 def test_what_the_processes_import_holds_no_accelerator_library() -> None:
