@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from jax.sharding import Mesh
 
 import conversion
 from conversion.folder import read_manifest
-from omni_jax.config import TABLE_MODALITIES, TABLES, ConfigError, Preset
+from omni_jax.config import TABLE_MODALITIES, TABLES, ConfigError, ModelConfig, Preset
 from omni_jax.config import preset as preset_named
 from omni_jax.data.loading import DECODE_LIMIT_S, load_features
 from omni_jax.model import Encoder, abstract_encoder, param_shardings, with_params
@@ -56,16 +58,22 @@ class OmniRetriever:
           preset: a preset, or the name of one.
 
         Raises:
-          InputError: when the folder is not a converted checkpoint.
+          InputError: when the folder is not a converted checkpoint, its tokenizer belongs to another model, or its towers take patches
+            that the preprocessing does not make.
         """
         folder = epath.Path(directory)
+        # Before the weights, which take minutes to read at full size.
+        model = read_manifest(folder).model
+        _check_preprocessing(folder, model)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        tokenizer.check(model.tokens)
         mesh = make_mesh() if len(jax.devices()) > 1 else None
-        shardings = param_shardings(read_manifest(folder).model, mesh) if mesh is not None else None
+        shardings = param_shardings(model, mesh) if mesh is not None else None
         config, params = conversion.load(folder, dtype=None if dtype == "keep" else dtype, shardings=shardings)
         compute = jnp.dtype(dtype) if dtype != "keep" else params["decoder", "layers", "attn", "q", "kernel"].dtype
         encoder = with_params(abstract_encoder(config, dtype=compute), params)
         chosen = preset_named(preset) if isinstance(preset, str) else preset
-        return cls(encoder, Tokenizer.from_pretrained(folder), chosen, mesh)
+        return cls(encoder, tokenizer, chosen, mesh)
 
     @property
     def programs(self) -> list[str]:
@@ -93,9 +101,17 @@ class OmniRetriever:
           workers: decoding processes; None chooses by the number of cores.
 
         Raises:
-          InputError: for lists of unequal length, and naming every item that cannot be read.
+          InputError: for lists of unequal length, items that are no captions or paths, and naming the items that cannot be read.
+
+        Warns:
+          UserWarning: once, where media were mended (silence for a missing audio track) or captions cut.
         """
-        given = {"text": texts, "video": videos, "audio": audios}
+        _check_batch_size(batch_size)
+        given = {
+            "text": _listed("texts", texts, "captions"),
+            "video": _listed("videos", videos, "paths"),
+            "audio": _listed("audios", audios, "paths"),
+        }
         lengths = {name: len(values) for name, values in given.items() if values is not None}
         if not lengths or len(set(lengths.values())) != 1:
             raise InputError(f"encode: give at least one of texts, videos, audios, all of the same length; got {lengths or 'none'}")
@@ -105,9 +121,9 @@ class OmniRetriever:
         records = [
             Record(
                 id=str(i),
-                text=texts[i] if texts is not None else None,
-                video=Path(videos[i]).absolute() if videos is not None else None,
-                audio=Path(audios[i]).absolute() if audios is not None else None,
+                text=given["text"][i] if given["text"] is not None else None,
+                video=Path(given["video"][i]).absolute() if given["video"] is not None else None,
+                audio=Path(given["audio"][i]).absolute() if given["audio"] is not None else None,
             )
             for i in range(count)
         ]
@@ -118,6 +134,15 @@ class OmniRetriever:
         if outcome.problems:
             lines = "; ".join(f"item {record.id}: {reason}" for record, reason in outcome.problems[:5])
             raise InputError(f"encode: {len(outcome.problems)} of {count} items cannot be embedded: {lines}")
+        told = []
+        if outcome.warnings:
+            item, line = outcome.warnings[0]
+            mended = len({item for item, _ in outcome.warnings})
+            told.append(f"{mended} of {count} items were mended, the first: item {item}: {line}")
+        if outcome.truncated:
+            told.append(f"{outcome.truncated} of {count} captions were cut to max_text_tokens={self.preset.max_text_tokens}")
+        if told:
+            warnings.warn(f"encode: {'; '.join(told)}", stacklevel=2)
         return outcome.table.tables[table]
 
     def embed(
@@ -143,7 +168,9 @@ class OmniRetriever:
 
         Raises:
           ConfigError: for an unknown table.
+          InputError: for a batch size below 1.
         """
+        _check_batch_size(batch_size)
         unknown = [name for name in tables if name not in TABLES]
         if unknown or not tables:
             raise ConfigError(f"unknown table {', '.join(unknown) or '(none given)'}; choose among {', '.join(TABLES)}")
@@ -161,7 +188,7 @@ class OmniRetriever:
             try:
                 return record, TokenizedClip(item, build_sequences(item, tables, self._tokenizer, self.config, self.preset))
             except ClipError as e:
-                return record, ClipError(f"record {record.id!r}: {e}")
+                return record, ClipError(f"{_who(record)}: {e}")
 
         def plan(group: Sequence[TokenizedClip]) -> EncoderBatch:
             return build_batches(
@@ -188,4 +215,52 @@ class OmniRetriever:
 def _missing(record: Record, needed: frozenset[str]) -> str:
     names = {"t": "text", "v": "video", "a": "audio"}
     lacking = [names[m] for m in "tva" if m in needed - record.modalities]
-    return f"the record has no {' and no '.join(lacking)}, which the requested tables need; add the field or choose other --tables"
+    return f"{_who(record)}: has no {' and no '.join(lacking)}, which the requested tables need; add the field or choose other --tables"
+
+
+def _who(record: Record) -> str:
+    return f"record {record.id!r}" + (f" (line {record.line} of the manifest)" if record.line else "")
+
+
+def _listed(name: str, values: Any, kind: str) -> list[Any] | None:
+    """Returns the items of one argument of `encode`; raises InputError for what is no list of captions or paths."""
+    if values is None:
+        return None
+    if isinstance(values, (str, bytes, os.PathLike, Mapping, Set)) or not hasattr(values, "__len__") or getattr(values, "ndim", 1) != 1:
+        raise InputError(f"encode: {name} is of type {type(values).__name__}; give a list of {kind}, also for a single one")
+    wanted = str if kind == "captions" else (str, os.PathLike)
+    items = list(values)
+    for i, item in enumerate(items):
+        if not isinstance(item, wanted) or not isinstance(os.fspath(item), str):
+            give = "strings" if wanted is str else "strings or pathlib paths"
+            raise InputError(f"encode: {name}[{i}] is of type {type(item).__name__}; give {give}")
+        if not os.fspath(item).strip():
+            raise InputError(f"encode: {name}[{i}] is empty; leave the item out of every list or fill it in")
+    return items
+
+
+def _check_batch_size(batch_size: Any) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise InputError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
+
+
+def _check_preprocessing(folder: epath.Path, config: ModelConfig) -> None:
+    """Raises InputError for towers whose input the preprocessing, which has one patch size, does not make."""
+    from omni_jax.features import audio, vision
+    from omni_jax.tokens import buckets
+
+    made = {
+        "vision.patch_size": (config.vision.patch_size, vision.PATCH),
+        "vision.merge_size": (config.vision.merge_size, vision.MERGE),
+        "vision.temporal_patch_size": (config.vision.temporal_patch_size, vision.FRAMES_PER_STEP),
+        "vision.in_channels": (config.vision.in_channels, len(vision.MEAN)),
+        "beats.patch_size": (config.beats.patch_size, buckets.BEATS_PATCH),
+        "beats.num_mel_bins": (config.beats.num_mel_bins, audio.MEL_BINS),
+        "audio.num_mel_bins": (config.audio.num_mel_bins, audio.MEL_BINS),
+    }
+    for name, (value, fixed) in made.items():
+        if value != fixed:
+            raise InputError(
+                f"{folder}: the model's {name} is {value}, must be {fixed}: the preprocessing is fixed at 14/2/2/16 "
+                f"(patch, merge, temporal patch, fbank patch); use a WAVE-7B checkpoint"
+            )

@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 from etils import epath
 
+from omni_jax.config import SpecialTokens
 from omni_jax.types import ClipError, InputError
 
 END = "<|im_end|>"
@@ -44,6 +45,7 @@ class Tokenizer:
         if missing:
             raise InputError(f"{where}: the tokenizer lacks {', '.join(missing)}; use the folder of a WAVE-7B checkpoint")
         self._plain = plain
+        self._where = where
         self.im_end = added[END]
         self.control = {field: added[name] for field, name in CONTROL_TOKENS.items()}
 
@@ -75,6 +77,20 @@ class Tokenizer:
         except Exception as e:  # the library raises bare Exception
             raise InputError(f"{file}: cannot be read as a tokenizer ({_line(e)}); copy it again from the checkpoint") from None
         return cls(plain, {**_added_tokens(folder), **added}, str(folder))
+
+    def check(self, tokens: SpecialTokens) -> None:
+        """Holds the control tokens against those of a model, padding aside: any index may stand where nothing is read.
+
+        Raises:
+          InputError: naming the first that differs.
+        """
+        for field, name in CONTROL_TOKENS.items():
+            here, there = self.control[field], getattr(tokens, field)
+            if field != "pad" and here != there:
+                raise InputError(
+                    f"{self._where}: {name} is {here} in the tokenizer, but the model's config has {there} for {field}; "
+                    f"use the tokenizer files of the same checkpoint"
+                )
 
     def encode_text(self, text: str) -> list[int]:
         """Returns the vocabulary indices of a text; the strings of control tokens in it are ordinary text.
