@@ -33,6 +33,7 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "exclude_modules": (None, []),
     "fan_in_fan_out": (False,),
+    "kasa_config": (None,),
     "layer_replication": (None,),
     "layers_pattern": (None, []),
     "layers_to_transform": (None, []),
@@ -45,6 +46,27 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "use_dora": (False,),
     "use_qalora": (False,),
     "velora_config": (None,),
+}
+
+# Fields that are read below, and those that say how an adapter came to be and not what it computes.
+_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora"}
+_HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "inference_mode",
+    "init_lora_weights",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "merge_weights",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
 }
 
 
@@ -123,6 +145,12 @@ def lora_config(config: Mapping[str, Any], base: ModelConfig, where: str) -> tup
             raise InputError(
                 f"{where}: {field}={config[field]!r} is not supported, only {unused[0]!r}; merge such an adapter in torch first"
             )
+    strange = sorted(field for field in config.keys() - _UNUSED.keys() - _READ - _HARMLESS if config[field] is not None)
+    if strange:
+        raise InputError(
+            f"{where}: field {strange[0]}={config[strange[0]]!r} is not known, and may change what the adapter computes; "
+            "remove it if it does not, else merge the adapter in torch first"
+        )
     rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
     if type(rank) is not int or rank < 1:
         raise InputError(f"{where}: r={rank!r} is not a rank; a whole number above 0 is wanted")
@@ -205,7 +233,6 @@ def default_config(config: ModelConfig, base_model: str | None = None) -> dict[s
         "eva_config": None,
         "inference_mode": True,
         "init_lora_weights": True,
-        "kasa_config": None,
         "loftq_config": {},
         "lora_alpha": alpha,
         "lora_dropout": lora.dropout,

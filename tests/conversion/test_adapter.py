@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import conversion
-from conversion.adapter import default_config, lora_config
+from conversion.adapter import _HARMLESS, _READ, _UNUSED, default_config, lora_config
 from omni_jax.config import LoraConfig
 from omni_jax.types import InputError
 from tests.conversion import checkpoints
@@ -83,6 +83,9 @@ def test_settings_survive_being_written_and_read(lora):
         ({"target_modules": ["embed_tokens"]}, "model.embed_tokens, which is not a linear layer"),
         ({"target_modules": ["conv1"]}, "audio_tower.conv1, which is not a linear layer"),
         ({"modules_to_save": ["nothing"]}, "['nothing']"),
+        ({"kasa_config": {"beta": 1.0}}, "kasa_config"),
+        ({"future_scale": 3}, "future_scale=3 is not known"),
+        ({"future_flag": False}, "future_flag=False is not known"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(changes, expected):
@@ -90,6 +93,18 @@ def test_what_is_not_supported_is_refused_by_name(changes, expected):
         lora_config(settings(**changes), BASE, "folder/adapter_config.json")
     assert expected in str(caught.value)
     assert "folder/adapter_config.json" in str(caught.value)
+
+
+def test_fields_that_change_nothing_are_accepted():
+    plain, _ = lora_config(settings(), BASE, "adapter_config.json")
+    mapping = {"base_model_class": "Wave", "parent_library": "wave"}
+    more = settings(future_scale=None, peft_version="0.21.2", revision="main", auto_mapping=mapping, merge_weights=False)
+    assert lora_config(more, BASE, "adapter_config.json")[0] == plain
+
+
+def test_golden_adapter_settings_are_all_known(golden):
+    config = json.loads((golden.adapter_dir / "adapter_config.json").read_text())
+    assert _UNUSED.keys() | _READ | _HARMLESS >= config.keys()
 
 
 def test_adapter_keys_are_those_the_settings_select(tmp_path, base):
