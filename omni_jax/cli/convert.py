@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
+import sys
+
+from omni_jax.cli import stopping
 
 HELP = "convert PyTorch weights to JAX and back"
 EXAMPLE = """omni-jax convert to-jax --base WAVE-7B --adapter OmniRetriever-7B --out omni7b
@@ -36,6 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    try:
+        with stopping.sigterm_raises():
+            return _convert(args)
+    except stopping.Terminated:  # past new_folder, which has removed what was begun
+        print("omni-jax: stopped by SIGTERM, nothing is left of the conversion", file=sys.stderr)
+        return 128 + signal.SIGTERM
+
+
+def _convert(args: argparse.Namespace) -> int:
     # Late, so that `--help` answers at once.
     import conversion
     from omni_jax.cli.progress import Progress
