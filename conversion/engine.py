@@ -48,9 +48,11 @@ class Entry:
         return stored_name(self.path, self.layer)
 
     def to_tree(self, array: np.ndarray) -> np.ndarray:
+        """Returns the leaf (one layer of it) of a torch tensor: `torch_shape` in, `tree_shape` out, same dtype."""
         return self.transform.forward(array)
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
+        """Returns the torch tensor of a leaf (of one layer of it): `tree_shape` in, `torch_shape` out, same dtype."""
         return self.transform.inverse(array)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -41,6 +42,8 @@ def to_torch(
     """
     if base_out is None and adapter_out is None:
         raise InputError("to-torch: nothing to write; give --base-out, --adapter-out or both")
+    if base_out is not None and adapter_out is not None:
+        _refuse_overlap(base_out, adapter_out)
     started = time.monotonic()
     source = epath.Path(model)
     manifest = folder.read_manifest(source)
@@ -138,4 +141,12 @@ def _by_stored(entries: Mapping[str, Entry], wanted: Mapping[str, Writer]) -> di
 
 def _write_index(out: epath.Path, manifest: Manifest) -> None:
     placed = {name: shard.file for shard in manifest.shards for name, _, _ in shard.tensors}
-    (out / INDEX).write_text(json.dumps({"metadata": manifest.index, "weight_map": placed}, indent=2, sort_keys=True) + "\n")
+    made = json.dumps({"metadata": manifest.index, "weight_map": placed}, indent=2, sort_keys=True) + "\n"
+    text = made if manifest.index_text is None else manifest.index_text
+    (out / INDEX).write_bytes(text.encode())  # bytes, so that line ends stay as they are
+
+
+def _refuse_overlap(base_out: epath.PathLike, adapter_out: epath.PathLike) -> None:
+    base, adapter = (os.fspath(out) if "://" in os.fspath(out) else os.path.realpath(out) for out in (base_out, adapter_out))
+    if f"{base}/".startswith(f"{adapter}/") or f"{adapter}/".startswith(f"{base}/"):
+        raise InputError(f"--base-out {base_out} and --adapter-out {adapter_out}: one holds the other; name two separate folders")

@@ -59,6 +59,7 @@ class Manifest:
       adapter_config: `adapter_config.json`, parsed.
       adapter_files: relative names of the adapter's side files.
       merged: an adapter was folded into the base: only a merged base can be exported.
+      index_text: the source's index file as it was; None where it had none or the weights changed.
     """
 
     model: ModelConfig
@@ -72,8 +73,10 @@ class Manifest:
     adapter_config: dict[str, Any] | None = None
     adapter_files: tuple[str, ...] = ()
     merged: bool = False
+    index_text: str | None = None
 
     def write(self, folder: epath.Path) -> None:
+        """Writes `omni_jax.json` into a folder, as `read_manifest` reads it."""
         value = dataclasses.asdict(self) | {"format": FORMAT, "model": self.model.to_json()}
         (folder / MANIFEST).write_text(json.dumps(value, indent=1) + "\n")
 
@@ -111,6 +114,8 @@ def _tensor_file(value: dict[str, Any]) -> TensorFile:
 def new_folder(out: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a temporary folder that takes the name `out` when the block ends, and is removed when it fails.
 
+    What processes that were killed left beside a local `out` is removed first.
+
     Raises:
       InputError: `out` exists and is not an empty folder, or cannot be created.
     """
@@ -118,6 +123,7 @@ def new_folder(out: epath.PathLike) -> Iterator[epath.Path]:
     if out.exists() and (not out.is_dir() or any(True for _ in out.iterdir())):
         raise InputError(f"{out}: exists and is not an empty folder; choose another name or remove it first")
     temporary = out.parent / f".{out.name}.incomplete-{os.getpid()}"
+    _sweep(out)
     try:
         temporary.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -131,6 +137,29 @@ def new_folder(out: epath.PathLike) -> Iterator[epath.Path]:
         raise InputError(f"{out}: not written ({e}); free some space or choose another place") from e
     finally:
         temporary.rmtree(missing_ok=True)
+
+
+def _sweep(out: epath.Path) -> None:
+    """Removes temporary folders of `out` whose process is gone. Elsewhere than on a local disk a process number says nothing."""
+    if "://" in str(out) or not out.parent.is_dir():
+        return
+    prefix = f".{out.name}.incomplete-"
+    for item in list(out.parent.iterdir()):
+        number = item.name.removeprefix(prefix)
+        if item.name.startswith(prefix) and number.isdecimal() and not _lives(int(number)):
+            item.rmtree(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    if process == os.getpid():
+        return False  # this process has not begun; the number is that of an earlier one, as happens in containers
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True  # another user's
+    return True
 
 
 def copy_files(source: epath.Path, names: tuple[str, ...], target: epath.Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -12,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from conversion import engine, folder, source
+from conversion import control_tokens, engine, folder, source
 from conversion.adapter import Adapter, open_adapter
 from conversion.engine import Entry
 from conversion.folder import Manifest, TensorFile
@@ -72,6 +73,7 @@ def to_jax(
     started = time.monotonic()
     with folder.new_folder(out) as temporary:
         job = _Job(source.open_checkpoint(base), beats, adapter, DTYPES[dtype], merge_adapter, progress)
+        control_tokens.check(job.checkpoint)
         with StoreWriter(temporary / folder.WEIGHTS, part_bytes) as writer:
             job.write_base(writer)
             base_digest = writer.digest
@@ -96,6 +98,7 @@ def to_jax(
             adapter_config=kept.config if kept else None,
             adapter_files=kept.side_files if kept else (),
             merged=merge_adapter,
+            index_text=job.index_text(),
         ).write(temporary)
     return Summary(job.tensors, job.parameters, job.nbytes, time.monotonic() - started)
 
@@ -129,15 +132,22 @@ class _Job:
 
     def _check(self) -> None:
         shapes = {name: info.shape for name, info in self.checkpoint.tensors.items() if not self._replaced(name)}
-        if self.beats is None:
-            where, mend = str(self.checkpoint.folder), "use the config.json that belongs to these weights"
-            engine.check(self.entries, shapes, where, mend)
-            return
-        ours = {name: entry for name, entry in self.entries.items() if self._replaced(name)}
-        theirs = {name: value.shape for name, value in self.beats.tensors.items()}
-        engine.check(ours, theirs, str(self._beats_path), "use the .pt file as published, with the cfg that belongs to its weights")
+        # The width of these two follows from BEATs' settings, which are no more than assumed where no file gives them.
+        guessed = ("beats_ln.", "beats_proj.") if self.beats is None and not source.has_beats_settings(self.checkpoint) else ()
+        group = ("beats.", *guessed)
+        ours = {name: entry for name, entry in self.entries.items() if name.startswith(group)}
+        where, mend = str(self.checkpoint.folder), source.beats_mend(self.checkpoint)
+        theirs = {name: shape for name, shape in shapes.items() if name.startswith(group)}
+        if self.beats is not None:
+            where, mend = str(self._beats_path), "use the .pt file as published, with the cfg that belongs to its weights"
+            theirs = {name: value.shape for name, value in self.beats.tensors.items()}
+            engine.check(ours, theirs, where, mend)
+        elif not any(name.startswith("beats.") for name in theirs):
+            raise InputError(f"{where}: the BEATs weights (beats.*) are missing; this is no WAVE checkpoint, name the WAVE-7B folder")
         rest = {name: entry for name, entry in self.entries.items() if name not in ours}
-        engine.check(rest, shapes, str(self.checkpoint.folder), "use the config.json that belongs to these weights")
+        others = {name: shape for name, shape in shapes.items() if not name.startswith(group)}
+        engine.check(rest, others, str(self.checkpoint.folder), "use the config.json that belongs to these weights")
+        engine.check(ours, theirs, where, mend)
 
     def _replaced(self, name: str) -> bool:
         return self.beats is not None and name.startswith("beats.")
@@ -215,6 +225,7 @@ class _Job:
         return merged.astype(array.dtype)
 
     def write_adapter(self, adapter: Adapter, writer: StoreWriter) -> None:
+        """Writes LoRA and whole modules; in the order of the tree."""
         for group in engine.stacks(adapter.entries.values()).values():
             for entry in group:
                 self._add(writer, entry, entry.to_tree(adapter.read(entry.key)))
@@ -247,6 +258,14 @@ class _Job:
         if index is not None and "total_size" in index and written != self.checkpoint.nbytes:
             return index | {"total_size": written}
         return index
+
+    def index_text(self) -> str | None:
+        """Returns the source's index file as it is where an export gives just the same tensors in the same files, else None."""
+        text = self.checkpoint.index_text
+        if text is None or self.index() != self.checkpoint.index:
+            return None
+        placed = {name: shard.file for shard in self.shards() for name, _, _ in shard.tensors}
+        return text if json.loads(text)["weight_map"] == placed else None
 
     def adapter_file(self, adapter: Adapter) -> TensorFile:
         return TensorFile("adapter_model.safetensors", adapter.metadata, self._described(adapter.entries))

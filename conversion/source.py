@@ -41,6 +41,7 @@ class Checkpoint:
       tensors: name -> place of every tensor.
       shards: the weight files in the order of their names.
       index: `metadata` of the index file; None for a checkpoint of one file without an index.
+      index_text: the index file as it is; None without one.
       side_files: every other file of the folder, relative names.
     """
 
@@ -49,6 +50,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     shards: tuple[Shard, ...]
     index: dict[str, Any] | None
+    index_text: str | None
     side_files: tuple[str, ...]
 
     @property
@@ -87,7 +89,8 @@ def open_checkpoint(folder: epath.PathLike) -> Checkpoint:
             f"{folder}: {len(not_float)} tensors are not floating point ({_some(not_float)}); quantised weights cannot be read"
         )
     weights = {*files, INDEX} if index is not None else set(files)
-    return Checkpoint(folder, config, tensors, tuple(shards), index, list_files(folder, leave_out=weights))
+    text = (folder / INDEX).read_bytes().decode() if index is not None else None
+    return Checkpoint(folder, config, tensors, tuple(shards), index, text, list_files(folder, leave_out=weights))
 
 
 def read_finite(info: TensorInfo) -> np.ndarray:
@@ -155,6 +158,7 @@ def model_config(checkpoint: Checkpoint, beats: BeatsFile | None = None) -> Mode
     Raises:
       InputError: a config.json that is not of this model.
     """
+    _check_types(checkpoint.config, checkpoint.folder / "config.json")
     if beats is not None:
         settings = beats.config
     else:
@@ -166,6 +170,47 @@ def model_config(checkpoint: Checkpoint, beats: BeatsFile | None = None) -> Mode
         raise InputError(f"{checkpoint.folder / 'config.json'}: {text}") from None
     except (TypeError, AttributeError, ValueError) as e:
         raise InputError(f"{checkpoint.folder / 'config.json'}: cannot be read as a WAVE configuration ({e})") from None
+
+
+_COUNTS = {
+    "text_config": "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size "
+    "max_position_embeddings",
+    "vision_config": "hidden_size intermediate_size depth num_heads out_hidden_size window_size patch_size temporal_patch_size "
+    "spatial_merge_size in_channels in_chans",
+    "audio_config": "d_model encoder_ffn_dim encoder_layers encoder_attention_heads output_dim num_mel_bins n_window max_source_positions",
+    "": "position_id_per_seconds seconds_per_chunk",
+}
+
+
+def _check_types(config: Mapping[str, Any], path: epath.Path) -> None:
+    """Refuses a field of another type than the model's; one that is missing is left to `ModelConfig.from_hf`."""
+
+    def wrong(field: str, value: Any, wanted: str) -> InputError:
+        return InputError(f"{path}: {field} is {value!r}, {wanted} is wanted; use the config.json of this checkpoint")
+
+    for section, names in _COUNTS.items():
+        fields = config.get(section, {}) if section else config
+        if not isinstance(fields, dict):
+            raise wrong(section, fields, "an object")
+        for name in names.split():
+            if name in fields and (type(fields[name]) is not int or fields[name] < 1):
+                raise wrong(f"{section}.{name}".lstrip("."), fields[name], "a whole number above 0")
+    text = config.get("text_config", {})
+    ropes = {name: text[name] for name in ("rope_scaling", "rope_parameters") if text.get(name) is not None}
+    for name, rope in ropes.items():
+        if not isinstance(rope, dict):
+            raise wrong(f"text_config.{name}", rope, "an object")
+    lists = {f"text_config.{name}.mrope_section": rope["mrope_section"] for name, rope in ropes.items() if "mrope_section" in rope}
+    vision = config.get("vision_config", {})
+    if "fullatt_block_indexes" in vision:
+        lists["vision_config.fullatt_block_indexes"] = vision["fullatt_block_indexes"]
+    for field, value in lists.items():
+        if not (isinstance(value, list) and all(type(item) is int for item in value)):
+            raise wrong(field, value, "a list of whole numbers")
+    numbers = {f"text_config.{name}": text[name] for name in ("rms_norm_eps", "rope_theta") if text.get(name) is not None}
+    for field, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise wrong(field, value, "a number above 0")
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
@@ -229,12 +274,32 @@ def _weight_files(folder: epath.Path) -> tuple[dict[str, Any] | None, list[str],
     return index.get("metadata") or {}, files, placed
 
 
-def _beats_settings(checkpoint: Checkpoint) -> BeatsConfig:
+def has_beats_settings(checkpoint: Checkpoint) -> bool:
+    """Returns whether the folder holds the file that `audio_config.beats_path` names."""
+    path = _beats_path(checkpoint)
+    return path is not None and path.exists()
+
+
+def beats_mend(checkpoint: Checkpoint) -> str:
+    """Returns what to do where BEATs' weights and settings differ, by where `model_config` took the settings from."""
+    path = _beats_path(checkpoint)
+    if path is not None and has_beats_settings(checkpoint):
+        return f"use the {path.name} that belongs to these weights, or give --beats FILE.pt"
+    why = "config.json names no file;"
+    if path is not None:
+        why = f"the file named by audio_config.beats_path ({path.name}) is absent; put it into the folder or"
+    return f"BEATs settings: published defaults were used, because {why} give --beats FILE.pt"
+
+
+def _beats_path(checkpoint: Checkpoint) -> epath.Path | None:
     name = (checkpoint.config.get("audio_config") or {}).get("beats_path")
-    if not name:
-        return BeatsConfig()
-    path = checkpoint.folder / str(name).replace("\\", "/").rsplit("/", 1)[-1]  # published configs hold a path of the training machine
-    return read_beats_file(path).config if path.exists() else BeatsConfig()
+    # Published configs hold a path of the training machine.
+    return checkpoint.folder / str(name).replace("\\", "/").rsplit("/", 1)[-1] if name else None
+
+
+def _beats_settings(checkpoint: Checkpoint) -> BeatsConfig:
+    path = _beats_path(checkpoint)
+    return read_beats_file(path).config if path is not None and path.exists() else BeatsConfig()
 
 
 def _as_stored(config: BeatsConfig, shapes: Mapping[str, tuple[int, ...]]) -> BeatsConfig:
@@ -243,6 +308,7 @@ def _as_stored(config: BeatsConfig, shapes: Mapping[str, tuple[int, ...]]) -> Be
 
 
 def is_float(dtype: np.dtype) -> bool:
+    """Returns whether weights may have this type: one of the floating-point types of safetensors."""
     try:
         return safetensors_io.dtype_name(dtype) in safetensors_io.FLOATS
     except KeyError:

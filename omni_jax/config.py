@@ -258,6 +258,8 @@ class ModelConfig:
             if value != width:
                 raise ConfigError(f"config.json: {name} is {value}, but text_config.hidden_size is {width}; they must agree")
         rope = text.get("rope_scaling") or text["rope_parameters"]
+        if odd := {rope.get("type"), rope.get("rope_type")} - {None, "default", "mrope"}:
+            raise ConfigError(f"config.json: text_config.rope_scaling type {odd.pop()!r} is not supported, only 'default' and 'mrope'")
         return cls(
             decoder=DecoderConfig(
                 hidden_size=width,

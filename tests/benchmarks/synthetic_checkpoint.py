@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -69,6 +71,21 @@ def hf_config(layers: int, vocab: int) -> dict:
     }
 
 
+def write_tokenizer(folder: Path, config: Mapping[str, Any]) -> None:
+    """Writes a `tokenizer.json` that holds nothing but the control tokens of a `config.json`."""
+    tokens = {
+        "<|endoftext|>": "pad_token_id",
+        "<|AUDIO|>": "audio_token_index",
+        "<|audio_bos|>": "audio_start_token_id",
+        "<|audio_eos|>": "audio_end_token_id",
+        "<|VIDEO|>": "video_token_index",
+        "<|vision_bos|>": "vision_start_token_id",
+        "<|vision_eos|>": "vision_end_token_id",
+    }
+    added = [{"id": config[field], "content": token, "special": True} for token, field in tokens.items()]
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": {"type": "BPE", "vocab": {}, "merges": []}}))
+
+
 def write(folder: Path, gigabytes: float, shards: int = 6, vocab: int = 151936, seed: int = 0) -> int:
     """Writes a bfloat16 checkpoint of about this size in `shards` files and returns its bytes of weights.
 
@@ -79,6 +96,7 @@ def write(folder: Path, gigabytes: float, shards: int = 6, vocab: int = 151936, 
     layers = _layers(gigabytes, vocab)
     config = hf_config(layers, vocab)
     (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder, config)
     entries = engine.base_entries(ModelConfig.from_hf(config, BeatsConfig()))
     tensors = [(name, "BF16", entry.torch_shape) for name, entry in sorted(entries.items())]
     total = sum(_nbytes(shape) for _, _, shape in tensors)

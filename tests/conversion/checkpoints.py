@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from conversion import engine
 from conversion.adapter import adapter_entries, default_config
 from omni_jax.config import BeatsConfig, LoraConfig, ModelConfig
-from tests.benchmarks.synthetic_checkpoint import hf_config
+from tests.benchmarks.synthetic_checkpoint import hf_config, write_tokenizer
 
 BEATS = BeatsConfig(
     num_layers=3,
@@ -66,7 +66,7 @@ def write_base(folder: Path, weights: Mapping[str, np.ndarray], shards: int = 2,
     """Writes a checkpoint folder with a few side files; one file without an index where `shards` is 1. Returns the folder."""
     (folder / "assets").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config or tiny_config(), indent=1))
-    (folder / "tokenizer.json").write_text('{"model": "stand-in"}')
+    write_tokenizer(folder, config or tiny_config())
     (folder / "modeling_wave.py").write_text("raise RuntimeError('remote code is copied, never run')\n")
     (folder / "assets" / "README.md").write_text("# side file in a subfolder\n")
     names = sorted(weights)

@@ -1,7 +1,10 @@
 """Every wrong folder or damaged checkpoint: one line that names the file, and nothing left behind."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -236,3 +239,141 @@ def test_loading_and_exporting_what_is_not_a_finished_conversion(tmp_path, base)
         with pytest.raises(InputError, match="part-00000"):
             action()
     assert not (tmp_path / "x").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "expected"),
+    [
+        ("text_config", "num_attention_heads", "four", "text_config.num_attention_heads is 'four'"),
+        ("text_config", "num_hidden_layers", 2.0, "text_config.num_hidden_layers is 2.0"),
+        ("text_config", "rms_norm_eps", "small", "text_config.rms_norm_eps is 'small'"),
+        ("text_config", "rope_scaling", "yarn", "text_config.rope_scaling is 'yarn'"),
+        ("text_config", "rope_scaling", {"mrope_section": 8}, "text_config.rope_scaling.mrope_section is 8"),
+        ("vision_config", "depth", True, "vision_config.depth is True"),
+        ("vision_config", "fullatt_block_indexes", 1, "vision_config.fullatt_block_indexes is 1"),
+        ("audio_config", "d_model", None, "audio_config.d_model is None"),
+        ("audio_config", "n_window", -1, "audio_config.n_window is -1"),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_named(tmp_path, base, section, field, value, expected):
+    config = checkpoints.tiny_config()
+    config[section][field] = value
+    (base / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, base, "config.json", expected, "is wanted")
+
+
+def test_a_section_or_time_of_the_wrong_type_is_named(tmp_path, base):
+    for field, value in (("audio_config", [1]), ("seconds_per_chunk", "2"), ("position_id_per_seconds", None)):
+        (base / "config.json").write_text(json.dumps(checkpoints.tiny_config() | {field: value}))
+        refused(tmp_path, base, f"config.json: {field} is {value!r}")
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic"])
+def test_other_kinds_of_rope_scaling_are_refused(tmp_path, base, key, kind):
+    config = checkpoints.tiny_config()
+    config["text_config"]["rope_scaling"] = {"rope_type": "default", "mrope_section": [2, 3, 3], "factor": 4.0} | {key: kind}
+    (base / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, base, "config.json", f"rope_scaling type '{kind}' is not supported")
+
+
+# ------------------------------------------------------------------------------------------------------------- control tokens
+
+FIELDS = {
+    "pad_token_id": "<|endoftext|>",
+    "audio_token_index": "<|AUDIO|>",
+    "audio_start_token_id": "<|audio_bos|>",
+    "audio_end_token_id": "<|audio_eos|>",
+    "video_token_index": "<|VIDEO|>",
+    "vision_start_token_id": "<|vision_bos|>",
+    "vision_end_token_id": "<|vision_eos|>",
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_control_token_that_the_tokenizer_contradicts(tmp_path, base, field):
+    config = checkpoints.tiny_config()
+    right = config[field]
+    for value, expected in ((20, f"{FIELDS[field]} is {right} in"), (40, "below text_config.vocab_size (40)"), ("2", "not a token id")):
+        (base / "config.json").write_text(json.dumps(config | {field: value}))
+        refused(tmp_path, base, f"config.json: {field} {value!r}", expected)
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_every_tokenizer_file_must_agree(tmp_path, base, file):
+    contents = {
+        "added_tokens.json": lambda number: {"<|audio_bos|>": number},
+        "tokenizer_config.json": lambda number: {"added_tokens_decoder": {str(number): {"content": "<|audio_bos|>"}}},
+    }
+    (base / file).write_text(json.dumps(contents[file](9)))
+    refused(tmp_path, base, "audio_start_token_id 3", "<|audio_bos|> is 9", str(base / file))
+    (base / file).write_text(json.dumps(contents[file](3)))
+    assert conversion.to_jax(base, tmp_path / "out").tensors > 100
+
+
+def test_the_padding_token_is_the_configured_one(tmp_path, base):
+    (base / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": "<|AUDIO|>"}}))
+    refused(tmp_path, base, "pad_token_id 0", "<|AUDIO|> is 2")
+
+
+def test_no_tokenizer_or_one_without_control_tokens(tmp_path, base):
+    (base / "tokenizer.json").write_text(json.dumps({"added_tokens": []}))
+    refused(tmp_path, base, "<|AUDIO|> is in none of tokenizer.json")
+    (base / "tokenizer.json").write_text(json.dumps({"added_tokens": [7]}))
+    refused(tmp_path, base, "tokenizer.json", "not a tokenizer file")
+    (base / "tokenizer.json").unlink()
+    refused(tmp_path, base, str(base), "has no tokenizer")
+
+
+# ------------------------------------------------------------------------------------------------------------------- BEATs
+
+
+def test_beats_that_do_not_fit_the_published_settings(tmp_path, base):
+    (base / "BEATs.pt").unlink()
+    why = "published defaults were used, because the file named by audio_config.beats_path (BEATs.pt) is absent; put it into the folder"
+    refused(tmp_path, base, str(base), why, "or give --beats FILE.pt")
+    config = checkpoints.tiny_config()
+    config["audio_config"]["beats_path"] = None
+    (base / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, base, "config.json names no file", "--beats FILE.pt")
+
+
+def test_beats_that_do_not_fit_their_own_file(tmp_path, base):
+    rewrite(base, lambda tensors: tensors.pop("beats.layer_norm.weight"))
+    refused(tmp_path, base, "1 missing (beats.layer_norm.weight)", "use the BEATs.pt that belongs to these weights")
+
+
+def test_no_beats_at_all_is_no_wave_checkpoint(tmp_path, base):
+    def change(tensors):
+        for name in [name for name in tensors if name.startswith("beats.")]:
+            del tensors[name]
+
+    rewrite(base, change)
+    refused(tmp_path, base, str(base), "BEATs weights (beats.*) are missing", "no WAVE checkpoint")
+
+
+# ---------------------------------------------------------------------------------------------------------------- outputs
+
+
+@pytest.mark.parametrize(("first", "second"), [("q", "q"), ("q", "q/adapter"), ("q/base", "q"), ("q", "./x/../q")])
+def test_outputs_that_hold_each_other_are_refused_first(tmp_path, monkeypatch, first, second):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"--base-out .* and --adapter-out .*: one holds the other"):
+        conversion.to_torch(tmp_path / "none", base_out=first, adapter_out=second)
+    assert not list(tmp_path.iterdir())
+
+
+def test_leftovers_of_dead_processes_are_swept(tmp_path, base):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    names = {n: tmp_path / f".out.incomplete-{n}" for n in (gone.pid, os.getpid(), os.getppid(), "notes")}
+    other = tmp_path / f".other.incomplete-{gone.pid}"
+    for folder in (*names.values(), other):
+        folder.mkdir()
+        (folder / "omni_jax.json").write_text("{}")
+    conversion.to_jax(base, tmp_path / "out")
+    left = {path for path in tmp_path.iterdir() if "incomplete" in path.name}
+    assert left == {names[os.getppid()], names["notes"], other}
