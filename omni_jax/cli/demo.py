@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from omni_jax.config import Preset
 from omni_jax.types import InputError
 
 HELP = "convert a tiny checkpoint, embed its clips and print the 12-direction table beside the PyTorch reference"
@@ -71,7 +73,8 @@ def compare(tables: dict[str, Any], source: Path) -> tuple[float, float]:
 def _settings(source: Path) -> list[str]:
     """Returns the preset fields the reference run was made with."""
     spec = json.loads((source / "spec.json").read_text())
-    return [part for name in ("frames", "pixels", "audio_seconds") if name in spec for part in ("--set", f"{name}={spec[name]}")]
+    names = [field.name for field in dataclasses.fields(Preset) if field.name in spec]
+    return [part for name in names for part in ("--set", f"{name}={spec[name]}")]
 
 
 def _clips(source: Path) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from omni_jax.cli.main import main
+from omni_jax.config import Preset
 from tests.golden_set import GoldenSet
 
 
@@ -21,4 +23,5 @@ def converted(golden: GoldenSet, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def settings(golden: GoldenSet) -> list[str]:
     """`--set` arguments that make the training preset the one of the golden set."""
-    return [part for name in ("frames", "pixels", "audio_seconds") for part in ("--set", f"{name}={getattr(golden.preset, name)}")]
+    names = [field.name for field in dataclasses.fields(Preset) if field.name in golden.spec]
+    return [part for name in names for part in ("--set", f"{name}={getattr(golden.preset, name)}")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -176,10 +177,12 @@ def test_audio_of_several_segments_is_joined_in_order_golden() -> None:
     """301 s of audio: 7500 tokens of the first segment, then those of the second, each beside its BEATs token."""
     features = [Features(Record("long", None), None, synthetic.audio(301 * 16_000))]
     assert features[0].audio_tokens == 7525
-    batch = build_batches(features, ("audio",), TOKENIZER, CONFIG, preset("mteb"), planner=Planner())
+    decoder = dataclasses.replace(CONFIG.decoder, max_positions=32768)  # as published; a small checkpoint may take shorter prompts
+    config = dataclasses.replace(CONFIG, decoder=decoder)
+    batch = build_batches(features, ("audio",), TOKENIZER, config, preset("mteb"), planner=Planner())
     (rows,) = batch.rows
     assert rows.ids.shape == (1, 16384)
-    sequences = build_sequences(features[0], ("audio",), TOKENIZER, CONFIG, preset("mteb"))
+    sequences = build_sequences(features[0], ("audio",), TOKENIZER, config, preset("mteb"))
     table = media_table(batch)
     used = rows.media_index[0, rows.segment[0] > 0]
     assert [None if m < 0 else table[m] for m in used] == expected_media(sequences["audio"], features[0])
