@@ -46,8 +46,8 @@ TOLERANCES: dict[str, tuple[str, float]] = {
     "round_trip": ("exact", 0.0),
     # PEFT's projections on the exported adapter, float32.
     "adapter_projection": ("relative", 1e-5),
-    # Training against the reference, from recorded inputs through the whole model: losses, gradients of their largest entry, parameters after
-    # six updates, gradient norms. The reference's own float32-to-float64 distances are 2e-6, 6e-6, 3e-7.
+    # Training against the reference, from recorded inputs through the whole model: losses, gradients of their largest entry, parameters
+    # after six updates, gradient norms. The reference's own float32-to-float64 distances are 2e-6, 6e-6, 3e-7.
     "loss": ("absolute", 1e-4),
     "gradient": ("relative", 2e-4),
     "parameter": ("absolute", 2e-5),

@@ -100,7 +100,7 @@ def test_messages_start_with_the_file_at_fault(tmp_path: Path, workers: int) -> 
 
 def test_messages_about_arrays_without_a_file_start_with_the_record() -> None:
     broken = Clip(Record("x"), waveform=np.full(16_000, np.nan, np.float32))
-    with pytest.raises(ClipError, match="^record 'x': audio has samples that are not finite"):
+    with pytest.raises(ClipError, match=r"^record 'x': audio has samples that are not finite"):
         clip_features(broken, TRAINING)
     with pytest.raises(ClipError, match=r"^a\.wav: audio has samples"):
         clip_features(dataclasses.replace(broken, record=Record("x", audio=Path("a.wav"))), TRAINING)
