@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -128,6 +129,7 @@ def new_folder(out: epath.PathLike) -> Iterator[epath.Path]:
         temporary.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"{out}: cannot be created ({e.strerror or e}); choose another place") from None
+    settle = 0
     try:
         yield temporary
         if out.exists():
@@ -135,8 +137,27 @@ def new_folder(out: epath.PathLike) -> Iterator[epath.Path]:
         temporary.rename(out)
     except OSError as e:
         raise InputError(f"{out}: not written ({e}); free some space or choose another place") from e
+    except BaseException as e:
+        if not isinstance(e, Exception):  # Ctrl-C or SIGTERM, perhaps in the midst of a save
+            settle = 5
+        raise
     finally:
-        temporary.rmtree(missing_ok=True)
+        _remove(temporary, settle)
+
+
+def _remove(folder: epath.Path, settle: int) -> None:
+    """Removes a folder into which threads that an interruption left behind may be writing still: until it stays away `settle` looks long.
+
+    After ten seconds it gives up; the next conversion to the same name sweeps what is left.
+    """
+    absent = 0
+    for _ in range(100):
+        absent = 0 if folder.exists() else absent + 1
+        with contextlib.suppress(OSError):  # "Directory not empty": written to meanwhile
+            folder.rmtree(missing_ok=True)
+            if absent >= settle:
+                return
+        time.sleep(0.1)
 
 
 def _sweep(out: epath.Path) -> None:

@@ -1,10 +1,13 @@
 """Every wrong folder or damaged checkpoint: one line that names the file, and nothing left behind."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import ml_dtypes
 import numpy as np
@@ -377,3 +380,24 @@ def test_leftovers_of_dead_processes_are_swept(tmp_path, base):
     conversion.to_jax(base, tmp_path / "out")
     left = {path for path in tmp_path.iterdir() if "incomplete" in path.name}
     assert left == {names[os.getppid()], names["notes"], other}
+
+
+def test_an_interrupted_folder_is_removed_though_threads_still_write_into_it(tmp_path):
+    """Orbax writes in threads of its own, which an interruption does not stop at once."""
+    from conversion.folder import new_folder
+
+    done = threading.Event()
+
+    def write(folder):
+        for number in range(60):
+            (folder / "part").mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):
+                (folder / "part" / str(number)).write_bytes(b"x")
+            time.sleep(0.01)
+        done.set()
+
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as folder:
+        threading.Thread(target=write, args=(folder,)).start()
+        raise KeyboardInterrupt
+    assert done.wait(10)
+    assert not list(tmp_path.iterdir())
