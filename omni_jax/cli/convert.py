@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import signal
 import sys
 
 from omni_jax.cli import stopping
+from omni_jax.cli.status import TERMINATED
 
 HELP = "convert PyTorch weights to JAX and back"
 EXAMPLE = """omni-jax convert to-jax --base WAVE-7B --adapter OmniRetriever-7B --out omni7b
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             return _convert(args)
     except stopping.Terminated:  # past new_folder, which has removed what was begun
         print("omni-jax: stopped by SIGTERM, nothing is left of the conversion", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        return TERMINATED
 
 
 def _convert(args: argparse.Namespace) -> int:
