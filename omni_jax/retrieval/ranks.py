@@ -9,10 +9,13 @@ Rows that hold the same direction are, besides, found once on the host and count
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +23,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from omni_jax.retrieval.relevance import count_up, relevant_pairs
 from omni_jax.types import InputError
 
+Item = TypeVar("Item")
+Done = TypeVar("Done")
+
 CPU_CHUNK = 640  # rows; a product of this side runs at the full matrix rate of a CPU and takes 1.6 MB
+CPU_STREAMS = 3  # tiles in flight on a CPU
 ACCELERATOR_CHUNK = 4096  # rows; an accelerator would otherwise wait for the host
 TILE_STEP = 16  # rows; the side of a tile is a multiple, so that vector instructions leave no tail
 NORMS = (1e-30, 1e30)  # outside, the reciprocal of a norm or a product of two rows leaves float32
@@ -151,7 +159,7 @@ def rank_pair(
         mesh = Mesh(np.array(jax.local_devices()[:1]), ("rows",))
     if chunk is None:
         chunk = CPU_CHUNK if mesh.devices.flat[0].platform == "cpu" else ACCELERATOR_CHUNK
-    order_a, order_b, rows, columns = _relevant(len(a.rows), len(b.rows), relevance)
+    order_a, order_b, rows, columns = relevant_pairs(len(a.rows), len(b.rows), relevance)
     side = _Side(a, order_a, _tile_rows(len(a.rows), chunk) * mesh.size, rows, b.same[order_b][columns])
     other = _Side(b, order_b, _tile_rows(len(b.rows), chunk), columns, a.same[order_a][rows])
     counted = _read_scores(side, other, mesh)
@@ -176,7 +184,7 @@ class _Side:
         place = np.arange(len(order))
         if self.blocks > 1:
             place[(self.blocks - 1) * tile :] += self.blocks * tile - len(order)
-        self.place, self.slot = place[row], _count_up(row)
+        self.place, self.slot = place[row], count_up(row)
         self.unread = np.bincount(self.place // tile, minlength=self.blocks)  # relevant pairs of each block whose scores are not known yet
         shape = (int(self.slot.max()) + 1, self.blocks * tile)  # relevant items first: the counting loop walks along this axis
         self.score = np.full(shape, np.inf, np.float32)
@@ -230,12 +238,17 @@ def _read_scores(side: _Side, other: _Side, mesh: Mesh) -> np.ndarray:
     groups = np.split(by_tile, starts[1:])
     length = 1 << (max(len(group) for group in groups) - 1).bit_length()  # a power of two, so that few lengths are compiled
     counted = np.zeros((side.blocks, other.blocks), bool)
-    for group in groups:
+
+    def pick(group: np.ndarray) -> tuple[jax.Array, jax.Array]:
         i, j = divmod(int(tiles[group[0]]), other.blocks)
         where = np.zeros((2, length), np.int32)
         where[:, : len(group)] = rows[group] % side.tile, columns[group] % other.tile
         products = run.product(*run.put_rows(*side.vectors(i)), *run.put(*other.vectors(j)))
-        scores = np.asarray(run.pick(products, *run.put(where)))[: len(group)]
+        return products, run.pick(products, *run.put(where))
+
+    for group, (products, picked) in _in_flight(pick, groups, mesh):
+        i, j = divmod(int(tiles[group[0]]), other.blocks)
+        scores = np.asarray(picked)[: len(group)]
         side.score[side.slot[group], rows[group]] = scores
         other.score[other.slot[group], columns[group]] = scores
         side.unread[i] -= len(group)
@@ -250,21 +263,39 @@ def _read_scores(side: _Side, other: _Side, mesh: Mesh) -> np.ndarray:
 def _count(side: _Side, other: _Side, counted: np.ndarray, mesh: Mesh) -> None:
     """Counts better and equal candidates along both axes of the tiles not `counted` yet."""
     run = _programs(mesh)
-    pending = None
-    for i in range(side.blocks):
-        left = np.flatnonzero(~counted[i]).tolist()
-        if not left:
-            continue
-        rows = run.put_rows(*side.vectors(i))
-        thresholds = run.put_thresholds(*side.thresholds(i))
-        for j in left:
-            products = run.product(*rows, *run.put(*other.vectors(j)))
-            done = run.count(products, *thresholds, *run.put(*other.thresholds(j)))
-            if pending is not None:  # one tile computes while the next is handed over, never more
-                _add(side, pending[0], other, pending[1], pending[2])
-            pending = i, j, done
-    if pending is not None:
-        _add(side, pending[0], other, pending[1], pending[2])
+
+    def tile(place: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+        i, j = place
+        products = run.product(*run.put_rows(*side.vectors(i)), *run.put(*other.vectors(j)))
+        return run.count(products, *run.put_thresholds(*side.thresholds(i)), *run.put(*other.thresholds(j)))
+
+    places = ((i, j) for i in range(side.blocks) for j in range(other.blocks) if not counted[i, j])
+    for (i, j), done in _in_flight(tile, places, mesh):
+        _add(side, i, other, j, done)
+
+
+def _in_flight(work: Callable[[Item], Done], items: Iterable[Item], mesh: Mesh) -> Iterator[tuple[Item, Done]]:
+    """Yields each item with its work, in order, and has the next ones computing meanwhile: one, or CPU_STREAMS on a CPU alone.
+
+    A CPU runs what one thread hands over one after the other, and a product leaves a core idle at its end; hence threads.
+    """
+    waiting: collections.deque[tuple[Item, Callable[[], Done]]] = collections.deque()
+    threads = CPU_STREAMS if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" else 0
+    with concurrent.futures.ThreadPoolExecutor(max(threads, 1)) as pool:
+        for item in items:
+            if threads:
+                waiting.append((item, pool.submit(lambda item=item: jax.block_until_ready(work(item))).result))
+            else:
+                waiting.append((item, functools.partial(_same, work(item))))
+            if len(waiting) > max(threads, 1):
+                first, done = waiting.popleft()
+                yield first, done()
+        for item, done in waiting:
+            yield item, done()
+
+
+def _same(value: Done) -> Done:
+    return value
 
 
 def _add(side: _Side, i: int, other: _Side, j: int, counts: tuple[jax.Array, jax.Array]) -> None:
@@ -342,35 +373,6 @@ def _along(axis: int, products: jax.Array, score: jax.Array, item: jax.Array, ca
         return None, jnp.stack([jnp.sum(better, axis=axis, dtype=jnp.int32), jnp.sum(equal, axis=axis, dtype=jnp.int32)])
 
     return jnp.swapaxes(jax.lax.scan(one, None, (score, item))[1], 0, 1)
-
-
-def _relevant(n: int, m: int, relevance: tuple[Sequence, Sequence] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Row orders that bring relevant pairs together (N,), (M,), and the pairs (P,), (P,) as positions in these orders."""
-    if relevance is None:
-        pairs = np.arange(min(n, m))
-        return np.arange(n), np.arange(m), pairs, pairs
-    left, right = (np.asarray(labels) for labels in relevance)
-    if left.shape != (n,) or right.shape != (m,):
-        raise InputError(f"relevance labels are {left.shape} and {right.shape}, the tables have {n} and {m} rows: one label per row")
-    _, codes = np.unique(np.concatenate([left, right]), return_inverse=True)
-    order_a, order_b = np.argsort(codes[:n], kind="stable"), np.argsort(codes[n:], kind="stable")
-    sorted_a, sorted_b = codes[:n][order_a], codes[n:][order_b]
-    first = np.searchsorted(sorted_b, sorted_a, "left")
-    number = np.searchsorted(sorted_b, sorted_a, "right") - first
-    if not number.sum():
-        raise InputError("no query has a relevant item: no relevance label stands in both tables")
-    rows = np.repeat(np.arange(n), number)
-    return order_a, order_b, rows, np.repeat(first, number) + _count_up(rows)
-
-
-def _count_up(labels: np.ndarray) -> np.ndarray:
-    """For each entry, how many entries before it carry the same label."""
-    order = np.argsort(labels, kind="stable")
-    ordered = labels[order]
-    start = np.flatnonzero(np.diff(ordered, prepend=-1))
-    result = np.empty(len(labels), np.int64)
-    result[order] = np.arange(len(labels)) - np.repeat(start, np.diff(start, append=len(labels)))
-    return result
 
 
 def _tile_rows(n: int, chunk: int) -> int:
