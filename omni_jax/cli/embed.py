@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     tables = tables or tables_of(whole.records)
     manifest = dataclasses.replace(whole, records=whole.records[index::count], problems=whole.problems[index::count])
     model = load_model(args, chosen)
-    journal = Journal(out.with_name(f".{out.stem}.unfinished"), _settings(args, tables, manifest))
+    journal = Journal(out.with_name(f".{out.stem}.unfinished"), _settings(args, chosen, tables, manifest))
     finished = journal.finished()
     left = [record for record in manifest.records if record.id not in finished]
     try:
@@ -154,14 +154,14 @@ def _at_fault(record: Record, reason: str) -> str:
     return next((str(path) for path in (record.video, record.audio) if path and reason.startswith(f"{path}:")), "")
 
 
-def _settings(args: argparse.Namespace, tables: tuple[str, ...], manifest: Manifest) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, chosen: Preset, tables: tuple[str, ...], manifest: Manifest) -> dict[str, Any]:
     """Returns all that the embeddings depend on: an unfinished run goes on only under the same."""
     from conversion.folder import read_manifest
 
     source = read_manifest(args.model)
     return {
         "tables": tables,
-        "preset": dataclasses.asdict(preset(args.preset).override(args.overrides)),
+        "preset": dataclasses.asdict(chosen),
         "weights": [source.base_digest, source.adapter_digest],
         "dtype": args.dtype,
         "normalize": not args.no_normalize,
