@@ -228,6 +228,66 @@ class EncoderBatch:
 
 
 @dataclasses.dataclass(frozen=True)
+class StepKind:
+    """The streams of one micro-batch; hashable, so that each kind compiles once.
+
+    Attributes:
+      anchor, positive: whether z_TVA and z_T'V'A' are in play.
+      hard: modality that the hard negative exchanges, None for no hard negative.
+      singles: modalities embedded alone, in the order they stand in their row.
+      pairs: pairs of L_A.
+    """
+
+    anchor: bool
+    positive: bool
+    hard: str | None
+    singles: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...]
+
+    @property
+    def rows(self) -> tuple[tuple[str, ...], ...]:
+        """The prompts of each row that takes a gradient."""
+        tuples = [("anchor",)] * self.anchor + [("positive",)] * self.positive
+        return (*tuples, *([self.singles] if self.singles else []))
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The towers whose tokens some prompt has."""
+        seen, heard = (self.anchor or modality in self.singles for modality in ("video", "audio"))
+        return ("vision",) * seen + ("audio", "beats") * heard
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether features of other samples are exchanged."""
+        return self.hard in ("audio", "video")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipMedia:
+    """Tower inputs of one clip, unpadded or padded: vision (t, P, ...), audio (c, 200, 128), BEATs (1, F, 128)."""
+
+    vision: VisionBatch
+    audio: AudioBatch
+    beats: BeatsBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One clip of a batch.
+
+    Attributes:
+      media: the clip.
+      augmented: its augmented copy; None where no positive is in play.
+      prompts: "anchor", "positive", "hard", and each modality in play. For a hard negative with exchanged video, its prompt has the
+        layout of the video it takes.
+    """
+
+    media: ClipMedia
+    augmented: ClipMedia | None
+    prompts: Mapping[str, TokenSequence]
+
+
+@dataclasses.dataclass(frozen=True)
 class EmbeddingTable:
     """Embeddings by table name.
 

@@ -1,20 +1,17 @@
 """Training: what trains, the optimizer, the batch, the streams of a step, the step itself."""
 
-from omni_jax.train.batch import BatchShapes, ClipMedia, Example, TrainBatch, fit_shapes, pack_micro_batch, place_batch, stack_micro_batches
+from omni_jax.train.batch import BatchShapes, TrainBatch, fit_shapes, pack_micro_batch, place_batch, stack_micro_batches
 from omni_jax.train.optimizer import OptimizerConfig
-from omni_jax.train.plan import LossConfig, StepKind, kinds_of_update, step_kind
+from omni_jax.train.plan import LossConfig, kinds_of_update, step_kind
 from omni_jax.train.state import TrainState
 from omni_jax.train.step import StepConfig, TrainStep
 from omni_jax.train.trainable import TrainableConfig, report
 
 __all__ = [
     "BatchShapes",
-    "ClipMedia",
-    "Example",
     "LossConfig",
     "OptimizerConfig",
     "StepConfig",
-    "StepKind",
     "TrainBatch",
     "TrainState",
     "TrainStep",

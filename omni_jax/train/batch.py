@@ -16,8 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from omni_jax.config import ModelConfig
 from omni_jax.parallel import BATCH
-from omni_jax.train.plan import StepKind
-from omni_jax.types import SOURCE_AUDIO, SOURCE_VIDEO, AudioBatch, BeatsBatch, InputError, TokenSequence, VisionBatch
+from omni_jax.types import SOURCE_AUDIO, SOURCE_VIDEO, ClipMedia, Example, InputError, StepKind, TokenSequence
 
 PATCHES_PER_TOKEN = 4
 
@@ -91,31 +90,6 @@ class TrainBatch:
     @property
     def clips_per_micro(self) -> int:
         return self.clips.patches.shape[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipMedia:
-    """Tower inputs of one clip, unpadded or padded: vision (t, P, ...), audio (c, 200, 128), BEATs (1, F, 128)."""
-
-    vision: VisionBatch
-    audio: AudioBatch
-    beats: BeatsBatch
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One clip of a batch.
-
-    Attributes:
-      media: the clip.
-      augmented: its augmented copy; None where no positive is in play.
-      prompts: "anchor", "positive", "hard", and each modality in play. For a hard negative with exchanged video, its prompt has the
-        layout of the video it takes.
-    """
-
-    media: ClipMedia
-    augmented: ClipMedia | None
-    prompts: Mapping[str, TokenSequence]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,10 @@ from omni_jax.config import ModelConfig
 from omni_jax.model import Encoder, abstract_encoder, with_params
 from omni_jax.parallel import constrain
 from omni_jax.train.batch import TrainBatch
-from omni_jax.train.plan import LossConfig, StepKind
+from omni_jax.train.plan import LossConfig
 from omni_jax.train.streams import TOWERS, Features, embed_hard_negatives, embed_streams, run_towers
 from omni_jax.train.trainable import TEMPERATURE, Arrays, join
+from omni_jax.types import StepKind
 
 Embeddings = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]

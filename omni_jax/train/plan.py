@@ -7,6 +7,7 @@ import math
 
 from omni_jax import objectives
 from omni_jax.config import ConfigError
+from omni_jax.types import StepKind
 
 NEGATIVES = ("micro", "global")
 
@@ -45,41 +46,6 @@ class LossConfig:
         weights = (self.tuple_weight, self.distillation_weight, self.pairwise_weight)
         if min(weights) < 0 or not math.isfinite(sum(weights)) or sum(weights) == 0:
             raise ConfigError(f"loss weights {weights}: must not be negative, and one at least must be positive")
-
-
-@dataclasses.dataclass(frozen=True)
-class StepKind:
-    """The streams of one micro-batch; hashable, so that each kind compiles once.
-
-    Attributes:
-      anchor, positive: whether z_TVA and z_T'V'A' are in play.
-      hard: modality that the hard negative exchanges, None for no hard negative.
-      singles: modalities embedded alone, in the order they stand in their row.
-      pairs: pairs of L_A.
-    """
-
-    anchor: bool
-    positive: bool
-    hard: str | None
-    singles: tuple[str, ...]
-    pairs: tuple[tuple[str, str], ...]
-
-    @property
-    def rows(self) -> tuple[tuple[str, ...], ...]:
-        """The prompts of each row that takes a gradient."""
-        tuples = [("anchor",)] * self.anchor + [("positive",)] * self.positive
-        return (*tuples, *([self.singles] if self.singles else []))
-
-    @property
-    def towers(self) -> tuple[str, ...]:
-        """The towers whose tokens some prompt has."""
-        seen, heard = (self.anchor or modality in self.singles for modality in ("video", "audio"))
-        return ("vision",) * seen + ("audio", "beats") * heard
-
-    @property
-    def shuffles(self) -> bool:
-        """Whether features of other samples are exchanged."""
-        return self.hard in ("audio", "video")
 
 
 def step_kind(count: int, losses: LossConfig) -> StepKind:

@@ -17,10 +17,10 @@ from omni_jax.config import ConfigError, ModelConfig
 from omni_jax.train.batch import TrainBatch
 from omni_jax.train.gradients import REMAT, Forward, Metrics
 from omni_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
-from omni_jax.train.plan import LossConfig, StepKind
+from omni_jax.train.plan import LossConfig
 from omni_jax.train.state import TrainState, array_shardings, new_state, state_shardings
 from omni_jax.train.trainable import TEMPERATURE, Arrays, GroupCount, TrainableConfig, count_groups, group_of, select, split
-from omni_jax.types import InputError
+from omni_jax.types import InputError, StepKind
 
 
 @dataclasses.dataclass(frozen=True)

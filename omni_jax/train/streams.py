@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from omni_jax.model import Encoder
 from omni_jax.parallel import constrain
 from omni_jax.train.batch import Rows, TowerInputs, TrainBatch
-from omni_jax.train.plan import StepKind
+from omni_jax.types import StepKind
 
 TOWERS = ("vision", "audio", "beats")
 

@@ -18,17 +18,14 @@ from omni_jax.tokens.positions import line
 from omni_jax.tokens.prompts import media_block
 from omni_jax.train import (
     BatchShapes,
-    ClipMedia,
-    Example,
     LossConfig,
     OptimizerConfig,
     StepConfig,
-    StepKind,
     TrainBatch,
     fit_shapes,
     pack_micro_batch,
 )
-from omni_jax.types import SOURCE_TEXT, AudioBatch, BeatsBatch, TokenSequence, VisionBatch
+from omni_jax.types import SOURCE_TEXT, AudioBatch, BeatsBatch, ClipMedia, Example, StepKind, TokenSequence, VisionBatch
 from tests.golden_set import GoldenSet
 
 BEATS_PATCH = 16

@@ -17,8 +17,6 @@ from omni_jax.tokens.positions import line
 from omni_jax.tokens.prompts import media_block
 from omni_jax.train import (
     BatchShapes,
-    ClipMedia,
-    Example,
     LossConfig,
     OptimizerConfig,
     StepConfig,
@@ -29,7 +27,7 @@ from omni_jax.train import (
     pack_micro_batch,
     stack_micro_batches,
 )
-from omni_jax.types import SOURCE_TEXT, AudioBatch, BeatsBatch, TokenSequence, VisionBatch
+from omni_jax.types import SOURCE_TEXT, AudioBatch, BeatsBatch, ClipMedia, Example, TokenSequence, VisionBatch
 from tests.model.builders import EVEN, random_value
 from tests.train.golden_batches import next_sample
 
