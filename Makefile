@@ -73,9 +73,8 @@ format: $(SETUP)  ## format and mend what ruff can mend
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-lock: $(SETUP)  ## write requirements.lock from .venv, after an upgrade there
-	@{ sed -n '/^#/p' requirements.lock; .venv/bin/python -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+=='; } > requirements.lock.new
-	@mv requirements.lock.new requirements.lock
+lock: $(SETUP)  ## write requirements.lock from .venv with hashes, after an upgrade there
+	@.venv/bin/python -m tests.locking requirements.lock
 
 clean:  ## remove environments, caches and outputs
 	rm -rf .venv .venv-reference .venv-tpu .pytest_cache .ruff_cache .hypothesis build dist demo_out bench_out
