@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     """Rewrites the named lock file from the running environment; its leading comments stay."""
     target = Path(arguments[0])
     frozen = _pip("freeze", "--exclude-editable").stdout
-    pins = {name: version for name, version in PIN.findall(frozen)}
+    pins = dict(PIN.findall(frozen))
     hashes: dict[str, set[str]] = {name: set() for name in pins}
     for platform in PLATFORMS:
         for name, digest in _digests(pins, platform):
