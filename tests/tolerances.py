@@ -53,6 +53,9 @@ TOLERANCES: dict[str, tuple[str, float]] = {
     "parameter": ("absolute", 2e-5),
     "gradient_norm": ("relative", 1e-4),
     "learning_rate": ("relative", 1e-6),
+    # The same attention by another kernel: values, and gradients of their largest entry.
+    "attention_kernel": ("absolute", 1e-5),
+    "attention_gradient": ("relative", 1e-4),
     # The same update by other roads: gradient caching, another remat policy, a mesh, one shared row instead of two.
     "gradient_cache": ("relative", 1e-5),
     "update_loss": ("absolute", 1e-5),

@@ -11,9 +11,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from omni_jax.config import DecoderConfig
-from omni_jax.model.layers import WEIGHT_INIT, Linear, Maker, RMSNorm, SwiGLU, attend_causal, scan_layers, split_heads
+from omni_jax.model.attention import BRANCHES, RowAttention, row_attention
+from omni_jax.model.layers import WEIGHT_INIT, Linear, Maker, RMSNorm, SwiGLU, scan_layers, split_heads
 from omni_jax.model.rope import rotate, tmrope_angles
 from omni_jax.parallel import constrain
 
@@ -29,11 +31,11 @@ class Attention(nnx.Module):
         self.o = Linear(make / "o", width, width, ("heads", "embed"), bias=False)
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: RowAttention, key: jax.Array | None) -> jax.Array:
         q = rotate(split_heads(self.q(x, key), self.num_heads), cos, sin)
         k = rotate(split_heads(self.k(x, key), self.num_kv_heads), cos, sin)
         v = split_heads(self.v(x, key), self.num_kv_heads)
-        return self.o(attend_causal(q, k, v, mask), key)
+        return self.o(attend(q, k, v), key)
 
 
 class Layer(nnx.Module):
@@ -45,8 +47,8 @@ class Layer(nnx.Module):
         self.norm_mlp = RMSNorm(make, config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(make / "mlp", config.hidden_size, config.intermediate_size, bias=False)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, key: jax.Array | None) -> jax.Array:
-        x = x + self.attn(self.norm_attn(x), cos, sin, mask, key)
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: RowAttention, key: jax.Array | None) -> jax.Array:
+        x = x + self.attn(self.norm_attn(x), cos, sin, attend, key)
         return x + self.mlp(self.norm_mlp(x), key)
 
 
@@ -58,18 +60,6 @@ class Embed(nnx.Module):
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return self.embedding[...][ids].astype(dtype)
-
-
-def row_mask(segment: jax.Array, branch: jax.Array) -> jax.Array:
-    """Returns (R, S, S) bool, True where query i sees key j: same segment, j <= i, and j in the shared prefix or in i's own branch.
-
-    Padding (segment 0) sees earlier padding and itself, so no softmax is empty.
-    """
-    tokens = segment.shape[1]
-    causal = jnp.arange(tokens)[:, None] >= jnp.arange(tokens)[None]
-    same = segment[:, :, None] == segment[:, None, :]
-    reachable = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    return causal & same & reachable
 
 
 def read_media(media: jax.Array, index: jax.Array) -> jax.Array:
@@ -103,6 +93,8 @@ class Decoder(nnx.Module):
         dtype: jnp.dtype,
         dropout_key: jax.Array | None = None,
         remat: Callable | None = None,
+        attention: str = "plain",
+        branches: int = BRANCHES,
     ) -> jax.Array:
         """Returns the pooled hidden states (R, K, L, D): layers 1 .. L-1 as they are, layer L after the final norm.
 
@@ -113,6 +105,7 @@ class Decoder(nnx.Module):
           media: (M, D) media tokens that `media_index` points into, or (G, M, D): one table for each R / G consecutive rows.
           dropout_key: turns LoRA dropout on.
           remat: checkpoint policy of a layer, for training.
+          attention, branches: kernel and largest branch number, as in `attention.row_attention`.
         """
         # The table's width and the rows both lie over fsdp: look up in the table's layout, then let each row come to its own device.
         x = constrain(self.embed(constrain(ids, "batch_data", "tokens"), dtype), "batch_data", "tokens", "embed")
@@ -122,11 +115,11 @@ class Decoder(nnx.Module):
         x = constrain(x, "batch", "tokens", "features")
         angles = tmrope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_sections)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
-        mask = row_mask(segment, branch)
+        attend = row_attention(segment, branch, kernel=attention, branches=branches)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
 
         def body(layer: Layer, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-            x = constrain(layer(x, cos, sin, mask, key), "batch", "tokens", "features")
+            x = constrain(layer(checkpoint_name(x, "layer_input"), cos, sin, attend, key), "batch", "tokens", "features")
             return x, jnp.take_along_axis(x, pool[..., None], axis=1)
 
         _, pooled = scan_layers(self.layers, body, x, keys, remat)

@@ -84,7 +84,7 @@ class Encoder(nnx.Module):
         Args:
           rows: the device arrays of `types.RowBatch`.
           media: (M, D) the media table.
-          options: `dropout_key` and `remat` of the decoder.
+          options: `dropout_key`, `remat` and `attention` of the decoder.
         """
         pooled = self.decoder(**rows, media=media, dtype=self.dtype, **options)
         r, k, layers, width = pooled.shape

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from omni_jax.config import TABLES
+from omni_jax.model.attention import choose_for
 from omni_jax.model.encoder import Encoder
 from omni_jax.parallel import sharding
 from omni_jax.types import EncoderBatch, RowBatch
@@ -34,7 +35,8 @@ class Runner:
       programs: compiled programs so far, one string each: what and which shapes.
     """
 
-    def __init__(self, encoder: Encoder, mesh: Mesh | None = None):
+    def __init__(self, encoder: Encoder, mesh: Mesh | None = None, attention: str = "auto"):
+        kernel = choose_for(attention, mesh)
         graph, params = nnx.split(encoder)
         self._mesh = mesh
         self._params = params if mesh is None else place_params(params, mesh)
@@ -67,7 +69,7 @@ class Runner:
             return write(table, offset, model.beats_tokens(fbank, frames, max_tokens))
 
         def rows(model: Encoder, table: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return model.embed_rows(batch, table)
+            return model.embed_rows(batch, table, attention=kernel)
 
         self._vision = program("vision", vision, donate_argnums=1)
         self._audio = program("audio", audio, donate_argnums=1)

@@ -29,6 +29,11 @@ REMAT: dict[str, Callable | None] = {
     "none": None,  # keep every residual
     "layer": jax.checkpoint_policies.nothing_saveable,  # keep the layer's input, compute the layer again
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the linear maps' outputs
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # as "layer", but attention is not computed again
+    # As "layer", with the layers' inputs in the host's memory between the passes.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input"], offload_src="device", offload_dst="pinned_host"
+    ),
 }
 """Checkpoint policies of a decoder layer by name."""
 
@@ -92,6 +97,7 @@ class Forward:
       losses: what is computed from the embeddings.
       kept: towers nothing of which trains: they run once per clip, without residuals.
       remat: checkpoint policy of a decoder layer.
+      attention: kernel of the decoder's attention.
     """
 
     config: ModelConfig
@@ -99,11 +105,20 @@ class Forward:
     losses: LossConfig
     kept: tuple[str, ...]
     remat: Callable | None
+    attention: str = "plain"
 
     @classmethod
-    def make(cls, config: ModelConfig, losses: LossConfig, trainable: frozenset[str], dtype: Any, remat: Callable | None) -> Forward:
+    def make(
+        cls,
+        config: ModelConfig,
+        losses: LossConfig,
+        trainable: frozenset[str],
+        dtype: Any,
+        remat: Callable | None,
+        attention: str = "plain",
+    ) -> Forward:
         kept = tuple(tower for tower in TOWERS if not any(name.startswith(f"{tower}/") for name in trainable))
-        return cls(config, abstract_encoder(config, dtype=dtype), losses, kept, remat)
+        return cls(config, abstract_encoder(config, dtype=dtype), losses, kept, remat, attention)
 
     def model(self, trainable: Arrays, frozen: Arrays) -> Encoder:
         return with_params(self.abstract, join(trainable, frozen))
@@ -128,10 +143,10 @@ class Forward:
         model = self.model(trainable, frozen)
         features = {**kept, **run_towers(model, batch.clips, [tower for tower in kind.towers if tower not in self.kept])}
         keys = (None, None) if key is None else jax.random.split(key)
-        embedded = embed_streams(model, batch, features, kind, dropout_key=keys[0], remat=self.remat)
+        embedded = embed_streams(model, batch, features, kind, dropout_key=keys[0], remat=self.remat, attention=self.attention)
         if hard and batch.hard is not None:
             still = self.model(jax.lax.stop_gradient(trainable), frozen)
-            embedded["hard"] = embed_hard_negatives(still, batch, features, kind, dropout_key=keys[1])
+            embedded["hard"] = embed_hard_negatives(still, batch, features, kind, dropout_key=keys[1], attention=self.attention)
         return embedded
 
     def plain(self, trainable: Arrays, frozen: Arrays, batch: TrainBatch, kind: StepKind, key: jax.Array | None) -> tuple[Arrays, Metrics]:

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from omni_jax.config import ConfigError, ModelConfig
+from omni_jax.model.attention import choose, choose_for
 from omni_jax.train.batch import TrainBatch
 from omni_jax.train.gradients import REMAT, Forward, Metrics
 from omni_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
@@ -29,7 +30,8 @@ class StepConfig:
 
     Attributes:
       remat: what the backward pass computes again of a decoder layer: "none" nothing, "layer" everything, "dots" all but the outputs of
-        linear maps.
+        linear maps, "attention" all but attention's output, "offload" everything, the layers' inputs waiting in the host's memory.
+      attention: kernel of the decoder's attention, `model.attention.KERNELS`; "auto" takes the platform's.
       frozen_dtype: dtype name that frozen weights are stored in; None leaves them as they come.
       seed: of LoRA dropout.
     """
@@ -38,12 +40,14 @@ class StepConfig:
     losses: LossConfig = dataclasses.field(default_factory=LossConfig)
     trainable: TrainableConfig = dataclasses.field(default_factory=TrainableConfig)
     remat: str = "layer"
+    attention: str = "auto"
     frozen_dtype: str | None = "bfloat16"
     seed: int = 2025
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT:
             raise ConfigError(f"remat {self.remat!r}: choose one of {', '.join(REMAT)}")
+        choose(self.attention, "cpu")
 
 
 class TrainStep:
@@ -78,7 +82,7 @@ class TrainStep:
         self.programs: list[str] = []
         self.config, self.mesh, self.rate = config, mesh, schedule(config.optimizer)
         self._model, self._dtype = model, jnp.dtype(dtype)
-        self.forward = Forward.make(model, config.losses, self.names, self._dtype, REMAT[config.remat])
+        self.forward = Forward.make(model, config.losses, self.names, self._dtype, REMAT[config.remat], choose_for(config.attention, mesh))
         self._optimizer = make_optimizer(config.optimizer)
         self._dropout = model.lora is not None and model.lora.dropout > 0
         self._options = dict(compiler_options or {})

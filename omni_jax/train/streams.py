@@ -8,6 +8,7 @@ Letters: B clips, C copies of a clip, R rows, S tokens, K prompts per row, L lay
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,13 +78,17 @@ def embed_streams(
     *,
     dropout_key: jax.Array | None = None,
     remat: Callable | None = None,
+    attention: str = "plain",
 ) -> dict[str, jax.Array]:
     """Returns the embeddings of the rows that take a gradient, (B, D) float32 each, not normalised.
 
     Names are "anchor", "positive", each modality in play, and "hard" (without gradient) where it shares the anchor's row. Text alone is
     read from the last layer, everything else through the fusion head (SPEC section 6).
     """
-    pooled = pool_rows(model, batch.rows, media_table(model, features, batch.clips), dropout_key, remat)
+    # The only rows with branches: two captions that share the anchor's media.
+    branches = 2 if kind.hard and batch.hard is None else 0
+    media = media_table(model, features, batch.clips)
+    pooled = pool_rows(model, batch.rows, media, dropout_key, remat=remat, attention=attention, branches=branches)
     places = {name: (r, k) for r, names in enumerate(kind.rows) for k, name in enumerate(names)}
     if kind.hard and batch.hard is None:
         places["hard"] = (0, 1)
@@ -96,7 +101,13 @@ def embed_streams(
 
 
 def embed_hard_negatives(
-    model: Encoder, batch: TrainBatch, features: Features, kind: StepKind, *, dropout_key: jax.Array | None = None
+    model: Encoder,
+    batch: TrainBatch,
+    features: Features,
+    kind: StepKind,
+    *,
+    dropout_key: jax.Array | None = None,
+    attention: str = "plain",
 ) -> jax.Array:
     """Returns z of the hard negatives that have rows of their own, (B, D) float32, without gradient.
 
@@ -106,16 +117,20 @@ def embed_hard_negatives(
     features = {name: jax.lax.stop_gradient(x[:, :1]) for name, x in features.items()}
     swapped = {"audio": ("audio", "beats"), "video": ("vision",)}.get(kind.hard or "", ())
     features = {name: shuffle_clips(x, batch.shuffle) if name in swapped else x for name, x in features.items()}
-    pooled = pool_rows(model, batch.hard, media_table(model, features, batch.clips), dropout_key, None)
+    media = media_table(model, features, batch.clips)
+    pooled = pool_rows(model, batch.hard, media, dropout_key, attention=attention, branches=0)
     return jax.lax.stop_gradient(_fuse(model, {"hard": pooled[:, 0, 0]})["hard"])
 
 
-def pool_rows(model: Encoder, rows: Rows, media: jax.Array, dropout_key: jax.Array | None, remat: Callable | None) -> jax.Array:
-    """Returns the states (B, R, K, L, D) of the prompts of B x R rows, a media table (B, M, D) for each clip's R."""
+def pool_rows(model: Encoder, rows: Rows, media: jax.Array, dropout_key: jax.Array | None, **options: Any) -> jax.Array:
+    """Returns the states (B, R, K, L, D) of the prompts of B x R rows, a media table (B, M, D) for each clip's R.
+
+    `options` are the decoder's.
+    """
     clips, count, size = rows.ids.shape
     flat = {name: getattr(rows, name).reshape(clips * count, -1) for name in ("ids", "media_index", "segment", "branch", "pool")}
     positions = jnp.moveaxis(rows.positions.reshape(clips * count, 3, size), 1, 0)
-    pooled = model.decoder(**flat, positions=positions, media=media, dtype=model.dtype, dropout_key=dropout_key, remat=remat)
+    pooled = model.decoder(**flat, positions=positions, media=media, dtype=model.dtype, dropout_key=dropout_key, **options)
     return pooled.reshape(clips, count, *pooled.shape[1:])
 
 

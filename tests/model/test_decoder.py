@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from omni_jax.model import Encoder, decoder
+from omni_jax.model.attention import row_attention, row_mask
 from omni_jax.model.encoder import FusionHead
 from tests.model import builders, reference
 from tests.model.builders import Prompt
@@ -23,23 +27,29 @@ def angles(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def one_row() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(x, positions, mask) of 13 tokens, all one prompt."""
+def one_row() -> tuple[np.ndarray, np.ndarray]:
+    """(x, positions) of 13 tokens, all one prompt."""
     positions = builders.random_prompt(3, 13, 8, CFG.vocab_size).positions[:, None]
-    return builders.noise(1, 1, 13, CFG.hidden_size), positions, np.tril(np.ones((1, 13, 13), bool))
+    return builders.noise(1, 1, 13, CFG.hidden_size), positions
+
+
+def run_row(module: Any, x: np.ndarray, positions: np.ndarray) -> jax.Array:
+    attend = row_attention(jnp.ones((1, 13), jnp.int32), jnp.zeros((1, 13), jnp.int32))
+    cos, sin = angles(positions)
+    return module(jnp.asarray(x), cos, sin, attend, None)
 
 
 def test_attention(one_row: tuple[np.ndarray, ...]):
-    x, positions, mask = one_row
+    x, positions = one_row
     module, w = builders.random_part(lambda: decoder.Attention(builders.maker(), CFG))
-    got = builders.run(module, x, *angles(positions), mask, None)
+    got = run_row(module, x, positions)
     assert_close(got[0], reference.decoder_attention(w, CFG, x[0], positions[:, 0]), "layer")
 
 
 def test_layer(one_row: tuple[np.ndarray, ...]):
-    x, positions, mask = one_row
+    x, positions = one_row
     module, w = builders.random_part(lambda: decoder.Layer(builders.maker(), CFG))
-    got = builders.run(module, x, *angles(positions), mask, None)
+    got = run_row(module, x, positions)
     assert_close(got[0], reference.decoder_layer(w, CFG, x[0], positions[:, 0]), "layer")
 
 
@@ -62,7 +72,7 @@ def test_row_mask_is_causal_within_a_segment_and_its_branch():
         ".....11.",
         "1......1",
     ]
-    got = np.asarray(decoder.row_mask(jnp.asarray(segment), jnp.asarray(branch)))[0]
+    got = np.asarray(row_mask(jnp.asarray(segment), jnp.asarray(branch)))[0]
     assert ["".join("1" if seen else "." for seen in row) for row in got] == want
 
 

@@ -1,0 +1,138 @@
+"""Attention of packed decoder rows: one interface, several kernels with equal numbers.
+
+Letters: R rows, S tokens, H heads, K KV heads, G query heads per KV head, h head width, C copies of the keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import Mesh, PartitionSpec
+
+from omni_jax.config import ConfigError
+from omni_jax.model.layers import attend_causal
+from omni_jax.parallel import partition_spec
+
+RowAttention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+KERNELS = ("auto", "plain", "splash", "splash_interpret")
+"""auto: by platform. plain: XLA's products under a mask. splash: the TPU kernel. splash_interpret: the same without a TPU, for tests."""
+
+BRANCHES = 2
+"""Continuations of one media prefix at most: the anchor and its hard negative; a medium alone and with its caption."""
+
+LANES = 128  # splash lengths are multiples of it
+TILES = (512, 256, LANES)
+
+
+def choose(kernel: str, platform: str) -> str:
+    """Returns the kernel that "auto" stands for on a platform ("tpu", "gpu", "cpu"), any other as it is.
+
+    Raises:
+      ConfigError: for an unknown kernel.
+    """
+    if kernel not in KERNELS:
+        raise ConfigError(f"attention {kernel!r}: choose one of {', '.join(KERNELS)}")
+    if kernel != "auto":
+        return kernel
+    return "splash" if platform == "tpu" else "plain"
+
+
+def choose_for(kernel: str, mesh: Mesh | None) -> str:
+    """Returns `choose` for the devices of a mesh, or for the default device."""
+    return choose(kernel, jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
+
+
+def row_mask(segment: jax.Array, branch: jax.Array) -> jax.Array:
+    """Returns (R, S, S) bool, True where query i sees key j: same segment, j <= i, and j in the shared prefix or in i's own branch.
+
+    Padding (segment 0) sees earlier padding and itself, so no softmax is empty.
+    """
+    tokens = segment.shape[1]
+    causal = jnp.arange(tokens)[:, None] >= jnp.arange(tokens)[None]
+    same = segment[:, :, None] == segment[:, None, :]
+    reachable = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    return causal & same & reachable
+
+
+def row_attention(segment: jax.Array, branch: jax.Array, *, kernel: str = "plain", branches: int = BRANCHES) -> RowAttention:
+    """Returns the softmax attention of packed rows, under the mask that `row_mask` writes out.
+
+    Args:
+      segment, branch: (R, S) int32, as in `types.RowBatch`; a prefix stands before its continuations, which count from 1.
+      kernel: one of KERNELS but "auto".
+      branches: the largest branch number that may occur (read by splash, which pays for each beyond the first).
+
+    Returns:
+      A function of q (R, S, H, h), k and v (R, S, K, h), K dividing H, that gives (R, S, H*h) in the dtype of q.
+    """
+    if kernel == "plain":
+        mask = row_mask(segment, branch)
+        return lambda q, k, v: checkpoint_name(attend_causal(q, k, v, mask), "attention")
+    ids = splash_ids(*_pad_ids(segment, branch), max(branches, 1))
+    return lambda q, k, v: checkpoint_name(_splash_rows(q, k, v, *ids, kernel == "splash_interpret"), "attention")
+
+
+def splash_ids(segment: jax.Array, branch: jax.Array, branches: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the segment ids of queries (R, S) and of keys (R, branches * S): equal ids, and the causal mask, are `row_mask`.
+
+    Splash knows ids that must be equal, not branches. Branch 1 takes its prefix's id: the prefix stands before it, so that the causal mask
+    hides the branch from the prefix. For each further branch the keys stand once more, where only the prefix has an id: the branch's.
+    """
+    size = branches + 1
+    query = segment * size + jnp.maximum(branch, 1)
+    prefix = branch == 0
+    copies = [jnp.where(prefix & (segment > 0), segment * size + number, -1) for number in range(2, branches + 1)]
+    return query, jnp.concatenate([query, *copies], axis=1)
+
+
+def _pad_ids(segment: jax.Array, branch: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows lengthened by padding to what splash takes."""
+    padding = ((0, 0), (0, -segment.shape[1] % LANES))
+    return jnp.pad(segment, padding), jnp.pad(branch, padding)
+
+
+def _splash_rows(q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array, key_ids: jax.Array, interpret: bool) -> jax.Array:
+    rows, tokens, heads, width = q.shape
+    kv_heads, padded = k.shape[2], query_ids.shape[1]
+    copies = key_ids.shape[1] // padded
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padded - tokens), (0, 0), (0, 0))) for x in (q, k, v))
+    # Splash scales nothing; heads lead, query heads grouped by the KV head they share.
+    q = (q * width**-0.5).reshape(rows, padded, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
+    k, v = (jnp.tile(x.transpose(0, 2, 1, 3), (1, 1, copies, 1)) for x in (k, v))
+    kernel = _kernel(padded, heads // kv_heads, copies, interpret)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array, key_ids: jax.Array) -> jax.Array:
+        def row(q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array, key_ids: jax.Array) -> Any:
+            return jax.vmap(lambda q, k, v: kernel(q, k, v, splash.SegmentIds(query_ids, key_ids)))(q, k, v)
+
+        return jax.vmap(row)(q, k, v, query_ids, key_ids)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        # A kernel is opaque to the partitioner: each device is told its rows and heads.
+        batch, kv = partition_spec(("batch", "heads"), (rows, kv_heads), mesh)
+        split, ids = PartitionSpec(batch, kv), PartitionSpec(batch)
+        local = jax.shard_map(local, in_specs=(split, split, split, ids, ids), out_specs=split, check_vma=False)
+    out = local(q, k, v, query_ids, key_ids)
+    return out.transpose(0, 3, 1, 2, 4).reshape(rows, padded, heads * width)[:, :tokens]
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel(tokens: int, heads: int, copies: int, interpret: bool) -> splash.SplashAttentionKernel:
+    """The splash kernel of G heads that share keys: (G, S, h), (C*S, h), (C*S, h) -> (G, S, h)."""
+    causal = np.tile(np.tri(tokens, dtype=bool), (1, copies))
+    mask = splash_mask.MultiHeadMask([splash_mask.NumpyMask(causal)] * heads)
+    tile = next(t for t in TILES if math.gcd(tokens, t) == t)
+    sizes = splash.BlockSizes(block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile)
+    with jax.ensure_compile_time_eval():
+        return splash.make_splash_mqa(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)

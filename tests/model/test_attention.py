@@ -1,0 +1,82 @@
+"""Attention kernels agree: the splash kernel, interpreted on the CPU, against the products under the written mask."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from omni_jax.config import ConfigError
+from omni_jax.model.attention import choose, row_attention, row_mask, splash_ids
+from omni_jax.parallel import make_mesh
+from tests.model.builders import noise
+from tests.tolerances import assert_close
+
+ROWS, TOKENS, HEADS, KV_HEADS, WIDTH = 2, 150, 4, 2, 64  # no multiple of 128
+
+# (segment, branch, tokens), from the left.
+PACKED = [
+    [(1, 0, 40), (1, 1, 9), (1, 2, 11), (2, 0, 30), (3, 1, 20), (0, 0, 40)],  # branches, a prompt, a prompt numbered 1, padding
+    [(0, 0, 5), (1, 0, 1), (2, 0, 60), (2, 1, 4), (2, 2, 50), (3, 0, 30)],  # padding first, a single token
+]
+PLAIN_ROWS = [[(1, 0, 100), (2, 0, 50)], [(1, 0, 70), (2, 0, 40), (0, 0, 40)]]
+
+
+def ids(rows: list[list[tuple[int, int, int]]]) -> tuple[jax.Array, jax.Array]:
+    """(segment, branch), each (R, S) int32."""
+    each = [np.concatenate([np.tile([[s], [b]], (1, n)) for s, b, n in row], axis=1) for row in rows]
+    segment, branch = np.stack(each, axis=1).astype(np.int32)
+    return jnp.asarray(segment), jnp.asarray(branch)
+
+
+def inputs() -> tuple[jax.Array, ...]:
+    shapes = (ROWS, TOKENS, HEADS, WIDTH), (ROWS, TOKENS, KV_HEADS, WIDTH), (ROWS, TOKENS, KV_HEADS, WIDTH)
+    return tuple(jnp.asarray(noise(i, *shape)) for i, shape in enumerate(shapes))
+
+
+@pytest.mark.parametrize(("rows", "branches"), [(PACKED, 2), (PLAIN_ROWS, 0), (PLAIN_ROWS, 2)], ids=["branches", "segments", "unused"])
+def test_splash_ids_and_causality_are_the_row_mask(rows: list, branches: int):
+    segment, branch = ids(rows)
+    query, key = splash_ids(segment, branch, max(branches, 1))
+    copies = key.shape[1] // TOKENS
+    causal = np.tile(np.tri(TOKENS, dtype=bool), (1, copies))
+    seen = (np.asarray(query)[:, :, None] == np.asarray(key)[:, None, :]) & causal
+    # Each key is met once, in whichever copy.
+    np.testing.assert_array_equal(seen.reshape(ROWS, TOKENS, copies, TOKENS).sum(axis=2), np.asarray(row_mask(segment, branch)))
+
+
+@pytest.mark.parametrize(("rows", "branches"), [(PACKED, 2), (PLAIN_ROWS, 0)], ids=["branches", "segments"])
+def test_splash_agrees_with_plain(rows: list, branches: int):
+    segment, branch = ids(rows)
+    weight = jnp.asarray(noise(7, ROWS, TOKENS, HEADS * WIDTH))
+
+    def run(kernel: str):
+        def weighed(q, k, v):
+            out = row_attention(segment, branch, kernel=kernel, branches=branches)(q, k, v)
+            return jnp.sum(out * weight), out
+
+        (_, out), gradients = jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2), has_aux=True))(*inputs())
+        return out, gradients
+
+    (plain, by_plain), (splash, by_splash) = run("plain"), run("splash_interpret")
+    assert_close(splash, plain, "attention_kernel")
+    for got, want in zip(by_splash, by_plain, strict=True):
+        assert_close(got, want, "attention_gradient")
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 2), (1, 1, 4)], ids=["rows and heads", "heads that tensor does not divide"])
+def test_splash_on_a_mesh_gives_each_device_its_rows_and_heads(sizes: tuple[int, int, int]):
+    segment, branch = ids(PACKED)
+    want = row_attention(segment, branch)(*inputs())
+    mesh = make_mesh(*sizes, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        program = jax.jit(lambda q, k, v: row_attention(segment, branch, kernel="splash_interpret")(q, k, v))
+        assert_close(program(*inputs()), want, "attention_kernel")
+
+
+def test_auto_takes_the_platforms_kernel():
+    assert [choose("auto", platform) for platform in ("tpu", "gpu", "cpu")] == ["splash", "plain", "plain"]
+    assert choose("plain", "tpu") == "plain"
+    with pytest.raises(ConfigError, match="attention 'flash': choose one of"):
+        choose("flash", "tpu")
