@@ -8,15 +8,17 @@ Two forms of a line are read, told apart line by line:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omni_jax.types import InputError, Record
 
+_LONGEST_LINE = 1 << 24  # bytes; an honest record has a few hundred, and a line is held in memory several times over
 _LONGEST_SECONDS = 1e9  # some thirty years: beyond it a number is a mistake
 _PLAIN = ("id", "text", "video", "audio", "timestamps")
 _OFFICIAL = ("id", "conversations", "video", "audio", "timestamps")
@@ -56,7 +58,8 @@ def read_manifest(path: os.PathLike[str] | str, media_root: os.PathLike[str] | s
 
     Args:
       path: JSON lines, plain or official; may be `gs://...`.
-      media_root: folder that relative media paths start from; default the manifest's own.
+      media_root: folder that relative media paths start from, default the manifest's own. One that is given also confines them: a path that
+        leads out of it, by "..", as an absolute path or through a link, is a problem of its record.
 
     Raises:
       InputError: when the manifest is missing, a directory, unreadable or without a single line.
@@ -73,7 +76,7 @@ def read_manifest(path: os.PathLike[str] | str, media_root: os.PathLike[str] | s
             if name in first_line:
                 raise _BadLine(f"id {name!r} was used on line {first_line[name]} already; give every record its own")
             first_line[name] = line
-            records.append(_record(_known(fields), name, line, root))
+            records.append(_record(_known(fields), name, line, root, media_root is not None))
         except _BadLine as error:
             problems.append(Problem(id=name, line=line, file=str(path), reason=f"{path}:{line}: {error}"))
     if not records and not problems:
@@ -133,7 +136,7 @@ def _lines(path: os.PathLike[str] | str) -> Iterator[tuple[int, bytes]]:
         if manifest.is_dir():
             raise InputError(f"{path}: is a directory; name the manifest file in it")
         with manifest.open("rb") as file:
-            for number, data in enumerate(file, 1):
+            for number, data in enumerate(_bounded(file), 1):
                 data = data.removeprefix(b"\xef\xbb\xbf") if number == 1 else data  # a byte-order mark, as some editors write
                 if data.strip():
                     yield number, data.rstrip(b"\r\n")
@@ -145,8 +148,20 @@ def _lines(path: os.PathLike[str] | str) -> Iterator[tuple[int, bytes]]:
         raise InputError(f"{path}: the manifest cannot be read ({error})") from None
 
 
+def _bounded(file: IO[bytes]) -> Iterator[bytes]:
+    """Yields lines; of one that is too long the beginning, one byte over the bound, the rest being passed by."""
+    while data := file.readline(_LONGEST_LINE + 1):
+        whole = len(data) <= _LONGEST_LINE or data.endswith(b"\n")
+        while not whole:
+            rest = file.readline(1 << 16)
+            whole = not rest or rest.endswith(b"\n")
+        yield data
+
+
 def _fields(data: bytes) -> dict[str, Any]:
     """Parses one line into its fields."""
+    if len(data) > _LONGEST_LINE:
+        raise _BadLine(f"a line of over {_LONGEST_LINE >> 20} MiB is no record; write one JSON object a line")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -196,7 +211,7 @@ def _id(fields: Mapping[str, Any]) -> str:
     return _encodable(value, "id")
 
 
-def _record(fields: Mapping[str, Any], name: str, line: int, root: Any) -> Record:
+def _record(fields: Mapping[str, Any], name: str, line: int, root: Any, confined: bool) -> Record:
     text = _caption(fields["conversations"]) if "conversations" in fields else fields.get("text")
     if text is not None:
         if not isinstance(text, str):
@@ -204,7 +219,7 @@ def _record(fields: Mapping[str, Any], name: str, line: int, root: Any) -> Recor
         if not text.strip():
             raise _BadLine(f"record {name!r}: the caption is empty; write one, or leave the field out to use the media alone")
         _encodable(text, "the caption")
-    video, audio = (_media_path(fields, key, name, root) for key in ("video", "audio"))
+    video, audio = (_media_path(fields, key, name, root, confined) for key in ("video", "audio"))
     if text is None and video is None and audio is None:
         raise _BadLine(f"record {name!r}: has no text, video or audio; give it at least one")
     return Record(id=name, text=text, video=video, audio=audio, timestamps=_timestamps(fields.get("timestamps"), name), line=line)
@@ -221,7 +236,7 @@ def _caption(turns: Any) -> str:
     return turns[1]["value"]
 
 
-def _media_path(fields: Mapping[str, Any], key: str, name: str, root: Any) -> Any:
+def _media_path(fields: Mapping[str, Any], key: str, name: str, root: Any, confined: bool) -> Any:
     value = fields.get(key)
     if value is None:
         return None
@@ -229,9 +244,29 @@ def _media_path(fields: Mapping[str, Any], key: str, name: str, root: Any) -> An
         raise _BadLine(f"record {name!r}: {key} is {_kind(value)}; make it the path of a file")
     _encodable(value, key)
     try:
-        return _absolute(value) if "://" in value else root / value
+        path = _absolute(value) if "://" in value else root / value
     except InputError as error:
         raise _BadLine(f"record {name!r}: {key} {error}") from None
+    if confined and not _inside(path, root):
+        raise _BadLine(f"record {name!r}: {key} {value!r} leads out of the media root {root}; move the file there or choose another root")
+    return path
+
+
+def _inside(path: Any, root: Any) -> bool:
+    """Whether a path, its links followed, lies under a folder. An object store has no links, and ".." there is a plain name or refused."""
+    if "://" in os.fspath(path) or "://" in os.fspath(root):
+        text = os.fspath(path)
+        return text.startswith(os.fspath(root).rstrip("/") + "/") and ".." not in text.split("/")
+    folder, name = os.path.split(path)
+    real = os.path.join(_real(folder), name)
+    if os.path.islink(real) or name in ("", ".", ".."):
+        real = os.path.realpath(real)
+    return real.startswith(_real(os.fspath(root)).rstrip("/") + "/")
+
+
+@functools.lru_cache(maxsize=4096)  # a folder holds many clips
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def _timestamps(value: Any, name: str) -> tuple[float, float] | None:

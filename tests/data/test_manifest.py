@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,51 @@ def test_relative_manifest_and_media_root(tmp_path: Path, monkeypatch: pytest.Mo
     assert read_manifest("clips.jsonl").records[0].video == tmp_path / "v/a.mp4"
     assert read_manifest("clips.jsonl", "media").records[0].video == tmp_path / "media/v/a.mp4"
     assert read_manifest("clips.jsonl", tmp_path / "x").records[0].video == tmp_path / "x/v/a.mp4"
+
+
+OUTSIDE = ("../secret.mp4", "v/../../secret.mp4", "/etc/hostname", "link.mp4", "folder/secret.mp4", "..", ".", "gs://bucket/a.mp4")
+
+
+@pytest.mark.parametrize("where", OUTSIDE)
+@pytest.mark.parametrize("key", ["video", "audio"])
+def test_a_media_root_that_is_given_confines(tmp_path: Path, where: str, key: str) -> None:
+    root = tmp_path / "root"
+    (root / "v").mkdir(parents=True)
+    (tmp_path / "secret.mp4").write_bytes(b"secret")
+    (root / "link.mp4").symlink_to(tmp_path / "secret.mp4")
+    (root / "folder").symlink_to(tmp_path)
+    (root / "own.mp4").symlink_to(root / "v")
+    inside = ("v/../v/a.mp4", str(root / "b.mp4"), "own.mp4")
+    path = write(tmp_path, {"id": "x", key: where}, *({"id": name, key: value} for name, value in zip("abc", inside, strict=True)))
+    got = read_manifest(path, root)
+    assert [record.id for record in got.records] == ["a", "b", "c"]
+    (problem,) = got.problems
+    assert problem.id == "x" and f"{key} {where!r} leads out of the media root {root}" in problem.reason
+    assert len(read_manifest(path).records) == 4, "without a root the manifest's author is trusted"
+
+
+def test_a_root_that_is_a_link_is_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "root").symlink_to(tmp_path / "real")
+    assert not read_manifest(write(tmp_path, {"id": "a", "video": "a.mp4"}), tmp_path / "root").problems
+
+
+def test_a_line_without_end_is_one_problem_and_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "clips.jsonl"
+    with path.open("wb") as file:
+        file.write(GOOD + b'\n{"id": "x", "text": "')
+        for _ in range(40):
+            file.write(b"a" * (1 << 20))
+        file.write(b'"}\n{"id": "last", "text": "t"}\n')
+    tracemalloc.start()
+    got = read_manifest(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [record.line for record in got.records] == [1, 3]
+    assert [(p.line, p.reason.split(": ")[1]) for p in got.problems] == [
+        (2, "a line of over 16 MiB is no record; write one JSON object a line")
+    ]
+    assert peak < 40 << 20
 
 
 def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
