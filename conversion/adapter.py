@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,6 +70,22 @@ _HARMLESS = {
     "revision",
     "task_type",
 }
+
+
+MATCH_LIMIT_S = 10.0
+"""Seconds that `target_modules` may take over the names of a model."""
+
+LONGEST_PATTERN = 10_000
+_MATCH = """
+import json, re, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+pattern, names = json.load(sys.stdin)
+try:
+    compiled = re.compile(pattern)
+except (re.error, OverflowError, RecursionError, MemoryError) as e:
+    sys.exit(str(e) or type(e).__name__)
+print(json.dumps([name for name in names if compiled.fullmatch(name)]))
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,26 +189,42 @@ def lora_config(config: Mapping[str, Any], base: ModelConfig, where: str) -> tup
 
 def _select(target: Any, base: ModelConfig, where: str) -> tuple[frozenset[str], tuple[str, ...]]:
     """Applies `target_modules` as PEFT does: a string is a regular expression for the whole name, a list names endings."""
-    if isinstance(target, str) and target != "all-linear":
-        try:
-            pattern = re.compile(target)
-        except re.error as e:
-            raise InputError(f"{where}: target_modules {target!r} is not a regular expression ({e})") from None
-        fits = lambda name: pattern.fullmatch(name) is not None  # noqa: E731 - one of two predicates, used once below
-    elif isinstance(target, list) and target and all(isinstance(name, str) for name in target):
-        fits = lambda name: any(name == end or name.endswith(f".{end}") for end in target)  # noqa: E731 - as above
-    else:
-        raise InputError(f"{where}: target_modules={target!r} is not supported; a regular expression or a list of module names is wanted")
     entries = engine.base_entries(dataclasses.replace(base, lora=None))
     rules = {rule.path: rule for rule in base_rules(base)}
     chosen = {key.removesuffix(".weight"): rules[entry.path] for key, entry in entries.items() if key.endswith(".weight")}
-    chosen = {name: rule for name, rule in chosen.items() if fits(name)}
+    if isinstance(target, str) and target != "all-linear":
+        kept = _matching(target, list(chosen), where)
+    elif isinstance(target, list) and target and all(isinstance(name, str) for name in target):
+        kept = {name for name in chosen if any(name == end or name.endswith(f".{end}") for end in target)}
+    else:
+        raise InputError(f"{where}: target_modules={target!r} is not supported; a regular expression or a list of module names is wanted")
+    chosen = {name: rule for name, rule in chosen.items() if name in kept}
     if not chosen:
         raise InputError(f"{where}: target_modules {target!r} selects no module of this model")
     unfit = [name for name, rule in chosen.items() if not rule.linear]
     if unfit:
         raise InputError(f"{where}: target_modules {target!r} selects {unfit[0]}, which is not a linear layer; LoRA there is not supported")
     return frozenset(chosen), tuple(dict.fromkeys(rule.module for rule in chosen.values()))
+
+
+def _matching(pattern: str, names: list[str], where: str) -> set[str]:
+    """Returns the names that a regular expression matches as a whole, as PEFT does.
+
+    A pattern from a download may take longer than the universe lasts, and `re` cannot be stopped: it runs in a process of its own.
+    """
+    if len(pattern) > LONGEST_PATTERN:
+        raise InputError(f"{where}: target_modules is a regular expression of {len(pattern):,} characters; list the module names instead")
+    command = [sys.executable, "-I", "-S", "-c", _MATCH]
+    try:
+        done = subprocess.run(command, input=json.dumps([pattern, names]).encode(), capture_output=True, timeout=MATCH_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"{where}: target_modules {pattern[:80]!r} takes over {MATCH_LIMIT_S:g} s to match; list the module names instead"
+        ) from None
+    if done.returncode:
+        reason = " ".join(done.stderr.decode(errors="replace").split())[-200:] or f"status {done.returncode}"
+        raise InputError(f"{where}: target_modules {pattern[:80]!r} is not a regular expression that can be used ({reason})")
+    return set(json.loads(done.stdout))
 
 
 def _weights(folder: epath.Path) -> tuple[Mapping[str, safetensors_io.TensorInfo | np.ndarray], dict[str, str], str]:

@@ -101,10 +101,26 @@ def read_manifest(folder: epath.PathLike) -> Manifest:
             fields["model"] = ModelConfig.from_json(value["model"])
             fields["shards"] = tuple(_tensor_file(file) for file in value["shards"])
             fields["adapter"] = _tensor_file(value["adapter"]) if value["adapter"] else None
-            return Manifest(**fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+            manifest = Manifest(**fields)
+            _refuse_outside(path, manifest)
+            return manifest
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read ({type(e).__name__}: {e}); convert the checkpoint again") from None
     raise InputError(f"{path}: format {version}, this version reads {FORMAT}; update omni_jax or convert the checkpoint again")
+
+
+def _refuse_outside(path: epath.Path, manifest: Manifest) -> None:
+    """Raises InputError for a name that leads out of the folder: an export reads and writes files under these names."""
+    weights = [file.file for file in (*manifest.shards, *([manifest.adapter] if manifest.adapter else []))]
+    bad = [name for name in weights if not _stays_inside(name) or "/" in name]
+    bad += [name for name in (*manifest.side_files, *manifest.adapter_files) if not _stays_inside(name)]
+    if bad:
+        raise InputError(f"{path}: names a file outside its folder ({bad[0]!r}); do not use this folder, convert the checkpoint again")
+
+
+def _stays_inside(name: object) -> bool:
+    parts = name.split("/") if isinstance(name, str) else [""]
+    return "\\" not in str(name) and "\0" not in str(name) and not {"", ".", ".."} & set(parts)
 
 
 def _tensor_file(value: dict[str, Any]) -> TensorFile:

@@ -105,7 +105,7 @@ def read_header(path: epath.Path) -> tuple[dict[str, TensorInfo], dict[str, str]
         header = json.loads(text)
         metadata = header.pop("__metadata__", None) or {}
         infos = [_info(name, entry, path, 8 + length) for name, entry in header.items()]
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise InputError(f"{path}: its safetensors header cannot be read ({e}); {_AGAIN}") from None
     infos.sort(key=lambda info: (info.start, info.nbytes))
     end = 8 + length

@@ -219,7 +219,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (ValueError, OSError) as e:
+    except (ValueError, RecursionError, OSError) as e:
         raise InputError(f"{path}: not readable as JSON ({e}); download it again") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: a JSON object is wanted, this is a {type(value).__name__}")

@@ -134,7 +134,7 @@ class Store:
             self.arrays = {name: _stored(name, jnp.dtype(at["dtype"]), tuple(at["shape"]), at["pieces"]) for name, at in arrays.items()}
         except FileNotFoundError:
             raise InputError(f"{folder / _INDEX}: no such file; the folder is not a finished conversion: {_CONVERT}") from None
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise InputError(f"{folder / _INDEX}: cannot be read ({e}); {_CONVERT}") from None
 
     def read(self, names: Iterable[str], limit: int = PART_BYTES) -> Iterator[tuple[str, np.ndarray]]:

@@ -32,7 +32,7 @@ def read_result(path: str) -> dict[str, Any]:
         result = json.loads(epath.Path(path).read_text())
     except OSError as e:
         raise InputError(f"{path}: cannot be read: {e.strerror or e}") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: not JSON ({e}); give a result that `omni-jax eval --json` wrote") from e
     try:
         cells = [float(metrics["R@1"]) for metrics in result["directions"].values()]

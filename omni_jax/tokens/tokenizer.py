@@ -118,7 +118,7 @@ def _added_tokens(folder: epath.Path) -> dict[str, int]:
                 found.update({content: int(index) for content, index in record.items()})
             else:
                 found.update({token["content"]: int(index) for index, token in record.get("added_tokens_decoder", {}).items()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise InputError(f"{file}: cannot be read ({_line(e)}); copy it again from the checkpoint") from None
     return found
 

@@ -46,6 +46,23 @@ def test_target_modules_select_as_in_peft(target, modules, paths):
     assert (len(selected), set(lora.targets)) == (modules, paths)
 
 
+ENDLESS = [r"(\w+\.?)+$x", r"(([a-z]+)*(\.|_|\d)*)*-", r"(.*)*(.*)*(.*)*[^\w.]"]
+
+
+@pytest.mark.parametrize("pattern", ENDLESS)
+def test_a_pattern_that_takes_for_ever_is_refused(monkeypatch, pattern):
+    monkeypatch.setattr("conversion.adapter.MATCH_LIMIT_S", 0.5)
+    with pytest.raises(InputError, match=r"takes over 0\.5 s to match; list the module names instead"):
+        lora_config(settings(target_modules=pattern), BASE, "adapter_config.json")
+
+
+@pytest.mark.parametrize("pattern", ["(", "(?P<x>a", "x{99999999999}", "(" * 5000 + ")" * 5000, "a" * 20_000, "\ud800", "\0"])
+def test_a_pattern_that_is_none_is_one_line(pattern):
+    with pytest.raises(InputError, match=r"regular expression|selects no module") as caught:
+        lora_config(settings(target_modules=pattern), BASE, "adapter_config.json")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize(
     "lora",
     [

@@ -244,6 +244,29 @@ def test_loading_and_exporting_what_is_not_a_finished_conversion(tmp_path, base)
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("name", ["../out.json", "/tmp/out.json", "a/../../out.json", "a\\b", "", "."])
+@pytest.mark.parametrize("field", ["side_files", "adapter_files", "shards"])
+def test_a_converted_folder_that_names_files_outside_is_refused(tmp_path, base, field, name):
+    """An export writes under the names that the folder gives."""
+    path = tmp_path / "model" / "omni_jax.json"
+    conversion.to_jax(base, tmp_path / "model")
+    manifest = json.loads(path.read_text())
+    bad = {"shards": [{"file": name, "metadata": {}, "tensors": []}]}.get(field, [name])
+    path.write_text(json.dumps(manifest | {field: [*manifest[field], *bad]}))
+    with pytest.raises(InputError, match=r"omni_jax\.json: names a file outside its folder"):
+        conversion.to_torch(tmp_path / "model", base_out=tmp_path / "x")
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_files_of_deep_json_are_one_line(tmp_path, base):
+    deep = "[" * 200_000
+    for file in ("config.json", "model.safetensors.index.json"):
+        folder = tmp_path / file
+        shutil.copytree(base, folder)
+        (folder / file).write_text(deep)
+        refused(tmp_path / file, folder, file, "not readable as JSON")
+
+
 # ------------------------------------------------------------------------------------------------------------ settings
 
 

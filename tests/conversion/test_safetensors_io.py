@@ -71,6 +71,8 @@ BAD = {
     "shape and bytes": (_file({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, b"\0" * 8), "cannot have 8 bytes"),
     "negative shape": (_file({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"\0" * 4), "has shape"),
     "unknown type": (_file({"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}, b"\0" * 4), "F8_E4M3"),
+    "deep": (struct.pack("<Q", 200_000) + b'{"a":' + b"[" * 199_995, "header cannot be read"),
+    "overflowing shape": (_file({"a": {"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 4]}}, b"\0" * 4), "cannot have 4"),
     "a list": (struct.pack("<Q", 2) + b"[]", "header cannot be read"),
 }
 
