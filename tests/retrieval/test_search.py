@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,25 +121,29 @@ def test_faiss_that_is_not_installed_is_one_clear_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_faiss_is_given_unit_rows_in_the_order_of_the_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class IndexFlatIP:
-        def __init__(self, width: int):
-            self.width = width
+def test_faiss_finds_in_an_exported_index_what_search_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With FAISS itself: the command writes, FAISS reads, and its neighbours and cosines are those of `search`."""
+    import faiss
 
-        def add(self, rows: np.ndarray) -> None:
-            self.rows = rows
-
-    def write_index(index: IndexFlatIP, path: str) -> None:
-        np.save(f"{path}.npy", index.rows)
-
-    monkeypatch.setitem(sys.modules, "faiss", SimpleNamespace(IndexFlatIP=IndexFlatIP, write_index=write_index))
-    want = table()
-    assert export_faiss(want, tmp_path / "out") == ["text.faiss", "video.faiss", "av.faiss", "ids.txt"]
-    written = np.load(tmp_path / "out" / "av.faiss.npy")
-    assert written.dtype == np.float32
-    rows = want.tables["av"].astype(np.float64)
-    assert_close(written, rows / np.sqrt((rows * rows).sum(1, keepdims=True)), "cosine_score")
+    want = table(50)
+    write_embeddings(tmp_path / "e.npz", want)
+    assert main(["export", str(tmp_path / "e.npz"), "--to", "faiss", "--out", str(tmp_path / "out")]) == 0
+    assert "text.faiss, video.faiss, av.faiss, ids.txt; 50 records" in capsys.readouterr().out
     assert (tmp_path / "out" / "ids.txt").read_text().splitlines() == list(want.ids)
+    for name, rows in want.tables.items():
+        index = faiss.read_index(str(tmp_path / "out" / f"{name}.faiss"))
+        assert (index.ntotal, index.d, index.metric_type) == (50, 16, faiss.METRIC_INNER_PRODUCT)
+        wide = rows.astype(np.float64)
+        assert_close(index.reconstruct_n(0, 50), wide / np.sqrt((wide * wide).sum(1, keepdims=True)), "cosine_score")
+        queries = want.tables["text"][:7]
+        scores, found = index.search(queries / np.linalg.norm(queries, axis=1, keepdims=True), 10)
+        expected, places = search(queries, rows, 10)
+        np.testing.assert_array_equal(found, places)
+        assert_close(scores, expected, "cosine_score")
+
+
+def test_faiss_is_given_no_row_without_a_direction(tmp_path: Path) -> None:
+    want = table()
     want.tables["av"][3] = 0
     with pytest.raises(InputError, match="table 'av': record 'clip 3' holds NaN, infinity or only zeros"):
         export_faiss(want, tmp_path / "out")
