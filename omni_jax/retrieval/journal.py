@@ -5,6 +5,7 @@ A journal is a folder of parts. Each part appears whole or not at all, so that a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -39,7 +40,6 @@ class Journal:
         self._folder = epath.Path(folder)
         self.parts: list[Part] = []
         written = json.dumps(dict(settings), indent=1, sort_keys=True)
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self._folder)
         note, parts = self._folder / SETTINGS, sorted(self._folder.glob("part-*.npz"))
         if parts and (not note.exists() or note.read_text() != written):
@@ -73,14 +73,23 @@ class Journal:
 def _lock(folder: epath.Path) -> IO[bytes] | None:
     """Returns a file that holds the folder for this process as long as it lives; None on an object store, which has no locks."""
     if "://" in os.fspath(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         return None
-    file = open(folder / "lock", "wb")  # noqa: SIM115 - open as long as the journal is
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise InputError(f"{folder}: another run is writing here; wait for it, or choose another output") from None
-    return file
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(folder / "lock", "wb")  # noqa: SIM115 - open as long as the journal is
+        except FileNotFoundError:  # a run that has just finished removed the folder
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise InputError(f"{folder}: another run is writing here; wait for it, or choose another output") from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
+                return file
+        file.close()  # locked, but of a folder that was removed meanwhile: nobody else would see the lock
 
 
 def _read(path: epath.Path) -> Part:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -55,6 +57,25 @@ def test_two_runs_at_once_are_refused(tmp_path: Path):
         Journal(tmp_path / "j", SETTINGS)
     first.remove()
     Journal(tmp_path / "j", SETTINGS).add(_part(0))
+
+
+def test_a_run_that_waited_at_a_folder_that_was_then_removed_takes_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Between opening the lock and taking it, the run before may finish and remove the folder: a lock of a gone folder keeps nobody out."""
+    first, taken = Journal(tmp_path / "j", SETTINGS), []
+
+    def flock(file: IO[bytes], how: int) -> None:
+        if not taken:
+            taken.append(True)
+            first.remove()
+        original(file, how)
+
+    original = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock)
+    second = Journal(tmp_path / "j", SETTINGS)
+    monkeypatch.undo()
+    second.add(_part(0))
+    with pytest.raises(InputError, match="another run is writing here"):
+        Journal(tmp_path / "j", SETTINGS)
 
 
 def test_a_half_written_part_does_not_count(tmp_path: Path):
