@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from omni_jax.cli.printing import one_line
 from omni_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.audit:
         print(_audit(args.name, args.annotations, found, coverage))
     if found.problems:
-        print(f"entries that cannot be used: {len(found.problems)}; the first: {found.problems[0]}", file=sys.stderr)
+        print(f"entries that cannot be used: {len(found.problems)}; the first: {one_line(str(found.problems[0]))}", file=sys.stderr)
     if args.out:
         _write_manifests(args.out, args.media, media, found, coverage)
     return 1 if coverage.missing or found.problems else 0

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE, STOPPED_AND_SAVED
+from omni_jax.cli.printing import one_line
+from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE, INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.config import PRESETS, TABLE_MODALITIES, TABLES, ConfigError, Preset, preset
 from omni_jax.types import InputError, Record
 
@@ -48,7 +49,11 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help="override a preset field")
     parser.add_argument("--batch-size", type=_positive(int), default=16, metavar="N", help="clips encoded together (default: %(default)s)")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="weights and computation (default: keep)")
-    parser.add_argument("--media-root", metavar="DIR", help="folder that media paths start from (default: the manifest's)")
+    parser.add_argument(
+        "--media-root",
+        metavar="DIR",
+        help="folder that media paths start from and must stay in (default: the manifest's, unconfined)",
+    )
     parser.add_argument("--workers", type=_whole, metavar="N", help="decoding processes (default: one less than the cores)")
     parser.add_argument(
         "--timeout", type=_positive(float), default=120.0, metavar="SECONDS", help="a clip that takes longer is set aside (default: 120)"
@@ -56,7 +61,8 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Embeds and returns the exit status: 0, 1 when records were set aside, 75 when SIGTERM stopped it after saving.
+    """Embeds and returns the exit status: 0, 1 when records were set aside, 75 when SIGTERM and 130 when Ctrl-C stopped it; what was
+    finished is kept then.
 
     Raises:
       InputError, ConfigError: for anything in the arguments that cannot be used.
@@ -87,10 +93,11 @@ def run(args: argparse.Namespace) -> int:
         with sigterm_raises():
             for part in embed(args, model, left, tables, "embed", done=len(manifest.records) - len(left)):
                 journal.add(part)
-    except Terminated:
+    except (Terminated, KeyboardInterrupt) as e:
         kept = f"{len(journal.finished())} of {len(manifest.records)} records"
-        print(f"stopped by SIGTERM; {kept} are kept: run it again to go on", file=sys.stderr)
-        return STOPPED_AND_SAVED
+        by, status = ("SIGTERM", STOPPED_AND_SAVED) if isinstance(e, Terminated) else ("Ctrl-C", INTERRUPTED)
+        print(f"\nstopped by {by}; {kept} are kept: run it again to go on", file=sys.stderr)
+        return status
     outcome = assemble(manifest.records, journal.parts)
     bad = report(out, manifest, outcome)
     if not outcome.table.ids:
@@ -143,7 +150,7 @@ def report(out: epath.Path | None, manifest: Manifest, outcome: Outcome) -> int:
             if rows:
                 write_jsonl_atomic(path, rows)
         if rows:
-            print(f"{what}: {len(rows)}{listed}; the first: {rows[0]['reason']}", file=sys.stderr)
+            print(f"{what}: {len(rows)}{listed}; the first: {one_line(rows[0]['reason'])}", file=sys.stderr)
     if outcome.truncated:
         print(f"captions cut to max_text_tokens: {outcome.truncated}", file=sys.stderr)
     return len(errors)

@@ -21,7 +21,9 @@ from types import ModuleType
 from typing import NoReturn
 
 from omni_jax import __version__
+from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import BAD_INPUT, DONE, INTERRUPTED
+from omni_jax.cli.stopping import second_ctrl_c_leaves
 from omni_jax.config import ConfigError
 from omni_jax.types import InputError
 
@@ -88,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             parser.print_help(sys.stderr)
             return BAD_INPUT
-        status = _load(args.command).run(args)
+        with second_ctrl_c_leaves():
+            status = _load(args.command).run(args)
         sys.stdout.flush()
         return int(status or DONE)
     except SystemExit as e:  # argparse: 0 after --help
@@ -109,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def message(error: BaseException) -> str:
     """Returns the error as one line; an OSError as its reason and the file it is about."""
     text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    return one_line(text) or type(error).__name__
 
 
 def _report(line: str, debug: bool) -> int:

@@ -7,6 +7,7 @@ import json
 
 from etils import epath
 
+from omni_jax.cli.printing import one_line
 from omni_jax.config import PRESETS, TABLES, preset
 from omni_jax.types import InputError
 
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"{kind} in table {table} of {len(index.ids)} records, by cosine:")
     for rank, (name, score) in enumerate(found, 1):
-        print(f"{rank:4d}  {score:7.4f}  {name}")
+        print(f"{rank:4d}  {score:7.4f}  {one_line(name)}")
     return 0
 
 

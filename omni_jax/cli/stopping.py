@@ -1,12 +1,16 @@
-"""SIGTERM, which a scheduler sends before it takes the machine away, as an exception that can be caught after saving."""
+"""SIGTERM, which a scheduler sends before it takes the machine away, as an exception that can be caught after saving; and Ctrl-C twice."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from types import FrameType
+
+from omni_jax.cli.status import INTERRUPTED
 
 
 class Terminated(BaseException):
@@ -28,3 +32,38 @@ def sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def second_ctrl_c_leaves() -> Iterator[None]:
+    """Makes a second SIGINT end the process at once while the block runs, in the main thread.
+
+    The first one is left to Python, whose handler waits for the C call that is running: compiling a large model takes minutes, and saving
+    what is done takes its time as well. The signals' numbers reach a thread of their own, which waits for nothing. Whatever must survive is
+    written under a temporary name and renamed, as for any kill.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    near, far = socket.socketpair()
+
+    def count() -> None:
+        left = 2
+        with contextlib.suppress(OSError):
+            while data := near.recv(64):
+                left -= data.count(signal.SIGINT)
+                if left <= 0:
+                    os.write(2, b"\nomni-jax: left at once\n")
+                    os._exit(INTERRUPTED)
+
+    far.setblocking(False)
+    thread = threading.Thread(target=count, name="ctrl-c", daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        far.close()
+        thread.join()
+        near.close()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -27,6 +29,51 @@ def add_arguments(parser):
 def run(args):
     return args.status
 """
+
+
+def test_what_others_wrote_is_shown_and_never_obeyed(probe: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Escape sequences in a file's name or a caption could clear the screen, retitle the window or type commands."""
+    hostile = "\x1b]0;owned\x07 \x1b[2J\x9b31m \u202egpj\ud83d\r\n\x00 caf\u00e9 \u96e8"
+
+    def run(args: object) -> int:
+        raise InputError(f"{hostile}: no such file")
+
+    monkeypatch.setattr(probe, "run", run)
+    assert cli.main(["probe"]) == 2
+    shown = capsys.readouterr().err.removesuffix("\n")
+    assert shown.isprintable() and "caf\u00e9 \u96e8: no such file" in shown and "\\x1b[2J\\x9b31m \\u202egpj\\ud83d \\x00" in shown
+
+
+CTRL_C = """
+import hashlib, sys, time
+from omni_jax.cli import main as cli
+
+def run(args):
+    print("running", flush=True)
+    if sys.argv[2] == "patient":
+        time.sleep(60)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)  # minutes in C, in which no Python handler runs: as in compiling
+
+cli._load = lambda name: type("Probe", (), {"run": staticmethod(run), "add_arguments": staticmethod(lambda parser: None)})
+cli.commands = lambda: {"probe": __import__("pathlib").Path(sys.argv[1])}
+sys.exit(cli.main(["probe"]))
+"""
+
+
+@pytest.mark.parametrize(("mode", "presses"), [("patient", 1), ("busy", 2)])
+def test_ctrl_c_once_stops_and_twice_leaves_at_once_even_inside_a_c_call(tmp_path: Path, mode: str, presses: int) -> None:
+    (tmp_path / "probe.py").write_text(PROBE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CTRL_C, str(tmp_path / "probe.py"), mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "running\n"
+    time.sleep(0.2)
+    for _ in range(presses):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)  # two signals at the same moment are one
+    _, shown = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert shown.strip() == ("omni-jax: interrupted" if presses == 1 else "omni-jax: left at once")
 
 
 @pytest.fixture
