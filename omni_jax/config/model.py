@@ -1,0 +1,122 @@
+"""`ModelConfig`: everything needed to build one encoder, read from a checkpoint's `config.json` or from a converted folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from omni_jax.config.errors import ConfigError
+from omni_jax.config.parts import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, SpecialTokens, VisionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything needed to build one encoder."""
+
+    decoder: DecoderConfig
+    vision: VisionConfig
+    audio: AudioConfig
+    beats: BeatsConfig
+    tokens: SpecialTokens
+    lora: LoraConfig | None = None
+    positions_per_second: int = 25
+    seconds_per_chunk: int = 2
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], beats: BeatsConfig, lora: LoraConfig | None = None) -> ModelConfig:
+        """Reads a WAVE `config.json` (already parsed).
+
+        Raises:
+          ConfigError: naming the missing or unsupported field.
+        """
+        try:
+            return cls._from_hf(config, beats, lora)
+        except KeyError as e:
+            raise ConfigError(f"config.json: field {e.args[0]!r} is missing; is this a WAVE-7B checkpoint folder?") from None
+
+    @classmethod
+    def _from_hf(cls, config: Mapping[str, Any], beats: BeatsConfig, lora: LoraConfig | None) -> ModelConfig:
+        if config.get("classify_type", "all_layer") != "all_layer":
+            raise ConfigError(f"config.json: classify_type {config['classify_type']!r} is not supported, only 'all_layer'")
+        text, vision, audio = config["text_config"], config["vision_config"], config["audio_config"]
+        for section, key, value in ((text, "hidden_act", "silu"), (vision, "hidden_act", "silu"), (audio, "activation_function", "gelu")):
+            if section.get(key, value) != value:
+                raise ConfigError(f"config.json: {key} {section[key]!r} is not supported, only {value!r}")
+        width = text["hidden_size"]
+        for name, value in (("vision_config.out_hidden_size", vision["out_hidden_size"]), ("audio_config.output_dim", audio["output_dim"])):
+            if value != width:
+                raise ConfigError(f"config.json: {name} is {value}, but text_config.hidden_size is {width}; they must agree")
+        rope = text.get("rope_scaling") or text["rope_parameters"]
+        if odd := {rope.get("type"), rope.get("rope_type")} - {None, "default", "mrope"}:
+            raise ConfigError(f"config.json: text_config.rope_scaling type {odd.pop()!r} is not supported, only 'default' and 'mrope'")
+        return cls(
+            decoder=DecoderConfig(
+                hidden_size=width,
+                intermediate_size=text["intermediate_size"],
+                num_layers=text["num_hidden_layers"],
+                num_heads=text["num_attention_heads"],
+                num_kv_heads=text["num_key_value_heads"],
+                vocab_size=text["vocab_size"],
+                rms_norm_eps=text["rms_norm_eps"],
+                rope_theta=text.get("rope_theta") or rope["rope_theta"],
+                mrope_sections=tuple(rope["mrope_section"]),
+                max_positions=text.get("max_position_embeddings", 32768),
+            ),
+            vision=VisionConfig(
+                hidden_size=vision["hidden_size"],
+                intermediate_size=vision["intermediate_size"],
+                num_layers=vision["depth"],
+                num_heads=vision["num_heads"],
+                output_size=vision["out_hidden_size"],
+                full_attention_layers=tuple(vision["fullatt_block_indexes"]),
+                window_size=vision["window_size"],
+                patch_size=vision["patch_size"],
+                temporal_patch_size=vision["temporal_patch_size"],
+                merge_size=vision["spatial_merge_size"],
+                in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
+            ),
+            audio=AudioConfig(
+                hidden_size=audio["d_model"],
+                intermediate_size=audio["encoder_ffn_dim"],
+                num_layers=audio["encoder_layers"],
+                num_heads=audio["encoder_attention_heads"],
+                output_size=audio["output_dim"],
+                num_mel_bins=audio["num_mel_bins"],
+                n_window=audio["n_window"],
+                max_source_positions=audio["max_source_positions"],
+            ),
+            beats=beats,
+            tokens=SpecialTokens(
+                pad=config["pad_token_id"],
+                audio=config["audio_token_index"],
+                audio_bos=config["audio_start_token_id"],
+                audio_eos=config["audio_end_token_id"],
+                video=config["video_token_index"],
+                vision_bos=config["vision_start_token_id"],
+                vision_eos=config["vision_end_token_id"],
+            ),
+            lora=lora,
+            positions_per_second=config["position_id_per_seconds"],
+            seconds_per_chunk=config["seconds_per_chunk"],
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict that `from_json` reads back to an equal record."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ModelConfig:
+        rooms = {
+            "decoder": DecoderConfig,
+            "vision": VisionConfig,
+            "audio": AudioConfig,
+            "beats": BeatsConfig,
+            "tokens": SpecialTokens,
+            "lora": LoraConfig,
+        }
+        fields = dict(value)
+        for name, kind in rooms.items():
+            if fields.get(name) is not None:
+                fields[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields[name].items()})
+        return cls(**fields)
