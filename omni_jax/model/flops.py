@@ -9,7 +9,8 @@ Letters: N items, P patches, F frames, T convolved frames, R rows, S tokens, K p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -23,7 +24,7 @@ PARTS = ("vision", "audio", "beats", "bridge", "decoder", "head")
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Operations of one part, or of all: `computed` with padding, `needed` without."""
+    """A count, of operations or of what causes them (tokens, pairs): `computed` with padding, `needed` without."""
 
     computed: float = 0.0
     needed: float = 0.0
@@ -31,27 +32,65 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(self.computed + other.computed, self.needed + other.needed)
 
+    def __mul__(self, factor: float) -> Work:
+        return Work(self.computed * factor, self.needed * factor)
+
     @property
     def padding(self) -> float:
         """Share of the computed operations that nothing needed."""
         return 1 - self.needed / self.computed if self.computed else 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Maps:
+    """Linear maps applied to so many tokens.
+
+    Attributes:
+      paths: path prefixes of their matrices, all layers of a stack together.
+    """
+
+    paths: tuple[str, ...]
+    tokens: Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Logits and weighted sum of so many query-key pairs, counted over all layers; all heads together `width` wide."""
+
+    width: int
+    pairs: Work
+
+
+Terms = Sequence[Maps | Attention]
+
+
 def forward_work(config: ModelConfig, batch: EncoderBatch) -> dict[str, Work]:
     """Returns part -> operations of embedding a batch once; the parts are PARTS."""
-    weights = _weights(config)
-    work: dict[str, Work] = {part: Work() for part in PARTS}
+    terms: dict[str, list[Maps | Attention]] = {part: [] for part in PARTS}
     for vision in batch.vision:
-        work["vision"] += _vision(config, weights, vision)
+        terms["vision"] += _vision(config, vision)
     for audio in batch.audio:
-        work["audio"] += _audio(config, weights, audio)
+        terms["audio"] += _audio(config, audio)
     for beats in batch.beats:
-        work["beats"] += _beats(config, weights, beats)
-        work["bridge"] += _product(weights["bridge"], beats.fbank.shape[0] * beats.max_tokens, int(beats.tokens.sum()))
+        terms["beats"] += _beats(config, beats)
+        terms["bridge"] += bridge_terms(Work(beats.fbank.shape[0] * beats.max_tokens, int(beats.tokens.sum())))
     for rows in batch.rows:
-        work["decoder"] += _decoder(config, weights, rows)
-        work["head"] += _product(weights["head"], rows.pool.size, int((rows.owner[..., 0] >= 0).sum()))
-    return work
+        terms["decoder"] += _decoder(config, rows)
+        terms["head"] += head_terms(Work(rows.pool.size, int((rows.owner[..., 0] >= 0).sum())))
+    return {part: operations(config, parts) for part, parts in terms.items()}
+
+
+def operations(config: ModelConfig, terms: Terms) -> Work:
+    """Returns the operations of a forward through these terms."""
+    sizes = matrix_sizes(config)
+    return total({str(n): term_operations(sizes, term) for n, term in enumerate(terms)})
+
+
+def term_operations(sizes: Mapping[str, int], term: Maps | Attention) -> Work:
+    """Returns the operations of one term's forward, its matrices as large as `sizes` says."""
+    if isinstance(term, Attention):
+        return term.pairs * (4.0 * term.width)
+    return term.tokens * (2.0 * sum(sizes.get(path, 0) for path in term.paths))
 
 
 def total(work: Mapping[str, Work]) -> Work:
@@ -59,77 +98,117 @@ def total(work: Mapping[str, Work]) -> Work:
     return sum(work.values(), Work())
 
 
-def _weights(config: ModelConfig) -> dict[str, int]:
-    """Values in the matrices that one token passes, by "part" and "part/child", over all layers; LoRA included."""
+@functools.lru_cache(maxsize=32)
+def matrix_sizes(config: ModelConfig, only: frozenset[str] | None = None) -> Mapping[str, int]:
+    """Returns path prefix ("decoder/layers/mlp") -> values in the matrices under it that one token passes; LoRA included.
+
+    Args:
+      only: paths ("head/fc1/kernel") of the parameters to count; None counts all.
+    """
     sizes: dict[str, int] = {}
     for path, leaf in abstract_params(config).items():
-        if path[-1] in ("kernel", "lora_a", "lora_b", "v"):
+        if path[-1] in ("kernel", "lora_a", "lora_b", "v") and (only is None or "/".join(path) in only):
             # The gate of BEATs' positions works on every head of a token.
             repeat = config.beats.num_heads if path[:1] == ("beats",) and path[-2] == "gate" else 1
-            for name in (path[0], "/".join(path[:2])):
+            for depth in range(1, len(path) + 1):
+                name = "/".join(path[:depth])
                 sizes[name] = sizes.get(name, 0) + repeat * int(np.prod(leaf.shape))
     return sizes
 
 
-def _product(values: int, computed: int, needed: int) -> Work:
-    """Matrices of so many values applied to so many tokens."""
-    return Work(2.0 * values * computed, 2.0 * values * needed)
+# ---------------------------------------------------------------------------------------------------- the terms of each part, from counts
 
 
-def _attention(width: int, computed: float, needed: float) -> Work:
-    """Logits and weighted sum of so many query-key pairs, all heads together `width` wide."""
-    return Work(4.0 * width * computed, 4.0 * width * needed)
+def vision_terms(config: ModelConfig, patches: Work, pairs: Work) -> Terms:
+    """Returns the vision tower on so many patches, whose layers see `pairs` in all."""
+    merged = patches * (1 / config.vision.merge_size**2)
+    maps = [Maps(("vision/patch_embed",), patches), Maps(("vision/layers",), patches), Maps(("vision/merger",), merged)]
+    return [*maps, Attention(config.vision.hidden_size, pairs)]
 
 
-def _vision(config: ModelConfig, weights: Mapping[str, int], batch: VisionBatch) -> Work:
-    cfg = config.vision
-    steps, patches = batch.window.shape
-    group = cfg.merge_size**2
-    valid = (batch.window >= 0).sum(axis=1)
-    windows = sum(int((np.unique(row[row >= 0], return_counts=True)[1] ** 2).sum()) for row in batch.window)
-    full = len(set(cfg.full_attention_layers))
-    pairs = full * int((valid**2).sum()) + (cfg.num_layers - full) * windows
-    work = _product(weights["vision/patch_embed"] + weights["vision/layers"], steps * patches, int(valid.sum()))
-    work += _product(weights["vision/merger"], steps * patches // group, int(valid.sum()) // group)
-    return work + _attention(cfg.hidden_size, cfg.num_layers * steps * patches**2, pairs)
+def audio_terms(config: ModelConfig, frames: Work, seen: Work, tokens: Work, pairs: Work) -> Terms:
+    """Returns the audio tower on log-mel frames, convolved frames (half as many) and tokens (a quarter)."""
+    maps = [Maps(("audio/conv1",), frames), Maps(("audio/conv2", "audio/layers"), seen), Maps(("audio/proj",), tokens)]
+    return [*maps, Attention(config.audio.hidden_size, pairs)]
 
 
-def _audio(config: ModelConfig, weights: Mapping[str, int], batch: AudioBatch) -> Work:
-    cfg = config.audio
-    chunks, frames = batch.mel.shape[:2]
-    seen = (batch.frames + 1) // 2
-    work = _product(weights["audio/conv1"], chunks * frames, int(batch.frames.sum()))
-    work += _product(weights["audio/conv2"] + weights["audio/layers"], chunks * frames // 2, int(seen.sum()))
-    work += _product(weights["audio/proj"], chunks * frames // 4, int((seen // 2).sum()))
-    return work + _attention(cfg.hidden_size, cfg.num_layers * chunks * (frames // 2) ** 2, cfg.num_layers * int((seen**2).sum()))
+def beats_terms(config: ModelConfig, patches: Work, taps: Work, pairs: Work) -> Terms:
+    """Returns BEATs on so many patches; `taps` of the position convolution fall within their sequences (see `kernel_taps`)."""
+    maps = [Maps(("beats/patch_embed",), patches), Maps(("beats/input_proj", "beats/layers"), patches)]
+    convolution = Maps(("beats/pos_conv",), taps * (1 / config.beats.conv_pos))
+    return [*maps, convolution, Attention(config.beats.hidden_size, pairs)]
 
 
-def _beats(config: ModelConfig, weights: Mapping[str, int], batch: BeatsBatch) -> Work:
-    cfg = config.beats
-    segments, frames = batch.fbank.shape[:2]
-    patches = frames // cfg.patch_size * cfg.frequency_patches
-    valid = batch.frames // cfg.patch_size * cfg.frequency_patches
-    conv = weights["beats/pos_conv"]
-    inside = weights["beats"] - weights.get("beats/predictor", 0) - conv
-    work = _product(inside, segments * patches, int(valid.sum()))
-    work += _product(conv // cfg.conv_pos, segments * _taps(patches, cfg.conv_pos), sum(_taps(int(n), cfg.conv_pos) for n in valid))
-    return work + _attention(cfg.hidden_size, cfg.num_layers * segments * patches**2, cfg.num_layers * int((valid**2).sum()))
+def bridge_terms(tokens: Work) -> Terms:
+    """Returns the bridge from BEATs to the decoder on so many tokens."""
+    return [Maps(("bridge",), tokens)]
 
 
-def _taps(length: int, taps: int) -> int:
-    """Taps of a centred kernel that fall within a sequence, over all its positions."""
+def decoder_terms(config: ModelConfig, tokens: Work, pairs: Work) -> Terms:
+    """Returns the decoder's layers on so many tokens; `pairs` are those of one layer."""
+    return [Maps(("decoder/layers",), tokens), Attention(config.decoder.hidden_size, pairs * config.decoder.num_layers)]
+
+
+def head_terms(prompts: Work) -> Terms:
+    """Returns the fusion head on so many prompts."""
+    return [Maps(("head",), prompts)]
+
+
+def kernel_taps(length: int, taps: int) -> int:
+    """Returns the taps of a centred kernel that fall within a sequence, over all its positions."""
     place = np.arange(length)
     first, last = np.maximum(place - taps // 2, 0), np.minimum(place - taps // 2 + taps, length)
     return int((last - first).sum())
 
 
-def _decoder(config: ModelConfig, weights: Mapping[str, int], batch: RowBatch) -> Work:
-    cfg = config.decoder
+def row_pairs(tokens: int) -> int:
+    """Returns the query-key pairs that `attend_causal` multiplies for a row of so many tokens."""
+    return sum((stop - start) * stop for start, stop in causal_blocks(tokens))
+
+
+# ---------------------------------------------------------------------------------------------------------------- counts of a batch
+
+
+def _vision(config: ModelConfig, batch: VisionBatch) -> Terms:
+    cfg = config.vision
+    steps, patches = batch.window.shape
+    valid = (batch.window >= 0).sum(axis=1)
+    windows = sum(int((np.unique(row[row >= 0], return_counts=True)[1] ** 2).sum()) for row in batch.window)
+    full = len(set(cfg.full_attention_layers))
+    pairs = full * int((valid**2).sum()) + (cfg.num_layers - full) * windows
+    return vision_terms(config, Work(steps * patches, int(valid.sum())), Work(cfg.num_layers * steps * patches**2, pairs))
+
+
+def _audio(config: ModelConfig, batch: AudioBatch) -> Terms:
+    layers = config.audio.num_layers
+    chunks, frames = batch.mel.shape[:2]
+    seen = (batch.frames + 1) // 2
+    return audio_terms(
+        config,
+        frames=Work(chunks * frames, int(batch.frames.sum())),
+        seen=Work(chunks * frames // 2, int(seen.sum())),
+        tokens=Work(chunks * frames // 4, int((seen // 2).sum())),
+        pairs=Work(layers * chunks * (frames // 2) ** 2, layers * int((seen**2).sum())),
+    )
+
+
+def _beats(config: ModelConfig, batch: BeatsBatch) -> Terms:
+    cfg = config.beats
+    segments, frames = batch.fbank.shape[:2]
+    patches = frames // cfg.patch_size * cfg.frequency_patches
+    valid = batch.frames // cfg.patch_size * cfg.frequency_patches
+    return beats_terms(
+        config,
+        patches=Work(segments * patches, int(valid.sum())),
+        taps=Work(segments * kernel_taps(patches, cfg.conv_pos), sum(kernel_taps(int(n), cfg.conv_pos) for n in valid)),
+        pairs=Work(cfg.num_layers * segments * patches**2, cfg.num_layers * int((valid**2).sum())),
+    )
+
+
+def _decoder(config: ModelConfig, batch: RowBatch) -> Terms:
     rows, tokens = batch.ids.shape
-    work = _product(weights["decoder/layers"], rows * tokens, int((batch.segment > 0).sum()))
-    met = rows * sum((stop - start) * stop for start, stop in causal_blocks(tokens))
     seen = sum(_visible_pairs(segment, branch) for segment, branch in zip(batch.segment, batch.branch, strict=True))
-    return work + _attention(cfg.hidden_size, cfg.num_layers * met, cfg.num_layers * seen)
+    return decoder_terms(config, Work(rows * tokens, int((batch.segment > 0).sum())), Work(rows * row_pairs(tokens), seen))
 
 
 def _visible_pairs(segment: np.ndarray, branch: np.ndarray) -> int:
