@@ -1,0 +1,175 @@
+"""The ledger of an update against a count by hand and against XLA's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from omni_jax.config import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, ModelConfig, SpecialTokens, VisionConfig
+from omni_jax.model import abstract_params, flops
+from omni_jax.train import BatchShapes, LossConfig, TrainableConfig, TrainBatch, TrainStep, kinds_of_update, ledger, step_kind
+from omni_jax.train.batch import Rows, TowerInputs
+from omni_jax.train.ledger import ClipSizes, Passes
+from omni_jax.train.trainable import select
+from tests.model.builders import SEVEN_B
+from tests.train.random_batches import recipe
+
+SHAPES = BatchShapes(steps=2, patches=64, chunks=2, fbank_frames=80, row_tokens=256)
+CLIPS = 4
+
+
+def one_layer() -> ModelConfig:
+    """One layer of each kind: XLA counts the body of a loop once, which is right for a loop of one."""
+    width = 256
+    return ModelConfig(
+        decoder=DecoderConfig(width, 512, num_layers=1, num_heads=2, num_kv_heads=1, vocab_size=64),
+        vision=VisionConfig(128, 256, num_layers=1, num_heads=2, output_size=width, full_attention_layers=(0,)),
+        audio=AudioConfig(128, 256, num_layers=1, num_heads=2, output_size=width),
+        beats=BeatsConfig(num_layers=1, hidden_size=128, intermediate_size=256, num_heads=2, embed_dim=64, conv_pos_groups=4),
+        tokens=SpecialTokens(0, 1, 2, 3, 4, 5, 6),
+        lora=LoraConfig(rank=8, dropout=0.0),
+    )
+
+
+def abstract_batch(config: ModelConfig, shapes: BatchShapes, losses: LossConfig, update: int, micro: int) -> TrainBatch:
+    """Returns a batch without storage, as `pack_micro_batch` shapes it."""
+    kinds = kinds_of_update(update, micro, losses)
+    kind, shared = kinds[0], kinds[0].hard == "text"
+    lead = (micro, CLIPS)
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct((*lead, *shape), dtype)  # noqa: E731
+    i32, f32 = functools.partial(array, jnp.int32), functools.partial(array, jnp.float32)
+    copies = 1 + kind.positive
+    steps = (copies, shapes.steps, shapes.patches)
+    clips = TowerInputs(
+        patches=f32(*steps, config.vision.patch_values),
+        coords=i32(*steps, 2),
+        window=i32(*steps),
+        mel=f32(copies, shapes.chunks, config.audio.chunk_frames, config.audio.num_mel_bins),
+        mel_frames=i32(copies, shapes.chunks),
+        fbank=f32(copies, shapes.fbank_frames, config.beats.num_mel_bins),
+        fbank_frames=i32(copies),
+    )
+
+    def rows(count: int, slots: int) -> Rows:
+        row = (count, shapes.row_tokens)
+        return Rows(i32(*row), i32(*row), i32(count, 3, shapes.row_tokens), i32(*row), i32(*row), i32(count, slots))
+
+    return TrainBatch(
+        clips=clips,
+        rows=rows(len(kind.rows), max(len(kind.singles), 1 + shared)),
+        hard=None if shared or not kind.hard else rows(1, 1),
+        shuffle=jax.ShapeDtypeStruct((micro, 1, CLIPS), jnp.int32),
+        kinds=kinds,
+    )
+
+
+@pytest.mark.parametrize(
+    ("update", "micro", "remat", "choice"),
+    [
+        (0, 1, "layer", "adapter"),
+        (1, 1, "none", "adapter"),
+        (2, 1, "dots", "adapter"),
+        (1, 2, "layer", "adapter"),
+        (2, 1, "layer", "all"),
+        (0, 1, "attention", "adapter"),
+        (0, 1, "offload", "adapter"),
+    ],
+)
+def test_the_ledger_is_what_xla_counts(update: int, micro: int, remat: str, choice: str) -> None:
+    """XLA adds elementwise work, a few operations a value. A loop over micro-batches is counted as one of them."""
+    config = one_layer()
+    made = recipe(remat=remat, trainable=TrainableConfig(recipe=choice))
+    step = TrainStep(config, made, dtype=jnp.float32)
+    state, frozen = jax.eval_shape(step.init, abstract_params(config))
+    cost = step.lower(state, frozen, abstract_batch(config, SHAPES, made.losses, update, micro)).cost_analysis()
+    assert cost is not None
+    kind = step_kind(update, made.losses)
+    load = ledger.padded_load(config, kind, SHAPES)
+    counted = CLIPS * ledger.total(ledger.clip_ledger(config, load, step.names, remat=remat, cached=micro > 1))
+    assert counted <= cost["flops"] <= 1.03 * counted
+    whole = ledger.update_ledger(config, made, SHAPES, clips=CLIPS, micro_batches=micro, update=update)
+    assert ledger.total(whole) == pytest.approx(micro * counted)
+
+
+def test_a_step_at_7b_equals_a_count_by_hand() -> None:
+    """docs/training_cost.md goes through the same count."""
+    sizes = ClipSizes()
+    layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
+    lora = 3 * 3584 * 16 + 16 * (3584 + 512 + 512)
+    anchor, audio, video, text = 4 + 216 + 400 + 40, 2 + 400 + 6, 2 + 216 + 6, 40
+    assert [sizes.prompt(name) for name in ("anchor", "audio", "video", "text")] == [anchor, audio, video, text]
+    pairs = {n: n * (n + 1) // 2 for n in (anchor, audio, video, text)}
+    # Step 1: the hard negative exchanges the audio; L_A and L_D play text and video.
+    tokens, seen = 2 * anchor + text + video, 2 * pairs[anchor] + pairs[text] + pairs[video]
+    forward = 28 * (2 * (layer + lora) * tokens + 4 * 3584 * seen)
+    ours = ledger.per_triple(SEVEN_B, sizes, LossConfig())[1]["decoder"]
+    hard = 28 * (2 * (layer + lora) * anchor + 4 * 3584 * pairs[anchor])
+    assert ours == Passes(
+        forward=forward + hard,
+        recomputed=forward - 28 * 2 * 3584 * 18944 * tokens,
+        activations=forward + 28 * 4 * 3584 * seen,
+        weights=28 * 2 * lora * tokens,
+    )
+    # The release embeds the audio as well, and gives it no gradient.
+    idle = 28 * (2 * (layer + lora) * audio + 4 * 3584 * pairs[audio])
+    theirs = ledger.released_per_triple(SEVEN_B, sizes, LossConfig())[1]["decoder"]
+    assert theirs == dataclasses.replace(ours, forward=forward + hard + idle)
+    # Step 0: the other caption is 40 tokens behind the anchor's media.
+    shared, apart = (ledger.exact_load(SEVEN_B, step_kind(0, LossConfig()), sizes, share_prefix=s) for s in (True, False))
+    assert shared.graded.tokens - apart.graded.tokens == 40 and apart.still.tokens == anchor and shared.still.tokens == 0
+    assert shared.graded.pairs - apart.graded.pairs == 40 * (anchor - 40) + pairs[text]
+
+
+def test_the_head_and_the_bridge_train_and_towers_run_once_a_copy() -> None:
+    step = ledger.per_triple(SEVEN_B, ClipSizes(), LossConfig())[1]
+    fc1, fc2 = 28 * 3584 * 3584, 3584 * 3584
+    # Anchor, positive and video take a gradient, the hard negative none; text is read from the last layer.
+    assert step["head"] == Passes(forward=2 * (fc1 + fc2) * 4, activations=2 * (fc1 + fc2) * 3, weights=2 * (fc1 + fc2) * 3)
+    bridge = 768 * 3584 + 3584 * 3584
+    assert step["bridge"] == Passes(forward=2 * bridge * 600, activations=2 * bridge * 400, weights=2 * bridge * 400)
+    for tower in ("vision", "audio", "beats"):
+        assert step[tower].total == step[tower].forward > 0
+    cached = ledger.per_triple(SEVEN_B, ClipSizes(), LossConfig(), cached=True)[1]
+    assert cached["head"].again == 2 * fc1 * 3 and cached["vision"] == step["vision"]
+    hard = flops.decoder_terms(SEVEN_B, flops.Work(660, 660), flops.Work(660 * 661 // 2, 0))
+    assert cached["decoder"].again == pytest.approx(step["decoder"].forward - flops.operations(SEVEN_B, hard).computed)
+
+
+def test_what_is_frozen_costs_no_weight_gradient_and_what_trains_does() -> None:
+    config, kind = one_layer(), step_kind(1, LossConfig())
+    load = ledger.padded_load(config, kind, SHAPES)
+    frozen = ledger.clip_ledger(config, load, select(config, TrainableConfig()))
+    whole = ledger.clip_ledger(config, load, select(config, TrainableConfig(recipe="all")))
+    kernel = 256 * 512 * 3 + 2 * 256 * 256 + 2 * 256 * 128
+    assert whole["decoder"].weights - frozen["decoder"].weights == 2 * kernel * load.graded.tokens
+    assert frozen["decoder"].activations == whole["decoder"].activations
+    assert frozen["vision"].weights == 0 and whole["vision"].weights == whole["vision"].forward - 4 * 128 * 2 * 2 * 64**2
+
+
+def test_a_release_step_costs_more_and_caching_a_forward_more() -> None:
+    sizes, losses = ClipSizes(), LossConfig()
+    ours, cached, theirs = (
+        ledger.total(ledger.mean(made))
+        for made in (
+            ledger.per_triple(SEVEN_B, sizes, losses),
+            ledger.per_triple(SEVEN_B, sizes, losses, cached=True),
+            ledger.released_per_triple(SEVEN_B, sizes, losses),
+        )
+    )
+    assert ours < theirs < cached
+    assert f"{theirs / 1e12:.2f}" in ledger.table(ledger.mean(ledger.released_per_triple(SEVEN_B, sizes, losses))).splitlines()[-1]
+
+
+def test_windows_and_ragged_sizes_are_counted() -> None:
+    """9 x 10 patches in windows of 8 x 8: 64 + 16 + 8 + 2 patches; 250 frames: a chunk of 100 convolved frames and one of 25."""
+    sizes = ClipSizes(grid=(1, 9, 10), mel_frames=250)
+    load = ledger.released_load(SEVEN_B, step_kind(0, LossConfig()), sizes)
+    vision, audio = (
+        sum(term.pairs.computed for term in load.towers[name] if isinstance(term, flops.Attention)) for name in ("vision", "audio")
+    )
+    assert vision == 2 * (4 * 90**2 + 28 * (64**2 + 16**2 + 8**2 + 2**2))
+    assert audio == 2 * 32 * (100**2 + 25**2)
