@@ -3,6 +3,7 @@
 from omni_jax.train.batch import BatchShapes, TrainBatch, fit_shapes, pack_micro_batch, place_batch, stack_micro_batches
 from omni_jax.train.optimizer import OptimizerConfig
 from omni_jax.train.plan import LossConfig, kinds_of_update, step_kind
+from omni_jax.train.run_config import RunConfig
 from omni_jax.train.state import TrainState
 from omni_jax.train.step import StepConfig, TrainStep
 from omni_jax.train.trainable import TrainableConfig, report
@@ -11,6 +12,7 @@ __all__ = [
     "BatchShapes",
     "LossConfig",
     "OptimizerConfig",
+    "RunConfig",
     "StepConfig",
     "TrainBatch",
     "TrainState",

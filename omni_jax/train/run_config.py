@@ -1,0 +1,274 @@
+"""A run as one frozen record, built from an ml_collections config: what is trained, on what, how long, and what is kept and watched."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from omni_jax.config import ConfigError, LoraConfig, Preset
+from omni_jax.config import preset as preset_named
+from omni_jax.train.optimizer import OptimizerConfig
+from omni_jax.train.plan import LossConfig
+from omni_jax.train.step import StepConfig
+from omni_jax.train.trainable import TrainableConfig
+from omni_jax.train.typed import record_of
+
+DTYPES = ("bfloat16", "float32")
+COLLAPSE = ("warn", "stop")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSection:
+    """Where the weights come from.
+
+    Attributes:
+      base: folder that `omni-jax convert to-jax` wrote; "" draws fresh weights.
+      architecture: of fresh weights, as `conversion.fresh.write_fresh` takes it.
+      lora: LoRA matrices to add to a base that has none; None adds none.
+      dtype: of activations and of frozen weights, "bfloat16" or "float32".
+    """
+
+    base: str = ""
+    architecture: Mapping[str, Any] | None = None
+    lora: LoraConfig | None = None
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"config field model.dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        if bool(self.base) == bool(self.architecture):
+            raise ConfigError("config fields model.base and model.architecture: give one, a converted folder or the shape of fresh weights")
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentSection:
+    """Which parts of the augmented copy are changed (SPEC section 6)."""
+
+    video: bool = True
+    audio: bool = True
+    text: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSection:
+    """What is trained on.
+
+    Attributes:
+      train: folder that `omni-jax prepare` wrote, or a manifest whose media are decoded while training.
+      media_root: folder that relative media paths start from; "" for the manifest's own.
+      preset, preset_fields: how clips and captions become tokens, and fields that differ from the named preset.
+      distinct: what an update holds once only: "caption", "id_prefix" or "none".
+      workers: decoding processes; 0 decodes in this one.
+      timeout: seconds one clip may take to decode.
+      augment: of the positive tuple.
+    """
+
+    train: str
+    media_root: str = ""
+    preset: str = "training"
+    preset_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    distinct: str = "caption"
+    workers: int = 2
+    timeout: float = 120.0
+    augment: AugmentSection = AugmentSection()
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ConfigError("config field data.train: empty; give a folder of shards or a manifest (--config.data.train=...)")
+        if self.workers < 0 or not self.timeout > 0:
+            raise ConfigError("config fields data.workers and data.timeout: must not be negative, timeout must be positive")
+        self.resolved_preset()
+
+    def resolved_preset(self) -> Preset:
+        """Returns the preset with its changed fields."""
+        whole = dataclasses.asdict(preset_named(self.preset)) | dict(self.preset_fields)
+        return record_of(Preset, whole, "data.preset_fields")
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSection:
+    """Clips of an update: `micro_batches` of `micro_batch` clips, all processes together.
+
+    Attributes:
+      blocks: parts of a micro-batch within which features are exchanged (the release has one a device); each process holds whole ones.
+      row_multiple: row lengths are multiples of so many tokens.
+    """
+
+    micro_batch: int
+    micro_batches: int = 1
+    blocks: int = 1
+    row_multiple: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ConfigError(f"config field batch.{name}={value}: must be at least 1")
+        if self.micro_batch % self.blocks:
+            raise ConfigError(f"config field batch.blocks={self.blocks}: must divide batch.micro_batch={self.micro_batch}")
+
+    @property
+    def clips(self) -> int:
+        """Clips of an update."""
+        return self.micro_batch * self.micro_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSection:
+    """Sizes of the mesh axes; fsdp 0 takes the devices that the others leave."""
+
+    data: int = 1
+    fsdp: int = 0
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.data, self.tensor) < 1 or self.fsdp < 0:
+            raise ConfigError(f"config field mesh={dataclasses.asdict(self)}: data and tensor must be at least 1, fsdp at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSection:
+    """A checkpoint every `every` updates and at the end, of which the newest `keep` stay."""
+
+    every: int = 500
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.keep) < 1:
+            raise ConfigError("config fields checkpoint.every and checkpoint.keep: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSection:
+    """The 12 directions on clips that are not trained on.
+
+    Attributes:
+      manifest: of those clips; "" evaluates nothing.
+      media_root: as in the data section.
+      every: updates between two evaluations; 0 evaluates at the end alone.
+      batch_size: clips encoded together.
+    """
+
+    manifest: str = ""
+    media_root: str = ""
+    every: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.batch_size < 1:
+            raise ConfigError("config fields evaluation.every and evaluation.batch_size: must be at least 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSection:
+    """A row of metrics every `every` updates."""
+
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ConfigError("config field log.every: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class StopSection:
+    """When a run is not worth going on with.
+
+    Attributes:
+      skipped_in_row: updates in a row without a finite loss and gradient that stop it.
+      max_mean_cosine: mean cosine between embeddings of different clips above which they count as collapsed.
+      min_effective_rank: effective rank below which they do.
+      collapse: "warn" says so, "stop" ends the run.
+    """
+
+    skipped_in_row: int = 10
+    max_mean_cosine: float = 0.99
+    min_effective_rank: float = 1.5
+    collapse: str = "warn"
+
+    def __post_init__(self) -> None:
+        if self.skipped_in_row < 1:
+            raise ConfigError("config field stop.skipped_in_row: must be at least 1")
+        if self.collapse not in COLLAPSE:
+            raise ConfigError(f"config field stop.collapse={self.collapse!r}: choose one of {', '.join(COLLAPSE)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run.
+
+    Attributes:
+      optimizer: its `total_steps` comes from `steps` or `epochs`.
+      remat: what the backward pass computes again: "none", "layer" or "dots".
+      seed: of everything drawn: fresh weights, LoRA, dropout, order, augmentation.
+      steps: updates of the run; 0 where `epochs` says it.
+      epochs: passes over the clips; 0 where `steps` says it.
+    """
+
+    model: ModelSection
+    data: DataSection
+    batch: BatchSection
+    losses: LossConfig
+    optimizer: OptimizerConfig
+    trainable: TrainableConfig
+    mesh: MeshSection
+    checkpoint: CheckpointSection
+    evaluation: EvaluationSection
+    log: LogSection
+    stop: StopSection
+    remat: str = "layer"
+    seed: int = 2025
+    steps: int = 0
+    epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.epochs < 0 or (self.steps > 0) == (self.epochs > 0):
+            raise ConfigError("config fields steps and epochs: give one of them, a positive number")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"config field seed={self.seed}: must be from 0 to 2^32 - 1")
+
+    @classmethod
+    def from_config(cls, config: Any) -> RunConfig:
+        """Reads an ml_collections ConfigDict, or a plain nested dict as `to_json` gives it. Sections left out take their defaults.
+
+        Raises:
+          ConfigError: naming the field that is unknown, missing, of the wrong type or out of range.
+        """
+        values = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+        for name in SECTIONS:
+            values.setdefault(name, {})
+        optimizer = values.pop("optimizer")
+        made = record_of(OptimizerConfig, optimizer, "optimizer", total_steps=max(1, _whole(values.get("steps", 0))))
+        whole = record_of(cls, values, optimizer=made)
+        whole.step_config(1)
+        return whole
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns a JSON-ready dict that `from_config` reads back to an equal record."""
+        value = dataclasses.asdict(self)
+        del value["optimizer"]["total_steps"]
+        return json.loads(json.dumps(value))
+
+    def total_steps(self, updates_per_epoch: int) -> int:
+        """Returns the updates of the whole run."""
+        return self.steps or max(1, math.floor(self.epochs * updates_per_epoch))
+
+    def step_config(self, total_steps: int) -> StepConfig:
+        """Returns what decides an update, for a run of so many."""
+        return StepConfig(
+            optimizer=dataclasses.replace(self.optimizer, total_steps=total_steps),
+            losses=self.losses,
+            trainable=self.trainable,
+            remat=self.remat,
+            frozen_dtype=self.model.dtype,
+            seed=self.seed,
+        )
+
+
+SECTIONS = tuple(f.name for f in dataclasses.fields(RunConfig) if f.default is dataclasses.MISSING)
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) else 0
