@@ -1,6 +1,6 @@
 """The three losses (SPEC section 6): tuple, fusion as teacher, pairwise. Pure functions of batch embeddings (B, D) to float32 scalars.
 
-All of them take `axis_name` as `info_nce` does: inside `jax.shard_map` the arguments are shards and the value is that of the global batch.
+`temperature`, `axis_name`, `hard_scope` and `hard_blocks` are those of `info_nce`.
 """
 
 from __future__ import annotations

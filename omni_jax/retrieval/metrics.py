@@ -76,8 +76,7 @@ def positions(ranks: Ranks, ties: str = "optimistic") -> np.ndarray:
     Relevant items tied with one another take places of their own: with r relevant and m other candidates level and b better ones, the
     k-th of them stands at b + k, b + m + k, or b + k (r + m + 1) / (r + 1), its expected place under a random order.
     """
-    if ties not in TIES:
-        raise InputError(f"ties {ties!r} is unknown; choose one of {', '.join(TIES)}")
+    _check_ties(ties)
     _, block, size = np.unique(np.stack([ranks.query, ranks.better]), axis=1, return_inverse=True, return_counts=True)
     block = block.reshape(-1)
     order = np.argsort(block, kind="stable")
@@ -162,8 +161,7 @@ def score(
     seed: int = 0,
 ) -> Scores:
     """Returns the result of `evaluate`, which has the same arguments, with the place of every query."""
-    if ties not in TIES:
-        raise InputError(f"ties {ties!r} is unknown; choose one of {', '.join(TIES)}")
+    _check_ties(ties)
     if isinstance(tables, EmbeddingTable):
         tables, ids = tables.tables, tables.ids
     wanted = possible(tables)
@@ -231,6 +229,11 @@ def _rank(
 def _others(ranks: Ranks, relevant: np.ndarray) -> np.ndarray:
     """Irrelevant candidates level with each relevant item, given how many relevant ones are level (itself included)."""
     return np.maximum(ranks.equal - (relevant - 1), 0)
+
+
+def _check_ties(ties: str) -> None:
+    if ties not in TIES:
+        raise InputError(f"ties {ties!r} is unknown; choose one of {', '.join(TIES)}")
 
 
 def _check(tables: Mapping[str, Any], used: Sequence[str], ids: Sequence[str] | None, relevance: Mapping[str, Sequence] | None) -> None:

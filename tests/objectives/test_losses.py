@@ -155,6 +155,24 @@ def test_order_of_the_batch_and_lengths_do_not_matter(seed: int) -> None:
     assert_close(compiled(a @ turn, b @ turn, hard @ turn, temperature=TAU), value, "loss_invariance")
 
 
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(seed=st.integers(0, 2**32 - 1))
+def test_order_and_lengths_matter_to_none_of_the_three_losses(seed: int) -> None:
+    """Values stay; the gradient of a row that was stretched shrinks as much, and moves with its row."""
+    rng = np.random.default_rng(seed)
+    xs = batch(seed, *[(8, 6)] * 5)
+    values, gradients = three(*xs)
+    order = rng.permutation(8)
+    moved_values, moved = three(*(x[order] for x in xs))
+    lengths = [jnp.asarray(2.0 ** rng.integers(-6, 7, size=(8, 1)), jnp.float32) for _ in xs]
+    stretched_values, stretched = three(*(x * length for x, length in zip(xs, lengths, strict=True)))
+    assert_close(moved_values, values, "loss_invariance")
+    assert_close(stretched_values, values, "loss_invariance")
+    for gradient, by_order, by_length, length in zip(gradients, moved, stretched, lengths, strict=True):
+        assert_close(by_order, gradient[order], "loss_invariance")
+        assert_close(by_length * length, gradient, "loss_invariance")
+
+
 def test_low_precision_inputs_are_computed_in_float32() -> None:
     a, b = (x.astype(jnp.bfloat16) for x in batch(1, (5, 7), (5, 7)))
     value = info_nce(a, b, temperature=0.01)
@@ -217,15 +235,23 @@ def all_losses(z: jax.Array, p: jax.Array, hard: jax.Array, t: jax.Array, v: jax
     )
 
 
-def values_and_gradients(losses: Callable[..., jax.Array], *xs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The (3,) losses, and the gradient of a weighted sum of them by each input; one compilation."""
+def with_gradients(losses: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]:
+    """Compiled: five inputs to the (3,) losses, and the gradient of a weighted sum of them by each input."""
 
     def weighted(*xs: jax.Array) -> tuple[jax.Array, jax.Array]:
         values = losses(*xs)
         return values @ jnp.array([1.0, 0.7, 1.3]), values
 
-    (_, values), gradients = jax.jit(jax.value_and_grad(weighted, argnums=range(len(xs)), has_aux=True))(*xs)
-    return values, gradients
+    compiled = jax.jit(jax.value_and_grad(weighted, argnums=range(5), has_aux=True))
+
+    def call(*xs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        (_, values), gradients = compiled(*xs)
+        return values, gradients
+
+    return call
+
+
+three = with_gradients(all_losses)
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
@@ -234,14 +260,14 @@ def test_shards_and_jit_on_eight_devices_equal_one_device(scope: str, axes: tupl
     mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(shape))
     xs = batch(8, *[(24, 10)] * 5)
     whole = functools.partial(all_losses, hard_scope=scope, hard_blocks=8)
-    want, want_gradients = values_and_gradients(whole, *xs)
+    want, want_gradients = with_gradients(whole)(*xs)
 
     spread = [jax.device_put(x, NamedSharding(mesh, P(axes))) for x in xs]
     mapped = jax.shard_map(
         functools.partial(all_losses, hard_scope=scope, axis_name=axes), mesh=mesh, in_specs=(P(axes),) * 5, out_specs=P()
     )
     for losses in (mapped, whole):
-        got, gradients = values_and_gradients(losses, *spread)
+        got, gradients = with_gradients(losses)(*spread)
         assert_close(got, want, "loss_sharding")
         for gradient, expected in zip(gradients, want_gradients, strict=True):
             assert_close(gradient, expected, "loss_sharding")
