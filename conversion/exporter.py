@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,8 @@ from conversion.store import Store
 from omni_jax.config import ModelConfig
 from omni_jax.types import InputError
 
+_NOTHING = "to-torch: nothing to write; give --base-out, --adapter-out or both"
+
 
 def to_torch(
     model: epath.PathLike,
@@ -41,7 +46,7 @@ def to_torch(
       InputError: not a converted folder, no adapter to export, an output that exists, or a damaged part.
     """
     if base_out is None and adapter_out is None:
-        raise InputError("to-torch: nothing to write; give --base-out, --adapter-out or both")
+        raise InputError(_NOTHING)
     if base_out is not None and adapter_out is not None:
         _refuse_overlap(base_out, adapter_out)
     started = time.monotonic()
@@ -63,7 +68,7 @@ def to_torch(
         if adapter is not None and manifest.adapter is not None:
             job.write(adapter, (manifest.adapter,), adapter_entries(manifest.model), Store(source / folder.ADAPTER))
             folder.copy_files(source / folder.ADAPTER_FILES, manifest.adapter_files, adapter)
-    return Summary(job.tensors, job.parameters, job.nbytes, time.monotonic() - started)
+    return job.summary(started)
 
 
 def write_adapter(out: epath.PathLike, config: ModelConfig, leaves: Mapping[TreePath, Any], base_model: str | None = None) -> Summary:
@@ -79,18 +84,67 @@ def write_adapter(out: epath.PathLike, config: ModelConfig, leaves: Mapping[Tree
       KeyError: a leaf of the adapter is missing.
       InputError: `out` exists.
     """
+    job = _Job(None)
     started = time.monotonic()
-    entries = adapter_entries(config)
-    described = tuple((key, dtype_name(leaves[entry.path].dtype), entry.torch_shape) for key, entry in sorted(entries.items()))
     with folder.new_folder(out) as temporary:
-        with Writer(temporary / WEIGHTS, described, {"format": "pt"}) as writer:
-            for key, entry in entries.items():
-                leaf = leaves[entry.path]
-                writer.write(key, entry.to_torch(np.asarray(leaf if entry.layer is None else leaf[entry.layer])))
-        write_config(temporary / CONFIG, default_config(config, base_model))
-    values = sum(math.prod(shape) for _, _, shape in described)
-    nbytes = sum(math.prod(entry.torch_shape) * leaves[entry.path].dtype.itemsize for entry in entries.values())
-    return Summary(len(described), values, nbytes, time.monotonic() - started)
+        job.write_adapter(temporary, config, leaves, base_model)
+    return job.summary(started)
+
+
+def write_trained(
+    base: epath.PathLike,
+    config: ModelConfig,
+    trained: Mapping[TreePath, Any],
+    *,
+    base_out: epath.PathLike | None = None,
+    adapter_out: epath.PathLike | None = None,
+    base_model: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Writes what a training run made of a base, as PyTorch folders; each appears under its name only when complete.
+
+    The adapter holds LoRA and the modules of `config.lora.modules_to_save`, float32, as they were trained. The base checkpoint holds
+    everything else, trained or not, in the types that the base is stored in; the modules that the adapter holds stay in it as they were. So
+    the two together are always the trained model, and a base of which nothing else trained comes out as it went in, bit for bit.
+
+    Args:
+      base: converted folder that the run started from.
+      config: architecture of the run, `lora` as it trained.
+      trained: leaves that trained, stacked; an adapter's leaf that did not is taken from the base.
+      base_model: `base_model_name_or_path` of `adapter_config.json`.
+
+    Raises:
+      InputError: nothing to write, no adapter in the run, leaves that are not those of the base, or an output that exists.
+    """
+    if base_out is None and adapter_out is None:
+        raise InputError(_NOTHING)
+    if base_out is not None and adapter_out is not None:
+        _refuse_overlap(base_out, adapter_out)
+    started, source = time.monotonic(), epath.Path(base)
+    manifest = folder.read_manifest(source)
+    if adapter_out is not None and config.lora is None:
+        raise InputError("the run trained no adapter (lora.rank is 0); leave --adapter-out away and take --base-out")
+    shapes = engine.tree_shapes(config)
+    wrong = [path for path, leaf in trained.items() if shapes.get(path) != tuple(leaf.shape)]
+    if wrong or dataclasses.replace(config, lora=None) != dataclasses.replace(manifest.model, lora=None):
+        what = f"{'/'.join(wrong[0])} does not fit" if wrong else "the architectures differ"
+        raise InputError(f"{source}: is not the base of this run ({what}); name the folder it was trained from")
+    held = {entry.path for entry in adapter_entries(config).values()} if config.lora else set()
+    job = _Job(progress)
+    with contextlib.ExitStack() as both:
+        adapter = both.enter_context(folder.new_folder(adapter_out)) if adapter_out is not None else None
+        out = both.enter_context(folder.new_folder(base_out)) if base_out is not None else None
+        job.expect(manifest.shards if out is not None else (), sum(math.prod(shapes[path]) for path in held) if adapter is not None else 0)
+        if adapter is not None:
+            leaves = {**_stored_leaves(source, manifest, held - trained.keys()), **trained}
+            job.write_adapter(adapter, config, leaves, base_model)
+        if out is not None:
+            changed = {path: leaf for path, leaf in trained.items() if path not in held}
+            job.write(out, manifest.shards, engine.base_entries(manifest.model), Store(source / folder.WEIGHTS), changed)
+            folder.copy_files(source, manifest.side_files, out)
+            if manifest.index is not None:
+                _write_index(out, manifest)
+    return job.summary(started)
 
 
 class _Job:
@@ -101,25 +155,78 @@ class _Job:
         self._values = 0
         self.tensors = self.parameters = self.nbytes = 0
 
-    def expect(self, files: Iterable[TensorFile]) -> None:
-        """Sets the total for the progress."""
-        self._values = sum(math.prod(shape) for file in files for _, _, shape in file.tensors)
+    def expect(self, files: Iterable[TensorFile], others: int = 0) -> None:
+        """Sets the total for the progress: the values of the files, and so many others."""
+        self._values = sum(math.prod(shape) for file in files for _, _, shape in file.tensors) + others
 
-    def write(self, out: epath.Path, files: Sequence[TensorFile], entries: Mapping[str, Entry], store: Store) -> None:
-        """Writes weight files, all open at once, in the order of the store, so that every part is read once."""
+    def summary(self, started: float) -> Summary:
+        """Returns the counts, and the seconds since `started`."""
+        return Summary(self.tensors, self.parameters, self.nbytes, time.monotonic() - started)
+
+    def write(
+        self,
+        out: epath.Path,
+        files: Sequence[TensorFile],
+        entries: Mapping[str, Entry],
+        store: Store,
+        changed: Mapping[TreePath, Any] = types.MappingProxyType({}),
+    ) -> None:
+        """Writes weight files, all open at once, in the order of the store, so that every part is read once.
+
+        Leaves in `changed`, stacked, take the place of those in the store, in the type that is stored there.
+        """
         with contextlib.ExitStack() as stack:
             writers = {name: writer for file in files for name, writer in _writers(stack, out, file)}
-            types = {name: dtype for file in files for name, dtype, _ in file.tensors}
+            dtypes = {name: dtype for file in files for name, dtype, _ in file.tensors}
             wanted = _by_stored(entries, writers)
-            for stored, array in store.read(wanted):
+            given = {stored: entries[keys[0]] for stored, keys in wanted.items() if entries[keys[0]].path in changed}
+            arrays = ((stored, _layer(changed, entry).astype(store.arrays[stored].dtype)) for stored, entry in given.items())
+            for stored, array in itertools.chain(store.read([name for name in wanted if name not in given]), arrays):
                 for key in wanted[stored]:
-                    if dtype_name(array.dtype) != types[key] or array.shape != entries[key].tree_shape:
+                    if dtype_name(array.dtype) != dtypes[key] or array.shape != entries[key].tree_shape:
                         raise InputError(f"{stored} is not stored as {folder.MANIFEST} says; convert the checkpoint again")
-                    writers[key].write(key, entries[key].to_torch(array))
-                    self.tensors += 1
-                    self.parameters += array.size
-                    self.nbytes += array.nbytes
-                self._progress(self.parameters, self._values)
+                    self._tensor(writers[key], key, entries[key], array)
+
+    def write_adapter(self, out: epath.Path, config: ModelConfig, leaves: Mapping[TreePath, Any], base_model: str | None) -> None:
+        """Writes weights and settings of an adapter."""
+        entries = adapter_entries(config)
+        described = tuple((key, dtype_name(leaves[entry.path].dtype), entry.torch_shape) for key, entry in sorted(entries.items()))
+        with Writer(out / WEIGHTS, described, {"format": "pt"}) as writer:
+            for key, entry in entries.items():
+                self._tensor(writer, key, entry, _layer(leaves, entry))
+        write_config(out / CONFIG, default_config(config, base_model))
+
+    def _tensor(self, writer: Writer, key: str, entry: Entry, array: np.ndarray) -> None:
+        writer.write(key, entry.to_torch(array))
+        self.tensors += 1
+        self.parameters += array.size
+        self.nbytes += array.nbytes
+        self._progress(self.parameters, self._values)
+
+
+def _layer(leaves: Mapping[TreePath, Any], entry: Entry) -> np.ndarray:
+    """The leaf of an entry, or its layer of it."""
+    leaf = leaves[entry.path]
+    return np.asarray(leaf if entry.layer is None else leaf[entry.layer])
+
+
+def _stored_leaves(source: epath.Path, manifest: Manifest, paths: Set[TreePath]) -> dict[TreePath, np.ndarray]:
+    """Leaves of a converted folder, stacked, float32: those of its adapter where it has them.
+
+    Raises:
+      InputError: it does not hold one of them.
+    """
+    stores = [Store(source / name) for name in (folder.ADAPTER, folder.WEIGHTS) if name == folder.WEIGHTS or manifest.adapter is not None]
+    entries = [*engine.base_entries(manifest.model).values(), *engine.lora_entries(manifest.model).values()]
+    leaves: dict[TreePath, np.ndarray] = {}
+    for path, group in engine.stacks(e for e in entries if e.path in paths).items():
+        names = [entry.stored for entry in group]
+        store = next((s for s in stores if all(name in s.arrays for name in names)), stores[-1])
+        arrays = [array.astype(np.float32) for _, array in store.read(names)]
+        leaves[path] = arrays[0] if group[0].layer is None else np.stack(arrays)
+    if missing := paths - leaves.keys():
+        raise InputError(f"{source}: has no {'/'.join(min(missing))}, and the run did not train it: the adapter would lack it")
+    return leaves
 
 
 def _writers(stack: contextlib.ExitStack, out: epath.Path, file: TensorFile) -> Iterable[tuple[str, Writer]]:
