@@ -61,7 +61,7 @@ def barrier(name: str) -> None:
 
 
 def first_does(work: Callable[[], Any]) -> Exception | None:
-    """Runs `work` in process 0 while the others wait; returns its exception there, and a RuntimeError in the others, None if all went well."""
+    """Runs `work` in process 0 while the others wait; returns None, or its exception in process 0 and a RuntimeError in the others."""
     error: Exception | None = None
     if jax.process_index() == 0:
         try:

@@ -1,7 +1,4 @@
-"""The Python face: a converted checkpoint as one object that embeds text, video, audio and any mix of them.
-
-This file and `omni_jax.cli` are the only places that wire rooms together.
-"""
+"""The Python face: a converted checkpoint as one object that embeds text, video, audio and any mix of them."""
 
 from __future__ import annotations
 
