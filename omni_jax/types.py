@@ -287,6 +287,39 @@ class Example:
     prompts: Mapping[str, TokenSequence]
 
 
+PATCHES_PER_TOKEN = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShapes:
+    """Static sizes: temporal steps t, patches P of a step, log-mel chunks c, fbank frames F, tokens S of a row."""
+
+    steps: int
+    patches: int
+    chunks: int
+    fbank_frames: int
+    row_tokens: int
+
+    def media_tokens(self, chunk_tokens: int) -> int:
+        """M, media tokens of one clip."""
+        return self.steps * self.patches // PATCHES_PER_TOKEN + 2 * self.chunks * chunk_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch's clips of one process, before they are packed.
+
+    Attributes:
+      examples: b clips.
+      kind: the streams in play.
+      shuffle: (G, b / G) int32, for each place of a block the place in that block whose features it takes.
+    """
+
+    examples: tuple[Example, ...]
+    kind: StepKind
+    shuffle: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class EmbeddingTable:
     """Embeddings by table name.

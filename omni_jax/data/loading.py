@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import numpy as np
 
 from omni_jax.config import Preset
 from omni_jax.media.workers import run_guarded
@@ -13,6 +16,9 @@ from omni_jax.types import Clip, ClipError, Features, Record
 
 DECODE_LIMIT_S = 120.0
 """Seconds after which one clip's decoding counts as hung."""
+
+SILENCE_S = 8.0
+"""Seconds of silence for a record without audio where the preset names no length, as `media.audio` has it for a missing track."""
 
 
 def load_features(
@@ -86,6 +92,52 @@ def clip_features(clip: Clip, preset: Preset) -> Features:
 
         with _naming(clip.record, clip.record.audio):
             audio = audio_segments(clip.waveform, preset)
+    return Features(record=clip.record, vision=vision, audio=audio, warnings=clip.warnings)
+
+
+def load_training_clip(item: tuple[Record, Preset]) -> Clip:
+    """Returns a record's clip as training keeps it: frames at training size (uint8), a waveform always.
+
+    A record without audio gets silence and a warning, as a video file without a track does.
+
+    Raises:
+      ClipError: when the media cannot be used, or the audio is longer than one segment.
+    """
+    from omni_jax.features.audio import SAMPLE_RATE, SEGMENT_SAMPLES, SEGMENT_SECONDS
+    from omni_jax.features.vision import training_frames
+
+    record, preset = item
+    clip = load_clip(record, preset, frozenset("va"))
+    if clip.video is None:
+        raise ClipError(f"record {record.id!r}: has no video; training needs one")
+    with _naming(record, record.video):
+        clip = dataclasses.replace(clip, video=training_frames(clip.video, preset))
+    if clip.waveform is None:
+        seconds = preset.audio_seconds if preset.audio_pad and preset.audio_seconds else SILENCE_S
+        silence = np.zeros(max(SAMPLE_RATE, round(seconds * SAMPLE_RATE)), np.float32)
+        clip = dataclasses.replace(
+            clip, waveform=silence, warnings=(*clip.warnings, f"record {record.id!r}: no audio; silence is used instead")
+        )
+    if clip.waveform is not None and clip.waveform.size > SEGMENT_SAMPLES:
+        raise ClipError(f"{record.audio}: is longer than {SEGMENT_SECONDS} s; set the preset's audio_seconds")
+    return clip
+
+
+def training_features(clip: Clip, preset: Preset) -> Features:
+    """Returns the model-ready arrays of a clip from `load_training_clip`: those that `clip_features` gives for the file.
+
+    Raises:
+      ClipError: when they cannot be computed.
+    """
+    from omni_jax.features.audio import audio_segments
+    from omni_jax.features.vision import patch_features
+
+    assert clip.video is not None
+    assert clip.waveform is not None
+    with _naming(clip.record, clip.record.video):
+        vision = patch_features(clip.video)
+    with _naming(clip.record, clip.record.audio):
+        audio = audio_segments(clip.waveform, preset)
     return Features(record=clip.record, vision=vision, audio=audio, warnings=clip.warnings)
 
 

@@ -5,6 +5,7 @@ Letters: F frames, t temporal steps, h and w patches of a frame (before merging)
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -84,21 +85,40 @@ def vision_features(frames: VideoFrames, preset: Preset) -> VisionFeatures:
     Raises:
       ClipError: for an odd number of frames, a clip without length, and frames that cannot be resized.
     """
-    pictures = frames.frames
-    count = pictures.shape[0]
+    return patch_features(training_frames(frames, preset))
+
+
+def training_frames(frames: VideoFrames, preset: Preset) -> VideoFrames:
+    """Returns the frames cropped and resized as the preset says: uint8 still, sides multiples of 28.
+
+    Not to be applied twice: a frame of the right size may be resized once more.
+
+    Raises:
+      ClipError: as `vision_features`.
+    """
+    _check(frames)
+    pictures = square_crop(frames.frames) if preset.frame_crop == "square" else frames.frames
+    height, width = smart_resize(pictures.shape[1], pictures.shape[2], preset.pixels)
+    return dataclasses.replace(frames, frames=resize(pictures, height, width))
+
+
+def patch_features(frames: VideoFrames) -> VisionFeatures:
+    """Returns the normalised patches of frames that `training_frames` has made."""
+    _check(frames)
+    count, height, width = frames.frames.shape[:3]
+    pixels = (frames.frames.astype(np.float32) / np.float32(255) - MEAN) / STD
+    return VisionFeatures(
+        patches=patchify(pixels),
+        grid_thw=(count // FRAMES_PER_STEP, height // PATCH, width // PATCH),
+        second_per_grid=FRAMES_PER_STEP / (count / frames.seconds),
+    )
+
+
+def _check(frames: VideoFrames) -> None:
+    count = frames.frames.shape[0]
     if count == 0 or count % FRAMES_PER_STEP:
         raise ClipError(f"{count} frames were sampled; the number must be even and positive; set the preset's frames")
     if not (math.isfinite(frames.seconds) and frames.seconds > 0):
         raise ClipError(
             f"the clip is {frames.seconds} seconds long; it must have a positive length; re-encode it or correct its timestamps"
         )
-    if preset.frame_crop == "square":
-        pictures = square_crop(pictures)
-    height, width = smart_resize(pictures.shape[1], pictures.shape[2], preset.pixels)
-    pictures = resize(pictures, height, width)
-    pixels = (pictures.astype(np.float32) / np.float32(255) - MEAN) / STD
-    return VisionFeatures(
-        patches=patchify(pixels),
-        grid_thw=(count // FRAMES_PER_STEP, height // PATCH, width // PATCH),
-        second_per_grid=FRAMES_PER_STEP / (count / frames.seconds),
-    )

@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -148,20 +149,7 @@ class _Pool:
         try:
             while (task := self._tasks.get()) is not None and not self._closing:
                 number, item, name = task
-                try:
-                    child = child or self._start()
-                    outcome = child.call(item, name, self._timeout_s)
-                except TimeoutError:
-                    outcome = ClipError(
-                        f"{name}: decoding took longer than {self._timeout_s:g} s and was stopped; re-encode the file or raise --timeout"
-                    )
-                    child = self._end(child)
-                except (EOFError, OSError):
-                    ending = child.ending() if child else "did not start"
-                    outcome = ClipError(
-                        f"{name}: the decoding process {ending}; the file is damaged or needs more memory than there is: re-encode it"
-                    )
-                    child = self._end(child)
+                child, outcome = _guarded_call(child, self._start, self._end, item, name, self._timeout_s)
                 with self._changed:
                     self._results[number] = outcome
                     self._changed.notify_all()
@@ -197,13 +185,76 @@ class _Pool:
         child.close()
 
 
+def _guarded_call(
+    child: _Child | None, start: Callable[[], _Child], end: Callable[[_Child | None], None], item: Any, name: str, timeout_s: float
+) -> tuple[_Child | None, Any]:
+    """Returns the child that goes on living, or None, and what the item gave: a result, or a ClipError that says why there is none."""
+    try:
+        child = child or start()
+        return child, child.call(item, name, timeout_s)
+    except TimeoutError:
+        why = f"decoding took longer than {timeout_s:g} s and was stopped; re-encode the file or raise --timeout"
+    except (EOFError, OSError):
+        ending = child.ending() if child else "did not start"
+        why = f"the decoding process {ending}; the file is damaged or needs more memory than there is: re-encode it"
+    end(child)
+    return None, ClipError(f"{name}: {why}")
+
+
+class Guarded:
+    """A function whose calls run in a child process under a time limit, one child for each thread that calls.
+
+    Can be pickled: a copy starts children of its own.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], timeout_s: float) -> None:
+        self._function, self._timeout_s = function, timeout_s
+        self._local = threading.local()
+
+    def __call__(self, item: Any, name: str) -> Any:
+        """Returns function(item). Raises ClipError where there is no result, whatever the reason."""
+        kept: _Child | None = getattr(self._local, "child", None)
+        self._local.child = None  # an interrupted call leaves a child that still owes an answer: it is not used again
+        kept, outcome = _guarded_call(kept, self._start, _end, item, name, self._timeout_s)
+        self._local.child = kept
+        if isinstance(outcome, ClipError):
+            raise outcome
+        return outcome
+
+    def _start(self) -> _Child:
+        child = _Child()
+        # Ends with its thread, with this object or with the process, whichever comes first.
+        weakref.finalize(child, _end_process, child.process, child.socket)
+        child.begin(self._function, self._timeout_s)
+        return child
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_function": self._function, "_timeout_s": self._timeout_s}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["_function"], state["_timeout_s"])
+
+
+def _end(child: _Child | None) -> None:
+    if child is not None:
+        child.kill()
+        child.close()
+
+
+def _end_process(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
+    process.kill()
+    connection.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_JOIN_LIMIT_S)
+
+
 class _Child:
     """One process and the socket to it."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, str(theirs.fileno()), json.dumps(sys.path)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -212,14 +263,14 @@ class _Child:
                 env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
                 process_group=0,  # Ctrl-C is for the parent, which ends its children itself
             )
-        self._socket = ours
+        self.socket = ours
 
     def begin(self, function: Any, timeout_s: float) -> None:
         """Hands over the function. Raises RuntimeError when the child cannot import it."""
         try:
             deadline = time.monotonic() + START_LIMIT_S
-            _send(self._socket, (function, timeout_s), deadline)
-            problem = _receive(self._socket, deadline)
+            _send(self.socket, (function, timeout_s), deadline)
+            problem = _receive(self.socket, deadline)
         except (EOFError, OSError) as error:
             problem = f"{self.ending()} ({type(error).__name__})"
         if problem:
@@ -228,13 +279,13 @@ class _Child:
     def call(self, item: Any, name: str, timeout_s: float) -> Any:
         """Returns what the function gave. Raises TimeoutError past the limit, EOFError or OSError when the process is gone."""
         deadline = time.monotonic() + timeout_s
-        _send(self._socket, (item, name), deadline)
-        return _receive(self._socket, deadline)
+        _send(self.socket, (item, name), deadline)
+        return _receive(self.socket, deadline)
 
     def ending(self) -> str:
         """Says how the process ended."""
         try:
-            status = self._process.wait(1.0)
+            status = self.process.wait(1.0)
         except subprocess.TimeoutExpired:
             return "closed its connection"
         if status >= 0:
@@ -242,12 +293,12 @@ class _Child:
         return f"was killed by {signal.Signals(-status).name}"
 
     def kill(self) -> None:
-        self._process.kill()
+        self.process.kill()
 
     def close(self) -> None:
-        self._socket.close()
+        self.socket.close()
         with contextlib.suppress(subprocess.TimeoutExpired):  # a process in an uninterruptible read dies when the read ends
-            self._process.wait(_JOIN_LIMIT_S)
+            self.process.wait(_JOIN_LIMIT_S)
 
 
 # ------------------------------------------------------------------------------------------------------------- both processes

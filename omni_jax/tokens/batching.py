@@ -28,7 +28,7 @@ from omni_jax.types import (
     VisionFeatures,
 )
 
-__all__ = ["Planner", "build_batches", "step_layout"]
+__all__ = ["Planner", "build_batches", "mel_chunks", "step_layout", "whole_patches"]
 
 NONE = np.zeros(0, np.int32)
 
@@ -73,9 +73,9 @@ def build_batches(
     table = _Table()
     video_rows: dict[int, list[np.ndarray]] = {}
     vision = _vision_batches(planner.vision(step_tokens, cost), steps, features, config, table, video_rows)
-    chunks = [_chunks(s, config) for _, s in segments]
+    chunks = [mel_chunks(s, config) for _, s in segments]
     audio, whisper = _audio_batches(planner.audio(sum(map(len, chunks)), config.audio.chunk_tokens, cost), chunks, config, table)
-    beats, second = _beats_batches(planner.beats([_whole_patches(s) for _, s in segments], cost) if segments else [], segments, table)
+    beats, second = _beats_batches(planner.beats([whole_patches(s) for _, s in segments], cost) if segments else [], segments, table)
 
     doubled: dict[int, list[np.ndarray]] = {}
     for (clip, s), a, b in zip(segments, whisper, second, strict=True):
@@ -162,8 +162,8 @@ def _vision_batches(
     return tuple(batches)
 
 
-def _chunks(segment: AudioSegment, config: ModelConfig) -> list[np.ndarray]:
-    """The segment's log-mel, transposed, in pieces (frames, 128); pieces too short for a token are left out."""
+def mel_chunks(segment: AudioSegment, config: ModelConfig) -> list[np.ndarray]:
+    """Returns the segment's log-mel, transposed, in pieces (frames, 128); pieces too short for a token are left out."""
     frames = config.audio.chunk_frames
     pieces = [segment.log_mel[:, start : start + frames].T for start in range(0, segment.log_mel.shape[1], frames)]
     return [p for p in pieces if _chunk_tokens(len(p)) > 0]
@@ -199,7 +199,8 @@ def _audio_batches(
     return tuple(batches), rows
 
 
-def _whole_patches(segment: AudioSegment) -> int:
+def whole_patches(segment: AudioSegment) -> int:
+    """Returns the fbank frames that fill whole patches of BEATs."""
     return len(segment.fbank) // BEATS_PATCH * BEATS_PATCH
 
 
@@ -220,7 +221,7 @@ def _beats_batches(
         first = table.take(piece.count * most)
         for n, item in enumerate(piece.items):
             segment = segments[item][1]
-            frames = _whole_patches(segment)
+            frames = whole_patches(segment)
             if segment.tokens > most:
                 raise ValueError(f"a segment of {len(segment.fbank)} fbank frames cannot have {segment.tokens} tokens")
             batch.fbank[n, :frames] = segment.fbank[:frames]

@@ -16,9 +16,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from omni_jax.config import ModelConfig
 from omni_jax.parallel import BATCH
-from omni_jax.types import SOURCE_AUDIO, SOURCE_VIDEO, ClipMedia, Example, InputError, StepKind, TokenSequence
-
-PATCHES_PER_TOKEN = 4
+from omni_jax.types import (
+    PATCHES_PER_TOKEN,
+    SOURCE_AUDIO,
+    SOURCE_VIDEO,
+    BatchShapes,
+    ClipMedia,
+    Example,
+    InputError,
+    MicroBatch,
+    StepKind,
+    TokenSequence,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -92,21 +101,6 @@ class TrainBatch:
         return self.clips.patches.shape[1]
 
 
-@dataclasses.dataclass(frozen=True)
-class BatchShapes:
-    """Static sizes: temporal steps t, patches P of a step, log-mel chunks c, fbank frames F, tokens S of a row."""
-
-    steps: int
-    patches: int
-    chunks: int
-    fbank_frames: int
-    row_tokens: int
-
-    def media_tokens(self, chunk_tokens: int) -> int:
-        """M, media tokens of one clip."""
-        return self.steps * self.patches // PATCHES_PER_TOKEN + 2 * self.chunks * chunk_tokens
-
-
 def fit_shapes(examples: Sequence[Example], kind: StepKind, share_prefix: bool = True) -> BatchShapes:
     """Returns the smallest sizes that hold these clips; the caller rounds them up to its buckets."""
     media = [m for e in examples for m in (e.media, e.augmented) if m is not None]
@@ -173,6 +167,12 @@ def pack_micro_batch(
         kinds=(kind,),
     )
     return jax.tree.map(lambda x: x[None], batch)
+
+
+def pack_update(micro_batches: Sequence[MicroBatch], shapes: BatchShapes, share_prefix: bool, *, config: ModelConfig) -> TrainBatch:
+    """Returns the batch of one update from this process's clips of each micro-batch; arguments as in `pack_micro_batch`."""
+    parts = [pack_micro_batch(m.examples, m.kind, shapes, config, m.shuffle, share_prefix) for m in micro_batches]
+    return stack_micro_batches(parts)
 
 
 def stack_micro_batches(batches: Sequence[TrainBatch]) -> TrainBatch:

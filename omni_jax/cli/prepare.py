@@ -1,0 +1,70 @@
+"""`omni-jax prepare`: a manifest of clips to shards that training reads without decoding."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from omni_jax.cli.embed import _positive, _whole
+from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE, STOPPED_AND_SAVED
+from omni_jax.config import PRESETS, preset
+from omni_jax.types import InputError
+
+HELP = "decode a manifest of clips into shards for training"
+EXAMPLE = "omni-jax prepare --manifest clips.jsonl --out shards --workers 16"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--manifest", required=True, metavar="FILE.jsonl", help="plain or official manifest, one JSON record a line")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; an interrupted one is gone on with")
+    parser.add_argument("--shards", type=_positive(int), metavar="N", help="files to write (default: one for every 256 clips)")
+    parser.add_argument("--preset", default="training", help=f"one of {', '.join(PRESETS)} (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help="override a preset field")
+    parser.add_argument("--media-root", metavar="DIR", help="folder that media paths start from (default: the manifest's)")
+    parser.add_argument("--workers", type=_whole, metavar="N", help="decoding processes (default: one less than the cores)")
+    parser.add_argument(
+        "--timeout", type=_positive(float), default=120.0, metavar="SECONDS", help="a clip that takes longer is set aside (default: 120)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepares and returns the exit status: 0, 1 when records were set aside, 75 when SIGTERM stopped it after saving.
+
+    Raises:
+      InputError, ConfigError: for anything in the arguments that cannot be used.
+    """
+    chosen = preset(args.preset).override(args.overrides)
+
+    # Late, so that `--help` and usage errors answer at once.
+    from omni_jax.cli.progress import Progress
+    from omni_jax.cli.stopping import Terminated, sigterm_raises
+    from omni_jax.data.manifest import read_manifest
+    from omni_jax.data.prepare import ERRORS, Preparation
+
+    manifest = read_manifest(args.manifest, args.media_root)
+    try:
+        work = Preparation(args.out, manifest.records, manifest.problems, chosen, args.shards)
+    except InputError as error:
+        raise InputError(f"{args.manifest}: {error}") from None
+    workers = args.workers if args.workers is not None else max(1, len(os.sched_getaffinity(0)) - 1)
+    done = work.done
+    try:
+        with sigterm_raises(), Progress(work.total, "prepare", done=done) as progress:
+            for count in work.run(workers, args.timeout):
+                progress.update(count)
+    except Terminated:
+        print(f"stopped by SIGTERM; finished shards in {args.out} are kept: run it again to go on", file=sys.stderr)
+        return STOPPED_AND_SAVED
+    summary = work.finish()
+    if summary.errors:
+        listed = args.out / ERRORS
+        print(f"records set aside: {len(summary.errors)}, listed in {listed}; the first: {summary.errors[0].reason}", file=sys.stderr)
+    if summary.warnings:
+        print(f"records mended: {len(summary.warnings)}; the first: {summary.warnings[0]}", file=sys.stderr)
+    if not summary.clips:
+        raise InputError(f"{args.manifest}: no record could be prepared; {args.out / ERRORS} says why")
+    silent = f", {summary.silent} of them with silence for a missing audio track" if summary.silent else ""
+    print(f"{args.out}: {summary.clips} clips{silent}")
+    return DONE_WITH_QUARANTINE if summary.errors else DONE

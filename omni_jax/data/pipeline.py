@@ -1,0 +1,314 @@
+"""Batches of a training run: any update can be made from the seed and its number alone, by any process, in any worker.
+
+Letters: M micro-batches, B clips of a micro-batch over all processes, b of one process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+from omni_jax.config import ModelConfig, Preset
+from omni_jax.data.augment import AugmentConfig, augment_clip
+from omni_jax.data.loading import training_features
+from omni_jax.data.order import Draw, generator
+from omni_jax.data.plan import BatchConfig, Planner, UpdatePlan
+from omni_jax.data.sources import ClipSource
+from omni_jax.tokens.prompts import build_sequence
+from omni_jax.tokens.tokenizer import Tokenizer
+from omni_jax.tokens.training import clip_media
+from omni_jax.types import (
+    PATCHES_PER_TOKEN,
+    BatchShapes,
+    Clip,
+    ClipError,
+    Example,
+    Features,
+    InputError,
+    MicroBatch,
+    StepKind,
+    TokenSequence,
+)
+
+CANDIDATES = 256  # clips looked at to replace one that cannot be read
+ATTEMPTS = 16  # of them read, at most
+RESTARTS = 3  # workers that may die in a row before the run gives up
+AHEAD = 2  # updates made ahead in a thread where there are no workers
+
+
+class Pack(Protocol):
+    """Micro-batches of this process to one batch, as `omni_jax.train.pack_update` with its config given."""
+
+    def __call__(self, micro_batches: Sequence[MicroBatch], shapes: BatchShapes, share_prefix: bool) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineBatch:
+    """One update's data of this process.
+
+    Attributes:
+      update: its number, from 0.
+      batch: what `pack` returned.
+      ids: M of b record ids.
+      errors: (id, reason) of each clip that could not be used and was replaced by another.
+      silent: clips whose sound is silence because they have no audio track.
+      mended: clips of which something else was mended while they were decoded.
+      truncated: captions cut to the preset's length.
+      used_tokens, total_tokens: tower and decoder tokens that are not padding, and all.
+    """
+
+    update: int
+    batch: Any
+    ids: tuple[tuple[str, ...], ...]
+    errors: tuple[tuple[str, str], ...]
+    silent: int
+    mended: int
+    truncated: int
+    used_tokens: int
+    total_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """A clip of the source that could be read, with its features and those of its augmented copy."""
+
+    clip: int
+    features: Features
+    augmented: Features | None
+
+
+class TrainPipeline:
+    """Training batches of one process, in order.
+
+    The order of clips, their augmented copies and their hard negatives depend on the seed and the update's number alone: they are
+    the same for any number of processes, of which each makes its contiguous slice of every micro-batch, and of workers. An epoch is a
+    shuffle by (seed, epoch); the clips that fill no whole update at its end are left out of it.
+
+    Attributes:
+      planner: what every update holds before anything is read; `planner.updates_per_epoch`.
+    """
+
+    def __init__(
+        self,
+        source: ClipSource,
+        *,
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        preset: Preset,
+        batch: BatchConfig,
+        kinds: Callable[[int], tuple[StepKind, ...]],
+        pack: Pack,
+        workers: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        augment: AugmentConfig | None = None,
+    ) -> None:
+        """Takes the clips and all that a batch depends on; nothing is read yet.
+
+        Args:
+          batch: sizes, seed and rules of the batches.
+          kinds: update -> the step kind of each of its micro-batches.
+          workers: processes that make batches, an update each; 0 makes them in a thread.
+          process_index, process_count: of this process among those that share every micro-batch.
+          augment: which changes the augmented copies have; default all.
+
+        Raises:
+          InputError: where the clips, the processes or the captions do not allow such batches.
+        """
+        if workers < 0:
+            raise InputError(f"workers {workers}: must be 0 (a thread) or more")
+        if batch.blocks % process_count:
+            raise InputError(
+                f"{batch.blocks} blocks of a micro-batch do not divide over {process_count} processes; make batch.blocks a multiple of them"
+            )
+        self._augment = augment or AugmentConfig()
+        self.planner = Planner(source, batch, kinds, tokenizer, config, preset, self._augment)
+        self._source, self._tokenizer, self._config, self._preset, self._pack = source, tokenizer, config, preset, pack
+        self._workers = workers
+        size = batch.micro_batch // process_count
+        self._slice = slice(process_index * size, (process_index + 1) * size)
+        self._local_blocks = slice(process_index * batch.blocks // process_count, (process_index + 1) * batch.blocks // process_count)
+
+    def batches(self, start: int, stop: int) -> Iterator[PipelineBatch]:
+        """Yields the batches of updates start, start + 1, ..., stop - 1.
+
+        A worker that dies is replaced and its update made again.
+
+        Raises:
+          InputError: when workers die again and again, or nearly no clip can be read.
+        """
+        restarts = 0
+        update = start
+        while update < stop:
+            iterator = self._iterator(update, stop)
+            try:
+                while update < stop:
+                    made = next(iterator)
+                    restarts = 0
+                    if self._workers:  # arrays in shared memory complain when the interpreter ends before they do
+                        made = jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, made)
+                    yield PipelineBatch(**made)
+                    update += 1
+            except RuntimeError as error:
+                if "terminated unexpectedly" not in str(error):
+                    raise
+                restarts += 1
+                if restarts > RESTARTS:
+                    raise InputError(
+                        f"data workers died {restarts} times in a row at update {update}; they need more memory than there is: "
+                        f"lower data.workers or the batch"
+                    ) from None
+                print(f"a data worker died; update {update} is made again", file=sys.stderr)
+            finally:
+                iterator.close()
+
+    def make(self, update: int) -> PipelineBatch:
+        """Returns the batch of one update, made in this thread."""
+        return PipelineBatch(**self._make(update))
+
+    def _iterator(self, start: int, stop: int) -> Any:
+        made = grain.MapDataset.range(start, stop).map(self._make)
+        if not self._workers:
+            return iter(made.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)))
+        ahead = made.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        if not flags.FLAGS.is_parsed():  # grain reads its own in the parent of its workers
+            flags.FLAGS.mark_as_parsed()
+        workers = min(self._workers, stop - start)
+        return iter(ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_leave_the_accelerator))
+
+    def _make(self, update: int) -> dict[str, Any]:
+        """Returns the fields of a PipelineBatch."""
+        plan = self.planner.plan(update)
+        parts, ids, errors = [], [], []
+        silent = mended = truncated = used = total = 0
+        for micro, kind in enumerate(plan.kinds):
+            loaded = [self._load(plan, micro, place, errors) for place in range(*self._slice.indices(plan.clips.shape[1]))]
+            shuffle = plan.shuffles[micro][self._local_blocks]
+            # Blocks lie within a process: a clip of this slice takes features of another one of it.
+            taken = plan.taken(micro)[self._slice] - self._slice.start
+            examples = [self._example(plan, micro, n, got, loaded[taken[n]]) for n, got in enumerate(loaded)]
+            parts.append(MicroBatch(tuple(examples), kind, shuffle))
+            ids.append(tuple(self._source.ids[got.clip] for got in loaded))
+            for got, example in zip(loaded, examples, strict=True):
+                quiet = self._source.record(got.clip).silent or any("silence is used" in w for w in got.features.warnings)
+                silent += quiet
+                mended += bool(got.features.warnings) and not quiet
+                truncated += any(p.truncated for p in example.prompts.values())
+                one, whole = _tokens(example, kind, plan, self._config)
+                used, total = used + one, total + whole
+        return {
+            "update": update,
+            "batch": self._pack(parts, plan.shapes, plan.share_prefix),
+            "ids": tuple(ids),
+            "errors": tuple(errors),
+            "silent": silent,
+            "mended": mended,
+            "truncated": truncated,
+            "used_tokens": used,
+            "total_tokens": total,
+        }
+
+    def _load(self, plan: UpdatePlan, micro: int, place: int, errors: list[tuple[str, str]]) -> _Loaded:
+        """Returns the clip of a place, or another clip of the source where it cannot be used; the first is then added to `errors`.
+
+        The other is drawn by (seed, update, clip): every process count and every repetition gets the same one. It is none that the
+        update holds already and has no more tokens than its place has room for.
+        """
+        planned = int(plan.clips[micro, place])
+        try:
+            return self._read(plan, micro, planned)
+        except ClipError as error:
+            errors.append((self._source.ids[planned], str(error)))
+            first = str(error)
+        held = set(plan.clips.ravel().tolist())
+        room = self.planner.lengths(plan, micro, place, planned)
+        left = ATTEMPTS
+        for other in (
+            generator(self.planner.batch.seed, Draw.REPLACE, plan.update, planned).integers(len(self._source), size=CANDIDATES).tolist()
+        ):
+            lengths = self.planner.lengths(plan, micro, place, other)
+            fits = lengths.video <= room.video and lengths.audio <= room.audio
+            if other in held or not fits or max(lengths.rows(plan.kinds[micro], plan.share_prefix)) > plan.shapes.row_tokens:
+                continue
+            try:
+                return self._read(plan, micro, other)
+            except ClipError as error:
+                errors.append((str(self._source.ids[other]), str(error)))
+            left -= 1
+            if not left:
+                break
+        raise InputError(f"a clip cannot be used and no other can stand in for it; check the data: {first}")
+
+    def _read(self, plan: UpdatePlan, micro: int, clip: int) -> _Loaded:
+        read = self._source.load(clip)
+        features = self._fitting(read)
+        augmented = None
+        if plan.kinds[micro].positive:
+            augmented = self._fitting(augment_clip(read, self.planner.streams(plan.update, clip)[1], self._augment))
+        return _Loaded(clip, features, augmented)
+
+    def _fitting(self, clip: Clip) -> Features:
+        """Returns features. Raises ClipError where they exceed what the source says its largest clip has."""
+        features = training_features(clip, self._preset)
+        limits = self._source.limits
+        assert features.vision is not None
+        assert clip.waveform is not None
+        t, h, w = features.vision.grid_thw
+        if t > limits.steps or h * w > limits.patches or clip.waveform.size > limits.samples:
+            raise ClipError(
+                f"{clip.record.video}: {t} steps of {h}x{w} patches do not fit the {limits.steps} of {limits.patches} that streaming "
+                f"allows; prepare shards with 'omni-jax prepare', or crop it"
+            )
+        return features
+
+    def _example(self, plan: UpdatePlan, micro: int, place: int, got: _Loaded, taken: _Loaded) -> Example:
+        kind = plan.kinds[micro]
+        caption = self._source.captions[got.clip]
+        prompts = {name: self._prompt(name, caption, got.features, got.features) for name in kind.singles}
+        if kind.anchor:
+            prompts["anchor"] = self._prompt("tva", caption, got.features, got.features)
+        if kind.positive:
+            prompts["positive"] = self._prompt("tva", self.planner.positive_caption(plan.update, got.clip), got.features, got.features)
+        if kind.hard is not None:
+            seen, heard = (taken if kind.hard == name else got for name in ("video", "audio"))
+            text = self._hard_caption(plan, micro, self._slice.start + place, caption) if kind.hard == "text" else caption
+            prompts["hard"] = self._prompt("tva", text, seen.features, heard.features)
+        media = clip_media(got.features, self._config)
+        return Example(media, clip_media(got.augmented, self._config) if got.augmented else None, prompts)
+
+    def _hard_caption(self, plan: UpdatePlan, micro: int, place: int, caption: str) -> str:
+        """Returns the planned caption; where a clip that stands in for another has that very one, the caption of the clip it replaced."""
+        planned = self.planner.texts[plan.texts[micro, place]]
+        return planned if planned != caption else self._source.captions[int(plan.clips[micro, place])]
+
+    def _prompt(self, table: str, caption: str, seen: Features, heard: Features) -> TokenSequence:
+        assert seen.vision is not None
+        vision = (seen.vision.grid_thw, seen.vision.second_per_grid)
+        return build_sequence(self._tokenizer, self._config, self._preset, table, caption, vision, heard.audio_tokens)
+
+
+def _tokens(example: Example, kind: StepKind, plan: UpdatePlan, config: ModelConfig) -> tuple[int, int]:
+    """Returns one example's tokens of towers and rows that are not padding, and all of them."""
+    copies = [m for m in (example.media, example.augmented) if m is not None]
+    used = sum(int((m.vision.window >= 0).sum()) // PATCHES_PER_TOKEN + 2 * int(m.beats.tokens[0]) for m in copies)
+    used += sum(len(example.prompts[name].ids) for names in kind.rows for name in names)
+    rows = len(kind.rows)
+    if kind.hard is not None:
+        hard, branch = example.prompts["hard"], kind.hard == "text" and plan.share_prefix
+        used += len(hard.ids) - (hard.prefix if branch else 0)
+        rows += not branch
+    return used, len(copies) * plan.shapes.media_tokens(config.audio.chunk_tokens) + rows * plan.shapes.row_tokens
+
+
+def _leave_the_accelerator(index: int, count: int) -> None:
+    """Keeps a worker from taking a device: it makes arrays for the process that does."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")

@@ -1,0 +1,255 @@
+"""What an update holds before anything is read: its clips, its hard negatives, the length of its rows. The same in every process.
+
+Letters: M micro-batches, B clips of a micro-batch over all processes, G blocks that exchange features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from omni_jax.config import ConfigError, ModelConfig, Preset
+from omni_jax.data.augment import AugmentConfig, augment_text
+from omni_jax.data.order import Draw, epoch_order, exchange, generator, other_captions
+from omni_jax.data.sources import BEATS_PATCH, ClipSource, fbank_frames, tokens_of
+from omni_jax.features.audio import HOP
+from omni_jax.tokens.buckets import round_up
+from omni_jax.tokens.prompts import prompt_text
+from omni_jax.tokens.tokenizer import Tokenizer
+from omni_jax.tokens.training import PromptLengths
+from omni_jax.types import PATCHES_PER_TOKEN, BatchShapes, InputError, StepKind
+
+DISTINCT = ("none", "caption", "id_prefix")
+SURVEYED = 32  # updates whose lengths decide on the sizes of rows
+WORTH = 0.9  # a second size must save a tenth of the tokens: it costs a compilation
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """The making of batches.
+
+    Attributes:
+      micro_batch: clips of a micro-batch, of all processes together.
+      micro_batches: of an update.
+      blocks: parts of a micro-batch within which features are exchanged; each process holds whole blocks.
+      distinct: what an update holds once only, as far as there are others: "caption": no caption twice; "id_prefix": no two ids that agree
+        up to their last "-"; "none".
+      row_multiple: rows are multiples of so many tokens.
+      seed: of every draw.
+    """
+
+    micro_batch: int
+    micro_batches: int = 1
+    blocks: int = 1
+    distinct: str = "caption"
+    row_multiple: int = 8
+    seed: int = 2025
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch", "micro_batches", "blocks", "row_multiple"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"batch field {name}={getattr(self, name)}: must be at least 1")
+        if self.micro_batch % self.blocks:
+            raise ConfigError(f"a micro-batch of {self.micro_batch} clips does not divide into {self.blocks} blocks; change either")
+        if self.distinct not in DISTINCT:
+            raise ConfigError(f"data field distinct={self.distinct!r}: choose one of {', '.join(DISTINCT)}")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: must not be negative")
+
+    @property
+    def clips(self) -> int:
+        """Clips of an update."""
+        return self.micro_batch * self.micro_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdatePlan:
+    """One update before anything is read.
+
+    Attributes:
+      update: its number, from 0.
+      kinds: of its micro-batches.
+      share_prefix: whether captions that serve as hard negatives stand in their anchor's row.
+      clips: (M, B) int64, numbers of the source's clips.
+      texts: (M, B) int64, number of the caption that each clip's hard negative has; its own where no text is exchanged.
+      shuffles: M of (G, B / G) int32.
+      shapes: static sizes of its arrays.
+    """
+
+    update: int
+    kinds: tuple[StepKind, ...]
+    share_prefix: bool
+    clips: np.ndarray
+    texts: np.ndarray
+    shuffles: tuple[np.ndarray, ...]
+    shapes: BatchShapes
+
+    def taken(self, micro: int) -> np.ndarray:
+        """Returns for each place of a micro-batch the place whose features it takes."""
+        shuffle = self.shuffles[micro]
+        return (shuffle + np.arange(0, shuffle.size, shuffle.shape[1])[:, None]).ravel()
+
+
+class Planner:
+    """Plans of updates, each a pure function of the seed and its number.
+
+    Attributes:
+      source, batch: as given.
+      texts: caption by number; `text_of` (N,) gives each clip's.
+      updates_per_epoch: whole updates in one pass over the clips.
+    """
+
+    def __init__(
+        self,
+        source: ClipSource,
+        batch: BatchConfig,
+        kinds: Callable[[int], tuple[StepKind, ...]],
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        preset: Preset,
+        augment: AugmentConfig,
+    ) -> None:
+        """Checks that the clips allow what the step kinds ask.
+
+        Raises:
+          InputError: for fewer clips than an update takes, blocks of one clip where features are exchanged, captions that are all equal.
+        """
+        self.source, self.batch, self._kinds = source, batch, kinds
+        self._tokenizer, self._config, self._preset, self._augment = tokenizer, config, preset, augment
+        numbers: dict[str, int] = {}
+        self.text_of = np.array([numbers.setdefault(caption, len(numbers)) for caption in source.captions], np.int64)
+        self.texts = list(numbers)
+        self.updates_per_epoch = len(source) // batch.clips
+        played = [kind for update in range(3) for kind in kinds(update)]
+        if batch.micro_batch == batch.blocks and any(kind.shuffles for kind in played):
+            raise InputError(
+                f"hard negatives exchange audio or video within a block, and a micro-batch of {batch.micro_batch} in {batch.blocks} blocks "
+                f"has blocks of one clip; raise batch.micro_batch or lower batch.blocks"
+            )
+        if len(self.texts) == 1 and any(kind.hard == "text" for kind in played):
+            raise InputError("all captions are equal, so that none can be a hard negative; give clips captions of their own")
+        self._groups = self._group_numbers()
+        self._epochs: dict[int, np.ndarray] = {}
+        self._text_tokens = functools.lru_cache(maxsize=1 << 17)(self._count_text)
+        self._order(0)
+        self._sizes = self._survey()
+
+    def plan(self, update: int) -> UpdatePlan:
+        """Returns the plan of an update."""
+        plan, rows = self._drawn(update)
+        return dataclasses.replace(plan, shapes=dataclasses.replace(plan.shapes, row_tokens=self._row_tokens(plan.kinds, rows)))
+
+    def positive_caption(self, update: int, clip: int) -> str:
+        """Returns the caption of a clip's augmented copy."""
+        caption = self.source.captions[clip]
+        return augment_text(caption, self.streams(update, clip)[0]) if self._augment.text else caption
+
+    def streams(self, update: int, clip: int) -> tuple[np.random.Generator, np.random.Generator]:
+        """Returns the random streams of a clip's augmented copy in an update: of its caption, of its media."""
+        text, media = generator(self.batch.seed, Draw.AUGMENT, update, clip).spawn(2)
+        return text, media
+
+    def lengths(self, plan: UpdatePlan, micro: int, place: int, clip: int) -> PromptLengths:
+        """Returns the prompts' lengths, or bounds of them, of a clip that stands at a place of a micro-batch."""
+        taken = plan.clips[micro, plan.taken(micro)[place]] if plan.kinds[micro].shuffles else clip
+        video, audio = self.media_tokens(clip)
+        other_video, other_audio = self.media_tokens(taken)
+        caption, kind = self.source.captions[clip], plan.kinds[micro]
+        own = self._text_tokens("tva", caption)
+        return PromptLengths(
+            video=video,
+            audio=audio,
+            hard_video=other_video if kind.hard == "video" else video,
+            hard_audio=other_audio if kind.hard == "audio" else audio,
+            caption=own,
+            positive=self._text_tokens("tva", self.positive_caption(plan.update, clip)) if kind.positive else 0,
+            hard=self._text_tokens("tva", self.texts[plan.texts[micro, place]]) if kind.hard == "text" else own,
+            alone=self._text_tokens("text", caption),
+            filler=self._text_tokens("video", ""),
+        )
+
+    def media_tokens(self, clip: int) -> tuple[int, int]:
+        """Returns a clip's video tokens and doubled audio tokens, or the most it can have where only reading tells."""
+        info, limits = self.source.record(clip), self.source.limits
+        patches = int(np.prod(info.grid_thw)) if info.grid_thw else limits.steps * limits.patches
+        return patches // PATCHES_PER_TOKEN, 2 * tokens_of(info.samples or limits.samples)
+
+    def media_shapes(self) -> BatchShapes:
+        """Returns the sizes of tower inputs, which are those of the largest clip in every update."""
+        limits = self.source.limits
+        frames = self._config.audio.chunk_frames
+        mel = -(-limits.samples // HOP)
+        return BatchShapes(
+            steps=limits.steps,
+            patches=limits.patches,
+            chunks=-(-mel // frames),
+            fbank_frames=max(BEATS_PATCH, fbank_frames(limits.samples)),
+            row_tokens=0,
+        )
+
+    def _drawn(self, update: int) -> tuple[UpdatePlan, int]:
+        """Returns a plan without row length, and the tokens of its longest row."""
+        batch = self.batch
+        epoch, place = divmod(update, self.updates_per_epoch)
+        clips = self._order(epoch)[place].reshape(batch.micro_batches, batch.micro_batch)
+        kinds = self._kinds(update)
+        if len(kinds) != batch.micro_batches:
+            raise ValueError(f"{len(kinds)} step kinds for {batch.micro_batches} micro-batches")
+        texts, shuffles = self.text_of[clips], []
+        for m, kind in enumerate(kinds):
+            number = update * batch.micro_batches + m
+            shuffles.append(exchange(batch.seed, number, batch.micro_batch, batch.blocks))
+            if kind.hard == "text":
+                texts[m] = other_captions(batch.seed, number, texts[m], self.text_of)
+        plan = UpdatePlan(update, kinds, len(set(kinds)) == 1, clips, texts, tuple(shuffles), self.media_shapes())
+        places = [(m, b) for m in range(batch.micro_batches) for b in range(batch.micro_batch)]
+        rows = max(n for m, b in places for n in self.lengths(plan, m, b, int(clips[m, b])).rows(kinds[m], plan.share_prefix))
+        return plan, rows
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            order = epoch_order(self.batch.seed, epoch, len(self.source), self.batch.clips, self._groups)
+            self._epochs = {**{e: o for e, o in self._epochs.items() if abs(e - epoch) <= 1}, epoch: order}
+            return order
+        return self._epochs[epoch]
+
+    def _group_numbers(self) -> np.ndarray | None:
+        if self.batch.distinct == "none":
+            return None
+        if self.batch.distinct == "caption":
+            return self.text_of
+        numbers: dict[str, int] = {}
+        return np.array([numbers.setdefault(name.rpartition("-")[0] or name, len(numbers)) for name in self.source.ids], np.int64)
+
+    def _count_text(self, table: str, caption: str) -> int:
+        return len(prompt_text(self._tokenizer, self._preset, table, caption)[0])
+
+    def _survey(self) -> dict[tuple[StepKind, ...], list[int]]:
+        """Returns one or two row lengths for each step kind, from the first updates: few sizes are few compilations."""
+        needs: dict[tuple[StepKind, ...], list[int]] = {}
+        for update in range(SURVEYED):
+            plan, rows = self._drawn(update)
+            needs.setdefault(plan.kinds, []).append(rows)
+        return {kinds: row_sizes(rows, self.batch.row_multiple) for kinds, rows in needs.items()}
+
+    def _row_tokens(self, kinds: tuple[StepKind, ...], rows: int) -> int:
+        return next((size for size in self._sizes.get(kinds, ()) if size >= rows), round_up(rows, self.batch.row_multiple))
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_text_tokens"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._text_tokens = functools.lru_cache(maxsize=1 << 17)(self._count_text)
+
+
+def row_sizes(needs: list[int], multiple: int) -> list[int]:
+    """Returns the row length for rows of these needs, or two where the smaller saves a tenth of the tokens."""
+    rounded = [-(-need // multiple) * multiple for need in needs]
+    top = max(rounded)
+    costs = {size: sum(size if need <= size else top for need in rounded) for size in set(rounded)}
+    best = min(costs, key=lambda size: (costs[size], -size))
+    return [best, top] if costs[best] < WORTH * costs[top] else [top]

@@ -1,0 +1,194 @@
+"""From a manifest to shards of prepared clips, in an order that an interruption does not change.
+
+A shard is written under a temporary name and renamed; then its part of the index is written. A shard without its part is made again, so
+that no clip is lost or stands twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omni_jax.config import Preset
+from omni_jax.data.loading import load_training_clip
+from omni_jax.data.manifest import Problem, write_jsonl_atomic
+from omni_jax.data.shards import (
+    INDEX,
+    ShardWriter,
+    encode_clip,
+    index_row,
+    media_fields,
+    open_shard,
+    shard_name,
+    write_dataset_info,
+    write_index,
+    write_json,
+)
+from omni_jax.data.sources import trainable
+from omni_jax.media.workers import run_guarded
+from omni_jax.types import ClipError, InputError, Record
+
+STATE, PARTS, ERRORS = "preparation.json", "parts", "errors.jsonl"
+CLIPS_PER_SHARD = 256  # some 400 MB at training size: what an interruption costs at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """One clip on its way into a shard."""
+
+    data: bytes
+    row: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a preparation came to.
+
+    Attributes:
+      clips: in the shards.
+      silent: of them with silence in place of a missing audio track.
+      errors: problems in the order of the manifest.
+      warnings: one line for each clip that was mended.
+    """
+
+    clips: int
+    silent: int
+    errors: tuple[Problem, ...]
+    warnings: tuple[str, ...]
+
+
+class Preparation:
+    """A folder of shards in the making.
+
+    Attributes:
+      total, done: usable records, and those of them in shards that are finished.
+    """
+
+    def __init__(
+        self, out: Path, records: Sequence[Record], problems: Sequence[Problem], preset: Preset, shards: int | None = None
+    ) -> None:
+        """Begins, or goes on where an earlier preparation of the same records stopped.
+
+        Args:
+          shards: files to write; default one for every 256 clips.
+
+        Raises:
+          InputError: when no record can be trained on, or the folder holds something else.
+        """
+        usable, unfit = trainable(records)
+        self._problems = (*problems, *unfit)
+        if not usable:
+            first = f"; the first: {self._problems[0].reason}" if self._problems else ""
+            raise InputError(f"no record can be prepared: each needs text and video{first}")
+        count = min(shards or -(-len(usable) // CLIPS_PER_SHARD), len(usable))
+        self._out, self._preset, self.total = out, preset, len(usable)
+        self._shards = [usable[i * len(usable) // count : (i + 1) * len(usable) // count] for i in range(count)]
+        settings = {
+            "preset": media_fields(preset),
+            "shards": count,
+            "records": hashlib.blake2b(repr(usable).encode(), digest_size=16).hexdigest(),
+        }
+        self._claim(settings)
+        self._left = [i for i in range(count) if not self._finished(i)]
+        self.done = self.total - sum(len(self._shards[i]) for i in self._left)
+
+    def run(self, workers: int, timeout_s: float) -> Iterator[int]:
+        """Makes the shards that are missing; yields the number of records dealt with, one by one.
+
+        Args:
+          workers, timeout_s: as in `media.workers.run_guarded`.
+        """
+        if self._left:  # until it is whole again, the folder is not taken for one
+            (self._out / INDEX).unlink(missing_ok=True)
+        items = ((record, self._preset) for i in self._left for record in self._shards[i])
+        outcomes = run_guarded(prepare_record, items, workers, timeout_s, name=_name)
+        for i in self._left:
+            yield from self._write(i, outcomes)
+        self._left = []
+
+    def finish(self) -> Summary:
+        """Writes the index, TFDS's files and the list of errors, and says what came of it all."""
+        parts = [self._part(i) for i in range(len(self._shards))]
+        rows = [row for part in parts for row in part["rows"]]
+        failed = [Problem(**row) for part in parts for row in part["errors"]]
+        errors = tuple(sorted([*self._problems, *failed], key=lambda p: p.line))
+        path = self._out / ERRORS
+        path.unlink(missing_ok=True)
+        if errors:
+            write_jsonl_atomic(path, (p.row() for p in errors))
+        lengths = [len(part["rows"]) for part in parts]
+        write_dataset_info(self._out, lengths)
+        write_index(self._out, self._preset, lengths, rows)
+        warnings = tuple(line for part in parts for line in part["warnings"])
+        return Summary(len(rows), sum(row["silent"] for row in rows), errors, warnings)
+
+    def _claim(self, settings: dict[str, Any]) -> None:
+        state = self._out / STATE
+        if state.is_file():
+            try:
+                earlier = json.loads(state.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                raise InputError(f"{state}: cannot be read; remove the folder and prepare it anew") from None
+            if earlier != settings:
+                differing = next((name for name in settings if earlier.get(name) != settings[name]), "settings")
+                raise InputError(f"{self._out}: was prepared with other {differing}; give the same, or another --out")
+            for leftover in self._out.glob(".*.unfinished"):
+                leftover.unlink(missing_ok=True)
+            return
+        if self._out.exists() and (not self._out.is_dir() or any(self._out.iterdir())):
+            raise InputError(f"{self._out}: exists and was not made by 'omni-jax prepare'; give another --out")
+        (self._out / PARTS).mkdir(parents=True, exist_ok=True)
+        write_json(state, settings)
+
+    def _path(self, shard: int) -> Path:
+        return self._out / shard_name(shard, len(self._shards))
+
+    def _part_path(self, shard: int) -> Path:
+        return self._out / PARTS / f"{shard:05}.json"
+
+    def _part(self, shard: int) -> dict[str, Any]:
+        return json.loads(self._part_path(shard).read_text(encoding="utf-8"))
+
+    def _finished(self, shard: int) -> bool:
+        try:
+            open_shard(self._path(shard), len(self._part(shard)["rows"]))
+        except (OSError, ValueError, KeyError, InputError):
+            return False
+        return True
+
+    def _write(self, shard: int, outcomes: Iterator[tuple[Any, Any]]) -> Iterator[int]:
+        rows, errors, warnings = [], [], []
+        self._part_path(shard).unlink(missing_ok=True)
+        writer = ShardWriter(self._path(shard))
+        try:
+            for _ in self._shards[shard]:
+                (record, _), outcome = next(outcomes)
+                if isinstance(outcome, ClipError):
+                    errors.append(Problem(record.id, record.line, str(record.video), str(outcome)).row())
+                else:
+                    writer.write(outcome.data)
+                    rows.append(outcome.row)
+                    warnings += outcome.warnings
+                yield 1
+            writer.finish()
+        finally:
+            writer.discard()
+        write_json(self._part_path(shard), {"rows": rows, "errors": errors, "warnings": warnings})
+
+
+def prepare_record(item: tuple[Record, Preset]) -> Prepared:
+    """Returns a record as it stands in a shard. Raises ClipError when its media cannot be used."""
+    clip = load_training_clip(item)
+    silent = any(line.endswith("silence is used instead") for line in clip.warnings)
+    return Prepared(encode_clip(clip), index_row(clip, silent), clip.warnings)
+
+
+def _name(item: tuple[Record, Preset]) -> str:
+    record = item[0]
+    return " + ".join(dict.fromkeys(os.fspath(p) for p in (record.video, record.audio) if p is not None))

@@ -1,0 +1,182 @@
+"""Random access to the clips of a training set: from prepared shards, or straight from media files.
+
+Letters: N clips, F frames, t temporal steps, h and w patches of a frame, k audio tokens before doubling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from omni_jax.config import Preset
+from omni_jax.data.loading import DECODE_LIMIT_S, load_training_clip
+from omni_jax.data.manifest import Problem, read_manifest
+from omni_jax.features.audio import HOP, KALDI_WINDOW, SAMPLE_RATE, audio_tokens
+from omni_jax.features.vision import FRAMES_PER_STEP, PATCH, smart_resize
+from omni_jax.media.workers import Guarded
+from omni_jax.types import Clip, InputError, Record
+
+BEATS_PATCH = 16  # fbank frames
+LONGEST_ASPECT = 4  # of a streamed clip's frames: shapes are fixed before any of them is seen
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipInfo:
+    """What is known of a clip before it is read.
+
+    Attributes:
+      id, caption: of its record.
+      grid_thw: (t, h, w) in patches; None where only reading tells.
+      second_per_grid: seconds between temporal steps; None likewise.
+      samples: of the waveform; None likewise.
+      silent: whether silence stands in for a missing audio track.
+    """
+
+    id: str
+    caption: str
+    grid_thw: tuple[int, int, int] | None = None
+    second_per_grid: float | None = None
+    samples: int | None = None
+    silent: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The largest clip of a source: t steps, P patches of a step, samples of the waveform."""
+
+    steps: int
+    patches: int
+    samples: int
+
+
+class ClipSource(Protocol):
+    """N clips by number. Sources can be pickled; a copy opens its files anew."""
+
+    @property
+    def preset(self) -> Preset:
+        """How its clips were or are decoded."""
+        ...
+
+    @property
+    def limits(self) -> Limits:
+        """What every clip fits."""
+        ...
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """The N ids."""
+        ...
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """The N captions."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def record(self, index: int) -> ClipInfo:
+        """Returns what is known of a clip without reading it."""
+        ...
+
+    def load(self, index: int) -> Clip:
+        """Returns a clip with frames at training size and waveform. Raises ClipError where it cannot be used."""
+        ...
+
+
+class MediaSource:
+    """Clips decoded from their files whenever they are asked for, each in a process that can be killed.
+
+    Attributes:
+      problems: lines of the manifest and records that cannot be trained on.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], preset: Preset, *, problems: Sequence[Problem] = (), timeout_s: float = DECODE_LIMIT_S
+    ) -> None:
+        """Takes the records that have a caption and a video; the others become problems.
+
+        Raises:
+          InputError: when none is left, or when the preset keeps whole tracks, whose lengths only decoding tells.
+        """
+        if preset.audio_seconds == 0:
+            raise InputError("audio_seconds=0 keeps whole tracks of unknown length; run 'omni-jax prepare' first, or set a length")
+        self.records, unfit = trainable(records)
+        self.problems = (*problems, *unfit)
+        if not self.records:
+            first = f"; the first: {self.problems[0].reason}" if self.problems else ""
+            raise InputError(f"no record can be trained on: each needs text and video{first}")
+        self.preset = preset
+        self.ids = [r.id for r in self.records]
+        self.captions = [r.text or "" for r in self.records]
+        self.limits = Limits(
+            preset.frames // FRAMES_PER_STEP, most_patches(preset.pixels), max(SAMPLE_RATE, round(preset.audio_seconds * SAMPLE_RATE))
+        )
+        self._load = Guarded(load_training_clip, timeout_s)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def record(self, index: int) -> ClipInfo:
+        r = self.records[index]
+        samples = self.limits.samples if self.preset.audio_pad else None
+        return ClipInfo(r.id, r.text or "", samples=samples, silent=r.audio is None)
+
+    def load(self, index: int) -> Clip:
+        record = self.records[index]
+        return self._load((record, self.preset), name=str(record.video))
+
+
+def open_source(
+    path: os.PathLike[str] | str,
+    preset: Preset,
+    media_root: os.PathLike[str] | str | None = None,
+    *,
+    timeout_s: float = DECODE_LIMIT_S,
+) -> ClipSource:
+    """Returns the clips of a folder that `omni-jax prepare` wrote, or of a manifest whose files are decoded while training.
+
+    Raises:
+      InputError: when there is neither, the shards are damaged or belong to another preset, or no record can be used.
+    """
+    if Path(path).is_dir():
+        from omni_jax.data.shards import ShardSource  # the reader of shards is loaded for shards alone
+
+        return ShardSource(path, preset)
+    manifest = read_manifest(path, media_root)
+    try:
+        return MediaSource(manifest.records, preset, problems=manifest.problems, timeout_s=timeout_s)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def trainable(records: Sequence[Record]) -> tuple[list[Record], list[Problem]]:
+    """Returns the records with caption and video, and the others as problems. A record without audio is trained with silence."""
+    usable, unfit = [], []
+    for r in records:
+        lacking = [name for name, value in (("text", r.text), ("video", r.video)) if value is None]
+        if lacking:
+            unfit.append(Problem(r.id, r.line, "", f"record {r.id!r}: has no {' and no '.join(lacking)}; training needs both"))
+        else:
+            usable.append(r)
+    return usable, unfit
+
+
+def most_patches(pixels: int) -> int:
+    """Returns the most patches that a frame of an aspect ratio up to LONGEST_ASPECT gets."""
+    sizes = [smart_resize(1000, round(1000 * aspect), pixels) for aspect in np.linspace(1, LONGEST_ASPECT, 301)]
+    return max(h * w for h, w in sizes) // PATCH**2
+
+
+def tokens_of(samples: int) -> int:
+    """Returns k, the audio tokens of a waveform of at most 300 s."""
+    return audio_tokens(-(-samples // HOP))
+
+
+def fbank_frames(samples: int) -> int:
+    """Returns the fbank frames of a waveform that fill whole patches of BEATs."""
+    return max(0, (samples - KALDI_WINDOW) // HOP + 1) // BEATS_PATCH * BEATS_PATCH
