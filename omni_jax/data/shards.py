@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from omni_jax.config import Preset
-from omni_jax.data.sources import ClipInfo, Limits
+from omni_jax.data.clips import ClipInfo, Limits
 from omni_jax.features.vision import FRAMES_PER_STEP, PATCH
 from omni_jax.types import Clip, ClipError, InputError, Record, VideoFrames
 
@@ -202,7 +202,7 @@ def write_dataset_info(folder: Path, lengths: Sequence[int]) -> None:
 
 
 class ShardSource:
-    """The clips of a prepared folder, by number. See `sources.ClipSource`."""
+    """The clips of a prepared folder, by number. See `clips.ClipSource`."""
 
     def __init__(self, directory: os.PathLike[str] | str, preset: Preset) -> None:
         """Reads the index and the ends of all shards.

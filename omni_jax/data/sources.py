@@ -5,15 +5,14 @@ Letters: N clips, F frames, t temporal steps, h and w patches of a frame, k audi
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from omni_jax.config import Preset
+from omni_jax.data.clips import ClipInfo, ClipSource, Limits
 from omni_jax.data.loading import DECODE_LIMIT_S, load_training_clip
 from omni_jax.data.manifest import Problem, read_manifest
 from omni_jax.features.audio import HOP, KALDI_WINDOW, SAMPLE_RATE, audio_tokens
@@ -21,71 +20,10 @@ from omni_jax.features.vision import FRAMES_PER_STEP, PATCH, smart_resize
 from omni_jax.media.workers import Guarded
 from omni_jax.types import Clip, InputError, Record
 
+__all__ = ["ClipInfo", "ClipSource", "Limits", "MediaSource", "open_source"]
+
 BEATS_PATCH = 16  # fbank frames
 LONGEST_ASPECT = 4  # of a streamed clip's frames: shapes are fixed before any of them is seen
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipInfo:
-    """What is known of a clip before it is read.
-
-    Attributes:
-      id, caption: of its record.
-      grid_thw: (t, h, w) in patches; None where only reading tells.
-      second_per_grid: seconds between temporal steps; None likewise.
-      samples: of the waveform; None likewise.
-      silent: whether silence stands in for a missing audio track.
-    """
-
-    id: str
-    caption: str
-    grid_thw: tuple[int, int, int] | None = None
-    second_per_grid: float | None = None
-    samples: int | None = None
-    silent: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """The largest clip of a source: t steps, P patches of a step, samples of the waveform."""
-
-    steps: int
-    patches: int
-    samples: int
-
-
-class ClipSource(Protocol):
-    """N clips by number. Sources can be pickled; a copy opens its files anew."""
-
-    @property
-    def preset(self) -> Preset:
-        """How its clips were or are decoded."""
-        ...
-
-    @property
-    def limits(self) -> Limits:
-        """What every clip fits."""
-        ...
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """The N ids."""
-        ...
-
-    @property
-    def captions(self) -> Sequence[str]:
-        """The N captions."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def record(self, index: int) -> ClipInfo:
-        """Returns what is known of a clip without reading it."""
-        ...
-
-    def load(self, index: int) -> Clip:
-        """Returns a clip with frames at training size and waveform. Raises ClipError where it cannot be used."""
-        ...
 
 
 class MediaSource:

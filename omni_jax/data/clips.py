@@ -1,0 +1,76 @@
+"""What a training set offers: clips by number, and what is known of each before it is read.
+
+Letters: N clips, t temporal steps, h and w patches of a frame, P patches of a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+from omni_jax.config import Preset
+from omni_jax.types import Clip
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipInfo:
+    """What is known of a clip before it is read.
+
+    Attributes:
+      id, caption: of its record.
+      grid_thw: (t, h, w) in patches; None where only reading tells.
+      second_per_grid: seconds between temporal steps; None likewise.
+      samples: of the waveform; None likewise.
+      silent: whether silence stands in for a missing audio track.
+    """
+
+    id: str
+    caption: str
+    grid_thw: tuple[int, int, int] | None = None
+    second_per_grid: float | None = None
+    samples: int | None = None
+    silent: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The largest clip of a source: t steps, P patches of a step, samples of the waveform."""
+
+    steps: int
+    patches: int
+    samples: int
+
+
+class ClipSource(Protocol):
+    """N clips by number. Sources can be pickled; a copy opens its files anew."""
+
+    @property
+    def preset(self) -> Preset:
+        """How its clips were or are decoded."""
+        ...
+
+    @property
+    def limits(self) -> Limits:
+        """What every clip fits."""
+        ...
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """The N ids."""
+        ...
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """The N captions."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def record(self, index: int) -> ClipInfo:
+        """Returns what is known of a clip without reading it."""
+        ...
+
+    def load(self, index: int) -> Clip:
+        """Returns a clip with frames at training size and waveform. Raises ClipError where it cannot be used."""
+        ...
