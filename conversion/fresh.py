@@ -1,0 +1,296 @@
+"""A converted folder of fresh random weights: what a small model starts from when there is no checkpoint to convert.
+
+The folder is of the layout that `to_jax` writes, with a `config.json` and tokenizer files of WAVE's kind beside the weights, so that
+whatever reads, trains or exports a converted checkpoint does the same here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import pickle
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from conversion import control_tokens, engine, folder
+from conversion.adapter import CONFIG, WEIGHTS, adapter_entries, default_config, write_config
+from conversion.engine import Entry
+from conversion.folder import Manifest, TensorFile
+from conversion.fresh_tokenizer import FILES, SPECIAL, copy_tokenizer, train_tokenizer
+from conversion.importer import Summary
+from conversion.source import SINGLE
+from conversion.store import StoreWriter
+from omni_jax.config import AudioConfig, BeatsConfig, ConfigError, DecoderConfig, LoraConfig, ModelConfig, SpecialTokens, VisionConfig
+from omni_jax.types import InputError
+
+BEATS_FILE = "BEATs.pt"
+_SECTIONS = {"decoder": DecoderConfig, "vision": VisionConfig, "audio": AudioConfig, "beats": BeatsConfig}
+_FOLLOWS = {("decoder", "vocab_size"), ("vision", "output_size"), ("audio", "output_size")}
+_EMBEDDING_SCALE = 0.5
+
+
+def write_fresh(
+    out: epath.PathLike,
+    architecture: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    captions: Iterable[str] | None = None,
+    tokenizer: epath.PathLike | None = None,
+    lora: LoraConfig | None = None,
+) -> Summary:
+    """Writes the converted folder `out` with random float32 weights; it appears under its name only when complete.
+
+    Args:
+      out: new folder.
+      architecture: {"decoder": {...}, "vision": {...}, "audio": {...}, "beats": {...}}, each with fields of the record of that name in
+        `omni_jax.config`; the vocabulary and the towers' output widths follow from the rest. May hold `positions_per_second` and
+        `seconds_per_chunk`.
+      seed: of the weights; the same seed gives the same weights.
+      captions: texts to train a byte-level BPE vocabulary on.
+      tokenizer: folder whose tokenizer files are used instead.
+      lora: adapter, at its usual start (B zero), kept apart from the base.
+
+    Raises:
+      InputError: a field that is unknown or does not fit, neither captions nor tokenizer, or an `out` that exists.
+    """
+    if (captions is None) == (tokenizer is None):
+        raise InputError("fresh weights need captions to train a vocabulary on, or the folder of a tokenizer: give one of the two")
+    with folder.new_folder(out) as temporary:
+        ids, size = train_tokenizer(captions, temporary) if captions is not None else copy_tokenizer(epath.Path(tokenizer or ""), temporary)
+        model = model_config(architecture, ids, size, lora)
+        _write_side_files(temporary, model)
+        entries = engine.base_entries(model)
+        with StoreWriter(temporary / folder.WEIGHTS) as writer:
+            parameters = _write(writer, _once(entries), model, seed)
+            base_digest = writer.digest
+        adapter = adapter_entries(model) if lora else {}
+        adapter_digest, adapter_config = None, None
+        if lora:
+            adapter_config = default_config(model)
+            with StoreWriter(temporary / folder.ADAPTER) as writer:
+                parameters += _write(writer, adapter, model, seed)
+                adapter_digest = writer.digest
+            (temporary / folder.ADAPTER_FILES).mkdir(parents=True, exist_ok=True)
+            write_config(temporary / folder.ADAPTER_FILES / CONFIG, adapter_config)
+        Manifest(
+            model=model,
+            dtype="float32",
+            base_digest=base_digest,
+            adapter_digest=adapter_digest,
+            shards=(_file(SINGLE, entries),),
+            index=None,
+            side_files=tuple(sorted(str(p.name) for p in temporary.iterdir() if not p.is_dir())),
+            adapter=_file(WEIGHTS, adapter) if lora else None,
+            adapter_config=adapter_config,
+            adapter_files=(CONFIG,) if lora else (),
+        ).write(temporary)
+    return Summary(len(entries) + len(adapter), parameters, 4 * parameters, 0.0)
+
+
+def model_config(architecture: Mapping[str, Any], tokens: Mapping[str, int], vocabulary: int, lora: LoraConfig | None) -> ModelConfig:
+    """Returns the configuration of an architecture with a tokenizer's control tokens.
+
+    Raises:
+      InputError: a section or field that is missing, unknown or does not fit.
+    """
+    rest = {name: architecture[name] for name in ("positions_per_second", "seconds_per_chunk") if name in architecture}
+    unknown = sorted(set(architecture) - set(_SECTIONS) - set(rest))
+    missing = sorted(set(_SECTIONS) - set(architecture))
+    if unknown or missing:
+        names = ", ".join(unknown or missing)
+        raise InputError(f"architecture: section {names} is {'unknown' if unknown else 'missing'}; the sections are {', '.join(_SECTIONS)}")
+    parts = {}
+    for name, kind in _SECTIONS.items():
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture[name].items()}
+        allowed = [field.name for field in dataclasses.fields(kind) if (name, field.name) not in _FOLLOWS]
+        odd = [key for key in fields if key not in allowed]
+        if odd:
+            raise InputError(f"architecture.{name}: {', '.join(odd)} is no field of it; the fields are {', '.join(allowed)}")
+        if name == "decoder":
+            fields["vocab_size"] = vocabulary
+        elif name != "beats":
+            fields["output_size"] = parts["decoder"].hidden_size
+        try:
+            parts[name] = kind(**fields)
+        except (ConfigError, TypeError) as e:
+            raise InputError(f"architecture.{name}: {str(e).removeprefix(kind.__name__ + '.__init__() ')}") from None
+    special = SpecialTokens(**{field: tokens[token] for field, token in SPECIAL.items()})
+    return ModelConfig(**parts, tokens=special, lora=lora, **rest)
+
+
+def hf_config(model: ModelConfig) -> dict[str, Any]:
+    """Returns the `config.json` of a WAVE checkpoint with this architecture: `ModelConfig.from_hf` reads it back."""
+    text, vision, audio, tokens = model.decoder, model.vision, model.audio, model.tokens
+    return {
+        "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"],
+        "audio_config": {
+            "activation_function": "gelu",
+            "beats_path": BEATS_FILE,
+            "d_model": audio.hidden_size,
+            "encoder_attention_heads": audio.num_heads,
+            "encoder_ffn_dim": audio.intermediate_size,
+            "encoder_layers": audio.num_layers,
+            "max_source_positions": audio.max_source_positions,
+            "model_type": "qwen2_5_omni_audio_encoder",
+            "n_window": audio.n_window,
+            "num_hidden_layers": audio.num_layers,
+            "num_mel_bins": audio.num_mel_bins,
+            "output_dim": audio.output_size,
+        },
+        "audio_end_token_id": tokens.audio_eos,
+        "audio_start_token_id": tokens.audio_bos,
+        "audio_token_index": tokens.audio,
+        "classify_type": "all_layer",
+        "model_type": "qwen2_5_omni_thinker",
+        "pad_token_id": tokens.pad,
+        "position_id_per_seconds": model.positions_per_second,
+        "seconds_per_chunk": model.seconds_per_chunk,
+        "text_config": {
+            "hidden_act": "silu",
+            "hidden_size": text.hidden_size,
+            "intermediate_size": text.intermediate_size,
+            "max_position_embeddings": text.max_positions,
+            "model_type": "qwen2_5_omni_text",
+            "num_attention_heads": text.num_heads,
+            "num_hidden_layers": text.num_layers,
+            "num_key_value_heads": text.num_kv_heads,
+            "rms_norm_eps": text.rms_norm_eps,
+            "rope_scaling": {"mrope_section": list(text.mrope_sections), "rope_type": "default", "type": "default"},
+            "rope_theta": text.rope_theta,
+            "vocab_size": text.vocab_size,
+        },
+        "torch_dtype": "float32",
+        "train_classify": True,
+        "video_token_index": tokens.video,
+        "vision_config": {
+            "depth": vision.num_layers,
+            "fullatt_block_indexes": list(vision.full_attention_layers),
+            "hidden_act": "silu",
+            "hidden_size": vision.hidden_size,
+            "in_channels": vision.in_channels,
+            "intermediate_size": vision.intermediate_size,
+            "model_type": "qwen2_5_omni_vision_encoder",
+            "num_heads": vision.num_heads,
+            "out_hidden_size": vision.output_size,
+            "patch_size": vision.patch_size,
+            "spatial_merge_size": vision.merge_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "window_size": vision.window_size,
+        },
+        "vision_end_token_id": tokens.vision_eos,
+        "vision_start_token_id": tokens.vision_bos,
+    }
+
+
+def preprocessor_config(model: ModelConfig) -> dict[str, Any]:
+    """Returns a `preprocessor_config.json` as Qwen2.5-Omni's processor reads it."""
+    return {
+        "chunk_length": 300,
+        "dither": 0.0,
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "feature_size": model.audio.num_mel_bins,
+        "hop_length": 160,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "max_pixels": 12845056,
+        "merge_size": model.vision.merge_size,
+        "min_pixels": 3136,
+        "n_fft": 400,
+        "n_samples": 4800000,
+        "nb_max_frames": 30000,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "patch_size": model.vision.patch_size,
+        "processor_class": "Qwen2_5OmniProcessor",
+        "return_attention_mask": True,
+        "sampling_rate": 16000,
+        "temporal_patch_size": model.vision.temporal_patch_size,
+    }
+
+
+def fresh_value(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Returns the float32 value that a leaf (one layer of it) of this stored name starts with.
+
+    Linear maps keep the size of what they are given, the ones that end a residual branch give half of it; norms and gates start at one,
+    biases and LoRA's B at zero, tables at a size that residual branches do not drown.
+    """
+    parts = [part for part in name.split(".") if not part.isdecimal()]
+    kind, owner = parts[-1], parts[-2] if len(parts) > 1 else ""
+    if kind in ("scale", "g", "gate_scale"):
+        return np.ones(shape, np.float32)
+    if kind in ("bias", "lora_b"):
+        return np.zeros(shape, np.float32)
+    noise = np.random.default_rng([zlib.crc32(name.encode()), seed]).standard_normal(shape, np.float32)
+    if kind == "embedding":
+        return np.float32(0.02 if owner == "relative_bias" else _EMBEDDING_SCALE) * noise
+    if parts[0] == "lm_head":
+        return np.float32(0.02) * noise
+    fan_in = math.prod(shape[:-1])
+    ends_branch = "layers" in parts and owner in ("o", "out", "proj", "down", "fc2")
+    return np.float32((0.5 if ends_branch else 1.0) / math.sqrt(fan_in)) * noise
+
+
+def _write(writer: StoreWriter, entries: Mapping[str, Entry], model: ModelConfig, seed: int) -> int:
+    """Writes the leaves of these tensors and returns the number of their values."""
+    count = 0
+    for group in engine.stacks(entries.values()).values():
+        for entry in group:
+            array = fresh_value(entry.stored, entry.tree_shape, seed)
+            writer.add(entry.stored, array)
+            count += array.size
+    return count
+
+
+def _once(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Returns the tensors without those that repeat a shared leaf."""
+    return {entry.stored: entry for entry in reversed(entries.values())}
+
+
+def _file(name: str, entries: Mapping[str, Entry]) -> TensorFile:
+    return TensorFile(name, {"format": "pt"}, tuple((key, "F32", entries[key].torch_shape) for key in sorted(entries)))
+
+
+def _write_side_files(out: epath.Path, model: ModelConfig) -> None:
+    for name, content in (("config.json", hf_config(model)), ("preprocessor_config.json", preprocessor_config(model))):
+        (out / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    (out / BEATS_FILE).write_bytes(_beats_file(model.beats))
+
+
+def _beats_file(beats: BeatsConfig) -> bytes:
+    """Returns a torch file {cfg, model} that holds the settings and no tensor: without one a later conversion would assume the published."""
+    cfg = {
+        "activation_fn": "gelu",
+        "conv_bias": beats.conv_bias,
+        "conv_pos": beats.conv_pos,
+        "conv_pos_groups": beats.conv_pos_groups,
+        "deep_norm": True,
+        "embed_dim": beats.embed_dim,
+        "encoder_attention_heads": beats.num_heads,
+        "encoder_embed_dim": beats.hidden_size,
+        "encoder_ffn_embed_dim": beats.intermediate_size,
+        "encoder_layers": beats.num_layers,
+        "finetuned_model": beats.predictor_classes > 0,
+        "gru_rel_pos": True,
+        "input_patch_size": beats.patch_size,
+        "layer_norm_first": False,
+        "max_distance": beats.max_distance,
+        "num_buckets": beats.num_buckets,
+        "predictor_class": beats.predictor_classes,
+        "relative_position_embedding": True,
+    }
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in (("data.pkl", pickle.dumps({"cfg": cfg, "model": {}}, protocol=2)), ("byteorder", b"little"), ("version", b"3\n")):
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)
+    return buffer.getvalue()
+
+
+__all__ = ["FILES", "control_tokens", "fresh_value", "hf_config", "model_config", "preprocessor_config", "write_fresh"]

@@ -1,0 +1,105 @@
+"""Tokenizer files of Qwen2's kind with the control tokens: trained on captions, or copied from another checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import tokenizers
+from etils import epath
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from conversion.folder import copy_files
+from omni_jax.types import InputError
+
+SPECIAL = {
+    "pad": "<|endoftext|>",
+    "audio": "<|AUDIO|>",
+    "audio_bos": "<|audio_bos|>",
+    "audio_eos": "<|audio_eos|>",
+    "video": "<|VIDEO|>",
+    "vision_bos": "<|vision_bos|>",
+    "vision_eos": "<|vision_eos|>",
+}
+"""Field of `config.SpecialTokens` -> token."""
+
+END = "<|im_end|>"
+FILLER = "Please describe the video."  # stands in prompts of one medium; part of what a vocabulary is trained on
+FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+# Qwen2's split of a text into words: contractions, letters, single digits, punctuation, line ends, spaces.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_MULTIPLE = 16  # the vocabulary's size, so that a mesh divides it
+
+
+def train_tokenizer(captions: Iterable[str], out: epath.Path, vocabulary: int = 1024) -> tuple[dict[str, int], int]:
+    """Writes the tokenizer files and returns the ids of the added tokens and the size of the vocabulary, rounded up.
+
+    Args:
+      captions: texts; each word that stands in two of them becomes one token, as far as the vocabulary reaches.
+      out: folder.
+      vocabulary: most tokens before the added ones.
+    """
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, min_frequency=2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, special_tokens=[]
+    )
+    bpe.train_from_iterator([*captions, FILLER, FILLER], trainer)
+    added = [END, SPECIAL["pad"], "<|im_start|>", *(token for field, token in SPECIAL.items() if field != "pad")]
+    bpe.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in added])
+    record: dict[str, Any] = json.loads(bpe.to_str())
+    ids = {token["content"]: token["id"] for token in record["added_tokens"]}
+    size = bpe.get_vocab_size(with_added_tokens=True)
+    files = {
+        "tokenizer.json": record,
+        "vocab.json": record["model"]["vocab"],
+        "added_tokens.json": ids,
+        "special_tokens_map.json": {"eos_token": END, "pad_token": SPECIAL["pad"], "unk_token": SPECIAL["pad"]},
+        "tokenizer_config.json": {
+            "added_tokens_decoder": {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in record["added_tokens"]},
+            "bos_token": None,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": END,
+            "errors": "replace",
+            "model_max_length": 32768,
+            "pad_token": SPECIAL["pad"],
+            "split_special_tokens": False,
+            "tokenizer_class": "Qwen2Tokenizer",
+            "unk_token": SPECIAL["pad"],
+        },
+    }
+    for name, content in files.items():
+        (out / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in record["model"]["merges"]]
+    (out / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    return ids, -(-size // _MULTIPLE) * _MULTIPLE
+
+
+def copy_tokenizer(source: epath.Path, out: epath.Path) -> tuple[dict[str, int], int]:
+    """Copies the tokenizer files of a checkpoint and returns the ids of the added tokens and the size of the vocabulary, rounded up.
+
+    Raises:
+      InputError: no `tokenizer.json`, or one that lacks a control token.
+    """
+    file = source / "tokenizer.json"
+    if not file.exists():
+        raise InputError(f"{file}: no such file; name the folder of a checkpoint that has one")
+    try:
+        bpe = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as e:  # the library raises bare Exception
+        raise InputError(f"{file}: cannot be read as a tokenizer ({str(e).splitlines()[0]}); copy it again from the checkpoint") from None
+    ids = {token: bpe.token_to_id(token) for token in (END, *SPECIAL.values())}
+    absent = [token for token, number in ids.items() if number is None]
+    if absent:
+        raise InputError(f"{file}: the tokenizer lacks {', '.join(absent)}; use the tokenizer of a WAVE checkpoint")
+    copy_files(source, tuple(name for name in FILES if (source / name).exists()), out)
+    size = 1 + max(bpe.get_vocab(with_added_tokens=True).values())
+    return {token: int(number) for token, number in ids.items()}, -(-size // _MULTIPLE) * _MULTIPLE
