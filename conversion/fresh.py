@@ -11,6 +11,7 @@ import io
 import json
 import math
 import pickle
+import time
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -19,11 +20,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from conversion import control_tokens, engine, folder
+from conversion import engine, folder
 from conversion.adapter import CONFIG, WEIGHTS, adapter_entries, default_config, write_config
 from conversion.engine import Entry
 from conversion.folder import Manifest, TensorFile
-from conversion.fresh_tokenizer import FILES, SPECIAL, copy_tokenizer, train_tokenizer
+from conversion.fresh_tokenizer import SPECIAL, copy_tokenizer, train_tokenizer
 from conversion.importer import Summary
 from conversion.source import SINGLE
 from conversion.store import StoreWriter
@@ -32,7 +33,6 @@ from omni_jax.types import InputError
 
 BEATS_FILE = "BEATs.pt"
 _SECTIONS = {"decoder": DecoderConfig, "vision": VisionConfig, "audio": AudioConfig, "beats": BeatsConfig}
-_FOLLOWS = {("decoder", "vocab_size"), ("vision", "output_size"), ("audio", "output_size")}
 _EMBEDDING_SCALE = 0.5
 
 
@@ -50,8 +50,8 @@ def write_fresh(
     Args:
       out: new folder.
       architecture: {"decoder": {...}, "vision": {...}, "audio": {...}, "beats": {...}}, each with fields of the record of that name in
-        `omni_jax.config`; the vocabulary and the towers' output widths follow from the rest. May hold `positions_per_second` and
-        `seconds_per_chunk`.
+        `omni_jax.config`; the vocabulary follows from the tokenizer, the towers' `output_size` from the decoder. May hold
+        `positions_per_second` and `seconds_per_chunk`.
       seed: of the weights; the same seed gives the same weights.
       captions: texts to train a byte-level BPE vocabulary on.
       tokenizer: folder whose tokenizer files are used instead.
@@ -62,20 +62,21 @@ def write_fresh(
     """
     if (captions is None) == (tokenizer is None):
         raise InputError("fresh weights need captions to train a vocabulary on, or the folder of a tokenizer: give one of the two")
+    started = time.monotonic()
     with folder.new_folder(out) as temporary:
         ids, size = train_tokenizer(captions, temporary) if captions is not None else copy_tokenizer(epath.Path(tokenizer or ""), temporary)
         model = model_config(architecture, ids, size, lora)
         _write_side_files(temporary, model)
-        entries = engine.base_entries(model)
+        entries = _once(engine.base_entries(model))
         with StoreWriter(temporary / folder.WEIGHTS) as writer:
-            parameters = _write(writer, _once(entries), model, seed)
+            parameters = _write(writer, entries, seed)
             base_digest = writer.digest
         adapter = adapter_entries(model) if lora else {}
         adapter_digest, adapter_config = None, None
         if lora:
             adapter_config = default_config(model)
             with StoreWriter(temporary / folder.ADAPTER) as writer:
-                parameters += _write(writer, adapter, model, seed)
+                parameters += _write(writer, adapter, seed)
                 adapter_digest = writer.digest
             (temporary / folder.ADAPTER_FILES).mkdir(parents=True, exist_ok=True)
             write_config(temporary / folder.ADAPTER_FILES / CONFIG, adapter_config)
@@ -91,7 +92,7 @@ def write_fresh(
             adapter_config=adapter_config,
             adapter_files=(CONFIG,) if lora else (),
         ).write(temporary)
-    return Summary(len(entries) + len(adapter), parameters, 4 * parameters, 0.0)
+    return Summary(len(entries) + len(adapter), parameters, 4 * parameters, time.monotonic() - started)
 
 
 def model_config(architecture: Mapping[str, Any], tokens: Mapping[str, int], vocabulary: int, lora: LoraConfig | None) -> ModelConfig:
@@ -109,14 +110,14 @@ def model_config(architecture: Mapping[str, Any], tokens: Mapping[str, int], voc
     parts = {}
     for name, kind in _SECTIONS.items():
         fields = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture[name].items()}
-        allowed = [field.name for field in dataclasses.fields(kind) if (name, field.name) not in _FOLLOWS]
+        allowed = [field.name for field in dataclasses.fields(kind) if field.name != "vocab_size"]
         odd = [key for key in fields if key not in allowed]
         if odd:
             raise InputError(f"architecture.{name}: {', '.join(odd)} is no field of it; the fields are {', '.join(allowed)}")
         if name == "decoder":
             fields["vocab_size"] = vocabulary
-        elif name != "beats":
-            fields["output_size"] = parts["decoder"].hidden_size
+        elif name != "beats" and fields.setdefault("output_size", parts["decoder"].hidden_size) != parts["decoder"].hidden_size:
+            raise InputError(f"architecture.{name}: output_size {fields['output_size']} must be the decoder's hidden_size")
         try:
             parts[name] = kind(**fields)
         except (ConfigError, TypeError) as e:
@@ -238,7 +239,7 @@ def fresh_value(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return np.float32((0.5 if ends_branch else 1.0) / math.sqrt(fan_in)) * noise
 
 
-def _write(writer: StoreWriter, entries: Mapping[str, Entry], model: ModelConfig, seed: int) -> int:
+def _write(writer: StoreWriter, entries: Mapping[str, Entry], seed: int) -> int:
     """Writes the leaves of these tensors and returns the number of their values."""
     count = 0
     for group in engine.stacks(entries.values()).values():
@@ -250,8 +251,11 @@ def _write(writer: StoreWriter, entries: Mapping[str, Entry], model: ModelConfig
 
 
 def _once(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Returns the tensors without those that repeat a shared leaf."""
-    return {entry.stored: entry for entry in reversed(entries.values())}
+    """Returns the tensors with one for each shared leaf, as PyTorch saves tied weights."""
+    first: dict[str, str] = {}
+    for key, entry in entries.items():
+        first.setdefault(entry.stored, key)
+    return {key: entries[key] for key in first.values()}
 
 
 def _file(name: str, entries: Mapping[str, Entry]) -> TensorFile:
@@ -265,7 +269,7 @@ def _write_side_files(out: epath.Path, model: ModelConfig) -> None:
 
 
 def _beats_file(beats: BeatsConfig) -> bytes:
-    """Returns a torch file {cfg, model} that holds the settings and no tensor: without one a later conversion would assume the published."""
+    """Returns a torch file {cfg, model} without tensors: a conversion that finds no such file assumes the published settings."""
     cfg = {
         "activation_fn": "gelu",
         "conv_bias": beats.conv_bias,
@@ -288,9 +292,10 @@ def _beats_file(beats: BeatsConfig) -> bytes:
     }
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in (("data.pkl", pickle.dumps({"cfg": cfg, "model": {}}, protocol=2)), ("byteorder", b"little"), ("version", b"3\n")):
+        for name, data in (
+            ("data.pkl", pickle.dumps({"cfg": cfg, "model": {}}, protocol=2)),
+            ("byteorder", b"little"),
+            ("version", b"3\n"),
+        ):
             archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)
     return buffer.getvalue()
-
-
-__all__ = ["FILES", "control_tokens", "fresh_value", "hf_config", "model_config", "preprocessor_config", "write_fresh"]

@@ -29,9 +29,7 @@ FILLER = "Please describe the video."  # stands in prompts of one medium; part o
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 # Qwen2's split of a text into words: contractions, letters, single digits, punctuation, line ends, spaces.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _MULTIPLE = 16  # the vocabulary's size, so that a mesh divides it
 
 
@@ -96,10 +94,10 @@ def copy_tokenizer(source: epath.Path, out: epath.Path) -> tuple[dict[str, int],
         bpe = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as e:  # the library raises bare Exception
         raise InputError(f"{file}: cannot be read as a tokenizer ({str(e).splitlines()[0]}); copy it again from the checkpoint") from None
-    ids = {token: bpe.token_to_id(token) for token in (END, *SPECIAL.values())}
-    absent = [token for token, number in ids.items() if number is None]
+    known: dict[str, int] = bpe.get_vocab(with_added_tokens=True)
+    ids = {token: known[token] for token in (END, *SPECIAL.values()) if token in known}
+    absent = [token for token in (END, *SPECIAL.values()) if token not in ids]
     if absent:
         raise InputError(f"{file}: the tokenizer lacks {', '.join(absent)}; use the tokenizer of a WAVE checkpoint")
     copy_files(source, tuple(name for name in FILES if (source / name).exists()), out)
-    size = 1 + max(bpe.get_vocab(with_added_tokens=True).values())
-    return {token: int(number) for token, number in ids.items()}, -(-size // _MULTIPLE) * _MULTIPLE
+    return ids, -(-(1 + max(known.values())) // _MULTIPLE) * _MULTIPLE

@@ -77,9 +77,13 @@ class SyntheticConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < self.combinations <= COMBINATIONS:
-            raise InputError(f"synthetic clips: held_out {self.held_out} and combinations {self.combinations}: 0 < held_out < combinations <= 625")
+            raise InputError(
+                f"synthetic clips: held_out={self.held_out} must be below combinations={self.combinations}, of which there are 625"
+            )
         if self.clips < 1 or self.side < 28 or self.side % 2 or not (math.isfinite(self.seconds) and self.seconds * FPS >= 2):
-            raise InputError(f"synthetic clips: {self.clips} clips of {self.seconds} s, {self.side} pixels: give 1, 0.25 s and 28 (even) at least")
+            raise InputError(
+                f"synthetic clips: clips={self.clips}, seconds={self.seconds}, side={self.side}: at least 1, 0.25 and 28, the side even"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +143,7 @@ def render(clip: SyntheticClip, config: SyntheticConfig) -> tuple[np.ndarray, np
     return picture(clip.values, rng, round(config.seconds * FPS), config.side), sound(clip.values, rng, config.seconds)
 
 
-def write_set(
-    out: Path, config: SyntheticConfig, workers: int = 0, progress: Callable[[int, int], None] | None = None
-) -> SyntheticSet:
+def write_set(out: Path, config: SyntheticConfig, workers: int = 0, progress: Callable[[int, int], None] | None = None) -> SyntheticSet:
     """Writes the media files that are not there yet, and `train.jsonl` and `held_out.jsonl`.
 
     Args:

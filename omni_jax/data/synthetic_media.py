@@ -70,7 +70,7 @@ def sound(values: tuple[int, int, int, int], rng: np.random.Generator, seconds: 
       rng: source of what means nothing.
       seconds: length.
     """
-    pitch, timbre, rhythm, noise = (table[i] for table, i in zip((PITCHES, TIMBRES, RHYTHMS, NOISES), values, strict=True))
+    pitch, timbre, rhythm, noise = PITCHES[values[0]], TIMBRES[values[1]], RHYTHMS[values[2]], NOISES[values[3]]
     count = round(seconds * RATE)
     at = np.arange(count) / RATE
     octaves = {"rising": _GLIDE, "falling": -_GLIDE}.get(rhythm, 0.0) * (2 * at / seconds - 1)
