@@ -1,0 +1,218 @@
+"""Checkpoints of a run: what trains, the optimizer, the counters and the random key, written while the next update is computed.
+
+    checkpoints/500/trainable/    path -> float32 array, what an adapter is made from
+    checkpoints/500/rest/         moments, step, skipped updates, key
+
+Arrays are stored by name, so that they can be restored onto another mesh or number of processes. A step appears under its number when it
+is whole; what a killed process left has another name and is removed by the next run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from omni_jax.parallel import barrier
+from omni_jax.train.state import TrainState
+from omni_jax.train.trainable import Arrays
+from omni_jax.types import InputError
+
+TRAINABLE, REST = "trainable", "rest"
+
+
+class Checkpoints:
+    """The checkpoints of one run, written in the background by all its processes together.
+
+    Attributes:
+      notes: lines about checkpoints that were passed over.
+    """
+
+    def __init__(self, folder: epath.PathLike, keep: int):
+        """Takes the folder, made where it is not there, and how many checkpoints stay.
+
+        Raises:
+          InputError: when the folder cannot be made.
+        """
+        self._folder = epath.Path(folder).absolute()
+        self.notes: list[str] = []
+        _quieten()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
+        try:
+            handlers = {name: ocp.PyTreeCheckpointHandler() for name in (TRAINABLE, REST)}
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        except OSError as e:
+            raise InputError(f"{self._folder}: cannot be made ({e.strerror or e}); choose another --workdir") from None
+
+    def newest(self) -> int | None:
+        """Returns the updates made at the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Starts to write a state; the caller may give it away at once. Nothing happens where this step is saved already.
+
+        Raises:
+          InputError: when this one or the one before cannot be written.
+        """
+        step = int(state.step)
+        trainable, rest = _named(state)
+        if jax.default_backend() == "cpu":
+            # On CPU the writer would read the very buffers that the next update is given.
+            trainable, rest = jax.tree.map(jnp.copy, (trainable, rest))
+        try:
+            self._manager.wait_until_finished()
+            if step in self._manager.all_steps():
+                return
+            args = ocp.args.Composite(**{TRAINABLE: ocp.args.PyTreeSave(trainable), REST: ocp.args.PyTreeSave(rest)})
+            self._manager.save(step, args=args, force=True)
+        except Exception as e:
+            raise self._failure(step, e) from e
+
+    def wait(self) -> None:
+        """Waits until everything is written. Raises InputError when something could not be."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as e:
+            raise self._failure(None, e) from e
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        """Returns the newest state that can be read whole, with the places and shapes of `like`; None where there is none.
+
+        A checkpoint that is damaged is renamed to N.damaged, noted, and passed over.
+
+        Raises:
+          InputError: for a checkpoint of another architecture or recipe, or when all are damaged.
+        """
+        trainable, rest = _named(like)
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                metadata = self._manager.item_metadata(step)
+                for name, wanted in ((TRAINABLE, trainable), (REST, rest)):
+                    self._check(step, name, wanted, metadata[name])
+                args = ocp.args.Composite(**{TRAINABLE: _restore_args(trainable), REST: _restore_args(rest)})
+                read = self._manager.restore(step, args=args)
+            except InputError:
+                raise
+            except Exception as e:
+                damaged[step] = _reason(e)
+                continue
+            for number, reason in damaged.items():
+                self._set_aside(number)
+                self.notes.append(f"checkpoint {number} is damaged ({reason}); it is now {number}.damaged, and {step} is used")
+            return _state({**read[TRAINABLE], **read[REST]}, like)
+        if damaged:
+            raise InputError(f"{self._folder}: no checkpoint can be read ({next(iter(damaged.values()))}); start with another --workdir")
+        return None
+
+    def close(self) -> None:
+        """Waits and frees the threads."""
+        self._manager.close()
+
+    def _check(self, step: int, item: str, wanted: Arrays, metadata: Any) -> None:
+        tree = getattr(metadata, "tree", metadata)
+        found = {name: tuple(at.shape) for name, at in tree.items()}
+        shapes = {name: tuple(x.shape) for name, x in wanted.items()}
+        if found == shapes:
+            return
+        odd = next(name for name in sorted({*found, *shapes}) if found.get(name) != shapes.get(name))
+        there, here = (sizes.get(odd, "absent") for sizes in (found, shapes))
+        raise InputError(
+            f"{self._folder / str(step)}: the checkpoint is of another architecture or recipe "
+            f"({item} {odd.replace('.', '/')} is {there} there, {here} here); choose another --workdir"
+        )
+
+    def _set_aside(self, step: int) -> None:
+        barrier(f"damaged {step}")
+        if jax.process_index() == 0:
+            (self._folder / str(step)).rename(self._folder / f"{step}.damaged")
+        barrier(f"set aside {step}")
+        self._manager.reload()
+
+    def _failure(self, step: int | None, error: Exception) -> InputError:
+        whole = steps_of(self._folder)
+        kept = f"checkpoint {whole[-1]} is whole" if whole else "there is no checkpoint yet"
+        what = "a checkpoint" if step is None else f"checkpoint {step}"
+        return InputError(f"{self._folder}: {what} could not be written ({_reason(error)}); {kept}; free some space and run it again")
+
+
+def steps_of(folder: epath.PathLike) -> list[int]:
+    """Returns the whole checkpoints in a folder of them, oldest first."""
+    path = epath.Path(folder).absolute()
+    return sorted(ocp.utils.checkpoint_steps(path)) if path.exists() else []
+
+
+def read_trainable(folder: epath.PathLike, step: int) -> dict[str, np.ndarray]:
+    """Returns path -> float32 array of one checkpoint, in memory of the host.
+
+    Raises:
+      InputError: when it cannot be read.
+    """
+    path = epath.Path(folder).absolute() / str(step) / TRAINABLE
+    _quieten()
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            metadata = reader.metadata(path)
+            names = getattr(metadata, "item_metadata", metadata)
+            names = getattr(names, "tree", names)
+            args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+            found = reader.restore(path, ocp.args.PyTreeRestore(restore_args=args))
+    except Exception as e:
+        raise InputError(f"{path}: cannot be read ({_reason(e)}); choose another --step") from e
+    return {name.replace(".", "/"): np.asarray(x) for name, x in found.items()}
+
+
+def _named(state: TrainState) -> tuple[Arrays, Arrays]:
+    """Returns what trains and the rest of a state, as arrays by name."""
+    trainable = {_stored(path): x for path, x in state.trainable.items()}
+    return trainable, dict(_rest(state))
+
+
+def _rest(state: TrainState) -> Iterator[tuple[str, Any]]:
+    for name in ("step", "skipped", "skipped_in_row", "key"):
+        yield name, getattr(state, name)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state.optimizer)[0]:
+        yield "optimizer." + ".".join(_stored(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))) for k in path), leaf
+
+
+def _state(found: Arrays, like: TrainState) -> TrainState:
+    """Returns the state whose leaves `found` holds by name."""
+    structure = jax.tree.structure(like.optimizer)
+    moments = [found[name] for name, _ in _rest(like) if name.startswith("optimizer.")]
+    return TrainState(
+        step=found["step"],
+        trainable={path: found[_stored(path)] for path in like.trainable},
+        optimizer=jax.tree.unflatten(structure, moments),
+        skipped=found["skipped"],
+        skipped_in_row=found["skipped_in_row"],
+        key=found["key"],
+    )
+
+
+def _restore_args(arrays: Arrays) -> ocp.args.PyTreeRestore:
+    item = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in arrays.items()}
+    return ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
+
+
+def _stored(path: str) -> str:
+    # A slash would make folders of a name.
+    return path.replace("/", ".")
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _quieten() -> None:
+    logging.getLogger("absl").addFilter(_tells)
+
+
+def _tells(record: logging.LogRecord) -> bool:
+    # Orbax warns at every restore that files could be read with another sharding, which is what is wanted here.
+    return record.levelno > logging.WARNING or "orbax" not in record.pathname

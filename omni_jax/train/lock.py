@@ -1,0 +1,38 @@
+"""One run at a time in a workdir: a lock that the operating system frees however the process ends."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+
+from etils import epath
+
+from omni_jax.types import InputError
+
+LOCK = "run.lock"
+
+
+@contextlib.contextmanager
+def run_lock(workdir: epath.PathLike) -> Iterator[None]:
+    """Holds the workdir, made where it is not there, while the block runs. Object stores have no locks: there it only makes the folder.
+
+    Raises:
+      InputError: when another process holds it, or it cannot be written.
+    """
+    folder = epath.Path(workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if "://" in os.fspath(folder):
+            yield
+            return
+        file = open(folder / LOCK, "a+b")  # noqa: SIM115 - held open as long as the run
+    except OSError as e:
+        raise InputError(f"{folder}: cannot be written ({e.strerror or e}); choose another --workdir") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{folder}: another run is training here; wait for it, or choose another --workdir") from None
+        yield

@@ -1,0 +1,188 @@
+"""The workdir of a run: what it was started with, and the model that its checkpoints hold.
+
+config.json      the run's config, the architecture, which base weights and clips by digest
+base/            base weights, where they were drawn afresh; otherwise they stay where they were
+checkpoints/N/   see checkpoint.py
+metrics.jsonl, tensorboard/, run.lock
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from omni_jax.config import ConfigError, ModelConfig
+from omni_jax.train.checkpoint import read_trainable, steps_of
+from omni_jax.train.lock import LOCK
+from omni_jax.train.run_config import RunConfig
+from omni_jax.train.trainable import TEMPERATURE
+from omni_jax.types import InputError
+
+CONFIG, BASE, CHECKPOINTS = "config.json", "base", "checkpoints"
+FORMAT = 1
+
+FREE = (
+    *("mesh", "remat", "checkpoint", "evaluation", "log", "stop", "model.base"),
+    *("data.train", "data.media_root", "data.workers", "data.timeout"),
+)
+"""Config fields that may change when a run is gone on with: they do not decide what is computed, or a digest holds what does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkdirConfig:
+    """What `config.json` says.
+
+    Attributes:
+      run: the config, as `RunConfig.to_json` gives it.
+      model: the architecture, LoRA included.
+      base: folder of the base weights; one inside the workdir is relative to it.
+      digests: name -> digest of what the run was started from: "base weights", "adapter weights", "clips".
+      total_steps: updates of the whole run.
+    """
+
+    run: Mapping[str, Any]
+    model: ModelConfig
+    base: str
+    digests: Mapping[str, str | None]
+    total_steps: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **dataclasses.asdict(self), "model": self.model.to_json()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The model of one checkpoint.
+
+    Attributes:
+      base: the converted folder with its base weights.
+      model: the architecture, LoRA included.
+      trainable: path ("head/fc1/kernel") -> float32 array, of what trained; layer stacks have their leading axis.
+      step: updates made.
+      digests: as in `WorkdirConfig`.
+    """
+
+    base: epath.Path
+    model: ModelConfig
+    trainable: dict[str, np.ndarray]
+    step: int
+    digests: Mapping[str, str | None]
+
+
+def is_workdir(folder: epath.PathLike) -> bool:
+    """Whether a folder is the workdir of a run (and not a converted folder)."""
+    folder = epath.Path(folder)
+    return (folder / CHECKPOINTS).exists() and (folder / CONFIG).exists()
+
+
+def read_config(folder: epath.PathLike) -> WorkdirConfig | None:
+    """Returns what the run of a workdir was started with; None where none was started.
+
+    Raises:
+      InputError: for a file that cannot be read.
+    """
+    path = epath.Path(folder) / CONFIG
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text())
+        if value.pop("format") != FORMAT:
+            raise ValueError("written by another version of omni_jax")
+        return WorkdirConfig(**{**value, "model": ModelConfig.from_json(value["model"])})
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+        raise InputError(f"{path}: cannot be read ({e}); start again with another --workdir") from None
+
+
+def read_workdir(folder: epath.PathLike, step: int | None = None) -> Trained:
+    """Returns the model of a run's newest whole checkpoint, or of the one after `step` updates.
+
+    Raises:
+      InputError: when the folder is no workdir, has no such checkpoint, or its base weights are gone.
+    """
+    folder = epath.Path(folder)
+    config = read_config(folder)
+    if config is None:
+        raise InputError(f"{folder}: not the workdir of a training run ({CONFIG} is missing); make one with omni-jax train")
+    steps = steps_of(folder / CHECKPOINTS)
+    if not steps:
+        raise InputError(f"{folder}: the run has no checkpoint yet; let it train longer")
+    if step is not None and step not in steps:
+        raise InputError(f"{folder}: no checkpoint of step {step}; choose one of {', '.join(map(str, steps))}")
+    chosen = steps[-1] if step is None else step
+    base = base_folder(folder, config)
+    if not base.exists():
+        raise InputError(f"{folder}: its base weights are no longer at {base}; put them back (config.json names the place)")
+    trainable = read_trainable(folder / CHECKPOINTS, chosen)
+    trainable.pop(TEMPERATURE, None)
+    return Trained(base, config.model, trainable, chosen, config.digests)
+
+
+def base_folder(folder: epath.PathLike, config: WorkdirConfig) -> epath.Path:
+    return epath.Path(folder) / config.base
+
+
+def claim(folder: epath.PathLike, config: WorkdirConfig) -> None:
+    """Makes the workdir this run's own: writes `config.json`, or checks that the one there is of the same run.
+
+    Raises:
+      InputError: when another run is there, saying what differs, or the folder holds other things.
+    """
+    folder = epath.Path(folder)
+    there = read_config(folder)
+    if there is not None:
+        if different := list(_differences(there, config)):
+            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+            raise InputError(f"{folder}: holds another run: {'; '.join(different[:3])}{more}; choose another --workdir")
+    else:
+        strange = sorted(p.name for p in folder.iterdir() if p.name not in (LOCK, BASE) and not p.name.startswith("."))
+        if strange:
+            raise InputError(f"{folder}: is not empty ({strange[0]}) and not the workdir of a run; choose another --workdir")
+    write_whole(folder / CONFIG, json.dumps(config.to_json(), indent=1) + "\n")
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file that appears whole or not at all.
+
+    Raises:
+      InputError: when it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        temporary.rename(path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror or e}); free some space or choose another --workdir") from None
+
+
+def run_of(config: WorkdirConfig) -> RunConfig:
+    """Returns the config of a workdir's run as a record. Raises ConfigError when this version does not know it."""
+    try:
+        return RunConfig.from_config(config.run)
+    except ConfigError as e:
+        raise ConfigError(f"{CONFIG}: {e}") from None
+
+
+def _differences(there: WorkdirConfig, here: WorkdirConfig) -> Iterator[str]:
+    for name in sorted({*there.digests, *here.digests}):
+        if there.digests.get(name) != here.digests.get(name):
+            yield f"its {name} are others"
+    old, new = ({**dict(_flat(c.run)), **dict(_flat(c.model.to_json(), "architecture"))} for c in (there, here))
+    for name in sorted({*old, *new}):
+        if old.get(name) != new.get(name) and not any(name == free or name.startswith(f"{free}.") for free in FREE):
+            yield f"{name} is {old.get(name)!r} there, {new.get(name)!r} here"
+    if there.total_steps != here.total_steps:
+        yield f"it has {there.total_steps} updates, here are {here.total_steps}"
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,134 @@
+"""Checkpoints: whole or absent, on any mesh, of this run alone."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from omni_jax.parallel import make_mesh
+from omni_jax.train.checkpoint import Checkpoints, read_trainable, steps_of
+from omni_jax.types import InputError
+from tests.train.states import assert_equal, state
+
+
+def saved(folder: Path, *steps: int, keep: int = 3) -> None:
+    checkpoints = Checkpoints(folder, keep)
+    for step in steps:
+        checkpoints.save(state(step))
+    checkpoints.wait()
+    checkpoints.close()
+
+
+def test_the_newest_comes_back_and_old_ones_go(tmp_path: Path) -> None:
+    saved(tmp_path / "c", 1, 2, 3, 5, keep=2)
+    checkpoints = Checkpoints(tmp_path / "c", 2)
+    restored = checkpoints.restore(state(0))
+    assert restored is not None
+    assert_equal(restored, state(5))
+    assert steps_of(tmp_path / "c") == [3, 5] and checkpoints.newest() == 5
+    checkpoints.save(state(5))  # there already: nothing happens
+    checkpoints.close()
+    np.testing.assert_array_equal(read_trainable(tmp_path / "c", 3)["head/fc1/kernel"], state(3).trainable["head/fc1/kernel"])
+
+
+def test_nothing_saved_restores_nothing(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", 2)
+    assert checkpoints.restore(state(0)) is None and checkpoints.newest() is None
+    assert steps_of(tmp_path / "elsewhere") == []
+    checkpoints.close()
+
+
+def test_another_mesh_takes_it(tmp_path: Path) -> None:
+    first = Checkpoints(tmp_path / "c", 2)
+    first.save(state(4, make_mesh(fsdp=8)))
+    first.wait()
+    first.close()
+    for mesh in (make_mesh(data=4, fsdp=2), make_mesh(fsdp=2, devices=jax.devices()[:2]), None):
+        checkpoints = Checkpoints(tmp_path / "c", 2)
+        like = state(0, mesh)
+        restored = checkpoints.restore(like)
+        assert restored is not None
+        assert_equal(restored, state(4))
+        assert [x.sharding for x in jax.tree.leaves(restored)] == [x.sharding for x in jax.tree.leaves(like)]
+        checkpoints.close()
+
+
+def test_a_saved_state_is_not_the_one_that_is_given_away(tmp_path: Path) -> None:
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path / "c", 2)
+    given = state(6)
+    checkpoints.save(given)
+    overwrite(given)
+    checkpoints.wait()
+    restored = checkpoints.restore(state(0))
+    assert restored is not None
+    assert_equal(restored, state(6))
+    checkpoints.close()
+
+
+def test_a_half_written_one_is_not_taken(tmp_path: Path) -> None:
+    saved(tmp_path / "c", 1, 2)
+    half = tmp_path / "c" / "3.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "c" / "2", half)
+    checkpoints = Checkpoints(tmp_path / "c", 3)
+    restored = checkpoints.restore(state(0))
+    assert restored is not None and int(restored.step) == 2 and not half.exists()
+    checkpoints.save(state(3))
+    checkpoints.wait()
+    checkpoints.close()
+    assert steps_of(tmp_path / "c") == [1, 2, 3]
+
+
+def test_a_damaged_one_is_set_aside(tmp_path: Path) -> None:
+    saved(tmp_path / "c", 1, 2)
+    for file in (tmp_path / "c" / "2").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(b"")
+    checkpoints = Checkpoints(tmp_path / "c", 3)
+    restored = checkpoints.restore(state(0))
+    assert restored is not None
+    assert_equal(restored, state(1))
+    assert "checkpoint 2 is damaged" in checkpoints.notes[0] and (tmp_path / "c" / "2.damaged").exists()
+    checkpoints.save(state(2))
+    checkpoints.wait()
+    checkpoints.close()
+    assert steps_of(tmp_path / "c") == [1, 2]
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "c", 1)
+    checkpoints = Checkpoints(tmp_path / "c", 3)
+    with pytest.raises(InputError, match=r"another architecture or recipe \(trainable head/fc1/kernel is \(8, 4\) there, \(6, 4\) here\)"):
+        checkpoints.restore(state(0, rows=6))
+    checkpoints.close()
+    assert steps_of(tmp_path / "c") == [1]
+
+
+def test_a_full_disk_stops_with_one_line_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    saved(tmp_path / "c", 1)
+    checkpoints = Checkpoints(tmp_path / "c", 3)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))  # Python ignores SIGXFSZ: writes fail as on a full disk
+    try:
+        with pytest.raises(InputError, match=r"could not be written .*; checkpoint 1 is whole; free some space") as caught:
+            checkpoints.save(state(2))
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)
+    again = Checkpoints(tmp_path / "c", 3)
+    restored = again.restore(state(0))
+    assert restored is not None
+    assert_equal(restored, state(1))
+    again.close()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be made"):
+        Checkpoints(tmp_path / "file" / "c", 3)
