@@ -15,12 +15,11 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-import conversion
-from conversion.folder import read_manifest
+from omni_jax.api.weights import load_params, open_model
 from omni_jax.config import TABLE_MODALITIES, TABLES, ConfigError, ModelConfig, Preset
 from omni_jax.config import preset as preset_named
 from omni_jax.data.loading import DECODE_LIMIT_S, load_features
-from omni_jax.model import Encoder, abstract_encoder, param_shardings, with_params
+from omni_jax.model import Encoder, abstract_encoder, with_params
 from omni_jax.model.runner import Runner
 from omni_jax.parallel import make_mesh
 from omni_jax.retrieval.embedding_pass import Part, assemble, embedding_pass
@@ -46,29 +45,30 @@ class OmniRetriever:
         self._planners: dict[Preset, Planner] = {}
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str], *, dtype: str = "keep", preset: str | Preset = "training") -> OmniRetriever:
-        """Loads a folder that `omni-jax convert to-jax` wrote, on every device jax sees.
+    def from_pretrained(
+        cls, directory: str | os.PathLike[str], *, dtype: str = "keep", preset: str | Preset = "training", step: int | None = None
+    ) -> OmniRetriever:
+        """Loads a folder that `omni-jax convert to-jax` wrote, or the workdir of `omni-jax train`, on every device jax sees.
 
         Args:
-          directory: the converted folder.
+          directory: the converted folder or the workdir.
           dtype: "keep", "bfloat16" or "float32": of the weights in memory, and of the computation.
           preset: a preset, or the name of one.
+          step: of a workdir the checkpoint after so many updates; None for the newest.
 
         Raises:
           InputError: when the folder is not a converted checkpoint, its tokenizer belongs to another model, or its towers take patches
             that the preprocessing does not make.
         """
-        folder = epath.Path(directory)
         # Before the weights, which take minutes to read at full size.
-        model = read_manifest(folder).model
-        _check_preprocessing(folder, model)
-        tokenizer = Tokenizer.from_pretrained(folder)
-        tokenizer.check(model.tokens)
+        source = open_model(directory, step)
+        _check_preprocessing(source.folder, source.config)
+        tokenizer = Tokenizer.from_pretrained(source.folder)
+        tokenizer.check(source.config.tokens)
         mesh = make_mesh() if len(jax.devices()) > 1 else None
-        shardings = param_shardings(model, mesh) if mesh is not None else None
-        config, params = conversion.load(folder, dtype=None if dtype == "keep" else dtype, shardings=shardings)
+        params = load_params(source, None if dtype == "keep" else dtype, mesh)
         compute = jnp.dtype(dtype) if dtype != "keep" else params["decoder", "layers", "attn", "q", "kernel"].dtype
-        encoder = with_params(abstract_encoder(config, dtype=compute), params)
+        encoder = with_params(abstract_encoder(source.config, dtype=compute), params)
         chosen = preset_named(preset) if isinstance(preset, str) else preset
         return cls(encoder, tokenizer, chosen, mesh)
 

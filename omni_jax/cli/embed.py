@@ -43,7 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what every command that embeds a manifest takes."""
-    parser.add_argument("--model", type=epath.Path, required=True, metavar="DIR", help="folder written by 'omni-jax convert to-jax'")
+    parser.add_argument(
+        "--model",
+        type=epath.Path,
+        required=True,
+        metavar="DIR",
+        help="converted folder, or workdir of 'omni-jax train'",
+    )
     parser.add_argument("--manifest", required=True, metavar="FILE.jsonl", help="plain or official manifest, one JSON record a line")
     parser.add_argument("--tables", metavar="LIST", help=f"comma-separated, among {','.join(TABLES)} (default: all that the fields allow)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help="override a preset field")
@@ -163,13 +169,12 @@ def _at_fault(record: Record, reason: str) -> str:
 
 def _settings(args: argparse.Namespace, chosen: Preset, tables: tuple[str, ...], manifest: Manifest) -> dict[str, Any]:
     """Returns all that the embeddings depend on: an unfinished run goes on only under the same."""
-    from conversion.folder import read_manifest
+    from omni_jax.api.weights import open_model
 
-    source = read_manifest(args.model)
     return {
         "tables": tables,
         "preset": dataclasses.asdict(chosen),
-        "weights": [source.base_digest, source.adapter_digest],
+        "weights": open_model(args.model).identity,
         "dtype": args.dtype,
         "normalize": not args.no_normalize,
         "records": hashlib.blake2b(repr(manifest.records).encode(), digest_size=16).hexdigest(),

@@ -16,7 +16,13 @@ EXAMPLE = 'omni-jax search --model omni7b --index clips.npz --text "a whistle ov
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=epath.Path, required=True, metavar="DIR", help="folder written by 'omni-jax convert to-jax'")
+    parser.add_argument(
+        "--model",
+        type=epath.Path,
+        required=True,
+        metavar="DIR",
+        help="converted folder, or workdir of 'omni-jax train'",
+    )
     parser.add_argument(
         "--index", action="append", required=True, metavar="FILE.npz", help="embedding file; repeat it for parts of one set"
     )

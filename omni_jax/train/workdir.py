@@ -155,7 +155,7 @@ def write_whole(path: epath.Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
     try:
         temporary.write_text(text)
-        temporary.rename(path)
+        temporary.replace(path)
     except OSError as e:
         raise InputError(f"{path}: cannot be written ({e.strerror or e}); free some space or choose another --workdir") from None
 

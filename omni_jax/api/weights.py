@@ -1,0 +1,88 @@
+"""The weights of a model, from a folder that `convert to-jax` wrote or from the workdir of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+import conversion
+from conversion.folder import Manifest, read_manifest
+from omni_jax.config import ModelConfig
+from omni_jax.model import param_shardings
+from omni_jax.train.workdir import CONFIG, is_workdir, read_workdir
+from omni_jax.types import InputError
+
+Params = dict[tuple[str, ...], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A model on disk.
+
+    Attributes:
+      folder: the converted folder: base weights, tokenizer, side files.
+      config: the architecture, LoRA included.
+      trained: path -> float32 array of what a run trained; empty for a converted folder.
+      step: updates of that run; None likewise.
+      identity: equal for equal weights.
+    """
+
+    folder: epath.Path
+    config: ModelConfig
+    trained: Mapping[str, np.ndarray]
+    step: int | None
+    identity: tuple[str | None, ...]
+
+
+def open_model(directory: str | os.PathLike[str], step: int | None = None) -> ModelSource:
+    """Returns the model of a converted folder, or of a workdir at its newest checkpoint or the one after `step` updates.
+
+    Raises:
+      InputError: when it is neither, or the base weights are no longer those of the run.
+    """
+    folder = epath.Path(directory)
+    if not is_workdir(folder):
+        if step is not None:
+            raise InputError(f"{folder}: a step was asked for, but this is not the workdir of a training run")
+        manifest = read_manifest(folder)
+        return ModelSource(folder, manifest.model, {}, None, (manifest.base_digest, manifest.adapter_digest))
+    run = read_workdir(folder, step)
+    manifest = read_manifest(run.base)
+    digests = base_digests(manifest)
+    if any(run.digests.get(name) != digest for name, digest in digests.items()):
+        raise InputError(f"{run.base}: holds other weights than those {folder} was trained from; put the right ones back")
+    settings = hashlib.blake2b((folder / CONFIG).read_bytes(), digest_size=16).hexdigest()
+    return ModelSource(run.base, run.model, run.trainable, run.step, (*digests.values(), settings, str(run.step)))
+
+
+def base_digests(manifest: Manifest) -> dict[str, str | None]:
+    """Returns the digests of a converted folder by what they are of, as a run's `config.json` keeps them."""
+    return {"base weights": manifest.base_digest, "adapter weights": manifest.adapter_digest}
+
+
+def load_params(source: ModelSource, dtype: Any = None, mesh: Mesh | None = None) -> Params:
+    """Returns every parameter on the devices, in `dtype` or as the base stores it, what was trained in place of what the base holds."""
+    shardings = param_shardings(source.config, mesh) if mesh is not None else {}
+    _, params = conversion.load(source.folder, dtype=dtype, shardings=shardings)
+    kinds = {path: x.dtype for path, x in params.items()}
+    for name, array in source.trained.items():
+        path = tuple(name.split("/"))
+        # LoRA that the run added has no place in the base: it takes the type of the weights that it stands beside.
+        kind = kinds.get(path) or kinds[(*path[:-1], "kernel")]
+        params[path] = _place(array.astype(kind), shardings.get(path))
+    return params
+
+
+def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
