@@ -82,18 +82,26 @@ class Thinker:
     @torch.inference_mode()
     def media(self, clips: Sequence[Features], *, video: bool = True, audio: bool = True) -> list[MediaTokens]:
         """Returns each clip's media tokens, the towers running once for all clips."""
-        seen = self._video([c.vision for c in clips if c.vision]) if video else [None] * len(clips)
-        heard = self._audio([s for c in clips for s in c.audio or ()]) if audio else [None] * len(clips)
-        return list(zip(seen, heard, strict=True))
+        return self.media_tokens(clips, video=video, audio=audio)
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[TokenSequence], media: Sequence[MediaTokens]) -> np.ndarray:
         """Returns embeddings (N, D) of prompts, each with its clip's media tokens, through the fusion head."""
+        return self.head(torch.cat(self.last_states(prompts, media), dim=-1)).numpy()
+
+    def media_tokens(self, clips: Sequence[Features], *, video: bool = True, audio: bool = True) -> list[MediaTokens]:
+        """`media` with gradients, where parameters ask for them."""
+        seen = self._video([c.vision for c in clips if c.vision]) if video else [None] * len(clips)
+        heard = self._audio([s for c in clips for s in c.audio or ()]) if audio else [None] * len(clips)
+        return list(zip(seen, heard, strict=True))
+
+    def last_states(self, prompts: Sequence[TokenSequence], media: Sequence[MediaTokens]) -> list[Tensor]:
+        """Returns the last token of every layer, L times (N, D), the last one after the final norm."""
         states, mask, positions = self._pad(prompts, media)
         kept = self.text(
             inputs_embeds=states, attention_mask=mask, position_ids=positions, use_cache=False, output_hidden_states=True
         ).hidden_states
-        return self.head(torch.cat([h[:, -1] for h in kept[1:]], dim=-1)).numpy()
+        return [h[:, -1] for h in kept[1:]]
 
     def _video(self, features: Sequence[VisionFeatures]) -> list[Tensor]:
         grids = torch.tensor([f.grid_thw for f in features])

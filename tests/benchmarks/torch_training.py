@@ -1,0 +1,93 @@
+"""The torch side of the training benchmark: the thinker with a PEFT adapter, run as the release runs it (SPEC section 6).
+
+Six forwards a step, each of its own: the tuple, its augmented copy, the hard negative without gradient, and text, audio and video alone,
+though one of them is not in play. Negatives are those of the micro-batch. Towers run once for the clips and once for the augmented copies.
+
+Letters: B clips, D decoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from omni_jax.config import ModelConfig
+from omni_jax.objectives import hard_negative_in_play, pairs_in_play, students_in_play
+from omni_jax.types import Features, TokenSequence
+from tests.benchmarks.thinker import MediaTokens, Thinker
+
+Prompts = Sequence[Mapping[str, TokenSequence]]
+
+
+class Adapted(Thinker):
+    """The thinker with an adapter that PEFT loaded; LoRA, the fusion head and the bridge train."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, np.ndarray], adapter: Path):
+        super().__init__(config, weights)
+
+        class Root(nn.Module):
+            """The modules that an adapter touches, under their names in a checkpoint."""
+
+            def prepare_inputs_for_generation(self, *_: object) -> None:
+                raise AssertionError("PEFT looks for it in a causal language model; nothing is generated here")
+
+        root = Root()
+        root.model, root.classify_linear = self.text, self.head
+        root.beats_ln, root.beats_proj = self.bridge.beats_ln, self.bridge.beats_proj
+        for module in (self.vision, self.audio, self.bridge.beats):
+            module.requires_grad_(False)
+        PeftModel.from_pretrained(root, str(adapter), is_trainable=True)
+        # PEFT puts wrappers around the modules that it saves whole.
+        self.head, self.bridge.beats_ln, self.bridge.beats_proj = root.classify_linear, root.beats_ln, root.beats_proj
+        self.trained = [p for p in root.parameters() if p.requires_grad]
+
+
+class Trainer:
+    """Makes updates of the release's kind."""
+
+    def __init__(self, model: Adapted, temperature: float, learning_rate: float):
+        self.model, self.temperature = model, temperature
+        self.optimizer = torch.optim.AdamW(model.trained, lr=learning_rate, weight_decay=0.01)
+
+    def update(self, step: int, clips: Sequence[Features], copies: Sequence[Features], prompts: Prompts, shuffle: np.ndarray) -> float:
+        """Returns the loss, after an update; `prompts` are by clip as in `types.Example`."""
+        loss = self.loss(step, clips, copies, prompts, shuffle)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def loss(self, step: int, clips: Sequence[Features], copies: Sequence[Features], prompts: Prompts, shuffle: np.ndarray) -> Tensor:
+        """Returns the sum of the three losses of a step."""
+        media, augmented = self.model.media_tokens(clips), self.model.media_tokens(copies)
+        kind = hard_negative_in_play(step)
+        swapped = [
+            (media[other if kind == "video" else own][0], media[other if kind == "audio" else own][1])
+            for own, other in enumerate(shuffle.tolist())
+        ]
+        anchor, positive = self._embed("anchor", prompts, media), self._embed("positive", prompts, augmented)
+        with torch.no_grad():
+            hard = self._embed("hard", prompts, swapped)
+        singles = {name: self._embed(name, prompts, media) for name in ("text", "audio", "video")}
+        contrast = self._info_nce(anchor, positive, hard)
+        taught = [self._info_nce(anchor.detach(), singles[name]) for name in students_in_play(step)]
+        pairs = [self._info_nce(singles[x], singles[y]) for x, y in pairs_in_play(step)]
+        return contrast + sum(taught) / len(taught) + sum(pairs) / len(pairs)
+
+    def _embed(self, name: str, prompts: Prompts, media: Sequence[MediaTokens]) -> Tensor:
+        states = self.model.last_states([p[name] for p in prompts], media)
+        return states[-1] if name == "text" else self.model.head(torch.cat(states, dim=-1))
+
+    def _info_nce(self, a: Tensor, b: Tensor, hard: Tensor | None = None) -> Tensor:
+        a, b = normalize(a, dim=-1), normalize(b, dim=-1)
+        own = torch.arange(len(a))
+        extra: list[Any] = [] if hard is None else [normalize(hard, dim=-1)]
+        return sum(cross_entropy(x @ torch.cat([y, *extra]).T / self.temperature, own) for x, y in ((a, b), (b, a))) / 2

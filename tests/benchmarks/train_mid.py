@@ -1,0 +1,287 @@
+"""Speed and memory of a training step on two CPU threads beside the torch thinker with PEFT, run as the release runs it: same clips, same
+weights, same losses.
+
+A round is three updates, one of each step kind. Ours computes what is in play in packed rows, the other caption behind the anchor's media;
+torch makes the release's six forwards (`torch_training`). Both keep all residuals, have micro-batch negatives, and are float32. Packing and
+padding of prompts are within the time on both sides.
+
+Run alone: python -m tests.benchmarks --only train_mid
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import conversion
+from omni_jax.config import LoraConfig, ModelConfig
+from omni_jax.model import Encoder
+from omni_jax.tokens.batching import step_layout
+from omni_jax.tokens.prompts import build_sequence
+from omni_jax.train import LossConfig, OptimizerConfig, StepConfig, TrainBatch, TrainStep, fit_shapes, ledger, pack_micro_batch, step_kind
+from omni_jax.types import AudioBatch, BeatsBatch, ClipMedia, Example, Features, TokenSequence, VisionBatch
+from tests.benchmarks import encoder_7b, mid_size
+from tests.benchmarks.timing import PAIRS, Pairs, interleave, product_rates
+
+ROOT = Path(__file__).resolve().parents[2]
+THREADS = 2
+CLIPS = 2  # clips of a micro-batch
+KINDS = 3
+LEARNING_RATE = 1e-5
+TEMPERATURE = 0.05
+ROW_STEP = 64  # rows are padded to a multiple of so many tokens
+LARGEST_DIFFERENCE = 2e-4  # of the losses, relative: both sides are float32
+
+TABLES = {"anchor": "tva", "positive": "tva", "hard": "tva", "text": "text", "audio": "audio", "video": "video"}
+
+
+def adapted(config: ModelConfig) -> ModelConfig:
+    """Returns the settings with the release's adapter; its dropout is off, so that the losses can be compared."""
+    return dataclasses.replace(config, lora=LoraConfig(rank=16, alpha=32.0, dropout=0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """The clips of a micro-batch, their augmented copies, prompts by clip for each step kind, and whose features hard negatives take."""
+
+    clips: Sequence[Features]
+    copies: Sequence[Features]
+    prompts: Sequence[Sequence[Mapping[str, TokenSequence]]]
+    shuffle: np.ndarray
+
+    @classmethod
+    def make(cls, config: ModelConfig, count: int, **shapes: Any) -> Material:
+        """Returns synthetic material; `shapes` go to `mid_size.synthetic_clips`."""
+        made = mid_size.synthetic_clips(config, 2 * count, **shapes)
+        clips, copies = made[:count], made[count:]
+        words: Any = mid_size.RandomWords(config.decoder.vocab_size)
+        shuffle = np.roll(np.arange(count), -1)
+
+        def prompt(features: Features, name: str, caption: str | None) -> TokenSequence:
+            assert features.vision is not None
+            vision = (features.vision.grid_thw, features.vision.second_per_grid)
+            return build_sequence(words, config, mid_size.PRESET, TABLES[name], caption, vision, features.audio_tokens)
+
+        captions = [clip.record.text for clip in clips]
+        prompts = [
+            [
+                {
+                    **{name: prompt(clip, name, captions[i]) for name in ("anchor", "text", "audio", "video")},
+                    "positive": prompt(copies[i], "positive", copies[i].record.text),
+                    "hard": prompt(clip, "hard", captions[shuffle[i] if step_kind(kind, LossConfig()).hard == "text" else i]),
+                }
+                for i, clip in enumerate(clips)
+            ]
+            for kind in range(KINDS)
+        ]
+        return cls(clips, copies, prompts, shuffle)
+
+    def sizes(self) -> list[ledger.ClipSizes]:
+        """Returns the sizes of each clip, for the ledger."""
+        found = []
+        for clip, prompts in zip(self.clips, self.prompts[0], strict=True):
+            assert clip.vision is not None and clip.audio is not None
+            filler = len(prompts["video"].ids) - prompts["video"].prefix
+            sizes = ledger.ClipSizes(clip.vision.grid_thw, clip.audio[0].log_mel.shape[1], len(prompts["text"].ids), filler)
+            assert sizes.prompt("anchor") == len(prompts["anchor"].ids)
+            found.append(sizes)
+        return found
+
+
+class Ours:
+    """omni_jax: packing and the compiled step."""
+
+    def __init__(self, encoder: Encoder, material: Material, compiler_options: Mapping[str, Any] | None = None):
+        self.material, self.config = material, encoder.config
+        losses = LossConfig(temperature=TEMPERATURE, negatives="micro")
+        optimizer = OptimizerConfig(total_steps=1000, learning_rate=LEARNING_RATE, warmup_steps=0)
+        self.recipe = StepConfig(optimizer=optimizer, losses=losses, remat="none", frozen_dtype=None)
+        self.step = TrainStep(encoder.config, self.recipe, dtype=jnp.float32, compiler_options=compiler_options)
+        self.state, self.frozen = self.step.init(leaves(encoder))
+        self.media = [(media(a, self.config), media(b, self.config)) for a, b in zip(material.clips, material.copies, strict=True)]
+
+    def round(self) -> list[float]:
+        """Returns the losses of three updates."""
+        return [self._update(kind) for kind in range(KINDS)]
+
+    def batch(self, number: int) -> TrainBatch:
+        """Returns the packed batch of a step kind."""
+        kind = step_kind(number, self.recipe.losses)
+        examples = [Example(*both, prompts) for both, prompts in zip(self.media, self.material.prompts[number], strict=True)]
+        shapes = fit_shapes(examples, kind)
+        shapes = dataclasses.replace(shapes, row_tokens=-(-shapes.row_tokens // ROW_STEP) * ROW_STEP)
+        return jax.tree.map(jnp.asarray, pack_micro_batch(examples, kind, shapes, self.config, self.material.shuffle[None]))
+
+    def _update(self, number: int) -> float:
+        self.state, metrics = self.step(self.state, self.frozen, self.batch(number))
+        return float(metrics["loss"])
+
+
+class Theirs:
+    """torch and PEFT; the adapter comes to it as a folder, as a user's would."""
+
+    def __init__(self, encoder: Encoder, material: Material, adapter: Mapping[tuple[str, ...], Any] | None = None):
+        """Takes the base from the encoder, and the adapter from there too unless its leaves are given."""
+        from tests.benchmarks.torch_training import Adapted, Trainer
+
+        with tempfile.TemporaryDirectory() as scratch:
+            conversion.write_adapter(Path(scratch) / "adapter", encoder.config, adapter or leaves(encoder))
+            weights = mid_size.checkpoint_weights(encoder)
+            self.model = Adapted(encoder.config, weights, Path(scratch) / "adapter")
+        self.trainer, self.material = Trainer(self.model, TEMPERATURE, LEARNING_RATE), material
+
+    def round(self) -> list[float]:
+        """Returns the losses of three updates."""
+        m = self.material
+        return [self.trainer.update(kind, m.clips, m.copies, m.prompts[kind], m.shuffle) for kind in range(KINDS)]
+
+
+def leaves(encoder: Encoder) -> dict[tuple[str, ...], jax.Array]:
+    """Returns the encoder's parameters by path."""
+    return {tuple(map(str, path)): p[...] for path, p in nnx.to_flat_state(nnx.state(encoder, nnx.Param))}
+
+
+def media(clip: Features, config: ModelConfig) -> ClipMedia:
+    """Returns tower inputs of one clip with a single audio segment."""
+    assert clip.vision is not None and clip.audio is not None
+    (segment,), (t, h, w) = clip.audio, clip.vision.grid_thw
+    coords, window = step_layout(h, w, config.vision.merge_size, config.vision.window_tokens)
+    frames = config.audio.chunk_frames
+    chunks = [segment.log_mel.T[start : start + frames] for start in range(0, segment.log_mel.shape[1], frames)]
+    whole = len(segment.fbank) // config.beats.patch_size * config.beats.patch_size
+    return ClipMedia(
+        vision=VisionBatch(clip.vision.patches.reshape(t, h * w, -1), np.stack([coords] * t), np.stack([window] * t)),
+        audio=AudioBatch(
+            np.stack([np.pad(c, ((0, frames - len(c)), (0, 0))) for c in chunks]), np.array([len(c) for c in chunks], np.int32)
+        ),
+        beats=BeatsBatch(segment.fbank[None, :whole], np.array([whole]), np.array([segment.tokens], np.int32), segment.tokens),
+    )
+
+
+def run(pairs: int = PAIRS, config: ModelConfig | None = None, clips: int = CLIPS, memory: bool = True, **shapes: Any) -> dict[str, Any]:
+    """Returns ratios (torch's time and memory over ours), rates and the ledger, and prints them.
+
+    Args:
+      config: the mid-size settings unless told otherwise; `shapes` go to `mid_size.synthetic_clips`.
+      clips: clips of a micro-batch.
+      memory: whether to measure the peak memory of each side, in a process of its own and at the mid size.
+
+    Raises:
+      AssertionError: where the two sides' losses differ, for then they do not train the same.
+    """
+    import torch
+
+    torch.set_num_threads(THREADS)
+    config = adapted(config or mid_size.mid_config())
+    encoder = mid_size.random_encoder(config)
+    material = Material.make(config, clips, **shapes)
+    results: dict[str, Any] = {"parameters": mid_size.parameter_count(encoder), "threads": THREADS, "clips": clips}
+    print(
+        f"{results['parameters'] / 1e6:.0f} M parameters, float32, {THREADS} threads; micro-batches of {clips} clips, LoRA and heads train"
+    )
+    if memory:
+        results["peak_bytes"] = {side: peak(side, clips) for side in ("ours", "torch")}
+        ratio = results["peak_bytes"]["torch"] / results["peak_bytes"]["ours"]
+        results["memory_ratio"] = ratio
+        print(
+            "peak memory of the process: "
+            + ", ".join(f"{side} {size / 2**30:.2f} GiB" for side, size in results["peak_bytes"].items())
+            + f" ({ratio:.2f}x)",
+            flush=True,
+        )
+    ours, theirs = Ours(encoder, material), Theirs(encoder, material)
+    found: dict[str, list[float]] = {"ours": [], "torch": []}
+    timed = interleave(lambda: found["ours"].extend(ours.round()), lambda: found["torch"].extend(theirs.round()), pairs)
+    worst = max(abs(a - b) / abs(b) for a, b in zip(found["ours"], found["torch"], strict=True))
+    if not worst <= LARGEST_DIFFERENCE:
+        raise AssertionError(f"the losses of the two sides differ by {worst:.1e}; they do not train the same")
+    results |= {"loss_difference": worst, "losses": found["ours"], "first_call_seconds": timed.first_ours}
+    print(f"largest difference between the losses of {len(found['ours'])} updates: {worst:.1e}; first call {timed.first_ours:.0f} s")
+    results["matrix_product_gflops"] = product_rates()
+    print("matrix product: " + ", ".join(f"{side} {rate:.0f} GFLOP/s" for side, rate in results["matrix_product_gflops"].items()))
+    return results | _report(config, material, ours.recipe, timed)
+
+
+def _report(config: ModelConfig, material: Material, recipe: StepConfig, timed: Pairs) -> dict[str, Any]:
+    """Speed as figures and lines, with the ledger of each side beside it: operations without padding."""
+    counted = {
+        side: ledger.mean([part for sizes in material.sizes() for part in count(config, sizes, recipe.losses, remat="none")])
+        for side, count in (("ours", ledger.per_triple), ("torch", ledger.released_per_triple))
+    }
+    operations = {side: ledger.total(made) for side, made in counted.items()}
+    rows = KINDS * len(material.clips)
+    speed = {side: rows / seconds for side, seconds in zip(("ours", "torch"), timed.seconds, strict=True)}
+    figures = {
+        "ratio": timed.ratio,
+        "ratios": [b / a for a, b in zip(timed.ours, timed.theirs, strict=True)],
+        "clips_per_second": speed,
+        "gflop_per_clip": {side: x / 1e9 for side, x in operations.items()},
+        "gflops": {side: operations[side] * speed[side] / 1e9 for side in speed},
+        "operations_ratio": operations["torch"] / operations["ours"],
+    }
+    print(f"operations of a clip, GFLOP, mean of the step kinds; ours:\n{ledger.table(counted['ours'], 1e9)}")
+    print(f"the release's way:\n{ledger.table(counted['torch'], 1e9)}")
+    print(
+        f"training step: {figures['ratio']:.2f}x torch (median of {len(timed.ours)} pairs: "
+        f"{', '.join(f'{r:.2f}' for r in figures['ratios'])}); {speed['ours']:.3f} and {speed['torch']:.3f} clips/s; "
+        f"{figures['gflops']['ours']:.0f} and {figures['gflops']['torch']:.0f} GFLOP/s; the release's way has "
+        f"{figures['operations_ratio']:.2f}x the operations",
+        flush=True,
+    )
+    return figures
+
+
+# ---------------------------------------------------------------------------------------------------------------------- memory
+
+
+def peak(side: str, clips: int) -> int:
+    """Returns the peak resident memory, in bytes, of a process that makes a round of updates on one side, compilation apart."""
+    command = [sys.executable, "-m", "tests.benchmarks.train_mid", "--side", side, "--clips", str(clips)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {side} ended with status {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    """Returns the largest resident memory of this process during a call, in bytes (Linux)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system first
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    call()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures the memory of one side; `python -m tests.benchmarks --only train_mid` is the benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.train_mid")
+    parser.add_argument("--side", choices=("ours", "torch"), required=True)
+    parser.add_argument("--clips", type=int, default=CLIPS)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try this script")
+    chosen = parser.parse_args(arguments)
+    config = adapted(encoder_7b.shape_7b(layers=2, width=128) if chosen.tiny else mid_size.mid_config())
+    material = Material.make(config, chosen.clips)
+    side = (Ours if chosen.side == "ours" else Theirs)(mid_size.random_encoder(config), material)
+    side.round()  # compiles
+    print(json.dumps({"peak_bytes": peak_of(side.round)}))
+
+
+if __name__ == "__main__":
+    main()
