@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from omni_jax.cli import stopping
 from omni_jax.cli.status import TERMINATED
+
+if TYPE_CHECKING:
+    from conversion import Summary
 
 HELP = "convert PyTorch weights to JAX and back"
 EXAMPLE = """omni-jax convert to-jax --base WAVE-7B --adapter OmniRetriever-7B --out omni7b
@@ -34,9 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--merge-adapter", action="store_true", help="fold the adapter into the base; only a merged base can be exported then"
     )
     to_torch = _direction(directions, "to-torch", _TO_TORCH, EXAMPLE.splitlines()[1])
-    to_torch.add_argument("--model", required=True, metavar="DIR", help="folder written by 'omni-jax convert to-jax'")
-    to_torch.add_argument("--base-out", metavar="DIR", help="new folder for the base checkpoint, split as the source was")
-    to_torch.add_argument("--adapter-out", metavar="DIR", help="new folder for the PEFT adapter")
+    to_torch.add_argument(
+        "--model", required=True, metavar="DIR", help="folder written by 'omni-jax convert to-jax', or workdir of 'omni-jax train'"
+    )
+    to_torch.add_argument("--step", type=int, metavar="N", help="of a workdir, the checkpoint after N updates (default: the newest)")
+    to_torch.add_argument("--base-out", metavar="DIR", help="new folder for the base checkpoint, split and typed as the source was")
+    to_torch.add_argument("--adapter-out", metavar="DIR", help="new folder for the PEFT adapter; float32 where it was trained here")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,10 +82,25 @@ def _convert(args: argparse.Namespace) -> int:
             )
             what = f"{args.out} (dtype {args.dtype}{', adapter merged' if args.merge_adapter else ''})"
         else:
-            made = conversion.to_torch(args.model, base_out=args.base_out, adapter_out=args.adapter_out, progress=progress)
+            made, step = _to_torch(args, progress)
             what = " and ".join(out for out in (args.base_out, args.adapter_out) if out)
+            what += f" (after {step} updates)" if step is not None else ""
     print(f"{what}: {made.tensors} tensors, {made.parameters:,} parameters, {made.nbytes:,} bytes, {made.seconds:.1f} s")
     return 0
+
+
+def _to_torch(args: argparse.Namespace, progress: Callable[[int, int], None]) -> tuple[Summary, int | None]:
+    """Writes a converted folder or what a run trained; returns the counts and, of a run, its updates."""
+    import conversion
+    from omni_jax.api.weights import open_model
+
+    source = open_model(args.model, args.step)
+    outputs = {"base_out": args.base_out, "adapter_out": args.adapter_out, "progress": progress}
+    if source.step is None:
+        return conversion.to_torch(source.folder, **outputs), None
+    trained = {tuple(name.split("/")): array for name, array in source.trained.items()}
+    made = conversion.write_trained(source.folder, source.config, trained, base_model=args.base_out, **outputs)
+    return made, source.step
 
 
 def _direction(directions: argparse._SubParsersAction, name: str, text: str, example: str) -> argparse.ArgumentParser:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,8 +16,9 @@ from omni_jax.model import abstract_params
 from omni_jax.model.flops import forward_work, total
 from omni_jax.model.runner import Runner
 from omni_jax.tokens.batching import Planner, step_layout
+from omni_jax.train import step_kind
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import encoder_7b, mid_size
+from tests.benchmarks import encoder_7b, mid_size, train_mid
 from tests.benchmarks.timing import Pairs, interleave
 from tests.golden_set import manifest_7b
 from tests.tolerances import assert_close
@@ -162,3 +166,50 @@ def test_thinker_computes_the_same() -> None:
     results = encoder_mid.run(pairs=1, config=config, batch=2, grid=(2, 4, 6), mel_frames=200)
     assert results["difference"] < encoder_mid.LARGEST_DIFFERENCE
     assert {"tva_batch_1", "tva_batch_2", "seven_tables", "seven_tables_towers_kept"} < set(results)
+
+
+@pytest.mark.reference
+def test_training_is_the_same_in_torch_with_an_adapter_that_peft_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training benchmark at a tiny size, which compares losses; then PEFT loads what was trained, and embeds the same."""
+    from omni_jax.train.streams import TOWERS
+    from tests.train.random_batches import QUICK
+
+    made: list[train_mid.Ours] = []
+
+    class Quick(train_mid.Ours):
+        def __init__(self, *given: Any):
+            super().__init__(*given, compiler_options=QUICK)
+            made.append(self)
+
+    monkeypatch.setattr(train_mid, "Ours", Quick)
+    config = encoder_7b.shape_7b(layers=2, width=128)
+    sizes = {"grid": (2, 4, 6), "mel_frames": 200}
+    results = train_mid.run(pairs=1, config=config, clips=2, memory=False, **sizes)
+    assert len(results["losses"]) == 6 and results["loss_difference"] < train_mid.LARGEST_DIFFERENCE
+    assert results["operations_ratio"] > 1
+
+    (ours,) = made
+    encoder = mid_size.random_encoder(train_mid.adapted(config))
+    initial = train_mid.leaves(encoder)
+    trained = {tuple(name.split("/")): np.asarray(x) for name, x in ours.state.trainable.items()}
+    assert all(not np.array_equal(leaf, initial[path]) for path, leaf in trained.items())
+    theirs = train_mid.Theirs(encoder, ours.material, trained)
+    kind, batch = step_kind(1, ours.recipe.losses), jax.tree.map(lambda x: x[0], ours.batch(1))
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def embed(trainable: Any, frozen: Any, batch: Any) -> Any:
+        kept = ours.step.forward.keep(trainable, frozen, batch, kind)
+        assert set(kept) == set(TOWERS)
+        return ours.step.forward.embed(trainable, frozen, batch, kept, kind, None, hard=True)
+
+    found, expected = embed(ours.state.trainable, ours.frozen, batch), theirs.trainer.embeddings(1, *theirs.inputs(1))
+    for name in ("anchor", "positive", "hard", "text", "video"):
+        assert_close(found[name], expected[name].detach().numpy(), "encoder")
+
+
+def test_peak_memory_is_that_of_the_call() -> None:
+    import ctypes
+
+    size = 64 << 20
+    before = train_mid.peak_of(lambda: None)
+    assert train_mid.peak_of(lambda: ctypes.memset(ctypes.create_string_buffer(size), 1, size)) >= before + size * 0.9

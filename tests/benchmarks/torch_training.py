@@ -67,20 +67,26 @@ class Trainer:
 
     def loss(self, step: int, clips: Sequence[Features], copies: Sequence[Features], prompts: Prompts, shuffle: np.ndarray) -> Tensor:
         """Returns the sum of the three losses of a step."""
+        z = self.embeddings(step, clips, copies, prompts, shuffle)
+        contrast = self._info_nce(z["anchor"], z["positive"], z["hard"])
+        taught = [self._info_nce(z["anchor"].detach(), z[name]) for name in students_in_play(step)]
+        pairs = [self._info_nce(z[x], z[y]) for x, y in pairs_in_play(step)]
+        return contrast + sum(taught) / len(taught) + sum(pairs) / len(pairs)
+
+    def embeddings(
+        self, step: int, clips: Sequence[Features], copies: Sequence[Features], prompts: Prompts, shuffle: np.ndarray
+    ) -> dict[str, Tensor]:
+        """Returns the six embeddings (B, D) of a step."""
         media, augmented = self.model.media_tokens(clips), self.model.media_tokens(copies)
         kind = hard_negative_in_play(step)
         swapped = [
             (media[other if kind == "video" else own][0], media[other if kind == "audio" else own][1])
             for own, other in enumerate(shuffle.tolist())
         ]
-        anchor, positive = self._embed("anchor", prompts, media), self._embed("positive", prompts, augmented)
+        z = {"anchor": self._embed("anchor", prompts, media), "positive": self._embed("positive", prompts, augmented)}
         with torch.no_grad():
-            hard = self._embed("hard", prompts, swapped)
-        singles = {name: self._embed(name, prompts, media) for name in ("text", "audio", "video")}
-        contrast = self._info_nce(anchor, positive, hard)
-        taught = [self._info_nce(anchor.detach(), singles[name]) for name in students_in_play(step)]
-        pairs = [self._info_nce(singles[x], singles[y]) for x, y in pairs_in_play(step)]
-        return contrast + sum(taught) / len(taught) + sum(pairs) / len(pairs)
+            z["hard"] = self._embed("hard", prompts, swapped)
+        return z | {name: self._embed(name, prompts, media) for name in ("text", "audio", "video")}
 
     def _embed(self, name: str, prompts: Prompts, media: Sequence[MediaTokens]) -> Tensor:
         states = self.model.last_states([p[name] for p in prompts], media)

@@ -147,8 +147,12 @@ class Theirs:
 
     def round(self) -> list[float]:
         """Returns the losses of three updates."""
+        return [self.trainer.update(kind, *self.inputs(kind)) for kind in range(KINDS)]
+
+    def inputs(self, kind: int) -> tuple[Any, ...]:
+        """Returns the material of a step kind, as the trainer takes it."""
         m = self.material
-        return [self.trainer.update(kind, m.clips, m.copies, m.prompts[kind], m.shuffle) for kind in range(KINDS)]
+        return m.clips, m.copies, m.prompts[kind], m.shuffle
 
 
 def leaves(encoder: Encoder) -> dict[tuple[str, ...], jax.Array]:

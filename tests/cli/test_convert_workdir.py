@@ -1,0 +1,83 @@
+"""`omni-jax convert to-torch` on the workdir of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import conversion
+from configs import tiny
+from conversion.folder import read_manifest
+from omni_jax.api.weights import base_digests
+from omni_jax.cli.main import main
+from omni_jax.config import ModelConfig
+from omni_jax.train import RunConfig, TrainableConfig
+from omni_jax.train.checkpoint import Checkpoints
+from omni_jax.train.state import new_state
+from omni_jax.train.trainable import TEMPERATURE, select
+from omni_jax.train.workdir import WorkdirConfig, claim
+from tests.conversion import checkpoints
+from tests.conversion.test_round_trip import beats_file
+from tests.conversion.test_trained import trained
+from tests.tolerances import assert_close
+
+LORA = checkpoints.model_config(lora=checkpoints.LORA)
+
+
+def workdir(root: Path, config: ModelConfig, recipe: str, *steps: int) -> Path:
+    """Makes the workdir of a run that learned its temperature; leaves of step n are n times those of `trained`. Returns it."""
+    source = checkpoints.write_base(root / "source", checkpoints.tensors(checkpoints.model_config()))
+    beats_file(source / "BEATs.pt")
+    conversion.to_jax(source, root / "model")
+    digests = {**base_digests(read_manifest(root / "model")), "clips": "c"}
+    run = RunConfig.from_config(tiny.get_config()).to_json()
+    (root / "run").mkdir()
+    claim(root / "run", WorkdirConfig(run, config, str(root / "model"), digests, 10))
+    leaves = trained(config, recipe=recipe)
+    assert {"/".join(path) for path in leaves} == select(config, TrainableConfig(recipe=recipe))
+    saved = Checkpoints(root / "run" / "checkpoints", 3)
+    for step in steps:
+        arrays = {"/".join(path): jnp.asarray(leaf * step) for path, leaf in leaves.items()}
+        state = new_state({**arrays, TEMPERATURE: jnp.zeros(())}, optax.sgd(1.0), 0)
+        saved.save(dataclasses.replace(state, step=jnp.int32(step)))
+    saved.close()
+    return root / "run"
+
+
+def test_a_run_becomes_an_adapter_and_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = workdir(tmp_path, LORA, "adapter", 2, 5)
+    leaves = trained(LORA)
+    for step, options in ((5, []), (2, ["--step", "2"])):
+        out = tmp_path / f"adapter{step}"
+        assert main(["convert", "to-torch", "--model", str(run), "--adapter-out", str(out), *options]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert len(printed) == 1 and f"adapter{step} (after {step} updates): " in printed[0]
+        back = ["--base", str(tmp_path / "source"), "--adapter", str(out), "--out", str(tmp_path / f"back{step}")]
+        assert main(["convert", "to-jax", *back]) == 0
+        capsys.readouterr()
+        config, params = conversion.load(tmp_path / f"back{step}")
+        assert config == LORA
+        for path, leaf in leaves.items():
+            assert_close(params[path], leaf * np.float32(step), "round_trip")
+
+
+def test_a_run_that_trained_everything_becomes_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = checkpoints.model_config()
+    run, out = workdir(tmp_path, config, "all", 1), tmp_path / "out"
+    assert main(["convert", "to-torch", "--model", str(run), "--base-out", str(out)]) == 0
+    assert main(["convert", "to-jax", "--base", str(out), "--out", str(tmp_path / "back")]) == 0
+    _, params = conversion.load(tmp_path / "back")
+    for path, leaf in trained(config, recipe="all").items():
+        assert_close(params[path], jnp.asarray(leaf).astype(params[path].dtype), "round_trip")
+    capsys.readouterr()
+    assert main(["convert", "to-torch", "--model", str(run), "--adapter-out", str(tmp_path / "adapter")]) == 2
+    assert "trained no adapter" in capsys.readouterr().err
+    assert main(["convert", "to-torch", "--model", str(run), "--base-out", str(out), "--step", "7"]) == 2
+    assert "no checkpoint of step 7; choose one of 1" in capsys.readouterr().err
+    assert main(["convert", "to-torch", "--model", str(tmp_path / "model"), "--base-out", str(out), "--step", "7"]) == 2
+    assert "a step was asked for" in capsys.readouterr().err
