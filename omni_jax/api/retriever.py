@@ -21,7 +21,7 @@ from omni_jax.config import preset as preset_named
 from omni_jax.data.loading import DECODE_LIMIT_S, load_features
 from omni_jax.model import Encoder, abstract_encoder, with_params
 from omni_jax.model.runner import Runner
-from omni_jax.parallel import make_mesh
+from omni_jax.parallel import batch_shards, make_mesh
 from omni_jax.retrieval.embedding_pass import Part, assemble, embedding_pass
 from omni_jax.tokens.batching import Planner, build_batches
 from omni_jax.tokens.prompts import build_sequences
@@ -41,7 +41,7 @@ class OmniRetriever:
         self.preset = preset
         self._tokenizer = tokenizer
         self._runner = Runner(encoder, mesh)
-        self._rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self._rows = 1 if mesh is None else batch_shards(mesh)
         self._planners: dict[Preset, Planner] = {}
 
     @classmethod

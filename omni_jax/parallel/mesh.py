@@ -1,29 +1,64 @@
-"""The device mesh: axes `data`, `fsdp` and `tensor`."""
+"""The device mesh: axes `data`, `fsdp` and `tensor`, and `slice` where there are several slices of a pod."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
+SLICE = "slice"
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")
-"""Mesh axes a batch dimension is split over."""
+BATCH = (SLICE, "data", "fsdp")
+"""Mesh axes a batch dimension is split over, those that a mesh has."""
 
 
-def make_mesh(data: int = 1, fsdp: int | None = None, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int | None = None, tensor: int = 1, devices: Sequence[Any] | None = None, slices: int = 1) -> Mesh:
     """Returns a (data, fsdp, tensor) mesh; `fsdp=None` takes the devices that the other axes leave.
+
+    With several slices, the first axis is `slice`: weights lie whole in each, so that only gradients and embeddings cross the slower
+    network between them. Sizes are those within a slice.
 
     Axes are `Auto`: the compiler propagates shardings from the weights and inputs (`jax.make_mesh` alone would make them Explicit).
 
     Raises:
       ValueError: when the axis sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = list(jax.devices() if devices is None else devices)
     if fsdp is None:
-        fsdp = max(1, len(devices) // (data * tensor))
-    if data * fsdp * tensor != len(devices):
-        raise ValueError(f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {data * fsdp * tensor} devices, {len(devices)} are here")
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        fsdp = max(1, len(devices) // (slices * data * tensor))
+    if slices * data * fsdp * tensor != len(devices):
+        several = f"slices={slices} x " if slices > 1 else ""
+        needed = slices * data * fsdp * tensor
+        raise ValueError(f"mesh {several}data={data} x fsdp={fsdp} x tensor={tensor} needs {needed} devices, {len(devices)} are here")
+    if slices == 1:
+        return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    groups = _by_slice(devices, slices)
+    array = np.stack([mesh_utils.create_device_mesh((data, fsdp, tensor), devices=group) for group in groups])
+    return Mesh(array, (SLICE, *AXES), axis_types=(AxisType.Auto,) * 4)
+
+
+def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Returns the axes of BATCH that the mesh has."""
+    return tuple(axis for axis in BATCH if axis in mesh.shape)
+
+
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Returns into how many parts a batch dimension is split."""
+    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+
+
+def _by_slice(devices: Sequence[Any], slices: int) -> list[list[Any]]:
+    """Devices by the slice they lie in; where none says so (CPU), consecutive ones are a slice."""
+    numbers = sorted({n for d in devices if (n := getattr(d, "slice_index", None)) is not None})
+    if len(numbers) <= 1:
+        size = len(devices) // slices
+        return [list(devices[i * size : (i + 1) * size]) for i in range(slices)]
+    groups = [[d for d in devices if d.slice_index == number] for number in numbers]
+    if len(groups) != slices or len({len(g) for g in groups}) > 1:
+        raise ValueError(f"mesh slices={slices}, but the devices lie in {len(groups)} slices of {[len(g) for g in groups]}")
+    return groups

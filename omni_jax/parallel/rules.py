@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from omni_jax.parallel.mesh import BATCH, SLICE
+
 MeshAxes = str | tuple[str, ...] | None
 
 RULES: dict[str, MeshAxes] = {
@@ -23,8 +25,8 @@ RULES: dict[str, MeshAxes] = {
     "norm": None,
     "table": None,
     # Activations.
-    "batch": ("data", "fsdp"),
-    "batch_data": "data",
+    "batch": BATCH,
+    "batch_data": (SLICE, "data"),
     "tokens": None,
     "features": None,
 }
@@ -47,6 +49,8 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh 
         if name is not None and name not in RULES:
             raise ValueError(f"unknown logical axis {name!r}; add it to parallel.rules.RULES")
         target = RULES[name] if name is not None else None
+        if isinstance(target, tuple):
+            target = tuple(axis for axis in target if axis in sizes) or None
         for axis in (target,) if isinstance(target, str) else target or ():
             if axis in used:
                 raise ValueError(f"logical axes {used[axis]!r} and {name!r} of {tuple(axes)} both map to mesh axis {axis!r}")

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from omni_jax.config import ModelConfig
-from omni_jax.parallel import BATCH
+from omni_jax.parallel import batch_axes, batch_shards
 from omni_jax.types import (
     PATCHES_PER_TOKEN,
     SOURCE_AUDIO,
@@ -207,11 +207,13 @@ def place_batch(batch: TrainBatch, mesh: Mesh | None) -> TrainBatch:
     """
     if mesh is None:
         return jax.tree.map(jax.numpy.asarray, batch)
-    ways = int(np.prod([mesh.shape[axis] for axis in BATCH]))
+    ways = batch_shards(mesh)
     clips = batch.clips_per_micro * jax.process_count()
     if clips % ways:
-        raise InputError(f"a micro-batch of {clips} clips does not divide over {ways} batch shards (data x fsdp); change either")
-    split, whole = (NamedSharding(mesh, PartitionSpec(None, axes)) for axes in (BATCH, None))
+        raise InputError(
+            f"a micro-batch of {clips} clips does not divide over {ways} batch shards ({' x '.join(batch_axes(mesh))}); change either"
+        )
+    split, whole = (NamedSharding(mesh, PartitionSpec(None, axes)) for axes in (batch_axes(mesh), None))
 
     def place(x: np.ndarray) -> jax.Array:
         even = (x.shape[1] * jax.process_count()) % ways == 0
