@@ -21,6 +21,7 @@ ROOMS = {
     "omni_jax.objectives",
     "omni_jax.retrieval",
     "omni_jax.train",
+    "omni_jax.planning",
     "omni_jax.api",
 }
 
@@ -38,6 +39,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "omni_jax.objectives": set(),
     "omni_jax.retrieval": {*BASE, "omni_jax.parallel"},
     "omni_jax.train": {*BASE, "omni_jax.parallel", "omni_jax.model", "omni_jax.objectives"},
+    "omni_jax.planning": {
+        *BASE,
+        "omni_jax.tokens",
+        "omni_jax.parallel",
+        "omni_jax.model",
+        "omni_jax.retrieval",
+        "omni_jax.train",
+    },
     "omni_jax.api": {*ROOMS - {"omni_jax.api"}, "conversion"},
     "omni_jax.cli": {"omni_jax", *ROOMS, "conversion"},
     "conversion": {*BASE, "omni_jax.model"},

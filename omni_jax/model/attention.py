@@ -5,7 +5,6 @@ Letters: R rows, S tokens, H heads, K KV heads, G query heads per KV head, h hea
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from omni_jax.config import ConfigError
 from omni_jax.model.layers import attend_causal
@@ -47,9 +46,9 @@ def choose(kernel: str, platform: str) -> str:
     return "splash" if platform == "tpu" else "plain"
 
 
-def choose_for(kernel: str, mesh: Mesh | None) -> str:
-    """Returns `choose` for the devices of a mesh, or for the default device."""
-    return choose(kernel, jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
+def choose_for(kernel: str, mesh: Mesh | AbstractMesh | None) -> str:
+    """Returns `choose` for the devices of a mesh, or for the default device, of an abstract mesh as well."""
+    return choose(kernel, mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend())
 
 
 def row_mask(segment: jax.Array, branch: jax.Array) -> jax.Array:
@@ -109,9 +108,11 @@ def _splash_rows(q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array,
     # Splash scales nothing; heads lead, query heads grouped by the KV head they share.
     q = (q * width**-0.5).reshape(rows, padded, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
     k, v = (jnp.tile(x.transpose(0, 2, 1, 3), (1, 1, copies, 1)) for x in (k, v))
-    kernel = _kernel(padded, heads // kv_heads, copies, interpret)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array, key_ids: jax.Array) -> jax.Array:
+        # Made here and not kept: its tables of blocks are constants of this trace.
+        kernel = _kernel(padded, heads // kv_heads, copies, interpret)
+
         def row(q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array, key_ids: jax.Array) -> Any:
             return jax.vmap(lambda q, k, v: kernel(q, k, v, splash.SegmentIds(query_ids, key_ids)))(q, k, v)
 
@@ -127,12 +128,10 @@ def _splash_rows(q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array,
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, padded, heads * width)[:, :tokens]
 
 
-@functools.lru_cache(maxsize=64)
 def _kernel(tokens: int, heads: int, copies: int, interpret: bool) -> splash.SplashAttentionKernel:
     """The splash kernel of G heads that share keys: (G, S, h), (C*S, h), (C*S, h) -> (G, S, h)."""
     causal = np.tile(np.tri(tokens, dtype=bool), (1, copies))
     mask = splash_mask.MultiHeadMask([splash_mask.NumpyMask(causal)] * heads)
     tile = next(t for t in TILES if math.gcd(tokens, t) == t)
     sizes = splash.BlockSizes(block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile)
-    with jax.ensure_compile_time_eval():
-        return splash.make_splash_mqa(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    return splash.make_splash_mqa(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from omni_jax.config import TABLES
 from omni_jax.model.attention import choose_for
 from omni_jax.model.encoder import Encoder
-from omni_jax.parallel import sharding
+from omni_jax.parallel import sharding, use_mesh
 from omni_jax.types import EncoderBatch, RowBatch
 
 # Host or device arrays of one tower batch, in the order of its record.
@@ -35,7 +35,7 @@ class Runner:
       programs: compiled programs so far, one string each: what and which shapes.
     """
 
-    def __init__(self, encoder: Encoder, mesh: Mesh | None = None, attention: str = "auto"):
+    def __init__(self, encoder: Encoder, mesh: Mesh | AbstractMesh | None = None, attention: str = "auto"):
         kernel = choose_for(attention, mesh)
         graph, params = nnx.split(encoder)
         self._mesh = mesh
@@ -87,6 +87,35 @@ class Runner:
         self._fill_table(batch)
         return _collect(batch.rows, [self._run_rows(rows) for rows in batch.rows], text_head)
 
+    def lower(self, batch: EncoderBatch, platform: str | None = None) -> dict[str, jax.stages.Lowered]:
+        """Returns the lowered programs of a batch by name, arrays may be shapes: for compiling ahead and for reading what they need.
+
+        Args:
+          platform: lowers for another one ("tpu") than the mesh's or the default device's.
+        """
+        tokens = sum(v.patches.shape[0] * v.patches.shape[1] // 4 for v in batch.vision)
+        tokens += sum(a.mel.shape[0] * a.mel.shape[1] // 4 for a in batch.audio)
+        tokens += sum(b.fbank.shape[0] * b.max_tokens for b in batch.beats)
+        table, offset = self._shape((_capacity(tokens), self._width), self._dtype, (None, None)), jax.ShapeDtypeStruct((), np.int32)
+
+        def split(*arrays: Any, axis: int = 0) -> tuple[Any, ...]:
+            return tuple(self._shape(a.shape, a.dtype, tuple("batch" if d == axis else None for d in range(a.ndim))) for a in arrays)
+
+        calls: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = []
+        for v in batch.vision:
+            calls.append(("vision", self._vision, (table, offset, split(v.patches, v.coords, v.window)), {}))
+        for a in batch.audio:
+            calls.append(("audio", self._audio, (table, offset, split(a.mel, a.frames)), {}))
+        for b in batch.beats:
+            calls.append(("beats", self._beats, (table, offset, split(b.fbank, b.frames)), {"max_tokens": b.max_tokens}))
+        for rows in batch.rows:
+            names = ("ids", "media_index", "segment", "branch", "pool")
+            arrays = dict(zip(names, split(*(getattr(rows, name) for name in names)), strict=True))
+            calls.append(("rows", self._rows, (table, arrays | {"positions": split(rows.positions, axis=1)[0]}), {}))
+        with self._context():
+            platforms = None if platform is None else (platform,)
+            return {name: f.trace(self._params, *args, **static).lower(lowering_platforms=platforms) for name, f, args, static in calls}
+
     def _fill_table(self, batch: EncoderBatch) -> None:
         """Runs the towers; afterwards `self._table` holds the batch's media tokens in `EncoderBatch` order."""
         steps: list[tuple[Callable[..., jax.Array], tuple[np.ndarray, ...], dict[str, Any], int]] = []
@@ -113,8 +142,7 @@ class Runner:
     def _reserve(self, tokens: int) -> None:
         if self._table is None or self._table.shape[0] < tokens:
             # A larger table compiles every program again: the first batch gets one with room for others twice its size.
-            capacity = 1 << max(6, (2 * tokens - 1).bit_length())
-            self._table = self._put(np.zeros((capacity, self._width), self._dtype), (None, None))
+            self._table = self._put(np.zeros((_capacity(tokens), self._width), self._dtype), (None, None))
 
     def _place(self, arrays: tuple[np.ndarray, ...], axis: int = 0) -> tuple[jax.Array, ...]:
         """Puts arrays on the devices, split along their batch axis."""
@@ -123,21 +151,35 @@ class Runner:
     def _put(self, array: np.ndarray, axes: tuple[str | None, ...]) -> jax.Array:
         return jnp.asarray(array) if self._mesh is None else jax.device_put(array, sharding(axes, array.shape, self._mesh))
 
+    def _shape(self, shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=None if self._mesh is None else sharding(axes, shape, self._mesh))
+
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
         """Float32 means float32 on every backend (TPU and GPU multiply at lower precision unless told); the mesh, where there is one."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.default_matmul_precision("highest" if self._dtype == jnp.float32 else "default"))
             if self._mesh is not None:
-                stack.enter_context(jax.set_mesh(self._mesh))
+                stack.enter_context(use_mesh(self._mesh))
             yield
 
 
-def place_params(params: nnx.State, mesh: Mesh) -> nnx.State:
-    """Returns the parameters on the devices of a mesh, split by their logical axes."""
-    flat = nnx.to_flat_state(params)
-    placed = [(path, p.replace(jax.device_put(p[...], sharding(p.get_metadata()["axes"], p.shape, mesh)))) for path, p in flat]
-    return nnx.from_flat_state(placed)
+def _capacity(tokens: int) -> int:
+    """Rows of a media table for a first batch of so many tokens."""
+    return 1 << max(6, (2 * tokens - 1).bit_length())
+
+
+def place_params(params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.State:
+    """Returns the parameters on the devices of a mesh, split by their logical axes; of shapes, shapes that say so."""
+
+    def place(p: nnx.Variable) -> Any:
+        where = sharding(p.get_metadata()["axes"], p.shape, mesh)
+        value = p.get_raw_value()
+        if isinstance(value, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where)
+        return jax.device_put(value, where)
+
+    return nnx.from_flat_state([(path, p.replace(place(p))) for path, p in nnx.to_flat_state(params)])
 
 
 def _collect(

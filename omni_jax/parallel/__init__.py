@@ -1,7 +1,7 @@
 """Meshes, logical-axis rules and placing. Knows nothing about the model beyond the names of its axes."""
 
 from omni_jax.parallel.distributed import any_process, barrier, first_does, start
-from omni_jax.parallel.mesh import BATCH, batch_axes, batch_shards, make_mesh
+from omni_jax.parallel.mesh import BATCH, batch_axes, batch_shards, make_mesh, use_mesh
 from omni_jax.parallel.rules import RULES, constrain, partition_spec, sharding
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "partition_spec",
     "sharding",
     "start",
+    "use_mesh",
 ]

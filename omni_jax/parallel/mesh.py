@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -50,6 +51,11 @@ def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Returns into how many parts a batch dimension is split."""
     return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+
+
+def use_mesh(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which the mesh is set, abstract or not."""
+    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
 
 
 def _by_slice(devices: Sequence[Any], slices: int) -> list[list[Any]]:

@@ -62,7 +62,7 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh 
     return PartitionSpec(*spec)
 
 
-def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the NamedSharding for logical axes on a mesh; raises as `partition_spec`."""
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
 

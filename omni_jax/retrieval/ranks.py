@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -354,6 +354,22 @@ def _programs(mesh: Mesh) -> _Programs:
         by_row=by_row,
         by_column=by_column,
     )
+
+
+def lower_tile(mesh: Mesh, width: int, chunk: int = ACCELERATOR_CHUNK) -> dict[str, jax.stages.Lowered]:
+    """Returns the lowered programs of one tile by name: its similarities, and the counts of one relevant item for each row and column."""
+    run, rows = _programs(mesh), chunk * mesh.size
+
+    def shape(place: NamedSharding, *sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+    def sides(level: NamedSharding, label: NamedSharding, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return shape(level, 1, length), shape(level, 1, length, dtype=jnp.int32), shape(label, length, dtype=jnp.int32)
+
+    tables = shape(run.by_row, rows, width), shape(run.by_row, rows), shape(run.whole, chunk, width), shape(run.whole, chunk)
+    counted = shape(run.by_row, rows, chunk), *sides(run.by_column, run.by_row, rows), *sides(run.whole, run.whole, chunk)
+    programs: Any = run
+    return {"product": programs.product.lower(*tables), "count": programs.count.lower(*counted)}
 
 
 def _along(axis: int, products: jax.Array, score: jax.Array, item: jax.Array, candidates: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from omni_jax.config import ModelConfig
 from omni_jax.model import param_axes
@@ -48,14 +48,14 @@ def new_state(trainable: Arrays, optimizer: optax.GradientTransformation, seed: 
     return TrainState(zero(), trainable, optimizer.init(trainable), zero(), zero(), jax.random.PRNGKey(seed))
 
 
-def array_shardings(arrays: Arrays, config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
+def array_shardings(arrays: Arrays, config: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
     """Returns path -> sharding for parameters by path; what is not the encoder's stands whole on every device."""
     axes = {"/".join(path): names for path, names in param_axes(config).items()}
     whole = NamedSharding(mesh, PartitionSpec())
     return {path: sharding(axes[path], x.shape, mesh) if path in axes else whole for path, x in arrays.items()}
 
 
-def state_shardings(state: TrainState, config: ModelConfig, mesh: Mesh) -> TrainState:
+def state_shardings(state: TrainState, config: ModelConfig, mesh: Mesh | AbstractMesh) -> TrainState:
     """Returns the sharding of every leaf of a state (or of its shapes): moments lie where their parameters do."""
     places = array_shardings(state.trainable, config, mesh)
     whole = NamedSharding(mesh, PartitionSpec())

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from omni_jax.config import ConfigError, ModelConfig
 from omni_jax.model.attention import choose, choose_for
+from omni_jax.parallel import use_mesh
 from omni_jax.train.batch import TrainBatch
 from omni_jax.train.gradients import REMAT, Forward, Metrics
 from omni_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
@@ -60,6 +61,7 @@ class TrainStep:
       rate: number of updates made -> learning rate.
       names: paths of the encoder's parameters that train.
       groups: the start-up report.
+      optimizer: over the flat dict of trainable arrays.
       programs: compiled programs so far, one string each.
     """
 
@@ -69,7 +71,7 @@ class TrainStep:
         config: StepConfig,
         *,
         dtype: Any = jnp.bfloat16,
-        mesh: Mesh | None = None,
+        mesh: Mesh | AbstractMesh | None = None,
         compiler_options: Mapping[str, Any] | None = None,
     ):
         """Takes the architecture, the recipe, the dtype of activations, the devices, and options of the XLA compiler.
@@ -83,7 +85,7 @@ class TrainStep:
         self.config, self.mesh, self.rate = config, mesh, schedule(config.optimizer)
         self._model, self._dtype = model, jnp.dtype(dtype)
         self.forward = Forward.make(model, config.losses, self.names, self._dtype, REMAT[config.remat], choose_for(config.attention, mesh))
-        self._optimizer = make_optimizer(config.optimizer)
+        self.optimizer = make_optimizer(config.optimizer)
         self._dropout = model.lora is not None and model.lora.dropout > 0
         self._options = dict(compiler_options or {})
         self._compiled: dict[str, Callable[..., Any]] = {}
@@ -93,7 +95,7 @@ class TrainStep:
         trainable, frozen = split(params, self.names, self.config.frozen_dtype)
         if self.config.losses.learn_temperature:
             trainable[TEMPERATURE] = jnp.asarray(-math.log(self.config.losses.temperature), jnp.float32)
-        state = new_state(trainable, self._optimizer, self.config.seed)
+        state = new_state(trainable, self.optimizer, self.config.seed)
         if self.mesh is None:
             return state, frozen
         places = array_shardings(frozen, self._model, self.mesh)
@@ -125,11 +127,22 @@ class TrainStep:
                 total = one if total is None else self._program("add", _add)(total, one)
             return self._program("apply", self._apply_mean)(state, total, jnp.float32(len(kinds)))
 
-    def lower(self, state: TrainState, frozen: Arrays, batch: TrainBatch) -> jax.stages.Lowered:
-        """Returns the lowered program of one update, arguments may be shapes: for compiling ahead and for reading what it needs."""
+    def lower(self, state: TrainState, frozen: Arrays, batch: TrainBatch, platform: str | None = None) -> jax.stages.Lowered:
+        """Returns the lowered program of one update, arguments may be shapes: for compiling ahead and for reading what it needs.
+
+        Where micro-batches are pools of their own, it is the program of the first: a loop over such programs makes the update.
+
+        Args:
+          platform: lowers for another one ("tpu") than the mesh's or the default device's.
+        """
+        kind = batch.kinds[0]
+        several = batch.micro_batches > 1 and self.config.losses.negatives == "micro"
+        arrays = dataclasses.replace(batch, kinds=())
         with self._context():
-            step = self._program("update", self._update)
-            return step.lower(state, frozen, dataclasses.replace(batch, kinds=()), kind=batch.kinds[0])  # type: ignore[attr-defined]
+            program: Any = self._program("micro", self._micro) if several else self._program("update", self._update)
+            which: dict[str, Any] = {"index": jnp.int32(0)} if several else {}
+            traced = program.trace(state, frozen, arrays, kind=kind, **which)
+            return traced.lower(lowering_platforms=None if platform is None else (platform,))
 
     # ------------------------------------------------------------------------------------------------------------ traced functions
 
@@ -151,7 +164,7 @@ class TrainStep:
     def _apply(self, state: TrainState, gradients: Arrays, metrics: Metrics) -> tuple[TrainState, Metrics]:
         norm = jnp.asarray(optax.tree.norm(gradients))
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-        updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.trainable)
+        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         made, kept = (trainable, optimizer), (state.trainable, state.optimizer)
         trainable, optimizer = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, kept)
@@ -209,7 +222,7 @@ class TrainStep:
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.default_matmul_precision("highest" if self._dtype == jnp.float32 else "default"))
             if self.mesh is not None:
-                stack.enter_context(jax.set_mesh(self.mesh))
+                stack.enter_context(use_mesh(self.mesh))
             yield
 
 

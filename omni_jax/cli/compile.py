@@ -1,0 +1,86 @@
+"""`omni-jax compile`: what a run needs on a topology, asked of the TPU compiler before anything is rented."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from etils import epath
+
+from omni_jax.cli.config_file import add_config_arguments, planned_model, read_config
+from omni_jax.cli.status import BAD_INPUT, DONE
+from omni_jax.config import ConfigError
+
+HELP = "compile a run for TPU chips that are not there: memory, collectives, time, cost"
+EXAMPLE = "omni-jax compile --config configs/omniretriever_7b.py --topology v5e:4x4 --config.losses.negatives=global"
+
+PROGRAMS = ("train", "embed", "evaluate")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--topology", required=True, metavar="CHIP:GRID", help="chips of a slice, as v5e:4x4, v5p:4x4x4, v6e:64")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that size (default: %(default)s)")
+    parser.add_argument("--mesh", metavar="AXES", help="within a slice, as data=1,fsdp=16,tensor=1 (default: the config's)")
+    parser.add_argument("--programs", default=",".join(PROGRAMS), metavar="LIST", help="among train,embed,evaluate (default: all)")
+    parser.add_argument("--kinds", default="0,1,2", metavar="LIST", help="places in the period-3 cycle of step kinds (default: all)")
+    parser.add_argument("--caption-tokens", type=int, default=128, metavar="N", help="longest caption planned for (default: %(default)s)")
+    parser.add_argument(
+        "--utilisation", type=float, default=0.4, metavar="SHARE", help="of peak arithmetic, assumed (default: %(default)s)"
+    )
+    parser.add_argument("--price", type=float, metavar="MONEY", help="of a chip-hour, to have the cost as well")
+    parser.add_argument("--sweep", action="store_true", help="try batch, remat and mesh, and recommend")
+    parser.add_argument("--full-effort", action="store_true", help="compile as a run would (several times slower)")
+    parser.add_argument("--table", type=epath.Path, metavar="FILE.json", help="add the plan to a table, also written as FILE.md")
+    parser.add_argument("--json", type=epath.Path, metavar="OUT.json", help="write everything found")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan and returns 0, or 2 where something does not fit.
+
+    Raises:
+      ConfigError: for a config, topology or mesh that cannot be used.
+    """
+    chosen = _among(args.programs, PROGRAMS, "--programs")
+    counts = [int(c) for c in _among(args.kinds, ("0", "1", "2"), "--kinds")]
+    if not 0 < args.utilisation <= 1:
+        raise ConfigError(f"--utilisation {args.utilisation}: must be above 0 and at most 1")
+
+    from omni_jax.planning.devices import prepare_environment
+
+    prepare_environment()  # before jax is loaded
+    from omni_jax.planning import plan, report, sweep, table
+
+    config = read_config(args.config, args.overrides)
+    model, note = planned_model(config.model)
+    request = plan.Request(
+        config, model, args.topology, args.slices, args.mesh, args.caption_tokens, args.utilisation, args.price, args.full_effort
+    )
+    if args.sweep:
+        tried = plan.swept(request, counts[0], lambda line: print(line, file=sys.stderr, flush=True))
+        best = tried[0]
+        found: dict[str, Any] = {"sweep": tried}
+        print("\n".join(sweep.choice_line(record) for record in tried))
+        fits = best["status"] == "fits"
+        print(f"\nrecommended: {plan.flags(best['choice'])}" if fits else f"\nnothing fits: {best['out_of_memory']['change']}")
+    else:
+        found = plan.make(request, chosen, counts)
+        if note:
+            found["notes"].insert(0, note)
+        print(report.text(found))
+        if args.table:
+            table.add(args.table, found, plan.command(request, chosen, counts))
+        fits = all(program["status"] != "out of memory" for program in found["programs"])
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    return DONE if fits else BAD_INPUT
+
+
+def _among(given: str, allowed: tuple[str, ...], flag: str) -> list[str]:
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if not names or any(name not in allowed for name in names):
+        raise ConfigError(f"{flag} {given}: a list among {', '.join(allowed)}")
+    return names

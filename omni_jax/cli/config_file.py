@@ -1,0 +1,98 @@
+"""A run's config file with changes from the command line, and the model it is about."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from etils import epath
+
+from omni_jax.config import ConfigError
+from omni_jax.types import InputError
+
+if TYPE_CHECKING:
+    from omni_jax.config import ModelConfig
+    from omni_jax.train import RunConfig
+    from omni_jax.train.run_config import ModelSection
+
+PREFIX = "--config."
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --config FILE.py, and takes --config.a.b=value as changes of it (in `args.overrides`)."""
+    parser.add_argument("--config", required=True, metavar="FILE.py", help="the run's config; --config.a.b=value changes a field")
+    parse = parser.parse_known_args
+
+    def known(args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        given = list(args or ())
+        found, rest = parse([a for a in given if not a.startswith(PREFIX)], namespace)
+        found.overrides = [a.removeprefix(PREFIX) for a in given if a.startswith(PREFIX)]
+        return found, rest
+
+    parser.parse_known_args = known  # type: ignore[method-assign]  # argparse knows no options whose names are open
+
+
+def read_config(file: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Returns the run that a config file describes, with "a.b=value" changes.
+
+    Raises:
+      InputError: for a file that is none.
+      ConfigError: naming a field that cannot be used.
+    """
+    from omni_jax.train import RunConfig
+
+    path = Path(file)
+    spec = importlib.util.spec_from_file_location("omni_jax_run_config", path) if path.suffix == ".py" else None
+    if spec is None or spec.loader is None or not path.is_file():
+        raise InputError(f"--config {file}: no such config; name a Python file like configs/omniretriever_7b.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"--config {file}: defines no get_config()")
+    values = module.get_config().to_dict()
+    for change in overrides:
+        name, sign, text = change.partition("=")
+        *sections, field = name.split(".")
+        if not sign or not field:
+            raise ConfigError(f"{PREFIX}{change}: write {PREFIX}section.field=value")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{PREFIX}{change}: {section} has no fields")
+        place[field] = _value(text)
+    return RunConfig.from_config(values)
+
+
+def planned_model(section: ModelSection) -> tuple[ModelConfig, str | None]:
+    """Returns the architecture of a run without reading weights, and a note where it had to be assumed."""
+    if section.architecture:
+        from conversion.fresh import model_config
+        from conversion.fresh_tokenizer import SPECIAL
+
+        names = dict(zip(SPECIAL.values(), range(len(SPECIAL)), strict=True))
+        return model_config(section.architecture, names, 1024, section.lora), None
+    from omni_jax.planning.published import WAVE_7B
+
+    if (epath.Path(section.base) / "omni_jax.json").exists():
+        from conversion.folder import read_manifest
+
+        model = read_manifest(epath.Path(section.base)).model
+        return _with_lora(model, section), None
+    return _with_lora(WAVE_7B, section), f"base {section.base} is not here: planned for the published WAVE-7B"
+
+
+def _with_lora(model: ModelConfig, section: ModelSection) -> ModelConfig:
+    return model if section.lora is None else dataclasses.replace(model, lora=section.lora)
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,1 @@
+"""What a run needs, found out by the compiler before anything is rented: memory, collectives, time."""

@@ -1,0 +1,182 @@
+"""The arguments of the programs as shapes with their places on a mesh: nothing is allocated.
+
+Letters: n micro-batches, B clips of a micro-batch, C copies of a clip, R rows, S tokens, K prompts per row, G blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from omni_jax.config import ConfigError, ModelConfig, Preset
+from omni_jax.model import abstract_params
+from omni_jax.parallel import batch_axes, batch_shards
+from omni_jax.tokens.buckets import row_size
+from omni_jax.train.batch import Rows, TowerInputs, TrainBatch
+from omni_jax.train.state import TrainState, array_shardings, new_state, state_shardings
+from omni_jax.train.step import TrainStep
+from omni_jax.train.trainable import TEMPERATURE, Arrays, split
+from omni_jax.types import AudioBatch, BatchShapes, BeatsBatch, EncoderBatch, RowBatch, StepKind, VisionBatch
+
+CAPTION_TOKENS = 128
+FILLER_TOKENS = 6  # "Please describe the video." and the end token
+FRAMES_PER_SECOND = 100  # log-mel and fbank frames
+
+
+def shape(dimensions: tuple[int, ...], dtype: Any, mesh: Mesh | AbstractMesh | None, spec: PartitionSpec | None = None) -> Any:
+    """Returns an array's shape and dtype, placed on the mesh."""
+    place = None if mesh is None else NamedSharding(mesh, spec or PartitionSpec())
+    return jax.ShapeDtypeStruct(dimensions, dtype, sharding=place)
+
+
+def abstract_state(step: TrainStep, config: ModelConfig, stored: Any = jnp.bfloat16) -> tuple[TrainState, Arrays]:
+    """Returns the shapes of the state and of the frozen weights, as `TrainStep.init` would place them."""
+    recipe = step.config
+
+    def make(params: dict[tuple[str, ...], jax.Array]) -> tuple[TrainState, Arrays]:
+        trainable, frozen = split(params, step.names, recipe.frozen_dtype)
+        if recipe.losses.learn_temperature:
+            trainable[TEMPERATURE] = jnp.zeros((), jnp.float32)
+        return new_state(trainable, step.optimizer, recipe.seed), frozen
+
+    state, frozen = jax.eval_shape(make, abstract_params(config, stored))
+    if step.mesh is None:
+        return state, frozen
+    places = state_shardings(state, config, step.mesh), array_shardings(frozen, config, step.mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), (state, frozen), places)
+
+
+def batch_shapes(config: ModelConfig, preset: Preset, kind: StepKind, caption_tokens: int = CAPTION_TOKENS) -> BatchShapes:
+    """Returns the static sizes of a kind for square frames, full audio and captions of so many tokens."""
+    side = 28 * max(1, round(math.sqrt(preset.pixels) / 28)) // config.vision.patch_size
+    steps, patches = preset.frames // config.vision.temporal_patch_size, side**2
+    frames = round(preset.audio_seconds * FRAMES_PER_SECOND)
+    if not frames:
+        raise ConfigError("preset field audio_seconds=0 (whole tracks) has no one shape; plan with a length, as in audio_seconds=8")
+    chunks = -(-frames // config.audio.chunk_frames)
+    video = steps * patches // config.vision.merge_size**2
+    heard = 2 * (((frames - 1) // 2 + 1) // 2)
+    text, both = caption_tokens + 1, video + heard + 4
+    rows = [both + text * (2 if kind.hard == "text" else 1)] * kind.anchor
+    lengths = {"text": text, "audio": heard + 2 + FILLER_TOKENS, "video": video + 2 + FILLER_TOKENS}
+    rows.append(sum(lengths[name] for name in kind.singles))
+    patch = config.beats.patch_size
+    return BatchShapes(steps, patches, chunks, -(-frames // patch) * patch, row_size(max(rows)))
+
+
+def abstract_batch(
+    config: ModelConfig,
+    kind: StepKind,
+    shapes: BatchShapes,
+    *,
+    clips: int,
+    micro_batches: int,
+    blocks: int = 1,
+    share_prefix: bool = True,
+    mesh: Mesh | AbstractMesh | None = None,
+) -> TrainBatch:
+    """Returns the shapes of one update's batch, as `pack_micro_batch` and `place_batch` make it.
+
+    Args:
+      clips: of a micro-batch, on all devices together.
+      micro_batches: of one kind.
+      share_prefix: as in `pack_micro_batch`.
+
+    Raises:
+      ConfigError: where the clips do not divide over the batch shards, or into the blocks.
+    """
+    n = micro_batches
+    ways = 1 if mesh is None else batch_shards(mesh)
+    if clips % ways:
+        axes = " x ".join(batch_axes(mesh)) if mesh is not None else ""
+        raise ConfigError(f"micro-batch of {clips} clips does not divide over {ways} batch shards ({axes}); use a multiple of {ways}")
+    if blocks < 1 or clips % blocks:
+        raise ConfigError(f"micro-batch of {clips} clips does not divide into {blocks} blocks")
+    copies = 1 + kind.positive
+    branches = kind.hard == "text" and share_prefix
+
+    def array(*dimensions: int, dtype: Any = jnp.int32) -> Any:
+        even = dimensions[0] % ways == 0
+        spec = PartitionSpec(None, batch_axes(mesh) if even and mesh is not None else None)
+        return shape((n, *dimensions), dtype, mesh, spec)
+
+    def rows(count: int, slots: int) -> Rows:
+        tokens = [array(clips, count, shapes.row_tokens) for _ in range(4)]
+        ids, media_index, segment, branch = tokens
+        positions, pool = array(clips, count, 3, shapes.row_tokens), array(clips, count, slots)
+        return Rows(ids=ids, media_index=media_index, positions=positions, segment=segment, branch=branch, pool=pool)
+
+    t, p, c, f = shapes.steps, shapes.patches, shapes.chunks, shapes.fbank_frames
+    wide = np.float32
+    towers = TowerInputs(
+        patches=array(clips, copies, t, p, config.vision.patch_values, dtype=wide),
+        coords=array(clips, copies, t, p, 2),
+        window=array(clips, copies, t, p),
+        mel=array(clips, copies, c, config.audio.chunk_frames, config.audio.num_mel_bins, dtype=wide),
+        mel_frames=array(clips, copies, c),
+        fbank=array(clips, copies, f, config.beats.num_mel_bins, dtype=wide),
+        fbank_frames=array(clips, copies),
+    )
+    return TrainBatch(
+        clips=towers,
+        rows=rows(len(kind.rows), max(len(kind.singles), 1 + branches)),
+        hard=None if kind.hard is None or branches else rows(1, 1),
+        shuffle=array(blocks, clips // blocks),
+        kinds=(kind,) * n,
+    )
+
+
+def abstract_encoder_batch(config: ModelConfig, preset: Preset, clips: int, caption_tokens: int = CAPTION_TOKENS) -> EncoderBatch:
+    """Returns the shapes of a batch of the embedding pass: the six tables of each clip in two rows."""
+    side = 28 * max(1, round(math.sqrt(preset.pixels) / 28)) // config.vision.patch_size
+    steps, patches = preset.frames // config.vision.temporal_patch_size, side**2
+    frames = round(preset.audio_seconds * FRAMES_PER_SECOND)
+    chunks, patch = -(-frames // config.audio.chunk_frames), config.beats.patch_size
+    fbank, heard = -(-frames // patch) * patch, ((frames - 1) // 2 + 1) // 2
+    video, text = steps * patches // config.vision.merge_size**2, caption_tokens + 1
+    # video and tv share a row's prefix, as audio and at do; then av, and the caption alone.
+    tokens = (video + 2 + 6 + text) + (2 * heard + 2 + 6 + text) + (video + 2 * heard + 4 + 6) + text
+    rows, size, slots = 2 * clips, row_size(-(-tokens // 2)), 4
+
+    def array(*dimensions: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(dimensions, dtype)
+
+    wide = jnp.float32
+    ids, media_index, segment, branch = (array(rows, size) for _ in range(4))
+    return EncoderBatch(
+        vision=(
+            VisionBatch(
+                patches=array(clips * steps, patches, config.vision.patch_values, dtype=wide),
+                coords=array(clips * steps, patches, 2),
+                window=array(clips * steps, patches),
+            ),
+        ),
+        audio=(
+            AudioBatch(
+                mel=array(clips * chunks, config.audio.chunk_frames, config.audio.num_mel_bins, dtype=wide), frames=array(clips * chunks)
+            ),
+        ),
+        beats=(
+            BeatsBatch(
+                fbank=array(clips, fbank, config.beats.num_mel_bins, dtype=wide), frames=array(clips), tokens=array(clips), max_tokens=heard
+            ),
+        ),
+        rows=(
+            RowBatch(
+                ids=ids,
+                media_index=media_index,
+                positions=array(3, rows, size),
+                segment=segment,
+                branch=branch,
+                pool=array(rows, slots),
+                owner=array(rows, slots, 2),
+            ),
+        ),
+        used_tokens=0,
+        total_tokens=0,
+    )

@@ -1,0 +1,237 @@
+"""The collectives of a compiled program, read from its text: what, how many bytes, how often, between how many devices.
+
+Loops are counted: a collective in a loop's body runs as often as the loop does. The TPU compiler turns many gathers of a weight into rings
+of permutes beside the product that reads it; they are counted as what they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast", "ragged-all-to-all")
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(
+    r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|[\w\[\],]+(?:\{[^}]*\})?) (?P<op>[\w-]+)\((?P<rest>.*)$"
+)
+_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Equal collectives of a program.
+
+    Attributes:
+      kind: one of KINDS.
+      shape: of what arrives on one device, as HLO writes it.
+      bytes: of what arrives on one device, one run.
+      group: devices that take part together.
+      runs: in one run of the program, loops counted.
+      in_loop: whether a loop of the program holds it (a layer scan, a loop over micro-batches, a ring).
+      across: whether groups reach over slices.
+      source: the operation of the model it belongs to, the last parts of its path.
+    """
+
+    kind: str
+    shape: str
+    bytes: int
+    group: int
+    runs: int
+    in_loop: bool = False
+    across: bool = False
+    source: str = ""
+
+    @property
+    def moved(self) -> float:
+        """Bytes that one device receives in one run of the program, along a ring: (g - 1) / g of a gather, twice that of a sum."""
+        if self.kind == "collective-permute":
+            return float(self.bytes * self.runs)
+        share = (self.group - 1) / self.group
+        factor = {"all-reduce": 2 * share, "reduce-scatter": self.group - 1}.get(self.kind, share)
+        return factor * self.bytes * self.runs
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shape: str
+    op: str
+    rest: str
+    root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.-]+)", self.rest.split("), ", 1)[0])
+
+
+_Computation = dict[str, _Instruction]
+
+
+def collectives(text: str, devices_per_slice: int = 0) -> list[Collective]:
+    """Returns the collectives of an optimised HLO module with those alike added up, the most bytes first; of groups of one device none.
+
+    Args:
+      devices_per_slice: tells which cross slices; 0 where there is one.
+    """
+    computations, entry = _parse(text)
+    found: dict[tuple, list[Collective]] = {}
+    for item in _walk(computations, entry, 1, False, devices_per_slice):
+        found.setdefault(tuple(dataclasses.replace(item, runs=0).__dict__.values()), []).append(item)
+    added = [dataclasses.replace(same[0], runs=sum(c.runs for c in same)) for same in found.values()]
+    return sorted(added, key=lambda c: (-c.moved, c.kind, c.shape))
+
+
+def shape_bytes(shape: str) -> int:
+    """Returns the bytes of an HLO shape, of all parts of a tuple together."""
+    return sum(_one(kind, sizes) for kind, sizes in _SHAPE.findall(shape))
+
+
+def _one(kind: str, sizes: str) -> int:
+    return math.ceil(BYTES.get(kind, 0) * math.prod(int(n) for n in sizes.split(",") if n))
+
+
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+    computations: dict[str, _Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            if head := _COMPUTATION.match(line):
+                current = computations.setdefault(head[2], {})
+                entry = head[2] if head[1] else entry
+        elif line.rstrip() == "}":  # alone: a kernel's own settings go over several lines
+            current = None
+        elif found := _INSTRUCTION.match(line):
+            current[found["name"]] = _Instruction(found["name"], found["shape"], found["op"], found["rest"], bool(found["root"]))
+    return computations, entry
+
+
+def _walk(computations: dict[str, _Computation], name: str, runs: int, in_loop: bool, per_slice: int) -> Iterator[Collective]:
+    computation = computations.get(name, {})
+    for item in computation.values():
+        kind = item.op.removesuffix("-start")
+        if kind in KINDS:
+            group, across = _group(item.rest, per_slice)
+            if group > 1 or kind == "collective-permute":
+                shape = _arrives(item)
+                yield Collective(kind, shape, shape_bytes(shape), group, runs, in_loop, across, _source(item.rest))
+        if item.op == "while":
+            body = _called(item.rest, "body")
+            trips = _trips(computations, computation, item)
+            yield from _walk(computations, body, runs * trips, True, per_slice)
+            continue
+        for called in {*_CALLED.findall(item.rest), *re.findall(r"%?([\w.-]+)", " ".join(_BRANCHES.findall(item.rest)))}:
+            if called in computations and item.op not in ("all-reduce", "reduce-scatter", "reduce", "scatter", "sort", "all-reduce-start"):
+                yield from _walk(computations, called, runs, in_loop, per_slice)
+
+
+def _arrives(item: _Instruction) -> str:
+    """The shape that arrives: of a start, which lists what goes in and what comes out, the second half."""
+    shape = re.sub(r"\{[^}]*\}", "", item.shape)
+    shape = re.sub(r"/\*.*?\*/", "", shape)
+    if item.op.endswith("-start") and shape.startswith("(") and item.op != "all-reduce-start":
+        parts = [f"{kind}[{sizes}]" for kind, sizes in _SHAPE.findall(shape) if sizes]
+        return max(parts, key=shape_bytes) if parts else shape
+    return shape
+
+
+def _group(rest: str, per_slice: int) -> tuple[int, bool]:
+    """Devices of a group, and whether one reaches over slices."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
+        moves = [tuple(map(int, p.split(","))) for p in re.findall(r"\{?(\d+,\d+)\}?", pairs[1])]
+        return len(moves), any(per_slice and a // per_slice != b // per_slice for a, b in moves)
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        used = re.findall(r"'([^']+)'", mesh[2])
+        group = math.prod(sizes[name] for name in used)
+        # The last axes vary fastest: a group reaches as far as its first axis does.
+        names = list(sizes)
+        reach = math.prod(sizes[n] for n in names[min((names.index(n) for n in used), default=len(names)) :])
+        return group, bool(per_slice) and reach > per_slice
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](T\(([\d,]+)\))?", rest):
+        groups, size = int(iota[1]), int(iota[2])
+        order = _iota([int(n) for n in iota[3].split(",")], [int(n) for n in iota[5].split(",")] if iota[5] else None)
+        parts = [order[g * size : (g + 1) * size] for g in range(groups)]
+        return size, any(per_slice and len({d // per_slice for d in part}) > 1 for part in parts)
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        first = [int(n) for n in listed[1].split(",")]
+        return len(first), bool(per_slice) and len({d // per_slice for d in first}) > 1
+    return 1, False
+
+
+def _iota(sizes: list[int], permutation: list[int] | None) -> list[int]:
+    total = math.prod(sizes)
+    if permutation is None:
+        return list(range(total))
+    strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+    order = [0]
+    for axis in permutation:
+        order = [base + step * strides[axis] for base in order for step in range(sizes[axis])]
+    return order
+
+
+def _source(rest: str) -> str:
+    name = re.search(r'op_name="([^"]*)"', rest)
+    parts = [p for p in (name[1].split("/") if name else []) if p not in ("while", "body", "closed_call")]
+    return "/".join(parts[-2:])
+
+
+def _called(rest: str, what: str) -> str:
+    found = re.search(rf"{what}=%?([\w.-]+)", rest)
+    return found[1] if found else ""
+
+
+def _trips(computations: dict[str, _Computation], caller: _Computation, loop: _Instruction) -> int:
+    """How often a loop's body runs: from what the compiler wrote, or from its condition `counter < bound`, the start and the step."""
+    if known := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.rest):
+        return int(known[1])
+    condition = computations.get(_called(loop.rest, "condition"), {})
+    body = computations.get(_called(loop.rest, "body"), {})
+    root = next((i for i in condition.values() if i.root), None)
+    if root is None or root.op != "compare" or "direction=LT" not in root.rest:
+        return 1
+    counter, bound = root.operands[:2]
+    index = re.search(r"index=(\d+)", condition[counter].rest) if counter in condition else None
+    stop = _scalar(condition, bound)
+    if index is None or stop is None:
+        return 1
+    place = int(index[1])
+    start, step = 0, 1
+    given = caller.get(loop.operands[0]) if loop.operands else None
+    if given is not None and given.op == "tuple" and place < len(given.operands):
+        start = _scalar(caller, given.operands[place]) or 0
+    result = next((i for i in body.values() if i.root), None)
+    if result is not None and result.op == "tuple" and place < len(result.operands):
+        step = _step(body, result.operands[place])
+    return max(1, -(-(stop - start) // max(1, step)))
+
+
+def _step(body: _Computation, name: str) -> int:
+    """What is added to the counter in one round, over a chain of additions."""
+    total, item = 0, body.get(name)
+    while item is not None and item.op in ("add", "copy"):
+        nexts = item.operands
+        if item.op == "add":
+            constant = next((value for n in nexts if (value := _scalar(body, n)) is not None), None)
+            if constant is None:
+                return 1
+            total += constant
+            nexts = [n for n in nexts if _scalar(body, n) is None]
+        item = body.get(nexts[0]) if nexts else None
+    return total or 1
+
+
+def _scalar(computation: _Computation, name: str) -> int | None:
+    item = computation.get(name)
+    while item is not None and item.op in ("copy", "bitcast", "convert"):
+        item = computation.get(item.operands[0])
+    if item is None or item.op != "constant":
+        return None
+    value = re.match(r"(-?\d+)\)", item.rest)
+    return int(value[1]) if value else None

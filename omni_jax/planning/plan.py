@@ -1,0 +1,160 @@
+"""A run's config to its plan on a topology."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from omni_jax.config import ModelConfig
+from omni_jax.planning import report, sweep
+from omni_jax.planning.chips import read_topology
+from omni_jax.planning.devices import MISSING, QUICK, check_mesh, has_compiler, planning_mesh, read_mesh
+from omni_jax.planning.estimate import UTILISATION, cost
+from omni_jax.planning.load_plan import load_plan
+from omni_jax.planning.programs import Setting, embed_programs, evaluate_programs, train_program
+from omni_jax.train import RunConfig, step_kind
+
+BASIS = (
+    "memory and collectives: compiler estimates (libtpu, nothing was executed); "
+    "operations, times and costs: analytic, at published figures of the chips"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked: the run, its model, and the topology and mesh as text.
+
+    Attributes:
+      utilisation: share of peak arithmetic that expected figures assume.
+      price: of a chip-hour, for the cost.
+      full_effort: compiles as a run would.
+    """
+
+    run: RunConfig
+    model: ModelConfig
+    topology: str
+    slices: int = 1
+    mesh: str | None = None
+    caption_tokens: int = 128
+    utilisation: float = UTILISATION
+    price: float | None = None
+    full_effort: bool = False
+
+    def setting(self) -> Setting:
+        """Returns the checked setting.
+
+        Raises:
+          ConfigError: topology unknown, a mesh that does not multiply, a tensor axis that does not divide the heads.
+        """
+        run, decoder = self.run, self.model.decoder
+        topology = read_topology(self.topology, self.slices)
+        heads = decoder.num_heads, decoder.num_kv_heads
+        if self.mesh:
+            sizes = read_mesh(self.mesh, topology, heads)
+        else:
+            text = ",".join(f"{name}={size}" for name, size in dataclasses.asdict(run.mesh).items() if size and name != "slices")
+            sizes = read_mesh(text, topology, heads)
+        check_mesh(sizes, topology, heads)
+        return Setting(
+            config=self.model,
+            recipe=run.step_config(1000),
+            preset=run.data.resolved_preset(),
+            topology=topology,
+            mesh=sizes,
+            clips=run.batch.micro_batch,
+            micro_batches=run.batch.micro_batches,
+            blocks=run.batch.blocks,
+            caption_tokens=self.caption_tokens,
+            dtype=run.model.dtype,
+            embed_clips=run.evaluation.batch_size,
+            options={} if self.full_effort else QUICK,
+        )
+
+
+def make(request: Request, programs: Sequence[str] = ("train",), counts: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
+    """Returns the plan: every program's memory, collectives, operations, time; the weights each host reads; notes on what is missing.
+
+    Args:
+      programs: among "train", "embed", "evaluate".
+      counts: places in the period-3 cycle of training steps.
+
+    Raises:
+      ConfigError: as `Request.setting`, or a batch that does not divide.
+    """
+    setting = request.setting()
+    compiled = has_compiler()
+    mesh = planning_mesh(setting.topology, dict(setting.mesh), compiled)
+    records: list[dict[str, Any]] = []
+    if "train" in programs:
+        records += [
+            report.train_record(setting, train_program(setting, mesh, c), mesh, request.utilisation) for c in _different(setting, counts)
+        ]
+    if "embed" in programs:
+        records += [report.plain_record(program) for program in embed_programs(setting, mesh)]
+    if "evaluate" in programs and isinstance(mesh, Mesh):
+        records += [report.plain_record(program) for program in evaluate_programs(setting, mesh)]
+    return {
+        "model": "7B" if setting.config.decoder.num_layers == 28 else f"{setting.config.decoder.num_layers} layers",
+        "topology": str(setting.topology),
+        "chips": setting.topology.chips,
+        "hosts": setting.topology.hosts,
+        "slices": setting.topology.slices,
+        "mesh": dict(setting.mesh),
+        "micro_batch": setting.clips,
+        "micro_batches": setting.micro_batches,
+        "negatives": setting.recipe.losses.negatives,
+        "remat": setting.recipe.remat,
+        "attention": setting.kernel,
+        "basis": BASIS,
+        "notes": [] if compiled else [MISSING],
+        "programs": records,
+        "period": _period(setting, records, request),
+        "weights": load_plan(setting.config, mesh, setting.topology),
+    }
+
+
+def swept(request: Request, count: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Returns what a sweep tried, the recommended choice first.
+
+    Raises:
+      ConfigError: as `Request.setting`; where libtpu is missing.
+    """
+    return sweep.sweep(request.setting(), count, say)
+
+
+def flags(choice: dict[str, Any]) -> str:
+    """Returns a choice of the sweep as arguments of `omni-jax train` and `omni-jax compile`."""
+    values = {f"mesh.{name}": size for name, size in choice["mesh"].items()} | {"remat": choice["remat"]}
+    values |= {f"batch.{name}": choice[name] for name in ("micro_batch", "micro_batches")}
+    return " ".join(f"--config.{name}={value}" for name, value in values.items())
+
+
+def command(request: Request, programs: Sequence[str], counts: Sequence[int]) -> str:
+    """Returns the arguments of `omni-jax compile` that make this plan again, the config's own fields apart."""
+    run = request.run
+    parts = [f"--topology {request.topology}", *([f"--slices {request.slices}"] if request.slices > 1 else [])]
+    parts += [f"--mesh {request.mesh}"] if request.mesh else []
+    parts += [f"--programs {','.join(programs)}", f"--kinds {','.join(map(str, counts))}", f"--caption-tokens {request.caption_tokens}"]
+    fields = {"losses.negatives": run.losses.negatives, "remat": run.remat, "batch.blocks": run.batch.blocks}
+    fields |= {"batch.micro_batch": run.batch.micro_batch, "batch.micro_batches": run.batch.micro_batches}
+    return " ".join([*parts, *(f"--config.{name}={value}" for name, value in fields.items())])
+
+
+def _different(setting: Setting, counts: Sequence[int]) -> list[int]:
+    """Counts whose step kinds differ."""
+    kinds = {step_kind(count, setting.recipe.losses): count for count in reversed(counts)}
+    return sorted(kinds.values())
+
+
+def _period(setting: Setting, records: Sequence[dict[str, Any]], request: Request) -> dict[str, Any] | None:
+    """All kinds in turn: the mean time of an update."""
+    seconds = [record["seconds"]["expected"] for record in records if "seconds" in record]
+    if not seconds:
+        return None
+    clips = setting.clips * setting.micro_batches
+    mean = cost(clips, sum(seconds) / len(seconds), setting.topology.chips)
+    price = {"price": request.price, "cost": request.price * mean["chip_hours_per_million_triples"]} if request.price else {}
+    return {**mean, "utilisation": request.utilisation, **price}

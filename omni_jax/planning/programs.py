@@ -1,0 +1,186 @@
+"""The real programs of a run, lowered and compiled for a topology, and what the compiler says of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from omni_jax.config import ModelConfig, Preset
+from omni_jax.model import abstract_encoder
+from omni_jax.model.runner import Runner
+from omni_jax.parallel import batch_shards
+from omni_jax.planning.abstract import CAPTION_TOKENS, abstract_batch, abstract_encoder_batch, abstract_state, batch_shapes
+from omni_jax.planning.advice import OutOfMemory, read_refusal
+from omni_jax.planning.chips import Topology
+from omni_jax.planning.devices import QUICK
+from omni_jax.planning.hlo import Collective, collectives
+from omni_jax.retrieval import ranks
+from omni_jax.train.plan import step_kind
+from omni_jax.train.step import StepConfig, TrainStep
+from omni_jax.types import BatchShapes, StepKind
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is planned for.
+
+    Attributes:
+      clips, micro_batches: of a micro-batch on all devices together, and of an update.
+      mesh: sizes of data, fsdp and tensor within a slice.
+      dtype: of activations and frozen weights.
+      embed_clips: clips that the embedding pass encodes together.
+      options: of the compiler.
+    """
+
+    config: ModelConfig
+    recipe: StepConfig
+    preset: Preset
+    topology: Topology
+    mesh: Mapping[str, int]
+    clips: int
+    micro_batches: int = 1
+    blocks: int = 1
+    caption_tokens: int = CAPTION_TOKENS
+    dtype: str = "bfloat16"
+    embed_clips: int = 16
+    options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: QUICK)
+
+    @property
+    def kernel(self) -> str:
+        """Attention kernel: the TPU's, where the recipe leaves it open."""
+        return "splash" if self.recipe.attention == "auto" else self.recipe.attention
+
+    @property
+    def looped(self) -> int:
+        """How often the compiled step runs in an update: once, or for each micro-batch that is a pool of its own."""
+        return self.micro_batches if self.recipe.losses.negatives == "micro" else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Of one device, GiB, as the compiler counts it.
+
+    Attributes:
+      peak: compare it with the limit.
+      arguments: weights, optimizer and batch.
+      temporaries: what lives within the program.
+      host: temporaries in the host's memory (remat "offload").
+    """
+
+    peak: float
+    limit: float
+    arguments: float
+    temporaries: float
+    host: float = 0.0
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program.
+
+    Attributes:
+      name: "train", "embed/rows", "evaluate/product" ...
+      kind, shapes: of a training step.
+      memory, found: what the compiler says; None where it was only lowered or refused.
+      refusal: why it does not fit.
+      seconds: that compiling took.
+    """
+
+    name: str
+    kind: StepKind | None = None
+    shapes: BatchShapes | None = None
+    memory: Memory | None = None
+    found: Sequence[Collective] | None = None
+    refusal: OutOfMemory | None = None
+    seconds: float = 0.0
+
+    @property
+    def status(self) -> str:
+        if self.refusal is not None or (self.memory is not None and not self.memory.fits):
+            return "out of memory"
+        return "fits" if self.memory is not None else "lowered"
+
+
+def train_program(setting: Setting, mesh: Mesh | AbstractMesh, count: int) -> Program:
+    """Returns the training step at position `count` of the period-3 cycle; compiled where the mesh has devices.
+
+    Raises:
+      ConfigError: for a batch that does not divide.
+    """
+    kind = step_kind(count, setting.recipe.losses)
+    shapes = batch_shapes(setting.config, setting.preset, kind, setting.caption_tokens)
+    recipe = dataclasses.replace(setting.recipe, attention=setting.kernel)
+    step = TrainStep(setting.config, recipe, dtype=setting.dtype, mesh=mesh)
+    pooled = recipe.losses.negatives == "global" or setting.micro_batches == 1
+    state, frozen = abstract_state(step, setting.config, setting.dtype)
+    batch = abstract_batch(
+        setting.config,
+        kind,
+        shapes,
+        clips=setting.clips,
+        micro_batches=setting.micro_batches,
+        blocks=setting.blocks,
+        share_prefix=pooled,
+        mesh=mesh,
+    )
+    lowered = step.lower(state, frozen, batch, "tpu")
+    return _compiled(Program("train", kind, shapes), lowered, mesh, setting)
+
+
+def embed_programs(setting: Setting, mesh: Mesh | AbstractMesh) -> list[Program]:
+    """Returns the programs of the embedding pass: the towers and the rows of a batch of clips with every table."""
+    encoder = abstract_encoder(setting.config, param_dtype=jnp.dtype(setting.dtype))
+    runner = Runner(encoder, mesh, setting.kernel)
+    clips = math.lcm(setting.embed_clips, batch_shards(mesh))
+    batch = abstract_encoder_batch(setting.config, setting.preset, clips, setting.caption_tokens)
+    lowered = runner.lower(batch, "tpu")
+    return [_compiled(Program(f"embed/{name}"), low, mesh, setting) for name, low in lowered.items()]
+
+
+def evaluate_programs(setting: Setting, mesh: Mesh) -> list[Program]:
+    """Returns the evaluator's programs: one tile of similarities, and the counting of ranks in it."""
+    lowered = ranks.lower_tile(mesh, setting.config.decoder.hidden_size)
+    return [_compiled(Program(f"evaluate/{name}"), low, mesh, setting) for name, low in lowered.items()]
+
+
+def _compiled(program: Program, lowered: jax.stages.Lowered, mesh: Mesh | AbstractMesh, setting: Setting) -> Program:
+    if not isinstance(mesh, Mesh):
+        return program
+    start = time.monotonic()
+    try:
+        compiled = lowered.compile(compiler_options=dict(setting.options))
+    except jax.errors.JaxRuntimeError as error:
+        refusal = read_refusal(
+            str(error),
+            clips_per_device=setting.clips / batch_shards(mesh),
+            micro_batches=setting.micro_batches,
+            negatives=setting.recipe.losses.negatives,
+            remat=setting.recipe.remat,
+        )
+        if refusal is None:
+            raise
+        return dataclasses.replace(program, refusal=refusal, seconds=time.monotonic() - start)
+    taken = time.monotonic() - start
+    stats: Any = compiled.memory_analysis()
+    gib = 2.0**30
+    memory = Memory(
+        peak=stats.peak_memory_in_bytes / gib,
+        limit=setting.topology.chip.limit_gib,
+        arguments=stats.argument_size_in_bytes / gib,
+        temporaries=stats.temp_size_in_bytes / gib,
+        host=stats.host_temp_size_in_bytes / gib,
+    )
+    per_slice = setting.topology.devices // setting.topology.slices if setting.topology.slices > 1 else 0
+    found = collectives(compiled.as_text() or "", per_slice)
+    return dataclasses.replace(program, memory=memory, found=found, seconds=taken)

@@ -1,0 +1,75 @@
+"""The choices of batch, remat and mesh that fit, compared by the time they should take."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from omni_jax.planning.devices import planning_mesh
+from omni_jax.planning.programs import Setting, train_program
+from omni_jax.planning.report import train_record
+
+REMATS = ("layer", "attention", "dots")
+LARGEST = 16  # clips a device at once
+
+
+def meshes(setting: Setting) -> list[dict[str, int]]:
+    """Returns the meshes to try: all of fsdp, then half of it given to tensor or to data where that is possible."""
+    each = setting.topology.devices // setting.topology.slices
+    heads = setting.config.decoder
+    found = [{"data": 1, "fsdp": each, "tensor": 1}]
+    if each % 2 == 0 and heads.num_heads % 2 == 0 and heads.num_kv_heads % 2 == 0:
+        found.append({"data": 1, "fsdp": each // 2, "tensor": 2})
+    if each % 2 == 0 and each > 2:
+        found.append({"data": 2, "fsdp": each // 2, "tensor": 1})
+    return found
+
+
+def batches(setting: Setting, shards: int) -> Iterator[tuple[int, int]]:
+    """Yields (clips of a micro-batch, micro-batches) that make the update's clips, the largest micro-batch first.
+
+    Micro-batches that are pools of their own are part of the recipe: they stay as they are.
+    """
+    total = setting.clips * setting.micro_batches
+    if setting.recipe.losses.negatives == "micro":
+        if setting.clips % shards == 0:
+            yield setting.clips, setting.micro_batches
+        return
+    for per_device in range(LARGEST, 0, -1):
+        if total % (per_device * shards) == 0:
+            yield per_device * shards, total // (per_device * shards)
+
+
+def sweep(setting: Setting, count: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Returns the records of what was tried, those that fit first and by expected time, each with its choice.
+
+    For every mesh and remat policy, the largest micro-batch that fits.
+    """
+    tried: list[dict[str, Any]] = []
+    for sizes in meshes(setting):
+        mesh = planning_mesh(setting.topology, sizes, compiled=True)
+        shards = setting.topology.slices * sizes["data"] * sizes["fsdp"]
+        for remat in REMATS:
+            for clips, micro_batches in batches(setting, shards):
+                recipe = dataclasses.replace(setting.recipe, remat=remat)
+                blocks = setting.blocks if clips % setting.blocks == 0 else 1
+                one = dataclasses.replace(setting, mesh=sizes, clips=clips, micro_batches=micro_batches, blocks=blocks, recipe=recipe)
+                program = train_program(one, mesh, count)
+                record = train_record(one, program, mesh)
+                choice = {"mesh": sizes, "remat": remat, "micro_batch": clips, "micro_batches": micro_batches}
+                tried.append({"choice": choice, **record})
+                say(choice_line(tried[-1]))
+                if program.status == "fits":
+                    break
+    return sorted(tried, key=lambda r: (r["status"] != "fits", r["seconds"]["expected"], r["seconds"]["interconnect"]))
+
+
+def choice_line(record: dict[str, Any]) -> str:
+    """Returns one line on a choice."""
+    choice, memory, refusal = record["choice"], record["memory_gib"], record["out_of_memory"]
+    mesh = ",".join(f"{name}={size}" for name, size in choice["mesh"].items())
+    need = f"{memory['peak']:.2f} GiB" if memory else f"needs {refusal['used_gib']:.2f} GiB"
+    batch = f"{choice['micro_batches']:>3} x {choice['micro_batch']:<5}"
+    rate = f"{record['expected']['clips_per_second']:.1f} clips/s"
+    return f"{mesh:<28} remat={choice['remat']:<10} {batch} {record['status']:<14} {need:<18} {rate}"

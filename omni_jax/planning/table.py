@@ -1,0 +1,70 @@
+"""Plans of several topologies in one table: a JSON file that each `omni-jax compile --table` adds to, and the same as Markdown."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from etils import epath
+
+KEPT = (
+    "program",
+    "kind",
+    "status",
+    "memory_gib",
+    "out_of_memory",
+    "clips_per_device",
+    "largest_collective_bytes",
+    "large_outside_layers",
+    "collectives_by_kind",
+    "seconds",
+    "at_peak",
+    "expected",
+)
+
+
+def add(file: epath.Path, plan: dict[str, Any], command: str) -> None:
+    """Adds a plan to the table, in the place of one by the same command, and writes both files.
+
+    Raises:
+      OSError: where they cannot be written.
+    """
+    entries = json.loads(file.read_text()) if file.exists() else []
+    entry = {name: value for name, value in plan.items() if name != "programs"} | {"command": command}
+    entry["programs"] = [{name: program[name] for name in KEPT if name in program} for program in plan["programs"]]
+    entries = [old for old in entries if old["command"] != command] + [entry]
+    entries.sort(key=lambda e: (e["topology"].split(" x ")[-1].split(":")[0], e["chips"], e["command"]))
+    file.write_text(json.dumps(entries, indent=1) + "\n")
+    file.with_suffix(".md").write_text(markdown(entries))
+
+
+def markdown(entries: list[dict[str, Any]]) -> str:
+    """Returns the table: a row for each program of each plan."""
+    lines = [
+        "Written by `omni-jax compile --table`. " + (entries[0]["basis"] if entries else "") + ".",
+        "",
+        "| topology | chips | mesh | micro-batches x clips | remat | program | status | peak GiB | limit | largest collective, MB "
+        "| clips/s expected | chip-hours per million triples |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in entries:
+        mesh = " ".join(f"{name}={size}" for name, size in entry["mesh"].items() if size > 1)
+        batch = f"{entry['micro_batches']} x {entry['micro_batch']}"
+        for program in entry["programs"]:
+            lines.append(f"| {' | '.join(_row(entry, program, mesh, batch))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _row(entry: dict[str, Any], program: dict[str, Any], mesh: str, batch: str) -> list[str]:
+    memory, refusal, kind = program["memory_gib"], program["out_of_memory"], program.get("kind")
+    peak = memory["peak"] if memory else refusal["used_gib"] if refusal else float("nan")
+    limit = memory["limit"] if memory else refusal["limit_gib"] if refusal else float("nan")
+    name = f"train, hard {kind['hard']}" if kind else program["program"]
+    rate, hours = (
+        (f"{program['expected']['clips_per_second']:.1f}", f"{program['expected']['chip_hours_per_million_triples']:,.0f}")
+        if kind
+        else ("-", "-")
+    )
+    largest = f"{program.get('largest_collective_bytes', 0) / 1e6:.0f}"
+    cells = [entry["topology"], str(entry["chips"]), mesh or "-", batch if kind else "-", entry["remat"], name, program["status"]]
+    return [*cells, f"{peak:.2f}", f"{limit:.2f}", largest, rate, hours]
