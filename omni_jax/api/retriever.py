@@ -62,7 +62,7 @@ class OmniRetriever:
         """
         # Before the weights, which take minutes to read at full size.
         source = open_model(directory, step)
-        _check_preprocessing(source.folder, source.config)
+        check_preprocessing(source.folder, source.config)
         tokenizer = Tokenizer.from_pretrained(source.folder)
         tokenizer.check(source.config.tokens)
         mesh = make_mesh() if len(jax.devices()) > 1 else None
@@ -71,6 +71,10 @@ class OmniRetriever:
         encoder = with_params(abstract_encoder(source.config, dtype=compute), params)
         chosen = preset_named(preset) if isinstance(preset, str) else preset
         return cls(encoder, tokenizer, chosen, mesh)
+
+    def assign(self, params: Mapping[tuple[str, ...], jax.Array]) -> None:
+        """Embeds with other parameters of the same shapes, types and places from now on; nothing is compiled anew."""
+        self._runner.assign(dict(params))
 
     @property
     def programs(self) -> list[str]:
@@ -241,7 +245,7 @@ def _check_batch_size(batch_size: Any) -> None:
         raise InputError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
 
 
-def _check_preprocessing(folder: epath.Path, config: ModelConfig) -> None:
+def check_preprocessing(folder: epath.Path, config: ModelConfig) -> None:
     """Raises InputError for towers whose input the preprocessing, which has one patch size, does not make."""
     from omni_jax.features import audio, vision
     from omni_jax.tokens import buckets

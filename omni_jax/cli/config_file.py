@@ -38,7 +38,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(file: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Returns the run that a config file describes, with "a.b=value" changes.
+    """Returns the run that a config file describes, with "a.b=value" changes; FILE.py:TEXT gives TEXT to its get_config.
 
     Raises:
       InputError: for a file that is none.
@@ -46,7 +46,8 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     from omni_jax.train import RunConfig
 
-    path = Path(file)
+    name, colon, argument = file.partition(".py:")
+    path = Path(f"{name}.py" if colon else file)
     spec = importlib.util.spec_from_file_location("omni_jax_run_config", path) if path.suffix == ".py" else None
     if spec is None or spec.loader is None or not path.is_file():
         raise InputError(f"--config {file}: no such config; name a Python file like configs/omniretriever_7b.py")
@@ -54,7 +55,10 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> RunConfig:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise InputError(f"--config {file}: defines no get_config()")
-    values = module.get_config().to_dict()
+    try:
+        values = module.get_config(*([argument] if colon else [])).to_dict()
+    except TypeError as e:
+        raise InputError(f"--config {file}: {e}") from None
     for change in overrides:
         name, sign, text = change.partition("=")
         *sections, field = name.split(".")
@@ -65,7 +69,7 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> RunConfig:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"{PREFIX}{change}: {section} has no fields")
-        place[field] = _value(text)
+        place[field] = _value(text, place.get(field))
     return RunConfig.from_config(values)
 
 
@@ -91,7 +95,12 @@ def _with_lora(model: ModelConfig, section: ModelSection) -> ModelConfig:
     return model if section.lora is None else dataclasses.replace(model, lora=section.lora)
 
 
-def _value(text: str) -> Any:
+def _value(text: str, before: Any) -> Any:
+    """Returns what a text stands for; where a text stood before, the text itself."""
+    if isinstance(before, str):
+        return text
+    if text in ("true", "false"):
+        return text == "true"
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

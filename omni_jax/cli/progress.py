@@ -21,6 +21,7 @@ class Progress:
 
     Attributes:
       done: items finished so far.
+      detail: what else there is to say about the work, shown behind the rest; "" for nothing.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.total, self.what, self.unit, self.done = total, what, unit, done
+        self.total, self.what, self.unit, self.done, self.detail = total, what, unit, done, ""
         self._stream = sys.stderr if stream is None else stream
         self._terminal = self._stream.isatty()
         self._clock = clock
@@ -67,10 +68,11 @@ class Progress:
         rate = (self.done - self._already) / elapsed
         count = f"{self.done}/{self.total}" if self.total is not None else f"{self.done}"
         text = f"{self.what}: {count} {self.unit}, {_rate(rate)} {self.unit}/s"
+        detail = f"; {self.detail}" if self.detail else ""
         if self.total is None or self.done >= self.total:
-            return f"{text}, {duration(elapsed)}"
+            return f"{text}, {duration(elapsed)}{detail}"
         left = duration((self.total - self.done) / rate) if rate > 0 else "?"
-        return f"{text}, {left} left"
+        return f"{text}, {left} left{detail}"
 
     def _show(self, now: float, final: bool = False) -> None:
         self._shown = self.done

@@ -67,3 +67,44 @@ def second_ctrl_c_leaves() -> Iterator[None]:
         far.close()
         thread.join()
         near.close()
+
+
+class Signals:
+    """Signals that have come while `signals_noted` ran."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C came first."""
+        return self.seen[:1] == [signal.SIGINT]
+
+    @property
+    def name(self) -> str:
+        """What came first, "another process" where this one got nothing."""
+        return ("Ctrl-C" if self.interrupted else "SIGTERM") if self.seen else "another process"
+
+
+@contextlib.contextmanager
+def signals_noted() -> Iterator[Signals]:
+    """Notes SIGTERM and the first Ctrl-C while the block runs, for work that saves before it leaves; a second Ctrl-C leaves at once.
+
+    In another thread than the main one it notes nothing.
+    """
+    noted = Signals()
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if signal.SIGINT in noted.seen and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        noted.seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

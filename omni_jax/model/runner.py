@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh
 
 from omni_jax.config import TABLES
@@ -75,6 +76,11 @@ class Runner:
         self._audio = program("audio", audio, donate_argnums=1)
         self._beats = program("beats", beats, donate_argnums=1, static_argnames="max_tokens")
         self._rows = program("rows", rows)
+
+    def assign(self, params: dict[tuple[str, ...], jax.Array]) -> None:
+        """Takes other parameters of the same shapes, types and places; nothing is compiled anew."""
+        flat = nnx.to_flat_state(self._params)
+        self._params = nnx.from_flat_state([(path, slot.replace(params[path])) for path, slot in flat])
 
     def embed(self, batch: EncoderBatch, text_head: str = "last") -> Iterator[tuple[int, str, np.ndarray]]:
         """Starts every program of a batch; the iterator yields (clip of the batch, table name, embedding (D,) float32, not normalised).
@@ -182,11 +188,18 @@ def place_params(params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.State:
     return nnx.from_flat_state([(path, p.replace(place(p))) for path, p in nnx.to_flat_state(params)])
 
 
+def _on_host(array: jax.Array) -> np.ndarray:
+    """Returns the whole array, also where other processes hold parts of it."""
+    if not array.is_fully_addressable and not array.is_fully_replicated:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
 def _collect(
     batches: tuple[RowBatch, ...], results: list[tuple[jax.Array, jax.Array]], text_head: str
 ) -> Iterator[tuple[int, str, np.ndarray]]:
     for rows, (fused, last) in zip(batches, results, strict=True):
-        fused, last = np.asarray(fused), np.asarray(last)
+        fused, last = _on_host(fused), _on_host(last)
         for r, k in np.argwhere(rows.owner[..., 0] >= 0):
             clip, table = rows.owner[r, k]
             name = TABLES[table]

@@ -180,17 +180,19 @@ class StopSection:
       skipped_in_row: updates in a row without a finite loss and gradient that stop it.
       max_mean_cosine: mean cosine between embeddings of different clips above which they count as collapsed.
       min_effective_rank: effective rank below which they do.
+      collapsed_in_row: updates in a row of that kind before anything happens; fresh weights start so.
       collapse: "warn" says so, "stop" ends the run.
     """
 
     skipped_in_row: int = 10
     max_mean_cosine: float = 0.99
     min_effective_rank: float = 1.5
+    collapsed_in_row: int = 50
     collapse: str = "warn"
 
     def __post_init__(self) -> None:
-        if self.skipped_in_row < 1:
-            raise ConfigError("config field stop.skipped_in_row: must be at least 1")
+        if min(self.skipped_in_row, self.collapsed_in_row) < 1:
+            raise ConfigError("config fields stop.skipped_in_row and stop.collapsed_in_row: must be at least 1")
         if self.collapse not in COLLAPSE:
             raise ConfigError(f"config field stop.collapse={self.collapse!r}: choose one of {', '.join(COLLAPSE)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import json
@@ -11,6 +12,7 @@ import pytest
 
 from configs import omniretriever_7b, paper_ablations, tiny
 from omni_jax.config import ConfigError
+from omni_jax.train import run_config
 from omni_jax.train.run_config import RunConfig
 from tests import house
 
@@ -19,6 +21,19 @@ def test_every_config_is_a_run() -> None:
     for file in house.sources("configs"):
         if file.name != "__init__.py":
             RunConfig.from_config(importlib.import_module(house.module_name(file)).get_config())
+
+
+def test_every_field_of_a_run_is_read_somewhere() -> None:
+    fields = {
+        (record.__name__, f.name)
+        for record in vars(run_config).values()
+        if dataclasses.is_dataclass(record) and record.__module__ == run_config.__name__
+        for f in dataclasses.fields(record)
+    }
+    read: set[str] = set()
+    for file in house.sources("omni_jax"):
+        read |= {n.attr for n in ast.walk(house.tree(file)) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    assert not sorted(f"{owner}.{name}" for owner, name in fields if name not in read)
 
 
 def test_a_run_survives_json() -> None:

@@ -1,0 +1,88 @@
+"""The 12 directions of held-out clips in the midst of a training run, with the weights as they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from omni_jax.api.retriever import OmniRetriever
+from omni_jax.config import ModelConfig
+from omni_jax.data.manifest import read_manifest
+from omni_jax.model import abstract_encoder, with_params
+from omni_jax.retrieval import evaluate
+from omni_jax.retrieval.embedding_pass import assemble
+from omni_jax.tokens.tokenizer import Tokenizer
+from omni_jax.train import RunConfig
+from omni_jax.train.trainable import TEMPERATURE, Arrays, join
+from omni_jax.train.workdir import write_whole
+from omni_jax.types import InputError
+
+FOLDER = "evaluations"
+TABLES = ("text", "video", "audio", "av", "tv", "at")
+
+
+class Evaluator:
+    """Embeds and scores the manifest that a run's config names; programs are compiled at the first call and kept."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        workdir: epath.Path,
+        tokenizer: Tokenizer,
+        model: ModelConfig,
+        frozen: Arrays,
+        mesh: Mesh | None,
+        tell: Callable[[str], None],
+        stopping: Callable[[], bool],
+    ):
+        """Reads the manifest.
+
+        Raises:
+          InputError: when it cannot be read, or has no record with text, video and audio.
+        """
+        self._settings, self._workdir, self._tell, self._stopping = run.evaluation, workdir, tell, stopping
+        manifest = read_manifest(self._settings.manifest, self._settings.media_root or None)
+        self._records = [record for record in manifest.records if record.modalities == {"t", "v", "a"}]
+        if not self._records:
+            raise InputError(f"{self._settings.manifest}: no record has text, video and audio, which the 12 directions need")
+        self._frozen, self._model, self._dtype, self._mesh = frozen, model, jnp.dtype(run.model.dtype), mesh
+        self._workers, self._tokenizer, self._preset = run.data.workers, tokenizer, run.data.resolved_preset()
+        self._timeout = run.data.timeout
+        self._retriever: OmniRetriever | None = None
+
+    def __call__(self, number: int, trainable: Arrays) -> Mapping[str, float] | None:
+        """Returns averages and R@1 by name, and writes the whole result to evaluations/N.json; None when the run is to stop meanwhile."""
+        # As a checkpoint of this step would be loaded: in the type of the weights that stay.
+        params = join({name: x.astype(self._dtype) for name, x in trainable.items() if name != TEMPERATURE}, self._frozen)
+        if self._retriever is None:
+            encoder = with_params(abstract_encoder(self._model, dtype=self._dtype), params)
+            self._retriever = OmniRetriever(encoder, self._tokenizer, self._preset, self._mesh)
+        else:
+            self._retriever.assign(params)
+        parts = []
+        for part in self._retriever.embed(
+            self._records, TABLES, batch_size=self._settings.batch_size, workers=self._workers, timeout=self._timeout
+        ):
+            parts.append(part)
+            if jax.process_count() == 1 and self._stopping():
+                return None
+        outcome = assemble(self._records, parts)
+        if outcome.problems:
+            _, reason = outcome.problems[0]
+            self._tell(f"evaluation: {len(outcome.problems)} of {len(self._records)} records were set aside; the first: {reason}")
+        try:
+            result = evaluate(outcome.table, resamples=0)
+        except InputError as e:
+            self._tell(f"evaluation after update {number} gave nothing: {e}")
+            return {}
+        if jax.process_index() == 0:
+            (self._workdir / FOLDER).mkdir(exist_ok=True)
+            write_whole(self._workdir / FOLDER / f"{number}.json", json.dumps(result, indent=1) + "\n")
+        averages = {name: result[name] for name in ("AVG-single", "AVG-dual", "AVG-all") if result[name] is not None}
+        self._tell(f"held-out R@1 after update {number}: " + ", ".join(f"{name} {value:.1f}" for name, value in averages.items()))
+        return averages | {name: metrics["R@1"] for name, metrics in result["directions"].items()}

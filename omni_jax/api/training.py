@@ -1,0 +1,212 @@
+"""A training run wired together: weights, data, step, checkpoints, evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+import conversion
+from conversion.folder import read_manifest
+from omni_jax.api.evaluation import Evaluator
+from omni_jax.api.retriever import check_preprocessing
+from omni_jax.api.weights import base_digests
+from omni_jax.config import ModelConfig
+from omni_jax.data.augment import AugmentConfig
+from omni_jax.data.clips import ClipSource
+from omni_jax.data.pipeline import TrainPipeline
+from omni_jax.data.plan import BatchConfig
+from omni_jax.data.sources import open_source
+from omni_jax.model import param_shardings
+from omni_jax.parallel import first_does, make_mesh
+from omni_jax.tokens.tokenizer import Tokenizer
+from omni_jax.train import RunConfig, TrainState, TrainStep, kinds_of_update, pack_update, report
+from omni_jax.train.checkpoint import Checkpoints
+from omni_jax.train.lock import run_lock
+from omni_jax.train.loop import Row, Surroundings, train
+from omni_jax.train.lora import fresh_lora
+from omni_jax.train.metrics import metrics_writer
+from omni_jax.train.workdir import BASE, CHECKPOINTS, WorkdirConfig, claim
+from omni_jax.types import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Watcher:
+    """Who watches a run.
+
+    Attributes:
+      tell: a line to read.
+      begin: called with (updates made before, updates in all, clips of an update) when the loop begins.
+      update: called with (updates made, metrics).
+      stopping: whether to save and leave.
+    """
+
+    tell: Callable[[str], None]
+    begin: Callable[[int, int, int], None]
+    update: Callable[[int, Row], None]
+    stopping: Callable[[], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Where a run stands when it is left: updates made and updates in all."""
+
+    step: int
+    total: int
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total
+
+
+def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> Outcome:
+    """Trains until the end or until the watcher wants to stop, and returns where the run stands; the workdir then holds a checkpoint of it.
+
+    A workdir in which the same run was stopped is gone on with. Every process of a run calls it with the same arguments.
+
+    Raises:
+      InputError, ConfigError: for anything in the config, the data or the workdir that cannot be used.
+    """
+    folder = epath.Path(workdir)
+    folder = folder if "://" in str(folder) else epath.Path(folder).absolute()
+    mesh = _mesh(run)
+    preset = run.data.resolved_preset()
+    source = open_source(run.data.train, preset, run.data.media_root or None, timeout_s=run.data.timeout)
+    with contextlib.ExitStack() as held:
+        _first(lambda: held.enter_context(run_lock(folder)))
+        base = _base(run, folder, source.captions)
+        manifest = read_manifest(base)
+        model = _with_lora(manifest.model, run)
+        check_preprocessing(base, model)
+        tokenizer = Tokenizer.from_pretrained(base)
+        tokenizer.check(model.tokens)
+        data = _pipeline(run, source, tokenizer, model)
+        total = run.total_steps(data.planner.updates_per_epoch)
+        step = TrainStep(model, run.step_config(total), dtype=run.model.dtype, mesh=mesh)
+        watcher.tell(report(step.groups))
+        digests = {**base_digests(manifest), "clips": _clips_digest(source)}
+        stored = BASE if not run.model.base else str(base)
+        config = WorkdirConfig(run.to_json(), model, stored, digests, total)
+        _first(lambda: claim(folder, config))
+        checkpoints = Checkpoints(folder / CHECKPOINTS, run.checkpoint.keep)
+        held.callback(checkpoints.close)
+        state, frozen = step.init(_params(base, model, run, mesh))
+        state = _resumed(checkpoints, state, watcher)
+        start = int(state.step)
+        writer = metrics_writer(folder, start) if jax.process_index() == 0 else None
+        if writer is not None:
+            held.callback(writer.close)
+
+        def row(number: int, values: Row) -> None:
+            if writer is not None:
+                writer.write_scalars(number, values)
+                writer.flush()
+
+        evaluator = None
+        if run.evaluation.manifest:
+            evaluator = Evaluator(run, folder, tokenizer, model, frozen, mesh, watcher.tell, watcher.stopping)
+        watcher.begin(start, total, run.batch.clips)
+        around = Surroundings(row=row, tell=watcher.tell, update=watcher.update, stopping=watcher.stopping, evaluate=evaluator)
+        state = train(step, state, frozen, run=run, total=total, data=data, checkpoints=checkpoints, around=around)
+        return Outcome(int(state.step), total)
+
+
+def _mesh(run: RunConfig) -> Mesh | None:
+    """Returns the mesh of all devices, None for one device. Raises InputError when they do not fit the config."""
+    sizes = run.mesh
+    if len(jax.devices()) == 1 and max(sizes.data, sizes.fsdp, sizes.tensor) <= 1:
+        return None
+    try:
+        mesh = make_mesh(sizes.data, sizes.fsdp or None, sizes.tensor)
+    except ValueError as e:
+        raise InputError(f"{e}; change --config.mesh.data, fsdp or tensor") from None
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if run.batch.micro_batch % ways:
+        raise InputError(
+            f"a micro-batch of {run.batch.micro_batch} clips does not divide over {ways} batch shards (data x fsdp); "
+            f"change batch.micro_batch or the mesh"
+        )
+    return mesh
+
+
+def _first(work: Callable[[], Any]) -> None:
+    """Does something in process 0 alone; all of them fail where it fails."""
+    if error := first_does(work):
+        raise error if not isinstance(error, RuntimeError) else InputError(str(error))
+
+
+def _base(run: RunConfig, workdir: epath.Path, captions: Sequence[str]) -> epath.Path:
+    """Returns the folder of the base weights, drawn into the workdir where the config names none."""
+    if run.model.base:
+        base = epath.Path(run.model.base)
+        return base if "://" in str(base) else epath.Path(base).absolute()
+    base = workdir / BASE
+    if run.model.architecture is not None and not base.exists():
+        from conversion.fresh import write_fresh
+
+        architecture, lora = run.model.architecture, run.model.lora
+        _first(lambda: write_fresh(base, architecture, seed=run.seed, captions=captions, lora=lora))
+    return base
+
+
+def _with_lora(model: ModelConfig, run: RunConfig) -> ModelConfig:
+    """Returns the architecture to train. Raises InputError where base and config ask for different adapters."""
+    wanted = run.model.lora
+    if wanted is None or model.lora == wanted:
+        return model
+    if model.lora is not None:
+        raise InputError(
+            f"{run.model.base}: has an adapter of rank {model.lora.rank} already, and model.lora asks for another; "
+            f"set model.lora to None to go on with it, or convert the base with --merge-adapter"
+        )
+    return dataclasses.replace(model, lora=wanted)
+
+
+def _params(base: epath.Path, model: ModelConfig, run: RunConfig, mesh: Mesh | None) -> dict[tuple[str, ...], jax.Array]:
+    """Returns every parameter on the devices; LoRA matrices that the base does not have are drawn."""
+    shardings: Mapping[Any, Any] = param_shardings(model, mesh) if mesh is not None else {}
+    found, params = conversion.load(base, shardings=shardings)
+    if model.lora is not None and found.lora is None:
+        params |= fresh_lora(model, run.seed, shardings)
+    return params
+
+
+def _pipeline(run: RunConfig, source: ClipSource, tokenizer: Tokenizer, model: ModelConfig) -> TrainPipeline:
+    sizes = run.batch
+    return TrainPipeline(
+        source,
+        tokenizer=tokenizer,
+        config=model,
+        preset=run.data.resolved_preset(),
+        batch=BatchConfig(sizes.micro_batch, sizes.micro_batches, sizes.blocks, run.data.distinct, sizes.row_multiple, run.seed),
+        kinds=functools.partial(kinds_of_update, micro_batches=sizes.micro_batches, losses=run.losses),
+        pack=functools.partial(pack_update, config=model),
+        workers=run.data.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        augment=AugmentConfig(**dataclasses.asdict(run.data.augment)),
+    )
+
+
+def _resumed(checkpoints: Checkpoints, state: TrainState, watcher: Watcher) -> TrainState:
+    restored = checkpoints.restore(state)
+    for note in checkpoints.notes:
+        watcher.tell(note)
+    if restored is None:
+        return state
+    watcher.tell(f"going on after update {int(restored.step)}")
+    # What a checkpoint gives and what an update gives lie alike: nothing is compiled twice.
+    return jax.tree.map(lambda new, old: jax.device_put(jnp.asarray(new), old.sharding), restored, state)
+
+
+def _clips_digest(source: ClipSource) -> str:
+    lines = "\n".join(f"{name}\t{caption}" for name, caption in zip(source.ids, source.captions, strict=True))
+    return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()

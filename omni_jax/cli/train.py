@@ -1,0 +1,96 @@
+"""`omni-jax train`: from a config and clips to checkpoints, on one host or as one of several processes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from etils import epath
+
+from omni_jax.cli.config_file import add_config_arguments, read_config
+from omni_jax.cli.status import DONE, INTERRUPTED, STOPPED_AND_SAVED
+from omni_jax.types import InputError
+
+HELP = "train from a config, or go on with a run that was stopped"
+EXAMPLE = "omni-jax train --config configs/omniretriever_7b.py --config.data.train=shards --workdir runs/omni7b"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--workdir", type=epath.Path, required=True, metavar="DIR", help="checkpoints and metrics; an earlier run goes on")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="process 0 of several, 'auto' on a pod (default: $OMNI_JAX_COORDINATOR)")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many there are (default: $OMNI_JAX_PROCESSES)")
+    parser.add_argument("--process", type=int, metavar="I", help="number of this one, from 0 (default: $OMNI_JAX_PROCESS)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains and returns the exit status: 0, 75 when SIGTERM or 130 when Ctrl-C stopped it after saving.
+
+    Raises:
+      InputError, ConfigError: for anything in the config, the data or the workdir that cannot be used.
+    """
+    config = read_config(args.config, args.overrides)
+
+    # Late, so that `--help` and usage errors answer at once.
+    from omni_jax.cli.progress import Progress
+    from omni_jax.cli.stopping import signals_noted
+    from omni_jax.parallel import start
+
+    try:
+        start(args.coordinator, args.processes, args.process)
+    except (ValueError, RuntimeError) as e:
+        raise InputError(f"the processes did not come together: {e}") from None
+
+    import jax
+
+    from omni_jax.api.training import Watcher, run_training
+
+    first = jax.process_index() == 0
+    with signals_noted() as signals, _Display() as display:
+
+        def tell(line: str) -> None:
+            if first:
+                display.note(line)
+
+        def begin(done: int, total: int, clips: int) -> None:
+            if first:
+                display.start(Progress(total, "train", unit="updates", done=done))
+
+        outcome = run_training(config, args.workdir, Watcher(tell, begin, display.update, lambda: bool(signals.seen)))
+    where = f"{outcome.step} of {outcome.total} updates are saved in {args.workdir}"
+    if not outcome.finished:
+        print(f"stopped by {signals.name}; {where}: run it again to go on", file=sys.stderr)
+        return INTERRUPTED if signals.interrupted else STOPPED_AND_SAVED
+    if first:
+        print(f"{args.workdir}: {outcome.step} updates; use it as --model, or write PyTorch files with omni-jax convert to-torch")
+    return DONE
+
+
+class _Display:
+    """Lines before the loop begins, a progress bar and lines above it from then on."""
+
+    def __init__(self) -> None:
+        self._progress = None
+
+    def __enter__(self) -> _Display:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(None, None, None)
+
+    def start(self, progress) -> None:
+        self._progress = progress
+
+    def note(self, line: str) -> None:
+        if self._progress is not None:
+            self._progress.note(line)
+        else:
+            print(line, file=sys.stderr)
+
+    def update(self, number: int, row: dict[str, float]) -> None:
+        if self._progress is None:
+            return
+        parts = ", ".join(f"{name} {row[name]:.3f}" for name in ("L_T", "L_D", "L_A") if name in row)
+        self._progress.detail = f"loss {row['loss']:.3f} ({parts}), grad norm {row['grad_norm']:.2f}, {row['clips_per_second']:.1f} clips/s"
+        self._progress.update(number - self._progress.done)

@@ -1,0 +1,181 @@
+"""The loop of a run: updates, and what happens between them. Data, evaluator and signals are passed in."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from omni_jax.parallel import any_process
+from omni_jax.train.batch import TrainBatch, place_batch
+from omni_jax.train.checkpoint import Checkpoints
+from omni_jax.train.run_config import RunConfig, StopSection
+from omni_jax.train.state import TrainState
+from omni_jax.train.step import TrainStep
+from omni_jax.train.trainable import Arrays
+from omni_jax.types import InputError
+
+Row = dict[str, float]
+
+
+class Update(Protocol):
+    """One update's data of this process, as `omni_jax.data.pipeline.PipelineBatch`."""
+
+    batch: TrainBatch
+    ids: tuple[tuple[str, ...], ...]
+    errors: tuple[tuple[str, str], ...]
+    silent: int
+    mended: int
+    truncated: int
+    used_tokens: int
+    total_tokens: int
+
+
+class Data(Protocol):
+    """What makes updates by number."""
+
+    def batches(self, start: int, stop: int) -> Iterator[Any]:
+        """Yields the `Update` of start, start + 1, ..., stop - 1, made ahead."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What a loop tells and asks.
+
+    Attributes:
+      row: called with (updates made, metrics) for each row to keep.
+      tell: called with a line for the person who watches.
+      update: called with (updates made, metrics) after every update, for a progress display.
+      stopping: whether the run should save and leave.
+      evaluate: (updates made, trainable arrays) -> figures by name; None evaluates nothing.
+    """
+
+    row: Callable[[int, Row], None]
+    tell: Callable[[str], None]
+    update: Callable[[int, Row], None]
+    stopping: Callable[[], bool]
+    evaluate: Callable[[int, Arrays], Mapping[str, float] | None] | None = None
+
+
+def train(
+    step: TrainStep,
+    state: TrainState,
+    frozen: Arrays,
+    *,
+    run: RunConfig,
+    total: int,
+    data: Data,
+    checkpoints: Checkpoints,
+    around: Surroundings,
+) -> TrainState:
+    """Makes the updates that are left of `total`, saving on the way and at the end; returns the last state, which is saved.
+
+    When `around.stopping()` says so it saves and returns early: `state.step` tells.
+
+    Raises:
+      InputError: when updates are skipped or embeddings stay collapsed too often in a row, or a checkpoint cannot be written.
+    """
+    start = int(state.step)
+    watch = Watch(run.stop, around.tell)
+    pending: _Pending | None = None
+    began = time.monotonic()
+    if start == total or any_process(around.stopping()):
+        checkpoints.save(state)
+        checkpoints.wait()
+        return state
+    made = _saving_on_error(data.batches(start, total), lambda: checkpoints.save(state), checkpoints)
+    for number, update in enumerate(made, start + 1):
+        state, metrics = step(state, frozen, place_batch(update.batch, step.mesh))
+        if pending is not None:
+            pending.settle(watch, around)
+        elapsed, began = time.monotonic() - began, time.monotonic()
+        pending = _Pending(number, metrics, update, run.batch.clips / max(elapsed, 1e-9), number % run.log.every == 0 or number == total)
+        stopped = number < total and any_process(around.stopping())
+        evaluates = around.evaluate is not None and run.evaluation.every > 0 and number % run.evaluation.every == 0 and not stopped
+        if stopped or evaluates or number == total or number % run.checkpoint.every == 0:
+            pending = pending.settle(watch, around)
+            checkpoints.save(state)
+        if evaluates or (number == total and around.evaluate is not None):
+            _evaluate(number, state, around)
+            began = time.monotonic()
+        if stopped:
+            break
+    checkpoints.wait()
+    return state
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """An update whose metrics are still on the devices: they are read when the next update has been started."""
+
+    number: int
+    metrics: Mapping[str, jax.Array]
+    update: Any
+    clips_per_second: float
+    logged: bool
+
+    def settle(self, watch: Watch, around: Surroundings) -> None:
+        row: Row = {name: np.asarray(value).item() for name, value in jax.device_get(dict(self.metrics)).items()}
+        row |= {name: getattr(self.update, name) for name in ("silent", "mended", "truncated", "used_tokens", "total_tokens")}
+        row |= {"replaced": len(self.update.errors), "clips_per_second": self.clips_per_second}
+        for name, reason in self.update.errors:
+            around.tell(f"update {self.number}: record {name!r} was replaced by another: {reason}")
+        if self.logged:
+            around.row(self.number, row)
+        around.update(self.number, row)
+        watch(self.number, row)
+
+
+class Watch:
+    """Counts updates that were skipped and embeddings that have collapsed, in a row."""
+
+    def __init__(self, limits: StopSection, tell: Callable[[str], None]):
+        self._limits, self._tell, self._collapsed = limits, tell, 0
+
+    def __call__(self, number: int, row: Row) -> None:
+        """Looks at the metrics of update `number`.
+
+        Raises:
+          InputError: when the run is not worth going on with.
+        """
+        limits = self._limits
+        if row["skipped_in_row"]:
+            reason = f"loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
+            self._tell(f"update {number} was skipped: {reason}; {row['skipped']:.0f} in all, {row['skipped_in_row']:.0f} in a row")
+        if row["skipped_in_row"] >= limits.skipped_in_row:
+            raise InputError(
+                f"{limits.skipped_in_row} updates in a row up to update {number} had no finite loss and gradient and were skipped; lower "
+                f"optimizer.learning_rate, or look for broken clips; the last checkpoint is as it was"
+            )
+        collapsed = row["mean_cosine"] > limits.max_mean_cosine or row["effective_rank"] < limits.min_effective_rank
+        self._collapsed = self._collapsed + 1 if collapsed and math.isfinite(row["loss"]) else 0
+        if self._collapsed == limits.collapsed_in_row:
+            figures = f"mean cosine {row['mean_cosine']:.3f}, effective rank {row['effective_rank']:.2f}"
+            text = f"embeddings have been collapsed for {self._collapsed} updates up to update {number} ({figures})"
+            if limits.collapse == "stop":
+                raise InputError(f"{text}; lower optimizer.learning_rate or raise losses.temperature, or stop.collapse=warn goes on")
+            self._tell(f"warning: {text}")
+
+
+def _evaluate(number: int, state: TrainState, around: Surroundings) -> None:
+    assert around.evaluate is not None
+    figures = around.evaluate(number, state.trainable)
+    if figures is not None:
+        around.row(number, {f"eval/{name}": value for name, value in figures.items()})
+
+
+def _saving_on_error(made: Iterator[Any], save: Callable[[], None], checkpoints: Checkpoints) -> Iterator[Any]:
+    """Yields what `made` yields; when it fails, what was trained so far is saved before the error goes on its way."""
+    try:
+        yield from made
+    except InputError:
+        if jax.process_count() == 1:  # all processes save together, and the others know of nothing
+            save()
+            checkpoints.wait()
+        raise
