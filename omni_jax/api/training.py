@@ -26,7 +26,7 @@ from omni_jax.data.pipeline import TrainPipeline
 from omni_jax.data.plan import BatchConfig
 from omni_jax.data.sources import open_source
 from omni_jax.model import param_shardings
-from omni_jax.parallel import first_does, make_mesh
+from omni_jax.parallel import batch_axes, batch_shards, first_does, make_mesh
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.train import RunConfig, TrainState, TrainStep, kinds_of_update, pack_update, report
 from omni_jax.train.checkpoint import Checkpoints
@@ -115,7 +115,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
             evaluator = Evaluator(run, folder, tokenizer, model, frozen, mesh, watcher.tell, watcher.stopping)
         watcher.begin(start, total, run.batch.clips)
         around = Surroundings(row=row, tell=watcher.tell, update=watcher.update, stopping=watcher.stopping, evaluate=evaluator)
-        state = train(step, state, frozen, run=run, total=total, data=data, checkpoints=checkpoints, around=around)
+        state = train(step, state, frozen, mesh=mesh, run=run, total=total, data=data, checkpoints=checkpoints, around=around)
         return Outcome(int(state.step), total)
 
 
@@ -125,13 +125,13 @@ def _mesh(run: RunConfig) -> Mesh | None:
     if len(jax.devices()) == 1 and max(sizes.data, sizes.fsdp, sizes.tensor) <= 1:
         return None
     try:
-        mesh = make_mesh(sizes.data, sizes.fsdp or None, sizes.tensor)
+        mesh = make_mesh(sizes.data, sizes.fsdp or None, sizes.tensor, slices=sizes.slices)
     except ValueError as e:
         raise InputError(f"{e}; change --config.mesh.data, fsdp or tensor") from None
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = batch_shards(mesh)
     if run.batch.micro_batch % ways:
         raise InputError(
-            f"a micro-batch of {run.batch.micro_batch} clips does not divide over {ways} batch shards (data x fsdp); "
+            f"a micro-batch of {run.batch.micro_batch} clips does not divide over {ways} batch shards ({' x '.join(batch_axes(mesh))}); "
             f"change batch.micro_batch or the mesh"
         )
     return mesh

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from omni_jax.parallel import any_process
 from omni_jax.train.batch import TrainBatch, place_batch
@@ -68,6 +69,7 @@ def train(
     state: TrainState,
     frozen: Arrays,
     *,
+    mesh: Mesh | None,
     run: RunConfig,
     total: int,
     data: Data,
@@ -91,7 +93,7 @@ def train(
         return state
     made = _saving_on_error(data.batches(start, total), lambda: checkpoints.save(state), checkpoints)
     for number, update in enumerate(made, start + 1):
-        state, metrics = step(state, frozen, place_batch(update.batch, step.mesh))
+        state, metrics = step(state, frozen, place_batch(update.batch, mesh))
         if pending is not None:
             pending.settle(watch, around)
         elapsed, began = time.monotonic() - began, time.monotonic()

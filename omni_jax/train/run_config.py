@@ -117,15 +117,16 @@ class BatchSection:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSection:
-    """Sizes of the mesh axes; fsdp 0 takes the devices that the others leave."""
+    """Sizes of the mesh axes within a slice; fsdp 0 takes the devices that the others leave. `slices` are those of a pod."""
 
     data: int = 1
     fsdp: int = 0
     tensor: int = 1
+    slices: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.data, self.tensor) < 1 or self.fsdp < 0:
-            raise ConfigError(f"config field mesh={dataclasses.asdict(self)}: data and tensor must be at least 1, fsdp at least 0")
+        if min(self.data, self.tensor, self.slices) < 1 or self.fsdp < 0:
+            raise ConfigError(f"config field mesh={dataclasses.asdict(self)}: data, tensor and slices must be at least 1, fsdp at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +204,7 @@ class RunConfig:
 
     Attributes:
       optimizer: its `total_steps` comes from `steps` or `epochs`.
-      remat: what the backward pass computes again: "none", "layer" or "dots".
+      remat: what the backward pass computes again: a name in `omni_jax.train.gradients.REMAT`.
       seed: of everything drawn: fresh weights, LoRA, dropout, order, augmentation.
       steps: updates of the run; 0 where `epochs` says it.
       epochs: passes over the clips; 0 where `steps` says it.
