@@ -263,7 +263,20 @@ def interpret(program: bytes, storage: Callable[[Any], _Storage]) -> Any:
         raise
     except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, MemoryError) as e:
         raise Refused(f"its pickle is malformed ({type(e).__name__}: {_short(e)}); copy or download the file again") from None
+    _refuse_leftovers(value)
     return value
+
+
+def _refuse_leftovers(value: Any) -> None:
+    """Raises Refused where a value holds what only the machine knows: its mark, the name of a constructor, a storage without a tensor."""
+    todo, seen = [value], set()
+    while todo:
+        item = todo.pop()
+        if item is _MARK or isinstance(item, _Name | _Storage):
+            raise Refused("its pickle gives no value, but a part of one; copy or download the file again")
+        if isinstance(item, dict | list | tuple | set | frozenset) and id(item) not in seen:
+            seen.add(id(item))
+            todo += [*item.keys(), *item.values()] if isinstance(item, dict) else item
 
 
 class _Machine:

@@ -163,6 +163,10 @@ ATTACKS = {
     "garbage": (b"\xff\xfe\xfd", "malformed"),
     "two values": (b"\x80\x02}}.", "malformed"),
     "empty": (b"", "malformed"),
+    "mark as a value": (b"\x80\x02}(X\x05\x00\x00\x00m/de\x01s.", "a part of one"),
+    "mark in a tuple": (b"\x80\x02N(\x86.", "a part of one"),
+    "name as a value": (b"\x80\x02](ctorch\nFloatStorage\ne.", "a part of one"),
+    "storage as a value": (b"\x80\x02" + Assembler().storage("0", "FloatStorage", 4) + b".", "a part of one|storage 0|no such"),
 }
 
 
