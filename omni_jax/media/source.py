@@ -21,6 +21,10 @@ AvError = (av.error.FFmpegError, ValueError, OSError)
 """What PyAV raises for a file it cannot read."""
 
 
+PLAYLISTS = frozenset({"concat", "dash", "hls", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp", "smoothstreaming"})
+"""Formats of FFmpeg's that hold no media but name where they lie: other files, outside the media root too, or hosts."""
+
+
 def is_remote(path: os.PathLike[str] | str) -> bool:
     """Whether a path names an object store (`gs://bucket/...`) and not a file of this machine."""
     return "://" in os.fspath(path)
@@ -72,10 +76,13 @@ def open_container(path: os.PathLike[str] | str) -> Iterator[av.container.InputC
     check_file(path)
     with opened(path) as file:
         try:
-            container = av.open(file, "r", metadata_errors="ignore")
+            # A playlist may name files of this machine, never a host.
+            container = av.open(file, "r", metadata_errors="ignore", options={"protocol_whitelist": "file"})
         except AvError as error:
             raise ClipError(f"{path}: not a media file, or a damaged one ({reason(error)}); fetch it again or re-encode it") from None
         with container:
+            if PLAYLISTS & set(container.format.name.split(",")):
+                raise ClipError(f"{path}: a playlist ({container.format.name}), which names other files; give the media file itself")
             yield container
 
 

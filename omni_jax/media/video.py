@@ -19,6 +19,7 @@ from omni_jax.media.source import AvError, is_incomplete, moving_picture, open_c
 from omni_jax.types import ClipError, VideoFrames
 
 SEEK_GAIN = 64  # frames: a seek restarts the decoder, so it must save more decoding than this
+LARGEST_SAMPLE = 1 << 30  # bytes of all sampled frames: 8 frames of 8k are 0.8 GB, and a file of 100 kB can claim a picture of 2.7 GB
 LONGEST_REREAD = 20_000  # frames: a stream whose seeks go wrong is decoded from its start up to this length
 
 
@@ -41,6 +42,7 @@ def read_frames(path: os.PathLike[str] | str, frames: int, timestamps: tuple[flo
         stream = _stream(container, path)
         index = _read_index(container, stream, path)
         fps = _frames_per_second(stream, index)
+        _check_size(stream.width, stream.height, frames, path)
     indices, seconds = sample_indices(len(index.pts), fps, frames, timestamps, path)
     wanted = np.unique(indices)
     pictures = None
@@ -53,6 +55,8 @@ def read_frames(path: os.PathLike[str] | str, frames: int, timestamps: tuple[flo
     shapes = {picture.shape[:2] for picture in pictures.values()}
     if len(shapes) > 1:
         raise ClipError(f"{path}: the frame size changes within the clip ({_sizes(shapes)}); re-encode it to one size")
+    ((height, width),) = shapes
+    _check_size(width, height, frames, path)  # repeated frames may be many more than those decoded
     stacked = np.stack([pictures[i] for i in indices.tolist()])
     return VideoFrames(frames=stacked, frame_index=indices, fps=fps, num_frames=len(index.pts), seconds=seconds)
 
@@ -99,6 +103,14 @@ def _stream(container: av.container.InputContainer, path: os.PathLike[str] | str
         raise ClipError(f"{path}: the video's codec is unknown; re-encode it, to H.264 for example")
     stream.thread_type = "NONE"  # decoder threads would compete with the other workers, and outlive a hang
     return stream
+
+
+def _check_size(width: int, height: int, frames: int, path: os.PathLike[str] | str) -> None:
+    needed = 3 * width * height * frames
+    if needed > LARGEST_SAMPLE:
+        raise ClipError(
+            f"{path}: {frames} frames of {width}x{height} pixels take {needed / 1e9:.1f} GB; scale it down, or sample fewer frames"
+        )
 
 
 def _read_index(container: av.container.InputContainer, stream: av.video.stream.VideoStream, path: os.PathLike[str] | str) -> _Index:
@@ -174,7 +186,7 @@ def _decode_in_order(
     decoded = 0
     for frame in _frames(container, stream, path, index):
         if decoded in kept:
-            pictures[decoded] = _picture(frame)
+            pictures[decoded] = _picture(frame, len(wanted), path)
         decoded += 1
         if decoded > last:
             return pictures
@@ -209,7 +221,7 @@ def _decode_seeking(
             if len(index.pts) <= LONGEST_REREAD:
                 return None
             raise ClipError(f"{path}: frame {number} of {len(index.pts)} does not decode; fetch the file again or re-encode it")
-        pictures[number] = _picture(found)
+        pictures[number] = _picture(found, len(wanted), path)
         reached = number
     return pictures
 
@@ -231,8 +243,9 @@ def _too_few(path: os.PathLike[str] | str, decoded: int, index: _Index, why: str
     return ClipError(f"{path}: truncated or damaged: {decoded} of {len(index.pts)} frames decode{detail}; fetch it again or re-encode it")
 
 
-def _picture(frame: av.video.frame.VideoFrame) -> np.ndarray:
+def _picture(frame: av.video.frame.VideoFrame, frames: int, path: os.PathLike[str] | str) -> np.ndarray:
     """(height, width, 3) uint8 RGB, upright: phones store a turned picture and a note of the turn."""
+    _check_size(frame.width, frame.height, frames, path)  # before it is made: a stream may change its size
     turns = round(frame.rotation / 90) % 4
     return np.rot90(frame.to_ndarray(format="rgb24"), turns)
 
