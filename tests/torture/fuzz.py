@@ -265,7 +265,8 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     import atheris  # type: ignore[import-not-found] - installed for this part alone
 
-    with atheris.instrument_imports(include=["omni_jax", "conversion"]):
+    instrument: Any = atheris.instrument_imports  # type: ignore[attr-defined]
+    with instrument(include=["omni_jax", "conversion"]):
         from tests.torture.fuzz_targets import TARGETS
     options = [
         f"-max_total_time={chosen.seconds}",
@@ -274,7 +275,8 @@ def main(arguments: list[str] | None = None) -> None:
         "-max_len=65536",
         "-rss_limit_mb=4096",
     ]
-    atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={chosen.folder}/", str(chosen.folder / "corpus")], TARGETS[chosen.name])
+    setup: Any = atheris.Setup
+    setup([sys.argv[0], *options, f"-artifact_prefix={chosen.folder}/", str(chosen.folder / "corpus")], TARGETS[chosen.name])
     atheris.Fuzz()
 
 

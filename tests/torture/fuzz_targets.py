@@ -91,7 +91,7 @@ def manifest(data: bytes) -> None:
     ids = [record.id for record in found.records]
     assert len(set(ids)) == len(ids) and all(ids)
     for record in found.records:
-        record.id.encode(), (record.text or "").encode()
+        assert record.id.encode() and (record.text is None or record.text.encode())
         for media in (record.video, record.audio):
             assert media is None or os.path.realpath(media).startswith(os.path.realpath(_place())), media
     for problem in found.problems:
