@@ -21,6 +21,7 @@ from omni_jax.retrieval.embedding_pass import Part
 from omni_jax.types import InputError
 
 SETTINGS = "settings.json"
+LOCK = "lock"
 _RECORDS = "records"
 
 
@@ -65,9 +66,17 @@ class Journal:
 
     def remove(self) -> None:
         """Deletes the folder, once the output is written."""
-        self._folder.rmtree()
-        if self._lock is not None:
-            self._lock.close()
+        if self._lock is None:
+            self._folder.rmtree()
+            return
+        for path in list(self._folder.iterdir()):
+            if path.name != LOCK:
+                path.unlink()
+        # The lock goes last: from then on another run may begin in this folder, which then stays.
+        (self._folder / LOCK).unlink()
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
+        self._lock.close()
 
 
 def _lock(folder: epath.Path) -> IO[bytes] | None:
@@ -78,7 +87,7 @@ def _lock(folder: epath.Path) -> IO[bytes] | None:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            file = open(folder / "lock", "wb")  # noqa: SIM115 - open as long as the journal is
+            file = open(folder / LOCK, "wb")  # noqa: SIM115 - open as long as the journal is
         except FileNotFoundError:  # a run that has just finished removed the folder
             continue
         try:
@@ -87,7 +96,7 @@ def _lock(folder: epath.Path) -> IO[bytes] | None:
             file.close()
             raise InputError(f"{folder}: another run is writing here; wait for it, or choose another output") from None
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
                 return file
         file.close()  # locked, but of a folder that was removed meanwhile: nobody else would see the lock
 

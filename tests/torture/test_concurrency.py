@@ -1,0 +1,14 @@
+"""The short form of part `concurrency`: the lock alone, taken by many; processes are raced by `make torture`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.torture import concurrency
+from tests.torture.outcome import Outcome
+
+
+def test_one_journal_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
+    outcome = Outcome("concurrency", 0)
+    concurrency.hammer(outcome, tmp_path / "journal", 120)
+    assert outcome.lost == []

@@ -1,0 +1,11 @@
+"""The short form of part `numbers`."""
+
+from __future__ import annotations
+
+from tests.torture import numbers
+
+
+def test_edges_of_the_numbers() -> None:
+    outcome = numbers.run(5, 5, clips=0, rows=50_000, draws=12)
+    assert outcome.lost == []
+    assert len(outcome.tried) == 4
