@@ -10,7 +10,7 @@ REFERENCE = .venv-reference/.installed
 TPU = .venv-tpu/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-reference test-tpu test-all bench report-check lint format lock clean
+.PHONY: help setup demo test test-slow test-reference test-tpu test-all bench torture report-check lint format lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -60,6 +60,9 @@ test-all: test test-slow test-reference test-tpu  ## all four
 
 bench: $(REFERENCE)  ## speed and memory, as ratios with the torch model
 	.venv-reference/bin/python -m tests.benchmarks $(BENCH_ARGS)
+
+torture: $(SETUP)  ## try to break everything, at most 75 minutes; results go to docs/reliability.md
+	.venv/bin/python -m tests.torture $(TORTURE_ARGS)
 
 report-check: $(SETUP)  ## use a report in a headless Chromium (needs one on PATH; REPORT_ARGS="page.html --out shots")
 	.venv/bin/python -m tests.browser.check_report $(REPORT_ARGS)

@@ -16,9 +16,11 @@ import jax  # noqa: E402 (the environment must be set first)
 import pytest  # noqa: E402
 
 from tests import golden_set  # noqa: E402
+from tests.offline import refuse_network  # noqa: E402
 
 DEVICES = 8
 jax.config.update("jax_num_cpu_devices", DEVICES)
+refuse_network()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
