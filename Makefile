@@ -10,7 +10,7 @@ REFERENCE = .venv-reference/.installed
 TPU = .venv-tpu/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-reference test-tpu test-all bench torture report-check lint format lock clean
+.PHONY: help setup demo demo-ablation test test-slow test-reference test-tpu test-all bench torture report-check lint format lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -41,8 +41,11 @@ $(REFERENCE): requirements-reference.lock $(SETUP)
 $(TPU): requirements-tpu.lock $(SETUP)
 	$(call overlay,.venv-tpu,requirements-tpu.lock)
 
-demo: $(SETUP)  ## convert the tiny checkpoint, embed the demo clips, print the 12 directions
+demo: $(SETUP)  ## compare a tiny checkpoint with PyTorch; train a small model on synthetic clips, score clips it never saw
 	.venv/bin/omni-jax demo
+
+demo-ablation: $(SETUP)  ## train the demo's model with one, two and three losses and compare
+	.venv/bin/omni-jax demo --ablation
 
 test: $(SETUP)  ## the default tests; no torch, no libtpu, no network
 	.venv/bin/python -m pytest -m "not slow and not reference and not tpu" $(PYTEST_ARGS)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import omni_jax
-from omni_jax.cli import demo
+from omni_jax.cli import parity
 from omni_jax.cli.main import main
 from omni_jax.config import PRESETS, TABLES
 from omni_jax.retrieval import read_embeddings
@@ -36,7 +36,7 @@ def embedded(golden: GoldenSet, converted: Path, settings: list[str], tmp_path_f
 
 
 def _reference(golden: GoldenSet, table: str) -> np.ndarray:
-    rows = np.stack([golden.adapter[f"{i}/embed/{demo.REFERENCE[table]}"] for i in range(golden.clips)])
+    rows = np.stack([golden.adapter[f"{i}/embed/{parity.REFERENCE[table]}"] for i in range(golden.clips)])
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
@@ -227,14 +227,17 @@ def test_golden_presets_are_scored_side_by_side(golden: GoldenSet, converted: Pa
 
 
 def test_golden_demo_prints_the_table_and_the_difference(golden: GoldenSet, tmp_path: Path):
-    """In a process of its own, as a newcomer runs it: one device, no test settings."""
+    """In a process of its own, as a newcomer runs it: no test settings."""
     run = subprocess.run(
-        [sys.executable, "-m", "omni_jax.cli.main", "demo", "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "omni_jax.cli.main", "demo", "--parity", "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
     assert "AVG-all" in run.stdout
     assert "Largest difference from the PyTorch reference" in run.stdout.splitlines()[-1]
-    difference, cosine = demo.compare(read_embeddings(tmp_path / "out" / "demo.npz").tables, golden.dir)
+    difference, cosine = parity.compare(read_embeddings(tmp_path / "out" / "demo.npz").tables, golden.dir)
     assert f"{difference:.1e}" in run.stdout.splitlines()[-1]
     assert cosine >= 0.9999
 

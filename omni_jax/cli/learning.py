@@ -1,0 +1,261 @@
+"""The learning part of `omni-jax demo`: clips, shards, training, the 12 directions of held-out clips, curves and PyTorch folders.
+
+Each stage keeps what an earlier run of it finished, so that the demo can be stopped and started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import runpy
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omni_jax.data.synthetic import SyntheticConfig, write_set
+from omni_jax.types import InputError
+
+CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"
+ABLATION = {
+    "L_A": {"tuple_weight": 0.0, "distillation_weight": 0.0, "pairwise_weight": 1.0},
+    "L_A + L_D": {"tuple_weight": 0.0, "distillation_weight": 1.0, "pairwise_weight": 1.0},
+    "L_A + L_D + L_T": {"tuple_weight": 1.0, "distillation_weight": 1.0, "pairwise_weight": 1.0},
+}
+EQUAL_TIME = "L_A, equal CPU time"
+CAVEAT = """Equal steps are not equal compute, one seed and one split were run, and nothing has converged: the table compares how fast
+the losses learn here, not what they reach. Each direction of a gallery of 64 carries about +-6 points."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large the demo is: the clips, and config fields that differ from configs/tiny.py ("steps", 15)."""
+
+    clips: SyntheticConfig = dataclasses.field(default_factory=SyntheticConfig)
+    changes: tuple[tuple[str, Any], ...] = ()
+
+
+DEMO = Scale()
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a stage took: seconds on the clock, seconds of CPU of this process and its children."""
+
+    name: str
+    wall: float
+    cpu: float
+
+
+class Stages:
+    """Times stages and announces them."""
+
+    def __init__(self) -> None:
+        self.done: list[Stage] = []
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        print(f"\n== {name}", flush=True)
+        wall, cpu = time.monotonic(), _cpu_seconds()
+        yield
+        self.done.append(Stage(name, time.monotonic() - wall, _cpu_seconds() - cpu))
+
+    def report(self) -> str:
+        """Returns a line for each stage and one for all."""
+        rows = [*self.done, Stage("in all", sum(s.wall for s in self.done), sum(s.cpu for s in self.done))]
+        return "\n".join([f"{'stage':<32}{'wall s':>9}{'CPU s':>9}", *(f"{s.name:<32}{s.wall:>9.1f}{s.cpu:>9.1f}" for s in rows)])
+
+
+def learn(out: Path, scale: Scale) -> int:
+    """Trains the small model, scores the held-out clips, prints what came out, and returns the exit status.
+
+    Writes into `out`: clips/, shards/, run/ (the workdir), held_out.npz, .json and .html (the 12 directions), curves.html,
+    learning.json, and what training made as PyTorch folders: torch_base/ and torch_adapter/.
+
+    Raises:
+      InputError: when a folder of `out` holds something else.
+    """
+    stages, held = Stages(), out / "clips" / "held_out.jsonl"
+    _make_data(out, scale, stages)
+    run, name = out / "run", str(out / "held_out")
+    with stages("train"):
+        _train(out, run, scale)
+    with stages("score the held-out clips"):
+        _score(run, held, name, scale, ["--html", f"{name}.html", "--manifest", str(held), "--media", str(held.parent)])
+    with stages("write PyTorch folders"):
+        folders = {"--base-out": out / "torch_base", "--adapter-out": out / "torch_adapter"}
+        for folder in folders.values():
+            _remove_earlier(folder)
+        _command(["convert", "to-torch", "--model", str(run), *(str(part) for pair in folders.items() for part in pair)])
+    from omni_jax.train.curves import curves_page, read_rows
+
+    rows = read_rows(run / "metrics.jsonl")
+    (out / "curves.html").write_text(curves_page(rows, "training of the demo model"), encoding="utf-8")
+    result = _result(Path(f"{name}.json"))
+    padding = _padding(rows)
+    stages_said = [dataclasses.asdict(stage) for stage in stages.done]
+    (out / "learning.json").write_text(json.dumps({**result, "padding": padding, "stages": stages_said}, indent=1) + "\n")
+    print(f"\n{stages.report()}")
+    print(f"\n{_said(result, padding)}\nreport {name}.html, curves {out / 'curves.html'}, PyTorch {', '.join(map(str, folders.values()))}")
+    return 0
+
+
+def ablate(out: Path, scale: Scale) -> int:
+    """Trains with one, two and three losses for the same steps, and with one for the CPU time of three; prints a table.
+
+    Writes `ablation.json` and a workdir for each into `out`/ablation. Returns the exit status.
+    """
+    stages, folder = Stages(), out / "ablation"
+    _make_data(out, scale, stages)
+    found = {name: _variant(name, folder, out, scale, {"losses." + k: v for k, v in weights.items()}) for name, weights in ABLATION.items()}
+    most = found[list(ABLATION)[-1]]
+    steps = max(1, round(most["steps"] * most["cpu"] / found["L_A"]["cpu"]))
+    weights = {"losses." + k: v for k, v in ABLATION["L_A"].items()}
+    found[EQUAL_TIME] = _variant(EQUAL_TIME, folder, out, scale, {**weights, "steps": steps})
+    (folder / "ablation.json").write_text(json.dumps(found, indent=1) + "\n")
+    directions = list(most["directions"])
+    print(f"\n{'held-out R@1, %':<22}{'steps':>7}{'CPU s':>8}{'AVG-all':>9}" + "".join(f"{d:>7}" for d in directions))
+    for name, row in found.items():
+        cells = "".join(f"{row['directions'][d]:>7.1f}" for d in directions)
+        print(f"{name:<22}{row['steps']:>7}{row['cpu']:>8.0f}{row['AVG-all']:>9.1f}{cells}")
+    print(f"chance {most['chance']:.1f} %\n\n{CAVEAT}")
+    return 0
+
+
+def _variant(name: str, folder: Path, out: Path, scale: Scale, changes: dict[str, Any]) -> dict[str, Any]:
+    """Returns steps, CPU seconds of training and scores of one run; those of an earlier call where they are there."""
+    stem = "".join(c if c.isalnum() else "_" for c in name).strip("_")
+    kept, workdir = folder / f"{stem}.json", folder / stem
+    ours = Scale(scale.clips, (*scale.changes, *changes.items()))
+    if kept.exists():
+        return json.loads(kept.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = Stages()
+    with stages(f"train with {name}"):
+        # A run that was stopped is begun anew: its seconds could not be told.
+        if workdir.exists():
+            shutil.rmtree(workdir)
+        _train(out, workdir, ours)
+    with stages(f"score {name}"):
+        _score(workdir, out / "clips" / "held_out.jsonl", str(folder / f"{stem}-held_out"), ours, [])
+    row = {"steps": _settings(ours)["steps"], "cpu": stages.done[0].cpu, **_result(folder / f"{stem}-held_out.json")}
+    kept.write_text(json.dumps(row, indent=1) + "\n")
+    return row
+
+
+# ----------------------------------------------------------------------------------------------------------------- stages
+
+
+def _make_data(out: Path, scale: Scale, stages: Stages) -> None:
+    from omni_jax.cli.progress import Progress
+
+    with stages("make clips"), Progress(None, "clips") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.done)
+
+        made = write_set(out / "clips", scale.clips, workers=_cores(), progress=progress)
+        print(f"{made.written} mp4 files written, the others were there")
+    with stages("prepare shards"):
+        arguments = ["prepare", "--manifest", str(made.train), "--out", str(out / "shards"), "--workers", str(_cores())]
+        _command([*arguments, *_preset(scale)])
+
+
+def _train(out: Path, workdir: Path, scale: Scale) -> None:
+    import jax
+
+    settings = {
+        **dict(scale.changes),
+        "data.train": str(out / "shards"),
+        "mesh.data": len(jax.devices()),
+        "mesh.fsdp": 1,
+        "evaluation.manifest": "",  # scored from the files afterwards, by the commands that anyone would use
+    }
+    assigned = [f"--config.{field}={value}" for field, value in settings.items()]
+    _command(["train", "--config", str(CONFIG), "--workdir", str(workdir), *assigned])
+
+
+def _score(model: Path, manifest: Path, name: str, scale: Scale, report: Sequence[str]) -> None:
+    for file in (f"{name}.npz", f"{name}.json"):  # of an earlier model perhaps
+        Path(file).unlink(missing_ok=True)
+    arguments = ["embed", "--model", str(model), "--manifest", str(manifest), "--out", f"{name}.npz", "--batch-size", "32"]
+    _command([*arguments, *_preset(scale)])
+    _command(["eval", f"{name}.npz", "--json", f"{name}.json", *report])
+
+
+def _command(arguments: list[str]) -> None:
+    """Runs one command as a user would.
+
+    Raises:
+      InputError: when it fails.
+    """
+    from omni_jax.cli.main import main
+
+    print(f"$ omni-jax {' '.join(arguments)}", flush=True)
+    if status := main(arguments):
+        raise InputError(f"the demo stopped: omni-jax {arguments[0]} ended with status {status}; run the demo again to go on")
+
+
+# ----------------------------------------------------------------------------------------------------------------- settings and results
+
+
+def _settings(scale: Scale) -> dict[str, Any]:
+    """Returns configs/tiny.py with the changes of a scale, top-level fields alone."""
+    if not CONFIG.is_file():
+        raise InputError(f"{CONFIG}: not here; run the demo in a clone of the repository")
+    values = runpy.run_path(str(CONFIG))["get_config"]().to_dict()
+    return {**values, **{field: value for field, value in scale.changes if "." not in field}}
+
+
+def _preset(scale: Scale) -> list[str]:
+    """Returns the arguments that make a command read clips as training does."""
+    data = _settings(scale)["data"]
+    fields = [part for name, value in data["preset_fields"].items() for part in ("--set", f"{name}={value}")]
+    return ["--preset", data["preset"], *fields]
+
+
+def _result(file: Path) -> dict[str, Any]:
+    """Returns R@1 by direction, their average, the size of the gallery and what chance gives, in percent."""
+    scored = json.loads(file.read_text())
+    directions = {name: row["R@1"] for name, row in scored["directions"].items()}
+    return {"directions": directions, "AVG-all": scored["AVG-all"], "n": scored["n"], "chance": 100 / scored["n"]}
+
+
+def _said(result: dict[str, Any], padding: float | None) -> str:
+    weakest = min(result["directions"], key=result["directions"].get)
+    share = "" if padding is None else f"; {100 * padding:.1f} % of the training tokens were padding"
+    return (
+        f"held-out clips, gallery of {result['n']}: AVG-all {result['AVG-all']:.1f} % (chance {result['chance']:.1f} %), "
+        f"weakest {weakest} {result['directions'][weakest]:.1f} %{share}"
+    )
+
+
+def _padding(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Returns the share of padding among the tokens of a run, from its metrics."""
+    used, total = (sum(row.get(name, 0) for row in rows) for name in ("used_tokens", "total_tokens"))
+    return 1 - used / total if total else None
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Removes a folder that an earlier demo wrote.
+
+    Raises:
+      InputError: when it is not one.
+    """
+    if folder.exists():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise InputError(f"{folder}: is not a folder of an earlier demo; choose another --out")
+        shutil.rmtree(folder)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _cpu_seconds() -> float:
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
