@@ -1,5 +1,7 @@
 """A model of about a million parameters, trained from scratch in float32 on two CPU cores; `make demo` runs it.
 
+Clips are a second long, so that a chunk of log-mel is: `n_window` is half of the published one. Prompts of one medium have no filler.
+
     omni-jax train --config configs/tiny.py --workdir runs/tiny \
         --config.data.train=demo_out/shards --config.evaluation.manifest=demo_out/clips/held_out.jsonl
 """
@@ -19,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "architecture": {
                     "decoder": {
                         "hidden_size": width,
-                        "intermediate_size": 192,
+                        "intermediate_size": 256,
                         "num_layers": 3,
                         "num_heads": 4,
                         "num_kv_heads": 2,
@@ -39,31 +41,32 @@ def get_config() -> ml_collections.ConfigDict:
                         "num_layers": 2,
                         "num_heads": 4,
                         "output_size": width,
+                        "n_window": 50,
                     },
                     "beats": {
                         "hidden_size": width,
                         "intermediate_size": 192,
                         "num_layers": 2,
                         "num_heads": 4,
-                        "embed_dim": 64,
+                        "embed_dim": width,
                         "conv_pos": 16,
                         "conv_pos_groups": 4,
                         "num_buckets": 32,
-                        "max_distance": 64,
-                        "predictor_classes": 0,
+                        "max_distance": 128,
                     },
                 },
+                "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.0},
             },
             "data": {
                 "train": "demo_out/shards",
                 "media_root": "",
                 "preset": "training",
-                "preset_fields": {"frames": 4, "pixels": 3136, "audio_seconds": 2.0},
+                "preset_fields": {"frames": 4, "pixels": 3136, "audio_seconds": 1.0, "filler": ""},
                 "distinct": "id_prefix",
                 "workers": 1,
                 "augment": {"video": True, "audio": True, "text": True},
             },
-            "batch": {"micro_batch": 48, "micro_batches": 1, "blocks": 1},
+            "batch": {"micro_batch": 48, "micro_batches": 1, "blocks": 1, "row_multiple": 4},
             "losses": {
                 "tuple_weight": 1.0,
                 "distillation_weight": 1.0,
