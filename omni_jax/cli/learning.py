@@ -9,15 +9,18 @@ import contextlib
 import dataclasses
 import json
 import os
-import runpy
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from omni_jax.cli.config_file import read_config
 from omni_jax.data.synthetic import SyntheticConfig, write_set
 from omni_jax.types import InputError
+
+if TYPE_CHECKING:
+    from omni_jax.train import RunConfig
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"
 ABLATION = {
@@ -141,7 +144,7 @@ def _variant(name: str, folder: Path, out: Path, scale: Scale, changes: dict[str
         _train(out, workdir, ours)
     with stages(f"score {name}"):
         _score(workdir, out / "clips" / "held_out.jsonl", str(folder / f"{stem}-held_out"), ours, [])
-    row = {"steps": _settings(ours)["steps"], "cpu": stages.done[0].cpu, **_result(folder / f"{stem}-held_out.json")}
+    row = {"steps": _settings(ours).steps, "cpu": stages.done[0].cpu, **_result(folder / f"{stem}-held_out.json")}
     kept.write_text(json.dumps(row, indent=1) + "\n")
     return row
 
@@ -173,7 +176,6 @@ def _train(out: Path, workdir: Path, scale: Scale) -> None:
         "data.train": str(out / "shards"),
         "mesh.data": len(jax.devices()),
         "mesh.fsdp": 1,
-        "evaluation.manifest": "",  # scored from the files afterwards, by the commands that anyone would use
     }
     assigned = [f"--config.{field}={value}" for field, value in settings.items()]
     _command(["train", "--config", str(CONFIG), "--workdir", str(workdir), *assigned])
@@ -203,19 +205,18 @@ def _command(arguments: list[str]) -> None:
 # ----------------------------------------------------------------------------------------------------------------- settings and results
 
 
-def _settings(scale: Scale) -> dict[str, Any]:
-    """Returns configs/tiny.py with the changes of a scale, top-level fields alone."""
+def _settings(scale: Scale) -> RunConfig:
+    """Returns configs/tiny.py with the changes of a scale."""
     if not CONFIG.is_file():
         raise InputError(f"{CONFIG}: not here; run the demo in a clone of the repository")
-    values = runpy.run_path(str(CONFIG))["get_config"]().to_dict()
-    return {**values, **{field: value for field, value in scale.changes if "." not in field}}
+    return read_config(str(CONFIG), [f"{field}={value}" for field, value in scale.changes])
 
 
 def _preset(scale: Scale) -> list[str]:
     """Returns the arguments that make a command read clips as training does."""
-    data = _settings(scale)["data"]
-    fields = [part for name, value in data["preset_fields"].items() for part in ("--set", f"{name}={value}")]
-    return ["--preset", data["preset"], *fields]
+    data = _settings(scale).data
+    fields = [part for name, value in data.preset_fields.items() for part in ("--set", f"{name}={value}")]
+    return ["--preset", data.preset, *fields]
 
 
 def _result(file: Path) -> dict[str, Any]:

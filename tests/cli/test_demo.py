@@ -73,9 +73,9 @@ def test_an_earlier_folder_is_replaced_and_another_is_refused(tmp_path):
 
 def test_the_demo_reads_clips_as_its_config_trains_them():
     scale = learning.Scale(SyntheticConfig(), (("steps", 3), ("batch.micro_batch", 4)))
-    assert learning._settings(scale)["steps"] == 3
+    assert learning._settings(scale).steps == 3
     arguments = learning._preset(scale)
-    fields = learning._settings(scale)["data"]["preset_fields"]
+    fields = learning._settings(scale).data.preset_fields
     assert arguments[:2] == ["--preset", "training"]
     assert f"audio_seconds={fields['audio_seconds']}" in arguments
 
