@@ -149,11 +149,14 @@ def _base(run: RunConfig, workdir: epath.Path, captions: Sequence[str]) -> epath
         base = epath.Path(run.model.base)
         return base if "://" in str(base) else epath.Path(base).absolute()
     base = workdir / BASE
-    if run.model.architecture is not None and not base.exists():
+
+    def draw() -> None:
         from conversion.fresh import write_fresh
 
-        architecture, lora = run.model.architecture, run.model.lora
-        _first(lambda: write_fresh(base, architecture, seed=run.seed, captions=captions, lora=lora))
+        if not base.exists():
+            write_fresh(base, run.model.architecture or {}, seed=run.seed, captions=captions, lora=run.model.lora)
+
+    _first(draw)
     return base
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from etils import epath
 
 from omni_jax.cli.config_file import add_config_arguments, read_config
 from omni_jax.cli.status import DONE, INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.types import InputError
+
+if TYPE_CHECKING:
+    from omni_jax.cli.progress import Progress
+    from omni_jax.cli.stopping import Signals
 
 HELP = "train from a config, or go on with a run that was stopped"
 EXAMPLE = "omni-jax train --config configs/omniretriever_7b.py --config.data.train=shards --workdir runs/omni7b"
@@ -29,11 +34,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       InputError, ConfigError: for anything in the config, the data or the workdir that cannot be used.
     """
+    from omni_jax.cli.stopping import signals_noted
+
+    with signals_noted() as signals, _Display() as display:
+        return _train(args, signals, display)
+
+
+def _train(args: argparse.Namespace, signals: Signals, display: _Display) -> int:
     config = read_config(args.config, args.overrides)
 
     # Late, so that `--help` and usage errors answer at once.
     from omni_jax.cli.progress import Progress
-    from omni_jax.cli.stopping import signals_noted
     from omni_jax.parallel import start
 
     try:
@@ -46,17 +57,16 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.api.training import Watcher, run_training
 
     first = jax.process_index() == 0
-    with signals_noted() as signals, _Display() as display:
 
-        def tell(line: str) -> None:
-            if first:
-                display.note(line)
+    def tell(line: str) -> None:
+        if first:
+            display.note(line)
 
-        def begin(done: int, total: int, clips: int) -> None:
-            if first:
-                display.start(Progress(total, "train", unit="updates", done=done))
+    def begin(done: int, total: int, clips: int) -> None:
+        if first:
+            display.start(Progress(total, "train", unit="updates", done=done))
 
-        outcome = run_training(config, args.workdir, Watcher(tell, begin, display.update, lambda: bool(signals.seen)))
+    outcome = run_training(config, args.workdir, Watcher(tell, begin, display.update, lambda: bool(signals.seen)))
     where = f"{outcome.step} of {outcome.total} updates are saved in {args.workdir}"
     if not outcome.finished:
         print(f"stopped by {signals.name}; {where}: run it again to go on", file=sys.stderr)
@@ -70,7 +80,7 @@ class _Display:
     """Lines before the loop begins, a progress bar and lines above it from then on."""
 
     def __init__(self) -> None:
-        self._progress = None
+        self._progress: Progress | None = None
 
     def __enter__(self) -> _Display:
         return self
@@ -79,7 +89,7 @@ class _Display:
         if self._progress is not None:
             self._progress.__exit__(None, None, None)
 
-    def start(self, progress) -> None:
+    def start(self, progress: Progress) -> None:
         self._progress = progress
 
     def note(self, line: str) -> None:

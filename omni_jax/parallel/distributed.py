@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +52,13 @@ def any_process(here: bool) -> bool:
     if jax.process_count() == 1:
         return here
     return bool(np.any(multihost_utils.process_allgather(np.asarray(here))))
+
+
+def total_over_processes(here: Sequence[int]) -> list[int]:
+    """Returns the sums of these counts over all processes, which all must call it, in the same order."""
+    if jax.process_count() == 1:
+        return list(here)
+    return np.sum(multihost_utils.process_allgather(np.asarray(here, np.int64)), axis=0).tolist()
 
 
 def barrier(name: str) -> None:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from omni_jax.parallel import any_process
+from omni_jax.parallel import any_process, total_over_processes
 from omni_jax.train.batch import TrainBatch, place_batch
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.run_config import RunConfig, StopSection
@@ -22,6 +22,9 @@ from omni_jax.train.trainable import Arrays
 from omni_jax.types import InputError
 
 Row = dict[str, float]
+
+COUNTS = ("silent", "mended", "truncated", "used_tokens", "total_tokens")
+"""Numbers of an update's data, summed over processes where a row is kept."""
 
 
 class Update(Protocol):
@@ -124,8 +127,10 @@ class _Pending:
 
     def settle(self, watch: Watch, around: Surroundings) -> None:
         row: Row = {name: np.asarray(value).item() for name, value in jax.device_get(dict(self.metrics)).items()}
-        row |= {name: getattr(self.update, name) for name in ("silent", "mended", "truncated", "used_tokens", "total_tokens")}
-        row |= {"replaced": len(self.update.errors), "clips_per_second": self.clips_per_second}
+        counts = {name: getattr(self.update, name) for name in COUNTS} | {"replaced": len(self.update.errors)}
+        if self.logged:
+            counts = dict(zip(counts, total_over_processes(list(counts.values())), strict=True))
+        row |= counts | {"clips_per_second": self.clips_per_second}
         for name, reason in self.update.errors:
             around.tell(f"update {self.number}: record {name!r} was replaced by another: {reason}")
         if self.logged:

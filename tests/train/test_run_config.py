@@ -25,7 +25,7 @@ def test_every_config_is_a_run() -> None:
 
 def test_every_field_of_a_run_is_read_somewhere() -> None:
     fields = {
-        (record.__name__, f.name)
+        (getattr(record, "__name__", ""), f.name)
         for record in vars(run_config).values()
         if dataclasses.is_dataclass(record) and record.__module__ == run_config.__name__
         for f in dataclasses.fields(record)

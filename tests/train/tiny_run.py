@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -75,7 +76,12 @@ def environment(cache: Path, devices: int = 1) -> dict[str, str]:
 def command(config: Path, workdir: Path, *flags: str, **changes: Any) -> list[str]:
     """Returns the command line of a run; changes are config fields with "__" for a dot."""
     assigned = [f"--config.{name.replace('__', '.')}={value}" for name, value in changes.items()]
-    return [sys.executable, "-m", "omni_jax.cli.main", "train", "--config", str(config), "--workdir", str(workdir), *assigned, *flags]
+    return omni_jax("train", "--config", str(config), "--workdir", str(workdir), *assigned, *flags)
+
+
+def omni_jax(*arguments: str) -> list[str]:
+    """Returns the command line that `omni-jax` stands for."""
+    return [sys.executable, "-m", "omni_jax.cli.main", *arguments]
 
 
 def start(arguments: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
@@ -88,3 +94,10 @@ def finish(arguments: list[str], environment: Mapping[str, str], status: int = 0
     said = process.communicate(timeout=570)[0]
     assert process.returncode == status, said
     return said
+
+
+def free_port() -> int:
+    """Returns a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

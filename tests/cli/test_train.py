@@ -1,0 +1,89 @@
+"""`omni-jax train`: what cannot be used is one line, before anything is computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from omni_jax.cli.config_file import read_config
+from omni_jax.cli.main import main
+from omni_jax.cli.status import BAD_INPUT
+from omni_jax.config import ConfigError
+from omni_jax.types import InputError
+from tests.house import ROOT
+from tests.train.tiny_run import CONFIG
+
+TINY = str(ROOT / "configs" / "tiny.py")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    """A config over a manifest of four clips whose files nobody has."""
+    rows = [{"id": f"c{i}-0", "text": f"caption {i}", "video": f"{i}.mp4", "audio": f"{i}.mp4"} for i in range(16)]
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "run.py"
+    path.write_text(CONFIG.format(shards=tmp_path / "clips.jsonl", held_out=""))
+    return str(path)
+
+
+def fails(capsys: pytest.CaptureFixture[str], workdir: Path, config: str, *changes: str) -> str:
+    """Returns the one line that the command gives."""
+    capsys.readouterr()
+    assert main(["train", "--config", config, "--workdir", str(workdir), *changes]) == BAD_INPUT
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("omni-jax: ")]
+    assert len(said) == 1
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--config.model.colour=red"], "config field model.colour: unknown; choose among base"),
+        (["--config.losses.weight=1"], "config field losses.weight: unknown"),
+        (["--config.batch.micro_batch=lots"], "config field batch.micro_batch='lots': must be a whole number"),
+        (["--config.steps=2.5"], "config field steps=2.5: must be a whole number"),
+        (["--config.seed"], "write --config.section.field=value"),
+        (["--config.steps.deep=1"], "steps has no fields"),
+        (["--config.batch.micro_batch=12"], "a micro-batch of 12 clips does not divide over 8 batch shards"),
+        (["--config.mesh.data=3"], "needs 6 devices, 8 are here; change --config.mesh.data"),
+        (["--config.data.train=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--config.batch.micro_batch=64"], "16 clips are fewer than the 64 of an update"),
+        (["--config.batch.blocks=8"], "has blocks of one clip; raise batch.micro_batch or lower batch.blocks"),
+        (["--config.model.architecture.vision.patch_size=16"], "patch"),
+    ],
+)
+def test_what_cannot_be_used_is_named_in_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, config: str, changes: list[str], message: str
+) -> None:
+    assert message in fails(capsys, tmp_path / "run", config, *changes)
+
+
+def test_equal_captions_cannot_be_hard_negatives(capsys: pytest.CaptureFixture[str], tmp_path: Path, config: str) -> None:
+    manifest = tmp_path / "clips.jsonl"
+    rows = [json.loads(line) | {"text": "the same"} for line in manifest.read_text().splitlines()]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "all captions are equal" in fails(capsys, tmp_path / "run", config)
+
+
+def test_a_workdir_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path, config: str) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in fails(capsys, tmp_path / "file" / "run", config)
+
+
+def test_files_that_are_no_config(tmp_path: Path) -> None:
+    (tmp_path / "empty.py").write_text("")
+    wrong = {tmp_path / "absent.py": "no such config", tmp_path / "empty.py": "defines no get_config", f"{TINY}:x": "0 positional"}
+    for file, message in wrong.items():
+        with pytest.raises(InputError, match=message) as caught:
+            read_config(str(file))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_config_takes_an_argument_and_changes() -> None:
+    ablations = str(ROOT / "configs" / "paper_ablations.py")
+    run = read_config(f"{ablations}:L_A", ["steps=7", "epochs=0", "model.base=b", "losses.hn_audio_only=true"])
+    assert (run.losses.distillation_weight, run.steps, run.model.base, run.losses.hn_audio_only) == (0.0, 7, "b", True)
+    with pytest.raises(ConfigError, match="choose one of L_A"):
+        read_config(f"{ablations}:L_B")

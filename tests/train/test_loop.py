@@ -1,0 +1,189 @@
+"""What happens between updates: rows, checkpoints, evaluations, alarms and stops, with a step that computes next to nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from etils import epath
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from configs import tiny
+from omni_jax.train import RunConfig, TrainState
+from omni_jax.train.checkpoint import Checkpoints, steps_of
+from omni_jax.train.loop import Row, Surroundings, train
+from omni_jax.train.metrics import metrics_writer
+from omni_jax.types import InputError
+from tests.train.states import assert_equal, state
+
+RUN = dataclasses.replace(
+    RunConfig.from_config(tiny.get_config().to_dict() | {"checkpoint": {"every": 3, "keep": 9}}),
+    stop=dataclasses.replace(RunConfig.from_config(tiny.get_config()).stop, skipped_in_row=3, collapsed_in_row=2),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """An update's data; the batch is its number."""
+
+    batch: Any
+    errors: tuple[tuple[str, str], ...] = ()
+    silent: int = 0
+    mended: int = 0
+    truncated: int = 0
+    used_tokens: int = 3
+    total_tokens: int = 4
+
+
+class Numbers:
+    """Data whose batches are numbers; it fails at one of them."""
+
+    def __init__(self, broken: int | None = None):
+        self.broken, self.made = broken, []
+
+    def batches(self, start: int, stop: int) -> Iterator[Update]:
+        for number in range(start, stop):
+            if number == self.broken:
+                raise InputError("data workers died 4 times in a row")
+            self.made.append(number)
+            yield Update({"number": jnp.int32(number)}, errors=(("r7", "cannot be read"),) if number == 1 else ())
+
+
+class Step:
+    """Adds the batch to every parameter; from `bad` on nothing is finite, from `flat` on embeddings are equal."""
+
+    def __init__(self, bad: int = 99, flat: int = 99):
+        self.bad, self.flat = bad, flat
+
+    def __call__(self, before: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        number = int(batch["number"])
+        missed = number >= self.bad
+        added = 0 if missed else number
+        after = dataclasses.replace(
+            before,
+            step=before.step + 1,
+            trainable={name: x + added for name, x in before.trainable.items()},
+            skipped=before.skipped + missed,
+            skipped_in_row=(before.skipped_in_row + 1) * missed,
+        )
+        cosine = 1.0 if number >= self.flat else 0.1
+        values = {"loss": float("nan") if missed else 2.0, "grad_norm": 1.0, "mean_cosine": cosine, "effective_rank": 5.0}
+        return after, {
+            **{name: jnp.float32(value) for name, value in values.items()},
+            "skipped": after.skipped,
+            "skipped_in_row": after.skipped_in_row,
+        }
+
+
+class World:
+    """A workdir with everything around a loop, and what the loop said."""
+
+    def __init__(self, folder: Path, stop_after: int | None = None):
+        self.folder, self.lines, self.seen, self.evaluated = folder, [], [], []
+        self._stop_after = stop_after
+
+    def run(self, step: Step, total: int = 7, run: RunConfig = RUN, data: Numbers | None = None, evaluates: bool = False) -> TrainState:
+        checkpoints = Checkpoints(self.folder / "checkpoints", run.checkpoint.keep)
+        first = checkpoints.restore(state(0, fill=0.0)) or state(0, fill=0.0)
+        writer = metrics_writer(epath.Path(self.folder), int(first.step))
+
+        def evaluate(number: int, trainable: Any) -> dict[str, float]:
+            self.evaluated.append(number)
+            return {"AVG-all": float(trainable["bridge/norm/scale"][0])}
+
+        def update(number: int, row: Row) -> None:
+            self.seen.append(number)
+
+        around = Surroundings(
+            row=lambda n, row: writer.write_scalars(n, row),
+            tell=self.lines.append,
+            update=update,
+            stopping=lambda: self._stop_after is not None and len(self.seen) >= self._stop_after,
+            evaluate=evaluate if evaluates else None,
+        )
+        try:
+            data = data or Numbers()
+            return train(step, first, {}, mesh=None, run=run, total=total, data=data, checkpoints=checkpoints, around=around)  # type: ignore[arg-type]
+        finally:
+            writer.close()
+            checkpoints.close()
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omni_jax.train.loop.place_batch", lambda batch, mesh: batch)
+
+
+def test_a_run_from_beginning_to_end(tmp_path: Path) -> None:
+    run = dataclasses.replace(RUN, evaluation=dataclasses.replace(RUN.evaluation, every=2), log=dataclasses.replace(RUN.log, every=3))
+    world = World(tmp_path)
+    last = world.run(Step(), run=run, evaluates=True)
+    assert (int(last.step), float(last.trainable["bridge/norm/scale"][0])) == (7, sum(range(7)))
+    assert steps_of(tmp_path / "checkpoints") == [2, 3, 4, 6, 7]
+    assert world.evaluated == [2, 4, 6, 7] and world.seen == list(range(1, 8))
+    assert [r["step"] for r in world.rows() if "loss" in r] == [3, 6, 7]
+    assert [r["eval/AVG-all"] for r in world.rows() if "eval/AVG-all" in r] == [1.0, 6.0, 15.0, 21.0]
+    assert world.lines == ["update 2: record 'r7' was replaced by another: cannot be read"]
+
+
+def test_a_run_that_was_stopped_goes_on_and_has_each_row_once(tmp_path: Path) -> None:
+    stopped = World(tmp_path / "a", stop_after=3)
+    assert int(stopped.run(Step()).step) < 7
+    (tmp_path / "a" / "metrics.jsonl").open("a").write('{"step": 6, "loss": 1}\n{"step": 5, "lo')  # as a killed run leaves it
+    again, whole = World(tmp_path / "a"), World(tmp_path / "b")
+    assert_equal(again.run(Step()), whole.run(Step()))
+    assert [row["step"] for row in again.rows()] == list(range(1, 8))
+    board = EventAccumulator(str(tmp_path / "a" / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == list(range(1, 8))
+
+
+def test_a_stop_before_the_first_update_saves(tmp_path: Path) -> None:
+    world = World(tmp_path, stop_after=0)
+    assert int(world.run(Step()).step) == 0 and steps_of(tmp_path / "checkpoints") == [0]
+    assert int(World(tmp_path).run(Step()).step) == 7
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    World(tmp_path).run(Step())
+    data = Numbers()
+    assert int(World(tmp_path).run(Step(), data=data).step) == 7 and data.made == []
+
+
+def test_updates_that_are_not_finite_are_told_and_stop_the_run(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    with pytest.raises(InputError, match="3 updates in a row up to update 7 had no finite loss and gradient") as caught:
+        world.run(Step(bad=4), total=20)
+    assert "\n" not in str(caught.value)
+    told = [f"update {n} was skipped: loss nan, gradient norm 1; {n - 4} in all, {n - 4} in a row" for n in (5, 6, 7)]
+    assert world.lines[1:] == told
+    assert [row["loss"] for row in world.rows()][-1] is None  # JSON has no NaN
+    restored = Checkpoints(tmp_path / "checkpoints", 9).restore(state(0))
+    assert restored is not None and float(restored.trainable["bridge/norm/scale"][0]) == 6.0
+
+
+def test_collapsed_embeddings_warn_or_stop(tmp_path: Path) -> None:
+    world = World(tmp_path / "warn")
+    world.run(Step(flat=2))
+    assert [line for line in world.lines if "warning" in line] == [
+        "warning: embeddings have been collapsed for 2 updates up to update 4 (mean cosine 1.000, effective rank 5.00)"
+    ]
+    strict = dataclasses.replace(RUN, stop=dataclasses.replace(RUN.stop, collapse="stop"))
+    with pytest.raises(InputError, match="embeddings have been collapsed for 2 updates up to update 4"):
+        World(tmp_path / "stop").run(Step(flat=2), run=strict)
+
+
+def test_what_was_trained_is_saved_when_the_data_fail(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="data workers died"):
+        World(tmp_path).run(Step(), data=Numbers(broken=5))
+    assert steps_of(tmp_path / "checkpoints")[-1] == 5
+    assert int(World(tmp_path).run(Step()).step) == 7
