@@ -255,6 +255,8 @@ def default_config(config: ModelConfig, base_model: str | None = None) -> dict[s
     lora = config.lora
     if lora is None:
         raise ValueError("config.lora is None: there is no adapter to describe")
+    keys = engine.base_entries(dataclasses.replace(config, lora=None))
+    saved = [name for name in lora.modules_to_save if any(engine.inside(key, name) for key in keys)]
     modules = [re.escape(rule.torch.removesuffix(".weight")) for rule in base_rules(config) if rule.linear and rule.module in lora.targets]
     pattern = "|".join(module.replace(re.escape("{layer}"), r"\d+") for module in modules)
     alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
@@ -273,7 +275,7 @@ def default_config(config: ModelConfig, base_model: str | None = None) -> dict[s
         "lora_ga_config": None,
         "megatron_config": None,
         "megatron_core": "megatron.core",
-        "modules_to_save": list(lora.modules_to_save) or None,
+        "modules_to_save": saved or None,
         "peft_type": "LORA",
         "qalora_group_size": 16,
         "r": lora.rank,

@@ -62,7 +62,7 @@ def stored_name(path: TreePath, layer: int | None) -> str:
 
 
 def base_entries(config: ModelConfig) -> dict[str, Entry]:
-    """Returns torch name -> Entry for a WAVE checkpoint, in the order of the tree.
+    """Returns torch name -> Entry for a checkpoint, in the order of the tree.
 
     Raises:
       ValueError: the rules and the model's parameter tree do not cover each other (a fault of this program, not of a file).
@@ -151,7 +151,7 @@ def _expand(rule: Rule, shape: Shape, config: ModelConfig) -> Iterator[Entry]:
         yield Entry(rule.torch, rule.path, None, rule.transform, shape, rule.transform.torch_shape(shape))
         return
     one = shape if rule.shared else shape[1:]
-    count = config.beats.num_layers if rule.shared else shape[0]
+    count = config.beats.num_layers if rule.shared and config.beats else shape[0]
     for layer in range(count):
         key = rule.torch.format(layer=layer)
         yield Entry(key, rule.path, None if rule.shared else layer, rule.transform, one, rule.transform.torch_shape(one), rule.shared)

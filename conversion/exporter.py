@@ -61,7 +61,8 @@ def to_torch(
         base = both.enter_context(folder.new_folder(base_out)) if base_out is not None else None
         job.expect((*(manifest.shards if base is not None else ()), *((manifest.adapter,) if adapter and manifest.adapter else ())))
         if base is not None:
-            job.write(base, manifest.shards, engine.base_entries(manifest.model), Store(source / folder.WEIGHTS))
+            entries = {manifest.prefix + key: entry for key, entry in engine.base_entries(manifest.model).items()}
+            job.write(base, manifest.shards, entries, Store(source / folder.WEIGHTS))
             folder.copy_files(source, manifest.side_files, base)
             if manifest.index is not None:
                 _write_index(base, manifest)

@@ -60,6 +60,8 @@ class Manifest:
       adapter_config: `adapter_config.json`, parsed.
       adapter_files: relative names of the adapter's side files.
       merged: an adapter was folded into the base: only a merged base can be exported.
+      prefix: what the source puts before the names of the thinker ("thinker." in a full Qwen2.5-Omni checkpoint).
+      fresh: modules that the source lacks and that were given random weights ("classify_linear"); an export leaves them out of the base.
       index_text: the source's index file as it was; None where it had none or the weights changed.
     """
 
@@ -75,6 +77,8 @@ class Manifest:
     adapter_files: tuple[str, ...] = ()
     merged: bool = False
     index_text: str | None = None
+    prefix: str = ""
+    fresh: tuple[str, ...] = ()
 
     def write(self, folder: epath.Path) -> None:
         """Writes `omni_jax.json` into a folder, as `read_manifest` reads it."""

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,17 +28,23 @@ from omni_jax.types import InputError
 DTYPES: dict[str, Any] = {"keep": None, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
 
+HEADS = ("classify_linear", "beats_ln", "beats_proj")
+"""What WAVE adds to a thinker around the towers, and every recipe trains; BEATs itself comes from its own file."""
+
+INIT_STD = 0.02  # as `model.layers.WEIGHT_INIT`
+
 _BLOCK = 16 * 2**20  # bytes of a large tensor read at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a conversion did: tensors written, their values and bytes, and the time it took."""
+    """What a conversion did: tensors written, their values and bytes, the time it took, and modules given random weights."""
 
     tensors: int
     parameters: int
     nbytes: int
     seconds: float
+    fresh: tuple[str, ...] = ()
 
 
 def to_jax(
@@ -48,6 +55,7 @@ def to_jax(
     beats: epath.PathLike | None = None,
     dtype: str = "keep",
     merge_adapter: bool = False,
+    backbone: str = "auto",
     part_bytes: int = PART_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
@@ -60,6 +68,8 @@ def to_jax(
       beats: BEATs `.pt` whose weights and settings replace those of the base.
       dtype: "keep", "bfloat16" or "float32"; "keep" makes the way back bit-equal.
       merge_adapter: fold LoRA and whole modules into the base; the result can only be exported as a merged base.
+      backbone: "auto" reads the checkpoint as what it is, a plain Qwen2.5-Omni thinker as the start of a WAVE-like model; "wave" and
+        "nemotron" read a thinker as such a backbone. Heads that the checkpoint lacks get random weights, and the summary names them.
       part_bytes: largest group of arrays saved together.
       progress: called with (bytes done, bytes in all).
 
@@ -68,11 +78,13 @@ def to_jax(
     """
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    if backbone not in source.BACKBONES:
+        raise InputError(f"--backbone {backbone}: choose one of {', '.join(source.BACKBONES)}")
     if merge_adapter and adapter is None:
         raise InputError("--merge-adapter: needs --adapter, the folder to merge")
     started = time.monotonic()
     with folder.new_folder(out) as temporary:
-        job = _Job(source.open_checkpoint(base), beats, adapter, DTYPES[dtype], merge_adapter, progress)
+        job = _Job(source.open_checkpoint(base), beats, adapter, DTYPES[dtype], merge_adapter, backbone, progress)
         control_tokens.check(job.checkpoint)
         with StoreWriter(temporary / folder.WEIGHTS, part_bytes) as writer:
             job.write_base(writer)
@@ -99,8 +111,10 @@ def to_jax(
             adapter_files=kept.side_files if kept else (),
             merged=merge_adapter,
             index_text=job.index_text(),
+            prefix=job.checkpoint.prefix,
+            fresh=job.fresh,
         ).write(temporary)
-    return Summary(job.tensors, job.parameters, job.nbytes, time.monotonic() - started)
+    return Summary(job.tensors, job.parameters, job.nbytes, time.monotonic() - started, job.fresh)
 
 
 class _Job:
@@ -113,13 +127,16 @@ class _Job:
         adapter: epath.PathLike | None,
         dtype: Any,
         merge: bool,
+        backbone: str,
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self.checkpoint = checkpoint
         self.beats: BeatsFile | None = source.read_beats_file(beats) if beats is not None else None
         self._beats_path = beats
-        self.config = source.model_config(checkpoint, self.beats)
+        self.config = source.model_config(checkpoint, self.beats, backbone)
         self.entries = engine.base_entries(self.config)
+        self.fresh = () if source.is_wave(checkpoint) else tuple(name for name in HEADS if any(map(self._of(name), self.entries)))
+        self._made = {key for name in self.fresh for key in filter(self._of(name), self.entries)}
         self._check()
         self.adapter = open_adapter(adapter, self.config) if adapter is not None else None
         self._merge = self.adapter if merge else None
@@ -129,6 +146,10 @@ class _Job:
         self._read = 0
         self._written: dict[str, tuple[str, tuple[int, ...]]] = {}  # torch name -> dtype and shape as stored
         self.tensors = self.parameters = self.nbytes = 0
+
+    @staticmethod
+    def _of(module: str) -> Callable[[str], bool]:
+        return lambda key: key.startswith(f"{module}.")
 
     def _check(self) -> None:
         shapes = {name: info.shape for name, info in self.checkpoint.tensors.items() if not self._replaced(name)}
@@ -142,9 +163,9 @@ class _Job:
             where, mend = str(self._beats_path), "use the .pt file as published, with the cfg that belongs to its weights"
             theirs = {name: value.shape for name, value in self.beats.tensors.items()}
             engine.check(ours, theirs, where, mend)
-        elif not any(name.startswith("beats.") for name in theirs):
+        elif self.config.beats is not None and not any(name.startswith("beats.") for name in theirs):
             raise InputError(f"{where}: the BEATs weights (beats.*) are missing; this is no WAVE checkpoint, name the WAVE-7B folder")
-        rest = {name: entry for name, entry in self.entries.items() if name not in ours}
+        rest = {name: entry for name, entry in self.entries.items() if name not in ours and name not in self._made}
         others = {name: shape for name, shape in shapes.items() if not name.startswith(group)}
         engine.check(rest, others, str(self.checkpoint.folder), "use the config.json that belongs to these weights")
         engine.check(ours, theirs, where, mend)
@@ -153,7 +174,9 @@ class _Job:
         return self.beats is not None and name.startswith("beats.")
 
     def _load(self, entry: Entry) -> np.ndarray:
-        """Returns one torch tensor of the base."""
+        """Returns one torch tensor of the base, random where the checkpoint has none."""
+        if entry.key in self._made:
+            return self._random(entry)
         if self.beats is not None and self._replaced(entry.key):
             array = np.ascontiguousarray(self.beats.tensors[entry.key])
             source.refuse_non_finite(array, entry.key.removeprefix("beats."), self._beats_path)
@@ -162,6 +185,15 @@ class _Job:
         self._read += info.nbytes
         self._progress(self._read, self._total)
         return source.read_finite(info)
+
+    def _random(self, entry: Entry) -> np.ndarray:
+        """Returns what a module starts with, the same in every conversion: weights as the model's own, biases 0, norms 1."""
+        dtype = DTYPE_OF[next(iter(self.checkpoint.tensors.values())).dtype]
+        if entry.path[-1] != "kernel":
+            return np.full(entry.torch_shape, entry.path[-1] == "scale", dtype)
+        noise = np.random.default_rng(zlib.crc32(entry.key.encode())).standard_normal(entry.torch_shape, np.float32)
+        noise *= INIT_STD
+        return noise.astype(dtype)
 
     def _leaf(self, entry: Entry) -> np.ndarray:
         """Returns one leaf (one layer of it). A large tensor is read and laid out some rows at a time, so that it never exists twice."""
@@ -182,7 +214,7 @@ class _Job:
 
     def _present(self, entry: Entry) -> bool:
         tensors = self.beats.tensors if self.beats is not None and self._replaced(entry.key) else self.checkpoint.tensors
-        return entry.key in tensors
+        return entry.key in tensors or entry.key in self._made
 
     def write_base(self, writer: StoreWriter) -> None:
         """Writes every leaf; in the order of the tree, so that the layers of a stack lie together."""
@@ -246,16 +278,19 @@ class _Job:
         """
         files = [(shard, [name for name in shard.tensors if name in self._written]) for shard in self.checkpoint.shards]
         placed = {name for _, names in files for name in names}
-        new = [name for name in self._written if name in self.entries and name not in placed]
+        new = [name for name in self._written if name in self.entries and name not in placed and name not in self._made]
         home = next((names for shard, names in files if any(name.startswith("beats.") for name in shard.tensors)), files[0][1])
         home += new
-        return tuple(TensorFile(shard.file, shard.metadata, self._described(names)) for shard, names in files)
+        prefix = self.checkpoint.prefix
+        # A file that held nothing but what was left out is not written again.
+        return tuple(TensorFile(shard.file, shard.metadata, self._described(names, prefix)) for shard, names in files if names)
 
     def index(self) -> dict[str, Any] | None:
         """Returns the metadata of the source's index, its `total_size` brought up to date where the weights changed."""
         index = self.checkpoint.index
-        written = sum(DTYPE_OF[dtype].itemsize * math.prod(shape) for name, (dtype, shape) in self._written.items() if name in self.entries)
-        if index is not None and "total_size" in index and written != self.checkpoint.nbytes:
+        base = [at for name, at in self._written.items() if name in self.entries and name not in self._made]
+        written = sum(DTYPE_OF[dtype].itemsize * math.prod(shape) for dtype, shape in base)
+        if index is not None and "total_size" in index and written != self.checkpoint.nbytes + self.checkpoint.dropped_bytes:
             return index | {"total_size": written}
         return index
 
@@ -270,5 +305,5 @@ class _Job:
     def adapter_file(self, adapter: Adapter) -> TensorFile:
         return TensorFile("adapter_model.safetensors", adapter.metadata, self._described(adapter.entries))
 
-    def _described(self, names: Iterable[str]) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-        return tuple((name, *self._written[name]) for name in names)
+    def _described(self, names: Iterable[str], prefix: str = "") -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        return tuple((prefix + name, *self._written[name]) for name in names)

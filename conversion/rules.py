@@ -39,8 +39,9 @@ class Rule:
 
 
 def base_rules(config: ModelConfig) -> tuple[Rule, ...]:
-    """Returns the rules of a WAVE checkpoint, in the order of the tree."""
-    return (*DECODER, *vision_rules(config.vision), *AUDIO, *beats_rules(config.beats), *BRIDGE, *HEAD)
+    """Returns the rules of a checkpoint, in the order of the tree; BEATs and the fusion head where the configuration has them."""
+    beats = (*beats_rules(config.beats), *BRIDGE) if config.beats else ()
+    return (*DECODER, *vision_rules(config.vision), *AUDIO, *beats, *(HEAD if config.has_head else ()))
 
 
 def lora_rules(config: ModelConfig) -> tuple[Rule, ...]:
@@ -76,6 +77,12 @@ def _conv(torch: str, path: str) -> tuple[Rule, ...]:
     # Differs from a linear layer only in rank, which ReverseAxes takes as it comes, and in that it carries no LoRA.
     return tuple(dataclasses.replace(rule, linear=False) for rule in _linear(torch, path))
 
+
+THINKER_PREFIX = "thinker."
+"""What stands before the names of the thinker in a full Qwen2.5-Omni checkpoint."""
+
+DROPPED_PREFIXES = ("talker.", "token2wav.")
+"""The parts of a full Qwen2.5-Omni checkpoint that speak: no embedding depends on them, and they are left out."""
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before every name of the model it wraps."""

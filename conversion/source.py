@@ -11,9 +11,10 @@ import numpy as np
 from etils import epath
 
 from conversion import safetensors_io
+from conversion.rules import DROPPED_PREFIXES, THINKER_PREFIX
 from conversion.safetensors_io import TensorInfo
 from conversion.torch_pickle import read_torch_file
-from omni_jax.config import BeatsConfig, ConfigError, ModelConfig
+from omni_jax.config import EMBED_STYLE, WAVE_STYLE, BeatsConfig, ConfigError, ModelConfig
 from omni_jax.types import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -43,6 +44,8 @@ class Checkpoint:
       index: `metadata` of the index file; None for a checkpoint of one file without an index.
       index_text: the index file as it is; None without one.
       side_files: every other file of the folder, relative names.
+      prefix: what stood before the name of every tensor ("thinker." in a full Qwen2.5-Omni checkpoint); `tensors` and `shards` are without.
+      dropped_bytes: size of the tensors that were left out (`rules.DROPPED_PREFIXES`).
     """
 
     folder: epath.Path
@@ -52,6 +55,8 @@ class Checkpoint:
     index: dict[str, Any] | None
     index_text: str | None
     side_files: tuple[str, ...]
+    prefix: str = ""
+    dropped_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -83,6 +88,13 @@ def open_checkpoint(folder: epath.PathLike) -> Checkpoint:
         wrong += [f"{name} not in the index" for name in where if name not in placed]
         if wrong:
             raise InputError(f"{folder / INDEX}: contradicts its shards at {len(wrong)} tensors ({_some(wrong)}); download it again")
+    prefix, dropped = "", 0
+    if any(name.startswith(THINKER_PREFIX) for name in tensors):
+        prefix, kept = THINKER_PREFIX, {name: info for name, info in tensors.items() if not name.startswith(DROPPED_PREFIXES)}
+        dropped = sum(info.nbytes for name, info in tensors.items() if name not in kept)
+        shards = [dataclasses.replace(shard, tensors=tuple(n.removeprefix(prefix) for n in shard.tensors if n in kept)) for shard in shards]
+        tensors = {name.removeprefix(prefix): info for name, info in kept.items()}
+        config = config["thinker_config"] if isinstance(config.get("thinker_config"), dict) else config
     not_float = [f"{name} is {info.dtype}" for name, info in tensors.items() if info.dtype not in safetensors_io.FLOATS]
     if not_float:
         raise InputError(
@@ -90,7 +102,7 @@ def open_checkpoint(folder: epath.PathLike) -> Checkpoint:
         )
     weights = {*files, INDEX} if index is not None else set(files)
     text = (folder / INDEX).read_bytes().decode() if index is not None else None
-    return Checkpoint(folder, config, tensors, tuple(shards), index, text, list_files(folder, leave_out=weights))
+    return Checkpoint(folder, config, tensors, tuple(shards), index, text, list_files(folder, leave_out=weights), prefix, dropped)
 
 
 def read_finite(info: TensorInfo) -> np.ndarray:
@@ -149,11 +161,22 @@ def read_beats_file(path: epath.PathLike) -> BeatsFile:
     return BeatsFile(_as_stored(config, {name: value.shape for name, value in tensors.items()}), tensors)
 
 
-def model_config(checkpoint: Checkpoint, beats: BeatsFile | None = None) -> ModelConfig:
+BACKBONES = ("auto", "wave", "nemotron")
+"""How a checkpoint is read: as its files say, with the fusion head and causal attention of WAVE, or as Omni-Embed-Nemotron."""
+
+
+def is_wave(checkpoint: Checkpoint) -> bool:
+    """Returns whether a checkpoint has the parts that WAVE adds to a Qwen2.5-Omni thinker, or names their file."""
+    parts = ("beats.", "beats_ln.", "beats_proj.", "classify_linear.")
+    return _beats_path(checkpoint) is not None or any(name.startswith(parts) for name in checkpoint.tensors)
+
+
+def model_config(checkpoint: Checkpoint, beats: BeatsFile | None = None, backbone: str = "auto") -> ModelConfig:
     """Returns the configuration of a checkpoint, without LoRA.
 
-    BEATs' settings come from `beats`, else from the file `audio_config.beats_path` names if the folder holds it, else from the published
-    values (SPEC section 1). Whether a predictor is there, the weights say.
+    A plain thinker is read as WAVE reads it, its fusion head yet to be made, unless `backbone` (of BACKBONES) says otherwise; it has BEATs
+    where `beats` gives them. BEATs' settings come from `beats`, else from the file `audio_config.beats_path` names if the folder holds it,
+    else from the published values (SPEC section 1). Whether a predictor is there, the weights say.
 
     Raises:
       InputError: a config.json that is not of this model.
@@ -161,15 +184,23 @@ def model_config(checkpoint: Checkpoint, beats: BeatsFile | None = None) -> Mode
     _check_types(checkpoint.config, checkpoint.folder / "config.json")
     if beats is not None:
         settings = beats.config
+    elif not is_wave(checkpoint):
+        settings = None
     else:
         settings = _as_stored(_beats_settings(checkpoint), {name: info.shape for name, info in checkpoint.tensors.items()})
     try:
-        return ModelConfig.from_hf(checkpoint.config, settings)
+        config = ModelConfig.from_hf(checkpoint.config, settings)
     except ConfigError as e:
         text = str(e).removeprefix("config.json: ")
         raise InputError(f"{checkpoint.folder / 'config.json'}: {text}") from None
     except (TypeError, AttributeError, ValueError) as e:
         raise InputError(f"{checkpoint.folder / 'config.json'}: cannot be read as a WAVE configuration ({e})") from None
+    if backbone != "auto":
+        config = dataclasses.replace(config, **(EMBED_STYLE if backbone == "nemotron" else WAVE_STYLE))
+    if config.beats is not None and not config.has_head:
+        given = "--beats" if beats is not None else str(checkpoint.folder)
+        raise InputError(f"{given}: a backbone that pools the mean of its tokens has no BEATs; leave --beats or --backbone nemotron away")
+    return config
 
 
 _COUNTS = {

@@ -30,6 +30,7 @@ class Record:
     audio: Path | None = None
     timestamps: tuple[float, float] | None = None  # seconds, [start, end)
     line: int = 0  # line of the manifest, from 1; 0 where it did not come from a file
+    prefix: str | None = None  # what the caption is, "passage" or "query", for backbones that are told; None: as the preset says
 
     @property
     def modalities(self) -> frozenset[str]:
@@ -300,9 +301,9 @@ class BatchShapes:
     fbank_frames: int
     row_tokens: int
 
-    def media_tokens(self, chunk_tokens: int) -> int:
-        """M, media tokens of one clip."""
-        return self.steps * self.patches // PATCHES_PER_TOKEN + 2 * self.chunks * chunk_tokens
+    def media_tokens(self, chunk_tokens: int, audio_repeat: int = 2) -> int:
+        """M, media tokens of one clip; `audio_repeat` as in `ModelConfig`."""
+        return self.steps * self.patches // PATCHES_PER_TOKEN + audio_repeat * self.chunks * chunk_tokens
 
 
 @dataclasses.dataclass(frozen=True)

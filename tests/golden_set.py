@@ -88,9 +88,9 @@ class GoldenSet:
 
     @functools.cached_property
     def preset(self) -> config.Preset:
-        """The training preset with the frame count, frame size and audio length of this set."""
+        """The preset that the backbone was trained with, with the frame count, frame size and audio length of this set."""
         names = [f.name for f in dataclasses.fields(config.Preset) if f.name in self.spec]
-        training = config.preset("training")
+        training = config.default_preset("chat" if self.config["model_type"] == "nvomniembed" else "plain")
         return dataclasses.replace(training, **{name: type(getattr(training, name))(self.spec[name]) for name in names})
 
     def _record(self, row: dict[str, Any], line: int) -> types.Record:

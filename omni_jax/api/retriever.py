@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from omni_jax.api.weights import load_params, open_model
-from omni_jax.config import TABLE_MODALITIES, TABLES, ConfigError, ModelConfig, Preset
+from omni_jax.config import PREFIXES, TABLE_MODALITIES, TABLES, ConfigError, ModelConfig, Preset, default_preset
 from omni_jax.config import preset as preset_named
 from omni_jax.data.loading import DECODE_LIMIT_S, load_features
 from omni_jax.model import Encoder, abstract_encoder, with_params
@@ -46,22 +46,26 @@ class OmniRetriever:
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | os.PathLike[str], *, dtype: str = "keep", preset: str | Preset = "training", step: int | None = None
+        cls, directory: str | os.PathLike[str], *, dtype: str = "keep", preset: str | Preset | None = None, step: int | None = None
     ) -> OmniRetriever:
         """Loads a folder that `omni-jax convert to-jax` wrote, or the workdir of `omni-jax train`, on every device jax sees.
 
         Args:
           directory: the converted folder or the workdir.
           dtype: "keep", "bfloat16" or "float32": of the weights in memory, and of the computation.
-          preset: a preset, or the name of one.
+          preset: a preset, or the name of one; None takes the one that the backbone was trained with.
           step: of a workdir the checkpoint after so many updates; None for the newest.
 
         Raises:
+          ConfigError: for a preset that is unknown or made for another kind of backbone.
           InputError: when the folder is not a converted checkpoint, its tokenizer belongs to another model, or its towers take patches
             that the preprocessing does not make.
         """
         # Before the weights, which take minutes to read at full size.
         source = open_model(directory, step)
+        prompt = source.config.prompt
+        chosen = default_preset(prompt) if preset is None else preset_named(preset) if isinstance(preset, str) else preset
+        chosen.check(prompt)
         check_preprocessing(source.folder, source.config)
         tokenizer = Tokenizer.from_pretrained(source.folder)
         tokenizer.check(source.config.tokens)
@@ -69,7 +73,6 @@ class OmniRetriever:
         params = load_params(source, None if dtype == "keep" else dtype, mesh)
         compute = jnp.dtype(dtype) if dtype != "keep" else params["decoder", "layers", "attn", "q", "kernel"].dtype
         encoder = with_params(abstract_encoder(source.config, dtype=compute), params)
-        chosen = preset_named(preset) if isinstance(preset, str) else preset
         return cls(encoder, tokenizer, chosen, mesh)
 
     def assign(self, params: Mapping[tuple[str, ...], jax.Array]) -> None:
@@ -87,6 +90,7 @@ class OmniRetriever:
         videos: Sequence[str | os.PathLike[str]] | None = None,
         audios: Sequence[str | os.PathLike[str]] | None = None,
         *,
+        prefix: str | None = None,
         batch_size: int = 16,
         normalize: bool = True,
         workers: int | None = None,
@@ -97,17 +101,22 @@ class OmniRetriever:
 
         Args:
           texts, videos, audios: lists of equal length; at least one.
+          prefix: "passage" or "query", what the texts are, for a backbone trained with prefixes; None: as the preset says.
           batch_size: clips encoded together.
           normalize: whether rows are scaled to length 1.
           workers: decoding processes; None chooses by the number of cores.
 
         Raises:
-          InputError: for lists of unequal length, items that are no captions or paths, and naming the items that cannot be read.
+          InputError: for an unknown prefix or one that the backbone does not take, lists of unequal length, items that are no captions or
+            paths, and naming the items that cannot be read.
 
         Warns:
           UserWarning: once, where media were mended (silence for a missing audio track) or captions cut.
         """
         _check_batch_size(batch_size)
+        if prefix is not None and (prefix not in PREFIXES or self.config.prompt == "plain"):
+            choice = f"choose one of {', '.join(PREFIXES)}" if self.config.prompt == "chat" else "this backbone takes none; leave it away"
+            raise InputError(f"encode: prefix {prefix!r}: {choice}")
         given = {
             "text": _listed("texts", texts, "captions"),
             "video": _listed("videos", videos, "paths"),
@@ -125,6 +134,7 @@ class OmniRetriever:
                 text=given["text"][i] if given["text"] is not None else None,
                 video=Path(given["video"][i]).absolute() if given["video"] is not None else None,
                 audio=Path(given["audio"][i]).absolute() if given["audio"] is not None else None,
+                prefix=prefix,
             )
             for i in range(count)
         ]
@@ -155,7 +165,7 @@ class OmniRetriever:
         normalize: bool = True,
         workers: int | None = None,
         timeout: float = DECODE_LIMIT_S,
-        share_prefix: bool = True,
+        share_prefix: bool | None = None,
     ) -> Iterator[Part]:
         """Embeds records into tables, a group at a time; a record that cannot be embedded is set aside and never stops the others.
 
@@ -165,16 +175,19 @@ class OmniRetriever:
           tables: names among `omni_jax.config.TABLES`.
           workers: decoding processes, 0 decodes in this one (then a decoder that hangs cannot be killed).
           timeout: seconds one clip may take to decode.
-          share_prefix: whether prompts that start with the same media share its tokens; the embeddings are the same.
+          share_prefix: whether prompts that start with the same media share its tokens; the embeddings are the same. None: where the
+            backbone's attention is causal.
 
         Raises:
-          ConfigError: for an unknown table.
+          ConfigError: for an unknown table, or prefixes that are to be shared and cannot be.
           InputError: for a batch size below 1.
         """
         _check_batch_size(batch_size)
         unknown = [name for name in tables if name not in TABLES]
         if unknown or not tables:
             raise ConfigError(f"unknown table {', '.join(unknown) or '(none given)'}; choose among {', '.join(TABLES)}")
+        share_prefix = self.config.shares_prefix if share_prefix is None else share_prefix
+        self.config.check_share_prefix(share_prefix)
         needed = frozenset().union(*(TABLE_MODALITIES[name] for name in tables))
         unable = [(r.id, _missing(r, needed)) for r in records if not needed <= r.modalities]
         if unable:
@@ -255,13 +268,14 @@ def check_preprocessing(folder: epath.Path, config: ModelConfig) -> None:
         "vision.merge_size": (config.vision.merge_size, vision.MERGE),
         "vision.temporal_patch_size": (config.vision.temporal_patch_size, vision.FRAMES_PER_STEP),
         "vision.in_channels": (config.vision.in_channels, len(vision.MEAN)),
-        "beats.patch_size": (config.beats.patch_size, buckets.BEATS_PATCH),
-        "beats.num_mel_bins": (config.beats.num_mel_bins, audio.MEL_BINS),
         "audio.num_mel_bins": (config.audio.num_mel_bins, audio.MEL_BINS),
     }
+    if config.beats is not None:
+        made["beats.patch_size"] = (config.beats.patch_size, buckets.BEATS_PATCH)
+        made["beats.num_mel_bins"] = (config.beats.num_mel_bins, audio.MEL_BINS)
     for name, (value, fixed) in made.items():
         if value != fixed:
             raise InputError(
                 f"{folder}: the model's {name} is {value}, must be {fixed}: the preprocessing is fixed at 14/2/2/16 "
-                f"(patch, merge, temporal patch, fbank patch); use a WAVE-7B checkpoint"
+                f"(patch, merge, temporal patch, fbank patch); use a WAVE-7B or Qwen2.5-Omni checkpoint"
             )

@@ -38,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_jax.add_argument(
         "--merge-adapter", action="store_true", help="fold the adapter into the base; only a merged base can be exported then"
     )
+    to_jax.add_argument(
+        "--backbone",
+        choices=("auto", "wave", "nemotron"),
+        default="auto",
+        help="how to read a plain Qwen2.5-Omni thinker: with WAVE's fusion head, freshly initialised (auto), or as Omni-Embed-Nemotron",
+    )
     to_torch = _direction(directions, "to-torch", _TO_TORCH, EXAMPLE.splitlines()[1])
     to_torch.add_argument(
         "--model", required=True, metavar="DIR", help="folder written by 'omni-jax convert to-jax', or workdir of 'omni-jax train'"
@@ -78,6 +84,7 @@ def _convert(args: argparse.Namespace) -> int:
                 beats=args.beats,
                 dtype=args.dtype,
                 merge_adapter=args.merge_adapter,
+                backbone=args.backbone,
                 progress=progress,
             )
             what = f"{args.out} (dtype {args.dtype}{', adapter merged' if args.merge_adapter else ''})"
@@ -86,6 +93,8 @@ def _convert(args: argparse.Namespace) -> int:
             what = " and ".join(out for out in (args.base_out, args.adapter_out) if out)
             what += f" (after {step} updates)" if step is not None else ""
     print(f"{what}: {made.tensors} tensors, {made.parameters:,} parameters, {made.nbytes:,} bytes, {made.seconds:.1f} s")
+    if made.fresh:
+        print(f"freshly initialised, because {args.base} has none: {', '.join(made.fresh)}; embeddings mean nothing until they are trained")
     return 0
 
 

@@ -14,7 +14,7 @@ from etils import epath
 
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE, INTERRUPTED, STOPPED_AND_SAVED
-from omni_jax.config import PRESETS, TABLE_MODALITIES, TABLES, ConfigError, Preset, preset
+from omni_jax.config import PREFIXES, PRESETS, TABLE_MODALITIES, TABLES, ConfigError, Preset, default_preset, preset
 from omni_jax.types import InputError, Record
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ EXAMPLE = "omni-jax embed --model omni7b --manifest clips.jsonl --out clips.npz 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
     parser.add_argument("--out", type=epath.Path, required=True, metavar="FILE.npz", help="embedding file to write")
-    parser.add_argument("--preset", default="training", help=f"one of {', '.join(PRESETS)} (default: %(default)s)")
+    add_preset_arguments(parser)
     parser.add_argument(
         "--part",
         type=_part,
@@ -39,6 +39,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-normalize", action="store_true", help="keep the vectors' own lengths")
     parser.add_argument("--official-keys", action="store_true", help="write '{id}__table' arrays, as the published extractor does")
+
+
+def add_preset_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the choice of a preset, for one model."""
+    parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: the one that the backbone was trained with)")
+    add_override_argument(parser)
+    parser.add_argument(
+        "--prefix", choices=PREFIXES, help="what captions are, for a backbone that is told (a record's own field goes first)"
+    )
+
+
+def add_override_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help="override a preset field")
+
+
+def choose_preset(args: argparse.Namespace) -> Preset:
+    """Returns the preset that the arguments of `add_preset_arguments` ask for.
+
+    Raises:
+      ConfigError: for one that is unknown, a field that is, or a preset made for another kind of backbone.
+      InputError: where the model decides and is no converted folder.
+    """
+    from conversion.folder import read_manifest
+
+    # What is wrong with the arguments themselves is said before the model is looked for.
+    (preset(args.preset) if args.preset else Preset()).override(args.overrides)
+    prompt = read_manifest(args.model).model.prompt
+    chosen = (preset(args.preset) if args.preset else default_preset(prompt)).override(args.overrides)
+    chosen = dataclasses.replace(chosen, prefix=args.prefix or chosen.prefix)
+    chosen.check(prompt)
+    return chosen
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +83,6 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--manifest", required=True, metavar="FILE.jsonl", help="plain or official manifest, one JSON record a line")
     parser.add_argument("--tables", metavar="LIST", help=f"comma-separated, among {','.join(TABLES)} (default: all that the fields allow)")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help="override a preset field")
     parser.add_argument("--batch-size", type=_positive(int), default=16, metavar="N", help="clips encoded together (default: %(default)s)")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="weights and computation (default: keep)")
     parser.add_argument(
@@ -73,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       InputError, ConfigError: for anything in the arguments that cannot be used.
     """
-    chosen = preset(args.preset).override(args.overrides)
+    chosen = choose_preset(args)
     tables = parse_tables(args.tables)
     index, count = args.part
     out = args.out if count == 1 else args.out.with_name(f"{args.out.stem}-{index:05}-of-{count:05}.npz")

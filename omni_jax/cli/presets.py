@@ -1,4 +1,4 @@
-"""`omni-jax presets`: the same clips under every preset, side by side."""
+"""`omni-jax presets`: the same clips under every preset that the backbone has, side by side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 from etils import epath
 
 from omni_jax.cli import embed
-from omni_jax.config import PRESETS
+from omni_jax.config import Preset, presets_for
 from omni_jax.types import InputError
 
 HELP = "embed and score the same clips under every preset, in one table"
@@ -16,6 +16,7 @@ EXAMPLE = "omni-jax presets --model omni7b --manifest clips.jsonl --out presets"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     embed.add_input_arguments(parser)
+    embed.add_override_argument(parser)
     parser.add_argument("--out", type=epath.Path, metavar="DIR", help="keep each preset's embedding file and error list in this folder")
     parser.add_argument(
         "--ties", choices=("optimistic", "average", "worst"), default="optimistic", help="as in eval (default: %(default)s)"
@@ -28,7 +29,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       InputError, ConfigError: for anything in the arguments that cannot be used, or when a preset leaves nothing to score.
     """
-    chosen = {name: preset.override(args.overrides) for name, preset in PRESETS.items()}
+    from conversion.folder import read_manifest as read_model
+
+    Preset().override(args.overrides)  # a wrong one is answered before the model is looked for
+    chosen = {name: preset.override(args.overrides) for name, preset in presets_for(read_model(args.model).model.prompt).items()}
     tables = embed.parse_tables(args.tables)
 
     # Late, so that `--help` and usage errors answer at once.
@@ -40,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     tables = tables or embed.tables_of(manifest.records)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-    model = embed.load_model(args, chosen["training"])
+    model = embed.load_model(args, next(iter(chosen.values())))
     results, bad = {}, 0
     for name, preset in chosen.items():
         model.preset = preset

@@ -7,8 +7,9 @@ import json
 
 from etils import epath
 
+from omni_jax.cli.embed import add_preset_arguments, choose_preset
 from omni_jax.cli.printing import one_line
-from omni_jax.config import PRESETS, TABLES, preset
+from omni_jax.config import TABLES
 from omni_jax.types import InputError
 
 HELP = "search an embedding file by text, audio, video or audio and video together"
@@ -36,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--table", choices=TABLES, help="table to search in (default: for a text av, then video, audio; for other queries what they lack)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    parser.add_argument("--preset", default="training", help=f"one of {', '.join(PRESETS)}; that of the index (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help="override a preset field")
+    add_preset_arguments(parser)
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="weights and computation (default: keep)")
 
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       InputError, ConfigError: for an index, a query or a model that cannot be used.
     """
-    chosen = preset(args.preset).override(args.overrides)
+    chosen = choose_preset(args)
     kind = next(name for name in ("text", "audio", "video", "av") if getattr(args, name) is not None)
     given = getattr(args, kind)
     if kind == "text" and not given.strip():
@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         texts=[given] if kind == "text" else None,
         videos=[given] if kind in ("video", "av") else None,
         audios=[given] if kind in ("audio", "av") else None,
+        # A text is what is searched with, whatever the captions of the index are.
+        prefix=args.prefix or "query" if kind == "text" and chosen.prefix else None,
     )
     scores, rows = search(query, index.tables[table], args.k, name=table, ids=index.ids)
     found = [(index.ids[row], float(score)) for row, score in zip(rows[0].tolist(), scores[0], strict=True)]

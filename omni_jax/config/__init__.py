@@ -1,14 +1,19 @@
 """Architecture and preset records: `ModelConfig` describes a checkpoint, `Preset` how clips and captions become tokens."""
 
 from omni_jax.config.errors import ConfigError
-from omni_jax.config.model import ModelConfig
+from omni_jax.config.known import BACKBONES
+from omni_jax.config.model import EMBED_STYLE, WAVE_STYLE, ModelConfig
 from omni_jax.config.parts import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, SpecialTokens, VisionConfig
-from omni_jax.config.presets import PRESETS, TABLE_MODALITIES, TABLES, Preset, preset
+from omni_jax.config.presets import PREFIXES, PRESETS, TABLE_MODALITIES, TABLES, Preset, default_preset, preset, presets_for
 
 __all__ = [
+    "BACKBONES",
+    "EMBED_STYLE",
+    "PREFIXES",
     "PRESETS",
     "TABLES",
     "TABLE_MODALITIES",
+    "WAVE_STYLE",
     "AudioConfig",
     "BeatsConfig",
     "ConfigError",
@@ -18,5 +23,7 @@ __all__ = [
     "Preset",
     "SpecialTokens",
     "VisionConfig",
+    "default_preset",
     "preset",
+    "presets_for",
 ]

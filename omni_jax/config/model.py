@@ -9,23 +9,78 @@ from typing import Any
 from omni_jax.config.errors import ConfigError
 from omni_jax.config.parts import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, SpecialTokens, VisionConfig
 
+ATTENTIONS = ("causal", "bidirectional")
+POOLINGS = ("last_all_layers", "mean")
+PROMPTS = ("plain", "chat")
+
+EMBED_MODEL_TYPE = "nvomniembed"
+"""`model_type` of Omni-Embed-Nemotron-3B."""
+
+EMBED_STYLE = {"attention": "bidirectional", "pooling": "mean", "prompt": "chat"}
+"""How Omni-Embed-Nemotron-3B turns a Qwen2.5-Omni thinker into an embedder (SPEC section 10)."""
+
+WAVE_STYLE = {"attention": "causal", "pooling": "last_all_layers", "prompt": "plain"}
+"""How WAVE-7B does (SPEC sections 3 and 5)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Everything needed to build one encoder."""
+    """Everything needed to build one encoder.
+
+    Attributes:
+      beats: None for a backbone without BEATs; then no audio token is doubled and there is no bridge.
+      attention: "causal", or "bidirectional": every token of a prompt sees all of them.
+      pooling: "last_all_layers": the last token's states of all layers through the fusion head; "mean": the mean of the final norm's states
+        over all tokens of the prompt, no head.
+      prompt: "plain": media, text, end token; "chat": the same as the user's turn of the chat template, after a system turn.
+    """
 
     decoder: DecoderConfig
     vision: VisionConfig
     audio: AudioConfig
-    beats: BeatsConfig
+    beats: BeatsConfig | None
     tokens: SpecialTokens
     lora: LoraConfig | None = None
     positions_per_second: int = 25
     seconds_per_chunk: int = 2
+    attention: str = "causal"
+    pooling: str = "last_all_layers"
+    prompt: str = "plain"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("attention", ATTENTIONS), ("pooling", POOLINGS), ("prompt", PROMPTS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"model field {name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+
+    @property
+    def audio_repeat(self) -> int:
+        """Prompt tokens for each token of the audio tower: Whisper's and BEATs' in turn, or Whisper's alone."""
+        return 1 if self.beats is None else 2
+
+    @property
+    def has_head(self) -> bool:
+        """Whether pooled states go through the fusion head."""
+        return self.pooling == "last_all_layers"
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether prompts that start with the same media may share its tokens: only where media do not see what follows them."""
+        return self.attention == "causal"
+
+    def check_share_prefix(self, share_prefix: bool) -> None:
+        """Raises ConfigError where prefixes are to be shared and cannot be."""
+        if share_prefix and not self.shares_prefix:
+            raise ConfigError(
+                f"share_prefix: this backbone's attention is {self.attention}, not causal: the states of a media prefix depend on the text "
+                f"behind it, so that two prompts cannot share them; pass share_prefix=False"
+            )
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], beats: BeatsConfig, lora: LoraConfig | None = None) -> ModelConfig:
-        """Reads a WAVE `config.json` (already parsed).
+    def from_hf(cls, config: Mapping[str, Any], beats: BeatsConfig | None, lora: LoraConfig | None = None) -> ModelConfig:
+        """Reads the `config.json` (already parsed) of a WAVE checkpoint, of Omni-Embed-Nemotron, or of a Qwen2.5-Omni thinker.
+
+        Args:
+          beats: None where the checkpoint has no BEATs.
 
         Raises:
           ConfigError: naming the missing or unsupported field.
@@ -33,10 +88,12 @@ class ModelConfig:
         try:
             return cls._from_hf(config, beats, lora)
         except KeyError as e:
-            raise ConfigError(f"config.json: field {e.args[0]!r} is missing; is this a WAVE-7B checkpoint folder?") from None
+            raise ConfigError(
+                f"config.json: field {e.args[0]!r} is missing; is this a WAVE-7B or Qwen2.5-Omni checkpoint folder?"
+            ) from None
 
     @classmethod
-    def _from_hf(cls, config: Mapping[str, Any], beats: BeatsConfig, lora: LoraConfig | None) -> ModelConfig:
+    def _from_hf(cls, config: Mapping[str, Any], beats: BeatsConfig | None, lora: LoraConfig | None) -> ModelConfig:
         if config.get("classify_type", "all_layer") != "all_layer":
             raise ConfigError(f"config.json: classify_type {config['classify_type']!r} is not supported, only 'all_layer'")
         text, vision, audio = config["text_config"], config["vision_config"], config["audio_config"]
@@ -99,6 +156,7 @@ class ModelConfig:
             lora=lora,
             positions_per_second=config["position_id_per_seconds"],
             seconds_per_chunk=config["seconds_per_chunk"],
+            **(EMBED_STYLE if config.get("model_type") == EMBED_MODEL_TYPE else {}),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -23,6 +23,10 @@ TABLE_MODALITIES = {
 """Modalities (t, v, a) each table's prompt contains."""
 
 
+PREFIXES = ("passage", "query")
+"""What a caption may be for a backbone trained with prefixes: something to be found, or something to find with."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Preset:
     """How clips and captions become model inputs.
@@ -39,6 +43,8 @@ class Preset:
       frame_crop: "none" or "square" (centre).
       pixels: minimum and maximum area of a resized frame, pixels.
       max_text_tokens: a longer caption is cut, and counted.
+      prefix: "passage" or "query": what stands before a caption ("passage: ") where its record names nothing else; "" for nothing. Only
+        for backbones whose prompts follow the chat template.
     """
 
     text_head: str = "last"
@@ -52,6 +58,7 @@ class Preset:
     frame_crop: str = "none"
     pixels: int = 50176
     max_text_tokens: int = 512
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         choices = {
@@ -59,10 +66,11 @@ class Preset:
             "audio_crop": ("first", "center"),
             "channels": ("first", "mean"),
             "frame_crop": ("none", "square"),
+            "prefix": ("", *PREFIXES),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"preset field {name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+                raise ConfigError(f"preset field {name}={getattr(self, name)!r}: choose one of {', '.join(filter(None, allowed))}")
         if self.frames < 2 or self.frames % 2:
             raise ConfigError(f"preset field frames={self.frames}: must be even and at least 2 (frames are embedded in pairs)")
         if self.pixels < 28 * 28:
@@ -71,6 +79,14 @@ class Preset:
             raise ConfigError(f"preset field audio_seconds={self.audio_seconds}: must be 0 (the whole track) or positive")
         if self.max_text_tokens < 1:
             raise ConfigError(f"preset field max_text_tokens={self.max_text_tokens}: must be at least 1")
+
+    def check(self, prompt: str) -> None:
+        """Raises ConfigError for a prefix where the backbone's prompts ("plain" or "chat", `ModelConfig.prompt`) take none."""
+        if self.prefix and prompt == "plain":
+            names = ", ".join(presets_for(prompt))
+            raise ConfigError(
+                f"preset field prefix={self.prefix!r}: this backbone takes no prefix; leave it away, or use a preset of {names}"
+            )
 
     def override(self, assignments: list[str]) -> Preset:
         """Returns a copy with `field=value` strings applied, each value read as the field's own type.
@@ -108,6 +124,8 @@ PRESETS: dict[str, Preset] = {
     ),
     # The wrapper of the MTEB benchmark.
     "mteb": Preset(text_head="fused", audio_seconds=300.0, audio_pad=False, channels="mean"),
+    # Omni-Embed-Nemotron-3B: the whole track, no filler, captions as passages.
+    "nemotron": Preset(filler="", audio_seconds=0.0, audio_pad=False, prefix="passage"),
 }
 
 
@@ -116,3 +134,13 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def presets_for(prompt: str) -> dict[str, Preset]:
+    """Returns the presets of a backbone whose prompts are of this kind ("plain" or "chat", `ModelConfig.prompt`), its own first."""
+    return {name: found for name, found in PRESETS.items() if bool(found.prefix) == (prompt == "chat")}
+
+
+def default_preset(prompt: str) -> Preset:
+    """Returns the preset that a backbone was trained with."""
+    return next(iter(presets_for(prompt).values()))

@@ -1,7 +1,7 @@
 """Manifests: JSON lines in, records and a list of problems out (SPEC section 9).
 
 Two forms of a line are read, told apart line by line:
-  plain     {"id", "text", "video", "audio", "timestamps"}, every field but `id` optional
+  plain     {"id", "text", "video", "audio", "timestamps", "prefix"}, every field but `id` optional
   official  {"id", "conversations": [{"from": "human", ...}, {"from": "gpt", "value": CAPTION}], "video", "audio", "timestamps"}
 """
 
@@ -16,11 +16,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from omni_jax.config import PREFIXES
 from omni_jax.types import InputError, Record
 
 _LONGEST_LINE = 1 << 24  # bytes; an honest record has a few hundred, and a line is held in memory several times over
 _LONGEST_SECONDS = 1e9  # some thirty years: beyond it a number is a mistake
-_PLAIN = ("id", "text", "video", "audio", "timestamps")
+_PLAIN = ("id", "text", "video", "audio", "timestamps", "prefix")
 _OFFICIAL = ("id", "conversations", "video", "audio", "timestamps")
 
 
@@ -222,7 +223,11 @@ def _record(fields: Mapping[str, Any], name: str, line: int, root: Any, confined
     video, audio = (_media_path(fields, key, name, root, confined) for key in ("video", "audio"))
     if text is None and video is None and audio is None:
         raise _BadLine(f"record {name!r}: has no text, video or audio; give it at least one")
-    return Record(id=name, text=text, video=video, audio=audio, timestamps=_timestamps(fields.get("timestamps"), name), line=line)
+    prefix = fields.get("prefix")
+    if prefix is not None and prefix not in PREFIXES:
+        raise _BadLine(f"record {name!r}: prefix {json.dumps(prefix)[:80]} must be one of {', '.join(PREFIXES)}")
+    times = _timestamps(fields.get("timestamps"), name)
+    return Record(id=name, text=text, video=video, audio=audio, timestamps=times, line=line, prefix=prefix)
 
 
 def _caption(turns: Any) -> str:

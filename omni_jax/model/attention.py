@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from omni_jax.config import ConfigError
-from omni_jax.model.layers import attend_causal
+from omni_jax.model.layers import attend_blocks, attend_causal
 from omni_jax.parallel import partition_spec
 
 RowAttention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -51,34 +51,40 @@ def choose_for(kernel: str, mesh: Mesh | AbstractMesh | None) -> str:
     return choose(kernel, mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend())
 
 
-def row_mask(segment: jax.Array, branch: jax.Array) -> jax.Array:
+def row_mask(segment: jax.Array, branch: jax.Array, causal: bool = True) -> jax.Array:
     """Returns (R, S, S) bool, True where query i sees key j: same segment, j <= i, and j in the shared prefix or in i's own branch.
 
-    Padding (segment 0) sees earlier padding and itself, so no softmax is empty.
+    Padding (segment 0) sees earlier padding and itself, so no softmax is empty. Without `causal` a query sees its whole segment, which
+    then has no branches.
     """
-    tokens = segment.shape[1]
-    causal = jnp.arange(tokens)[:, None] >= jnp.arange(tokens)[None]
     same = segment[:, :, None] == segment[:, None, :]
+    if not causal:
+        return same
+    tokens = segment.shape[1]
+    earlier = jnp.arange(tokens)[:, None] >= jnp.arange(tokens)[None]
     reachable = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    return causal & same & reachable
+    return earlier & same & reachable
 
 
-def row_attention(segment: jax.Array, branch: jax.Array, *, kernel: str = "plain", branches: int = BRANCHES) -> RowAttention:
+def row_attention(
+    segment: jax.Array, branch: jax.Array, *, kernel: str = "plain", branches: int = BRANCHES, causal: bool = True
+) -> RowAttention:
     """Returns the softmax attention of packed rows, under the mask that `row_mask` writes out.
 
     Args:
       segment, branch: (R, S) int32, as in `types.RowBatch`; a prefix stands before its continuations, which count from 1.
       kernel: one of KERNELS but "auto".
       branches: the largest branch number that may occur (read by splash, which pays for each beyond the first).
+      causal: whether a query sees no later key; else it sees all of its segment, and there are no branches.
 
     Returns:
       A function of q (R, S, H, h), k and v (R, S, K, h), K dividing H, that gives (R, S, H*h) in the dtype of q.
     """
     if kernel == "plain":
-        mask = row_mask(segment, branch)
-        return lambda q, k, v: checkpoint_name(attend_causal(q, k, v, mask), "attention")
-    ids = splash_ids(*_pad_ids(segment, branch), max(branches, 1))
-    return lambda q, k, v: checkpoint_name(_splash_rows(q, k, v, *ids, kernel == "splash_interpret"), "attention")
+        mask, attend = row_mask(segment, branch, causal), attend_causal if causal else attend_blocks
+        return lambda q, k, v: checkpoint_name(attend(q, k, v, mask), "attention")
+    ids = splash_ids(*_pad_ids(segment, branch), max(branches, 1) if causal else 1)
+    return lambda q, k, v: checkpoint_name(_splash_rows(q, k, v, *ids, causal, kernel == "splash_interpret"), "attention")
 
 
 def splash_ids(segment: jax.Array, branch: jax.Array, branches: int) -> tuple[jax.Array, jax.Array]:
@@ -100,7 +106,9 @@ def _pad_ids(segment: jax.Array, branch: jax.Array) -> tuple[jax.Array, jax.Arra
     return jnp.pad(segment, padding), jnp.pad(branch, padding)
 
 
-def _splash_rows(q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array, key_ids: jax.Array, interpret: bool) -> jax.Array:
+def _splash_rows(
+    q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array, key_ids: jax.Array, causal: bool, interpret: bool
+) -> jax.Array:
     rows, tokens, heads, width = q.shape
     kv_heads, padded = k.shape[2], query_ids.shape[1]
     copies = key_ids.shape[1] // padded
@@ -111,7 +119,7 @@ def _splash_rows(q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array,
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array, key_ids: jax.Array) -> jax.Array:
         # Made here and not kept: its tables of blocks are constants of this trace.
-        kernel = _kernel(padded, heads // kv_heads, copies, interpret)
+        kernel = _kernel(padded, heads // kv_heads, copies, causal, interpret)
 
         def row(q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array, key_ids: jax.Array) -> Any:
             return jax.vmap(lambda q, k, v: kernel(q, k, v, splash.SegmentIds(query_ids, key_ids)))(q, k, v)
@@ -128,10 +136,10 @@ def _splash_rows(q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array,
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, padded, heads * width)[:, :tokens]
 
 
-def _kernel(tokens: int, heads: int, copies: int, interpret: bool) -> splash.SplashAttentionKernel:
+def _kernel(tokens: int, heads: int, copies: int, causal: bool, interpret: bool) -> splash.SplashAttentionKernel:
     """The splash kernel of G heads that share keys: (G, S, h), (C*S, h), (C*S, h) -> (G, S, h)."""
-    causal = np.tile(np.tri(tokens, dtype=bool), (1, copies))
-    mask = splash_mask.MultiHeadMask([splash_mask.NumpyMask(causal)] * heads)
+    earlier = np.tri(tokens, dtype=bool) if causal else np.ones((tokens, tokens), bool)
+    mask = splash_mask.MultiHeadMask([splash_mask.NumpyMask(np.tile(earlier, (1, copies)))] * heads)
     tile = next(t for t in TILES if math.gcd(tokens, t) == t)
     sizes = splash.BlockSizes(block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile)
     return splash.make_splash_mqa(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)

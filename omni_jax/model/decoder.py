@@ -71,14 +71,24 @@ def read_media(media: jax.Array, index: jax.Array) -> jax.Array:
     return tables.reshape(*index.shape, media.shape[-1])
 
 
+def segment_means(x: jax.Array, segment: jax.Array, pool: jax.Array) -> jax.Array:
+    """Returns (R, K, D) float32: the mean of x (R, S, D) over the segment (R, S) that each token of `pool` (R, K) is in."""
+    member = segment[:, None, :] == jnp.take_along_axis(segment, pool, axis=1)[..., None]
+    # A sum of products, as a matrix product; at full precision also where the states are bfloat16.
+    total = jnp.einsum("rks,rsd->rkd", member.astype(x.dtype), x, preferred_element_type=jnp.float32)
+    return total / member.sum(axis=-1, dtype=jnp.float32)[..., None]
+
+
 class Decoder(nnx.Module):
     """Qwen2.5 decoder with TMRoPE that keeps nothing of a layer but the pooled tokens."""
 
-    def __init__(self, make: Maker, config: DecoderConfig):
+    def __init__(self, make: Maker, config: DecoderConfig, *, causal: bool = True, mean: bool = False):
+        """Takes whether attention is causal, and whether a prompt is pooled as the mean of its tokens after the last layer."""
         self.embed = Embed(make, config.vocab_size, config.hidden_size)
         self.layers = Layer((make / "layers").stack(config.num_layers), config)
         self.norm = RMSNorm(make, config.hidden_size, config.rms_norm_eps)
         self.config = config
+        self.causal, self.mean = causal, mean
 
     def __call__(
         self,
@@ -98,6 +108,8 @@ class Decoder(nnx.Module):
     ) -> jax.Array:
         """Returns the pooled hidden states (R, K, L, D): layers 1 .. L-1 as they are, layer L after the final norm.
 
+        A decoder that pools means returns (R, K, 1, D): of the final norm's states over the segment that the pooled token is in.
+
         Args:
           ids, media_index, segment, branch: (R, S) int32, as in `types.RowBatch`.
           positions: (3, R, S) int32.
@@ -115,14 +127,17 @@ class Decoder(nnx.Module):
         x = constrain(x, "batch", "tokens", "features")
         angles = tmrope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_sections)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
-        attend = row_attention(segment, branch, kernel=attention, branches=branches)
+        attend = row_attention(segment, branch, kernel=attention, branches=branches, causal=self.causal)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
 
-        def body(layer: Layer, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        def body(layer: Layer, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
             x = constrain(layer(checkpoint_name(x, "layer_input"), cos, sin, attend, key), "batch", "tokens", "features")
-            return x, jnp.take_along_axis(x, pool[..., None], axis=1)
+            return x, None if self.mean else jnp.take_along_axis(x, pool[..., None], axis=1)
 
-        _, pooled = scan_layers(self.layers, body, x, keys, remat)
+        x, pooled = scan_layers(self.layers, body, x, keys, remat)
+        if self.mean:
+            pooled = segment_means(self.norm(x), segment, pool)[:, :, None]
+            return constrain(pooled, "batch", None, None, None)
         last = self.norm(pooled[-1])
         pooled = jnp.moveaxis(jnp.concatenate([pooled[:-1], last[None]]), 0, 2)
         return constrain(pooled, "batch", None, None, None)

@@ -50,17 +50,20 @@ class Unembed(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """WAVE-7B with an optional LoRA adapter. `dtype` is that of activations; weights keep the dtype they are stored in."""
+    """A backbone with an optional LoRA adapter; BEATs and the fusion head where its configuration has them.
+
+    `dtype` is that of activations; weights keep the dtype they are stored in.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, param_dtype: Any = jnp.float32, dtype: Any = None):
         make = Maker(rngs, jnp.dtype(param_dtype), config.lora)
         width = config.decoder.hidden_size
         self.vision = VisionTower(make / "vision", config.vision)
         self.audio = AudioTower(make / "audio", config.audio)
-        self.beats = Beats(make / "beats", config.beats)
-        self.bridge = BeatsBridge(make / "bridge", config.beats.hidden_size, width)
-        self.decoder = Decoder(make / "decoder", config.decoder)
-        self.head = FusionHead(make / "head", config.decoder.num_layers, width)
+        self.beats = Beats(make / "beats", config.beats) if config.beats else None
+        self.bridge = BeatsBridge(make / "bridge", config.beats.hidden_size, width) if config.beats else None
+        self.decoder = Decoder(make / "decoder", config.decoder, causal=config.attention == "causal", mean=not config.has_head)
+        self.head = FusionHead(make / "head", config.decoder.num_layers, width) if config.has_head else None
         self.lm_head = Unembed(make, width, config.decoder.vocab_size)
         self.config = config
         self.dtype = jnp.dtype(dtype or param_dtype)
@@ -75,11 +78,14 @@ class Encoder(nnx.Module):
 
     def beats_tokens(self, fbank: jax.Array, frames: jax.Array, max_tokens: int) -> jax.Array:
         """Returns (N, max_tokens, D) BEATs tokens at the audio tower's rate; arguments as in `types.BeatsBatch`."""
+        assert self.beats is not None and self.bridge is not None, "this backbone has no BEATs"
         features, _ = self.beats(fbank, frames, dtype=self.dtype)
         return self.bridge(features, max_tokens)
 
     def embed_rows(self, rows: dict[str, jax.Array], media: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
         """Returns the pooled prompts through each head: fused (R, K, D) and last-layer (R, K, D), float32, not normalised.
+
+        Without a fusion head both are the pooled state.
 
         Args:
           rows: the device arrays of `types.RowBatch`.
@@ -88,8 +94,10 @@ class Encoder(nnx.Module):
         """
         pooled = self.decoder(**rows, media=media, dtype=self.dtype, **options)
         r, k, layers, width = pooled.shape
-        fused = self.head(pooled.reshape(r * k, layers, width)).reshape(r, k, width)
-        return fused.astype(jnp.float32), pooled[:, :, -1].astype(jnp.float32)
+        last = pooled[:, :, -1].astype(jnp.float32)
+        if self.head is None:
+            return last, last
+        return self.head(pooled.reshape(r * k, layers, width)).reshape(r, k, width).astype(jnp.float32), last
 
 
 def abstract_encoder(config: ModelConfig, *, param_dtype: Any = jnp.float32, dtype: Any = None) -> Encoder:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from omni_jax.config import ModelConfig
+from omni_jax.config import BeatsConfig, ModelConfig
 from omni_jax.model.encoder import abstract_params
 from omni_jax.model.layers import causal_blocks
 from omni_jax.types import AudioBatch, BeatsBatch, EncoderBatch, RowBatch, VisionBatch
@@ -72,7 +72,8 @@ def forward_work(config: ModelConfig, batch: EncoderBatch) -> dict[str, Work]:
     for audio in batch.audio:
         terms["audio"] += _audio(config, audio)
     for beats in batch.beats:
-        terms["beats"] += _beats(config, beats)
+        assert config.beats is not None
+        terms["beats"] += _beats(config.beats, beats)
         terms["bridge"] += bridge_terms(Work(beats.fbank.shape[0] * beats.max_tokens, int(beats.tokens.sum())))
     for rows in batch.rows:
         terms["decoder"] += _decoder(config, rows)
@@ -109,7 +110,7 @@ def matrix_sizes(config: ModelConfig, only: frozenset[str] | None = None) -> Map
     for path, leaf in abstract_params(config).items():
         if path[-1] in ("kernel", "lora_a", "lora_b", "v") and (only is None or "/".join(path) in only):
             # The gate of BEATs' positions works on every head of a token.
-            repeat = config.beats.num_heads if path[:1] == ("beats",) and path[-2] == "gate" else 1
+            repeat = config.beats.num_heads if config.beats and path[:1] == ("beats",) and path[-2] == "gate" else 1
             for depth in range(1, len(path) + 1):
                 name = "/".join(path[:depth])
                 sizes[name] = sizes.get(name, 0) + repeat * int(np.prod(leaf.shape))
@@ -132,11 +133,11 @@ def audio_terms(config: ModelConfig, frames: Work, seen: Work, tokens: Work, pai
     return [*maps, Attention(config.audio.hidden_size, pairs)]
 
 
-def beats_terms(config: ModelConfig, patches: Work, taps: Work, pairs: Work) -> Terms:
+def beats_terms(config: BeatsConfig, patches: Work, taps: Work, pairs: Work) -> Terms:
     """Returns BEATs on so many patches; `taps` of the position convolution fall within their sequences (see `kernel_taps`)."""
     maps = [Maps(("beats/patch_embed",), patches), Maps(("beats/input_proj", "beats/layers"), patches)]
-    convolution = Maps(("beats/pos_conv",), taps * (1 / config.beats.conv_pos))
-    return [*maps, convolution, Attention(config.beats.hidden_size, pairs)]
+    convolution = Maps(("beats/pos_conv",), taps * (1 / config.conv_pos))
+    return [*maps, convolution, Attention(config.hidden_size, pairs)]
 
 
 def bridge_terms(tokens: Work) -> Terms:
@@ -161,8 +162,10 @@ def kernel_taps(length: int, taps: int) -> int:
     return int((last - first).sum())
 
 
-def row_pairs(tokens: int) -> int:
-    """Returns the query-key pairs that `attend_causal` multiplies for a row of so many tokens."""
+def row_pairs(tokens: int, causal: bool = True) -> int:
+    """Returns the query-key pairs that `attend_causal` multiplies for a row of so many tokens; all where attention is not causal."""
+    if not causal:
+        return tokens**2
     return sum((stop - start) * stop for start, stop in causal_blocks(tokens))
 
 
@@ -192,13 +195,12 @@ def _audio(config: ModelConfig, batch: AudioBatch) -> Terms:
     )
 
 
-def _beats(config: ModelConfig, batch: BeatsBatch) -> Terms:
-    cfg = config.beats
+def _beats(cfg: BeatsConfig, batch: BeatsBatch) -> Terms:
     segments, frames = batch.fbank.shape[:2]
     patches = frames // cfg.patch_size * cfg.frequency_patches
     valid = batch.frames // cfg.patch_size * cfg.frequency_patches
     return beats_terms(
-        config,
+        cfg,
         patches=Work(segments * patches, int(valid.sum())),
         taps=Work(segments * kernel_taps(patches, cfg.conv_pos), sum(kernel_taps(int(n), cfg.conv_pos) for n in valid)),
         pairs=Work(cfg.num_layers * segments * patches**2, cfg.num_layers * int((valid**2).sum())),
@@ -207,12 +209,14 @@ def _beats(config: ModelConfig, batch: BeatsBatch) -> Terms:
 
 def _decoder(config: ModelConfig, batch: RowBatch) -> Terms:
     rows, tokens = batch.ids.shape
-    seen = sum(_visible_pairs(segment, branch) for segment, branch in zip(batch.segment, batch.branch, strict=True))
-    return decoder_terms(config, Work(rows * tokens, int((batch.segment > 0).sum())), Work(rows * row_pairs(tokens), seen))
+    causal = config.attention == "causal"
+    seen = sum(_visible_pairs(segment, branch, causal) for segment, branch in zip(batch.segment, batch.branch, strict=True))
+    return decoder_terms(config, Work(rows * tokens, int((batch.segment > 0).sum())), Work(rows * row_pairs(tokens, causal), seen))
 
 
-def _visible_pairs(segment: np.ndarray, branch: np.ndarray) -> int:
+def _visible_pairs(segment: np.ndarray, branch: np.ndarray, causal: bool = True) -> int:
     """Query-key pairs of a row that the decoder's mask lets through, padding apart."""
-    causal = np.tri(len(segment), dtype=bool)
     same = (segment[:, None] == segment[None]) & (segment > 0)[:, None]
-    return int((causal & same & ((branch == 0)[None] | (branch[:, None] == branch[None]))).sum())
+    if not causal:
+        return int(same.sum())
+    return int((np.tri(len(segment), dtype=bool) & same & ((branch == 0)[None] | (branch[:, None] == branch[None]))).sum())

@@ -203,6 +203,12 @@ def attend_causal(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> 
     return jnp.concatenate(blocks, axis=1)
 
 
+def attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`attend` with queries in blocks that all see every key, so that the logits of a long row never exist at once."""
+    blocks = [attend(q[:, i:j], k, v, mask[:, i:j]) for i, j in query_blocks(q.shape[1], LONGEST_BLOCK)]
+    return jnp.concatenate(blocks, axis=1)
+
+
 def scan_layers(
     stack: nnx.Module, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any = None, remat: Callable | None = None
 ) -> tuple[Any, Any]:

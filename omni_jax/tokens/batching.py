@@ -40,7 +40,7 @@ def build_batches(
     config: ModelConfig,
     preset: Preset,
     *,
-    share_prefix: bool = True,
+    share_prefix: bool | None = None,
     planner: Planner,
     sequences: Sequence[Mapping[str, TokenSequence]] | None = None,
 ) -> EncoderBatch:
@@ -49,13 +49,16 @@ def build_batches(
     A clip gets a prompt for each requested table whose modalities it has; towers run only for media that some prompt contains.
 
     Args:
-      share_prefix: whether prompts of a clip with the same media share its tokens.
+      share_prefix: whether prompts of a clip with the same media share its tokens; None: where the backbone's attention is causal.
       planner: remembers shapes between calls.
       sequences: what `build_sequences` returned for each clip, where the caller has built them (to set bad captions aside).
 
     Raises:
+      ConfigError: where a prefix is to be shared and cannot be.
       ClipError: where a prompt cannot be built (build sequences one by one to know which clip).
     """
+    share_prefix = config.shares_prefix if share_prefix is None else share_prefix
+    config.check_share_prefix(share_prefix)
     if sequences is None:
         sequences = [build_sequences(f, tables, tokenizer, config, preset) for f in features]
     groups = [g for clip, found in enumerate(sequences) for g in group_prompts(clip, found, share_prefix)]
@@ -67,7 +70,7 @@ def build_batches(
     segments = [(c, s) for c in heard for s in features[c].audio or ()]
     merge = config.vision.merge_size**2
     step_tokens = [_vision(features[c]).grid_thw[1] * _vision(features[c]).grid_thw[2] // merge for c, _ in steps]
-    used = sum(step_tokens) + 2 * sum(s.tokens for _, s in segments) + sum(lengths)
+    used = sum(step_tokens) + config.audio_repeat * sum(s.tokens for _, s in segments) + sum(lengths)
     cost = planner.new_cost(used)
 
     table = _Table()
@@ -75,13 +78,18 @@ def build_batches(
     vision = _vision_batches(planner.vision(step_tokens, cost), steps, features, config, table, video_rows)
     chunks = [mel_chunks(s, config) for _, s in segments]
     audio, whisper = _audio_batches(planner.audio(sum(map(len, chunks)), config.audio.chunk_tokens, cost), chunks, config, table)
-    beats, second = _beats_batches(planner.beats([whole_patches(s) for _, s in segments], cost) if segments else [], segments, table)
+    beats: tuple[BeatsBatch, ...] = ()
+    streams = [whisper]
+    if config.beats is not None:
+        beats, second = _beats_batches(planner.beats([whole_patches(s) for _, s in segments], cost) if segments else [], segments, table)
+        streams.append(second)
 
-    doubled: dict[int, list[np.ndarray]] = {}
-    for (clip, s), a, b in zip(segments, whisper, second, strict=True):
-        doubled.setdefault(clip, []).append(np.stack([a[: s.tokens], b[: s.tokens]], axis=1).ravel())
+    heard_rows: dict[int, list[np.ndarray]] = {}
+    for (clip, s), *rows_of in zip(segments, *streams, strict=True):
+        # Whisper's and BEATs' tokens in turn; Whisper's alone for a backbone without BEATs.
+        heard_rows.setdefault(clip, []).append(np.stack([r[: s.tokens] for r in rows_of], axis=1).ravel())
     media = {
-        clip: MediaRows(np.concatenate([NONE, *video_rows.get(clip, [])]), np.concatenate([NONE, *doubled.get(clip, [])]))
+        clip: MediaRows(np.concatenate([NONE, *video_rows.get(clip, [])]), np.concatenate([NONE, *heard_rows.get(clip, [])]))
         for clip in range(len(features))
     }
     rows: list[RowBatch] = []

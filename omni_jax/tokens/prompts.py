@@ -14,7 +14,7 @@ from omni_jax.config import TABLE_MODALITIES, ConfigError, ModelConfig, Preset
 from omni_jax.tokens.interleave import VideoSpan, interleave
 from omni_jax.tokens.positions import line, media_positions
 from omni_jax.tokens.tokenizer import Tokenizer
-from omni_jax.types import SOURCE_TEXT, SOURCE_VIDEO, ClipError, Features, TokenSequence
+from omni_jax.types import SOURCE_TEXT, SOURCE_VIDEO, ClipError, Features, InputError, TokenSequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class MediaBlock:
 
 
 def media_block(
-    config: ModelConfig, video: VideoSpan | None, audio_tokens: int | None, *, start: int = 0, audio_repeat: int = 2
+    config: ModelConfig, video: VideoSpan | None, audio_tokens: int | None, *, start: int = 0, audio_repeat: int | None = None
 ) -> MediaBlock:
     """Returns the tokens of a prompt's media, bos and eos included.
 
@@ -37,10 +37,10 @@ def media_block(
       video: the video's grid, None for a prompt without video.
       audio_tokens: tokens k of the audio tower, None for a prompt without audio.
       start: position of the block's first token.
-      audio_repeat: prompt tokens per audio-tower token: 2 (Whisper, BEATs), 1 for a backbone without BEATs.
+      audio_repeat: prompt tokens per audio-tower token; None takes the backbone's.
     """
     tokens = config.tokens
-    order = interleave(config, video, audio_tokens, audio_repeat)
+    order = interleave(config, video, audio_tokens, config.audio_repeat if audio_repeat is None else audio_repeat)
     positions, after = media_positions(config, order, video, start)
     bos = [tokens.vision_bos] * (video is not None) + [tokens.audio_bos] * (audio_tokens is not None)
     eos = [tokens.audio_eos] * (audio_tokens is not None) + [tokens.vision_eos] * (video is not None)
@@ -55,25 +55,58 @@ def media_block(
     )
 
 
-def prompt_text(tokenizer: Tokenizer, preset: Preset, table: str, caption: str | None) -> tuple[list[int], int]:
-    """Returns the indices of a prompt's text, end token included, and how many caption tokens were cut.
+SYSTEM = "system\nYou are a helpful assistant."
+USER = "user\n"
+
+
+def prompt_head(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Returns the indices of what stands before a prompt's media and text: nothing, or the chat template up to the words "user\\n".
 
     Raises:
-      ClipError: for a table with text and no caption, or a caption that is not valid Unicode.
+      InputError: for a tokenizer without `<|im_start|>`.
+    """
+    if prompt == "plain":
+        return []
+    start = tokenizer.im_start
+    if start is None:
+        raise InputError("the tokenizer lacks <|im_start|>, which the chat template needs; use the tokenizer files of the same checkpoint")
+    return [start, *tokenizer.encode_text(SYSTEM), tokenizer.im_end, *tokenizer.encode_text("\n"), start]
+
+
+def prompt_text(
+    tokenizer: Tokenizer, config: ModelConfig, preset: Preset, table: str, caption: str | None, prefix: str | None = None
+) -> tuple[list[int], int]:
+    """Returns the indices of a prompt's text, end included, and how many caption tokens were cut.
+
+    Args:
+      prefix: what the caption is, where its record says so: a name in `config.PREFIXES`, "" for no prefix; None takes the preset's.
+
+    Raises:
+      ClipError: for a table with text and no caption, a caption that is not valid Unicode, or a prefix for a backbone without prefixes.
     """
     modalities = TABLE_MODALITIES[table]
+    chosen = preset.prefix if prefix is None else prefix
+    if chosen and config.prompt == "plain":
+        raise ClipError(f"prefix {chosen!r}: this backbone was trained without prefixes; leave the field, the flag or the preset away")
+    chat = config.prompt == "chat"
+    # With no media between them, the last words of the template and the caption are one text to the tokenizer.
+    lead = USER if chat and not modalities & frozenset("va") else ""
     cut = 0
     if "t" in modalities:
         if caption is None:
             raise ClipError(f"table {table} needs a caption, and the record has none; add its text or leave the table out")
         # Quirk of the release's processor: a prompt that is text alone loses leading whitespace on its way to the fused head.
-        alone = modalities == frozenset("t") and preset.text_head == "fused"
-        ids = tokenizer.encode_text(caption.lstrip() if alone else caption)
-        cut = max(0, len(ids) - preset.max_text_tokens)
-        ids = ids[: preset.max_text_tokens]
+        alone = not chat and modalities == frozenset("t") and preset.text_head == "fused"
+        lead += f"{chosen}: " if chosen else ""
+        ids = tokenizer.encode_text(lead + (caption.lstrip() if alone else caption))
+        most = preset.max_text_tokens + (len(tokenizer.encode_text(lead)) if lead else 0)
+        cut = max(0, len(ids) - most)
+        ids = ids[:most]
     else:
         ids = tokenizer.encode_text(preset.filler)
-    return ids + [tokenizer.im_end] * preset.end_token, cut
+    if preset.end_token:
+        ids = [*ids, tokenizer.im_end, *(tokenizer.encode_text("\n") if chat else ())]
+    return ids, cut
 
 
 def build_sequence(
@@ -85,7 +118,7 @@ def build_sequence(
     vision: tuple[tuple[int, int, int], float] | None,
     audio_tokens: int | None,
     *,
-    audio_repeat: int = 2,
+    prefix: str | None = None,
 ) -> TokenSequence:
     """Returns the prompt of one clip for one table.
 
@@ -94,7 +127,7 @@ def build_sequence(
       caption: used where the table has text.
       vision: (grid_thw, second_per_grid), used where the table has video.
       audio_tokens: tokens k of the audio tower, used where the table has audio.
-      audio_repeat: prompt tokens per audio-tower token.
+      prefix: the record's own prefix of its caption, None for the preset's.
 
     Raises:
       ConfigError: for an unknown table.
@@ -107,20 +140,23 @@ def build_sequence(
         raise ClipError(f"table {table} needs video, and the record has none; add its video or leave the table out")
     if "a" in modalities and not audio_tokens:
         raise ClipError(f"table {table} needs audio, and the record has none; add its audio or leave the table out")
-    text, cut = prompt_text(tokenizer, preset, table, caption)
+    head = prompt_head(tokenizer, config.prompt)
+    text, cut = prompt_text(tokenizer, config, preset, table, caption, prefix)
     if not modalities & frozenset("va"):
         if not text:
             raise ClipError("the caption is empty and the preset adds no end token, so that nothing is left to embed; give a caption")
-        return _text_only(text, cut)
+        return _text_only([*head, *text], cut)
+    if head:
+        head += tokenizer.encode_text(USER)
     video = VideoSpan(*vision) if vision is not None and "v" in modalities else None
-    block = media_block(config, video, audio_tokens if "a" in modalities else None, audio_repeat=audio_repeat)
-    count = (0, len(text))
+    block = media_block(config, video, audio_tokens if "a" in modalities else None, start=len(head))
+    count = (len(head), len(text))
     return TokenSequence(
-        ids=np.concatenate([block.ids, np.asarray(text, np.int32)]),
-        positions=np.concatenate([block.positions, line(block.next, len(text))], axis=1),
+        ids=np.concatenate([np.asarray(head, np.int32), block.ids, np.asarray(text, np.int32)]),
+        positions=np.concatenate([line(0, len(head)), block.positions, line(block.next, len(text))], axis=1),
         source=np.pad(block.source, count, constant_values=SOURCE_TEXT),
         source_index=np.pad(block.source_index, count),
-        prefix=len(block.ids),
+        prefix=len(head) + len(block.ids),
         truncated=cut,
     )
 
@@ -146,7 +182,9 @@ def build_sequences(
     vision = (features.vision.grid_thw, features.vision.second_per_grid) if features.vision else None
     has = {"t": features.record.text is not None, "v": vision is not None, "a": features.audio is not None}
     found = {
-        table: build_sequence(tokenizer, config, preset, table, features.record.text, vision, features.audio_tokens)
+        table: build_sequence(
+            tokenizer, config, preset, table, features.record.text, vision, features.audio_tokens, prefix=features.record.prefix
+        )
         for table in tables
         if all(has[m] for m in TABLE_MODALITIES[table])
     }

@@ -15,6 +15,7 @@ from omni_jax.config import SpecialTokens
 from omni_jax.types import ClipError, InputError
 
 END = "<|im_end|>"
+START = "<|im_start|>"
 CONTROL_TOKENS = {
     "pad": "<|endoftext|>",
     "audio": "<|AUDIO|>",
@@ -32,6 +33,7 @@ class Tokenizer:
 
     Attributes:
       im_end: index of `<|im_end|>`, which ends a prompt.
+      im_start: index of `<|im_start|>`, which begins a turn of the chat template; None where the tokenizer has none.
       control: indices of the control tokens, by the field names of `config.SpecialTokens`.
     """
 
@@ -47,6 +49,7 @@ class Tokenizer:
         self._plain = plain
         self._where = where
         self.im_end = added[END]
+        self.im_start = added.get(START)
         self.control = {field: added[name] for field, name in CONTROL_TOKENS.items()}
 
     @classmethod

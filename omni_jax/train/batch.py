@@ -128,6 +128,7 @@ def pack_micro_batch(
       share_prefix: a hard negative with another caption shares the anchor's row and media instead of having a row of its own.
 
     Raises:
+      ConfigError: where a prefix would be shared and the backbone's attention is not causal.
       InputError: for a shuffle that is none: a fixed point, an index out of its block, blocks of one clip.
       ValueError: where something does not fit the shapes.
     """
@@ -138,9 +139,10 @@ def pack_micro_batch(
         check_shuffle(shuffle)
     block = shuffle.shape[1]
     taken = (shuffle + np.arange(0, shuffle.size, block)[:, None]).ravel()
-    extra = shapes.media_tokens(config.audio.chunk_tokens)
+    extra = shapes.media_tokens(config.audio.chunk_tokens, config.audio_repeat)
     places = [_places(e.media, shapes, config) for e in examples]
     branches = _branches(kind, share_prefix)
+    config.check_share_prefix(branches)
     slots = max(len(kind.singles), 1 + branches)
     rows = _empty_rows(len(examples), len(kind.rows), shapes.row_tokens, slots, config.tokens.pad)
     hard = None if kind.hard is None or branches else _empty_rows(len(examples), 1, shapes.row_tokens, 1, config.tokens.pad)
@@ -157,6 +159,8 @@ def pack_micro_batch(
         elif hard is not None:
             source = {SOURCE_VIDEO: taken[b] if kind.hard == "video" else b, SOURCE_AUDIO: taken[b] if kind.hard == "audio" else b}
             _fill_row(hard, b, 0, [example.prompts["hard"]], {s: places[c][s] for s, c in source.items()})
+    if config.beats is None:
+        shapes = dataclasses.replace(shapes, fbank_frames=0)
     copies = [e.augmented for e in examples if e.augmented is not None] if kind.positive else []
     inputs = [_tower_inputs(media, shapes) for media in ([e.media for e in examples], copies) if media]
     batch = TrainBatch(
@@ -231,7 +235,7 @@ def _places(media: ClipMedia, shapes: BatchShapes, config: ModelConfig) -> dict[
     step, valid = shapes.patches // PATCHES_PER_TOKEN, int((media.vision.window[0] >= 0).sum()) // PATCHES_PER_TOKEN
     video = (np.arange(media.vision.patches.shape[0])[:, None] * step + np.arange(valid)).ravel()
     audio = shapes.chunks * config.audio.chunk_tokens
-    pairs = np.stack([np.arange(audio), audio + np.arange(audio)], axis=1)[: int(media.beats.tokens[0])]
+    pairs = np.stack([r * audio + np.arange(audio) for r in range(config.audio_repeat)], axis=1)[: int(media.beats.tokens[0])]
     return {SOURCE_VIDEO: video, SOURCE_AUDIO: shapes.steps * step + pairs.ravel()}
 
 

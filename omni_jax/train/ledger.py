@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from omni_jax.config import ModelConfig
+from omni_jax.config import ConfigError, ModelConfig
 from omni_jax.model import flops
 from omni_jax.model.flops import PARTS, Maps, Terms, Work
 from omni_jax.train.batch import PATCHES_PER_TOKEN, BatchShapes
@@ -135,7 +135,7 @@ def update_ledger(
     """
     kinds = kinds_of_update(update, micro_batches, recipe.losses)
     cached = recipe.losses.negatives == "global" and micro_batches > 1
-    share = len(set(kinds)) == 1
+    share = config.shares_prefix and len(set(kinds)) == 1
     trains = select(config, recipe.trainable)
     loads = [padded_load(config, kind, shapes, share_prefix=share) for kind in kinds]
     return merge([scale(clip_ledger(config, load, trains, remat=recipe.remat, cached=cached), clips) for load in loads])
@@ -225,10 +225,10 @@ def padded_load(config: ModelConfig, kind: StepKind, shapes: BatchShapes, *, sha
     shared = share_prefix and kind.hard == "text"
     heard = shapes.chunks * config.audio.chunk_tokens
     copies = 1 + kind.positive
-    row = RowLoad(shapes.row_tokens, flops.row_pairs(shapes.row_tokens))
+    row = RowLoad(shapes.row_tokens, flops.row_pairs(shapes.row_tokens, config.attention == "causal"))
     tuples = kind.anchor + kind.positive + (1 if shared else 0)
     graded = sum((row for _ in kind.rows), RowLoad(fused=tuples + sum(name != "text" for name in kind.singles)))
-    beats = "beats" in kind.towers
+    beats = "beats" in kind.towers and config.beats is not None
     own = bool(kind.hard) and not shared
     return Load(
         towers=_tower_terms(config, kind.towers, shapes, copies),
@@ -240,7 +240,13 @@ def padded_load(config: ModelConfig, kind: StepKind, shapes: BatchShapes, *, sha
 
 
 def exact_load(config: ModelConfig, kind: StepKind, sizes: ClipSizes, *, share_prefix: bool = True) -> Load:
-    """Returns the load of a clip without padding: valid tokens, and the pairs that the decoder's mask lets through."""
+    """Returns the load of a clip without padding: valid tokens, and the pairs that the decoder's mask lets through.
+
+    Raises:
+      ConfigError: for a backbone whose prompts are not those that `ClipSizes` counts.
+    """
+    if config.beats is None or config.attention != "causal":
+        raise ConfigError("the unpadded ledger counts WAVE's prompts (causal attention, doubled audio tokens); use padded_load")
     shared = share_prefix and kind.hard == "text"
     graded = sum((_row(sizes.prompt(name), name != "text") for names in kind.rows for name in names), RowLoad())
     if shared:
@@ -288,7 +294,7 @@ def _tower_terms(config: ModelConfig, towers: Sequence[str], shapes: BatchShapes
     """Towers over full static shapes: `full` windows, every step padded to all patches."""
     vision, beats = config.vision, config.beats
     pairs = vision.num_layers * shapes.steps * shapes.patches**2
-    fbank = shapes.fbank_frames // beats.patch_size * beats.frequency_patches
+    fbank = shapes.fbank_frames // beats.patch_size * beats.frequency_patches if beats else 0
     frames = shapes.chunks * config.audio.chunk_frames
     return _terms(config, towers, copies, shapes.steps * shapes.patches, pairs, frames, fbank)
 
@@ -302,7 +308,7 @@ def _clip_terms(config: ModelConfig, towers: Sequence[str], sizes: ClipSizes, co
     full = len(set(vision.full_attention_layers))
     pairs = steps * (full * (high * wide) ** 2 + (vision.num_layers - full) * windows)
     # The fbank has two frames fewer than the log-mel: its frames lie within the waveform.
-    fbank = (sizes.mel_frames - 2) // beats.patch_size * beats.frequency_patches
+    fbank = (sizes.mel_frames - 2) // beats.patch_size * beats.frequency_patches if beats else 0
     return _terms(config, towers, copies, steps * high * wide, pairs, sizes.mel_frames, fbank)
 
 
@@ -313,16 +319,16 @@ def _terms(
     whole, rest = divmod(frames, chunk)
     pairs = layers * (whole * (chunk // 2) ** 2 + (-(-rest // 2)) ** 2)
     seen = whole * chunk // 2 + -(-rest // 2)
-    taps = flops.kernel_taps(fbank_patches, config.beats.conv_pos)
-    c = copies
+    c, beats = copies, config.beats
     made = {
         "vision": flops.vision_terms(config, _same(c * patches), _same(c * vision_pairs)),
         "audio": flops.audio_terms(config, _same(c * frames), _same(c * seen), _same(c * (seen // 2)), _same(c * pairs)),
-        "beats": flops.beats_terms(
-            config, _same(c * fbank_patches), _same(c * taps), _same(c * config.beats.num_layers * fbank_patches**2)
-        ),
     }
-    return {tower: made[tower] for tower in towers}
+    if beats is not None:
+        taps = flops.kernel_taps(fbank_patches, beats.conv_pos)
+        beats_pairs = beats.num_layers * fbank_patches**2
+        made["beats"] = flops.beats_terms(beats, _same(c * fbank_patches), _same(c * taps), _same(c * beats_pairs))
+    return {tower: made[tower] for tower in towers if tower in made}
 
 
 # ------------------------------------------------------------------------------------------------------------------ of a part

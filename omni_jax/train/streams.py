@@ -37,7 +37,7 @@ def run_towers(model: Encoder, clips: TowerInputs, towers: Collection[str]) -> F
         features["vision"] = model.video_tokens(*flat(clips.patches, clips.coords, clips.window, axes=3))
     if "audio" in towers:
         features["audio"] = model.whisper_tokens(*flat(clips.mel, clips.mel_frames, axes=3))
-    if "beats" in towers:
+    if "beats" in towers and model.beats is not None:
         # The bridge trains, so what is kept stands before it; it reads two features for each audio token.
         kept = 2 * clips.mel.shape[2] * model.config.audio.chunk_tokens
         features["beats"] = model.beats(*flat(clips.fbank, clips.fbank_frames, axes=2), dtype=model.dtype)[0][:, :kept]
@@ -55,9 +55,9 @@ def media_table(model: Encoder, features: Features, inputs: TowerInputs) -> jax.
     parts = {
         "vision": jnp.zeros((clips, copies, seen, width), model.dtype),
         "audio": jnp.zeros((clips, copies, heard, width), model.dtype),
-        "bridge": jnp.zeros((clips, copies, heard, width), model.dtype),
+        **({"bridge": jnp.zeros((clips, copies, heard, width), model.dtype)} if model.bridge is not None else {}),
     } | {name: x for name, x in features.items() if name != "beats"}
-    if "beats" in features:
+    if "beats" in features and model.bridge is not None:
         bridged = model.bridge(features["beats"].reshape(clips * copies, *features["beats"].shape[2:]), heard)
         parts["bridge"] = bridged.reshape(clips, copies, heard, width)
     table = jnp.concatenate(list(parts.values()), axis=2)
@@ -135,9 +135,14 @@ def pool_rows(model: Encoder, rows: Rows, media: jax.Array, dropout_key: jax.Arr
 
 
 def _fuse(model: Encoder, pooled: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Pooled states (B, L, D) by name through the fusion head, all in one product: (B, D) float32 by name."""
+    """Pooled states (B, L, D) by name through the fusion head, all in one product: (B, D) float32 by name.
+
+    A backbone without a head embeds by the states themselves.
+    """
     if not pooled:
         return {}
+    if model.head is None:
+        return {name: x[:, -1].astype(jnp.float32) for name, x in pooled.items()}
     stacked = jnp.stack(list(pooled.values()), axis=1)
     clips, count, layers, width = stacked.shape
     fused = model.head(stacked.reshape(clips * count, layers, width)).reshape(clips, count, width).astype(jnp.float32)

@@ -36,8 +36,8 @@ class TrainableConfig:
     """What trains.
 
     Attributes:
-      recipe: "adapter": LoRA, the fusion head and the BEATs bridge, as OmniRetriever-7B was trained; "all": every parameter that an
-        embedding depends on.
+      recipe: "adapter": LoRA, and of the fusion head and the BEATs bridge what the backbone has, as OmniRetriever-7B was trained; "all":
+        every parameter that an embedding depends on.
       freeze: path prefixes that stay as they are all the same ("vision", "decoder/embed").
     """
 
@@ -74,6 +74,8 @@ def select(config: ModelConfig, choice: TrainableConfig) -> frozenset[str]:
             raise InputError("trainable recipe 'adapter' trains LoRA, but no LoRA parameter would train; set lora.rank and lora.targets")
         kept = [p for p in kept if is_lora(p) or p.startswith(tuple(HEADS.values()))]
     for name, place in HEADS.items():
+        if not any(p.startswith(place) for p in paths):
+            continue  # a backbone without this head
         if any(p.startswith(place) and p not in kept for p in paths):
             raise InputError(f"the head {name} ({place.rstrip('/')}) should train, but would not; take it out of trainable.freeze")
         if choice.recipe == "adapter" and config.lora and name not in config.lora.modules_to_save:

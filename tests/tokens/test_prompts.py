@@ -44,24 +44,38 @@ def test_golden_ids_and_positions(golden: GoldenSet, tokenizer: Tokenizer, confi
         assert_close(label.ids, golden.inputs[f"{i}/ids/label"], "token_ids")
 
 
-def test_golden_undoubled_audio_of_the_second_backbone(golden_nemotron: GoldenSet) -> None:
-    config = ModelConfig.from_hf(golden_nemotron.config, BeatsConfig())
+def test_golden_ids_and_positions_of_the_second_backbone(golden_nemotron: GoldenSet) -> None:
+    config = ModelConfig.from_hf(golden_nemotron.config, None)
+    tokenizer = Tokenizer.from_pretrained(golden_nemotron.checkpoint)
     for i in range(golden_nemotron.clips):
         k = audio_tokens(golden_nemotron.inputs[f"{i}/log_mel"].shape[1])
-        for name in COMBINATIONS:
-            ids, positions = golden_nemotron.inputs[f"{i}/ids/{name}"], golden_nemotron.base[f"{i}/position_ids/{name}"]
-            before = len(ids)
-            if name != "t":
-                before = int(np.flatnonzero(np.isin(ids, [config.tokens.vision_bos, config.tokens.audio_bos]))[0])
-            assert_close(np.tile(np.arange(before), (3, 1)), positions[:, :before], "position_ids")
-            if name == "t":
-                continue
-            video = VideoSpan(*_media(golden_nemotron, i)) if "v" in name else None
-            block = media_block(config, video, k if "a" in name else None, start=before, audio_repeat=1)
-            end = before + len(block.ids)
-            assert_close(block.ids, ids[before:end], "token_ids")
-            assert_close(block.positions, positions[:, before:end], "position_ids")
-            assert_close(np.tile(block.next + np.arange(len(ids) - end), (3, 1)), positions[:, end:], "position_ids")
+        caption, media = golden_nemotron.records[i].text, _media(golden_nemotron, i)
+        for name, table in COMBINATIONS.items():
+            made = build_sequence(tokenizer, config, golden_nemotron.preset, table, caption, media, k)
+            assert_close(made.ids, golden_nemotron.inputs[f"{i}/ids/{name}"], "token_ids")
+            assert_close(made.positions, golden_nemotron.base[f"{i}/position_ids/{name}"], "position_ids")
+            heard = made.source_index[made.source == SOURCE_AUDIO]
+            assert len(heard) == (k if "a" in name else 0) and sorted(heard) == list(range(len(heard)))
+
+
+def test_prefixes_of_the_chat_template_golden(golden_nemotron: GoldenSet, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """The record's own prefix goes before the preset's; none of it counts towards the caption; a backbone without prefixes refuses one."""
+    chat = ModelConfig.from_hf(golden_nemotron.config, None)
+    own = Tokenizer.from_pretrained(golden_nemotron.checkpoint)
+    chosen = dataclasses.replace(golden_nemotron.preset, max_text_tokens=3)
+
+    def text(table: str, prefix: str | None) -> list[int]:
+        made = build_sequence(own, chat, chosen, table, "a bell rings at noon", GRID, 30, prefix=prefix)
+        return made.ids.tolist()[made.prefix :]
+
+    end = [own.im_end, *own.encode_text("\n")]
+    for prefix, lead in (("query", "query: "), (None, "passage: "), ("", "")):
+        whole = own.encode_text(f"{lead}a bell rings at noon")
+        assert text("tv", prefix) == [*whole[: len(own.encode_text(lead)) + 3], *end]
+        assert text("text", prefix)[-len(text("tv", prefix)) :] == text("tv", prefix)
+    assert text("video", "query") == end
+    with pytest.raises(ClipError, match="without prefixes"):
+        build_sequence(tokenizer, config, preset("training"), "tv", "a bell", GRID, None, prefix="query")
 
 
 def _naive_chunks(values: list[float], span: float) -> list[list[int]]:
