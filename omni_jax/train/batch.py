@@ -159,7 +159,7 @@ def pack_micro_batch(
         elif hard is not None:
             source = {SOURCE_VIDEO: taken[b] if kind.hard == "video" else b, SOURCE_AUDIO: taken[b] if kind.hard == "audio" else b}
             _fill_row(hard, b, 0, [example.prompts["hard"]], {s: places[c][s] for s, c in source.items()})
-    if config.beats is None:
+    if config.beats is None:  # clips may carry a filter bank all the same
         shapes = dataclasses.replace(shapes, fbank_frames=0)
     copies = [e.augmented for e in examples if e.augmented is not None] if kind.positive else []
     inputs = [_tower_inputs(media, shapes) for media in ([e.media for e in examples], copies) if media]
@@ -303,7 +303,7 @@ def _tower_inputs(media: Sequence[ClipMedia], shapes: BatchShapes) -> TowerInput
         window=_pad([m.vision.window for m in media], (t, p), fill=-1),
         mel=_pad([m.audio.mel for m in media], (c,)),
         mel_frames=_pad([m.audio.frames for m in media], (c,)),
-        fbank=_pad([m.beats.fbank[0] for m in media], (f,)),
+        fbank=_pad([m.beats.fbank[0] if f else m.beats.fbank[0, :0] for m in media], (f,)),
         fbank_frames=np.concatenate([m.beats.frames for m in media]).astype(np.int32),
     )
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omni_jax.config import LoraConfig
+from omni_jax.config import LoraConfig, ModelConfig
 from omni_jax.model import abstract_params
 from omni_jax.tokens.batching import step_layout
 from omni_jax.tokens.interleave import VideoSpan
@@ -74,13 +74,13 @@ def media(rng: np.random.Generator, grid: tuple[int, int] = (4, 6)) -> ClipMedia
     )
 
 
-def prompt(clip: ClipMedia, grid: tuple[int, int], modalities: str, text: np.ndarray) -> TokenSequence:
+def prompt(clip: ClipMedia, grid: tuple[int, int], modalities: str, text: np.ndarray, model: ModelConfig = MODEL) -> TokenSequence:
     """Returns media of the clip followed by text ids."""
     if not modalities:
         zeros = np.zeros(len(text), np.int32)
         return TokenSequence(text.astype(np.int32), line(0, len(text)), zeros.astype(np.int8), zeros)
     span = VideoSpan((STEPS, *grid), 0.7) if "v" in modalities else None
-    block = media_block(MODEL, span, int(clip.beats.tokens[0]) if "a" in modalities else None)
+    block = media_block(model, span, int(clip.beats.tokens[0]) if "a" in modalities else None)
     return TokenSequence(
         ids=np.concatenate([block.ids, text]).astype(np.int32),
         positions=np.concatenate([block.positions, line(block.next, len(text))], axis=1),
@@ -90,7 +90,7 @@ def prompt(clip: ClipMedia, grid: tuple[int, int], modalities: str, text: np.nda
     )
 
 
-def example(seed: int, grid: tuple[int, int] = (4, 6), hard: str | None = "text") -> Example:
+def example(seed: int, grid: tuple[int, int] = (4, 6), hard: str | None = "text", model: ModelConfig = MODEL) -> Example:
     """Returns a clip with every prompt; its hard negative has another caption only where `hard` is "text"."""
     rng = np.random.default_rng(seed)
     clip, copy = media(rng, grid), media(rng, grid)
@@ -99,18 +99,26 @@ def example(seed: int, grid: tuple[int, int] = (4, 6), hard: str | None = "text"
         media=clip,
         augmented=copy,
         prompts={
-            "anchor": prompt(clip, grid, "va", caption),
-            "positive": prompt(copy, grid, "va", caption[:-1]),
-            "hard": prompt(clip, grid, "va", other if hard == "text" else caption),
-            "text": prompt(clip, grid, "", caption),
-            "audio": prompt(clip, grid, "a", filler),
-            "video": prompt(clip, grid, "v", filler),
+            "anchor": prompt(clip, grid, "va", caption, model),
+            "positive": prompt(copy, grid, "va", caption[:-1], model),
+            "hard": prompt(clip, grid, "va", other if hard == "text" else caption, model),
+            "text": prompt(clip, grid, "", caption, model),
+            "audio": prompt(clip, grid, "a", filler, model),
+            "video": prompt(clip, grid, "v", filler, model),
         },
     )
 
 
 def batch(
-    losses: LossConfig, update: int = 0, *, micro: int = 1, clips: int = 8, blocks: int = 1, seed: int = 0, share_prefix: bool = True
+    losses: LossConfig,
+    update: int = 0,
+    *,
+    micro: int = 1,
+    clips: int = 8,
+    blocks: int = 1,
+    seed: int = 0,
+    share_prefix: bool = True,
+    model: ModelConfig = MODEL,
 ) -> TrainBatch:
     """Returns `clips` clips in `micro` micro-batches; clip i is the same however many micro-batches there are."""
     kinds = kinds_of_update(update, micro, losses)
@@ -118,9 +126,9 @@ def batch(
     size = clips // micro
     parts = []
     for m, kind in enumerate(kinds):
-        chosen = [example(seed + m * size + i, hard=kind.hard) for i in range(size)]
+        chosen = [example(seed + m * size + i, hard=kind.hard, model=model) for i in range(size)]
         shapes = dataclasses.replace(fit_shapes(chosen, kind, share), row_tokens=64)
-        parts.append(pack_micro_batch(chosen, kind, shapes, MODEL, next_sample(size, blocks), share))
+        parts.append(pack_micro_batch(chosen, kind, shapes, model, next_sample(size, blocks), share))
     return stack_micro_batches(parts)
 
 
