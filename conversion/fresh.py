@@ -28,11 +28,23 @@ from conversion.fresh_tokenizer import SPECIAL, copy_tokenizer, train_tokenizer
 from conversion.importer import Summary
 from conversion.source import SINGLE
 from conversion.store import StoreWriter
-from omni_jax.config import AudioConfig, BeatsConfig, ConfigError, DecoderConfig, LoraConfig, ModelConfig, SpecialTokens, VisionConfig
+from omni_jax.config import (
+    EMBED_MODEL_TYPE,
+    EMBED_STYLE,
+    AudioConfig,
+    BeatsConfig,
+    ConfigError,
+    DecoderConfig,
+    LoraConfig,
+    ModelConfig,
+    SpecialTokens,
+    VisionConfig,
+)
 from omni_jax.types import InputError
 
 BEATS_FILE = "BEATs.pt"
 _SECTIONS = {"decoder": DecoderConfig, "vision": VisionConfig, "audio": AudioConfig, "beats": BeatsConfig}
+_PLAIN_FIELDS = ("positions_per_second", "seconds_per_chunk", *EMBED_STYLE)
 _EMBEDDING_SCALE = 0.5
 
 
@@ -50,8 +62,8 @@ def write_fresh(
     Args:
       out: new folder.
       architecture: {"decoder": {...}, "vision": {...}, "audio": {...}, "beats": {...}}, each with fields of the record of that name in
-        `omni_jax.config`; the vocabulary follows from the tokenizer, the towers' `output_size` from the decoder. May hold
-        `positions_per_second` and `seconds_per_chunk`.
+        `omni_jax.config`, "beats": None for a backbone without; the vocabulary follows from the tokenizer, the towers' `output_size` from the
+        decoder. May hold those of `ModelConfig` that are no records: `positions_per_second`, `attention`, `pooling` ...
       seed: of the weights; the same seed gives the same weights.
       captions: texts to train a byte-level BPE vocabulary on.
       tokenizer: folder whose tokenizer files are used instead.
@@ -101,14 +113,16 @@ def model_config(architecture: Mapping[str, Any], tokens: Mapping[str, int], voc
     Raises:
       InputError: a section or field that is missing, unknown or does not fit.
     """
-    rest = {name: architecture[name] for name in ("positions_per_second", "seconds_per_chunk") if name in architecture}
+    rest = {name: architecture[name] for name in _PLAIN_FIELDS if name in architecture}
     unknown = sorted(set(architecture) - set(_SECTIONS) - set(rest))
     missing = sorted(set(_SECTIONS) - set(architecture))
     if unknown or missing:
         names = ", ".join(unknown or missing)
         raise InputError(f"architecture: section {names} is {'unknown' if unknown else 'missing'}; the sections are {', '.join(_SECTIONS)}")
-    parts = {}
+    parts: dict[str, Any] = {"beats": None}
     for name, kind in _SECTIONS.items():
+        if name == "beats" and architecture[name] is None:
+            continue
         fields = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture[name].items()}
         allowed = [field.name for field in dataclasses.fields(kind) if field.name != "vocab_size"]
         odd = [key for key in fields if key not in allowed]
@@ -123,17 +137,21 @@ def model_config(architecture: Mapping[str, Any], tokens: Mapping[str, int], voc
         except (ConfigError, TypeError) as e:
             raise InputError(f"architecture.{name}: {str(e).removeprefix(kind.__name__ + '.__init__() ')}") from None
     special = SpecialTokens(**{field: tokens[token] for field, token in SPECIAL.items()})
-    return ModelConfig(**parts, tokens=special, lora=lora, **rest)
+    try:
+        return ModelConfig(**parts, tokens=special, lora=lora, **rest)
+    except ConfigError as e:
+        raise InputError(f"architecture: {e}") from None
 
 
 def hf_config(model: ModelConfig) -> dict[str, Any]:
-    """Returns the `config.json` of a WAVE checkpoint with this architecture: `ModelConfig.from_hf` reads it back."""
+    """Returns the `config.json` of a checkpoint with this architecture: `ModelConfig.from_hf` reads it back."""
+    embeds = all(getattr(model, name) == value for name, value in EMBED_STYLE.items())
     text, vision, audio, tokens = model.decoder, model.vision, model.audio, model.tokens
     return {
-        "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"],
+        "architectures": ["NVOmniEmbedModel" if embeds else "Qwen2_5OmniThinkerForConditionalGeneration"],
         "audio_config": {
             "activation_function": "gelu",
-            "beats_path": BEATS_FILE,
+            **({"beats_path": BEATS_FILE} if model.beats else {}),
             "d_model": audio.hidden_size,
             "encoder_attention_heads": audio.num_heads,
             "encoder_ffn_dim": audio.intermediate_size,
@@ -148,8 +166,8 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
         "audio_end_token_id": tokens.audio_eos,
         "audio_start_token_id": tokens.audio_bos,
         "audio_token_index": tokens.audio,
-        "classify_type": "all_layer",
-        "model_type": "qwen2_5_omni_thinker",
+        **({"classify_type": "all_layer"} if model.has_head else {}),
+        "model_type": EMBED_MODEL_TYPE if embeds else "qwen2_5_omni_thinker",
         "pad_token_id": tokens.pad,
         "position_id_per_seconds": model.positions_per_second,
         "seconds_per_chunk": model.seconds_per_chunk,
@@ -168,7 +186,7 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
             "vocab_size": text.vocab_size,
         },
         "torch_dtype": "float32",
-        "train_classify": True,
+        "train_classify": model.has_head,
         "video_token_index": tokens.video,
         "vision_config": {
             "depth": vision.num_layers,
@@ -265,7 +283,8 @@ def _file(name: str, entries: Mapping[str, Entry]) -> TensorFile:
 def _write_side_files(out: epath.Path, model: ModelConfig) -> None:
     for name, content in (("config.json", hf_config(model)), ("preprocessor_config.json", preprocessor_config(model))):
         (out / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    (out / BEATS_FILE).write_bytes(_beats_file(model.beats))
+    if model.beats is not None:
+        (out / BEATS_FILE).write_bytes(_beats_file(model.beats))
 
 
 def _beats_file(beats: BeatsConfig) -> bytes:

@@ -2,12 +2,13 @@
 
 from omni_jax.config.errors import ConfigError
 from omni_jax.config.known import BACKBONES
-from omni_jax.config.model import EMBED_STYLE, WAVE_STYLE, ModelConfig
+from omni_jax.config.model import EMBED_MODEL_TYPE, EMBED_STYLE, WAVE_STYLE, ModelConfig
 from omni_jax.config.parts import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, SpecialTokens, VisionConfig
 from omni_jax.config.presets import PREFIXES, PRESETS, TABLE_MODALITIES, TABLES, Preset, default_preset, preset, presets_for
 
 __all__ = [
     "BACKBONES",
+    "EMBED_MODEL_TYPE",
     "EMBED_STYLE",
     "PREFIXES",
     "PRESETS",

@@ -17,7 +17,7 @@ from omni_jax.data.order import Draw, epoch_order, exchange, generator, other_ca
 from omni_jax.data.sources import BEATS_PATCH, ClipSource, fbank_frames, tokens_of
 from omni_jax.features.audio import HOP
 from omni_jax.tokens.buckets import round_up
-from omni_jax.tokens.prompts import prompt_text
+from omni_jax.tokens.prompts import text_tokens
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.tokens.training import PromptLengths
 from omni_jax.types import PATCHES_PER_TOKEN, BatchShapes, InputError, StepKind
@@ -172,10 +172,10 @@ class Planner:
         )
 
     def media_tokens(self, clip: int) -> tuple[int, int]:
-        """Returns a clip's video tokens and doubled audio tokens, or the most it can have where only reading tells."""
+        """Returns a clip's video tokens and audio tokens in its prompt, or the most it can have where only reading tells."""
         info, limits = self.source.record(clip), self.source.limits
         patches = int(np.prod(info.grid_thw)) if info.grid_thw else limits.steps * limits.patches
-        return patches // PATCHES_PER_TOKEN, 2 * tokens_of(info.samples or limits.samples)
+        return patches // PATCHES_PER_TOKEN, self._config.audio_repeat * tokens_of(info.samples or limits.samples)
 
     def media_shapes(self) -> BatchShapes:
         """Returns the sizes of tower inputs, which are those of the largest clip in every update."""
@@ -204,7 +204,8 @@ class Planner:
             shuffles.append(exchange(batch.seed, number, batch.micro_batch, batch.blocks))
             if kind.hard == "text":
                 texts[m] = other_captions(batch.seed, number, texts[m], self.text_of)
-        plan = UpdatePlan(update, kinds, len(set(kinds)) == 1, clips, texts, tuple(shuffles), self.media_shapes())
+        share = self._config.shares_prefix and len(set(kinds)) == 1
+        plan = UpdatePlan(update, kinds, share, clips, texts, tuple(shuffles), self.media_shapes())
         places = [(m, b) for m in range(batch.micro_batches) for b in range(batch.micro_batch)]
         rows = max(n for m, b in places for n in self.lengths(plan, m, b, int(clips[m, b])).rows(kinds[m], plan.share_prefix))
         return plan, rows
@@ -225,7 +226,7 @@ class Planner:
         return np.array([numbers.setdefault(name.rpartition("-")[0] or name, len(numbers)) for name in self.source.ids], np.int64)
 
     def _count_text(self, table: str, caption: str) -> int:
-        return len(prompt_text(self._tokenizer, self._preset, table, caption)[0])
+        return text_tokens(self._tokenizer, self._config, self._preset, table, caption)
 
     def _survey(self) -> dict[tuple[StepKind, ...], list[int]]:
         """Returns one or two row lengths for each step kind, from the first updates: few sizes are few compilations."""

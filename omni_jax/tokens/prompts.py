@@ -109,6 +109,14 @@ def prompt_text(
     return ids, cut
 
 
+def text_tokens(tokenizer: Tokenizer, config: ModelConfig, preset: Preset, table: str, caption: str | None) -> int:
+    """Returns the tokens of a prompt that are not its media with their begin and end: template, prefix, caption and end token."""
+    head = prompt_head(tokenizer, config.prompt)
+    if head and TABLE_MODALITIES[table] & frozenset("va"):
+        head += tokenizer.encode_text(USER)
+    return len(head) + len(prompt_text(tokenizer, config, preset, table, caption)[0])
+
+
 def build_sequence(
     tokenizer: Tokenizer,
     config: ModelConfig,
