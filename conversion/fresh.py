@@ -62,8 +62,8 @@ def write_fresh(
     Args:
       out: new folder.
       architecture: {"decoder": {...}, "vision": {...}, "audio": {...}, "beats": {...}}, each with fields of the record of that name in
-        `omni_jax.config`, "beats": None for a backbone without; the vocabulary follows from the tokenizer, the towers' `output_size` from the
-        decoder. May hold those of `ModelConfig` that are no records: `positions_per_second`, `attention`, `pooling` ...
+        `omni_jax.config`, "beats": None for a backbone without; the vocabulary follows from the tokenizer, the towers' `output_size` from
+        the decoder. May hold those of `ModelConfig` that are no records: `positions_per_second`, `attention`, `pooling` ...
       seed: of the weights; the same seed gives the same weights.
       captions: texts to train a byte-level BPE vocabulary on.
       tokenizer: folder whose tokenizer files are used instead.

@@ -18,7 +18,7 @@ import conversion
 from conversion.folder import Manifest, read_manifest
 from omni_jax.config import ModelConfig
 from omni_jax.model import param_shardings
-from omni_jax.train.workdir import CONFIG, is_workdir, read_workdir
+from omni_jax.train.workdir import CONFIG, is_workdir, read_config, read_workdir
 from omni_jax.types import InputError
 
 Params = dict[tuple[str, ...], jax.Array]
@@ -62,6 +62,16 @@ def open_model(directory: str | os.PathLike[str], step: int | None = None) -> Mo
         raise InputError(f"{run.base}: holds other weights than those {folder} was trained from; put the right ones back")
     settings = hashlib.blake2b((folder / CONFIG).read_bytes(), digest_size=16).hexdigest()
     return ModelSource(run.base, run.model, run.trainable, run.step, (*digests.values(), settings, str(run.step)))
+
+
+def prompt_kind(directory: str | os.PathLike[str]) -> str:
+    """Returns `ModelConfig.prompt` of a converted folder or a workdir, reading no weights.
+
+    Raises:
+      InputError: when it is neither.
+    """
+    run = read_config(directory) if is_workdir(directory) else None
+    return (run.model if run is not None else read_manifest(directory).model).prompt
 
 
 def base_digests(manifest: Manifest) -> dict[str, str | None]:

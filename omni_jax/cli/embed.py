@@ -61,11 +61,12 @@ def choose_preset(args: argparse.Namespace) -> Preset:
       ConfigError: for one that is unknown, a field that is, or a preset made for another kind of backbone.
       InputError: where the model decides and is no converted folder.
     """
-    from conversion.folder import read_manifest
-
     # What is wrong with the arguments themselves is said before the model is looked for.
     (preset(args.preset) if args.preset else Preset()).override(args.overrides)
-    prompt = read_manifest(args.model).model.prompt
+
+    from omni_jax.api.weights import prompt_kind
+
+    prompt = prompt_kind(args.model)
     chosen = (preset(args.preset) if args.preset else default_preset(prompt)).override(args.overrides)
     chosen = dataclasses.replace(chosen, prefix=args.prefix or chosen.prefix)
     chosen.check(prompt)

@@ -29,10 +29,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       InputError, ConfigError: for anything in the arguments that cannot be used, or when a preset leaves nothing to score.
     """
-    from conversion.folder import read_manifest as read_model
-
     Preset().override(args.overrides)  # a wrong one is answered before the model is looked for
-    chosen = {name: preset.override(args.overrides) for name, preset in presets_for(read_model(args.model).model.prompt).items()}
+
+    from omni_jax.api.weights import prompt_kind
+
+    chosen = {name: preset.override(args.overrides) for name, preset in presets_for(prompt_kind(args.model)).items()}
     tables = embed.parse_tables(args.tables)
 
     # Late, so that `--help` and usage errors answer at once.
