@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from omni_jax.config import ConfigError, ModelConfig, Preset
+from omni_jax.config import BeatsConfig, ConfigError, ModelConfig, Preset
 from omni_jax.model import abstract_params
 from omni_jax.parallel import batch_axes, batch_shards
 from omni_jax.tokens.buckets import row_size
@@ -24,6 +24,7 @@ from omni_jax.train.trainable import TEMPERATURE, Arrays, split
 from omni_jax.types import AudioBatch, BatchShapes, BeatsBatch, EncoderBatch, RowBatch, StepKind, VisionBatch
 
 CAPTION_TOKENS = 128
+TEMPLATE_TOKENS = 24  # of the chat template with a prefix, a bound
 FILLER_TOKENS = 6  # "Please describe the video." and the end token
 FRAMES_PER_SECOND = 100  # log-mel and fbank frames
 
@@ -60,13 +61,16 @@ def batch_shapes(config: ModelConfig, preset: Preset, kind: StepKind, caption_to
         raise ConfigError("preset field audio_seconds=0 (whole tracks) has no one shape; plan with a length, as in audio_seconds=8")
     chunks = -(-frames // config.audio.chunk_frames)
     video = steps * patches // config.vision.merge_size**2
-    heard = 2 * (((frames - 1) // 2 + 1) // 2)
-    text, both = caption_tokens + 1, video + heard + 4
-    rows = [both + text * (2 if kind.hard == "text" else 1)] * kind.anchor
-    lengths = {"text": text, "audio": heard + 2 + FILLER_TOKENS, "video": video + 2 + FILLER_TOKENS}
+    heard = config.audio_repeat * (((frames - 1) // 2 + 1) // 2)
+    template = TEMPLATE_TOKENS if config.prompt == "chat" else 0
+    text, both = caption_tokens + 1 + template, video + heard + 4
+    rows = [both + text * (2 if kind.hard == "text" and config.shares_prefix else 1)] * kind.anchor
+    alone = 2 + FILLER_TOKENS + template
+    lengths = {"text": text, "audio": heard + alone, "video": video + alone}
     rows.append(sum(lengths[name] for name in kind.singles))
-    patch = config.beats.patch_size
-    return BatchShapes(steps, patches, chunks, -(-frames // patch) * patch, row_size(max(rows)))
+    patch = config.beats.patch_size if config.beats else 1
+    fbank = -(-frames // patch) * patch if config.beats else 0
+    return BatchShapes(steps, patches, chunks, fbank, row_size(max(rows)))
 
 
 def abstract_batch(
@@ -98,7 +102,8 @@ def abstract_batch(
     if blocks < 1 or clips % blocks:
         raise ConfigError(f"micro-batch of {clips} clips does not divide into {blocks} blocks")
     copies = 1 + kind.positive
-    branches = kind.hard == "text" and share_prefix
+    bins = config.beats.num_mel_bins if config.beats else config.audio.num_mel_bins  # of a filter bank without frames
+    branches = kind.hard == "text" and share_prefix and config.shares_prefix
 
     def array(*dimensions: int, dtype: Any = jnp.int32) -> Any:
         even = dimensions[0] % ways == 0
@@ -119,7 +124,7 @@ def abstract_batch(
         window=array(clips, copies, t, p),
         mel=array(clips, copies, c, config.audio.chunk_frames, config.audio.num_mel_bins, dtype=wide),
         mel_frames=array(clips, copies, c),
-        fbank=array(clips, copies, f, config.beats.num_mel_bins, dtype=wide),
+        fbank=array(clips, copies, f if config.beats else 0, bins, dtype=wide),
         fbank_frames=array(clips, copies),
     )
     return TrainBatch(
@@ -131,16 +136,25 @@ def abstract_batch(
     )
 
 
+def _beats_batch(config: BeatsConfig, clips: int, frames: int, tokens: int) -> BeatsBatch:
+    padded = -(-frames // config.patch_size) * config.patch_size
+    fbank = jax.ShapeDtypeStruct((clips, padded, config.num_mel_bins), jnp.float32)
+    count = jax.ShapeDtypeStruct((clips,), jnp.int32)
+    return BeatsBatch(fbank=fbank, frames=count, tokens=count, max_tokens=tokens)  # type: ignore[arg-type]
+
+
 def abstract_encoder_batch(config: ModelConfig, preset: Preset, clips: int, caption_tokens: int = CAPTION_TOKENS) -> EncoderBatch:
     """Returns the shapes of a batch of the embedding pass: the six tables of each clip in two rows."""
     side = 28 * max(1, round(math.sqrt(preset.pixels) / 28)) // config.vision.patch_size
     steps, patches = preset.frames // config.vision.temporal_patch_size, side**2
     frames = round(preset.audio_seconds * FRAMES_PER_SECOND)
-    chunks, patch = -(-frames // config.audio.chunk_frames), config.beats.patch_size
-    fbank, heard = -(-frames // patch) * patch, ((frames - 1) // 2 + 1) // 2
+    chunks, heard = -(-frames // config.audio.chunk_frames), ((frames - 1) // 2 + 1) // 2
     video, text = steps * patches // config.vision.merge_size**2, caption_tokens + 1
     # video and tv share a row's prefix, as audio and at do; then av, and the caption alone.
-    tokens = (video + 2 + 6 + text) + (2 * heard + 2 + 6 + text) + (video + 2 * heard + 4 + 6) + text
+    sound = config.audio_repeat * heard
+    tokens = (video + 2 + 6 + text) + (sound + 2 + 6 + text) + (video + sound + 4 + 6) + text
+    if not config.shares_prefix:  # each prompt has its own media, and a template
+        tokens += video + sound + 6 * TEMPLATE_TOKENS
     rows, size, slots = 2 * clips, row_size(-(-tokens // 2)), 4
 
     def array(*dimensions: int, dtype: Any = jnp.int32) -> Any:
@@ -161,11 +175,7 @@ def abstract_encoder_batch(config: ModelConfig, preset: Preset, clips: int, capt
                 mel=array(clips * chunks, config.audio.chunk_frames, config.audio.num_mel_bins, dtype=wide), frames=array(clips * chunks)
             ),
         ),
-        beats=(
-            BeatsBatch(
-                fbank=array(clips, fbank, config.beats.num_mel_bins, dtype=wide), frames=array(clips), tokens=array(clips), max_tokens=heard
-            ),
-        ),
+        beats=() if config.beats is None else (_beats_batch(config.beats, clips, frames, heard),),
         rows=(
             RowBatch(
                 ids=ids,
