@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from omni_jax.config import ConfigError
+from omni_jax.config import BACKBONES, ConfigError
 from omni_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -88,6 +88,9 @@ def planned_model(section: ModelSection) -> tuple[ModelConfig, str | None]:
 
         model = read_manifest(epath.Path(section.base)).model
         return _with_lora(model, section), None
+    name = epath.Path(section.base).name
+    if name in BACKBONES:
+        return _with_lora(BACKBONES[name], section), f"base {section.base} is not here: planned for the published {name}"
     return _with_lora(WAVE_7B, section), f"base {section.base} is not here: planned for the published WAVE-7B"
 
 
