@@ -85,6 +85,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
         base = _base(run, folder, source.captions)
         manifest = read_manifest(base)
         model = _with_lora(manifest.model, run)
+        preset.check(model.prompt)
         check_preprocessing(base, model)
         tokenizer = Tokenizer.from_pretrained(base)
         tokenizer.check(model.tokens)
@@ -92,6 +93,8 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
         total = run.total_steps(data.planner.updates_per_epoch)
         step = TrainStep(model, run.step_config(total), dtype=run.model.dtype, mesh=mesh)
         watcher.tell(report(step.groups))
+        if manifest.fresh:
+            watcher.tell(f"freshly initialised in {base}: {', '.join(manifest.fresh)}")
         digests = {**base_digests(manifest), "clips": _clips_digest(source)}
         stored = BASE if not run.model.base else str(base)
         config = WorkdirConfig(run.to_json(), model, stored, digests, total)
