@@ -220,7 +220,7 @@ class TrainPipeline:
         """Returns the clip of a place, or another clip of the source where it cannot be used; the first is then added to `errors`.
 
         The other is drawn by (seed, update, clip): every process count and every repetition gets the same one. It is none that the
-        update holds already and has no more tokens than its place has room for.
+        update holds already, has no more tokens than its place has room for, and is of a group that the update lacks if there is such.
         """
         planned = int(plan.clips[micro, place])
         try:
@@ -228,12 +228,12 @@ class TrainPipeline:
         except ClipError as error:
             errors.append((self._source.ids[planned], str(error)))
             first = str(error)
-        held = set(plan.clips.ravel().tolist())
+        drawn = generator(self.planner.batch.seed, Draw.REPLACE, plan.update, planned).integers(len(self._source), size=CANDIDATES)
+        held = plan.clips.ravel()
+        twice = np.isin(self.planner.groups[drawn], self.planner.groups[held[held != planned]])
         room = self.planner.lengths(plan, micro, place, planned)
         left = ATTEMPTS
-        for other in (
-            generator(self.planner.batch.seed, Draw.REPLACE, plan.update, planned).integers(len(self._source), size=CANDIDATES).tolist()
-        ):
+        for other in drawn[np.argsort(twice, kind="stable")].tolist():
             lengths = self.planner.lengths(plan, micro, place, other)
             fits = lengths.video <= room.video and lengths.audio <= room.audio
             if other in held or not fits or max(lengths.rows(plan.kinds[micro], plan.share_prefix)) > plan.shapes.row_tokens:

@@ -99,6 +99,7 @@ class Planner:
     Attributes:
       source, batch: as given.
       texts: caption by number; `text_of` (N,) gives each clip's.
+      groups: (N,) int, clips of a group do not share an update if that can be helped.
       updates_per_epoch: whole updates in one pass over the clips.
     """
 
@@ -131,7 +132,7 @@ class Planner:
             )
         if len(self.texts) == 1 and any(kind.hard == "text" for kind in played):
             raise InputError("all captions are equal, so that none can be a hard negative; give clips captions of their own")
-        self._groups = self._group_numbers()
+        self.groups = self._group_numbers()
         self._epochs: dict[int, np.ndarray] = {}
         self._text_tokens = functools.lru_cache(maxsize=1 << 17)(self._count_text)
         self._order(0)
@@ -212,14 +213,14 @@ class Planner:
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:
-            order = epoch_order(self.batch.seed, epoch, len(self.source), self.batch.clips, self._groups)
+            order = epoch_order(self.batch.seed, epoch, len(self.source), self.batch.clips, self.groups)
             self._epochs = {**{e: o for e, o in self._epochs.items() if abs(e - epoch) <= 1}, epoch: order}
             return order
         return self._epochs[epoch]
 
-    def _group_numbers(self) -> np.ndarray | None:
+    def _group_numbers(self) -> np.ndarray:
         if self.batch.distinct == "none":
-            return None
+            return np.arange(len(self.source))
         if self.batch.distinct == "caption":
             return self.text_of
         numbers: dict[str, int] = {}

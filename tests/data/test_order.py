@@ -1,0 +1,77 @@
+"""The order of clips, exchanges and other captions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from omni_jax.data.order import Draw, epoch_order, exchange, generator, other_captions
+from omni_jax.types import InputError
+
+
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 3), st.integers(0, 9))
+def test_an_epoch_holds_every_clip_once_but_for_an_incomplete_last_update(count: int, size: int, epoch: int, seed: int):
+    if count < size:
+        with pytest.raises(InputError, match=f"{count} clips are fewer than the {size} of an update"):
+            epoch_order(seed, epoch, count, size)
+        return
+    order = epoch_order(seed, epoch, count, size)
+    assert order.shape == (count // size, size)
+    assert len(set(order.ravel().tolist())) == order.size
+    assert set(order.ravel().tolist()) <= set(range(count))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = {tuple(epoch_order(seed, epoch, 50, 5).ravel()) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=80), st.integers(1, 8), st.integers(0, 5))
+def test_spreading_groups_loses_and_doubles_no_clip(groups: list[int], size: int, seed: int):
+    if len(groups) < size:
+        return
+    order = epoch_order(seed, 0, len(groups), size, np.array(groups))
+    assert len(set(order.ravel().tolist())) == order.size
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_clips_of_a_group_do_not_meet_in_an_update(seed: int):
+    groups = np.arange(200) // 2
+    order = epoch_order(seed, 0, 200, 48, groups)
+    assert [len(set(groups[update].tolist())) for update in order] == [48] * 4
+    plain = epoch_order(seed, 0, 200, 48)
+    assert any(len(set(groups[update].tolist())) < 48 for update in plain)
+
+
+def test_streams_differ_by_purpose_and_by_both_numbers():
+    keys = [(p, a, b) for p in Draw for a in range(3) for b in range(3)]
+    assert len({generator(0, *key).integers(1 << 62) for key in keys}) == len(keys)
+
+
+@given(st.integers(1, 6), st.integers(2, 20), st.integers(0, 1000))
+def test_an_exchange_is_a_permutation_of_each_block_without_a_fixed_point(blocks: int, size: int, number: int):
+    shuffle = exchange(3, number, blocks * size, blocks)
+    assert shuffle.shape == (blocks, size)
+    assert (np.sort(shuffle, axis=1) == np.arange(size)).all()
+    assert (shuffle != np.arange(size)).all()
+
+
+def test_exchanges_differ_by_block_and_micro_batch():
+    assert len({tuple(row) for number in range(5) for row in exchange(0, number, 64, 4).tolist()}) == 20
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.integers(0, 100))
+def test_a_hard_caption_is_never_the_clips_own(texts: list[int], number: int):
+    here = np.array(texts)
+    everywhere = np.concatenate([here, [7]])
+    chosen = other_captions(0, number, here, everywhere)
+    assert (chosen != here).all()
+    alike = len(set(texts)) == 1
+    assert set(chosen.tolist()) <= ({7} if alike else set(texts))
+
+
+def test_captions_that_are_all_equal_cannot_be_hard_negatives():
+    with pytest.raises(InputError, match="all captions are equal"):
+        other_captions(0, 0, np.zeros(4, int), np.zeros(9, int))
