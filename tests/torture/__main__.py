@@ -22,12 +22,14 @@ from tests.torture.outcome import Outcome
 
 # Part -> its module, which has `run(seed, minutes) -> Outcome`, its share of the time, and what it is about.
 PARTS: dict[str, tuple[str, float, str]] = {
-    "media": ("hostile_media", 14, "Broken, lying and odd media files through `embed`, whole ones between them"),
-    "files": ("hostile_files", 10, "Checkpoints, adapters, embedding files, manifests and captions made to run code, lie or lead astray"),
-    "fuzz": ("fuzz", 21, "Coverage-guided fuzzing of manifest, safetensors header, torch reader and prompt builder"),
-    "numbers": ("numbers", 9, "bfloat16 beside float32, near-duplicates at temperature 0.01, zero rows, counts over a million rows"),
-    "concurrency": ("concurrency", 14, "Several `embed` on one output; Ctrl-C once and twice, and kills, at random moments"),
-    "supply": ("supply", 7, "Pinned hashes, licences, nothing of a download run as code, no network at run time"),
+    "training": ("training", 16, "SIGKILL at random moments of one run, two runs on one workdir, a full disk"),
+    "media": ("hostile_media", 10, "Broken, lying and odd media files through `embed` and `prepare`, whole ones between them"),
+    "files": ("hostile_files", 5, "Checkpoints, adapters, embedding files, manifests and captions made to run code, lie or lead astray"),
+    "fuzz": ("fuzz", 20, "Coverage-guided fuzzing of manifest, safetensors header, torch reader and prompt builder"),
+    "numbers": ("numbers", 5, "bfloat16 beside float32, near-duplicates at temperature 0.01, zero rows, counts over a million rows"),
+    "long": ("long", 10, "2,000 updates and 5,000 embeddings, watched from outside"),
+    "concurrency": ("concurrency", 6, "Several `embed` on one output; Ctrl-C once and twice, and kills, at random moments"),
+    "supply": ("supply", 3, "Pinned hashes, licences, nothing of a download run as code, no network at run time"),
 }
 MINUTES = 75.0
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from omni_jax.data.sources import open_source
 from omni_jax.retrieval import read_embeddings
-from omni_jax.types import EmbeddingTable
+from omni_jax.types import Clip, EmbeddingTable
 from tests.torture import commands
 from tests.torture.commands import Done
 from tests.torture.media_corpus import Case, make_corpus
@@ -87,10 +88,44 @@ def run(
                 beside = np.stack([found.tables[name][found.ids.index(case.id)] for case in whole if case.id in embedded])
                 apart = float(np.abs(rows - beside).max()) if beside.shape == rows.shape else np.inf
                 outcome.expect(apart <= INVARIANCE, f"table {name}: whole files differ by {apart:.1e} from a run of their own")
+        _prepare(outcome, folder, media, cases, run_embed)
         if done.peak:
             outcome.notes.append(f"memory at the peak {done.peak / 1e9:.2f} GB, {clean.peak / 1e9:.2f} GB without the bad files")
     outcome.seconds = clock.spent
     return outcome
+
+
+def _prepare(outcome: Outcome, folder: Path, media: Path, cases: Sequence[Case], run_command: Embed) -> None:
+    """The same files through `prepare`: each in the shards or listed once; those in the shards are the same bits without the others."""
+    preset = commands.golden().preset
+
+    def through(name: str, chosen: Sequence[Case]) -> tuple[Done, dict[str, Clip], list[dict[str, str]]]:
+        manifest, out = folder / f"prepare-{name}.jsonl", folder / f"shards-{name}"
+        manifest.write_text("".join(json.dumps(_record(case)) + "\n" for case in chosen))
+        usual = ["--manifest", str(manifest), "--media-root", str(media), "--out", str(out), "--timeout", str(TIMEOUT_S), "--workers", "1"]
+        done = run_command(["prepare", *usual, *commands.settings()])
+        errors = out / "errors.jsonl"
+        listed = [json.loads(line) for line in errors.read_text().splitlines()] if errors.exists() else []
+        source = open_source(out, preset)
+        return done, {source.ids[i]: source.load(i) for i in range(len(source))}, listed
+
+    done, clips, listed = through("hostile", cases)
+    failed = [row["id"] for row in listed]
+    outcome.tried.append(("the same files through prepare", len(cases)))
+    outcome.expect(done.status == 1 and "Traceback" not in done.err, f"prepare ended with status {done.status}: {done.err[-300:]}")
+    outcome.expect(sorted([*clips, *failed]) == sorted(case.id for case in cases), "prepare: a record is in neither place, or in both")
+    outcome.expect(all(case.id in clips for case in cases if case.good), "prepare: a whole file was not taken")
+    outcome.expect(done.peak <= MEMORY, f"prepare: {done.peak / 1e9:.1f} GB of memory at the peak")
+    clean, again, _ = through("clean", [case for case in cases if case.id in clips])
+    outcome.expect(clean.status == 0 and again.keys() == clips.keys(), f"the clean prepare ended with status {clean.status}")
+    differ = [name for name, clip in again.items() if name in clips and not _equal(clip, clips[name])]
+    outcome.expect(not differ, f"prepare: other bits in {differ}")
+    outcome.tried.append(("prepared clips compared bit for bit without the bad files", len(again)))
+
+
+def _equal(a: Clip, b: Clip) -> bool:
+    assert a.video is not None and b.video is not None and a.waveform is not None and b.waveform is not None
+    return np.array_equal(a.video.frames, b.video.frames) and np.array_equal(a.waveform.view(np.uint32), b.waveform.view(np.uint32))
 
 
 def _record(case: Case) -> dict[str, str]:

@@ -1,0 +1,143 @@
+"""Part `long`: thousands of updates and thousands of embeddings, watched from outside.
+
+Memory grows by less than 2 % after warm-up, open files and threads stay as they were, nothing is compiled after warm-up, checkpoints are
+pruned as configured, and what is written grows by a line of metrics an update and no more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from omni_jax.train.checkpoint import steps_of
+from tests.torture import commands
+from tests.torture.outcome import Clock, Outcome
+from tests.train import tiny_run
+
+STEPS = 2000
+RECORDS = 5000
+GROWTH = 0.02
+WARM = 0.3  # of the work, before anything is measured
+KEPT = 2
+ROW_BYTES = 4000  # of a line of metrics, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One look at a process: share of its work done, bytes of memory, open files, threads."""
+
+    done: float
+    memory: int
+    files: int
+    threads: int
+
+
+def run(seed: int, minutes: float, *, steps: int = STEPS, records: int = RECORDS) -> Outcome:
+    """Returns what was tried and lost."""
+    outcome = Outcome("long", seed)
+    clock = Clock(60 * minutes)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        _embeddings(outcome, folder, records, max(60.0, clock.left))
+        _updates(outcome, folder, steps, max(60.0, clock.left))
+    outcome.seconds = clock.spent
+    return outcome
+
+
+def _updates(outcome: Outcome, folder: Path, steps: int, limit: float) -> None:
+    config = tiny_run.make_files(folder)
+    environment = tiny_run.environment(folder / "cache") | {"JAX_LOG_COMPILES": "1"}
+    workdir = folder / "run"
+    command = tiny_run.command(config, workdir, steps=steps, checkpoint__every=max(1, steps // 20), checkpoint__keep=KEPT, data__workers=1)
+
+    def done() -> float:
+        file = workdir / "metrics.jsonl"
+        return sum(1 for _ in file.open("rb")) / steps if file.exists() else 0.0
+
+    samples, said, status = watch(command, environment, folder / "train.log", done, limit)
+    outcome.expect(status == 0, f"training ended with status {status}: {said[-300:]}")
+    judge(outcome, f"{steps:,} updates", samples, said)
+    kept = steps_of(workdir / "checkpoints")
+    outcome.expect(kept == [steps - max(1, steps // 20), steps], f"checkpoints {kept} where {KEPT} are kept")
+    size = (workdir / "metrics.jsonl").stat().st_size
+    outcome.expect(size <= ROW_BYTES * (steps + 2), f"{size:,} bytes of metrics for {steps} updates")
+    outcome.tried.append(("updates of one run", steps))
+
+
+def _embeddings(outcome: Outcome, folder: Path, records: int, limit: float) -> None:
+    model, manifest, out = commands.convert(folder), folder / "m.jsonl", folder / "e.npz"
+    rng = np.random.default_rng(outcome.seed)
+    words = "a red disc moves over water while a deep tone rises and somebody laughs far away".split()
+    texts = [" ".join(rng.choice(words, int(rng.integers(3, 20)))) for _ in range(records)]
+    manifest.write_text("".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts)))
+    usual = ["--model", str(model), "--manifest", str(manifest), "--out", str(out), "--tables", "text", *commands.settings()]
+    command = [sys.executable, "-m", "omni_jax.cli.main", "embed", *usual, "--batch-size", "8"]
+    environment = tiny_run.environment(folder / "cache") | {"JAX_LOG_COMPILES": "1"}
+    parts = folder / ".e.unfinished"
+
+    def done() -> float:
+        return 8 * len(list(parts.glob("part-*.npz"))) / records
+
+    samples, said, status = watch(command, environment, folder / "embed.log", done, limit)
+    outcome.expect(status == 0 and out.exists(), f"embed ended with status {status}: {said[-300:]}")
+    judge(outcome, f"{records:,} embeddings", samples, said)
+    outcome.tried.append(("embeddings of one run", records))
+
+
+def watch(
+    command: list[str], environment: dict[str, str], log: Path, done: Callable[[], float], limit: float
+) -> tuple[list[Sample], str, int]:
+    """Runs a command, looking at it every quarter of a second; returns the looks, what it said with a mark at warm-up, and its status."""
+    samples: list[Sample] = []
+    marked = False
+    deadline = time.monotonic() + limit
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, env=environment, cwd=commands.ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            if time.monotonic() > deadline:
+                process.kill()
+                break
+            share = done()
+            if share > WARM and not marked:
+                file.write(b"\nWARM\n")
+                file.flush()
+                marked = True
+            try:
+                samples.append(Sample(share, watched.memory_info().rss, watched.num_fds(), watched.num_threads()))
+            except psutil.Error:
+                break
+            time.sleep(0.25)
+        status = process.wait()
+    return samples, log.read_text(errors="replace"), status
+
+
+def judge(outcome: Outcome, what: str, samples: list[Sample], said: str) -> None:
+    """Notes a loss where memory, files or threads grew between the first third and the end, or something was compiled after warm-up."""
+    early = [s for s in samples if WARM < s.done <= WARM + 0.2]
+    late = [s for s in samples if 0.8 < s.done < 1.0]
+    if len(early) < 3 or len(late) < 3:
+        outcome.lost.append(f"{what}: too few looks ({len(early)} early, {len(late)} late)")
+        return
+    memory = [float(np.median([s.memory for s in part])) for part in (early, late)]
+    growth = memory[1] / memory[0] - 1
+    outcome.expect(growth < GROWTH, f"{what}: memory grew by {100 * growth:.1f} %")
+    for name in ("files", "threads"):
+        first, last = (float(np.median([getattr(s, name) for s in part])) for part in (early, late))
+        outcome.expect(last <= first, f"{what}: {name} went from {first:.0f} to {last:.0f}")
+    compiled = [line for line in said.partition("\nWARM\n")[2].splitlines() if "Compiling" in line]
+    outcome.expect(not compiled, f"{what}: {len(compiled)} programs compiled after warm-up: {compiled[:1]}")
+    before = said.partition("\nWARM\n")[0].count("Compiling")
+    outcome.notes.append(
+        f"{what}: memory {memory[0] / 1e6:.0f} MB early and {memory[1] / 1e6:.0f} MB late ({100 * growth:+.1f} %), "
+        f"{before} compilations before warm-up and {len(compiled)} after"
+    )

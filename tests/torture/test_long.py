@@ -1,0 +1,39 @@
+"""The short form of part `long`: a process that is watched, and what counts as growth."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from tests.torture import long
+from tests.torture.long import Sample
+from tests.torture.outcome import Outcome
+
+STEADY = [Sample(n / 40, 1000 + n % 3, 10, 5) for n in range(40)]
+
+
+def test_growth_files_threads_and_late_compilations_are_losses() -> None:
+    said = "Compiling a\n\nWARM\nan update\n"
+    for samples, text, words in (
+        (STEADY, said, ""),
+        ([Sample(s.done, s.memory + int(100 * s.done), s.files, s.threads) for s in STEADY], said, "memory grew by 4."),
+        ([Sample(s.done, s.memory, s.files + int(4 * s.done), s.threads) for s in STEADY], said, "files went from 11 to 13"),
+        ([Sample(s.done, s.memory, s.files, s.threads + int(4 * s.done)) for s in STEADY], said, "threads went from 6 to 8"),
+        (STEADY, said + "Compiling b\n", "1 programs compiled after warm-up"),
+        (STEADY[:5], said, "too few looks"),
+    ):
+        outcome = Outcome("long", 0)
+        long.judge(outcome, "work", samples, text)
+        assert len(outcome.lost) == bool(words) and words in "".join(outcome.lost), (outcome.lost, words)
+
+
+def test_a_process_is_watched_from_outside(tmp_path: Path) -> None:
+    code = "import sys, time\nfor i in range(12):\n print('Compiling', i, flush=True)\n open(sys.argv[1], 'a').write('x')\n time.sleep(0.1)"
+    place = tmp_path / "done"
+    command = [sys.executable, "-c", code, str(place)]
+    samples, said, status = long.watch(
+        command, dict(os.environ), tmp_path / "log", lambda: len(place.read_text()) / 12 if place.exists() else 0.0, 60
+    )
+    assert status == 0 and len(samples) >= 3 and max(s.done for s in samples) > samples[0].done and samples[-1].memory > 1 << 20
+    assert "Compiling 0" in said.partition("\nWARM\n")[0] and "Compiling 11" in said.partition("\nWARM\n")[2]
