@@ -25,6 +25,7 @@ from tests.torture.outcome import Clock, Outcome
 
 MUTATED = 320
 TIMEOUT_S = 30.0  # of one clip
+HUNG_S = 1200.0  # of a command, whatever the time given: it would be a hang
 MEMORY = 4 << 30  # bytes, of the command with its decoding processes
 INVARIANCE = 1e-5  # tests/tolerances.py: the same embedding in other batch shapes
 
@@ -43,7 +44,7 @@ def run(
         media.mkdir()
         model = model or commands.convert(folder)
         cases = make_corpus(media, commands.golden(), seed, mutated)
-        run_embed = embed or (lambda arguments: commands.command(arguments, max(60.0, clock.left)))
+        run_embed = embed or (lambda arguments: commands.command(arguments, max(HUNG_S, clock.left)))
 
         def through(name: str, chosen: Sequence[Case]) -> tuple[Done, EmbeddingTable, list[dict[str, str]]]:
             manifest, out = folder / f"{name}.jsonl", folder / f"{name}.npz"

@@ -47,8 +47,8 @@ def run(seed: int, minutes: float, *, steps: int = STEPS, records: int = RECORDS
     clock = Clock(60 * minutes)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        _embeddings(outcome, folder, records, max(60.0, clock.left))
-        _updates(outcome, folder, steps, max(60.0, clock.left))
+        _embeddings(outcome, folder, records, max(900.0, clock.left))
+        _updates(outcome, folder, steps, max(900.0, clock.left))
     outcome.seconds = clock.spent
     return outcome
 
