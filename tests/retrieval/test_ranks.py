@@ -15,36 +15,15 @@ from jax.sharding import Mesh
 
 from omni_jax.parallel import make_mesh
 from omni_jax.retrieval import ranks as ranks_module
-from omni_jax.retrieval.ranks import Ranks, prepare, rank_pair
+from omni_jax.retrieval.ranks import prepare, rank_pair
 from omni_jax.types import InputError
 from tests.retrieval import naive
-
-WIDTH = 8
-DECIDED = 1e-6  # float32 cosines cannot tell smaller differences apart; cases that hold one are not drawn
+from tests.retrieval.random_cases import DECIDED, WIDTH, as_dict, gaussian, random_case
 
 
 @pytest.fixture(params=[1, 8], ids=["1-device", "8-devices"])
 def mesh(request: pytest.FixtureRequest) -> Mesh:
     return Mesh(np.array(jax.devices()[: request.param]), ("rows",))
-
-
-def gaussian(rng: np.random.Generator, n: int, pool: np.ndarray) -> np.ndarray:
-    """Rows of a pool, so that many are bit-equal; some are doubled in length, which leaves their direction bit-equal too."""
-    rows = pool[rng.integers(len(pool), size=n)]
-    return rows * rng.choice([1, 2], size=(n, 1)).astype(np.float32)
-
-
-def signs(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Rows with four entries of +-1: every cosine is an exact multiple of 1/4, so unlike rows tie as well."""
-    rows = np.zeros((n, WIDTH), np.float32)
-    for row in rows:
-        row[rng.permutation(WIDTH)[:4]] = rng.choice([-1, 1], size=4)
-    return rows
-
-
-def as_dict(ranks: Ranks) -> dict[tuple[int, int], tuple[int, int]]:
-    keys = zip(ranks.query.tolist(), ranks.item.tolist(), strict=True)
-    return dict(zip(keys, zip(ranks.better.tolist(), ranks.equal.tolist(), strict=True), strict=True))
 
 
 @hypothesis.settings(
@@ -62,26 +41,13 @@ def as_dict(ranks: Ranks) -> dict[tuple[int, int], tuple[int, int]]:
 @hypothesis.example(seed=0, n=2, m=2, chunk=4, kind="signs", many=False)
 @hypothesis.example(seed=0, n=1, m=20, chunk=512, kind="gaussian", many=True)
 def test_ranks_are_those_of_the_naive_ranker(mesh: Mesh, seed: int, n: int, m: int, chunk: int, kind: str, many: bool) -> None:
-    rng = np.random.default_rng(seed)
-    if kind == "gaussian":
-        pool = rng.normal(size=(int(rng.integers(1, 40)), WIDTH)).astype(np.float32)
-        a, b = gaussian(rng, n, pool), gaussian(rng, m, pool)
-    else:
-        a, b = signs(rng, n), signs(rng, m)
-    scores = naive.cosines(a, b)
-    if kind == "gaussian":
-        hypothesis.assume(naive.smallest_gap(scores) > DECIDED)
-    if many:
-        labels = max(n, m)
-        left, right = rng.integers(labels, size=n).tolist(), rng.integers(labels, size=m).tolist()
-        right[0] = left[-1]  # one pair at least
-        relevance = (left, right)
-    else:
-        left, right, relevance = list(range(n)), list(range(m)), None
-    forward, backward = rank_pair(prepare(a), prepare(b), relevance, chunk=chunk, mesh=mesh)
+    case = random_case(np.random.default_rng(seed), n, m, kind, many)
+    hypothesis.assume(case is not None)
+    assert case is not None
+    forward, backward = rank_pair(prepare(case.a), prepare(case.b), case.relevance, chunk=chunk, mesh=mesh)
     assert (forward.queries, forward.gallery, backward.queries, backward.gallery) == (n, m, m, n)
-    assert as_dict(forward) == naive.ranks(scores, left, right)
-    assert as_dict(backward) == naive.ranks(scores.T, right, left)
+    assert as_dict(forward) == naive.ranks(case.scores, case.left, case.right)
+    assert as_dict(backward) == naive.ranks(case.scores.T, case.right, case.left)
 
 
 def test_tables_larger_than_the_chunk_on_a_three_axis_mesh() -> None:
