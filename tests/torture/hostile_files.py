@@ -66,11 +66,9 @@ def run(seed: int, minutes: float, *, rounds: int = 400) -> Outcome:
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        for part in (_pickles, _safetensors, _patterns, _manifests, _captions):
-            part(outcome, folder, rng, rounds)
-            if clock.left < 0:
-                outcome.lost.append(f"out of time after {part.__name__}")
-                break
+        # The last two are short. The others make fewer rounds where the time is, and the numbers say so.
+        for part, until in ((_pickles, 0.4), (_safetensors, 0.7), (_patterns, 0.9), (_manifests, 1.0), (_captions, 1.0)):
+            part(outcome, folder, rng, rounds, Clock(60 * minutes * until - clock.spent))
     outcome.seconds = clock.spent
     return outcome
 
@@ -86,7 +84,7 @@ def _shown(arguments: list[str]) -> tuple[int, str]:
 # -------------------------------------------------------------------------------------------------------------------- pickles
 
 
-def _pickles(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: int) -> None:
+def _pickles(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: int, clock: Clock) -> None:
     """Code in .pt, .bin, .npz and .npy, in every protocol, alone and deep within honest values."""
     canary = folder / "canary"
     text = f"open({str(canary)!r}, 'w')"
@@ -109,6 +107,8 @@ def _pickles(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: i
     base = commands.golden().checkpoint
     bad, tried = folder / "bad", 0
     for number in range(max(8, rounds // 4)):
+        if number >= len(calls) and clock.left < 0:
+            break
         call, wrap, protocol = calls[number % len(calls)], wraps[int(rng.integers(len(wraps)))], int(rng.integers(6))
         program = pickle.dumps(wrap(call), protocol=protocol)
         objects = np.array([[wrap(call)]], dtype=object)
@@ -156,7 +156,7 @@ def _pickles(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: i
 # ---------------------------------------------------------------------------------------------------------------- safetensors
 
 
-def _safetensors(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: int) -> None:
+def _safetensors(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: int, clock: Clock) -> None:
     """A shard of the golden checkpoint with one lie in its header, or NaN in its data, through `convert`."""
     base = folder / "lying"
     shutil.copytree(commands.golden().checkpoint, base)
@@ -167,6 +167,8 @@ def _safetensors(outcome: Outcome, folder: Path, rng: np.random.Generator, round
     names = [name for name in header if name != "__metadata__"]
     tried = 0
     for number in range(max(12, rounds // 4)):
+        if number >= len(LIES) and clock.left < 0:
+            break
         lie = json.loads(json.dumps(header))
         name, other = (names[int(i)] for i in rng.choice(len(names), 2, replace=False))
         kind = LIES[number % len(LIES)]
@@ -246,7 +248,7 @@ LIES = (_huge_shape, _overlap, _past_the_end, _shifted, _odd_values, _length_of_
 # ------------------------------------------------------------------------------------------------------------------- patterns
 
 
-def _patterns(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: int) -> None:
+def _patterns(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: int, clock: Clock) -> None:
     """Random regular expressions with nested repeats, as `target_modules`."""
     import conversion.adapter
 
@@ -256,18 +258,20 @@ def _patterns(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: 
     repeats = ("*", "+", "?", "{2,}", "{1,9}", "*?", "+?", "", "")
     tried = 0
     try:
-        for _ in range(max(10, rounds // 10)):
+        for number in range(max(10, rounds // 10)):
+            if number >= 10 and clock.left < 0:
+                break
             pattern = ""
             for _ in range(int(rng.integers(1, 6))):
                 pattern += atoms[int(rng.integers(len(atoms)))] + repeats[int(rng.integers(len(repeats)))]
                 if rng.random() < 0.6:
                     pattern = f"({pattern})" + repeats[int(rng.integers(len(repeats)))]
             config = commands.golden().adapter_config | {"target_modules": pattern}
-            clock = Clock(PATTERN_LIMIT_S)
+            taken = Clock(PATTERN_LIMIT_S)
             with contextlib.suppress(InputError):
                 lora_config(config, base, "adapter_config.json")
             tried += 1
-            outcome.expect(clock.left > 0, f"target_modules {pattern!r} took {clock.spent:.0f} s")
+            outcome.expect(taken.left > 0, f"target_modules {pattern!r} took {taken.spent:.0f} s")
     finally:
         conversion.adapter.MATCH_LIMIT_S = limit
     outcome.tried.append(("regular expressions as target_modules", tried))
@@ -276,7 +280,7 @@ def _patterns(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: 
 # --------------------------------------------------------------------------------------------------------- manifests, captions
 
 
-def _manifests(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: int) -> None:
+def _manifests(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: int, clock: Clock) -> None:
     """Paths that lead out of the media root, a line of 100 MB, deep JSON."""
     root = folder / "root"
     (root / "sub").mkdir(parents=True)
@@ -335,7 +339,7 @@ def _manifests(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds:
     outcome.tried.append(("lines of 100 MB or 100,000 levels", 3))
 
 
-def _captions(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: int) -> None:
+def _captions(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: int, clock: Clock) -> None:
     """Hostile captions and ids through embed, eval with a report, and export: shown as text, never obeyed."""
     from omni_jax.retrieval import write_embeddings
     from omni_jax.types import EmbeddingTable
