@@ -202,7 +202,11 @@ def _part(folder: epath.Path, part: int) -> epath.Path:
 def _checkpointer() -> ocp.Checkpointer:
     # One file per array instead of one database per part: faster, and half the memory. Weights hardly compress.
     logging.getLogger("absl").addFilter(_quiet)
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, use_compression=False))
+    # Each process reads and writes by itself: one of several may convert while the others wait elsewhere.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"store{me}")
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, use_compression=False, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _quiet(record: logging.LogRecord) -> bool:

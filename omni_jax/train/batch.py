@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from omni_jax.config import ModelConfig
@@ -220,8 +221,12 @@ def place_batch(batch: TrainBatch, mesh: Mesh | None) -> TrainBatch:
     split, whole = (NamedSharding(mesh, PartitionSpec(None, axes)) for axes in (batch_axes(mesh), None))
 
     def place(x: np.ndarray) -> jax.Array:
-        even = (x.shape[1] * jax.process_count()) % ways == 0
-        return jax.make_array_from_process_local_data(split if even else whole, np.asarray(x))
+        x = np.asarray(x)
+        if (x.shape[1] * jax.process_count()) % ways == 0:
+            return jax.make_array_from_process_local_data(split, x)
+        if jax.process_count() > 1:  # every device holds the blocks of all processes
+            x = np.concatenate(multihost_utils.process_allgather(x), axis=1)
+        return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
 
     return jax.tree.map(place, batch)
 
