@@ -68,7 +68,7 @@ class SyntheticConfig:
       seed: of everything drawn.
     """
 
-    clips: int = 2
+    clips: int = 4
     held_out: int = 64
     combinations: int = COMBINATIONS
     seconds: float = 1.0

@@ -91,3 +91,32 @@ def test_the_chance_and_the_weakest_direction_are_said(tmp_path):
         "held-out clips, gallery of 8: AVG-all 31.2 % (chance 12.5 %), weakest v2t 12.5 %; 25.0 % of the training tokens were padding"
     )
     assert "padding" not in learning._said(result, learning._padding([{"loss": 1.0}]))
+
+
+def test_the_ablation_gives_one_loss_the_time_of_three_and_keeps_what_was_run(tmp_path, monkeypatch, capsys):
+    clock, trained = [0.0], []
+
+    def train(out, workdir, scale):
+        changes = dict(scale.changes)
+        trained.append((workdir.name, changes))
+        clock[0] += changes.get("steps", 10) * (2.0 if changes["losses.tuple_weight"] else 1.0)
+
+    def score(model, manifest, name, scale, report):
+        rate = 10.0 * len(trained)
+        Path(f"{name}.json").write_text(json.dumps({"directions": {"t2v": {"R@1": rate}}, "AVG-all": rate, "n": 50}))
+
+    monkeypatch.setattr(learning, "_make_data", lambda *_: None)
+    monkeypatch.setattr(learning, "_train", train)
+    monkeypatch.setattr(learning, "_score", score)
+    monkeypatch.setattr(learning, "_cpu_seconds", lambda: clock[0])
+    scale = learning.Scale(SyntheticConfig(), (("steps", 10),))
+    assert learning.ablate(tmp_path, scale) == 0
+    assert [name for name, _ in trained] == ["L_A", "L_A___L_D", "L_A___L_D___L_T", "L_A__equal_CPU_time"]
+    assert [changes["losses.distillation_weight"] for _, changes in trained] == [0.0, 1.0, 1.0, 0.0]
+    assert [changes["steps"] for _, changes in trained] == [10, 10, 10, 20]
+    kept = json.loads((tmp_path / "ablation" / "ablation.json").read_text())
+    assert [(row["steps"], row["cpu"], row["AVG-all"]) for row in kept.values()] == [(10, 10, 10), (10, 10, 20), (10, 20, 30), (20, 20, 40)]
+    said = capsys.readouterr().out
+    assert "Equal steps are not equal compute" in said and "nothing has converged" in said and "chance 2.0 %" in said
+    learning.ablate(tmp_path, scale)
+    assert len(trained) == 4

@@ -29,7 +29,7 @@ def test_held_out_combinations_are_not_trained_on_though_each_value_is():
     clips = plan_clips(SyntheticConfig())
     seen = {c.values for c in clips if not c.held_out}
     held = {c.values for c in clips if c.held_out}
-    assert (len(seen), len(held), len(clips)) == (561, 64, 2 * 561 + 64)
+    assert (len(seen), len(held), len(clips)) == (561, 64, 4 * 561 + 64)
     assert not seen & held
     assert {(place, v[place]) for v in seen for place in range(4)} == set(itertools.product(range(4), range(5)))
     assert len({c.id for c in clips}) == len(clips)
