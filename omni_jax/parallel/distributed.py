@@ -34,6 +34,8 @@ def start(
     if jax.config.jax_platforms == "cpu" or environment.get("JAX_PLATFORMS") == "cpu":
         # Between processes on CPU: the only collectives there that need no other program.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Otherwise jax takes SIGTERM for itself, and a run would not hear that it is to save and leave.
+    jax.config.update("jax_enable_preemption_service", False)
     if coordinator == AUTO:
         jax.distributed.initialize()
         return jax.process_count() > 1
