@@ -15,7 +15,6 @@ from configs import omniretriever_7b
 def get_config() -> ml_collections.ConfigDict:
     """Returns the recipe of SPEC section 7 with the prompts of section 10."""
     config = omniretriever_7b.get_config()
-    config.model.base = "omni_embed_nemotron_3b"
-    config.data.preset = "nemotron"
-    config.data.preset_fields = {"audio_seconds": 8.0, "audio_pad": True}
+    fields = ml_collections.ConfigDict({"audio_seconds": 8.0, "audio_pad": True})
+    config.update({"model": {"base": "omni_embed_nemotron_3b"}, "data": {"preset": "nemotron", "preset_fields": fields}})
     return config

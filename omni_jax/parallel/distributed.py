@@ -31,7 +31,7 @@ def start(
     coordinator = environment.get(COORDINATOR) if coordinator is None else coordinator
     if not coordinator:
         return False
-    if jax.config.jax_platforms == "cpu" or environment.get("JAX_PLATFORMS") == "cpu":
+    if getattr(jax.config, "jax_platforms", None) == "cpu" or environment.get("JAX_PLATFORMS") == "cpu":
         # Between processes on CPU: the only collectives there that need no other program.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Otherwise jax takes SIGTERM for itself, and a run would not hear that it is to save and leave.

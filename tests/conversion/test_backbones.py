@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import conversion
 from conversion import engine
+from conversion.adapter import default_config
 from conversion.folder import read_manifest
 from omni_jax.cli.main import main
 from omni_jax.config import BACKBONES, EMBED_STYLE, LoraConfig, ModelConfig
@@ -28,7 +30,7 @@ HEAD = {f"classify_linear.{layer}.{kind}" for layer in (0, 2) for kind in ("weig
 
 def thinker(**changes) -> dict:
     """Returns the `config.json` of a plain thinker."""
-    config = checkpoints.tiny_config() | {"model_type": "qwen2_5_omni_thinker"} | changes
+    config: dict[str, Any] = checkpoints.tiny_config() | {"model_type": "qwen2_5_omni_thinker"} | changes
     config["audio_config"] = {k: v for k, v in config["audio_config"].items() if k != "beats_path"}
     return config
 
@@ -155,7 +157,7 @@ def test_a_full_checkpoint_with_an_unknown_part_is_refused(tmp_path: Path):
 def test_an_adapter_without_heads_names_none(tmp_path: Path):
     """`modules_to_save` of an exported adapter lists what the backbone has."""
     config = dataclasses.replace(ModelConfig.from_hf(thinker(model_type="nvomniembed"), None), lora=LoraConfig(rank=2))
-    assert conversion.adapter.default_config(config)["modules_to_save"] is None
+    assert default_config(config)["modules_to_save"] is None
     base = checkpoints.write_base(tmp_path / "base", weights(), 1, thinker(model_type="nvomniembed"))
     adapter = checkpoints.write_adapter(tmp_path / "adapter", config)
     conversion.to_jax(base, tmp_path / "model", adapter=adapter)

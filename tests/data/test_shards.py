@@ -160,7 +160,7 @@ def test_an_interrupted_preparation_goes_on_without_losing_or_doubling(manifest:
     work = Preparation(out, records, (), PRESET, 3).run(0, 60)
     for _ in range(4):  # within the second shard
         next(work)
-    work.close()
+    work.close()  # type: ignore[attr-defined] (a generator)
     with pytest.raises(InputError, match="preparation was interrupted"):
         read_index(out)
     again = Preparation(out, records, (), PRESET, 3)
