@@ -169,6 +169,7 @@ def test_search_embeds_what_it_is_given(
             return VIDEO[7:8]
 
     monkeypatch.setattr(OmniRetriever, "from_pretrained", lambda *_, **__: Model())
+    monkeypatch.setattr("omni_jax.api.weights.prompt_kind", lambda _: "plain")
     ids = tuple(f"clip {i}" for i in range(40))
     write_embeddings(tmp_path / "e.npz", EmbeddingTable(ids, {"text": TEXT, "av": VIDEO, "audio": VIDEO, "video": VIDEO}))
     command = ["search", "--model", "none", "--index", str(tmp_path / "e.npz"), f"--{flag}", "x"]

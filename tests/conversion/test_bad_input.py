@@ -70,10 +70,6 @@ def test_converted_folder_is_not_a_source(tmp_path, base):
     refused(tmp_path, tmp_path / "model", "already a converted folder")
 
 
-def test_golden_second_backbone_is_refused(golden_nemotron, tmp_path):
-    refused(tmp_path, golden_nemotron.checkpoint, str(golden_nemotron.checkpoint), "missing")
-
-
 def test_no_weights(tmp_path, base):
     for file in base.glob("model*"):
         file.unlink()
