@@ -153,7 +153,8 @@ def new_folder(out: epath.PathLike) -> Iterator[epath.Path]:
     try:
         yield temporary
         if out.exists():
-            out.rmdir()
+            # epath's rmdir looks and then removes the whole tree: what another process wrote there in between too.
+            os.rmdir(out) if "://" not in str(out) else out.rmdir()
         temporary.rename(out)
     except OSError as e:
         raise InputError(f"{out}: not written ({e}); free some space or choose another place") from e

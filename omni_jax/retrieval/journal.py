@@ -75,7 +75,7 @@ class Journal:
         # The lock goes last: from then on another run may begin in this folder, which then stays.
         (self._folder / LOCK).unlink()
         with contextlib.suppress(OSError):
-            self._folder.rmdir()
+            os.rmdir(self._folder)  # epath's looks and then removes the whole tree: what another run wrote in between too
         self._lock.close()
 
 
@@ -85,10 +85,12 @@ def _lock(folder: epath.Path) -> IO[bytes] | None:
         folder.mkdir(parents=True, exist_ok=True)
         return None
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             file = open(folder / LOCK, "wb")  # noqa: SIM115 - open as long as the journal is
-        except FileNotFoundError:  # a run that has just finished removed the folder
+        except (FileNotFoundError, FileExistsError):  # a run that has just finished removed the folder
+            if folder.exists() and not folder.is_dir():
+                raise InputError(f"{folder}: is a file where a folder of unfinished work goes; move it or choose another output") from None
             continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,5 +10,5 @@ from tests.torture.outcome import Outcome
 
 def test_one_journal_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
     outcome = Outcome("concurrency", 0)
-    concurrency.hammer(outcome, tmp_path / "journal", 120)
+    concurrency.hammer(outcome, tmp_path / "journal", 1200)
     assert outcome.lost == []
