@@ -10,7 +10,7 @@ REFERENCE = .venv-reference/.installed
 TPU = .venv-tpu/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-ablation test test-slow test-reference test-tpu test-all bench torture report-check lint format lock clean
+.PHONY: help setup demo demo-ablation test test-slow test-reference test-tpu test-all bench torture report-check pods-table lint format lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -69,6 +69,9 @@ torture: $(SETUP)  ## try to break everything, at most 75 minutes; results go to
 
 report-check: $(SETUP)  ## use a report in a headless Chromium (needs one on PATH; REPORT_ARGS="page.html --out shots")
 	.venv/bin/python -m tests.browser.check_report $(REPORT_ARGS)
+
+pods-table: $(TPU)  ## compile the 7B programs for TPU pods, about an hour; the table goes to docs/pods_table.json
+	.venv-tpu/bin/python -m tests.planning.pods_table $(PODS_ARGS)
 
 lint: $(SETUP)  ## ruff (rules and format) and pyright
 	.venv/bin/ruff check .

@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "clip_norm": 1.0,
             },
             "trainable": {"recipe": "adapter"},
-            "mesh": {"data": 1, "fsdp": 0, "tensor": 1},
+            "mesh": {"data": 1, "fsdp": 0, "tensor": 1, "slices": 1},
             "remat": "layer",
             "seed": 2025,
             "steps": 0,

@@ -86,7 +86,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "clip_norm": 1.0,
             },
             "trainable": {"recipe": "all", "freeze": ()},
-            "mesh": {"data": 1, "fsdp": 0, "tensor": 1},
+            "mesh": {"data": 1, "fsdp": 0, "tensor": 1, "slices": 1},
             "remat": "none",
             "seed": 0,
             "steps": 400,

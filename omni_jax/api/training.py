@@ -125,12 +125,12 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
 def _mesh(run: RunConfig) -> Mesh | None:
     """Returns the mesh of all devices, None for one device. Raises InputError when they do not fit the config."""
     sizes = run.mesh
-    if len(jax.devices()) == 1 and max(sizes.data, sizes.fsdp, sizes.tensor) <= 1:
+    if len(jax.devices()) == 1 and max(sizes.data, sizes.fsdp, sizes.tensor, sizes.slices) <= 1:
         return None
     try:
         mesh = make_mesh(sizes.data, sizes.fsdp or None, sizes.tensor, slices=sizes.slices)
     except ValueError as e:
-        raise InputError(f"{e}; change --config.mesh.data, fsdp or tensor") from None
+        raise InputError(f"{e}; change --config.mesh.data, fsdp, tensor or slices") from None
     ways = batch_shards(mesh)
     if run.batch.micro_batch % ways:
         raise InputError(

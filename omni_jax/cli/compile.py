@@ -22,7 +22,7 @@ PROGRAMS = ("train", "embed", "evaluate")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--topology", required=True, metavar="CHIP:GRID", help="chips of a slice, as v5e:4x4, v5p:4x4x4, v6e:64")
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that size (default: %(default)s)")
+    parser.add_argument("--slices", type=int, metavar="N", help="slices of that size (default: the config's)")
     parser.add_argument("--mesh", metavar="AXES", help="within a slice, as data=1,fsdp=16,tensor=1 (default: the config's)")
     parser.add_argument("--programs", default=",".join(PROGRAMS), metavar="LIST", help="among train,embed,evaluate (default: all)")
     parser.add_argument("--kinds", default="0,1,2", metavar="LIST", help="places in the period-3 cycle of step kinds (default: all)")
@@ -55,8 +55,9 @@ def run(args: argparse.Namespace) -> int:
 
     config = read_config(args.config, args.overrides)
     model, note = planned_model(config.model)
+    slices = config.mesh.slices if args.slices is None else args.slices
     request = plan.Request(
-        config, model, args.topology, args.slices, args.mesh, args.caption_tokens, args.utilisation, args.price, args.full_effort
+        config, model, args.topology, slices, args.mesh, args.caption_tokens, args.utilisation, args.price, args.full_effort
     )
     if args.sweep:
         tried = plan.swept(request, counts[0], lambda line: print(line, file=sys.stderr, flush=True))

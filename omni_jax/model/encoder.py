@@ -33,11 +33,11 @@ class FusionHead(nnx.Module):
     def __call__(self, pooled: jax.Array) -> jax.Array:
         """(B, L, D) -> (B, D) in the dtype of the states.
 
-        The concatenated states (a few MiB) are gathered over fsdp and split along their width, as the weight is; without these constraints
-        the compiler gathers the 686 MiB weight instead.
+        The concatenated states change from rows split over fsdp to widths split over it, as the weight's are: each device sends each other
+        its share and none holds them whole (206 MB of 1,024 rows at 7B). Without these constraints the compiler gathers the 686 MiB weight.
         """
-        x = constrain(pooled, "batch_data", None, None)
-        x = constrain(x.reshape(x.shape[0], -1), "batch_data", "fused")
+        x = constrain(pooled.reshape(pooled.shape[0], -1), "batch", None)
+        x = constrain(x, "batch_data", "fused")
         x = constrain(self.fc1(x), "batch", "features")
         return self.fc2(gelu(x))
 

@@ -27,6 +27,7 @@ class Chip:
       options: further arguments of the topology.
       largest: chips of the largest slice.
       host: chips of one host of a slice of several.
+      compiler: options without which libtpu 0.0.42 aborts on this chip.
     """
 
     name: str
@@ -41,7 +42,15 @@ class Chip:
     options: tuple[tuple[str, str], ...] = ()
     largest: int = 256
     host: int = 4
+    compiler: tuple[tuple[str, bool], ...] = ()
 
+
+# Sums and gathers that libtpu 0.0.42 hands to the sparse cores of TPU7x end its compiler: "Check failed: std::abs(inc) < core_count()" and
+# "Not enough space for TILESPMEM spill".
+_NO_SPARSE_CORES = (
+    ("xla_tpu_enable_sparse_core_collective_offload_all_reduce", False),
+    ("xla_tpu_offload_gather_to_sparsecore", False),
+)
 
 CHIPS = {
     chip.name: chip
@@ -50,7 +59,7 @@ CHIPS = {
         Chip("v5e", "v5e", 2, 197, 15.75, 819, 200, 3.125),
         Chip("v5p", "v5p", 3, 459, 95.74, 2765, 600, 6.25, largest=6144),
         Chip("v6e", "v6e", 2, 918, 31.25, 1638, 400, 6.25),
-        Chip("v7x", "tpu7x", 3, 2307, 94.75, 7380, 600, 6.25, devices=2, largest=9216),
+        Chip("v7x", "tpu7x", 3, 2307, 94.75, 7380, 600, 6.25, devices=2, largest=9216, compiler=_NO_SPARSE_CORES),
     )
 }
 

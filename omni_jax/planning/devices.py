@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -55,6 +56,9 @@ def topology_devices(topology: Topology) -> list[Any]:
     options: dict[str, Any] = dict(topology.chip.options)
     if topology.chip.dimensions == 3 and topology.chips // topology.slices >= 64:
         options["wrap"] = [True] * 3
+    if any(length % 2 for length in topology.grid[:2]) and math.prod(topology.grid) <= topology.chip.host:
+        # Part of one host: libtpu takes a host to be 2 x 2 unless told.
+        options["chips_per_host_bounds"] = [*topology.grid, 1][:3]
     if topology.slices > 1:
         options["num_slices"] = topology.slices
     name = f"{topology.chip.platform}:{'x'.join(map(str, topology.grid))}"

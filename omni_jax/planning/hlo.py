@@ -1,7 +1,8 @@
 """The collectives of a compiled program, read from its text: what, how many bytes, how often, between how many devices.
 
 Loops are counted: a collective in a loop's body runs as often as the loop does. The TPU compiler turns many gathers of a weight into rings
-of permutes beside the product that reads it; they are counted as what they are.
+of permutes beside the product that reads it; they are counted as what they are. Between slices it leaves the transfer to the hosts: a
+`send` and a `recv` that name the collective they stand for.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _INSTRUCTION = re.compile(
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_BETWEEN = re.compile(r'_xla_megascale_target="\{([\d,:]*)\}.*?_xla_megascale_transfer_type="(\w+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,11 @@ def _walk(computations: dict[str, _Computation], name: str, runs: int, in_loop: 
     computation = computations.get(name, {})
     for item in computation.values():
         kind = item.op.removesuffix("-start")
+        if item.op == "recv" and (between := _BETWEEN.search(item.rest)):
+            kind = {"ONE_TO_ONE": "collective-permute"}.get(between[2], between[2].lower().replace("_", "-"))
+            shape = "{}[{}]".format(*_SHAPE.findall(item.shape)[0])
+            yield Collective(kind, shape, shape_bytes(shape), _members(between[1]), runs, in_loop, True, _source(item.rest))
+            continue
         if kind in KINDS:
             group, across = _group(item.rest, per_slice)
             if group > 1 or kind == "collective-permute":
@@ -163,6 +170,12 @@ def _group(rest: str, per_slice: int) -> tuple[int, bool]:
         first = [int(n) for n in listed[1].split(",")]
         return len(first), bool(per_slice) and len({d // per_slice for d in first}) > 1
     return 1, False
+
+
+def _members(text: str) -> int:
+    """How many slices "1,2" or "1:4" names."""
+    ends = [[int(n) for n in part.split(":")] for part in text.split(",") if part]
+    return sum(end[-1] - end[0] + 1 for end in ends)
 
 
 def _iota(sizes: list[int], permutation: list[int] | None) -> list[int]:

@@ -93,9 +93,9 @@ def make(request: Request, programs: Sequence[str] = ("train",), counts: Sequenc
             report.train_record(setting, train_program(setting, mesh, c), mesh, request.utilisation) for c in _different(setting, counts)
         ]
     if "embed" in programs:
-        records += [report.plain_record(program) for program in embed_programs(setting, mesh)]
+        records += [report.plain_record(setting, program) for program in embed_programs(setting, mesh)]
     if "evaluate" in programs and isinstance(mesh, Mesh):
-        records += [report.plain_record(program) for program in evaluate_programs(setting, mesh)]
+        records += [report.plain_record(setting, program) for program in evaluate_programs(setting, mesh)]
     return {
         "model": "7B" if setting.config.decoder.num_layers == 28 else f"{setting.config.decoder.num_layers} layers",
         "topology": str(setting.topology),
@@ -109,7 +109,7 @@ def make(request: Request, programs: Sequence[str] = ("train",), counts: Sequenc
         "remat": setting.recipe.remat,
         "attention": setting.kernel,
         "basis": BASIS,
-        "notes": [] if compiled else [MISSING],
+        "notes": _compiler_note(setting) if compiled else [MISSING],
         "programs": records,
         "period": _period(setting, records, request),
         "weights": load_plan(setting.config, mesh, setting.topology),
@@ -141,6 +141,14 @@ def command(request: Request, programs: Sequence[str], counts: Sequence[int]) ->
     fields = {"losses.negatives": run.losses.negatives, "remat": run.remat, "batch.blocks": run.batch.blocks}
     fields |= {"batch.micro_batch": run.batch.micro_batch, "batch.micro_batches": run.batch.micro_batches}
     return " ".join([*parts, *(f"--config.{name}={value}" for name, value in fields.items())])
+
+
+def _compiler_note(setting: Setting) -> list[str]:
+    """What a run on this chip must be told as the compiler was here."""
+    if not (options := setting.topology.chip.compiler):
+        return []
+    text = " ".join(f"--{name}={str(value).lower()}" for name, value in options)
+    return [f"compiled with options without which libtpu 0.0.42 aborts on {setting.topology.chip.name}; run with LIBTPU_INIT_ARGS='{text}'"]
 
 
 def _different(setting: Setting, counts: Sequence[int]) -> list[int]:

@@ -36,7 +36,7 @@ class Setting:
       mesh: sizes of data, fsdp and tensor within a slice.
       dtype: of activations and frozen weights.
       embed_clips: clips that the embedding pass encodes together.
-      options: of the compiler.
+      options: of the compiler, beside the chip's.
     """
 
     config: ModelConfig
@@ -159,7 +159,7 @@ def _compiled(program: Program, lowered: jax.stages.Lowered, mesh: Mesh | Abstra
         return program
     start = time.monotonic()
     try:
-        compiled = lowered.compile(compiler_options=dict(setting.options))
+        compiled = lowered.compile(compiler_options={**dict(setting.topology.chip.compiler), **setting.options})
     except jax.errors.JaxRuntimeError as error:
         refusal = read_refusal(
             str(error),

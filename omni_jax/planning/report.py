@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from omni_jax.config import ModelConfig
+from omni_jax.model import abstract_params
 from omni_jax.parallel import batch_shards
 from omni_jax.planning.estimate import UTILISATION, Times, cost, memory_bytes, times
 from omni_jax.planning.hlo import Collective
@@ -40,15 +43,15 @@ def train_record(setting: Setting, program: Program, mesh: Any, utilisation: flo
         "clips_per_device": setting.clips / batch_shards(mesh),
         "operations": {part: dataclasses.asdict(one) | {"total": one.total} for part, one in parts.items()},
         "memory_bytes_per_device": moved,
-        **_collectives(found if program.found is not None else None),
+        **_collectives(found if program.found is not None else None, setting.config),
         "seconds": dataclasses.asdict(spent) | {"bound": spent.bound, "least": spent.least, "expected": spent.expected(utilisation)},
         **_cost(setting, spent, utilisation),
     }
 
 
-def plain_record(program: Program) -> dict[str, Any]:
+def plain_record(setting: Setting, program: Program) -> dict[str, Any]:
     """Returns the JSON record of a program that is not a training step."""
-    return {**_head(program), **_collectives(program.found)}
+    return {**_head(program), **_collectives(program.found, setting.config)}
 
 
 def part_passes(setting: Setting, cached: bool, own_row: bool, trains: frozenset[str]) -> dict[str, int]:
@@ -71,7 +74,7 @@ def _head(program: Program) -> dict[str, Any]:
     }
 
 
-def _collectives(found: Sequence[Collective] | None) -> dict[str, Any]:
+def _collectives(found: Sequence[Collective] | None, config: ModelConfig) -> dict[str, Any]:
     if found is None:
         return {"collectives": None}
     by_kind: dict[str, dict[str, float]] = {}
@@ -84,8 +87,14 @@ def _collectives(found: Sequence[Collective] | None) -> dict[str, Any]:
         "collectives": [dataclasses.asdict(c) | {"moved": c.moved} for c in found],
         "collectives_by_kind": by_kind,
         "largest_collective_bytes": largest.bytes if largest else 0,
-        "large_outside_layers": [dataclasses.asdict(c) for c in found if c.bytes > LARGE and not c.in_loop],
+        "large_outside_layers": [dataclasses.asdict(c) for c in found if c.bytes > LARGE and c.bytes not in _layer_bytes(config)],
     }
+
+
+def _layer_bytes(config: ModelConfig) -> set[int]:
+    """Bytes of each matrix of one layer, in bfloat16 and in float32: what a gather of it brings."""
+    stacked = {math.prod(x.shape[1:]) for path, x in abstract_params(config).items() if "layers" in path and path[-1] == "kernel"}
+    return {size * width for size in stacked for width in (2, 4)}
 
 
 def _cost(setting: Setting, spent: Times, utilisation: float) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def spread(z: jax.Array) -> Metrics:
     z = z / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12)
     rows = z.shape[0]
     total = z.sum(axis=0)
-    cosine = (jnp.vdot(total, total) - jnp.vdot(z, z)) / max(rows * (rows - 1), 1)
+    cosine = (jnp.vdot(total, total) - jnp.vdot(z, z)) / float(max(rows * (rows - 1), 1))
     centred = z - total / rows
     gram = centred @ centred.T
     return {"mean_cosine": cosine, "effective_rank": jnp.square(jnp.trace(gram)) / jnp.maximum(jnp.vdot(gram, gram), 1e-12)}

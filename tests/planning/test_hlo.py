@@ -108,6 +108,37 @@ def test_every_way_of_writing_groups(groups: str, size: int, across: bool):
     assert (found.group, found.across) == (size, across)
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape", "expected"),
+    [
+        ("ALL_REDUCE", "bf16[72,8,128]", Collective("all-reduce", "bf16[72,8,128]", 147456, 2, 1, across=True)),
+        ("ALL_GATHER", "f32[2,256,14]", Collective("all-gather", "f32[2,256,14]", 28672, 2, 1, across=True)),
+        ("ONE_TO_ONE", "f32[4]", Collective("collective-permute", "f32[4]", 16, 2, 1, across=True)),
+    ],
+)
+def test_transfers_between_slices_are_the_hosts(kind: str, shape: str, expected: Collective):
+    """As libtpu 0.0.42 writes them for two slices of v5e: groups within a slice number its own devices, hosts do the rest."""
+    said = (
+        f'_xla_host_transfer_rendezvous="all-reduce.163_0",_xla_megascale_target="{{1,2}}x{{0:255}}",_xla_megascale_transfer_type="{kind}"'
+    )
+    handler = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
+    about = f"is_host_transfer=true, frontend_attributes={{{handler},{said}}}"
+    lines = [
+        "ENTRY %main (x: f32[2]) -> f32[2] {",
+        "  %x = f32[2]{0} parameter(0)",
+        "  %t = token[] after-all()",
+        f"  %send = ({shape}{{2,1,0:T(8,128)(2,1)}}, u32[], token[]) send(%x, %t), channel_id=4, {about}",
+        f"  %recv = ({shape}{{2,1,0:T(8,128)(2,1)}}, u32[], token[]) recv(%t), channel_id=3, {about}",
+        f"  %done = ({shape}{{2,1,0}}, token[]) recv-done(%recv), channel_id=3, is_host_transfer=true",
+        "  %host = (f32[9], u32[], token[]) recv(%t), channel_id=9, is_host_transfer=true",
+        "  ROOT %r = f32[2]{0} all-reduce(%x), replica_groups={{0,1,2,3}}",
+        "}",
+    ]
+    found = collectives("\n".join(lines), devices_per_slice=4)
+    assert [c for c in found if c.across] == [expected]
+    assert [c for c in found if not c.across] == [Collective("all-reduce", "f32[2]", 8, 4, 1)]
+
+
 def test_bytes_of_shapes():
     assert shape_bytes("bf16[2,3]{1,0:T(8,128)(2,1)}") == 12
     assert shape_bytes("(f32[], s32[4], pred[8])") == 4 + 16 + 8
