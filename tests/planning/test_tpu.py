@@ -1,0 +1,84 @@
+"""With libtpu and no TPU: the real programs compile for every kind of chip, and the compiler's word is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omni_jax.cli.config_file import planned_model, read_config
+from omni_jax.cli.main import main
+from omni_jax.planning import plan
+from tests.house import ROOT
+
+pytestmark = pytest.mark.tpu
+
+TINY = str(ROOT / "configs/tiny.py")
+# What trains at 7B, in the types it trains in: less to compile than a whole model from scratch.
+ADAPTER = ("trainable.recipe=adapter", "losses.pairs=cycle", "model.dtype=bfloat16", "remat=layer")
+
+
+def planned(topology: str, *changes: str, programs: tuple[str, ...] = ("train",), count: int = 1, slices: int = 1) -> dict[str, Any]:
+    run = read_config(TINY, [*ADAPTER, *changes])
+    model, _ = planned_model(run.model)
+    return plan.make(plan.Request(run, model, topology, slices), programs, (count,))
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_a_step_compiles_for_every_kind_of_chip(topology: str):
+    made = planned(topology)
+    (step,) = made["programs"]
+    assert step["status"] == "fits" and made["attention"] == "splash"
+    memory = step["memory_gib"]
+    assert 0 < memory["arguments"] < memory["peak"] < memory["limit"]
+    found = step["collectives"]
+    assert {c["kind"] for c in found} >= {"all-gather", "all-to-all"} and {c["group"] for c in found} <= set(range(2, 9))
+    assert not any(c["across"] for c in found)
+    assert step["seconds"]["network"] == 0 < step["seconds"]["interconnect"]
+    assert bool(made["notes"]) == topology.startswith("tpu7x")  # says with which options
+
+
+def test_gradients_cross_slices_and_weights_do_not():
+    made = planned("v5e:2x2", "batch.micro_batches=2", slices=2, count=0)
+    (step,) = made["programs"]
+    across = [c for c in step["collectives"] if c["across"]]
+    assert made["chips"] == 8 and step["status"] == "fits"
+    assert {c["group"] for c in across} == {2} and any(c["kind"] in ("all-reduce", "reduce-scatter") for c in across)
+    assert sum(c["moved"] for c in across) < 0.2 * sum(c["moved"] for c in step["collectives"])
+    assert step["seconds"]["network"] > 0
+
+
+def test_the_embedding_pass_and_the_evaluator_compile():
+    made = planned("v5e:2x2", programs=("embed", "evaluate"))
+    names = {p["program"]: p["status"] for p in made["programs"]}
+    assert {"embed/vision", "embed/audio", "embed/beats", "embed/rows"} < names.keys() and any(n.startswith("evaluate/") for n in names)
+    assert set(names.values()) == {"fits"}
+
+
+def test_the_command_compiles_a_part_of_a_host_and_keeps_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The config as it stands, which the smoke job of a launch trains: float32, everything trains, on one chip."""
+    table, out = tmp_path / "table.json", tmp_path / "sub/plan.json"
+    given = ["--config", TINY, "--topology", "v5e:1x1", "--programs", "train", "--kinds", "0", "--table", str(table), "--json", str(out)]
+    assert main(["compile", *given]) == 0
+    said = capsys.readouterr().out
+    assert "of 15.75 GiB a device at the peak (compiler estimate)" in said and "libtpu is not installed" not in said
+    assert json.loads(out.read_text())["programs"][0]["collectives"] == []
+    (entry,) = json.loads(table.read_text())
+    assert entry["programs"][0]["status"] == "fits" and "| v5e:1x1 | 1 |" in table.with_suffix(".md").read_text()
+
+
+def test_what_does_not_fit_says_what_to_change(capsys: pytest.CaptureFixture[str]):
+    """The 7B step that keeps every residual: refused before any time is spent on it."""
+    given = ["--config", str(ROOT / "configs/omniretriever_7b.py"), "--topology", "v5e:4x4", "--programs", "train", "--kinds", "1"]
+    changes = {"losses.negatives": "global", "remat": "none", "batch.micro_batch": 256, "batch.micro_batches": 1, "batch.blocks": 32}
+    assert main(["compile", *given, *(f"--config.{name}={value}" for name, value in changes.items())]) == 2
+    said = capsys.readouterr().out
+    assert "hard negative audio, alone text+video: out of memory" in said and "GiB where 15.75 are (compiler estimate)" in said
+    assert "change        remat 'none' keeps residuals of every decoder layer: set remat='layer'" in said
+
+
+def test_a_grid_that_the_compiler_does_not_know_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert main(["compile", "--config", TINY, "--topology", "v5e:3x5", "--programs", "train"]) == 2
+    assert "topology v5e:3x5: libtpu refuses it" in capsys.readouterr().err
