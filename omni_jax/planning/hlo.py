@@ -12,6 +12,8 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast", "ragged-all-to-all")
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
 BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
@@ -23,6 +25,7 @@ _INSTRUCTION = re.compile(
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_MESH = re.compile(r"replica_groups=mesh\[(?P<axes>[^\]]*)\](?:, device_ids=\((?P<ids>[^)]*\)?)\))? \{(?P<used>[^}]*)\}")
 _BETWEEN = re.compile(r'_xla_megascale_target="\{([\d,:]*)\}.*?_xla_megascale_transfer_type="(\w+)"')
 
 
@@ -153,23 +156,15 @@ def _group(rest: str, per_slice: int) -> tuple[int, bool]:
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
         moves = [tuple(map(int, p.split(","))) for p in re.findall(r"\{?(\d+,\d+)\}?", pairs[1])]
         return len(moves), any(per_slice and a // per_slice != b // per_slice for a, b in moves)
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-        used = re.findall(r"'([^']+)'", mesh[2])
-        group = math.prod(sizes[name] for name in used)
-        # The last axes vary fastest: a group reaches as far as its first axis does.
-        names = list(sizes)
-        reach = math.prod(sizes[n] for n in names[min((names.index(n) for n in used), default=len(names)) :])
-        return group, bool(per_slice) and reach > per_slice
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](T\(([\d,]+)\))?", rest):
-        groups, size = int(iota[1]), int(iota[2])
-        order = _iota([int(n) for n in iota[3].split(",")], [int(n) for n in iota[5].split(",")] if iota[5] else None)
-        parts = [order[g * size : (g + 1) * size] for g in range(groups)]
-        return size, any(per_slice and len({d // per_slice for d in part}) > 1 for part in parts)
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        first = [int(n) for n in listed[1].split(",")]
-        return len(first), bool(per_slice) and len({d // per_slice for d in first}) > 1
-    return 1, False
+    if mesh := _MESH.search(rest):
+        parts = _mesh_groups(mesh["axes"], mesh["ids"], mesh["used"])
+    elif iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        parts = _iota(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2]))
+    elif listed := re.search(r"replica_groups=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}", rest):
+        parts = [np.array([int(n) for n in part.split(",")]) for part in re.findall(r"\{([\d,]+)\}", listed[1])]
+    else:
+        return 1, False
+    return len(parts[0]), bool(per_slice) and any(len(set(part // per_slice)) > 1 for part in parts)
 
 
 def _members(text: str) -> int:
@@ -178,15 +173,33 @@ def _members(text: str) -> int:
     return sum(end[-1] - end[0] + 1 for end in ends)
 
 
-def _iota(sizes: list[int], permutation: list[int] | None) -> list[int]:
-    total = math.prod(sizes)
-    if permutation is None:
-        return list(range(total))
-    strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
-    order = [0]
-    for axis in permutation:
-        order = [base + step * strides[axis] for base in order for step in range(sizes[axis])]
-    return order
+def _iota(sizes: str, permutation: str | None) -> np.ndarray:
+    """Numbers from 0 in an array of these sizes, with its axes exchanged."""
+    lengths = [int(n) for n in sizes.split(",")]
+    order = np.arange(math.prod(lengths)).reshape(lengths)
+    return order.transpose([int(n) for n in permutation.split(",")]) if permutation else order
+
+
+def _mesh_groups(axes: str, ids: str | None, used: str) -> np.ndarray:
+    """Groups (groups, devices) along axes of a mesh.
+
+    Written as sizes "'a'=2,'b'=4", the devices where they are not in order "[2,4]T(1,0)", and axes "'b'" or parts of them "'b':(1)2".
+    """
+    names, lengths = zip(*((name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)), strict=True)
+    iota = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", ids or "")
+    devices = _iota(iota[1], iota[2]) if iota else np.arange(math.prod(lengths))
+    whole = dict(zip(names, lengths, strict=True))
+    named = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", used)
+    chosen = {name: (int(before or 1), int(size or whole[name])) for name, before, size in named}
+    shape: list[int] = []
+    along: list[int] = []
+    for name, length in zip(names, lengths, strict=True):
+        before, size = chosen.get(name, (1, 1))
+        along += [len(shape) + 1] if name in chosen else []
+        shape += [before, size, length // (before * size)]
+    rest = [i for i in range(len(shape)) if i not in along]
+    group = math.prod(shape[i] for i in along)
+    return devices.reshape(shape).transpose([*rest, *along]).reshape(-1, group)
 
 
 def _source(rest: str) -> str:

@@ -93,7 +93,14 @@ def test_collectives_across_slices_are_told_apart():
         ("replica_groups=[4,2]<=[2,4]T(1,0)", 2, True),
         ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 4, False),
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}", 2, True),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", 4, False),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", 2, True),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([8]) {'a','b'}", 8, True),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}", 2, True),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}", 2, False),
         ("replica_groups={{0,4},{1,5}}", 2, True),
+        ("replica_groups={{0,1},{3,4}}", 2, True),
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4, False),
     ],
 )
 def test_every_way_of_writing_groups(groups: str, size: int, across: bool):

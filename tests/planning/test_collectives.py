@@ -1,0 +1,119 @@
+"""The collectives of the tiny step on eight devices, all of them; and slices, which change where numbers cross and not what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from omni_jax.parallel import make_mesh
+from omni_jax.planning.abstract import abstract_batch, abstract_state
+from omni_jax.planning.hlo import Collective, collectives
+from omni_jax.train import LossConfig, TrainStep, place_batch, step_kind
+from omni_jax.types import BatchShapes
+from tests.tolerances import assert_close
+from tests.train.random_batches import CHUNKS, FBANK, MODEL, PARAMS, QUICK, STEPS, batch, recipe
+
+# Three layers: the fusion head's weight (192, 64) has a shape of its own.
+DEEPER = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, num_layers=3))
+
+# Shape -> runs. Each matrix is gathered for each pass over its layers: towers once; in the decoder forward, and again where the backward
+# pass computes a layer anew and passes gradients on.
+WEIGHTS = {
+    # Vision: patches, 2 layers of q, k, v, proj (with the audio tower's 2 x 4), gate and up, down; merger.
+    "f32[216,32]": 1,
+    "f32[32,32]": 16,
+    "f32[32,24]": 4,
+    "f32[24,32]": 2,
+    "f32[128,128]": 1,
+    "f32[128,64]": 1,
+    # Audio: convolutions (3 x 20 and 3 x 32 inputs), fc1, fc2, proj.
+    "f32[60,32]": 1,
+    "f32[96,32]": 1,
+    "f32[32,40]": 2,
+    "f32[40,32]": 2,
+    "f32[32,64]": 1,
+    # BEATs: patches, projection, 2 layers of q, k, v, out, fc1, fc2.
+    "f32[256,24]": 1,
+    "f32[24,48]": 1,
+    "f32[48,48]": 8,
+    "f32[48,32]": 2,
+    "f32[32,48]": 2,
+    # Decoder, 3 layers: q and o (and the second map of bridge and head), k and v, gate and up, down, and LoRA's A of q, k, v.
+    "f32[64,64]": 19,
+    "f32[64,32]": 18,
+    "f32[64,48]": 18,
+    "f32[48,64]": 9,
+    "f32[64,3]": 27,
+    # Biases and scales of the towers.
+    "f32[32]": 10,
+    "f32[48]": 5,
+    "f32[64]": 3,
+}
+ACTIVATIONS = {
+    # What the hard negative exchanges within its block, Whisper tokens and BEATs features; row numbers; the convolved BEATs positions.
+    "f32[1,8,1,14,64]": 1,
+    "f32[1,8,1,9,48]": 1,
+    "f32[8,14,64]": 1,
+    "f32[16,9,48]": 1,
+    "s32[1,8,1,64]": 1,
+    "s32[1,8,3,64]": 1,
+    # Embeddings of the batch, three of each clip or one, and what the losses make of them.
+    "f32[24,64]": 2,
+    "f32[8,64]": 4,
+    "f32[8,8]": 4,
+    "f32[8]": 2,
+}
+
+
+def found_on(mesh: Mesh, per_slice: int = 0) -> list[Collective]:
+    step = TrainStep(DEEPER, recipe(), dtype=jnp.float32, mesh=mesh, compiler_options=QUICK)
+    kind, shapes = step_kind(1, step.config.losses), BatchShapes(STEPS, 24, CHUNKS, FBANK, row_tokens=64)
+    made = abstract_batch(DEEPER, kind, shapes, clips=8, micro_batches=1, mesh=mesh)
+    return collectives(step.lower(*abstract_state(step, DEEPER, jnp.float32), made).compile().as_text() or "", per_slice)
+
+
+def test_the_step_gathers_what_it_must_and_never_the_fusion_head():
+    found = found_on(make_mesh())
+    runs: dict[str, Counter[str]] = {}
+    for c in found:
+        runs.setdefault(c.kind, Counter())[c.shape] += c.runs
+    assert runs.keys() == {"all-gather", "all-reduce", "all-to-all"} and {c.group for c in found} == {8}
+    assert dict(runs["all-gather"]) == WEIGHTS | ACTIVATIONS
+    assert {kind: sum(shapes.values()) for kind, shapes in runs.items() if kind != "all-gather"} == {"all-reduce": 21, "all-to-all": 13}
+    fused = 3 * 64
+    assert not any(f"{fused},64]" in shape or f"[8,{fused}]" in shape for shapes in runs.values() for shape in shapes)
+
+
+def test_weights_are_gathered_within_a_slice():
+    found = found_on(make_mesh(slices=2), per_slice=4)
+    across = Counter(c.shape for c in found if c.across and c.kind == "all-gather")
+    within = Counter(c.shape for c in found if not c.across and c.kind == "all-gather")
+    layers = {"f32[64,64]", "f32[64,32]", "f32[64,48]", "f32[48,64]", "f32[32,32]", "f32[48,48]"}
+    assert layers <= within.keys() and not layers & across.keys()
+    assert any(c.across and c.kind == "all-reduce" for c in found)  # gradients
+    assert {c.group for c in found if not c.across} == {4}
+
+
+def test_two_slices_of_four_give_the_losses_of_one_of_eight():
+    losses = LossConfig(negatives="global", temperature=0.2)
+
+    def run(mesh: Mesh) -> list[dict[str, jax.Array]]:
+        step = TrainStep(MODEL, recipe(), dtype=jnp.float32, mesh=mesh, compiler_options=QUICK)
+        state, frozen = step.init(PARAMS)
+        rows = []
+        for update in (0, 3):
+            made = place_batch(batch(losses, update, micro=2, clips=16, seed=update), mesh)
+            state, metrics = step(state, frozen, made)
+            rows.append(jax.device_get(metrics))
+        return rows
+
+    one, two = run(make_mesh()), run(make_mesh(slices=2))
+    for got, want in zip(two, one, strict=True):
+        assert got.keys() == want.keys()
+        for name in ("loss", "L_T", "L_D", "L_A"):
+            assert_close(got[name], want[name], "update_loss")
+        assert_close(got["grad_norm"], want["grad_norm"], "gradient_norm")
