@@ -161,6 +161,8 @@ class _Pool:
             self._end(child)
 
     def _start(self) -> _Child:
+        if self._closing:
+            raise RuntimeError("no process is started for a pool that closes")
         try:
             child = _Child()
         except OSError as error:
@@ -189,15 +191,23 @@ def _guarded_call(
     child: _Child | None, start: Callable[[], _Child], end: Callable[[_Child | None], None], item: Any, name: str, timeout_s: float
 ) -> tuple[_Child | None, Any]:
     """Returns the child that goes on living, or None, and what the item gave: a result, or a ClipError that says why there is none."""
-    try:
-        child = child or start()
-        return child, child.call(item, name, timeout_s)
-    except TimeoutError:
-        why = f"decoding took longer than {timeout_s:g} s and was stopped; re-encode the file or raise --timeout"
-    except (EOFError, OSError):
-        ending = child.ending() if child else "did not start"
-        why = f"the decoding process {ending}; the file is damaged or needs more memory than there is: re-encode it"
-    end(child)
+    why = ""
+    for _ in range(2):
+        try:
+            child = child or start()
+            return child, child.call(item, name, timeout_s)
+        except TimeoutError:
+            why = f"decoding took longer than {timeout_s:g} s and was stopped; re-encode the file or raise --timeout"
+            again = False
+        except (EOFError, OSError):
+            ending = child.ending() if child else "did not start"
+            why = f"the decoding process {ending}; the file is damaged or needs more memory than there is: re-encode it"
+            # No file sends SIGKILL: somebody did, or the kernel for want of memory, perhaps another process's. Once more, then.
+            again = child is not None and child.process.returncode == -signal.SIGKILL
+        end(child)
+        child = None
+        if not again:
+            break
     return None, ClipError(f"{name}: {why}")
 
 

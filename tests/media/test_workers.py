@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from omni_jax.media.workers import run_guarded
+from omni_jax.media.workers import Guarded, run_guarded
 from omni_jax.types import ClipError, InputError
 from tests.media import worker_functions as functions
 
@@ -94,6 +94,12 @@ def test_a_process_that_dies_costs_its_item_only(what: str, words: str) -> None:
         assert words in str(error)
 
 
+def test_an_item_whose_process_was_killed_from_outside_is_tried_again(tmp_path: Path) -> None:
+    items = [f"killed once:{tmp_path / name}" for name in ("x", "y")]
+    assert [result for _, result in run_guarded(functions.misbehave, items, 1, 60)] == items
+    assert Guarded(functions.misbehave, 60)(f"killed once:{tmp_path / 'z'}", "z") == f"killed once:{tmp_path / 'z'}"
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_whatever_is_raised_becomes_one_line(workers: int) -> None:
     items = ["clip error", "input error", "memory", "bug", "fine"]
@@ -145,7 +151,7 @@ def test_closing_early_ends_hung_children() -> None:
 SCRIPT = """
     import sys
     import tests.media.worker_functions as functions
-    from omni_jax.media.workers import run_guarded
+    from omni_jax.media.workers import Guarded, run_guarded
     print("started", flush=True)  # no guard before this: children must not run this file
     for _ in run_guarded(functions.note_and_wait, [sys.argv[1]] * 2, 2, {limit}):
         pass

@@ -46,6 +46,9 @@ def misbehave(what: str) -> str:
         ctypes.string_at(0)
     if what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if what.startswith("killed once:") and not Path(what[12:]).exists():  # as by the kernel, for the memory that others took
+        Path(what[12:]).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
     if what == "exit":
         os._exit(3)
     if what == "clip error":
