@@ -33,7 +33,7 @@ from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.lock import run_lock
 from omni_jax.train.loop import Row, Surroundings, train
 from omni_jax.train.lora import fresh_lora
-from omni_jax.train.metrics import metrics_writer
+from omni_jax.train.metrics import evaluated, metrics_writer
 from omni_jax.train.workdir import BASE, CHECKPOINTS, WorkdirConfig, claim
 from omni_jax.types import InputError
 
@@ -117,7 +117,14 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
         if run.evaluation.manifest:
             evaluator = Evaluator(run, folder, tokenizer, model, frozen, mesh, watcher.tell, watcher.stopping)
         watcher.begin(start, total, run.batch.clips)
-        around = Surroundings(row=row, tell=watcher.tell, update=watcher.update, stopping=watcher.stopping, evaluate=evaluator)
+        around = Surroundings(
+            row=row,
+            tell=watcher.tell,
+            update=watcher.update,
+            stopping=watcher.stopping,
+            evaluate=evaluator,
+            evaluated=lambda number: writer is not None and evaluated(folder, number),  # process 0 says it for all
+        )
         state = train(step, state, frozen, mesh=mesh, run=run, total=total, data=data, checkpoints=checkpoints, around=around)
         return Outcome(int(state.step), total)
 

@@ -58,6 +58,7 @@ class Surroundings:
       update: called with (updates made, metrics) after every update, for a progress display.
       stopping: whether the run should save and leave.
       evaluate: (updates made, trainable arrays) -> figures by name; None evaluates nothing.
+      evaluated: whether the figures after so many updates are there already; asked for the update where a run that goes on begins.
     """
 
     row: Callable[[int, Row], None]
@@ -65,6 +66,7 @@ class Surroundings:
     update: Callable[[int, Row], None]
     stopping: Callable[[], bool]
     evaluate: Callable[[int, Arrays], Mapping[str, float] | None] | None = None
+    evaluated: Callable[[int], bool] = lambda number: True
 
 
 def train(
@@ -90,7 +92,12 @@ def train(
     watch = Watch(run.stop, around.tell)
     pending: _Pending | None = None
     began = time.monotonic()
-    if start == total or any_process(around.stopping()):
+    stopped = any_process(around.stopping())
+    due = start > 0 and (start == total or (run.evaluation.every > 0 and start % run.evaluation.every == 0))
+    if due and not stopped and around.evaluate is not None and not any_process(around.evaluated(start)):
+        _evaluate(start, state, around)  # a run that was killed in the midst of it had saved before
+        began = time.monotonic()
+    if start == total or stopped:
         checkpoints.save(state)
         checkpoints.wait()
         return state

@@ -94,6 +94,13 @@ def metrics_writer(workdir: epath.PathLike, start: int) -> interface.MetricWrite
     return MultiWriter([JsonlWriter(folder / JSONL, start), TensorBoardWriter(folder / TENSORBOARD, start)])
 
 
+def evaluated(workdir: epath.PathLike, number: int) -> bool:
+    """Whether the metrics of a workdir hold a row of the evaluation after `number` updates."""
+    path = epath.Path(workdir) / JSONL
+    lines = path.read_text().splitlines() if path.exists() else []
+    return any("loss" not in json.loads(line) for line in lines if _step(line) == number)
+
+
 def _step(line: str) -> float:
     """Returns the update of a row, infinity for a line that was cut off."""
     try:

@@ -18,7 +18,7 @@ from configs import tiny
 from omni_jax.train import RunConfig, TrainState
 from omni_jax.train.checkpoint import Checkpoints, steps_of
 from omni_jax.train.loop import Row, Surroundings, train
-from omni_jax.train.metrics import metrics_writer
+from omni_jax.train.metrics import evaluated, metrics_writer
 from omni_jax.types import InputError
 from tests.train.states import assert_equal, state
 
@@ -84,9 +84,9 @@ class Step:
 class World:
     """A workdir with everything around a loop, and what the loop said."""
 
-    def __init__(self, folder: Path, stop_after: int | None = None):
+    def __init__(self, folder: Path, stop_after: int | None = None, killed_evaluating: int | None = None):
         self.folder, self.lines, self.seen, self.evaluated = folder, [], [], []
-        self._stop_after = stop_after
+        self._stop_after, self._killed_evaluating = stop_after, killed_evaluating
 
     def run(self, step: Step, total: int = 7, run: RunConfig = RUN, data: Numbers | None = None, evaluates: bool = False) -> TrainState:
         checkpoints = Checkpoints(self.folder / "checkpoints", run.checkpoint.keep)
@@ -95,6 +95,8 @@ class World:
 
         def evaluate(number: int, trainable: Any) -> dict[str, float]:
             self.evaluated.append(number)
+            if number == self._killed_evaluating:
+                raise KeyboardInterrupt
             return {"AVG-all": float(trainable["bridge/norm/scale"][0])}
 
         def update(number: int, row: Row) -> None:
@@ -106,6 +108,7 @@ class World:
             update=update,
             stopping=lambda: self._stop_after is not None and len(self.seen) >= self._stop_after,
             evaluate=evaluate if evaluates else None,
+            evaluated=lambda number: evaluated(self.folder, number),
         )
         try:
             data = data or Numbers()
@@ -145,6 +148,19 @@ def test_a_run_that_was_stopped_goes_on_and_has_each_row_once(tmp_path: Path) ->
     board = EventAccumulator(str(tmp_path / "a" / "tensorboard"))
     board.Reload()
     assert [event.step for event in board.Scalars("loss")] == list(range(1, 8))
+
+
+@pytest.mark.parametrize("number", [4, 7])
+def test_an_evaluation_in_which_a_run_was_killed_is_made_when_it_goes_on(tmp_path: Path, number: int) -> None:
+    run = dataclasses.replace(RUN, evaluation=dataclasses.replace(RUN.evaluation, every=2))
+    with pytest.raises(KeyboardInterrupt):
+        World(tmp_path, killed_evaluating=number).run(Step(), run=run, evaluates=True)
+    again = World(tmp_path)
+    again.run(Step(), run=run, evaluates=True)
+    assert again.evaluated == [n for n in (2, 4, 6, 7) if n >= number]
+    assert [row["step"] for row in again.rows() if "eval/AVG-all" in row] == [2, 4, 6, 7]
+    World(tmp_path).run(Step(), run=run, evaluates=True)
+    assert [row["step"] for row in again.rows() if "eval/AVG-all" in row] == [2, 4, 6, 7]
 
 
 def test_a_stop_before_the_first_update_saves(tmp_path: Path) -> None:
