@@ -1,32 +1,40 @@
-"""Part `training`: SIGKILL at random moments of one run, two runs on one workdir, a full disk.
+"""Part `training`: SIGKILL at chosen moments of one run, of its data workers, of one of two processes; stops; two runs on one workdir.
 
-The run always goes on by itself from its newest whole checkpoint, and its losses and final trainables are those of a run that nobody
-disturbed, bit for bit.
+The run always goes on by itself from its newest whole checkpoint, and its losses, evaluations and final trainables are those of a run that
+nobody disturbed, bit for bit. What a full disk does is in training_faults.py.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
-import os
-import resource
 import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
+from omni_jax.cli.status import INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.train.checkpoint import read_trainable, steps_of
-from tests.torture import commands
+from tests.torture import commands, training_faults
 from tests.torture.outcome import Clock, Outcome
 from tests.train import tiny_run
 
 KILLS = 30
 STEPS = 120
-SMALL_FILE = 20_000  # bytes: no array file of a checkpoint fits
+EVALUATED = 10  # updates between evaluations
+SAVED = 3  # and between saves
+LEAVE_S = 10.0  # a second Ctrl-C ends a run within, on a busy machine
+# Moments of a kill, in turn: somewhere in the start, some updates on, in a save, in an evaluation.
+MOMENTS = ("start", "update", "save", "evaluation", "update")
+# What else is done to the run on the way, one of them after every few kills.
+OTHERS = ("worker", "ctrl-c", "worker", "sigterm", "twice")
 
 
 def run(seed: int, minutes: float, *, kills: int = KILLS, steps: int = STEPS) -> Outcome:
@@ -37,116 +45,209 @@ def run(seed: int, minutes: float, *, kills: int = KILLS, steps: int = STEPS) ->
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         config = tiny_run.make_files(folder)
-        environment = tiny_run.environment(folder / "cache")
-        changes: dict[str, Any] = {"steps": steps, "checkpoint__every": 3, "evaluation__every": 20, "data__workers": 1}
+        around = tiny_run.environment(folder / "cache")
+        changes: dict[str, Any] = {"steps": steps, "checkpoint__every": SAVED, "evaluation__every": EVALUATED, "data__workers": 1}
 
-        def command(name: str) -> list[str]:
-            return tiny_run.command(config, folder / name, **changes)
+        def command(name: str, *flags: str, **other: Any) -> list[str]:
+            return tiny_run.command(config, folder / name, *flags, **{**changes, **other})
 
-        tiny_run.finish(command("calm"), environment)
-        start = time.monotonic()
-        tiny_run.finish(tiny_run.command(config, folder / "short", **{**changes, "steps": 1}), environment)
-        begins = time.monotonic() - start  # seconds until the first update, about
-        killed = where = 0
-        while killed < kills and clock.left > 4 * begins:
-            process = tiny_run.start(command("disturbed"), environment)
-            # A third anywhere in the start, the others some updates on: in steps, saves, evaluations and data workers.
-            if rng.random() < 0.33:
-                _wait(process, float(rng.uniform(0, begins)))
-            else:
-                _wait_for_rows(process, folder / "disturbed", where + int(rng.integers(1, max(2, 2 * steps // kills))))
-                _wait(process, float(rng.uniform(0, 0.2)))
-            if process.poll() is not None:
-                said = process.communicate()[0]
-                outcome.expect(process.returncode == 0, f"the run ended by itself with status {process.returncode}: {said[-300:]}")
-                break
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            killed += 1
-            where = max(_rows(folder / "disturbed"), default=0)
-        process = tiny_run.start(command("disturbed"), environment)
-        said = process.communicate(timeout=commands.LIMIT_S)[0]
-        outcome.expect(process.returncode == 0, f"the run did not end after {killed} kills: {said[-300:]}")
-        outcome.tried.append(("SIGKILLs of one run, in its start, steps, saves, evaluations and data workers", killed))
+        tiny_run.finish(command("calm"), around)
+        disturbed = _Run(command("disturbed"), folder / "disturbed", around, steps, kills, rng)
+        disturbed.begins = _begins(command("short", steps=1), around)
+        # The last two tenths of the time are for what comes after.
+        while sum(disturbed.killed.values()) < kills and clock.left > 0.2 * 60 * minutes and not disturbed.ended:
+            disturbed.disturb(outcome)
+        disturbed.finish(outcome)
+        killed = sum(disturbed.killed.values())
+        outcome.tried.append(("SIGKILLs of one run", killed))
+        outcome.tried += [(f"  in its {name}", disturbed.killed[name]) for name in sorted(disturbed.killed)]
+        outcome.tried += [(f"the same run: {OTHER_NAMES[name]}", n) for name, n in sorted(disturbed.others.items())]
+        if killed < kills:
+            outcome.notes.append(f"out of time: {killed} of {kills} kills")
         compare(outcome, folder / "calm", folder / "disturbed", steps)
         outcome.expect(killed >= min(kills, 5), f"only {killed} kills in the time given")
-        _two_at_once(outcome, command("twice"), environment)
-        _full_disk(outcome, folder / "full", command("full"), environment)
+        training_faults.two_at_once(outcome, command("twice", steps=9), around)
+        training_faults.full_disk(outcome, folder / "full", command("full", steps=30), around)
+        if clock.left > 0 or minutes >= 5:
+            training_faults.one_of_two(outcome, folder, command, folder / "cache", rng, compare)
+        else:
+            outcome.notes.append("out of time: no run of two processes")
     outcome.seconds = clock.spent
     return outcome
 
 
-def compare(outcome: Outcome, calm: Path, disturbed: Path, steps: int) -> None:
-    """Holds losses and final trainables of two workdirs together."""
-    want, found = _rows(calm), _rows(disturbed)
-    outcome.expect(sorted(want) == list(range(1, steps + 1)), f"the undisturbed run has rows for {len(want)} of {steps} updates")
+OTHER_NAMES = {
+    "worker": "SIGKILLs of its data worker, which it replaces",
+    "ctrl-c": "Ctrl-C, which saves and leaves",
+    "sigterm": "SIGTERM, which saves and leaves",
+    "twice": "Ctrl-C twice, which leaves at once",
+}
+
+
+class _Run:
+    """A run that is disturbed again and again.
+
+    Attributes:
+      begins: seconds until its first update, about.
+      killed: moment -> kills that came then.
+      others: what else was done -> times.
+      ended: whether it has come to its end.
+    """
+
+    def __init__(self, command: list[str], workdir: Path, around: dict[str, str], steps: int, kills: int, rng: np.random.Generator) -> None:
+        self._command, self._workdir, self._around, self._rng = command, workdir, around, rng
+        self._steps, self._pace = steps, max(1, steps // (kills + kills // 3))
+        self._turn = 0
+        self.begins, self.ended = 10.0, False
+        self.killed: collections.Counter[str] = collections.Counter()
+        self.others: collections.Counter[str] = collections.Counter()
+
+    def disturb(self, outcome: Outcome) -> None:
+        """Starts the run, does the next thing to it, and looks at how it ended."""
+        turn, self._turn = self._turn, self._turn + 1
+        if turn % 5 == 3:
+            return self._stop(outcome, OTHERS[turn // 5 % len(OTHERS)])
+        kind = MOMENTS[turn % len(MOMENTS)]
+        process = tiny_run.start(self._command, self._around)
+        reached = self._reach(process, kind)
+        moment = self._moment() if reached else kind
+        process.send_signal(signal.SIGKILL)
+        said = process.communicate()[0]
+        if process.returncode == -signal.SIGKILL:
+            self.killed[moment if kind != "start" else kind] += 1
+        else:
+            outcome.expect(process.returncode == 0, f"the run ended by itself with status {process.returncode}: {said[-300:]}")
+            self.ended = True
+
+    def finish(self, outcome: Outcome) -> None:
+        """Lets the run come to its end."""
+        process = tiny_run.start(self._command, self._around)
+        said = process.communicate(timeout=commands.LIMIT_S)[0]
+        outcome.expect(process.returncode == 0, f"the run did not end after {sum(self.killed.values())} kills: {said[-300:]}")
+
+    def _reach(self, process: subprocess.Popen[str], kind: str) -> bool:
+        """Waits for a moment; returns whether the process lives then."""
+        at = newest_row(self._workdir)
+        if kind == "start":
+            wait(process, float(self._rng.uniform(0, self.begins)))
+        elif kind == "save":
+            goal = steps_of(self._workdir / "checkpoints")[-1:] or [0]
+            wait_until(process, lambda: newest_row(self._workdir) > goal[0] and saving(self._workdir))
+            wait(process, float(self._rng.uniform(0, 0.05)))
+        elif kind == "evaluation":
+            goal = [min((at // EVALUATED + 1) * EVALUATED, self._steps)]
+            wait_until(process, lambda: newest_row(self._workdir) >= goal[0])
+            wait(process, float(self._rng.uniform(0, 0.5)))
+        else:
+            goal = [at + int(self._rng.integers(1, 1 + 2 * self._pace))]
+            wait_until(process, lambda: newest_row(self._workdir) >= goal[0])
+            wait(process, float(self._rng.uniform(0, 0.2)))
+        return process.poll() is None
+
+    def _moment(self) -> str:
+        """Returns in what the run is, by what lies in its workdir."""
+        row = newest_row(self._workdir)
+        if row and row % EVALUATED == 0 and not evaluated(self._workdir, row):
+            return "evaluation"
+        return "save" if saving(self._workdir) else "update"
+
+    def _stop(self, outcome: Outcome, what: str) -> None:
+        process = tiny_run.start(self._command, self._around)
+        if not self._reach(process, "update"):
+            said = process.communicate()[0]
+            outcome.expect(process.returncode == 0, f"the run ended by itself with status {process.returncode}: {said[-300:]}")
+            self.ended = True
+            return
+        if what == "worker":
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if "resource_tracker" not in " ".join(child.cmdline()):
+                        child.kill()
+                        self.others[what] += 1
+            at = newest_row(self._workdir)
+            wait_until(process, lambda: newest_row(self._workdir) > at + 2)
+            process.send_signal(signal.SIGTERM)
+            right: tuple[int, ...] = (STOPPED_AND_SAVED, 0)
+        elif what == "sigterm":
+            process.send_signal(signal.SIGTERM)
+            right = (STOPPED_AND_SAVED, 0)
+            self.others[what] += 1
+        else:
+            process.send_signal(signal.SIGINT)
+            right = (INTERRUPTED, 0)
+            self.others[what] += 1
+            if what == "twice":
+                wait(process, 0.3)
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGINT)
+        signalled = time.monotonic()
+        said = process.communicate(timeout=commands.LIMIT_S)[0]
+        outcome.expect(process.returncode in right, f"{what}: status {process.returncode}: {said[-300:]}")
+        if what == "twice":
+            outcome.expect(time.monotonic() - signalled < LEAVE_S, f"Ctrl-C twice: it took {time.monotonic() - signalled:.1f} s to leave")
+        elif process.returncode:
+            kept = steps_of(self._workdir / "checkpoints")
+            saved = f"{kept[-1] if kept else 0} of {self._steps} updates are saved"
+            outcome.expect(saved in said, f"{what}: it does not say {saved!r}: {said[-300:]}")
+
+
+def compare(outcome: Outcome, calm: Path, disturbed: Path, steps: int, what: str = "") -> None:
+    """Holds losses, evaluations and final trainables of two workdirs together."""
+    want, found = rows(calm), rows(disturbed)
+    outcome.expect(sorted(want) == list(range(1, steps + 1)), f"the undisturbed run{what} has rows for {len(want)} of {steps} updates")
     differ = [n for n in want if found.get(n) != want[n]]
-    outcome.expect(not differ, f"other losses at updates {differ[:5]}: {[(want[n], found.get(n)) for n in differ[:2]]}")
+    outcome.expect(not differ, f"other losses{what} at updates {differ[:5]}: {[(want[n], found.get(n)) for n in differ[:2]]}")
+    want, found = rows(calm, evaluations=True), rows(disturbed, evaluations=True)
+    differ = [n for n in want if found.get(n) != want[n]]
+    outcome.expect(not differ, f"other evaluations{what} after updates {differ}, or none")
+    outcome.expect(bool(steps_of(disturbed / "checkpoints")[-1:] == [steps]), f"no checkpoint{what} of the last update")
     arrays = [read_trainable(folder / "checkpoints", steps) for folder in (calm, disturbed)]
     bits = [name for name, x in arrays[0].items() if not np.array_equal(x.view(np.uint8), arrays[1][name].view(np.uint8))]
-    outcome.expect(not bits and arrays[0].keys() == arrays[1].keys(), f"other bits in {len(bits)} trainables: {bits[:3]}")
-    outcome.tried.append(("updates whose losses were compared bit for bit", len(want)))
-    outcome.tried.append(("trainables compared bit for bit at the end", len(arrays[0])))
+    outcome.expect(not bits and arrays[0].keys() == arrays[1].keys(), f"other bits{what} in {len(bits)} trainables: {bits[:3]}")
+    outcome.tried.append((f"updates whose losses were compared bit for bit{what}", len(rows(calm))))
+    outcome.tried += [(f"evaluations compared bit for bit{what}", len(want))] if want else []
+    outcome.tried.append((f"trainables compared bit for bit at the end{what}", len(arrays[0])))
 
 
-def _rows(workdir: Path) -> dict[int, list[float]]:
-    """Returns update -> its losses; where a run made an update again after a kill, the later row."""
-    rows = {}
+def rows(workdir: Path, evaluations: bool = False) -> dict[int, dict[str, float]]:
+    """Returns update -> its losses, or its evaluation; where a run made an update again after a kill, the later row."""
+    found = {}
     with contextlib.suppress(FileNotFoundError):
         for line in (workdir / "metrics.jsonl").read_text().splitlines():
             with contextlib.suppress(ValueError):  # the last line of a killed process may be cut
                 row = json.loads(line)
-                if "loss" in row:
-                    rows[int(row["step"])] = [row.get(name) for name in ("loss", "L_T", "L_D", "L_A", "grad_norm")]
-    return rows
+                if ("loss" not in row) == evaluations:
+                    found[int(row["step"])] = {name: value for name, value in row.items() if name != "clips_per_second"}
+    return found
 
 
-def _wait(process: subprocess.Popen[str], seconds: float) -> None:
+def newest_row(workdir: Path) -> int:
+    return max(rows(workdir), default=0)
+
+
+def evaluated(workdir: Path, number: int) -> bool:
+    return number in rows(workdir, evaluations=True)
+
+
+def saving(workdir: Path) -> bool:
+    """Whether a checkpoint is being written."""
+    return any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+
+def wait(process: subprocess.Popen[str], seconds: float) -> None:
+    """Waits, but not beyond the end of a process."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
 
 
-def _wait_for_rows(process: subprocess.Popen[str], workdir: Path, update: int) -> None:
-    deadline = time.monotonic() + 300
-    while process.poll() is None and max(_rows(workdir), default=0) < update and time.monotonic() < deadline:
-        time.sleep(0.02)
+def wait_until(process: subprocess.Popen[str], what: Callable[[], bool], seconds: float = 300) -> None:
+    """Waits until `what` holds, the process ends or the time is over."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and not what() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
-def _two_at_once(outcome: Outcome, command: list[str], environment: dict[str, str]) -> None:
-    pair = [tiny_run.start(command, environment) for _ in range(2)]
-    ended = [(process.communicate(timeout=commands.LIMIT_S)[0], process.returncode) for process in pair]
-    refused = [said for said, status in ended if status == 2]
-    outcome.expect(sorted(status for _, status in ended) == [0, 2], f"two runs on one workdir: {[status for _, status in ended]}")
-    outcome.expect(all("another run is training here" in said for said in refused), f"two runs on one workdir: {refused}")
-    outcome.tried.append(("pairs of runs on one workdir", 1))
-
-
-def _full_disk(outcome: Outcome, workdir: Path, command: list[str], environment: dict[str, str]) -> None:
-    """A limit on the size of files stands for a full disk, also for root, whom permissions do not stop."""
-    process = tiny_run.start(command, environment)
-    deadline = time.monotonic() + 300
-    while process.poll() is None and len(steps_of(workdir / "checkpoints")) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    before = steps_of(workdir / "checkpoints")
-    limited = subprocess.Popen(
-        command,
-        env=environment,
-        cwd=commands.ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, SMALL_FILE)),
-    )
-    said = limited.communicate(timeout=commands.LIMIT_S)[0]
-    last = said.strip().splitlines()[-1] if said.strip() else ""
-    outcome.expect(limited.returncode == 2 and last.startswith("omni-jax: "), f"full disk: status {limited.returncode}, {said[-400:]!r}")
-    outcome.expect(steps_of(workdir / "checkpoints")[-1:] >= before[-1:], "full disk: the checkpoint before it is gone")
-    again = tiny_run.start(command, environment)
-    said = again.communicate(timeout=commands.LIMIT_S)[0]
-    outcome.expect(
-        again.returncode == 0 and "going on after update" in said, f"after a full disk: status {again.returncode}, {said[-300:]!r}"
-    )
-    outcome.tried.append(("runs whose disk was full during a save, gone on with afterwards", 1))
-    outcome.notes.append(f"a full disk says: {last.replace(os.fspath(workdir), 'WORKDIR')}")
+def _begins(command: list[str], around: dict[str, str]) -> float:
+    start = time.monotonic()
+    tiny_run.finish(command, around)
+    return time.monotonic() - start

@@ -1,0 +1,117 @@
+"""More of part `training`: two runs on one workdir, a full disk during a save, and the death of one of two processes."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from omni_jax.train.checkpoint import steps_of
+from tests.torture import commands
+from tests.torture.outcome import Outcome
+from tests.train import tiny_run
+
+SMALL_FILE = 20_000  # bytes: no array file of a checkpoint fits
+PAIR_STEPS = 16
+ALONE_S = 400.0  # the process that is left ends by itself within: jax hears nothing for 100 seconds before it gives a process up
+
+
+def two_at_once(outcome: Outcome, command: list[str], around: dict[str, str]) -> None:
+    """Starts two runs on one workdir: one trains, the other refuses."""
+    pair = [tiny_run.start(command, around) for _ in range(2)]
+    ended = [(process.communicate(timeout=commands.LIMIT_S)[0], process.returncode) for process in pair]
+    refused = [said for said, status in ended if status == 2]
+    outcome.expect(sorted(status for _, status in ended) == [0, 2], f"two runs on one workdir: {[status for _, status in ended]}")
+    outcome.expect(all("another run is training here" in said for said in refused), f"two runs on one workdir: {refused}")
+    outcome.tried.append(("pairs of runs on one workdir", 1))
+
+
+def full_disk(outcome: Outcome, workdir: Path, command: list[str], around: dict[str, str]) -> None:
+    """A limit on the size of files stands for a full disk, also for root, whom permissions do not stop."""
+    process = tiny_run.start(command, around)
+    deadline = time.monotonic() + 300
+    while process.poll() is None and len(steps_of(workdir / "checkpoints")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = steps_of(workdir / "checkpoints")
+    limited = subprocess.Popen(
+        command,
+        env=around,
+        cwd=commands.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, SMALL_FILE)),
+    )
+    said = limited.communicate(timeout=commands.LIMIT_S)[0]
+    last = said.strip().splitlines()[-1] if said.strip() else ""
+    outcome.expect(limited.returncode == 2 and last.startswith("omni-jax: "), f"full disk: status {limited.returncode}, {said[-400:]!r}")
+    outcome.expect(steps_of(workdir / "checkpoints")[-1:] >= before[-1:], "full disk: the checkpoint before it is gone")
+    again = tiny_run.start(command, around)
+    said = again.communicate(timeout=commands.LIMIT_S)[0]
+    outcome.expect(
+        again.returncode == 0 and "going on after update" in said, f"after a full disk: status {again.returncode}, {said[-300:]!r}"
+    )
+    outcome.tried.append(("runs whose disk was full during a save, gone on with afterwards", 1))
+    outcome.notes.append(f"a full disk says: {last.replace(os.fspath(workdir), 'WORKDIR')}")
+
+
+def one_of_two(
+    outcome: Outcome,
+    folder: Path,
+    command: Callable[..., list[str]],
+    cache: Path,
+    rng: np.random.Generator,
+    compare: Callable[..., None],
+) -> None:
+    """Kills one and then the other of two processes that train together: the one left ends by itself, and both are started again."""
+    around = tiny_run.environment(cache)
+
+    def pair(name: str) -> list[subprocess.Popen[str]]:
+        address = f"127.0.0.1:{tiny_run.free_port()}"
+        flags = ("--coordinator", address, "--processes", "2", "--process")
+        settings = {"steps": PAIR_STEPS, "evaluation__manifest": "", "checkpoint__every": 2, "data__workers": 0}
+        return [tiny_run.start(command(name, *flags, str(i), **settings), around) for i in range(2)]
+
+    def finish(name: str) -> None:
+        processes = pair(name)
+        said = [process.communicate(timeout=commands.LIMIT_S)[0] for process in processes]
+        statuses = [process.returncode for process in processes]
+        outcome.expect(statuses == [0, 0], f"two processes ended with {statuses}: {said[0][-300:]} {said[1][-300:]}")
+
+    finish("calm pair")
+    killed = 0
+    for victim in (1, 0):
+        processes = pair("disturbed pair")
+        folder_of = folder / "disturbed pair" / "checkpoints"
+        goal = (steps_of(folder_of)[-1:] or [0])[0] + 2
+        deadline = time.monotonic() + 300
+        while all(p.poll() is None for p in processes) and (steps_of(folder_of)[-1:] or [0])[0] < goal and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(float(rng.uniform(0, 0.2)))
+        alive = all(process.poll() is None for process in processes)
+        processes[victim].send_signal(signal.SIGKILL)
+        start = time.monotonic()
+        processes[victim].communicate()
+        left = processes[1 - victim]
+        try:
+            said = left.communicate(timeout=ALONE_S)[0]
+        except subprocess.TimeoutExpired:
+            left.kill()
+            said = left.communicate()[0]
+            outcome.lost.append(f"process {1 - victim} hung for {ALONE_S:.0f} s after process {victim} was killed: {said[-300:]}")
+        outcome.expect(not alive or left.returncode != 0, f"process {1 - victim} ended well without process {victim}")
+        killed += alive
+        outcome.notes.append(
+            f"process {victim} of two killed: the other ended after {time.monotonic() - start:.0f} s, status {left.returncode}"
+        )
+    finish("disturbed pair")
+    outcome.tried.append(("SIGKILLs of one of two processes", killed))
+    compare(outcome, folder / "calm pair", folder / "disturbed pair", PAIR_STEPS, " (two processes)")
