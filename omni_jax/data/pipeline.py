@@ -6,8 +6,10 @@ Letters: M micro-batches, B clips of a micro-batch over all processes, b of one 
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing.process
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -182,7 +184,7 @@ class TrainPipeline:
         if not flags.FLAGS.is_parsed():  # grain reads its own in the parent of its workers
             flags.FLAGS.mark_as_parsed()
         workers = min(self._workers, stop - start)
-        return iter(ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_leave_the_accelerator))
+        return iter(ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_begin_worker))
 
     def _make(self, update: int) -> dict[str, Any]:
         """Returns the fields of a PipelineBatch."""
@@ -308,7 +310,15 @@ def _tokens(example: Example, kind: StepKind, plan: UpdatePlan, config: ModelCon
     return used, len(copies) * plan.shapes.media_tokens(config.audio.chunk_tokens) + rows * plan.shapes.row_tokens
 
 
-def _leave_the_accelerator(index: int, count: int) -> None:
-    """Keeps a worker from taking a device: it makes arrays for the process that does."""
+def _begin_worker(index: int, count: int) -> None:
+    """Keeps a worker from taking a device, since it makes arrays for the process that does, and lets it end with that process."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_after, args=(parent,), name="parent", daemon=True).start()
+
+
+def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
+    """Ends this process when its parent has: one that was killed tells its workers nothing, and they would wait for ever."""
+    parent.join()
+    os._exit(1)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +22,7 @@ from omni_jax.data.plan import BatchConfig, row_sizes
 from omni_jax.train import LossConfig, fit_shapes, kinds_of_update
 from omni_jax.types import BatchShapes, InputError, MicroBatch
 from tests.data.training_clips import MemorySource, captions, pipeline, tokenizer
+from tests.house import ROOT
 
 ALL = LossConfig(pairs="all")
 RELEASED = LossConfig(negatives="micro")
@@ -280,3 +285,35 @@ def test_kinds_and_micro_batches_must_agree():
     kinds = functools.partial(kinds_of_update, micro_batches=1, losses=ALL)
     with pytest.raises(ValueError, match="1 step kinds for 2 micro-batches"):
         pipeline(MemorySource(captions(20)), BATCH, kinds=kinds)
+
+
+_STREAM = """
+import sys
+import psutil
+from omni_jax.data.plan import BatchConfig
+from omni_jax.train import LossConfig
+from tests.data.training_clips import MemorySource, captions, pipeline
+if __name__ == "__main__":
+    stream = pipeline(MemorySource(captions(20)), BatchConfig(4, seed=3), LossConfig(pairs="all"), workers=1).batches(0, 100)
+    next(stream)
+    print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_workers_end_when_their_process_is_killed(tmp_path: Path):
+    script = tmp_path / "stream.py"
+    script.write_text(_STREAM)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+        assert workers
+    finally:
+        process.kill()
+        process.communicate()
+    left = psutil.wait_procs(workers, timeout=60)[1]
+    for worker in left:
+        worker.kill()
+    assert not left

@@ -1,4 +1,4 @@
-"""Tries to break what is built: python -m tests.torture [--part NAME] [--minutes N] [--seed N].
+"""Tries to break what is built: python -m tests.torture [--part NAME] [--minutes N] [--seed N] [--scale X].
 
 Each part says what was tried, how many times, and what was lost; the results go into docs/reliability.md with the date and the machine, and
 the parts that were not run keep theirs. Ends with status 1 where anything was lost.
@@ -17,12 +17,17 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.torture.outcome import Outcome
 
 # Part -> its module, which has `run(seed, minutes) -> Outcome`, its share of the time, and what it is about.
 PARTS: dict[str, tuple[str, float, str]] = {
-    "training": ("training", 16, "SIGKILL at random moments of one run, two runs on one workdir, a full disk"),
+    "training": (
+        "training",
+        16,
+        "Kills of a run in all its moments, of its workers, of one of two processes; stops; a full disk",
+    ),
     "media": ("hostile_media", 10, "Broken, lying and odd media files through `embed` and `prepare`, whole ones between them"),
     "files": ("hostile_files", 5, "Checkpoints, adapters, embedding files, manifests and captions made to run code, lie or lead astray"),
     "fuzz": ("fuzz", 20, "Coverage-guided fuzzing of manifest, safetensors header, torch reader and prompt builder"),
@@ -46,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", action="append", choices=list(PARTS), help="run this part; may be repeated (default: all)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together (default: %(default)g)")
     parser.add_argument("--seed", type=int, default=None, help="default: another one every time")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the counts of a part (kills, files, updates), for a busy machine")
     parser.add_argument("--page", type=Path, default=PAGE, help="where the results go (default: docs/reliability.md)")
     chosen = parser.parse_args(arguments)
     seed = chosen.seed if chosen.seed is not None else int.from_bytes(os.urandom(3), "big")
@@ -58,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"== {name}: {about}", flush=True)
         start = time.monotonic()
         try:
-            outcome = importlib.import_module(f"tests.torture.{module}").run(seed, weight * share)
+            outcome = _run(importlib.import_module(f"tests.torture.{module}"), seed, weight * share, chosen.scale)
         except Exception as e:  # a part that broke has lost something, and the others still run
             traceback.print_exc()
             outcome = Outcome(name, seed, lost=[f"the part ended with {type(e).__name__}: {e}"], seconds=time.monotonic() - start)
@@ -68,6 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lost += len(outcome.lost)
     print(f"lost: {lost or 'nothing'}; seed {seed}")
     return 1 if lost else 0
+
+
+def _run(module: Any, seed: int, minutes: float, scale: float) -> Outcome:
+    """Runs a part, where asked with a share of its counts, which it then says."""
+    if scale == 1 or not hasattr(module, "FULL"):
+        return module.run(seed, minutes)
+    counts = {name: max(1, round(scale * count)) for name, count in module.FULL.items()}
+    outcome = module.run(seed, minutes, **counts)
+    outcome.notes.append("scaled: " + ", ".join(f"{name} {count:,} of {module.FULL[name]:,}" for name, count in counts.items()))
+    return outcome
 
 
 def section(name: str, outcome: Outcome) -> str:

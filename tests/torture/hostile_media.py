@@ -24,6 +24,7 @@ from tests.torture.media_corpus import Case, make_corpus
 from tests.torture.outcome import Clock, Outcome
 
 MUTATED = 320
+FULL = {"mutated": MUTATED}
 TIMEOUT_S = 30.0  # of one clip
 HUNG_S = 1200.0  # of a command, whatever the time given: it would be a hang
 MEMORY = 4 << 30  # bytes, of the command with its decoding processes
@@ -59,6 +60,8 @@ def run(
         embedded, failed = set(found.ids), [row["id"] for row in listed]
         outcome.tried.append(("files through embed", len(cases)))
         outcome.tried += sorted(collections.Counter(f"  {_kind(case)}" for case in cases).items())
+        odd = sorted(case.id.removeprefix("odd-") for case in cases if _kind(case) == "odd")
+        outcome.notes += [f"odd: {', '.join(odd)}"] if odd else []
         outcome.expect(done.status == 1, f"embed ended with status {done.status}, not 1: {done.err[-300:]}")
         outcome.expect("unexpected" not in done.err and "Traceback" not in done.err, f"embed showed {done.err[-300:]}")
         twice = [name for name, count in collections.Counter(failed).items() if count > 1]
@@ -89,11 +92,24 @@ def run(
                 beside = np.stack([found.tables[name][found.ids.index(case.id)] for case in whole if case.id in embedded])
                 apart = float(np.abs(rows - beside).max()) if beside.shape == rows.shape else np.inf
                 outcome.expect(apart <= INVARIANCE, f"table {name}: whole files differ by {apart:.1e} from a run of their own")
+            _limits(outcome, folder, media, [case for case in cases if case.good], model)
         _prepare(outcome, folder, media, cases, run_embed)
         if done.peak:
             outcome.notes.append(f"memory at the peak {done.peak / 1e9:.2f} GB, {clean.peak / 1e9:.2f} GB without the bad files")
     outcome.seconds = clock.spent
     return outcome
+
+
+def _limits(outcome: Outcome, folder: Path, media: Path, whole: Sequence[Case], model: Path) -> None:
+    """A limit that no file can keep: each is listed with it, and the command ends."""
+    manifest, out = folder / "limit.jsonl", folder / "limit.npz"
+    manifest.write_text("".join(json.dumps(_record(case)) + "\n" for case in whole))
+    usual = ["--model", str(model), "--manifest", str(manifest), "--media-root", str(media), "--out", str(out), "--tables", "av"]
+    done = commands.command(["embed", *usual, "--timeout", "0.001", "--workers", "1", *commands.settings()], HUNG_S)
+    listed = [json.loads(line) for line in (folder / "limit.errors.jsonl").read_text().splitlines()]
+    right = [row for row in listed if "took longer than 0.001 s" in row["reason"]]
+    outcome.expect(len(right) == len(whole) and done.status == 2, f"a limit of 1 ms: {len(right)} listed, status {done.status}")
+    outcome.tried.append(("files under a limit of 1 ms, each ended by it", len(whole)))
 
 
 def _prepare(outcome: Outcome, folder: Path, media: Path, cases: Sequence[Case], run_command: Embed) -> None:
@@ -135,4 +151,4 @@ def _record(case: Case) -> dict[str, str]:
 
 
 def _kind(case: Case) -> str:
-    return case.id.rsplit("-", 1)[0] if case.id[-1].isdigit() and not case.good else case.id.split("-")[0]
+    return case.id.split("-")[0] if case.good or case.id.startswith("odd") else case.id.rsplit("-", 1)[0]

@@ -25,7 +25,10 @@ from tests.train import tiny_run
 
 STEPS = 2000
 RECORDS = 5000
+FULL = {"steps": STEPS, "records": RECORDS}
 GROWTH = 0.02
+OUT_OF_TIME = -1000
+COMPILED = 0.1  # of the work, after which nothing is compiled
 WARM = 0.3  # of the work, before anything is measured
 KEPT = 2
 ROW_BYTES = 4000  # of a line of metrics, at most
@@ -47,8 +50,8 @@ def run(seed: int, minutes: float, *, steps: int = STEPS, records: int = RECORDS
     clock = Clock(60 * minutes)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        _embeddings(outcome, folder, records, max(900.0, clock.left))
-        _updates(outcome, folder, steps, max(900.0, clock.left))
+        _embeddings(outcome, folder, records, clock.left / 2)
+        _updates(outcome, folder, steps, clock.left)
     outcome.seconds = clock.spent
     return outcome
 
@@ -57,20 +60,27 @@ def _updates(outcome: Outcome, folder: Path, steps: int, limit: float) -> None:
     config = tiny_run.make_files(folder)
     environment = tiny_run.environment(folder / "cache") | {"JAX_LOG_COMPILES": "1"}
     workdir = folder / "run"
-    command = tiny_run.command(config, workdir, steps=steps, checkpoint__every=max(1, steps // 20), checkpoint__keep=KEPT, data__workers=1)
+    changes = {"checkpoint__every": max(1, steps // 20), "checkpoint__keep": KEPT, "evaluation__every": max(1, steps // 40)}
+    command = tiny_run.command(config, workdir, steps=steps, data__workers=1, **changes)
 
     def done() -> float:
         file = workdir / "metrics.jsonl"
-        return sum(1 for _ in file.open("rb")) / steps if file.exists() else 0.0
+        return sum(b'"loss"' in line for line in file.open("rb")) / steps if file.exists() else 0.0
 
     samples, said, status = watch(command, environment, folder / "train.log", done, limit)
-    outcome.expect(status == 0, f"training ended with status {status}: {said[-300:]}")
-    judge(outcome, f"{steps:,} updates", samples, said)
-    kept = steps_of(workdir / "checkpoints")
-    outcome.expect(kept == [steps - max(1, steps // 20), steps], f"checkpoints {kept} where {KEPT} are kept")
-    size = (workdir / "metrics.jsonl").stat().st_size
-    outcome.expect(size <= ROW_BYTES * (steps + 2), f"{size:,} bytes of metrics for {steps} updates")
-    outcome.tried.append(("updates of one run", steps))
+    made, samples = _reached(outcome, "updates", steps, samples, status)
+    outcome.expect(status in (0, OUT_OF_TIME), f"training ended with status {status}: {said[-300:]}")
+    judge(outcome, f"{made:,} updates", samples, said)
+    every, kept = max(1, steps // 20), steps_of(workdir / "checkpoints")
+    whole = made // every
+    want = [every * n for n in range(max(1, whole - 2), whole + 1)]  # the last one may be on its way, the one before not yet removed
+    right = kept == [steps - every, steps] if status == 0 else set(kept) <= set(want)
+    outcome.expect(right, f"checkpoints {kept} where {KEPT} are kept")
+    written = [path for path in workdir.rglob("*") if path.is_file() and not {"checkpoints", "base"} & set(path.parts)]
+    size = sum(path.stat().st_size for path in written)
+    outcome.expect(size <= ROW_BYTES * (made + 100), f"{size:,} bytes of metrics, events and evaluations for {made} updates")
+    outcome.notes.append(f"{size / max(1, made):,.0f} bytes of metrics and TensorBoard events an update, {len(kept)} checkpoints kept")
+    outcome.tried.append(("updates of one run", made))
 
 
 def _embeddings(outcome: Outcome, folder: Path, records: int, limit: float) -> None:
@@ -88,17 +98,31 @@ def _embeddings(outcome: Outcome, folder: Path, records: int, limit: float) -> N
         return 8 * len(list(parts.glob("part-*.npz"))) / records
 
     samples, said, status = watch(command, environment, folder / "embed.log", done, limit)
-    outcome.expect(status == 0 and out.exists(), f"embed ended with status {status}: {said[-300:]}")
-    judge(outcome, f"{records:,} embeddings", samples, said)
-    outcome.tried.append(("embeddings of one run", records))
+    made, samples = _reached(outcome, "embeddings", records, samples, status)
+    outcome.expect(status == OUT_OF_TIME or (status == 0 and out.exists()), f"embed ended with status {status}: {said[-300:]}")
+    judge(outcome, f"{made:,} embeddings", samples, said)
+    outcome.tried.append(("embeddings of one run", made))
+
+
+def _reached(outcome: Outcome, what: str, wanted: int, samples: list[Sample], status: int) -> tuple[int, list[Sample]]:
+    """Returns how many were made and the looks as shares of these; says so where the time ended before the work."""
+    if status != OUT_OF_TIME:
+        return wanted, samples
+    end = samples[-1].done if samples else 0.0
+    outcome.notes.append(f"out of time: {round(end * wanted):,} of {wanted:,} {what}")
+    outcome.expect(end > COMPILED, f"out of time before {what} had begun well")
+    return round(end * wanted), [dataclasses.replace(s, done=s.done / end) for s in samples if s.done < end]
 
 
 def watch(
     command: list[str], environment: dict[str, str], log: Path, done: Callable[[], float], limit: float
 ) -> tuple[list[Sample], str, int]:
-    """Runs a command, looking at it every quarter of a second; returns the looks, what it said with a mark at warm-up, and its status."""
+    """Runs a command, looking at it every quarter of a second; returns the looks, what it said with a mark at warm-up, and its status.
+
+    Past the limit it is killed, and the status is OUT_OF_TIME.
+    """
     samples: list[Sample] = []
-    marked = False
+    marked = late = False
     deadline = time.monotonic() + limit
     with log.open("ab") as file:
         process = subprocess.Popen(command, env=environment, cwd=commands.ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
@@ -106,9 +130,10 @@ def watch(
         while process.poll() is None:
             if time.monotonic() > deadline:
                 process.kill()
+                late = True
                 break
             share = done()
-            if share > WARM and not marked:
+            if share > COMPILED and not marked:
                 file.write(b"\nWARM\n")
                 file.flush()
                 marked = True
@@ -117,7 +142,7 @@ def watch(
             except psutil.Error:
                 break
             time.sleep(0.25)
-        status = process.wait()
+        status = OUT_OF_TIME if (process.wait() and late) else process.returncode
     return samples, log.read_text(errors="replace"), status
 
 

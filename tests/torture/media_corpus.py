@@ -128,6 +128,20 @@ def _field(rng: np.random.Generator, data: bytes, suffix: str, bases: Bases) -> 
     return data[:start] + struct.pack(">I", int(value)) + data[start + 4 :], suffix
 
 
+def _swapped(rng: np.random.Generator, data: bytes, suffix: str, bases: Bases) -> tuple[bytes, str]:
+    """Streams that change places: the handlers, the codecs or the chunk tables of an mp4's tracks; two blocks of any other file."""
+    first, second = ((b"vide", b"soun"), (b"avc1", b"mp4a"), (b"vmhd", b"smhd"), (b"stco", b"stco"))[int(rng.integers(4))]
+    one, other, size = data.find(first), data.rfind(second), 4
+    if first == second:  # the tables' contents
+        one, other, size = one + 8, other + 8, 4
+    if min(one, other) < 8 or one == other:
+        size = int(rng.integers(1, max(2, len(data) // 4)))
+        one, other = sorted(int(n) for n in rng.integers(0, max(1, len(data) - size), 2))
+        size = min(size, other - one)
+    low, high = sorted((one, other))
+    return data[:low] + data[high : high + size] + data[low + size : high] + data[low : low + size] + data[high + size :], suffix
+
+
 MUTATIONS: tuple[tuple[str, Mutation], ...] = (
     ("cut", _cut),
     ("flipped", _flip),
@@ -140,6 +154,7 @@ MUTATIONS: tuple[tuple[str, Mutation], ...] = (
     ("nothing", _nothing),
     ("other-head", _head_of_another),
     ("doubled", _doubled),
+    ("swapped", _swapped),
 )
 
 
@@ -147,6 +162,7 @@ MUTATIONS: tuple[tuple[str, Mutation], ...] = (
 
 
 def _odd_files(folder: Path) -> Iterator[Case]:
+    """Valid files that are seldom seen, and headers that ask for the impossible."""
     for make in (_sizes, _lengths, _rates, _tracks, _lists_and_links):
         yield from make(folder)
 
@@ -272,6 +288,19 @@ def _tracks(folder: Path) -> Iterator[Case]:
     yield Case("odd-sound-as-video", "sound-as-video.wav")
     write_clip(folder / "mute.mp4", 1.0, audio=False)
     yield Case("odd-mute", "mute.mp4", ("audio",))
+    with av.open(folder / "sound-first.mkv", "w") as container:  # and a video longer than its sound, begun late
+        sound = container.add_stream("aac", rate=16_000, layout="mono")
+        video = container.add_stream("libx264", rate=10)
+        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+        piece = av.AudioFrame.from_ndarray(np.ascontiguousarray(tones(1.0, 16_000, 1).T), format="fltp", layout="mono")
+        piece.sample_rate, piece.time_base = 16_000, Fraction(1, 16_000)
+        container.mux([*sound.encode(piece), *sound.encode(None)])
+        for i in range(10):
+            frame = av.VideoFrame.from_ndarray(picture(i, 64, 64), format="rgb24")
+            frame.pts, frame.time_base = 50 + 3 * i, Fraction(1, 10)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+    yield Case("odd-sound-first", "sound-first.mkv")
 
 
 def _lists_and_links(folder: Path) -> Iterator[Case]:

@@ -28,8 +28,10 @@ from tests.train import tiny_run
 
 KILLS = 30
 STEPS = 120
+FULL = {"kills": KILLS, "steps": STEPS}
 EVALUATED = 10  # updates between evaluations
 SAVED = 3  # and between saves
+ORPHANS_S = 60.0  # the workers of a killed run end within
 LEAVE_S = 10.0  # a second Ctrl-C ends a run within, on a busy machine
 # Moments of a kill, in turn: somewhere in the start, some updates on, in a save, in an evaluation.
 MOMENTS = ("start", "update", "save", "evaluation", "update")
@@ -51,7 +53,7 @@ def run(seed: int, minutes: float, *, kills: int = KILLS, steps: int = STEPS) ->
         def command(name: str, *flags: str, **other: Any) -> list[str]:
             return tiny_run.command(config, folder / name, *flags, **{**changes, **other})
 
-        tiny_run.finish(command("calm"), around)
+        _finish(command("calm"), around)
         disturbed = _Run(command("disturbed"), folder / "disturbed", around, steps, kills, rng)
         disturbed.begins = _begins(command("short", steps=1), around)
         # The last two tenths of the time are for what comes after.
@@ -111,8 +113,13 @@ class _Run:
         process = tiny_run.start(self._command, self._around)
         reached = self._reach(process, kind)
         moment = self._moment() if reached else kind
+        children = _children(process)
         process.send_signal(signal.SIGKILL)
         said = process.communicate()[0]
+        left = psutil.wait_procs(children, timeout=ORPHANS_S)[1]
+        outcome.expect(not left, f"{len(left)} processes of a killed run were left: {[_named(child) for child in left]}")
+        for child in left:
+            child.kill()
         if process.returncode == -signal.SIGKILL:
             self.killed[moment if kind != "start" else kind] += 1
         else:
@@ -159,11 +166,10 @@ class _Run:
             self.ended = True
             return
         if what == "worker":
-            for child in psutil.Process(process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    if "resource_tracker" not in " ".join(child.cmdline()):
-                        child.kill()
-                        self.others[what] += 1
+            for child in _children(process):
+                if "resource_tracker" not in _named(child):
+                    child.kill()
+                    self.others[what] += 1
             at = newest_row(self._workdir)
             wait_until(process, lambda: newest_row(self._workdir) > at + 2)
             process.send_signal(signal.SIGTERM)
@@ -247,7 +253,26 @@ def wait_until(process: subprocess.Popen[str], what: Callable[[], bool], seconds
         time.sleep(0.01)
 
 
+def _children(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(process.pid).children(recursive=True)
+    return []
+
+
+def _named(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return "gone"
+
+
+def _finish(command: list[str], around: dict[str, str]) -> None:
+    process = tiny_run.start(command, around)
+    said = process.communicate(timeout=commands.LIMIT_S)[0]
+    if process.returncode:
+        raise RuntimeError(f"a run that nobody disturbed ended with status {process.returncode}: {said[-300:]}")
+
+
 def _begins(command: list[str], around: dict[str, str]) -> float:
     start = time.monotonic()
-    tiny_run.finish(command, around)
+    _finish(command, around)
     return time.monotonic() - start
