@@ -41,7 +41,9 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 HEAD = """# Reliability
 
 What was done to break this software, how often, and what was lost. Written by `make torture` (`python -m tests.torture [--part NAME]
-[--minutes N] [--seed N]`): everything random follows from the seed that stands with each part. `make test` runs a short form of every part.
+[--minutes N] [--seed N] [--scale X]`): everything random follows from the seed that stands with each part, but not what depends on the
+clock. A part run alone (`make torture TORTURE_ARGS="--part media"`) replaces its own section, which has its own date and machine. `make test`
+runs a short form of every part.
 """
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from tests import house, licences
 from tests.torture import commands
 from tests.torture.outcome import Clock, Outcome
+from tests.train import tiny_run
 
 # In a process of its own, because an audit hook cannot be taken off: refuses every look-up of a host and every connection but local ones.
 _OFFLINE = """
@@ -77,7 +78,10 @@ def sources(outcome: Outcome) -> None:
 
 
 def commands_offline(outcome: Outcome, folder: Path) -> None:
-    """convert, embed, eval, search, export and convert back, in processes that may not look up or connect to any host."""
+    """Every command that reads or writes a user's files, in processes that may not look up or connect to any host."""
+    config = tiny_run.make_files(folder)
+    clips, fields = folder / "clips" / "train.jsonl", ("frames=2", "pixels=3136", "audio_seconds=1")
+    short = [f"--config.{change}" for change in ("steps=1", "data.workers=1", "evaluation.manifest=")]
     golden, model = commands.golden(), folder / "model"
     adapter = ["--adapter", str(golden.adapter_dir)]
     usual = ["--model", str(model), *commands.settings()]
@@ -88,6 +92,8 @@ def commands_offline(outcome: Outcome, folder: Path) -> None:
         ["eval", file, "--html", str(folder / "e.html"), "--compare", "published"],
         ["search", *usual, "--index", file, "--text", "a whistle"],
         ["export", file, "--to", "faiss", "--out", str(folder / "faiss")],
+        ["prepare", "--manifest", str(clips), "--out", str(folder / "more"), *(part for field in fields for part in ("--set", field))],
+        ["train", "--config", str(config), "--workdir", str(folder / "run"), *short],
         ["convert", "to-torch", "--model", str(model), "--base-out", str(folder / "base"), "--adapter-out", str(folder / "adapter")],
     ]
     code = _OFFLINE.format(root=str(commands.ROOT))

@@ -28,6 +28,18 @@ def test_growth_files_threads_and_late_compilations_are_losses() -> None:
         assert len(outcome.lost) == bool(words) and words in "".join(outcome.lost), (outcome.lost, words)
 
 
+def test_a_run_out_of_time_is_judged_by_what_it_made_and_says_so() -> None:
+    half = [Sample(s.done / 2, s.memory + int(100 * s.done), s.files, s.threads) for s in STEADY]
+    outcome = Outcome("long", 0)
+    made, samples = long._reached(outcome, "updates", 2000, half, long.OUT_OF_TIME)
+    assert made == 975 and outcome.notes == ["out of time: 975 of 2,000 updates"] and outcome.lost == []
+    long.judge(outcome, "work", samples, "WARM")
+    assert len(outcome.lost) == 1 and "memory grew by" in outcome.lost[0]
+    long._reached(outcome, "updates", 2000, half[:3], long.OUT_OF_TIME)
+    assert "out of time before updates had begun well" in outcome.lost[-1]
+    assert long._reached(outcome, "updates", 2000, half, 0) == (2000, half)
+
+
 def test_a_process_is_watched_from_outside(tmp_path: Path) -> None:
     code = "import sys, time\nfor i in range(12):\n print('Compiling', i, flush=True)\n open(sys.argv[1], 'a').write('x')\n time.sleep(0.1)"
     place = tmp_path / "done"
@@ -35,5 +47,7 @@ def test_a_process_is_watched_from_outside(tmp_path: Path) -> None:
     samples, said, status = long.watch(
         command, dict(os.environ), tmp_path / "log", lambda: len(place.read_text()) / 12 if place.exists() else 0.0, 60
     )
+    late = long.watch([sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ), tmp_path / "late", lambda: 0.0, 0.3)
+    assert late[2] == long.OUT_OF_TIME
     assert status == 0 and len(samples) >= 3 and max(s.done for s in samples) > samples[0].done and samples[-1].memory > 1 << 20
     assert "Compiling 0" in said.partition("\nWARM\n")[0] and "Compiling 11" in said.partition("\nWARM\n")[2]

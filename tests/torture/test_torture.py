@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -38,6 +39,21 @@ def test_results_of_parts_stand_side_by_side(tmp_path: Path, monkeypatch: pytest
     assert command.main(["--part", "media", "--seed", "9", "--page", str(page)]) == 0
     assert page.read_text().count("## media") == 1 and "Lost: 1." not in page.read_text()
     assert "lost: nothing; seed 9" in capsys.readouterr().out
+
+
+def test_a_scaled_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Module:
+        FULL: ClassVar = {"kills": 30, "steps": 120}
+
+        @staticmethod
+        def run(seed: int, minutes: float, *, kills: int = 30, steps: int = 120) -> Outcome:
+            return Outcome("x", seed, tried=[("kills", kills), ("steps", steps)])
+
+    monkeypatch.setattr(command.importlib, "import_module", lambda name: Module)
+    for scale, kills, said in (("1", 30, False), ("0.1", 3, True)):
+        assert command.main(["--part", "training", "--scale", scale, "--page", str(tmp_path / scale)]) == 0
+        text = (tmp_path / scale).read_text()
+        assert f"| kills | {kills} |" in text and ("scaled: kills 3 of 30, steps 12 of 120" in text) == said
 
 
 def test_a_part_that_breaks_is_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
