@@ -42,7 +42,7 @@ HEAD = """# Reliability
 
 What was done to break this software, how often, and what was lost. Written by `make torture` (`python -m tests.torture [--part NAME]
 [--minutes N] [--seed N] [--scale X]`): everything random follows from the seed that stands with each part, but not what depends on the
-clock. A part run alone (`make torture TORTURE_ARGS="--part media"`) replaces its own section, which has its own date and machine. `make test`
+clock. A part run alone (`make torture TORTURE_ARGS="--part media"`) replaces its own section, with its own date and machine. `make test`
 runs a short form of every part.
 """
 
