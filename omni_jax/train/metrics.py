@@ -95,10 +95,10 @@ def metrics_writer(workdir: epath.PathLike, start: int) -> interface.MetricWrite
 
 
 def evaluated(workdir: epath.PathLike, number: int) -> bool:
-    """Whether the metrics of a workdir hold a row of the evaluation after `number` updates."""
+    """Whether the metrics of a workdir hold figures of the evaluation after `number` updates."""
     path = epath.Path(workdir) / JSONL
     lines = path.read_text().splitlines() if path.exists() else []
-    return any("loss" not in json.loads(line) for line in lines if _step(line) == number)
+    return any(name.startswith("eval/") for line in lines if _step(line) == number for name in json.loads(line))
 
 
 def _step(line: str) -> float:

@@ -28,12 +28,12 @@ PARTS: dict[str, tuple[str, float, str]] = {
         16,
         "Kills of a run in all its moments, of its workers, of one of two processes; stops; a full disk",
     ),
-    "media": ("hostile_media", 10, "Broken, lying and odd media files through `embed` and `prepare`, whole ones between them"),
+    "media": ("hostile_media", 8, "Broken, lying and odd media files through `embed` and `prepare`, whole ones between them"),
     "files": ("hostile_files", 5, "Checkpoints, adapters, embedding files, manifests and captions made to run code, lie or lead astray"),
     "fuzz": ("fuzz", 20, "Coverage-guided fuzzing of manifest, safetensors header, torch reader and prompt builder"),
     "numbers": ("numbers", 5, "bfloat16 beside float32, near-duplicates at temperature 0.01, zero rows, counts over a million rows"),
     "long": ("long", 10, "2,000 updates and 5,000 embeddings, watched from outside"),
-    "concurrency": ("concurrency", 6, "Several `embed` on one output; Ctrl-C once and twice, and kills, at random moments"),
+    "concurrency": ("concurrency", 8, "Several `embed` on one output; Ctrl-C once and twice, and kills, at random moments"),
     "supply": ("supply", 3, "Pinned hashes, licences, nothing of a download run as code, no network at run time"),
 }
 MINUTES = 75.0
