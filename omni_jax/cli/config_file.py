@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 PREFIX = "--config."
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --config FILE.py, and takes --config.a.b=value as changes of it (in `args.overrides`)."""
-    parser.add_argument("--config", required=True, metavar="FILE.py", help="the run's config; --config.a.b=value changes a field")
+def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Adds --config FILE.py, required without a default, and takes --config.a.b=value as changes of it (in `args.overrides`)."""
+    about = "the run's config; --config.a.b=value changes a field"
+    parser.add_argument("--config", required=default is None, default=default, metavar="FILE.py", help=about)
     parse = parser.parse_known_args
 
     def known(args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:

@@ -28,7 +28,7 @@ from omni_jax.config import ConfigError
 from omni_jax.types import InputError
 
 # Order of the help; a command without a place here comes after these.
-ORDER = ("demo", "convert", "embed", "eval", "presets", "search", "export", "bench-data", "prepare", "train", "compile")
+ORDER = ("demo", "convert", "embed", "eval", "presets", "search", "export", "bench-data", "prepare", "train", "smoke", "compile")
 
 
 class _Parser(argparse.ArgumentParser):

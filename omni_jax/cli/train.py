@@ -23,9 +23,28 @@ EXAMPLE = "omni-jax train --config configs/omniretriever_7b.py --config.data.tra
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--workdir", type=epath.Path, required=True, metavar="DIR", help="checkpoints and metrics; an earlier run goes on")
+    add_process_arguments(parser)
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what tells a process of a run about the others."""
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="process 0 of several, 'auto' on a pod (default: $OMNI_JAX_COORDINATOR)")
     parser.add_argument("--processes", type=int, metavar="N", help="how many there are (default: $OMNI_JAX_PROCESSES)")
     parser.add_argument("--process", type=int, metavar="I", help="number of this one, from 0 (default: $OMNI_JAX_PROCESS)")
+
+
+def join(args: argparse.Namespace) -> None:
+    """Joins the other processes of the run, before jax is used.
+
+    Raises:
+      InputError: when they do not come together.
+    """
+    from omni_jax.parallel import start
+
+    try:
+        start(args.coordinator, args.processes, args.process)
+    except (ValueError, RuntimeError) as e:
+        raise InputError(f"the processes did not come together: {e}") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,12 +64,8 @@ def _train(args: argparse.Namespace, signals: Signals, display: _Display) -> int
 
     # Late, so that `--help` and usage errors answer at once.
     from omni_jax.cli.progress import Progress
-    from omni_jax.parallel import start
 
-    try:
-        start(args.coordinator, args.processes, args.process)
-    except (ValueError, RuntimeError) as e:
-        raise InputError(f"the processes did not come together: {e}") from None
+    join(args)
 
     import jax
 
