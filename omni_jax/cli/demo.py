@@ -10,6 +10,7 @@ HELP = "compare a tiny checkpoint with PyTorch, then train a small model on synt
 EXAMPLE = "omni-jax demo --out demo_out"
 
 DEVICES = 2  # simulated, where there is no accelerator: one for each of two cores
+PATIENCE_S = 1800
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
     # Before jax is imported. NumPy's threads would fight with the step for the cores: features are small and many.
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(DEVICES))
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # A simulated device that gets no core for 40 s would otherwise end the process.
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_collective_call_terminate_timeout_seconds={PATIENCE_S} {os.environ.get('XLA_FLAGS', '')}".strip()
     from omni_jax.cli import learning, parity
 
     if args.ablation:

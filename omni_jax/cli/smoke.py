@@ -67,7 +67,12 @@ def run(args: argparse.Namespace) -> int:
     changes = {
         **{f"batch.{name}": value for name, value in sizes.items()},
         **{f"mesh.{name}": value for name, value in mesh_sizes(devices, jax.local_device_count(), args.slices).items()},
-        **{"data.train": made.train, "data.workers": 0, "steps": 1, "checkpoint.every": 1, "evaluation.every": 0, "evaluation.manifest": ""},
+        "data.train": made.train,
+        "data.workers": 0,
+        "evaluation.manifest": "",
+        "evaluation.every": 0,
+        "steps": 1,
+        "checkpoint.every": 1,
     }
     config = read_config(args.config, [*(f"{name}={value}" for name, value in changes.items()), *args.overrides])
     workdir = args.workdir / FOLDER
