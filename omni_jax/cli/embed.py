@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+from omni_jax.cli.numbers import positive, whole
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE, INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.config import PREFIXES, PRESETS, TABLE_MODALITIES, TABLES, ConfigError, Preset, default_preset, preset
@@ -84,16 +84,16 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--manifest", required=True, metavar="FILE.jsonl", help="plain or official manifest, one JSON record a line")
     parser.add_argument("--tables", metavar="LIST", help=f"comma-separated, among {','.join(TABLES)} (default: all that the fields allow)")
-    parser.add_argument("--batch-size", type=_positive(int), default=16, metavar="N", help="clips encoded together (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive(int), default=16, metavar="N", help="clips encoded together (default: %(default)s)")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="weights and computation (default: keep)")
     parser.add_argument(
         "--media-root",
         metavar="DIR",
         help="folder that media paths start from and must stay in (default: the manifest's, unconfined)",
     )
-    parser.add_argument("--workers", type=_whole, metavar="N", help="decoding processes (default: one less than the cores)")
+    parser.add_argument("--workers", type=whole, metavar="N", help="decoding processes (default: one less than the cores)")
     parser.add_argument(
-        "--timeout", type=_positive(float), default=120.0, metavar="SECONDS", help="a clip that takes longer is set aside (default: 120)"
+        "--timeout", type=positive(float), default=120.0, metavar="SECONDS", help="a clip that takes longer is set aside (default: 120)"
     )
 
 
@@ -238,20 +238,3 @@ def _part(text: str) -> tuple[int, int]:
     if not (separator and index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N-1")
     return int(index), int(count)
-
-
-def _whole(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes (0 decodes in this one)")
-    return int(text)
-
-
-def _positive(kind: type) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        value = kind(text)
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(text)
-        return value
-
-    read.__name__ = f"positive {kind.__name__}"  # argparse shows it
-    return read

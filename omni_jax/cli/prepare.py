@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from omni_jax.cli.embed import _positive, _whole
+from omni_jax.cli.numbers import positive, whole
 from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE, STOPPED_AND_SAVED
 from omni_jax.config import PRESETS, preset
 from omni_jax.types import InputError
@@ -19,13 +19,13 @@ EXAMPLE = "omni-jax prepare --manifest clips.jsonl --out shards --workers 16"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--manifest", required=True, metavar="FILE.jsonl", help="plain or official manifest, one JSON record a line")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; an interrupted one is gone on with")
-    parser.add_argument("--shards", type=_positive(int), metavar="N", help="files to write (default: one for every 256 clips)")
+    parser.add_argument("--shards", type=positive(int), metavar="N", help="files to write (default: one for every 256 clips)")
     parser.add_argument("--preset", default="training", help=f"one of {', '.join(PRESETS)} (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help="override a preset field")
     parser.add_argument("--media-root", metavar="DIR", help="folder that media paths start from (default: the manifest's)")
-    parser.add_argument("--workers", type=_whole, metavar="N", help="decoding processes (default: one less than the cores)")
+    parser.add_argument("--workers", type=whole, metavar="N", help="decoding processes (default: one less than the cores)")
     parser.add_argument(
-        "--timeout", type=_positive(float), default=120.0, metavar="SECONDS", help="a clip that takes longer is set aside (default: 120)"
+        "--timeout", type=positive(float), default=120.0, metavar="SECONDS", help="a clip that takes longer is set aside (default: 120)"
     )
 
 

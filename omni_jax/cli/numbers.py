@@ -1,0 +1,28 @@
+"""Numbers as arguments: what argparse reads them with."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+def whole(text: str) -> int:
+    """Returns a number of processes, 0 or more."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes (0 decodes in this one)")
+    return int(text)
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """Returns a reader of numbers of a type that are above 0 and finite."""
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(text)
+        return value
+
+    read.__name__ = f"positive {kind.__name__}"  # argparse shows it
+    return read
