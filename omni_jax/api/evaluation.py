@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ from jax.sharding import Mesh
 
 from omni_jax.api.retriever import OmniRetriever
 from omni_jax.config import ModelConfig
+from omni_jax.data.loading import training_features
 from omni_jax.data.manifest import read_manifest
+from omni_jax.data.sources import open_source
 from omni_jax.model import abstract_encoder, with_params
 from omni_jax.retrieval import evaluate
 from omni_jax.retrieval.embedding_pass import assemble
@@ -20,14 +23,14 @@ from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.train import RunConfig
 from omni_jax.train.trainable import TEMPERATURE, Arrays, join
 from omni_jax.train.workdir import write_whole
-from omni_jax.types import InputError
+from omni_jax.types import ClipError, Features, InputError, Record
 
 FOLDER = "evaluations"
 TABLES = ("text", "video", "audio", "av", "tv", "at")
 
 
 class Evaluator:
-    """Embeds and scores the manifest that a run's config names; programs are compiled at the first call and kept."""
+    """Embeds and scores the manifest or prepared folder that a run's config names; programs are compiled at the first call and kept."""
 
     def __init__(
         self,
@@ -40,19 +43,25 @@ class Evaluator:
         tell: Callable[[str], None],
         stopping: Callable[[], bool],
     ):
-        """Reads the manifest.
+        """Reads the manifest, or the index of the folder.
 
         Raises:
-          InputError: when it cannot be read, or has no record with text, video and audio.
+          InputError: when it cannot be read, was prepared under another preset, or has no record with text, video and audio.
         """
         self._settings, self._workdir, self._tell, self._stopping = run.evaluation, workdir, tell, stopping
-        manifest = read_manifest(self._settings.manifest, self._settings.media_root or None)
-        self._records = [record for record in manifest.records if record.modalities == {"t", "v", "a"}]
+        self._preset, clips = run.data.resolved_preset(), Path(self._settings.manifest)
+        self._source = open_source(clips, self._preset) if clips.is_dir() else None
+        if self._source is None:
+            records = read_manifest(clips, self._settings.media_root or None).records
+        else:
+            # Silence would be found by nothing: a clip without sound is one without audio.
+            infos = (self._source.record(n) for n in range(len(self._source)))
+            records = [Record(at.id, at.caption, video=clips, audio=None if at.silent else clips) for at in infos]
+        self._records = [record for record in records if record.modalities == {"t", "v", "a"}]
         if not self._records:
             raise InputError(f"{self._settings.manifest}: no record has text, video and audio, which the 12 directions need")
         self._frozen, self._model, self._dtype, self._mesh = frozen, model, jnp.dtype(run.model.dtype), mesh
-        self._workers, self._tokenizer, self._preset = run.data.workers, tokenizer, run.data.resolved_preset()
-        self._timeout = run.data.timeout
+        self._workers, self._tokenizer, self._timeout = run.data.workers, tokenizer, run.data.timeout
         self._retriever: OmniRetriever | None = None
 
     def __call__(self, number: int, trainable: Arrays) -> Mapping[str, float] | None:
@@ -65,9 +74,8 @@ class Evaluator:
         else:
             self._retriever.assign(params)
         parts = []
-        for part in self._retriever.embed(
-            self._records, TABLES, batch_size=self._settings.batch_size, workers=self._workers, timeout=self._timeout
-        ):
+        settings = {"batch_size": self._settings.batch_size, "workers": self._workers, "timeout": self._timeout}
+        for part in self._retriever.embed(self._records, TABLES, **settings, load=self._prepared if self._source is not None else None):
             parts.append(part)
             if jax.process_count() == 1 and self._stopping():
                 return None
@@ -86,3 +94,13 @@ class Evaluator:
         averages = {name: result[name] for name in ("AVG-single", "AVG-dual", "AVG-all") if result[name] is not None}
         self._tell(f"held-out R@1 after update {number}: " + ", ".join(f"{name} {value:.1f}" for name, value in averages.items()))
         return averages | {name: metrics["R@1"] for name, metrics in result["directions"].items()}
+
+    def _prepared(self, records: Sequence[Record]) -> Iterator[Features | ClipError]:
+        """Yields the features of clips of the prepared folder."""
+        assert self._source is not None
+        places = {name: n for n, name in enumerate(self._source.ids)}
+        for record in records:
+            try:
+                yield training_features(self._source.load(places[record.id]), self._preset)
+            except ClipError as error:
+                yield error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,7 @@ class OmniRetriever:
         workers: int | None = None,
         timeout: float = DECODE_LIMIT_S,
         share_prefix: bool | None = None,
+        load: Callable[[Sequence[Record]], Iterable[Features | ClipError]] | None = None,
     ) -> Iterator[Part]:
         """Embeds records into tables, a group at a time; a record that cannot be embedded is set aside and never stops the others.
 
@@ -177,6 +178,7 @@ class OmniRetriever:
           timeout: seconds one clip may take to decode.
           share_prefix: whether prompts that start with the same media share its tokens; the embeddings are the same. None: where the
             backbone's attention is causal.
+          load: gives the features of records, or the reason why there are none, in their order; None decodes their files.
 
         Raises:
           ConfigError: for an unknown table, or prefixes that are to be shared and cannot be.
@@ -221,7 +223,7 @@ class OmniRetriever:
 
         if workers is None:
             workers = max(1, (os.cpu_count() or 1) - 1) if needed != {"t"} else 0
-        features = load_features(able, self.preset, needed, workers=workers, timeout_s=timeout)
+        features = load_features(able, self.preset, needed, workers=workers, timeout_s=timeout) if load is None else load(able)
         clips = itertools.starmap(tokenized, zip(able, features, strict=True))
         yield from embedding_pass(clips, tables, plan=plan, encode=encode, group=batch_size, normalize=normalize)
 

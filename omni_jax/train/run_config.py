@@ -146,7 +146,7 @@ class EvaluationSection:
     """The 12 directions on clips that are not trained on.
 
     Attributes:
-      manifest: of those clips; "" evaluates nothing.
+      manifest: of those clips, or a folder of them that `omni-jax prepare` wrote; "" evaluates nothing.
       media_root: as in the data section.
       every: updates between two evaluations; 0 evaluates at the end alone.
       batch_size: clips encoded together.
