@@ -1,8 +1,9 @@
-"""Converted folder -> parameters on the devices, one layer stack at a time."""
+"""Converted folder -> parameters on the devices, one layer stack at a time; of several processes each reads what its devices hold."""
 
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,18 +24,24 @@ Shardings = Mapping[TreePath, jax.sharding.Sharding]
 
 
 def load(
-    model: epath.PathLike, *, dtype: Any = None, shardings: Shardings | Callable[[ModelConfig], Shardings] | None = None
+    model: epath.PathLike,
+    *,
+    dtype: Any = None,
+    shardings: Shardings | Callable[[ModelConfig], Shardings] | None = None,
+    told: Callable[[int, int], None] | None = None,
 ) -> tuple[ModelConfig, Params]:
     """Returns the configuration and every parameter of a converted folder, layer stacks with their leading axis.
 
     Modules that the adapter trained whole replace those of the base. Layers that the adapter does not touch get LoRA matrices of zero,
-    which add nothing and, their gradients being zero, stay so. Memory peaks at the model and one more stack.
+    which add nothing and, their gradients being zero, stay so. Memory peaks at the model and one more stack. Where a leaf's sharding
+    spreads it over several processes, each reads the parts that its own devices hold, once, and nothing else.
 
     Args:
       model: folder written by `to_jax`.
       dtype: type of every parameter; None keeps each as stored.
       shardings: where each leaf goes (of the stacked shape), or a function of the configuration that says so; a leaf without one goes to
         the default device.
+      told: called at the end with the bytes that this process read and those that it would read alone.
 
     Raises:
       InputError: not a converted folder, or one whose parts do not hold what its configuration asks for.
@@ -48,14 +55,21 @@ def load(
     leaves = dict(_leaves(entries))
     _check(leaves, stores, source)
     places = (shardings(manifest.model) if callable(shardings) else shardings) or {}
-    return manifest.model, dict(_read(leaves, stores, dtype, places))
+    params = dict(_read(leaves, stores, dtype, places))
+    if told is not None:
+        held = [(store, entry) for group in leaves.values() for entry in group if (store := _holder(entry, stores)) is not None]
+        told(sum(store.bytes_read for store in stores), sum(store.arrays[entry.stored].nbytes for store, entry in held))
+    return manifest.model, params
 
 
 def _read(
     leaves: Mapping[TreePath, list[Entry]], stores: list[Store], dtype: Any, places: Shardings
 ) -> Iterator[tuple[TreePath, jax.Array]]:
     """Yields (path, leaf) as each becomes complete; its host buffer is freed before the next large one is made."""
-    where = {entry.stored: (path, entry) for path, group in leaves.items() for entry in group}
+    spread = {path: parts for path, group in leaves.items() if (parts := _parts(group, places.get(path)))}
+    for path, parts in spread.items():
+        yield path, _assembled(leaves[path], parts, places[path], stores, _dtype(leaves[path], stores, dtype))
+    where = {entry.stored: (path, entry) for path, group in leaves.items() if path not in spread for entry in group}
     held = {name: _holder(entry, stores) for name, (_, entry) in where.items()}
     left = collections.Counter(where[name][0] for name, store in held.items() if store)
     stacks: dict[TreePath, np.ndarray] = {}
@@ -72,6 +86,43 @@ def _read(
             left[path] -= 1
             if not left[path]:
                 yield path, _place(stacks.pop(path), places.get(path))
+
+
+Key = tuple[tuple[int, int], ...]
+
+
+def _parts(group: list[Entry], sharding: jax.sharding.Sharding | None) -> list[Key]:
+    """Returns the different parts of a leaf that this process's devices hold, [start, stop) by axis; none where they hold all of it."""
+    if sharding is None:
+        return []
+    shape = _shape(group)
+    parts = list(dict.fromkeys(_key(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()))
+    held = sum(math.prod(stop - start for start, stop in part) for part in parts)
+    return parts if held < math.prod(shape) else []
+
+
+def _assembled(group: list[Entry], parts: list[Key], sharding: jax.sharding.Sharding, stores: list[Store], kind: jnp.dtype) -> jax.Array:
+    """Returns a leaf of which this process has read `parts`."""
+    buffers = {}
+    for part in parts:
+        buffers[part] = np.zeros([stop - start for start, stop in part], kind)
+        layers, inner = (part[0], part[1:]) if group[0].layer is not None else ((0, 1), part)
+        for entry in group[slice(*layers)]:
+            store = _holder(entry, stores)
+            if store is None:
+                continue
+            at = buffers[part] if entry.layer is None else buffers[part][entry.layer - layers[0]]
+            at[...] = store.read_part(entry.stored, tuple(slice(*bounds) for bounds in inner))
+    shape = _shape(group)
+    return jax.make_array_from_callback(shape, sharding, lambda index: buffers[_key(index, shape)])
+
+
+def _shape(group: list[Entry]) -> tuple[int, ...]:
+    return group[0].tree_shape if group[0].layer is None else (len(group), *group[0].tree_shape)
+
+
+def _key(index: Any, shape: tuple[int, ...]) -> Key:
+    return tuple(at.indices(length)[:2] for at, length in zip(index or (), shape, strict=True))
 
 
 def _leaves(entries: list[Entry]) -> Iterator[tuple[TreePath, list[Entry]]]:

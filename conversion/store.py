@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
@@ -123,12 +124,18 @@ class StoreWriter:
 
 
 class Store:
-    """Arrays written by `StoreWriter`, read by name or by piece."""
+    """Arrays written by `StoreWriter`, read whole or in part.
+
+    Attributes:
+      arrays: name -> what is stored.
+      bytes_read: of values, so far.
+    """
 
     def __init__(self, folder: epath.Path) -> None:
         """Opens a store; InputError where the folder holds none."""
         self._folder = folder
         self._checkpointer = _checkpointer()
+        self.bytes_read = 0
         try:
             arrays = json.loads((folder / _INDEX).read_text())["arrays"]
             self.arrays = {name: _stored(name, jnp.dtype(at["dtype"]), tuple(at["shape"]), at["pieces"]) for name, at in arrays.items()}
@@ -158,12 +165,43 @@ class Store:
                 if not left[piece.name]:
                     yield piece.name, whole.pop(piece.name)
 
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Returns `array[index]`, reading no other bytes of the array than those; slices have a start and a stop, and no step.
+
+        Raises:
+          InputError: a name that is not stored, or a damaged part.
+        """
+        stored = self._stored(name)
+        if not stored.shape:
+            return next(self.read([name]))[1]
+        rows, columns = index[0], index[1:]
+        found = []
+        for piece in stored.pieces:
+            start, stop = max(rows.start, piece.start), min(rows.stop, piece.stop)
+            if start >= stop:
+                continue
+            at = (slice(start - piece.start, stop - piece.start), *columns)
+            raw = raw_file(_part(self._folder, piece.part) / piece.key, piece.shape, piece.dtype)
+            if raw is None:
+                found += [array[at] for _, array in self._read([piece])]
+                continue
+            try:
+                part = read_raw(raw, piece.shape, piece.dtype, at)
+            except (OSError, ValueError) as e:
+                raise InputError(f"{raw}: cannot be read ({e}); {_CONVERT}") from None
+            self.bytes_read += part.nbytes
+            found.append(part)
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _stored(self, name: str) -> Stored:
+        if name not in self.arrays:
+            raise InputError(f"{self._folder}: array {name} is missing; {_CONVERT}")
+        return self.arrays[name]
+
     def _batches(self, names: Iterable[str], limit: int) -> Iterator[list[Piece]]:
         batch: list[Piece] = []
         for name in names:
-            if name not in self.arrays:
-                raise InputError(f"{self._folder}: array {name} is missing; {_CONVERT}")
-            for piece in self.arrays[name].pieces:
+            for piece in self._stored(name).pieces:
                 if batch and sum(p.nbytes for p in batch) + piece.nbytes > limit:
                     yield batch
                     batch = []
@@ -187,7 +225,42 @@ class Store:
             array = found.pop(piece.key)
             if array.shape != piece.shape or array.dtype != piece.dtype:
                 raise InputError(f"{_part(self._folder, piece.part)}: array {piece.name} is not as the index says; {_CONVERT}")
+            self.bytes_read += piece.nbytes
             yield piece, array
+
+
+def raw_file(folder: epath.Path, shape: tuple[int, ...], dtype: np.dtype) -> epath.Path | None:
+    """Returns the file that holds the bare values of an array in a part; None where they are packed, in several files, or left out.
+
+    A part is a zarr array for each piece, which as this module writes them has one chunk and no compression.
+    """
+    try:
+        about = json.loads((folder / ".zarray").read_text())
+        bare = about["compressor"] is None and about["filters"] is None and about["order"] == "C"
+        kind = about["dtype"] in (dtype.name, np.dtype(dtype).newbyteorder("<").str)
+        if not bare or not kind or tuple(about["shape"]) != shape or tuple(about["chunks"]) != shape:
+            return None
+        file = folder / about["dimension_separator"].join("0" for _ in shape)
+        # Values that are all zero may have no file.
+        return file if file.exists() and file.stat().length == math.prod(shape) * dtype.itemsize else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_raw(file: epath.Path, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
+    """Returns `array[index]` of an array whose bare values a file holds."""
+    if "://" not in os.fspath(file):
+        return np.array(np.memmap(file, dtype, mode="r", shape=shape)[index])
+    return fetch_raw(file, shape, dtype, index)
+
+
+def fetch_raw(file: epath.Path, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
+    """As `read_raw` for an object store: the whole rows are fetched in one piece, of which the columns are taken."""
+    rows, row_bytes = index[0], math.prod(shape[1:]) * dtype.itemsize
+    with file.open("rb") as opened:
+        opened.seek(rows.start * row_bytes)
+        data = opened.read((rows.stop - rows.start) * row_bytes)
+    return np.frombuffer(data, dtype).reshape(-1, *shape[1:])[(slice(None), *index[1:])].copy()
 
 
 def _stored(name: str, dtype: np.dtype, shape: tuple[int, ...], pieces: list[list[int]]) -> Stored:
