@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -13,8 +16,14 @@ from jax.experimental import multihost_utils
 COORDINATOR, PROCESSES, PROCESS = "OMNI_JAX_COORDINATOR", "OMNI_JAX_PROCESSES", "OMNI_JAX_PROCESS"
 """Environment variables: host:port of process 0 (or "auto"), how many processes there are, the number of this one from 0."""
 
+T = TypeVar("T")
+
+START = "OMNI_JAX_START_SECONDS"
+"""Environment variable: seconds within which the processes must come together; START_SECONDS where it is not set."""
+
 AUTO = "auto"
 START_SECONDS = 300
+LATE = 2  # exit status of a process that waited in vain
 
 
 def start(
@@ -23,7 +32,7 @@ def start(
     """Joins the other processes, before any other use of jax; returns whether there are others.
 
     Arguments that are None are read from the environment; without a coordinator the process stands alone. "auto" asks the platform (a TPU
-    pod, Slurm), which knows the rest.
+    pod, Slurm), which knows the rest. Where they do not come together in time, the process says so and ends with status 2.
 
     Raises:
       ValueError: when an address comes without a number, or the numbers make no sense.
@@ -36,8 +45,10 @@ def start(
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Otherwise jax takes SIGTERM for itself, and a run would not hear that it is to save and leave.
     jax.config.update("jax_enable_preemption_service", False)
+    seconds = _number(START, None if START in environment else START_SECONDS, environment)
     if coordinator == AUTO:
-        jax.distributed.initialize()
+        with _within(seconds, coordinator, "all processes"):
+            jax.distributed.initialize(initialization_timeout=2 * seconds + 60)
         return jax.process_count() > 1
     count = _number(PROCESSES, count, environment)
     index = _number(PROCESS, index, environment)
@@ -45,15 +56,46 @@ def start(
         raise ValueError(f"process {index} of {count}: numbers start at 0 and end below the count; set {PROCESS} and {PROCESSES}")
     if count == 1:
         return False
-    jax.distributed.initialize(coordinator, count, index, initialization_timeout=START_SECONDS)
+    with _within(seconds, coordinator, f"all {count} processes"):
+        jax.distributed.initialize(coordinator, count, index, initialization_timeout=2 * seconds + 60)
     return True
+
+
+@contextlib.contextmanager
+def _within(seconds: int, coordinator: str, who: str) -> Iterator[None]:
+    """Ends the process with one line where the block takes longer: jax itself aborts then, with a stack of C++ functions."""
+
+    def late() -> None:
+        host, _, port = coordinator.rpartition(":")
+        why = f"not {who} have started; look at what the others say"
+        if coordinator != AUTO:
+            try:
+                socket.create_connection((host, int(port)), timeout=5).close()
+            except (OSError, ValueError) as e:
+                why = f"nothing answers at {coordinator} ({e}); start process 0 there, or mend {COORDINATOR}"
+        os.write(2, f"omni-jax: the processes did not come together in {seconds} s: {why}\n".encode())
+        os._exit(LATE)
+
+    timer = threading.Timer(seconds, late)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def any_process(here: bool) -> bool:
     """Returns whether `here` is true in some process. All of them must call it, in the same order."""
-    if jax.process_count() == 1:
-        return here
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(here))))
+    return bool(np.any(of_every_process(np.asarray(here))))
+
+
+def of_every_process(here: np.ndarray) -> np.ndarray:
+    """Returns the arrays of all processes, which all must call it with equal shapes, stacked in the order of their numbers.
+
+    Types of 64 bits would lose half of them on the way.
+    """
+    return here[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(here))
 
 
 def total_over_processes(here: Sequence[int]) -> list[int]:
@@ -61,6 +103,14 @@ def total_over_processes(here: Sequence[int]) -> list[int]:
     if jax.process_count() == 1:
         return list(here)
     return np.sum(multihost_utils.process_allgather(np.asarray(here, np.int64)), axis=0).tolist()
+
+
+def texts_of_every_process(here: str) -> list[str]:
+    """Returns the texts of all processes, which all must call it, in the order of their numbers."""
+    data = np.frombuffer(here.encode(), np.uint8)
+    lengths = of_every_process(np.array(data.size, np.int32))
+    rows = of_every_process(np.pad(data, (0, int(lengths.max()) - data.size)))
+    return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
 
 
 def barrier(name: str) -> None:
@@ -80,6 +130,23 @@ def first_does(work: Callable[[], Any]) -> Exception | None:
     if any_process(error is not None) and error is None:
         error = RuntimeError("process 0 could not go on; its own message says why")
     return error
+
+
+def all_do(work: Callable[[], T]) -> T:
+    """Returns what `work` gives in this process, once all processes have done theirs.
+
+    Raises:
+      Exception: its own where it failed here, a RuntimeError where it failed in another process alone.
+    """
+    error: Exception | None = None
+    result: T | None = None
+    try:
+        result = work()
+    except Exception as e:
+        error = e
+    if any_process(error is not None):
+        raise error or RuntimeError("another process could not go on; its own message says why")
+    return cast(T, result)
 
 
 def _number(name: str, given: int | None, environment: Mapping[str, str]) -> int:

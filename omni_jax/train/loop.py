@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from omni_jax.parallel import any_process, total_over_processes
+from omni_jax.parallel import any_process, of_every_process, total_over_processes
 from omni_jax.train.batch import TrainBatch, place_batch
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.run_config import RunConfig, StopSection
@@ -22,6 +23,9 @@ from omni_jax.train.trainable import Arrays
 from omni_jax.types import InputError
 
 Row = dict[str, float]
+
+DIGEST = "batch_digest"
+"""Name in a row: a number of 48 bits that stands for the record ids of the update's global batch, in order. Every update has it."""
 
 COUNTS = ("silent", "mended", "truncated", "used_tokens", "total_tokens")
 """Numbers of an update's data, summed over processes where a row is kept."""
@@ -83,10 +87,11 @@ def train(
 ) -> TrainState:
     """Makes the updates that are left of `total`, saving on the way and at the end; returns the last state, which is saved.
 
-    When `around.stopping()` says so it saves and returns early: `state.step` tells.
+    When `around.stopping()` says so it saves and returns early: `state.step` tells. Where the data of one process fail, all of them save
+    before they raise.
 
     Raises:
-      InputError: when updates are skipped or embeddings stay collapsed too often in a row, or a checkpoint cannot be written.
+      InputError: when updates are skipped or embeddings stay collapsed too often in a row, a checkpoint cannot be written, or data fail.
     """
     start = int(state.step)
     watch = Watch(run.stop, around.tell)
@@ -101,23 +106,31 @@ def train(
         checkpoints.save(state)
         checkpoints.wait()
         return state
-    made = _saving_on_error(data.batches(start, total), lambda: checkpoints.save(state), checkpoints)
-    for number, update in enumerate(made, start + 1):
+    made = data.batches(start, total)
+    for number in range(start + 1, total + 1):
+        update, failure = _next(made)
+        # All processes leave together: the others would wait for this one's part of the update.
+        stopped, failed = np.any(of_every_process(np.array([around.stopping(), failure is not None])), axis=0)
+        if stopped or failed:
+            if pending is not None:
+                pending.settle(watch, around)
+            checkpoints.save(state)
+            checkpoints.wait()
+            if failed:
+                raise failure or InputError(f"the data of another process failed, whose own message says why; update {number - 1} is saved")
+            return state
         state, metrics = step(state, frozen, place_batch(update.batch, mesh))
         if pending is not None:
             pending.settle(watch, around)
         elapsed, began = time.monotonic() - began, time.monotonic()
         pending = _Pending(number, metrics, update, run.batch.clips / max(elapsed, 1e-9), number % run.log.every == 0 or number == total)
-        stopped = number < total and any_process(around.stopping())
-        evaluates = around.evaluate is not None and run.evaluation.every > 0 and number % run.evaluation.every == 0 and not stopped
-        if stopped or evaluates or number == total or number % run.checkpoint.every == 0:
+        due = number == total or (run.evaluation.every > 0 and number % run.evaluation.every == 0)
+        if due or number % run.checkpoint.every == 0:
             pending = pending.settle(watch, around)
             checkpoints.save(state)
-        if evaluates or (number == total and around.evaluate is not None):
+        if due and around.evaluate is not None and (number == total or not any_process(around.stopping())):
             _evaluate(number, state, around)
             began = time.monotonic()
-        if stopped:
-            break
     checkpoints.wait()
     return state
 
@@ -137,11 +150,11 @@ class _Pending:
         counts = {name: getattr(self.update, name) for name in COUNTS} | {"replaced": len(self.update.errors)}
         if self.logged:
             counts = dict(zip(counts, total_over_processes(list(counts.values())), strict=True))
-        row |= counts | {"clips_per_second": self.clips_per_second}
+        digest = {DIGEST: digest_of(self.update.ids)}
+        row |= counts | {"clips_per_second": self.clips_per_second} | digest
         for name, reason in self.update.errors:
             around.tell(f"update {self.number}: record {name!r} was replaced by another: {reason}")
-        if self.logged:
-            around.row(self.number, row)
+        around.row(self.number, row if self.logged else dict(digest))
         around.update(self.number, row)
         watch(self.number, row)
 
@@ -184,12 +197,20 @@ def _evaluate(number: int, state: TrainState, around: Surroundings) -> None:
         around.row(number, {f"eval/{name}": value for name, value in figures.items()})
 
 
-def _saving_on_error(made: Iterator[Any], save: Callable[[], None], checkpoints: Checkpoints) -> Iterator[Any]:
-    """Yields what `made` yields; when it fails, what was trained so far is saved before the error goes on its way."""
+def _next(made: Iterator[Any]) -> tuple[Any, Exception | None]:
+    """Returns the next of `made`, or the error that came in its place."""
     try:
-        yield from made
-    except InputError:
-        if jax.process_count() == 1:  # all processes save together, and the others know of nothing
-            save()
-            checkpoints.wait()
-        raise
+        return next(made), None
+    except Exception as error:
+        return None, error
+
+
+def digest_of(ids: Sequence[Sequence[str]]) -> int:
+    """Returns a number for the ordered record ids of a global batch: the same in every process, and for every number of them.
+
+    Args:
+      ids: of this process: micro-batches of clips. All processes must call it, in the same order.
+    """
+    each = [[np.frombuffer(hashlib.blake2b(name.encode(), digest_size=8).digest(), np.uint32) for name in micro] for micro in ids]
+    whole = np.moveaxis(of_every_process(np.array(each)), 0, 1)  # (micro-batch, process, clip, 2): the processes' slices in order
+    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(whole).tobytes(), digest_size=6).digest(), "big")

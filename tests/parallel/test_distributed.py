@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
 import pytest
 
 from omni_jax.parallel import distributed
+from tests.house import ROOT
+from tests.train.tiny_run import free_port
 
 
 @pytest.fixture
@@ -41,7 +46,24 @@ def test_numbers_that_make_no_sense_are_refused(calls: list[tuple[Any, ...]], co
     assert calls == []
 
 
+@pytest.mark.parametrize(
+    ("index", "why"), [(0, "not all 2 processes have started"), (1, "nothing answers at 127.0.0.1:{port} ([Errno 111] Connection refused)")]
+)
+def test_processes_that_do_not_come_together_end_in_time_with_one_line(index: int, why: str) -> None:
+    """Process 0 waits for another that is never started; process 1 for a coordinator that is not there."""
+    port = free_port()
+    code = f"from omni_jax.parallel import start; start('127.0.0.1:{port}', 2, {index})"
+    around = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), distributed.START: "3"}
+    ended = subprocess.run([sys.executable, "-c", code], env=around, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == distributed.LATE, ended.stderr
+    assert f"omni-jax: the processes did not come together in 3 s: {why.format(port=port)}; " in ended.stderr.splitlines()[-1]
+
+
 def test_alone_a_process_agrees_with_itself() -> None:
+    assert distributed.texts_of_every_process("grüße") == ["grüße"] and distributed.texts_of_every_process("") == [""]
+    assert distributed.all_do(lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        distributed.all_do(lambda: 1 / 0)
     assert distributed.any_process(True) and not distributed.any_process(False)
     error = distributed.first_does(lambda: 1 / 0)
     assert isinstance(error, ZeroDivisionError)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -15,8 +18,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from omni_jax.cli.status import INTERRUPTED, STOPPED_AND_SAVED
+from omni_jax.cli.status import BAD_INPUT, INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.train.checkpoint import REST, TRAINABLE, steps_of
+from omni_jax.train.loop import DIGEST
 from tests.tolerances import assert_close
 from tests.train.tiny_run import CLIPS, command, environment, finish, free_port, make_files, omni_jax, start
 
@@ -69,11 +73,17 @@ def wait_for(process: subprocess.Popen[str], what: Callable[[], bool], seconds: 
     return False
 
 
+@pytest.fixture(scope="module")
+def whole(config: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a run on two devices that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    finish(command(config, workdir, steps=STEPS, **PLAIN), environment(cache, devices=2))
+    return workdir
+
+
 @pytest.mark.slow
-def test_killed_ten_times_equals_never_killed_to_the_bit(config: Path, cache: Path, tmp_path: Path) -> None:
-    around = environment(cache, devices=2)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(command(config, whole, steps=STEPS, **PLAIN), around)
+def test_killed_ten_times_equals_never_killed_to_the_bit(config: Path, cache: Path, whole: Path, tmp_path: Path) -> None:
+    around, broken = environment(cache, devices=2), tmp_path / "broken"
     rng = random.Random(2025)
     saving = 0
     for kill in range(KILLS):
@@ -127,11 +137,65 @@ def test_two_processes_of_four_devices_go_on_as_one_of_eight(config: Path, cache
     finish(command(config, moved, steps=steps, **PLAIN), environment(cache, devices=8))
     ours, theirs = rows(moved), rows(whole)
     assert [row["step"] for row in ours] == list(range(1, steps + 1))
-    # Tokens and captions of all processes together, and losses: another clip or another order would show in both.
     for mine, other in zip(ours, theirs, strict=True):
+        assert mine[DIGEST] == other[DIGEST]  # the same global batches in the same order
         assert mine["used_tokens"] == other["used_tokens"]
         for name in ("loss", "L_T", "L_D", "L_A"):
             assert_close(mine[name], other[name], "update_loss")
+
+
+@pytest.mark.slow
+def test_a_killed_data_worker_is_replaced_and_the_run_is_the_same(config: Path, cache: Path, whole: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    process = start(command(config, workdir, steps=STEPS, data__workers=1, **PLAIN), environment(cache, devices=2))
+    found: list[int] = []
+    assert wait_for(process, lambda: bool(found.extend(workers_of(process.pid)) or found)), process.communicate()[0]
+    os.kill(found[0], signal.SIGKILL)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    assert "a data worker died; update" in said
+    assert rows(workdir) == rows(whole)
+
+
+def workers_of(parent: int) -> list[int]:
+    """Returns the processes that a run has started to make batches."""
+    found = []
+    for number in (name for name in os.listdir("/proc") if name.isdecimal()):
+        with contextlib.suppress(OSError):
+            after = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+            if int(after[1]) == parent and b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes():
+                found.append(int(number))
+    return found
+
+
+@pytest.mark.slow
+def test_where_the_data_of_one_process_fail_both_save_and_end(config: Path, cache: Path, tmp_path: Path) -> None:
+    """The second process reads a copy of the shards, which is damaged while it trains."""
+    workdir, copy = tmp_path / "run", tmp_path / "shards"
+    shutil.copytree(config.parent / "shards", copy)
+    address, sources = f"127.0.0.1:{free_port()}", (config.parent / "shards", copy)
+    settings = {**PLAIN, "steps": 400}
+    pair = [
+        start(
+            command(config, workdir, "--coordinator", address, "--processes", "2", "--process", str(i), data__train=source, **settings),
+            environment(cache, devices=4),
+        )
+        for i, source in enumerate(sources)
+    ]
+    try:
+        assert wait_for(pair[0], lambda: bool(steps_of(workdir / "checkpoints"))), pair[0].communicate()[0]
+        for shard in copy.glob("*.array_record*"):
+            with shard.open("r+b") as file:
+                file.write(bytes(shard.stat().st_size))
+        said = [process.communicate(timeout=300)[0] for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+    assert [process.returncode for process in pair] == [BAD_INPUT] * 2, said
+    step = newest(workdir)
+    assert f"the data of another process failed, whose own message says why; update {step} is saved" in said[0].splitlines()[-1]
+    assert "a clip cannot be used and no other can stand in for it" in said[1].splitlines()[-1]
+    assert [row["step"] for row in rows(workdir)] == list(range(1, step + 1))
 
 
 @pytest.mark.slow
@@ -160,3 +224,9 @@ def test_from_shards_to_the_12_directions_with_stops_on_the_way(config: Path, ca
     assert again["n"] == CLIPS.held_out and len(again["directions"]) == 12
     for direction, figures in measured["directions"].items():
         assert figures["R@1"] == again["directions"][direction]["R@1"], direction
+    # The last update once more, evaluated on shards of the held-out clips.
+    prepared = tmp_path / "held_out"
+    finish(omni_jax("prepare", "--out", str(prepared), *manifest[:4], *fields), around)
+    shutil.rmtree(workdir / "checkpoints" / "40")
+    finish(command(config, workdir, **{**settings, "evaluation__manifest": prepared}), around)
+    assert json.loads((workdir / "evaluations" / "40.json").read_text()) == measured

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from configs import tiny
 from omni_jax.train import RunConfig, TrainState
 from omni_jax.train.checkpoint import Checkpoints, steps_of
-from omni_jax.train.loop import Row, Surroundings, train
+from omni_jax.train.loop import DIGEST, Row, Surroundings, digest_of, train
 from omni_jax.train.metrics import evaluated, metrics_writer
 from omni_jax.types import InputError
 from tests.train.states import assert_equal, state
@@ -33,6 +33,7 @@ class Update:
     """An update's data; the batch is its number."""
 
     batch: Any
+    ids: tuple[tuple[str, ...], ...]
     errors: tuple[tuple[str, str], ...] = ()
     silent: int = 0
     mended: int = 0
@@ -52,7 +53,9 @@ class Numbers:
             if number == self.broken:
                 raise InputError("data workers died 4 times in a row")
             self.made.append(number)
-            yield Update({"number": jnp.int32(number)}, errors=(("r7", "cannot be read"),) if number == 1 else ())
+            yield Update(
+                {"number": jnp.int32(number)}, ids=((f"r{number}", "r"),), errors=(("r7", "cannot be read"),) if number == 1 else ()
+            )
 
 
 class Step:
@@ -134,6 +137,7 @@ def test_a_run_from_beginning_to_end(tmp_path: Path) -> None:
     assert steps_of(tmp_path / "checkpoints") == [2, 3, 4, 6, 7]
     assert world.evaluated == [2, 4, 6, 7] and world.seen == list(range(1, 8))
     assert [r["step"] for r in world.rows() if "loss" in r] == [3, 6, 7]
+    assert [(r["step"], r[DIGEST]) for r in world.rows() if DIGEST in r] == [(n, digest_of([[f"r{n - 1}", "r"]])) for n in range(1, 8)]
     assert [r["eval/AVG-all"] for r in world.rows() if "eval/AVG-all" in r] == [1.0, 6.0, 15.0, 21.0]
     assert world.lines == ["update 2: record 'r7' was replaced by another: cannot be read"]
 
@@ -196,6 +200,14 @@ def test_collapsed_embeddings_warn_or_stop(tmp_path: Path) -> None:
     strict = dataclasses.replace(RUN, stop=dataclasses.replace(RUN.stop, collapse="stop"))
     with pytest.raises(InputError, match="embeddings have been collapsed for 2 updates up to update 4"):
         World(tmp_path / "stop").run(Step(flat=2), run=strict)
+
+
+def test_the_digest_of_a_batch_tells_clips_and_their_order() -> None:
+    batch = [["a", "b"], ["c", "d"]]
+    others = ([["b", "a"], ["c", "d"]], [["c", "d"], ["a", "b"]], [["a", "b"], ["c", "e"]], [["a", "b", "c", "d"]])
+    assert 0 < digest_of(batch) == digest_of([list(micro) for micro in batch]) < 2**48
+    assert len({digest_of(batch), *map(digest_of, others[:3])}) == 4
+    assert digest_of(others[3]) == digest_of(batch)  # the order counts, the size of a micro-batch does not
 
 
 def test_what_was_trained_is_saved_when_the_data_fail(tmp_path: Path) -> None:
