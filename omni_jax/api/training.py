@@ -15,21 +15,22 @@ from etils import epath
 from jax.sharding import Mesh
 
 import conversion
-from conversion.folder import read_manifest
+from conversion.folder import Manifest, read_manifest
 from omni_jax.api.evaluation import Evaluator
+from omni_jax.api.processes import check_equal, check_shared, first, together
 from omni_jax.api.retriever import check_preprocessing
 from omni_jax.api.weights import base_digests
-from omni_jax.config import ModelConfig
+from omni_jax.config import ModelConfig, Preset
 from omni_jax.data.augment import AugmentConfig
 from omni_jax.data.clips import ClipSource
 from omni_jax.data.pipeline import TrainPipeline
 from omni_jax.data.plan import BatchConfig
 from omni_jax.data.sources import open_source
 from omni_jax.model import param_shardings
-from omni_jax.parallel import batch_axes, batch_shards, first_does, make_mesh
+from omni_jax.parallel import batch_axes, batch_shards, make_mesh
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.train import RunConfig, TrainState, TrainStep, kinds_of_update, pack_update, report
-from omni_jax.train.checkpoint import Checkpoints
+from omni_jax.train.checkpoint import Checkpoints, one_line
 from omni_jax.train.lock import run_lock
 from omni_jax.train.loop import Row, Surroundings, train
 from omni_jax.train.lora import fresh_lora
@@ -77,19 +78,16 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
     """
     folder = epath.Path(workdir)
     folder = folder if "://" in str(folder) else epath.Path(folder).absolute()
-    mesh = _mesh(run)
+    check_equal("the config", run.to_json())
+    mesh = together(lambda: _mesh(run))
     preset = run.data.resolved_preset()
-    source = open_source(run.data.train, preset, run.data.media_root or None, timeout_s=run.data.timeout)
+    source = together(lambda: open_source(run.data.train, preset, run.data.media_root or None, timeout_s=run.data.timeout))
     with contextlib.ExitStack() as held:
-        _first(lambda: held.enter_context(run_lock(folder)))
+        first(lambda: held.enter_context(run_lock(folder)))
+        check_shared(folder)
         base = _base(run, folder, source.captions)
-        manifest = read_manifest(base)
-        model = _with_lora(manifest.model, run)
-        preset.check(model.prompt)
-        check_preprocessing(base, model)
-        tokenizer = Tokenizer.from_pretrained(base)
-        tokenizer.check(model.tokens)
-        data = _pipeline(run, source, tokenizer, model)
+        manifest, model, tokenizer = together(lambda: _model(base, run, preset))
+        data = together(lambda: _pipeline(run, source, tokenizer, model))
         total = run.total_steps(data.planner.updates_per_epoch)
         step = TrainStep(model, run.step_config(total), dtype=run.model.dtype, mesh=mesh)
         watcher.tell(report(step.groups))
@@ -98,10 +96,12 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
         digests = {**base_digests(manifest), "clips": _clips_digest(source)}
         stored = BASE if not run.model.base else str(base)
         config = WorkdirConfig(run.to_json(), model, stored, digests, total)
-        _first(lambda: claim(folder, config))
-        checkpoints = Checkpoints(folder / CHECKPOINTS, run.checkpoint.keep)
+        check_equal("what they train", {**digests, "updates": total})
+        first(lambda: claim(folder, config))
+        checkpoints = together(lambda: Checkpoints(folder / CHECKPOINTS, run.checkpoint.keep))
         held.callback(checkpoints.close)
-        state, frozen = step.init(_params(base, model, run, mesh))
+        check_equal("where the run stands", {"the newest checkpoint": checkpoints.newest()})
+        state, frozen = step.init(_params(base, model, run, mesh, watcher.tell))
         state = _resumed(checkpoints, state, watcher)
         start = int(state.step)
         writer = metrics_writer(folder, start) if jax.process_index() == 0 else None
@@ -115,7 +115,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
 
         evaluator = None
         if run.evaluation.manifest:
-            evaluator = Evaluator(run, folder, tokenizer, model, frozen, mesh, watcher.tell, watcher.stopping)
+            evaluator = together(lambda: Evaluator(run, folder, tokenizer, model, frozen, mesh, watcher.tell, watcher.stopping))
         watcher.begin(start, total, run.batch.clips)
         around = Surroundings(
             row=row,
@@ -125,8 +125,24 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
             evaluate=evaluator,
             evaluated=lambda number: writer is not None and evaluated(folder, number),  # process 0 says it for all
         )
-        state = train(step, state, frozen, mesh=mesh, run=run, total=total, data=data, checkpoints=checkpoints, around=around)
+        try:
+            state = train(step, state, frozen, mesh=mesh, run=run, total=total, data=data, checkpoints=checkpoints, around=around)
+        except jax.errors.JaxRuntimeError as e:
+            if jax.process_count() == 1:
+                raise
+            raise InputError(f"another process was lost ({one_line(e)}); {checkpoints.kept()}: start all processes again to go on") from e
         return Outcome(int(state.step), total)
+
+
+def _model(base: epath.Path, run: RunConfig, preset: Preset) -> tuple[Manifest, ModelConfig, Tokenizer]:
+    """Returns what a base folder says, the architecture to train, and the tokenizer, all checked against each other."""
+    manifest = read_manifest(base)
+    model = _with_lora(manifest.model, run)
+    preset.check(model.prompt)
+    check_preprocessing(base, model)
+    tokenizer = Tokenizer.from_pretrained(base)
+    tokenizer.check(model.tokens)
+    return manifest, model, tokenizer
 
 
 def _mesh(run: RunConfig) -> Mesh | None:
@@ -147,12 +163,6 @@ def _mesh(run: RunConfig) -> Mesh | None:
     return mesh
 
 
-def _first(work: Callable[[], Any]) -> None:
-    """Does something in process 0 alone; all of them fail where it fails."""
-    if error := first_does(work):
-        raise error if not isinstance(error, RuntimeError) else InputError(str(error))
-
-
 def _base(run: RunConfig, workdir: epath.Path, captions: Sequence[str]) -> epath.Path:
     """Returns the folder of the base weights, drawn into the workdir where the config names none."""
     if run.model.base:
@@ -166,7 +176,7 @@ def _base(run: RunConfig, workdir: epath.Path, captions: Sequence[str]) -> epath
         if not base.exists():
             write_fresh(base, run.model.architecture or {}, seed=run.seed, captions=captions, lora=run.model.lora)
 
-    _first(draw)
+    first(draw)
     return base
 
 
@@ -183,10 +193,17 @@ def _with_lora(model: ModelConfig, run: RunConfig) -> ModelConfig:
     return dataclasses.replace(model, lora=wanted)
 
 
-def _params(base: epath.Path, model: ModelConfig, run: RunConfig, mesh: Mesh | None) -> dict[tuple[str, ...], jax.Array]:
+def _params(
+    base: epath.Path, model: ModelConfig, run: RunConfig, mesh: Mesh | None, tell: Callable[[str], None]
+) -> dict[tuple[str, ...], jax.Array]:
     """Returns every parameter on the devices; LoRA matrices that the base does not have are drawn."""
     shardings: Mapping[Any, Any] = param_shardings(model, mesh) if mesh is not None else {}
-    found, params = conversion.load(base, shardings=shardings)
+
+    def told(read: int, whole: int) -> None:
+        if jax.process_count() > 1:
+            tell(f"weights: this process reads {read / 2**20:.2f} of {whole / 2**20:.2f} MiB")
+
+    found, params = conversion.load(base, shardings=shardings, told=told)
     if model.lora is not None and found.lora is None:
         params |= fresh_lora(model, run.seed, shardings)
     return params

@@ -9,6 +9,7 @@ is whole; what a killed process left has another name and is removed by the next
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from omni_jax.parallel import barrier
+from omni_jax.parallel import barrier, first_does
 from omni_jax.train.state import TrainState
 from omni_jax.train.trainable import Arrays
 from omni_jax.types import InputError
@@ -69,10 +70,18 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if step in self._manager.all_steps():
                 return
+            if error := first_does(self._try):
+                raise error
             args = ocp.args.Composite(**{TRAINABLE: ocp.args.PyTreeSave(trainable), REST: ocp.args.PyTreeSave(rest)})
             self._manager.save(step, args=args, force=True)
         except Exception as e:
             raise self._failure(step, e) from e
+
+    def _try(self) -> None:
+        # Where the folder takes no files Orbax waits for minutes before it says so.
+        probe = self._folder / "probe"
+        probe.write_text("")
+        probe.unlink()
 
     def wait(self) -> None:
         """Waits until everything is written. Raises InputError when something could not be."""
@@ -101,7 +110,7 @@ class Checkpoints:
             except InputError:
                 raise
             except Exception as e:
-                damaged[step] = _reason(e)
+                damaged[step] = one_line(e)
                 continue
             for number, reason in damaged.items():
                 self._set_aside(number)
@@ -111,9 +120,15 @@ class Checkpoints:
             raise InputError(f"{self._folder}: no checkpoint can be read ({next(iter(damaged.values()))}); start with another --workdir")
         return None
 
+    def kept(self) -> str:
+        """Returns which checkpoint a run can go on from, in words."""
+        whole = steps_of(self._folder)
+        return f"checkpoint {whole[-1]} is whole" if whole else "there is no checkpoint yet"
+
     def close(self) -> None:
-        """Waits and frees the threads."""
-        self._manager.close()
+        """Waits and frees the threads. What could not be written was said by `save` or `wait`, and is not said again."""
+        with contextlib.suppress(Exception):
+            self._manager.close()
 
     def _check(self, step: int, item: str, wanted: Arrays, metadata: Any) -> None:
         tree = getattr(metadata, "tree", metadata)
@@ -136,16 +151,15 @@ class Checkpoints:
         self._manager.reload()
 
     def _failure(self, step: int | None, error: Exception) -> InputError:
-        whole = steps_of(self._folder)
-        kept = f"checkpoint {whole[-1]} is whole" if whole else "there is no checkpoint yet"
         what = "a checkpoint" if step is None else f"checkpoint {step}"
-        return InputError(f"{self._folder}: {what} could not be written ({_reason(error)}); {kept}; free some space and run it again")
+        mend = "free some space" if jax.process_count() == 1 else "free some space, or see what the other processes say,"
+        return InputError(f"{self._folder}: {what} could not be written ({one_line(error)}); {self.kept()}; {mend} and run it again")
 
 
 def steps_of(folder: epath.PathLike) -> list[int]:
     """Returns the whole checkpoints in a folder of them, oldest first."""
     path = epath.Path(folder).absolute()
-    return sorted(ocp.utils.checkpoint_steps(path)) if path.exists() else []
+    return sorted(ocp.utils.checkpoint_steps(path)) if path.is_dir() else []
 
 
 def read_trainable(folder: epath.PathLike, step: int) -> dict[str, np.ndarray]:
@@ -164,7 +178,7 @@ def read_trainable(folder: epath.PathLike, step: int) -> dict[str, np.ndarray]:
             args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
             found = reader.restore(path, ocp.args.PyTreeRestore(restore_args=args))
     except Exception as e:
-        raise InputError(f"{path}: cannot be read ({_reason(e)}); choose another --step") from e
+        raise InputError(f"{path}: cannot be read ({one_line(e)}); choose another --step") from e
     return {name.replace(".", "/"): np.asarray(x) for name, x in found.items()}
 
 
@@ -205,7 +219,8 @@ def _stored(path: str) -> str:
     return path.replace("/", ".")
 
 
-def _reason(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Returns what an error of a library says, cut to one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

@@ -128,6 +128,25 @@ def test_a_full_disk_stops_with_one_line_and_keeps_the_checkpoint_before(tmp_pat
     again.close()
 
 
+def test_a_folder_that_is_lost_while_training_is_one_line_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    """A file in the place of the folder refuses writes for root as well, which a read-only folder would not."""
+    saved(tmp_path / "c", 1)
+    checkpoints = Checkpoints(tmp_path / "c", 3)
+    (tmp_path / "c").rename(tmp_path / "aside")
+    (tmp_path / "c").write_text("")
+    with pytest.raises(InputError, match="checkpoint 2 could not be written") as caught:
+        checkpoints.save(state(2))
+        checkpoints.wait()
+    assert "\n" not in str(caught.value)
+    (tmp_path / "c").unlink()
+    (tmp_path / "aside").rename(tmp_path / "c")
+    again = Checkpoints(tmp_path / "c", 3)
+    restored = again.restore(state(0))
+    assert restored is not None
+    assert_equal(restored, state(1))
+    again.close()
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be made"):
