@@ -131,7 +131,8 @@ class ShardWriter:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         self._path, self._partial = path, path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-        self._writer = ArrayRecordWriter(str(self._partial), _WRITER)
+        with self._writing():
+            self._writer = ArrayRecordWriter(str(self._partial), _WRITER)
 
     def write(self, data: bytes) -> None:
         """Adds a record. Raises InputError when the disk takes no more."""
@@ -142,9 +143,9 @@ class ShardWriter:
         """Gives the shard its name. Raises InputError when it could not be written whole."""
         with self._writing():
             self._writer.close()  # says so where anything was not written
-        with self._partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(self._partial, self._path)
+            with self._partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(self._partial, self._path)
 
     def discard(self) -> None:
         """Removes what was written and not finished."""
@@ -157,7 +158,7 @@ class ShardWriter:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # the library's own, whatever went wrong below
+        except (RuntimeError, OSError) as error:  # the first is the library's own, whatever went wrong below
             raise InputError(f"{self._path}: cannot be written ({_line(error)}); check that the disk has room") from None
 
 
@@ -293,13 +294,18 @@ def write_index(folder: Path, preset: Preset, lengths: Sequence[int], rows: Sequ
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that appears whole or not at all."""
+    """Writes a JSON file that appears whole or not at all. Raises InputError where it cannot be written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(value, file, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); check that the disk has room") from None
 
 
 def _line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from omni_jax.config import preset
 from omni_jax.data.loading import load_training_clip, record_features, training_features
 from omni_jax.data.manifest import read_manifest
 from omni_jax.data.prepare import Preparation
-from omni_jax.data.shards import ShardSource, read_index, shard_name
+from omni_jax.data.shards import ShardSource, read_index, shard_name, write_json
 from omni_jax.data.sources import MediaSource, open_source
 from omni_jax.types import Features, InputError
 from tests.media_samples import write_clip
@@ -169,6 +170,37 @@ def test_an_interrupted_preparation_goes_on_without_losing_or_doubling(manifest:
     assert again.finish().clips == 6
     assert list(ShardSource(out, PRESET).ids) == [*(f"clip-{i}" for i in range(5)), "mute"]
     assert not list(out.glob(".*"))
+
+
+def test_a_full_disk_ends_a_preparation_with_one_line_and_keeps_what_is_there(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Files that may not grow stand for a disk without room: Python ignores SIGXFSZ, so that writes fail."""
+    out, before = tmp_path / "shards", resource.getrlimit(resource.RLIMIT_FSIZE)
+    work = Preparation(out, read_manifest(manifest).records, (), PRESET, 3).run(0, 60)
+    for _ in range(3):  # the first shard and the first clip of the second
+        next(work)
+    work.close()  # type: ignore[attr-defined] (a generator)
+    kept = (out / shard_name(0, 3)).read_bytes()
+    for limit, name in ((4000, shard_name(1, 3)), (1, "")):
+        capsys.readouterr()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            status = main(_arguments(manifest, out, "--shards", "3", "--workers", "0"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("omni-jax:")]
+        assert status == 2 and name in said and "cannot be written (" in said and said.endswith("; check that the disk has room")
+        assert (out / shard_name(0, 3)).read_bytes() == kept and not (out / "index.json").exists()
+    assert main(_arguments(manifest, out, "--shards", "3", "--workers", "0")) == 1
+    assert list(ShardSource(out, PRESET).ids) == [*(f"clip-{i}" for i in range(5)), "mute"] and not list(out.glob(".*"))
+
+
+def test_an_index_that_cannot_be_written_is_one_line(tmp_path: Path):
+    (tmp_path / "index.json").mkdir()
+    with pytest.raises(InputError, match=r"index.json: cannot be written \(Is a directory\); check that the disk has room"):
+        write_json(tmp_path / "index.json", {})
+    assert [p.name for p in tmp_path.iterdir()] == ["index.json"]
 
 
 def test_other_settings_and_foreign_folders_are_refused(manifest: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
