@@ -12,7 +12,9 @@ import importlib
 import os
 import platform
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -56,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="of the counts of a part (kills, files, updates), for a busy machine")
     parser.add_argument("--page", type=Path, default=PAGE, help="where the results go (default: docs/reliability.md)")
     chosen = parser.parse_args(arguments)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        # As a shell starts what runs in the background: every command below would ignore Ctrl-C, too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     seed = chosen.seed if chosen.seed is not None else int.from_bytes(os.urandom(3), "big")
     names = chosen.part or list(PARTS)
     share = chosen.minutes / sum(PARTS[name][1] for name in names)

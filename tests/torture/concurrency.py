@@ -5,6 +5,7 @@ Whatever happens, the output is absent or whole, a run that is started again goe
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import resource
@@ -43,13 +44,17 @@ def run(seed: int, minutes: float, *, rounds: int = ROUNDS) -> Outcome:
         hammer(outcome, folder / "hammered", HAMMER)
         setting = _Setting(folder)
         races = stops = 0
+        ended: collections.Counter[str] = collections.Counter()
         for _ in range(rounds):
             if clock.left < 60:
                 break
             races += _race(outcome, setting)
             for what in ("once", "twice", "killed"):
-                stops += _stop(outcome, setting, what, float(rng.uniform(0, 1)) * setting.seconds)
+                ended[what] += _stop(outcome, setting, what, float(rng.uniform(0, 0.9)) * setting.seconds)
+                stops += 1
         outcome.expect(races > 0 and stops > 0, "out of time before the first race")
+        outcome.expect(not stops or min(ended[what] for what in ("once", "twice", "killed")) > 0, f"no run ended by it: {dict(ended)}")
+        outcome.notes.append("runs that ended by it, not by themselves before: " + ", ".join(f"{what} {n}" for what, n in ended.items()))
         outcome.tried.append(("pairs of embed started together on one output", races))
         outcome.tried.append(("runs interrupted once, twice or killed at a random moment, and gone on with", stops))
         if races < rounds:
@@ -146,6 +151,7 @@ def _race(outcome: Outcome, setting: _Setting) -> int:
 
 
 def _stop(outcome: Outcome, setting: _Setting, what: str, after: float) -> int:
+    """Interrupts a run and goes on with it; returns whether it was the interruption that ended it."""
     reaped = _cpu_of_children()
     process = commands.start(setting.arguments)
     time.sleep(after)
@@ -169,7 +175,7 @@ def _stop(outcome: Outcome, setting: _Setting, what: str, after: float) -> int:
     again = commands.command(setting.arguments)
     outcome.expect(again.status == 0, f"after being interrupted {what}: status {again.status}, {again.err[-300:]!r}")
     setting.check(outcome, f"interrupted {what} after {after:.1f} s")
-    return 1
+    return int(process.returncode != 0)
 
 
 def _cpu(pid: int) -> float:
