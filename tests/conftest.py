@@ -7,6 +7,7 @@ user would see.
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
@@ -21,6 +22,12 @@ from tests.offline import refuse_network  # noqa: E402
 DEVICES = 8
 jax.config.update("jax_num_cpu_devices", DEVICES)
 refuse_network()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # As a shell starts what runs in the background: programs that tests start would ignore Ctrl-C, too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
