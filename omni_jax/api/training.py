@@ -35,7 +35,7 @@ from omni_jax.train.lock import run_lock
 from omni_jax.train.loop import Row, Surroundings, train
 from omni_jax.train.lora import fresh_lora
 from omni_jax.train.metrics import evaluated, metrics_writer
-from omni_jax.train.workdir import BASE, CHECKPOINTS, WorkdirConfig, claim
+from omni_jax.train.workdir import BASE, CHECKPOINTS, WorkdirConfig, check_free, claim, read_config
 from omni_jax.types import InputError
 
 
@@ -83,8 +83,12 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
     preset = run.data.resolved_preset()
     source = together(lambda: open_source(run.data.train, preset, run.data.media_root or None, timeout_s=run.data.timeout))
     with contextlib.ExitStack() as held:
+        first(lambda: check_free(folder))
         first(lambda: held.enter_context(run_lock(folder)))
         check_shared(folder)
+        problems = getattr(source, "problems", ())
+        if problems:
+            watcher.tell(f"{run.data.train}: {len(problems)} records cannot be trained on; the first: {problems[0].reason}")
         base = _base(run, folder, source.captions)
         manifest, model, tokenizer = together(lambda: _model(base, run, preset))
         data = together(lambda: _pipeline(run, source, tokenizer, model))
@@ -173,6 +177,11 @@ def _base(run: RunConfig, workdir: epath.Path, captions: Sequence[str]) -> epath
     def draw() -> None:
         from conversion.fresh import write_fresh
 
+        started = read_config(workdir)
+        if started is not None and started.base != BASE:
+            raise InputError(f"{workdir}: holds another run, whose base is {started.base}; choose another --workdir")
+        if started is None and base.exists():
+            base.rmtree()  # of a start that failed before it was a run, perhaps with other settings
         if not base.exists():
             write_fresh(base, run.model.architecture or {}, seed=run.seed, captions=captions, lora=run.model.lora)
 
@@ -187,8 +196,9 @@ def _with_lora(model: ModelConfig, run: RunConfig) -> ModelConfig:
         return model
     if model.lora is not None:
         raise InputError(
-            f"{run.model.base}: has an adapter of rank {model.lora.rank} already, and model.lora asks for another; "
-            f"set model.lora to None to go on with it, or convert the base with --merge-adapter"
+            f"{run.model.base or 'the base of this workdir'}: has an adapter of rank {model.lora.rank} already, and model.lora asks for "
+            f"another; set model.lora to None to go on with it, or "
+            + ("convert the base with --merge-adapter" if run.model.base else "choose another --workdir")
         )
     return dataclasses.replace(model, lora=wanted)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+from omni_jax.cli.printing import one_line
 from omni_jax.config import BACKBONES, ConfigError
 from omni_jax.types import InputError
 
@@ -45,6 +46,8 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> RunConfig:
       InputError: for a file that is none.
       ConfigError: naming a field that cannot be used.
     """
+    import ml_collections
+
     from omni_jax.train import RunConfig
 
     name, colon, argument = file.partition(".py:")
@@ -53,13 +56,18 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> RunConfig:
     if spec is None or spec.loader is None or not path.is_file():
         raise InputError(f"--config {file}: no such config; name a Python file like configs/omniretriever_7b.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise InputError(f"--config {file}: defines no get_config()")
     try:
-        values = module.get_config(*([argument] if colon else [])).to_dict()
-    except TypeError as e:
-        raise InputError(f"--config {file}: {e}") from None
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise InputError(f"--config {file}: defines no get_config()")
+        made = module.get_config(*([argument] if colon else []))
+    except (InputError, ConfigError):
+        raise
+    except Exception as e:  # whatever a person's own file does
+        raise InputError(f"--config {file}: {type(e).__name__}: {one_line(str(e))}") from e
+    if not isinstance(made, (dict, ml_collections.ConfigDict)):
+        raise InputError(f"--config {file}: get_config() gave {type(made).__name__}; it must give a ConfigDict")
+    values = made if isinstance(made, dict) else made.to_dict()
     for change in overrides:
         name, sign, text = change.partition("=")
         *sections, field = name.split(".")

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ ABLATION = {
     "L_A + L_D": {"tuple_weight": 0.0, "distillation_weight": 1.0, "pairwise_weight": 1.0},
     "L_A + L_D + L_T": {"tuple_weight": 1.0, "distillation_weight": 1.0, "pairwise_weight": 1.0},
 }
+AVG_ALL, DIRECTION = 60.0, 25.0  # R@1 in percent that `make demo` must reach on 64 held-out clips, where chance is 1.6
 EQUAL_TIME = "L_A, equal CPU time"
 CAVEAT = """Equal steps are not equal compute, one seed and one split were run, and nothing has converged: the table compares how fast
 the losses learn here, not what they reach. Each direction of a gallery of 64 carries about +-6 points."""
@@ -103,6 +105,9 @@ def learn(out: Path, scale: Scale) -> int:
     (out / "learning.json").write_text(json.dumps({**result, "padding": padding, "stages": stages_said}, indent=1) + "\n")
     print(f"\n{stages.report()}")
     print(f"\n{_said(result, padding)}\nreport {name}.html, curves {out / 'curves.html'}, PyTorch {', '.join(map(str, folders.values()))}")
+    if scale is DEMO and (result["AVG-all"] < AVG_ALL or min(result["directions"].values()) < DIRECTION):
+        print(f"the model has not learned what it should have: AVG-all {AVG_ALL:.0f} %, every direction {DIRECTION:.0f} %", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -199,6 +199,14 @@ class LoraConfig:
     targets: tuple[str, ...] = ("decoder/layers/attn/q", "decoder/layers/attn/k", "decoder/layers/attn/v")
     modules_to_save: tuple[str, ...] = ("classify_linear", "beats_ln", "beats_proj")
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"lora rank {self.rank}: must be 1 or more; without an adapter, leave lora away")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora dropout {self.dropout}: must be at least 0 and below 1")
+        if not math.isfinite(self.alpha):
+            raise ConfigError(f"lora alpha {self.alpha}: must be a finite number")
+
     @property
     def scale(self) -> float:
         """Factor on B A x: alpha / r, or alpha / sqrt(r) for rsLoRA."""

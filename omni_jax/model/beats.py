@@ -71,15 +71,20 @@ class PositionConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(N, T, C) -> (N, T, C): half the taps of zeros on both sides, the surplus last output of an even kernel dropped."""
         taps = self.v.shape[0]
-        y = jax.lax.conv_general_dilated(
-            x,
-            self.kernel().astype(x.dtype),
-            window_strides=(1,),
-            padding=[(taps // 2, taps // 2 - 1 + taps % 2)],
-            dimension_numbers=("NWC", "WIO", "NWC"),
-            feature_group_count=self.groups,
-        )
-        return y + self.bias[...].astype(x.dtype)
+        # A convolution for each group: of one with feature_group_count XLA's partitioner adds the kernel's gradient up once for every
+        # shard of a mesh axis on which nothing here is split.
+        inputs, kernels = jnp.split(x, self.groups, axis=-1), jnp.split(self.kernel().astype(x.dtype), self.groups, axis=-1)
+        parts = [
+            jax.lax.conv_general_dilated(
+                part,
+                kernel,
+                window_strides=(1,),
+                padding=[(taps // 2, taps // 2 - 1 + taps % 2)],
+                dimension_numbers=("NWC", "WIO", "NWC"),
+            )
+            for part, kernel in zip(inputs, kernels, strict=True)
+        ]
+        return jnp.concatenate(parts, axis=-1) + self.bias[...].astype(x.dtype)
 
 
 class Attention(nnx.Module):

@@ -49,9 +49,12 @@ class OptimizerConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"optimizer field {name}={value}: must be positive")
-        for name in ("warmup_ratio", "final_fraction", "b1", "b2"):
+        for name in ("warmup_ratio", "final_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"optimizer field {name}={getattr(self, name)}: must be between 0 and 1")
+        for name in ("b1", "b2"):  # 1 would divide by zero where the moments' start is corrected
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer field {name}={getattr(self, name)}: must be at least 0 and below 1")
         if self.weight_decay < 0 or (self.warmup_steps or 0) < 0:
             raise ConfigError("optimizer fields weight_decay and warmup_steps must not be negative")
 

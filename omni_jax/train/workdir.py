@@ -127,6 +127,15 @@ def base_folder(folder: epath.PathLike, config: WorkdirConfig) -> epath.Path:
     return epath.Path(folder) / config.base
 
 
+def check_free(folder: epath.PathLike) -> None:
+    """Raises InputError when a folder holds other things than a run's: before anything is written there."""
+    folder = epath.Path(folder)
+    if folder.exists() and read_config(folder) is None:
+        strange = sorted(p.name for p in folder.iterdir() if p.name not in (LOCK, BASE) and not p.name.startswith("."))
+        if strange:
+            raise InputError(f"{folder}: is not empty ({strange[0]}) and not the workdir of a run; choose another --workdir")
+
+
 def claim(folder: epath.PathLike, config: WorkdirConfig) -> None:
     """Makes the workdir this run's own: writes `config.json`, or checks that the one there is of the same run.
 
@@ -140,9 +149,7 @@ def claim(folder: epath.PathLike, config: WorkdirConfig) -> None:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
             raise InputError(f"{folder}: holds another run: {'; '.join(different[:3])}{more}; choose another --workdir")
     else:
-        strange = sorted(p.name for p in folder.iterdir() if p.name not in (LOCK, BASE) and not p.name.startswith("."))
-        if strange:
-            raise InputError(f"{folder}: is not empty ({strange[0]}) and not the workdir of a run; choose another --workdir")
+        check_free(folder)
     write_whole(folder / CONFIG, json.dumps(config.to_json(), indent=1) + "\n")
 
 

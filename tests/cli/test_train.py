@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from conversion.folder import read_manifest
 from omni_jax.cli.config_file import read_config
 from omni_jax.cli.main import main
 from omni_jax.cli.status import BAD_INPUT
@@ -51,6 +52,9 @@ def fails(capsys: pytest.CaptureFixture[str], workdir: Path, config: str, *chang
         (["--config.data.train=nowhere.jsonl"], "nowhere.jsonl"),
         (["--config.batch.micro_batch=64"], "16 clips are fewer than the 64 of an update"),
         (["--config.batch.blocks=8"], "has blocks of one clip; raise batch.micro_batch or lower batch.blocks"),
+        (["--config.model.lora.rank=0"], "lora rank 0: must be 1 or more"),
+        (["--config.model.lora.rank=2", "--config.model.lora.dropout=1.5"], "lora dropout 1.5"),
+        (["--config.optimizer.b2=1.0"], "b2=1.0: must be at least 0 and below 1"),
         (["--config.model.architecture.vision.patch_size=16"], "patch"),
     ],
 )
@@ -72,9 +76,43 @@ def test_a_workdir_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tm
     assert "cannot be written" in fails(capsys, tmp_path / "file" / "run", config)
 
 
+def test_a_folder_of_other_things_stays_as_it_is(capsys: pytest.CaptureFixture[str], tmp_path: Path, config: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert "is not empty (notes.txt)" in fails(capsys, tmp_path / "mine", config)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_weights_of_a_start_that_failed_are_drawn_again(capsys: pytest.CaptureFixture[str], tmp_path: Path, config: str) -> None:
+    """The first start fails after its weights were drawn; the second has another architecture."""
+    late = "--config.batch.micro_batch=64"
+    fails(capsys, tmp_path / "run", config, late)
+    assert read_manifest(tmp_path / "run" / "base").model.decoder.num_layers == 2
+    fails(capsys, tmp_path / "run", config, late, "--config.model.architecture.decoder.num_layers=3")
+    assert read_manifest(tmp_path / "run" / "base").model.decoder.num_layers == 3
+
+
+def test_records_that_cannot_be_trained_on_are_told(capsys: pytest.CaptureFixture[str], tmp_path: Path, config: str) -> None:
+    with (tmp_path / "clips.jsonl").open("a") as file:
+        file.write('{"id": "text-only", "text": "no picture"}\nnot JSON\n')
+    capsys.readouterr()
+    assert main(["train", "--config", config, "--workdir", str(tmp_path / "run"), "--config.batch.micro_batch=64"]) == BAD_INPUT
+    assert "2 records cannot be trained on; the first: " in capsys.readouterr().err
+
+
 def test_files_that_are_no_config(tmp_path: Path) -> None:
     (tmp_path / "empty.py").write_text("")
-    wrong = {tmp_path / "absent.py": "no such config", tmp_path / "empty.py": "defines no get_config", f"{TINY}:x": "0 positional"}
+    (tmp_path / "none.py").write_text("def get_config():\n    return None\n")
+    (tmp_path / "raises.py").write_text("def get_config():\n    raise ValueError('two\\nlines')\n")
+    (tmp_path / "imports.py").write_text("import no_such_module\n")
+    wrong = {
+        tmp_path / "absent.py": "no such config",
+        tmp_path / "empty.py": "defines no get_config",
+        f"{TINY}:x": "0 positional",
+        tmp_path / "none.py": "gave NoneType; it must give a ConfigDict",
+        tmp_path / "raises.py": "raises.py: ValueError: two",
+        tmp_path / "imports.py": "imports.py: ModuleNotFoundError: No module named",
+    }
     for file, message in wrong.items():
         with pytest.raises(InputError, match=message) as caught:
             read_config(str(file))

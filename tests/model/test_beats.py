@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from omni_jax.model import Encoder, beats
+from omni_jax.parallel import make_mesh
 from tests.model import builders, reference_towers
 from tests.model.reference import Weights
 from tests.tolerances import assert_close
@@ -38,6 +42,26 @@ def test_position_convolution(taps: int):
     module, w = builders.random_part(lambda: beats.PositionConv(builders.maker(), config))
     x = builders.noise(1, 1, 17, CFG.hidden_size)
     assert_close(builders.run(module, x)[0], reference_towers.position_conv(w, x[0].astype(np.float64), CFG.conv_pos_groups), "layer")
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 2), (2, 2, 2), (1, 2, 4)])
+def test_gradient_of_the_position_convolution_on_a_mesh(sizes: tuple[int, int, int]):
+    """A grouped convolution's kernel gradient came out multiplied by the size of the tensor axis."""
+    module, _ = builders.random_part(lambda: beats.PositionConv(builders.maker(), CFG))
+    graph, params = nnx.split(module)
+    x = builders.noise(1, 8, 17, CFG.hidden_size)
+    mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+
+    def loss(params: nnx.State, x: jax.Array, split: NamedSharding | None) -> jax.Array:
+        y = nnx.merge(graph, params)(x if split is None else jax.lax.with_sharding_constraint(x, split))
+        return jnp.sum(jnp.sin(y if split is None else jax.lax.with_sharding_constraint(y, split)))
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=2)
+    want = gradient(params, jnp.asarray(x), None)
+    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    got = gradient(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), jax.device_put(x, split), split)
+    for name, one, other in zip(("bias", "g", "v"), jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-4, atol=1e-4 * float(jnp.abs(other).max()), err_msg=name)
 
 
 @pytest.mark.parametrize("part", ["attention", "block"])
