@@ -15,8 +15,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from omni_jax.api.weights import load_params, open_model
-from omni_jax.config import PREFIXES, TABLE_MODALITIES, TABLES, ConfigError, ModelConfig, Preset, default_preset
+from omni_jax.api.weights import load_params, open_model, own_preset
+from omni_jax.config import PREFIXES, TABLE_MODALITIES, TABLES, ConfigError, ModelConfig, Preset
 from omni_jax.config import preset as preset_named
 from omni_jax.data.loading import DECODE_LIMIT_S, load_features
 from omni_jax.model import Encoder, abstract_encoder, with_params
@@ -53,7 +53,7 @@ class OmniRetriever:
         Args:
           directory: the converted folder or the workdir.
           dtype: "keep", "bfloat16" or "float32": of the weights in memory, and of the computation.
-          preset: a preset, or the name of one; None takes the one that the backbone was trained with.
+          preset: a preset, or the name of one; None takes the one that the model was trained with (a workdir's own).
           step: of a workdir the checkpoint after so many updates; None for the newest.
 
         Raises:
@@ -64,7 +64,7 @@ class OmniRetriever:
         # Before the weights, which take minutes to read at full size.
         source = open_model(directory, step)
         prompt = source.config.prompt
-        chosen = default_preset(prompt) if preset is None else preset_named(preset) if isinstance(preset, str) else preset
+        chosen = own_preset(directory) if preset is None else preset_named(preset) if isinstance(preset, str) else preset
         chosen.check(prompt)
         check_preprocessing(source.folder, source.config)
         tokenizer = Tokenizer.from_pretrained(source.folder)

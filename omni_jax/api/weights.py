@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 
 import conversion
 from conversion.folder import Manifest, read_manifest
-from omni_jax.config import ModelConfig
+from omni_jax.config import ModelConfig, Preset, default_preset
 from omni_jax.model import param_shardings
-from omni_jax.train.workdir import CONFIG, is_workdir, read_config, read_workdir
+from omni_jax.train.workdir import CONFIG, is_workdir, read_config, read_workdir, run_of
 from omni_jax.types import InputError
 
 Params = dict[tuple[str, ...], jax.Array]
@@ -72,6 +72,17 @@ def prompt_kind(directory: str | os.PathLike[str]) -> str:
     """
     run = read_config(directory) if is_workdir(directory) else None
     return (run.model if run is not None else read_manifest(directory).model).prompt
+
+
+def own_preset(directory: str | os.PathLike[str]) -> Preset:
+    """Returns the preset that a model was trained with: of a workdir the run's own, of a converted folder the backbone's.
+
+    Raises:
+      InputError: when it is neither.
+      ConfigError: when a run's config is not known to this version.
+    """
+    run = read_config(directory) if is_workdir(directory) else None
+    return run_of(run).data.resolved_preset() if run is not None else default_preset(read_manifest(directory).model.prompt)
 
 
 def base_digests(manifest: Manifest) -> dict[str, str | None]:

@@ -14,7 +14,7 @@ from etils import epath
 from omni_jax.cli.numbers import positive, whole
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE, INTERRUPTED, STOPPED_AND_SAVED
-from omni_jax.config import PREFIXES, PRESETS, TABLE_MODALITIES, TABLES, ConfigError, Preset, default_preset, preset
+from omni_jax.config import PREFIXES, PRESETS, TABLE_MODALITIES, TABLES, ConfigError, Preset, preset
 from omni_jax.types import InputError, Record
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_preset_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the choice of a preset, for one model."""
-    parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: the one that the backbone was trained with)")
+    parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: the one that the model was trained with)")
     add_override_argument(parser)
     parser.add_argument(
         "--prefix", choices=PREFIXES, help="what captions are, for a backbone that is told (a record's own field goes first)"
@@ -64,10 +64,10 @@ def choose_preset(args: argparse.Namespace) -> Preset:
     # What is wrong with the arguments themselves is said before the model is looked for.
     (preset(args.preset) if args.preset else Preset()).override(args.overrides)
 
-    from omni_jax.api.weights import prompt_kind
+    from omni_jax.api.weights import own_preset, prompt_kind
 
     prompt = prompt_kind(args.model)
-    chosen = (preset(args.preset) if args.preset else default_preset(prompt)).override(args.overrides)
+    chosen = (preset(args.preset) if args.preset else own_preset(args.model)).override(args.overrides)
     chosen = dataclasses.replace(chosen, prefix=args.prefix or chosen.prefix)
     chosen.check(prompt)
     return chosen

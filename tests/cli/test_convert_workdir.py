@@ -13,9 +13,10 @@ import pytest
 import conversion
 from configs import tiny
 from conversion.folder import read_manifest
-from omni_jax.api.weights import base_digests
-from omni_jax.cli.main import main
-from omni_jax.config import ModelConfig
+from omni_jax.api.weights import base_digests, own_preset
+from omni_jax.cli.embed import choose_preset
+from omni_jax.cli.main import build_parser, main
+from omni_jax.config import ModelConfig, preset
 from omni_jax.train import RunConfig, TrainableConfig
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.state import new_state
@@ -81,3 +82,15 @@ def test_a_run_that_trained_everything_becomes_a_checkpoint(tmp_path: Path, caps
     assert "no checkpoint of step 7; choose one of 1" in capsys.readouterr().err
     assert main(["convert", "to-torch", "--model", str(tmp_path / "model"), "--base-out", str(out), "--step", "7"]) == 2
     assert "a step was asked for" in capsys.readouterr().err
+
+
+def test_a_workdir_is_read_as_it_was_trained(tmp_path: Path) -> None:
+    """embed takes the preset of the run; a converted folder's is the backbone's."""
+    run = workdir(tmp_path, LORA, "adapter", 1)
+    trained_with = RunConfig.from_config(tiny.get_config()).data.resolved_preset()
+    parser = build_parser("embed")
+    usual = ["embed", "--model", str(run), "--manifest", "m.jsonl", "--out", "o.npz"]
+    assert choose_preset(parser.parse_args(usual)) == trained_with != preset("training")
+    assert choose_preset(parser.parse_args([*usual, "--set", "frames=2"])) == trained_with.override(["frames=2"])
+    assert choose_preset(parser.parse_args([*usual, "--preset", "training"])) == preset("training")
+    assert own_preset(tmp_path / "model") == preset("training")
