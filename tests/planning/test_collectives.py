@@ -54,11 +54,10 @@ WEIGHTS = {
     "f32[64]": 3,
 }
 ACTIVATIONS = {
-    # What the hard negative exchanges within its block, Whisper tokens and BEATs features; row numbers; the convolved BEATs positions.
+    # What the hard negative exchanges within its block, Whisper tokens and BEATs features; row numbers.
     "f32[1,8,1,14,64]": 1,
     "f32[1,8,1,9,48]": 1,
     "f32[8,14,64]": 1,
-    "f32[16,9,48]": 1,
     "s32[1,8,1,64]": 1,
     "s32[1,8,3,64]": 1,
     # Embeddings of the batch, three of each clip or one, and what the losses make of them.
