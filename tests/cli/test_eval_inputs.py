@@ -12,6 +12,7 @@ import pytest
 
 from omni_jax.api import OmniRetriever
 from omni_jax.cli.main import main
+from omni_jax.config import Preset
 from omni_jax.retrieval import evaluate, read_embeddings, write_embeddings
 from omni_jax.types import EmbeddingTable
 from tests.conversion.torch_files import write_torch_file
@@ -170,6 +171,7 @@ def test_search_embeds_what_it_is_given(
 
     monkeypatch.setattr(OmniRetriever, "from_pretrained", lambda *_, **__: Model())
     monkeypatch.setattr("omni_jax.api.weights.prompt_kind", lambda _: "plain")
+    monkeypatch.setattr("omni_jax.api.weights.own_preset", lambda _: Preset())
     ids = tuple(f"clip {i}" for i in range(40))
     write_embeddings(tmp_path / "e.npz", EmbeddingTable(ids, {"text": TEXT, "av": VIDEO, "audio": VIDEO, "video": VIDEO}))
     command = ["search", "--model", "none", "--index", str(tmp_path / "e.npz"), f"--{flag}", "x"]
