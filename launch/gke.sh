@@ -11,8 +11,12 @@
 # --restarts N        starts after a loss (10)      --account NAME     Kubernetes service account (default)
 # --namespace NAME    (default)                     --no-smoke         leave the smoke job out
 # --dry-run           print the YAML
+#
+# LIBTPU_INIT_ARGS of this machine is taken to the hosts; for tpu7x the options without which libtpu 0.0.42 aborts follow it.
 set -euo pipefail
 
+# The same as in omni_jax/planning/chips.py, as a test checks.
+tpu7x=(--xla_tpu_enable_sparse_core_collective_offload_all_reduce=false --xla_tpu_offload_gather_to_sparsecore=false)
 name="" image="" bucket="" workdir="" accelerator="" topology="" chips=4 slices=1 restarts=10 account=default namespace=default smoke=1 dry=""
 fail() {
   echo "launch/gke.sh: $1" >&2
@@ -51,6 +55,10 @@ workdir=${workdir:-gs://$bucket/runs/$name}
 
 words=(/omni_jax/launch/host.sh --workdir "$workdir" --slices "$slices")
 [[ -n $smoke ]] || words+=(--no-smoke)
+libtpu=${LIBTPU_INIT_ARGS:-}
+[[ $accelerator != tpu7x* ]] || libtpu+="${libtpu:+ }${tpu7x[*]}"
+[[ -z $libtpu || $libtpu == --[a-z]*_* ]] || fail "LIBTPU_INIT_ARGS $libtpu: options of libtpu begin with --, as --xla_name=value"
+[[ -z $libtpu ]] || words+=(--libtpu "$libtpu")
 words+=(-- "$@")
 # YAML's double quotes are those of JSON.
 command=""

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from omni_jax.cli.main import build_parser
+from omni_jax.planning.chips import CHIPS
 from tests.house import ROOT
 
 LAUNCH = ROOT / "launch"
@@ -64,7 +65,21 @@ def hosts_words(words: list[str]) -> list[list[str]]:
     assert words[0].endswith("launch/host.sh")
     lines = run("host.sh", "--dry-run", *words[1:]).splitlines()
     assert lines[0] == "export OMNI_JAX_COORDINATOR=auto"
-    return [unquoted(line) for line in lines[1:]]
+    return [unquoted(line) for line in lines[1:] if not line.startswith("export ")]
+
+
+def libtpu_args(words: list[str]) -> list[str]:
+    """Returns the options in LIBTPU_INIT_ARGS of a host whose host.sh is started with these words."""
+    said = run("host.sh", "--dry-run", *words[1:]).splitlines()
+    exported = [unquoted(line)[1] for line in said if line.startswith("export LIBTPU_INIT_ARGS=")]
+    return exported[0].split("=", 1)[1].split() if exported else []
+
+
+def gke_words(accelerator: str, *more: str) -> list[str]:
+    """Returns the words that a host's container starts with."""
+    topology = "2x2x4" if accelerator == "tpu7x" else "4x4"
+    text = run("gke.sh", *GKE, "--accelerator", accelerator, "--topology", topology, *more, "--dry-run", "--", *TRAIN)
+    return yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["command"]
 
 
 def test_there_are_scripts_and_all_can_be_started() -> None:
@@ -177,6 +192,26 @@ def test_gke_makes_a_jobset(slices: int, topology: str, chips: int, hosts: int) 
     assert train == ["omni-jax", *TRAIN, ODD]
 
 
+def test_a_v7x_job_runs_with_the_options_it_was_compiled_with() -> None:
+    wanted = [f"--{name}={str(value).lower()}" for name, value in CHIPS["v7x"].compiler]
+    words = gke_words("tpu7x")
+    assert words[words.index("--libtpu") + 1].split() == wanted  # and so the dry run shows them
+    assert libtpu_args(words) == wanted and len(hosts_words(words)) == 2
+    for accelerator in ("tpu-v4-podslice", "tpu-v5-lite-podslice", "tpu-v5p-slice", "tpu-v6e-slice"):
+        assert libtpu_args(gke_words(accelerator)) == []
+
+
+def test_what_is_set_in_libtpu_init_args_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = CHIPS["v7x"].compiler
+    monkeypatch.setitem(ENVIRONMENT, "LIBTPU_INIT_ARGS", f"--xla_other=3 --{second[0]}")
+    mine = ["--xla_other=3", f"--{second[0]}"]
+    assert libtpu_args(gke_words("tpu-v6e-slice")) == mine  # gke.sh takes it to the hosts
+    words = gke_words("tpu7x")
+    for on_host, kept in (("", mine), (f"--{first[0]}=true", [f"--{first[0]}=true", *mine])):
+        monkeypatch.setitem(ENVIRONMENT, "LIBTPU_INIT_ARGS", on_host)
+        assert libtpu_args(words) == (kept if on_host else [*kept, f"--{first[0]}=false"])
+
+
 def strict(schema: Any) -> Any:
     """Returns the schema with fields that it does not name refused, as the cluster's API refuses them."""
     if isinstance(schema, list):
@@ -207,6 +242,7 @@ def test_the_schema_refuses_what_the_cluster_would() -> None:
         ("local.sh", ["--", "train"], "omni-jax is not on PATH"),
         ("host.sh", ["--", "train"], "--workdir is missing"),
         ("host.sh", ["--workdir", "gs://b", "--slices", "0", "--", "train"], "--slices takes"),
+        ("host.sh", ["--workdir", "gs://b", "--libtpu", "--no-smoke", "--", "train"], "--libtpu takes options of libtpu"),
         ("tpu_vm.sh", [*VM[2:], "--", "train"], "--name is missing"),
         ("tpu_vm.sh", [*VM[:-1], "runs", "--", "train"], "every host must see it"),
         ("tpu_vm.sh", [*VM, "--type", "tpu7x-16", "--", "train"], "use launch/gke.sh"),
