@@ -237,6 +237,7 @@ class StepKind:
       hard: modality that the hard negative exchanges, None for no hard negative.
       singles: modalities embedded alone, in the order they stand in their row.
       pairs: pairs of L_A.
+      layout: the prompts of each row that takes a gradient; None gives each tuple a row and the single modalities one together.
     """
 
     anchor: bool
@@ -244,12 +245,28 @@ class StepKind:
     hard: str | None
     singles: tuple[str, ...]
     pairs: tuple[tuple[str, str], ...]
+    layout: tuple[tuple[str, ...], ...] | None = None
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts that take a gradient."""
+        return ("anchor",) * self.anchor + ("positive",) * self.positive + self.singles
 
     @property
     def rows(self) -> tuple[tuple[str, ...], ...]:
-        """The prompts of each row that takes a gradient."""
+        """The prompts of each row that takes a gradient, the anchor in the first."""
+        if self.layout is not None:
+            return self.layout
         tuples = [("anchor",)] * self.anchor + [("positive",)] * self.positive
         return (*tuples, *([self.singles] if self.singles else []))
+
+    def branches(self, share_prefix: bool) -> bool:
+        """Whether the hard negative is a branch of its anchor's row: it has the anchor's media, and prefixes are shared."""
+        return share_prefix and self.hard == "text"
+
+    def slots(self, share_prefix: bool) -> int:
+        """K, the most prompts that are pooled in a row, a hard negative that is a branch included."""
+        return max(len(names) + ("anchor" in names and self.branches(share_prefix)) for names in self.rows)
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -293,13 +310,15 @@ PATCHES_PER_TOKEN = 4
 
 @dataclasses.dataclass(frozen=True)
 class BatchShapes:
-    """Static sizes: temporal steps t, patches P of a step, log-mel chunks c, fbank frames F, tokens S of a row."""
+    """Static sizes: temporal steps t, patches P of a step, log-mel chunks c, fbank frames F, tokens S of a row, and of a hard negative's
+    where it has a row of its own."""
 
     steps: int
     patches: int
     chunks: int
     fbank_frames: int
     row_tokens: int
+    hard_tokens: int = 0
 
     def media_tokens(self, chunk_tokens: int, audio_repeat: int = 2) -> int:
         """M, media tokens of one clip; `audio_repeat` as in `ModelConfig`."""

@@ -26,7 +26,7 @@ from omni_jax.data.plan import BatchConfig, Planner, UpdatePlan
 from omni_jax.data.sources import ClipSource
 from omni_jax.tokens.prompts import build_sequence
 from omni_jax.tokens.tokenizer import Tokenizer
-from omni_jax.tokens.training import clip_media
+from omni_jax.tokens.training import PromptLengths, clip_media
 from omni_jax.types import (
     PATCHES_PER_TOKEN,
     BatchShapes,
@@ -49,7 +49,7 @@ AHEAD = 2  # updates made ahead in a thread where there are no workers
 class Pack(Protocol):
     """Micro-batches of this process to one batch, as `omni_jax.train.pack_update` with its config given."""
 
-    def __call__(self, micro_batches: Sequence[MicroBatch], shapes: BatchShapes, share_prefix: bool) -> Any: ...
+    def __call__(self, micro_batches: Sequence[MicroBatch], shapes: Sequence[BatchShapes], share_prefix: bool) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,7 @@ class TrainPipeline:
                 silent += quiet
                 mended += bool(got.features.warnings) and not quiet
                 truncated += any(p.truncated for p in example.prompts.values())
-                one, whole = _tokens(example, kind, plan, self._config)
+                one, whole = _tokens(example, kind, plan.shapes[micro], plan.share_prefix, self._config)
                 used, total = used + one, total + whole
         return {
             "update": update,
@@ -237,8 +237,8 @@ class TrainPipeline:
         left = ATTEMPTS
         for other in drawn[np.argsort(twice, kind="stable")].tolist():
             lengths = self.planner.lengths(plan, micro, place, other)
-            fits = lengths.video <= room.video and lengths.audio <= room.audio
-            if other in held or not fits or max(lengths.rows(plan.kinds[micro], plan.share_prefix)) > plan.shapes.row_tokens:
+            fits = lengths.video <= room.video and lengths.audio <= room.audio and self._fits(lengths, plan, micro)
+            if other in held or not fits:
                 continue
             try:
                 return self._read(plan, micro, other)
@@ -248,6 +248,10 @@ class TrainPipeline:
             if not left:
                 break
         raise InputError(f"a clip cannot be used and no other can stand in for it; check the data: {first}")
+
+    def _fits(self, lengths: PromptLengths, plan: UpdatePlan, micro: int) -> bool:
+        how = plan.kinds[micro], plan.share_prefix
+        return lengths.row(*how) <= plan.shapes[micro].row_tokens and lengths.hard_row(*how) <= plan.shapes[micro].hard_tokens
 
     def _read(self, plan: UpdatePlan, micro: int, clip: int) -> _Loaded:
         read = self._source.load(clip)
@@ -297,17 +301,17 @@ class TrainPipeline:
         return build_sequence(self._tokenizer, self._config, self._preset, table, caption, vision, heard.audio_tokens)
 
 
-def _tokens(example: Example, kind: StepKind, plan: UpdatePlan, config: ModelConfig) -> tuple[int, int]:
+def _tokens(example: Example, kind: StepKind, shapes: BatchShapes, share_prefix: bool, config: ModelConfig) -> tuple[int, int]:
     """Returns one example's tokens of towers and rows that are not padding, and all of them."""
     copies = [m for m in (example.media, example.augmented) if m is not None]
     used = sum(int((m.vision.window >= 0).sum()) // PATCHES_PER_TOKEN + 2 * int(m.beats.tokens[0]) for m in copies)
-    used += sum(len(example.prompts[name].ids) for names in kind.rows for name in names)
-    rows = len(kind.rows)
+    used += sum(len(example.prompts[name].ids) for name in kind.prompts)
+    whole = len(copies) * shapes.media_tokens(config.audio.chunk_tokens) + len(kind.rows) * shapes.row_tokens
     if kind.hard is not None:
-        hard, branch = example.prompts["hard"], kind.hard == "text" and plan.share_prefix
+        hard, branch = example.prompts["hard"], kind.branches(share_prefix)
         used += len(hard.ids) - (hard.prefix if branch else 0)
-        rows += not branch
-    return used, len(copies) * plan.shapes.media_tokens(config.audio.chunk_tokens) + rows * plan.shapes.row_tokens
+        whole += 0 if branch else shapes.hard_tokens
+    return used, whole
 
 
 def _begin_worker(index: int, count: int) -> None:

@@ -16,10 +16,11 @@ from omni_jax.data.augment import AugmentConfig, augment_text
 from omni_jax.data.order import Draw, epoch_order, exchange, generator, other_captions
 from omni_jax.data.sources import BEATS_PATCH, ClipSource, fbank_frames, tokens_of
 from omni_jax.features.audio import HOP
+from omni_jax.tokens.batching import attention_cost
 from omni_jax.tokens.buckets import round_up
 from omni_jax.tokens.prompts import text_tokens
 from omni_jax.tokens.tokenizer import Tokenizer
-from omni_jax.tokens.training import PromptLengths
+from omni_jax.tokens.training import PromptLengths, lay_out
 from omni_jax.types import PATCHES_PER_TOKEN, BatchShapes, InputError, StepKind
 
 DISTINCT = ("none", "caption", "id_prefix")
@@ -71,12 +72,12 @@ class UpdatePlan:
 
     Attributes:
       update: its number, from 0.
-      kinds: of its micro-batches.
+      kinds: of its micro-batches, with the layout of their rows.
       share_prefix: whether captions that serve as hard negatives stand in their anchor's row.
       clips: (M, B) int64, numbers of the source's clips.
       texts: (M, B) int64, number of the caption that each clip's hard negative has; its own where no text is exchanged.
       shuffles: M of (G, B / G) int32.
-      shapes: static sizes of its arrays.
+      shapes: static sizes of each micro-batch's arrays, equal for equal kinds.
     """
 
     update: int
@@ -85,7 +86,7 @@ class UpdatePlan:
     clips: np.ndarray
     texts: np.ndarray
     shuffles: tuple[np.ndarray, ...]
-    shapes: BatchShapes
+    shapes: tuple[BatchShapes, ...]
 
     def taken(self, micro: int) -> np.ndarray:
         """Returns for each place of a micro-batch the place whose features it takes."""
@@ -136,12 +137,17 @@ class Planner:
         self._epochs: dict[int, np.ndarray] = {}
         self._text_tokens = functools.lru_cache(maxsize=1 << 17)(self._count_text)
         self._order(0)
-        self._sizes = self._survey()
+        self._layouts: dict[StepKind, StepKind] = {}
+        self._sizes: dict[StepKind, list[int]] = {}
+        self._hard_sizes: dict[StepKind, int] = {}
+        self._survey()
 
     def plan(self, update: int) -> UpdatePlan:
         """Returns the plan of an update."""
-        plan, rows = self._drawn(update)
-        return dataclasses.replace(plan, shapes=dataclasses.replace(plan.shapes, row_tokens=self._row_tokens(plan.kinds, rows)))
+        plan, lengths = self._drawn(update)
+        sized = {kind: self._sized(kind, clips) for kind, clips in lengths.items()}
+        kinds, shapes = zip(*(sized[kind] for kind in plan.kinds), strict=True)
+        return dataclasses.replace(plan, kinds=kinds, shapes=shapes)
 
     def positive_caption(self, update: int, clip: int) -> str:
         """Returns the caption of a clip's augmented copy."""
@@ -191,8 +197,8 @@ class Planner:
             row_tokens=0,
         )
 
-    def _drawn(self, update: int) -> tuple[UpdatePlan, int]:
-        """Returns a plan without row length, and the tokens of its longest row."""
+    def _drawn(self, update: int) -> tuple[UpdatePlan, dict[StepKind, list[PromptLengths]]]:
+        """Returns a plan whose rows are not laid out yet, and the lengths of the clips of each kind."""
         batch = self.batch
         epoch, place = divmod(update, self.updates_per_epoch)
         clips = self._order(epoch)[place].reshape(batch.micro_batches, batch.micro_batch)
@@ -205,11 +211,20 @@ class Planner:
             shuffles.append(exchange(batch.seed, number, batch.micro_batch, batch.blocks))
             if kind.hard == "text":
                 texts[m] = other_captions(batch.seed, number, texts[m], self.text_of)
-        share = self._config.shares_prefix and len(set(kinds)) == 1
-        plan = UpdatePlan(update, kinds, share, clips, texts, tuple(shuffles), self.media_shapes())
-        places = [(m, b) for m in range(batch.micro_batches) for b in range(batch.micro_batch)]
-        rows = max(n for m, b in places for n in self.lengths(plan, m, b, int(clips[m, b])).rows(kinds[m], plan.share_prefix))
-        return plan, rows
+        plan = UpdatePlan(update, kinds, self._config.shares_prefix, clips, texts, tuple(shuffles), ())
+        lengths: dict[StepKind, list[PromptLengths]] = {}
+        for m, kind in enumerate(kinds):
+            lengths.setdefault(kind, []).extend(self.lengths(plan, m, b, int(clip)) for b, clip in enumerate(clips[m]))
+        return plan, lengths
+
+    def _sized(self, kind: StepKind, clips: list[PromptLengths]) -> tuple[StepKind, BatchShapes]:
+        """Returns a kind with its layout, and the sizes that hold these clips: a surveyed one where it does."""
+        laid, multiple, share = self._layouts.get(kind, kind), self.batch.row_multiple, self._config.shares_prefix
+        row, hard = max(clip.row(laid, share) for clip in clips), max(clip.hard_row(laid, share) for clip in clips)
+        row_tokens = next((size for size in self._sizes.get(kind, ()) if size >= row), round_up(row, multiple))
+        known = self._hard_sizes.get(kind, 0)
+        hard_tokens = known if hard <= known else round_up(hard, multiple)
+        return laid, dataclasses.replace(self.media_shapes(), row_tokens=row_tokens, hard_tokens=hard_tokens)
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:
@@ -229,16 +244,20 @@ class Planner:
     def _count_text(self, table: str, caption: str) -> int:
         return text_tokens(self._tokenizer, self._config, self._preset, table, caption)
 
-    def _survey(self) -> dict[tuple[StepKind, ...], list[int]]:
-        """Returns one or two row lengths for each step kind, from the first updates: few sizes are few compilations."""
-        needs: dict[tuple[StepKind, ...], list[int]] = {}
+    def _survey(self) -> None:
+        """Chooses, from the first updates, for each kind the layout of its rows, one or two lengths of them (few sizes are few
+        compilations), and the length of the rows that hard negatives have to themselves."""
+        drawn: dict[StepKind, list[list[PromptLengths]]] = {}
         for update in range(SURVEYED):
-            plan, rows = self._drawn(update)
-            needs.setdefault(plan.kinds, []).append(rows)
-        return {kinds: row_sizes(rows, self.batch.row_multiple) for kinds, rows in needs.items()}
-
-    def _row_tokens(self, kinds: tuple[StepKind, ...], rows: int) -> int:
-        return next((size for size in self._sizes.get(kinds, ()) if size >= rows), round_up(rows, self.batch.row_multiple))
+            for kind, clips in self._drawn(update)[1].items():
+                drawn.setdefault(kind, []).append(clips)
+        share, multiple, attention = self._config.shares_prefix, self.batch.row_multiple, attention_cost(self._config.decoder)
+        for kind, updates in drawn.items():
+            every = [clip for clips in updates for clip in clips]
+            laid = lay_out(kind, every, share_prefix=share, multiple=multiple, attention=attention)
+            self._layouts[kind] = laid
+            self._sizes[kind] = row_sizes([max(clip.row(laid, share) for clip in clips) for clips in updates], multiple)
+            self._hard_sizes[kind] = -(-max(clip.hard_row(kind, share) for clip in every) // multiple) * multiple
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_text_tokens"}

@@ -16,7 +16,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from omni_jax.config import BeatsConfig, ConfigError, ModelConfig, Preset
 from omni_jax.model import abstract_params
 from omni_jax.parallel import batch_axes, batch_shards
+from omni_jax.tokens.batching import attention_cost
 from omni_jax.tokens.buckets import row_size
+from omni_jax.tokens.training import PromptLengths, lay_out
 from omni_jax.train.batch import Rows, TowerInputs, TrainBatch
 from omni_jax.train.state import TrainState, array_shardings, new_state, state_shardings
 from omni_jax.train.step import TrainStep
@@ -52,8 +54,19 @@ def abstract_state(step: TrainStep, config: ModelConfig, stored: Any = jnp.bfloa
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), (state, frozen), places)
 
 
-def batch_shapes(config: ModelConfig, preset: Preset, kind: StepKind, caption_tokens: int = CAPTION_TOKENS) -> BatchShapes:
-    """Returns the static sizes of a kind for square frames, full audio and captions of so many tokens."""
+def planned_batch(
+    config: ModelConfig,
+    preset: Preset,
+    kind: StepKind,
+    *,
+    caption_tokens: int = CAPTION_TOKENS,
+    row_multiple: int = 8,
+) -> tuple[StepKind, BatchShapes]:
+    """Returns a kind with the layout of its rows, and its static sizes, for square frames, full audio and captions of so many tokens.
+
+    Args:
+      row_multiple: rows are multiples of so many tokens.
+    """
     side = 28 * max(1, round(math.sqrt(preset.pixels) / 28)) // config.vision.patch_size
     steps, patches = preset.frames // config.vision.temporal_patch_size, side**2
     frames = round(preset.audio_seconds * FRAMES_PER_SECOND)
@@ -63,14 +76,14 @@ def batch_shapes(config: ModelConfig, preset: Preset, kind: StepKind, caption_to
     video = steps * patches // config.vision.merge_size**2
     heard = config.audio_repeat * (((frames - 1) // 2 + 1) // 2)
     template = TEMPLATE_TOKENS if config.prompt == "chat" else 0
-    text, both = caption_tokens + 1 + template, video + heard + 4
-    rows = [both + text * (2 if kind.hard == "text" and config.shares_prefix else 1)] * kind.anchor
-    alone = 2 + FILLER_TOKENS + template
-    lengths = {"text": text, "audio": heard + alone, "video": video + alone}
-    rows.append(sum(lengths[name] for name in kind.singles))
+    text, filler = caption_tokens + 1 + template, FILLER_TOKENS + template
+    clip = PromptLengths(video, heard, video, heard, caption=text, positive=text, hard=text, alone=text, filler=filler)
+    share = config.shares_prefix
+    kind = lay_out(kind, [clip], share_prefix=share, multiple=row_multiple, attention=attention_cost(config.decoder))
+    row, hard = (-(-n // row_multiple) * row_multiple for n in (clip.row(kind, share), clip.hard_row(kind, share)))
     patch = config.beats.patch_size if config.beats else 1
     fbank = -(-frames // patch) * patch if config.beats else 0
-    return BatchShapes(steps, patches, chunks, fbank, row_size(max(rows)))
+    return kind, BatchShapes(steps, patches, chunks, fbank, row, hard)
 
 
 def abstract_batch(
@@ -81,7 +94,6 @@ def abstract_batch(
     clips: int,
     micro_batches: int,
     blocks: int = 1,
-    share_prefix: bool = True,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> TrainBatch:
     """Returns the shapes of one update's batch, as `pack_micro_batch` and `place_batch` make it.
@@ -89,7 +101,6 @@ def abstract_batch(
     Args:
       clips: of a micro-batch, on all devices together.
       micro_batches: of one kind.
-      share_prefix: as in `pack_micro_batch`.
 
     Raises:
       ConfigError: where the clips do not divide over the batch shards, or into the blocks.
@@ -103,17 +114,15 @@ def abstract_batch(
         raise ConfigError(f"micro-batch of {clips} clips does not divide into {blocks} blocks")
     copies = 1 + kind.positive
     bins = config.beats.num_mel_bins if config.beats else config.audio.num_mel_bins  # of a filter bank without frames
-    branches = kind.hard == "text" and share_prefix and config.shares_prefix
 
     def array(*dimensions: int, dtype: Any = jnp.int32) -> Any:
         even = dimensions[0] % ways == 0
         spec = PartitionSpec(None, batch_axes(mesh) if even and mesh is not None else None)
         return shape((n, *dimensions), dtype, mesh, spec)
 
-    def rows(count: int, slots: int) -> Rows:
-        tokens = [array(clips, count, shapes.row_tokens) for _ in range(4)]
-        ids, media_index, segment, branch = tokens
-        positions, pool = array(clips, count, 3, shapes.row_tokens), array(clips, count, slots)
+    def rows(count: int, size: int, slots: int) -> Rows:
+        ids, media_index, segment, branch = (array(clips, count, size) for _ in range(4))
+        positions, pool = array(clips, count, 3, size), array(clips, count, slots)
         return Rows(ids=ids, media_index=media_index, positions=positions, segment=segment, branch=branch, pool=pool)
 
     t, p, c, f = shapes.steps, shapes.patches, shapes.chunks, shapes.fbank_frames
@@ -129,8 +138,8 @@ def abstract_batch(
     )
     return TrainBatch(
         clips=towers,
-        rows=rows(len(kind.rows), max(len(kind.singles), 1 + branches)),
-        hard=None if kind.hard is None or branches else rows(1, 1),
+        rows=rows(len(kind.rows), shapes.row_tokens, kind.slots(config.shares_prefix)),
+        hard=None if kind.hard is None or kind.branches(config.shares_prefix) else rows(1, shapes.hard_tokens, 1),
         shuffle=array(blocks, clips // blocks),
         kinds=(kind,) * n,
     )

@@ -67,6 +67,7 @@ class Request:
             clips=run.batch.micro_batch,
             micro_batches=run.batch.micro_batches,
             blocks=run.batch.blocks,
+            row_multiple=run.batch.row_multiple,
             caption_tokens=self.caption_tokens,
             dtype=run.model.dtype,
             embed_clips=run.evaluation.batch_size,

@@ -16,7 +16,7 @@ from omni_jax.config import ModelConfig, Preset
 from omni_jax.model import abstract_encoder
 from omni_jax.model.runner import Runner
 from omni_jax.parallel import batch_shards
-from omni_jax.planning.abstract import CAPTION_TOKENS, abstract_batch, abstract_encoder_batch, abstract_state, batch_shapes
+from omni_jax.planning.abstract import CAPTION_TOKENS, abstract_batch, abstract_encoder_batch, abstract_state, planned_batch
 from omni_jax.planning.advice import OutOfMemory, read_refusal
 from omni_jax.planning.chips import Topology
 from omni_jax.planning.devices import QUICK
@@ -34,6 +34,7 @@ class Setting:
     Attributes:
       clips, micro_batches: of a micro-batch on all devices together, and of an update.
       mesh: sizes of data, fsdp and tensor within a slice.
+      row_multiple: training rows are multiples of so many tokens.
       dtype: of activations and frozen weights.
       embed_clips: clips that the embedding pass encodes together.
       options: of the compiler, beside the chip's.
@@ -47,6 +48,7 @@ class Setting:
     clips: int
     micro_batches: int = 1
     blocks: int = 1
+    row_multiple: int = 8
     caption_tokens: int = CAPTION_TOKENS
     dtype: str = "bfloat16"
     embed_clips: int = 16
@@ -119,23 +121,24 @@ def train_program(setting: Setting, mesh: Mesh | AbstractMesh, count: int) -> Pr
       ConfigError: for a batch that does not divide.
     """
     kind = step_kind(count, setting.recipe.losses)
-    shapes = batch_shapes(setting.config, setting.preset, kind, setting.caption_tokens)
+    kind, shapes = planned_batch(
+        setting.config, setting.preset, kind, caption_tokens=setting.caption_tokens, row_multiple=setting.row_multiple
+    )
     recipe = dataclasses.replace(setting.recipe, attention=setting.kernel)
     step = TrainStep(setting.config, recipe, dtype=setting.dtype, mesh=mesh)
-    pooled = recipe.losses.negatives == "global" or setting.micro_batches == 1
     state, frozen = abstract_state(step, setting.config, setting.dtype)
     batch = abstract_batch(
         setting.config,
         kind,
         shapes,
         clips=setting.clips,
-        micro_batches=setting.micro_batches,
+        micro_batches=1 if setting.looped > 1 else setting.micro_batches,
         blocks=setting.blocks,
-        share_prefix=pooled,
         mesh=mesh,
     )
-    lowered = step.lower(state, frozen, batch, "tpu")
-    return _compiled(Program("train", kind, shapes), lowered, mesh, setting)
+    lowered = step.lower(state, frozen, batch, "tpu", one_of_several=setting.looped > 1)
+    waiting = (setting.looped - 1) * sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(batch)) / batch_shards(mesh)
+    return _compiled(Program("train", kind, shapes), lowered, mesh, setting, waiting)
 
 
 def embed_programs(setting: Setting, mesh: Mesh | AbstractMesh) -> list[Program]:
@@ -154,7 +157,8 @@ def evaluate_programs(setting: Setting, mesh: Mesh) -> list[Program]:
     return [_compiled(Program(f"evaluate/{name}"), low, mesh, setting) for name, low in lowered.items()]
 
 
-def _compiled(program: Program, lowered: jax.stages.Lowered, mesh: Mesh | AbstractMesh, setting: Setting) -> Program:
+def _compiled(program: Program, lowered: jax.stages.Lowered, mesh: Mesh | AbstractMesh, setting: Setting, waiting: float = 0.0) -> Program:
+    """Compiles where the mesh has devices; `waiting` are bytes of a device that the program is not given: of batches still to come."""
     if not isinstance(mesh, Mesh):
         return program
     start = time.monotonic()
@@ -175,7 +179,7 @@ def _compiled(program: Program, lowered: jax.stages.Lowered, mesh: Mesh | Abstra
     stats: Any = compiled.memory_analysis()
     gib = 2.0**30
     memory = Memory(
-        peak=stats.peak_memory_in_bytes / gib,
+        peak=(stats.peak_memory_in_bytes + waiting) / gib,
         limit=setting.topology.chip.limit_gib,
         arguments=stats.argument_size_in_bytes / gib,
         temporaries=stats.temp_size_in_bytes / gib,

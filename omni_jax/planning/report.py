@@ -26,19 +26,19 @@ def train_record(setting: Setting, program: Program, mesh: Any, utilisation: flo
     assert program.kind is not None and program.shapes is not None
     kind, recipe, n = program.kind, setting.recipe, setting.micro_batches
     cached = recipe.losses.negatives == "global" and n > 1
-    shared = recipe.losses.negatives == "global" or n == 1
+    shared = setting.config.shares_prefix
     trains = select(setting.config, recipe.trainable)
     load = ledger.padded_load(setting.config, kind, program.shapes, share_prefix=shared)
     parts = ledger.scale(ledger.clip_ledger(setting.config, load, trains, remat=recipe.remat, cached=cached), setting.clips * n)
     trained = sum(count.trainable for count in count_groups(setting.config, trains))
-    passes = part_passes(setting, cached, bool(kind.hard) and not (shared and kind.hard == "text"), trains)
+    passes = part_passes(setting, cached, bool(kind.hard) and not kind.branches(shared), trains)
     totals = {part: one.total for part, one in parts.items()}
     moved = memory_bytes(setting.config, totals, passes, setting.topology, setting.mesh["tensor"], trained)
     found = [dataclasses.replace(c, runs=c.runs * setting.looped) for c in program.found or ()]
     spent = times(sum(totals.values()), moved, found, setting.topology)
     return {
         **_head(program),
-        "kind": {"hard": kind.hard, "singles": list(kind.singles)},
+        "kind": {"hard": kind.hard, "singles": list(kind.singles), "rows": [list(names) for names in kind.rows]},
         "shapes": dataclasses.asdict(program.shapes),
         "clips_per_device": setting.clips / batch_shards(mesh),
         "operations": {part: dataclasses.asdict(one) | {"total": one.total} for part, one in parts.items()},

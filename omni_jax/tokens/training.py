@@ -6,7 +6,7 @@ Letters: t temporal steps, P patches of a step, c log-mel chunks, F fbank frames
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -84,12 +84,53 @@ class PromptLengths:
             "video": self.video + EDGES + self.filler,
         }
 
-    def rows(self, kind: StepKind, share_prefix: bool) -> list[int]:
-        """Returns the tokens of each row of a step kind, the hard negative's last where it has a row of its own."""
+    def loads(self, kind: StepKind, share_prefix: bool) -> dict[str, int]:
+        """Returns what each prompt that takes a gradient needs of its row, a hard negative that is the anchor's branch counted there."""
         prompts = self.prompts()
-        rows = [sum(prompts[name] for name in names) for names in kind.rows]
-        if kind.hard == "text" and share_prefix:
-            rows[0] += self.hard  # a branch of the anchor's row
-        elif kind.hard is not None:
-            rows.append(prompts["hard"])
-        return rows
+        loads = {name: prompts[name] for name in kind.prompts}
+        if kind.branches(share_prefix):
+            loads["anchor"] += self.hard
+        return loads
+
+    def row(self, kind: StepKind, share_prefix: bool) -> int:
+        """Returns the tokens of the longest row that takes a gradient."""
+        loads = self.loads(kind, share_prefix)
+        return max(sum(loads[name] for name in names) for names in kind.rows)
+
+    def hard_row(self, kind: StepKind, share_prefix: bool) -> int:
+        """Returns the tokens of the hard negative's own row, 0 where it has none."""
+        return 0 if kind.hard is None or kind.branches(share_prefix) else self.prompts()["hard"]
+
+
+def lay_out(kind: StepKind, clips: Sequence[PromptLengths], *, share_prefix: bool, multiple: int, attention: float) -> StepKind:
+    """Returns a kind with the layout of rows in which clips of these lengths cost least.
+
+    All rows of a batch have one length. Few long rows pad little, but a query is compared with every key of its row, those of other
+    prompts included.
+
+    Args:
+      multiple: rows are multiples of so many tokens.
+      attention: `tokens.batching.attention_cost`.
+    """
+    loads = [clip.loads(kind, share_prefix) for clip in clips]
+    columns = {name: np.array([load[name] for load in loads]) for name in kind.prompts}
+
+    def cost(laid: StepKind) -> float:
+        longest = max(int(np.sum([columns[name] for name in names], axis=0).max()) for names in laid.rows)
+        size = -(-longest // multiple) * multiple
+        return len(laid.rows) * size * (1 + attention * size)
+
+    # The first of equals: the plain layout, where it is as good.
+    return min([kind, *(dataclasses.replace(kind, layout=rows) for rows in partitions(kind.prompts))], key=cost)
+
+
+def partitions(names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], ...]]:
+    """Yields every way to put prompts in rows, the first prompt in the first row."""
+    if not names:
+        yield ()
+        return
+    *rest, last = names
+    for rows in partitions(rest):
+        for i, row in enumerate(rows):
+            yield (*rows[:i], (*row, last), *rows[i + 1 :])
+        yield (*rows, (last,))

@@ -1,6 +1,16 @@
 """Training: what trains, the optimizer, the batch, the streams of a step, the step itself."""
 
-from omni_jax.train.batch import BatchShapes, TrainBatch, fit_shapes, pack_micro_batch, pack_update, place_batch, stack_micro_batches
+from omni_jax.train.batch import (
+    BatchShapes,
+    TrainBatch,
+    UpdateBatch,
+    fit_shapes,
+    pack_micro_batch,
+    pack_update,
+    place_batch,
+    place_update,
+    stack_micro_batches,
+)
 from omni_jax.train.optimizer import OptimizerConfig
 from omni_jax.train.plan import LossConfig, kinds_of_update, step_kind
 from omni_jax.train.run_config import RunConfig
@@ -18,11 +28,13 @@ __all__ = [
     "TrainState",
     "TrainStep",
     "TrainableConfig",
+    "UpdateBatch",
     "fit_shapes",
     "kinds_of_update",
     "pack_micro_batch",
     "pack_update",
     "place_batch",
+    "place_update",
     "report",
     "stack_micro_batches",
     "step_kind",

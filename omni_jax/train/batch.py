@@ -81,7 +81,7 @@ class TrainBatch:
     Attributes:
       clips: what the towers read.
       rows: a row for each entry of `StepKind.rows`.
-      hard: the hard negatives, a row each. None where there is none, or where it shares the anchor's row: then it is the second prompt
+      hard: the hard negatives, a row each. None where there is none, or where it shares the anchor's row: then it is the last prompt
         pooled there, with the anchor's media as its prefix.
       shuffle: (n, G, B / G) int32: within each block of consecutive clips, whose features a clip's hard negative takes.
       kinds: what each micro-batch plays.
@@ -102,20 +102,27 @@ class TrainBatch:
         return self.clips.patches.shape[1]
 
 
+UpdateBatch = TrainBatch | tuple[TrainBatch, ...]
+"""The micro-batches of an update: stacked, or, where their kinds differ, each by itself in the shapes of its kind."""
+
+
 def fit_shapes(examples: Sequence[Example], kind: StepKind, share_prefix: bool = True) -> BatchShapes:
     """Returns the smallest sizes that hold these clips; the caller rounds them up to its buckets."""
     media = [m for e in examples for m in (e.media, e.augmented) if m is not None]
-    rows = [sum(len(e.prompts[p].ids) for p in names) for e in examples for names in kind.rows]
-    if _branches(kind, share_prefix):
-        rows += [len(e.prompts["anchor"].ids) + len(e.prompts["hard"].ids) - e.prompts["hard"].prefix for e in examples]
-    elif kind.hard:
-        rows += [len(e.prompts["hard"].ids) for e in examples]
+    branches = kind.branches(share_prefix)
+    rows = [
+        sum(len(e.prompts[p].ids) for p in names) + (_rest(e) if branches and "anchor" in names else 0)
+        for e in examples
+        for names in kind.rows
+    ]
+    own = kind.hard is not None and not branches
     return BatchShapes(
         steps=max(m.vision.patches.shape[0] for m in media),
         patches=max(m.vision.patches.shape[1] for m in media),
         chunks=max(m.audio.mel.shape[0] for m in media),
         fbank_frames=max(m.beats.fbank.shape[1] for m in media),
         row_tokens=max(rows),
+        hard_tokens=max(len(e.prompts["hard"].ids) for e in examples) if own else 0,
     )
 
 
@@ -142,24 +149,24 @@ def pack_micro_batch(
     taken = (shuffle + np.arange(0, shuffle.size, block)[:, None]).ravel()
     extra = shapes.media_tokens(config.audio.chunk_tokens, config.audio_repeat)
     places = [_places(e.media, shapes, config) for e in examples]
-    branches = _branches(kind, share_prefix)
+    branches = kind.branches(share_prefix)
     config.check_share_prefix(branches)
-    slots = max(len(kind.singles), 1 + branches)
-    rows = _empty_rows(len(examples), len(kind.rows), shapes.row_tokens, slots, config.tokens.pad)
-    hard = None if kind.hard is None or branches else _empty_rows(len(examples), 1, shapes.row_tokens, 1, config.tokens.pad)
+    rows = _empty_rows(len(examples), len(kind.rows), shapes.row_tokens, kind.slots(share_prefix), config.tokens.pad)
+    hard = None if kind.hard is None or branches else _empty_rows(len(examples), 1, shapes.hard_tokens, 1, config.tokens.pad)
     for b, example in enumerate(examples):
+        copy = None
+        if kind.positive:
+            if example.augmented is None:
+                raise ValueError(f"clip {b}: the positive needs an augmented copy")
+            copy = {s: p + extra for s, p in _places(example.augmented, shapes, config).items()}
         for r, names in enumerate(kind.rows):
-            where = places[b]
-            if names == ("positive",):
-                if example.augmented is None:
-                    raise ValueError(f"clip {b}: the positive needs an augmented copy")
-                where = {s: p + extra for s, p in _places(example.augmented, shapes, config).items()}
-            _fill_row(rows, b, r, [example.prompts[name] for name in names], where)
-        if branches:
-            _fill_branch(rows, b, example.prompts["anchor"], example.prompts["hard"], places[b])
-        elif hard is not None:
+            filled = [(example.prompts[name], copy if name == "positive" and copy is not None else places[b]) for name in names]
+            start = _fill_row(rows, b, r, filled)
+            if branches and "anchor" in names:
+                _fill_branch(rows, b, r, names, start, example)
+        if hard is not None:
             source = {SOURCE_VIDEO: taken[b] if kind.hard == "video" else b, SOURCE_AUDIO: taken[b] if kind.hard == "audio" else b}
-            _fill_row(hard, b, 0, [example.prompts["hard"]], {s: places[c][s] for s, c in source.items()})
+            _fill_row(hard, b, 0, [(example.prompts["hard"], {s: places[c][s] for s, c in source.items()})])
     if config.beats is None:  # clips may carry a filter bank all the same
         shapes = dataclasses.replace(shapes, fbank_frames=0)
     copies = [e.augmented for e in examples if e.augmented is not None] if kind.positive else []
@@ -174,10 +181,16 @@ def pack_micro_batch(
     return jax.tree.map(lambda x: x[None], batch)
 
 
-def pack_update(micro_batches: Sequence[MicroBatch], shapes: BatchShapes, share_prefix: bool, *, config: ModelConfig) -> TrainBatch:
-    """Returns the batch of one update from this process's clips of each micro-batch; arguments as in `pack_micro_batch`."""
-    parts = [pack_micro_batch(m.examples, m.kind, shapes, config, m.shuffle, share_prefix) for m in micro_batches]
-    return stack_micro_batches(parts)
+def pack_update(
+    micro_batches: Sequence[MicroBatch], shapes: Sequence[BatchShapes], share_prefix: bool, *, config: ModelConfig
+) -> UpdateBatch:
+    """Returns the batch of one update from this process's clips of each micro-batch, whose shapes are given.
+
+    Raises:
+      As `pack_micro_batch`.
+    """
+    parts = [pack_micro_batch(m.examples, m.kind, s, config, m.shuffle, share_prefix) for m, s in zip(micro_batches, shapes, strict=True)]
+    return stack_micro_batches(parts) if len({m.kind for m in micro_batches}) == 1 else tuple(parts)
 
 
 def stack_micro_batches(batches: Sequence[TrainBatch]) -> TrainBatch:
@@ -189,7 +202,7 @@ def stack_micro_batches(batches: Sequence[TrainBatch]) -> TrainBatch:
     kinds = tuple(kind for batch in batches for kind in batch.kinds)
     plain = [dataclasses.replace(batch, kinds=()) for batch in batches]
     if len({jax.tree.structure(b) for b in plain}) > 1 or len({tuple(x.shape[1:] for x in jax.tree.leaves(b)) for b in plain}) > 1:
-        raise ValueError("the micro-batches of an update must have the same arrays of the same shapes (pack them with share_prefix=False)")
+        raise ValueError("micro-batches in one batch must have the same arrays of the same shapes; leave different kinds apart")
     return dataclasses.replace(jax.tree.map(lambda *x: np.concatenate(x), *plain), kinds=kinds)
 
 
@@ -202,6 +215,11 @@ def check_shuffle(shuffle: np.ndarray) -> None:
         raise InputError(f"shuffle indices must be 0 .. {block - 1}, places within their block")
     if (shuffle == np.arange(block)).any():
         raise InputError("a shuffle left a clip in its place; a hard negative would equal its anchor")
+
+
+def place_update(update: UpdateBatch, mesh: Mesh | None) -> UpdateBatch:
+    """Returns an update's micro-batches on the devices, as `place_batch` does."""
+    return tuple(place_batch(batch, mesh) for batch in update) if isinstance(update, tuple) else place_batch(update, mesh)
 
 
 def place_batch(batch: TrainBatch, mesh: Mesh | None) -> TrainBatch:
@@ -231,8 +249,9 @@ def place_batch(batch: TrainBatch, mesh: Mesh | None) -> TrainBatch:
     return jax.tree.map(place, batch)
 
 
-def _branches(kind: StepKind, share_prefix: bool) -> bool:
-    return share_prefix and kind.hard == "text"
+def _rest(example: Example) -> int:
+    """Tokens of the hard negative's branch: what stands behind the media."""
+    return len(example.prompts["hard"].ids) - example.prompts["hard"].prefix
 
 
 def _places(media: ClipMedia, shapes: BatchShapes, config: ModelConfig) -> dict[int, np.ndarray]:
@@ -267,37 +286,39 @@ def _media_index(sequence: TokenSequence, places: Mapping[int, np.ndarray]) -> n
     return index
 
 
-def _fill_row(rows: Rows, b: int, r: int, prompts: Sequence[TokenSequence], places: Mapping[int, np.ndarray]) -> None:
-    """Writes prompts one after another, each a segment of its own."""
+def _fill_row(rows: Rows, b: int, r: int, prompts: Sequence[tuple[TokenSequence, Mapping[int, np.ndarray]]]) -> int:
+    """Writes prompts, each with the places of its media, one after another as segments of their own; returns the first free token."""
     start, size = 0, rows.ids.shape[-1]
-    for k, prompt in enumerate(prompts):
+    for k, (prompt, places) in enumerate(prompts):
         span = slice(start, start + len(prompt.ids))
         if span.stop > size:
-            raise ValueError(f"clip {b}: prompts of {sum(len(p.ids) for p in prompts)} tokens do not fit a row of {size}")
+            raise ValueError(f"clip {b}: prompts of {sum(len(p.ids) for p, _ in prompts)} tokens do not fit a row of {size}")
         rows.ids[b, r, span] = prompt.ids
         rows.media_index[b, r, span] = _media_index(prompt, places)
         rows.positions[b, r, :, span] = prompt.positions
         rows.segment[b, r, span] = k + 1
         rows.pool[b, r, k] = span.stop - 1
         start = span.stop
+    return start
 
 
-def _fill_branch(rows: Rows, b: int, anchor: TokenSequence, hard: TokenSequence, places: Mapping[int, np.ndarray]) -> None:
-    """Writes the anchor's media once, then both captions as branches of it; the anchor is pooled first."""
-    prefix, start, size = anchor.prefix, len(anchor.ids), rows.ids.shape[-1]
+def _fill_branch(rows: Rows, b: int, r: int, names: Sequence[str], start: int, example: Example) -> None:
+    """Makes the anchor's caption one branch of its media, and writes the hard negative's as another, from `start` on."""
+    anchor, hard, size = example.prompts["anchor"], example.prompts["hard"], rows.ids.shape[-1]
+    prefix, rest = anchor.prefix, _rest(example)
     if prefix != hard.prefix or not np.array_equal(anchor.ids[:prefix], hard.ids[:prefix]):
         raise ValueError(f"clip {b}: the hard negative's media are not the anchor's")
-    rest = len(hard.ids) - prefix
     if start + rest > size:
-        raise ValueError(f"clip {b}: the anchor and the hard negative's caption, {start + rest} tokens, do not fit a row of {size}")
-    _fill_row(rows, b, 0, [anchor], places)
-    span = slice(start, start + rest)
-    rows.ids[b, 0, span] = hard.ids[prefix:]
-    rows.positions[b, 0, :, span] = hard.positions[:, prefix:]
-    rows.segment[b, 0, span] = 1
-    rows.branch[b, 0, prefix:start] = 1
-    rows.branch[b, 0, span] = 2
-    rows.pool[b, 0, 1] = span.stop - 1 if rest else prefix - 1
+        raise ValueError(f"clip {b}: prompts and the hard negative's caption, {start + rest} tokens, do not fit a row of {size}")
+    k = names.index("anchor")
+    end = rows.pool[b, r, k] + 1
+    first, span = end - len(anchor.ids) + prefix, slice(start, start + rest)
+    rows.ids[b, r, span] = hard.ids[prefix:]
+    rows.positions[b, r, :, span] = hard.positions[:, prefix:]
+    rows.segment[b, r, span] = k + 1
+    rows.branch[b, r, first:end] = 1
+    rows.branch[b, r, span] = 2
+    rows.pool[b, r, len(names)] = span.stop - 1 if rest else first - 1
 
 
 def _tower_inputs(media: Sequence[ClipMedia], shapes: BatchShapes) -> TowerInputs:

@@ -17,7 +17,7 @@ from omni_jax.config import ConfigError, ModelConfig
 from omni_jax.model import flops
 from omni_jax.model.flops import PARTS, Maps, Terms, Work
 from omni_jax.train.batch import PATCHES_PER_TOKEN, BatchShapes
-from omni_jax.train.plan import LossConfig, kinds_of_update, step_kind
+from omni_jax.train.plan import LossConfig, step_kind
 from omni_jax.train.step import StepConfig
 from omni_jax.train.streams import TOWERS
 from omni_jax.train.trainable import TrainableConfig, select
@@ -124,20 +124,16 @@ class Load:
 # --------------------------------------------------------------------------------------------------------------------- of an update
 
 
-def update_ledger(
-    config: ModelConfig, recipe: StepConfig, shapes: BatchShapes, *, clips: int, micro_batches: int = 1, update: int = 0
-) -> Ledger:
+def update_ledger(config: ModelConfig, recipe: StepConfig, micro_batches: Sequence[tuple[StepKind, BatchShapes]], *, clips: int) -> Ledger:
     """Returns what the compiled programs of one update multiply, padding included.
 
     Args:
+      micro_batches: what each plays, with the layout of its rows, and its sizes.
       clips: clips of a micro-batch, all processes together.
-      update: number of the update, which says what is in play.
     """
-    kinds = kinds_of_update(update, micro_batches, recipe.losses)
-    cached = recipe.losses.negatives == "global" and micro_batches > 1
-    share = config.shares_prefix and len(set(kinds)) == 1
+    cached = recipe.losses.negatives == "global" and len(micro_batches) > 1
     trains = select(config, recipe.trainable)
-    loads = [padded_load(config, kind, shapes, share_prefix=share) for kind in kinds]
+    loads = [padded_load(config, kind, shapes, share_prefix=config.shares_prefix) for kind, shapes in micro_batches]
     return merge([scale(clip_ledger(config, load, trains, remat=recipe.remat, cached=cached), clips) for load in loads])
 
 
@@ -222,19 +218,22 @@ def table(ledger: Ledger, unit: float = 1e12) -> str:
 
 def padded_load(config: ModelConfig, kind: StepKind, shapes: BatchShapes, *, share_prefix: bool = True) -> Load:
     """Returns the load of a clip in a batch of static shapes: every row, step, chunk and frame full."""
-    shared = share_prefix and kind.hard == "text"
+    shared = kind.branches(share_prefix)
     heard = shapes.chunks * config.audio.chunk_tokens
     copies = 1 + kind.positive
-    row = RowLoad(shapes.row_tokens, flops.row_pairs(shapes.row_tokens, config.attention == "causal"))
+
+    def row(tokens: int) -> RowLoad:
+        return RowLoad(tokens, flops.row_pairs(tokens, config.attention == "causal"))
+
     tuples = kind.anchor + kind.positive + (1 if shared else 0)
-    graded = sum((row for _ in kind.rows), RowLoad(fused=tuples + sum(name != "text" for name in kind.singles)))
+    graded = sum((row(shapes.row_tokens) for _ in kind.rows), RowLoad(fused=tuples + sum(name != "text" for name in kind.singles)))
     beats = "beats" in kind.towers and config.beats is not None
     own = bool(kind.hard) and not shared
     return Load(
         towers=_tower_terms(config, kind.towers, shapes, copies),
         bridged=beats * copies * heard,
         graded=graded,
-        still=row + RowLoad(fused=1) if own else RowLoad(),
+        still=row(shapes.hard_tokens) + RowLoad(fused=1) if own else RowLoad(),
         still_bridged=beats * heard if own else 0,
     )
 
@@ -247,8 +246,8 @@ def exact_load(config: ModelConfig, kind: StepKind, sizes: ClipSizes, *, share_p
     """
     if config.beats is None or config.attention != "causal":
         raise ConfigError("the unpadded ledger counts WAVE's prompts (causal attention, doubled audio tokens); use padded_load")
-    shared = share_prefix and kind.hard == "text"
-    graded = sum((_row(sizes.prompt(name), name != "text") for names in kind.rows for name in names), RowLoad())
+    shared = kind.branches(share_prefix)
+    graded = sum((_row(sizes.prompt(name), name != "text") for name in kind.prompts), RowLoad())
     if shared:
         prefix = sizes.prompt("anchor") - sizes.caption
         graded += RowLoad(sizes.caption, sizes.caption * prefix + _triangle(sizes.caption), 1)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from omni_jax.parallel import any_process, of_every_process, total_over_processes
-from omni_jax.train.batch import TrainBatch, place_batch
+from omni_jax.train.batch import UpdateBatch, place_update
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.run_config import RunConfig, StopSection
 from omni_jax.train.state import TrainState
@@ -34,7 +34,7 @@ COUNTS = ("silent", "mended", "truncated", "used_tokens", "total_tokens")
 class Update(Protocol):
     """One update's data of this process, as `omni_jax.data.pipeline.PipelineBatch`."""
 
-    batch: TrainBatch
+    batch: UpdateBatch
     ids: tuple[tuple[str, ...], ...]
     errors: tuple[tuple[str, str], ...]
     silent: int
@@ -119,7 +119,7 @@ def train(
             if failed:
                 raise failure or InputError(f"the data of another process failed, whose own message says why; update {number - 1} is saved")
             return state
-        state, metrics = step(state, frozen, place_batch(update.batch, mesh))
+        state, metrics = step(state, frozen, place_update(update.batch, mesh))
         if pending is not None:
             pending.settle(watch, around)
         elapsed, began = time.monotonic() - began, time.monotonic()

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 from omni_jax.config import ConfigError, ModelConfig
 from omni_jax.model.attention import choose, choose_for
 from omni_jax.parallel import use_mesh
-from omni_jax.train.batch import TrainBatch
+from omni_jax.train.batch import TrainBatch, UpdateBatch
 from omni_jax.train.gradients import REMAT, Forward, Metrics
 from omni_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from omni_jax.train.plan import LossConfig
@@ -101,46 +101,48 @@ class TrainStep:
         places = array_shardings(frozen, self._model, self.mesh)
         return jax.device_put(state, state_shardings(state, self._model, self.mesh)), jax.device_put(frozen, places)
 
-    def __call__(self, state: TrainState, frozen: Arrays, batch: TrainBatch) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, frozen: Arrays, update: UpdateBatch) -> tuple[TrainState, Metrics]:
         """Returns the next state and the metrics, scalars on the devices; `state` is given away.
 
         Metrics are the mean over micro-batches of "loss", the losses in play, "temperature", "mean_cosine" and "effective_rank"; then
         "grad_norm" (before clipping, also by group as "grad_norm/lora"), "learning_rate", "skipped" and "skipped_in_row".
 
         Raises:
-          InputError: for a batch whose kinds do not fit the recipe.
+          InputError: for batches whose kinds do not fit the recipe.
         """
-        kinds = batch.kinds
-        if len(kinds) != batch.micro_batches:
-            raise InputError(f"a batch of {batch.micro_batches} micro-batches lists {len(kinds)} kinds; give each its kind")
+        batches = update if isinstance(update, tuple) else (update,)
+        for batch in batches:
+            if len(batch.kinds) != batch.micro_batches:
+                raise InputError(f"a batch of {batch.micro_batches} micro-batches lists {len(batch.kinds)} kinds; give each its kind")
+        kinds = [kind for batch in batches for kind in batch.kinds]
         pooled = self.config.losses.negatives == "global"
-        if pooled and len(set(kinds)) > 1:
+        if pooled and (len(batches) > 1 or len(set(kinds)) > 1):
             raise InputError("with negatives='global' every micro-batch of an update plays the same kind; use kinds_of_update")
         # The programs see no kinds in the batch, so that the order of kinds compiles nothing anew.
-        arrays = dataclasses.replace(batch, kinds=())
+        arrays = [dataclasses.replace(batch, kinds=()) for batch in batches]
         with self._context():
             if pooled or len(kinds) == 1:
-                return self._program("update", self._update)(state, frozen, arrays, kind=kinds[0])
+                return self._program("update", self._update)(state, frozen, arrays[0], kind=kinds[0])
             total: tuple[Arrays, Metrics] | None = None
-            for index, kind in enumerate(kinds):
-                one = self._program("micro", self._micro)(state, frozen, arrays, jnp.int32(index), kind=kind)
+            places = [(batch, place) for batch in arrays for place in range(batch.micro_batches)]
+            for index, ((batch, place), kind) in enumerate(zip(places, kinds, strict=True)):
+                one = self._program("micro", self._micro)(state, frozen, batch, jnp.int32(place), jnp.int32(index), kind=kind)
                 total = one if total is None else self._program("add", _add)(total, one)
             return self._program("apply", self._apply_mean)(state, total, jnp.float32(len(kinds)))
 
-    def lower(self, state: TrainState, frozen: Arrays, batch: TrainBatch, platform: str | None = None) -> jax.stages.Lowered:
+    def lower(
+        self, state: TrainState, frozen: Arrays, batch: TrainBatch, platform: str | None = None, *, one_of_several: bool = False
+    ) -> jax.stages.Lowered:
         """Returns the lowered program of one update, arguments may be shapes: for compiling ahead and for reading what it needs.
-
-        Where micro-batches are pools of their own, it is the program of the first: a loop over such programs makes the update.
 
         Args:
           platform: lowers for another one ("tpu") than the mesh's or the default device's.
+          one_of_several: lowers the program of one micro-batch that is a pool of its own: a loop over such programs makes the update.
         """
-        kind = batch.kinds[0]
-        several = batch.micro_batches > 1 and self.config.losses.negatives == "micro"
-        arrays = dataclasses.replace(batch, kinds=())
+        kind, arrays = batch.kinds[0], dataclasses.replace(batch, kinds=())
         with self._context():
-            program: Any = self._program("micro", self._micro) if several else self._program("update", self._update)
-            which: dict[str, Any] = {"index": jnp.int32(0)} if several else {}
+            program: Any = self._program("micro", self._micro) if one_of_several else self._program("update", self._update)
+            which: dict[str, Any] = {"place": jnp.int32(0), "index": jnp.int32(0)} if one_of_several else {}
             traced = program.trace(state, frozen, arrays, kind=kind, **which)
             return traced.lower(lowering_platforms=None if platform is None else (platform,))
 
@@ -154,8 +156,11 @@ class TrainStep:
         keys = None if not self._dropout else jnp.stack([k for i in range(count) if (k := self._key(state, i)) is not None])
         return self._apply(state, *self.forward.cached(state.trainable, frozen, batch, kind, keys))
 
-    def _micro(self, state: TrainState, frozen: Arrays, batch: TrainBatch, index: jax.Array, kind: StepKind) -> tuple[Arrays, Metrics]:
-        one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batch)
+    def _micro(
+        self, state: TrainState, frozen: Arrays, batch: TrainBatch, place: jax.Array, index: jax.Array, kind: StepKind
+    ) -> tuple[Arrays, Metrics]:
+        """Gradient and metrics of the micro-batch at `place` of a batch, number `index` of the update."""
+        one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, place, keepdims=False), batch)
         return self.forward.plain(state.trainable, frozen, one, kind, self._key(state, index))
 
     def _apply_mean(self, state: TrainState, total: tuple[Arrays, Metrics], count: jax.Array) -> tuple[TrainState, Metrics]:

@@ -85,13 +85,14 @@ def embed_streams(
     Names are "anchor", "positive", each modality in play, and "hard" (without gradient) where it shares the anchor's row. Text alone is
     read from the last layer, everything else through the fusion head (SPEC section 6).
     """
-    # The only rows with branches: two captions that share the anchor's media.
+    # The only branches: two captions that share the anchor's media.
     branches = 2 if kind.hard and batch.hard is None else 0
     media = media_table(model, features, batch.clips)
     pooled = pool_rows(model, batch.rows, media, dropout_key, remat=remat, attention=attention, branches=branches)
     places = {name: (r, k) for r, names in enumerate(kind.rows) for k, name in enumerate(names)}
-    if kind.hard and batch.hard is None:
-        places["hard"] = (0, 1)
+    if branches:
+        row, _ = places["anchor"]
+        places["hard"] = (row, len(kind.rows[row]))
     found = {name: pooled[:, r, k] for name, (r, k) in places.items()}
     embedded = {"text": found.pop("text")[:, -1].astype(jnp.float32)} if "text" in found else {}
     embedded |= _fuse(model, found)

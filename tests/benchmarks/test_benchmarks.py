@@ -16,7 +16,6 @@ from omni_jax.model import abstract_params
 from omni_jax.model.flops import forward_work, total
 from omni_jax.model.runner import Runner
 from omni_jax.tokens.batching import Planner, step_layout
-from omni_jax.train import step_kind
 from tests.benchmarks import __main__ as command
 from tests.benchmarks import encoder_7b, mid_size, train_mid
 from tests.benchmarks.timing import Pairs, interleave
@@ -194,7 +193,8 @@ def test_training_is_the_same_in_torch_with_an_adapter_that_peft_loads(monkeypat
     trained = {tuple(name.split("/")): np.asarray(x) for name, x in ours.state.trainable.items()}
     assert all(not np.array_equal(leaf, initial[path]) for path, leaf in trained.items())
     theirs = train_mid.Theirs(encoder, ours.material, trained)
-    kind, batch = step_kind(1, ours.recipe.losses), jax.tree.map(lambda x: x[0], ours.batch(1))
+    batch = jax.tree.map(lambda x: x[0], ours.batch(1))
+    (kind,) = batch.kinds
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def embed(trainable: Any, frozen: Any, batch: Any) -> Any:

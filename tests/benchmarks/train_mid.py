@@ -31,8 +31,9 @@ from flax import nnx
 import conversion
 from omni_jax.config import LoraConfig, ModelConfig
 from omni_jax.model import Encoder
-from omni_jax.tokens.batching import step_layout
+from omni_jax.tokens.batching import attention_cost, step_layout
 from omni_jax.tokens.prompts import build_sequence
+from omni_jax.tokens.training import EDGES, PromptLengths, lay_out
 from omni_jax.train import LossConfig, OptimizerConfig, StepConfig, TrainBatch, TrainStep, fit_shapes, ledger, pack_micro_batch, step_kind
 from omni_jax.types import AudioBatch, BeatsBatch, ClipMedia, Example, Features, TokenSequence, VisionBatch
 from tests.benchmarks import encoder_7b, mid_size
@@ -46,7 +47,7 @@ SHAPES = {"grid": (4, 8, 12), "mel_frames": 400}  # 8 frames of 112 x 168 and 4 
 REMAT = "dots"  # ours: all but attention's S x S arrays, which torch's fused attention does not keep either
 LEARNING_RATE = 1e-5
 TEMPERATURE = 0.05
-ROW_STEP = 64  # rows are padded to a multiple of so many tokens
+ROW_MULTIPLE = 8  # rows are padded to a multiple of so many tokens, as `BatchConfig.row_multiple` has it
 LARGEST_DIFFERENCE = 2e-4  # of the first round's losses, relative: both sides are float32
 
 TABLES = {"anchor": "tva", "positive": "tva", "hard": "tva", "text": "text", "audio": "audio", "video": "video"}
@@ -123,11 +124,24 @@ class Ours:
 
     def batch(self, number: int) -> TrainBatch:
         """Returns the packed batch of a step kind."""
-        kind = step_kind(number, self.recipe.losses)
         examples = [Example(*both, prompts) for both, prompts in zip(self.media, self.material.prompts[number], strict=True)]
+        kind = lay_out(
+            step_kind(number, self.recipe.losses),
+            [lengths(prompts) for prompts in self.material.prompts[number]],
+            share_prefix=True,
+            multiple=ROW_MULTIPLE,
+            attention=attention_cost(self.config.decoder),
+        )
         shapes = fit_shapes(examples, kind)
-        shapes = dataclasses.replace(shapes, row_tokens=-(-shapes.row_tokens // ROW_STEP) * ROW_STEP)
+        row, hard = (-(-size // ROW_MULTIPLE) * ROW_MULTIPLE for size in (shapes.row_tokens, shapes.hard_tokens))
+        shapes = dataclasses.replace(shapes, row_tokens=row, hard_tokens=hard)
         return jax.tree.map(jnp.asarray, pack_micro_batch(examples, kind, shapes, self.config, self.material.shuffle[None]))
+
+    def rows(self, number: int) -> str:
+        """Returns the rows of a clip and their tokens, in words."""
+        batch = self.batch(number)
+        _, _, count, size = batch.rows.ids.shape
+        return f"{count} x {size} tokens" + ("" if batch.hard is None else f" and {batch.hard.ids.shape[3]} for the hard negative")
 
     def update(self, number: int) -> float:
         """Returns the loss of an update of a step kind."""
@@ -160,6 +174,15 @@ class Theirs:
         """Returns the material of a step kind, as the trainer takes it."""
         m = self.material
         return m.clips, m.copies, m.prompts[kind], m.shuffle
+
+
+def lengths(prompts: Mapping[str, TokenSequence]) -> PromptLengths:
+    """Returns the lengths of a clip's prompts, whose hard negative has media of the same sizes."""
+    behind = {name: len(prompt.ids) - prompt.prefix for name, prompt in prompts.items()}
+    video, audio = (prompts[name].prefix - EDGES for name in ("video", "audio"))
+    return PromptLengths(
+        video, audio, video, audio, behind["anchor"], behind["positive"], behind["hard"], len(prompts["text"].ids), behind["video"]
+    )
 
 
 def leaves(encoder: Encoder) -> dict[tuple[str, ...], jax.Array]:
@@ -229,6 +252,7 @@ def run(pairs: int = PAIRS, config: ModelConfig | None = None, clips: int = CLIP
         f"largest difference between the losses of the first {KINDS} updates: {first:.1e}, of all {len(differences)}: {worst:.1e}; "
         f"first call {timed.first_ours:.0f} s"
     )
+    print("rows of a clip, by step kind: " + ", ".join(ours.rows(kind) for kind in range(KINDS)))
     results["matrix_product_gflops"] = product_rates()
     print("matrix product: " + ", ".join(f"{side} {rate:.0f} GFLOP/s" for side, rate in results["matrix_product_gflops"].items()))
     return results | _report(config, material, ours.recipe, timed)

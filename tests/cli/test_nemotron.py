@@ -11,9 +11,11 @@ import pytest
 import omni_jax
 from omni_jax.cli.main import main
 from omni_jax.config import TABLES, ConfigError
+from omni_jax.data.synthetic import SyntheticConfig, write_set
 from omni_jax.retrieval import read_embeddings
 from omni_jax.types import InputError
 from tests.golden_set import GoldenSet
+from tests.house import ROOT
 from tests.tolerances import assert_close
 
 NAMES = {"text": "t", "video": "v", "audio": "a", "av": "va", "tv": "tv", "at": "ta", "tva": "tva"}
@@ -90,3 +92,30 @@ def test_a_prefix_of_a_manifest_must_be_known(tmp_path: Path):
     manifest = read_manifest(tmp_path / "m.jsonl")
     assert [record.prefix for record in manifest.records] == ["query"]
     assert 'prefix "question" must be one of passage, query' in manifest.problems[0].reason
+
+
+@pytest.mark.slow
+def test_its_small_config_trains_from_clips_to_an_adapter(tmp_path: Path):
+    """As a person would: shards, a run with all three losses and an evaluation, and what it trained as a model and as PyTorch files."""
+    made = write_set(tmp_path / "clips", SyntheticConfig(clips=1, held_out=8, combinations=32, seconds=1.0))
+    fields = ["--set", "frames=4", "--set", "pixels=3136", "--set", "audio_seconds=1", "--set", "audio_pad=true"]
+    shards, workdir = tmp_path / "shards", tmp_path / "run"
+    assert main(["prepare", "--manifest", str(made.train), "--out", str(shards), "--preset", "nemotron", *fields, "--workers", "0"]) == 0
+    changes = {"data.train": shards, "data.workers": 0, "evaluation.manifest": made.held_out, "steps": 24, "batch.micro_batch": 16}
+    changes |= {"optimizer.warmup_steps": 2, "checkpoint.every": 24, "log.every": 1}
+    config = str(ROOT / "configs" / "tiny_nemotron.py")
+    given = [f"--config.{name}={value}" for name, value in changes.items()]
+    assert main(["train", "--config", config, "--workdir", str(workdir), *given]) == 0
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for name in ("L_T", "L_D", "L_A"):
+        losses = [row[name] for row in rows if name in row]
+        assert len(losses) == 24 and np.mean(losses[-6:]) < 0.97 * np.mean(losses[:6]), (name, losses)
+    assert any("eval/AVG-all" in row for row in rows)
+    assert embed(workdir, tmp_path / "trained.npz", "--manifest", str(made.held_out)) == 0
+    assert np.isfinite(read_embeddings(tmp_path / "trained.npz").tables["text"]).all()
+    assert (
+        main(["convert", "to-torch", "--model", str(workdir), "--out", str(tmp_path / "torch"), "--adapter-out", str(tmp_path / "peft")])
+        == 0
+    )
+    saved = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert not saved["modules_to_save"]

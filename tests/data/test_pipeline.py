@@ -26,6 +26,7 @@ from tests.house import ROOT
 
 ALL = LossConfig(pairs="all")
 RELEASED = LossConfig(negatives="micro")
+SIZES = ("row_tokens", "hard_tokens")
 BATCH = BatchConfig(micro_batch=4, micro_batches=2, blocks=2, seed=3)
 
 
@@ -36,7 +37,7 @@ def _same(one: PipelineBatch, other: PipelineBatch) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def _kept(micro_batches: Sequence[MicroBatch], shapes: BatchShapes, share_prefix: bool) -> Any:
+def _kept(micro_batches: Sequence[MicroBatch], shapes: Sequence[BatchShapes], share_prefix: bool) -> Any:
     """Packs nothing: tests look at the examples themselves."""
     return micro_batches, shapes, share_prefix
 
@@ -159,11 +160,14 @@ def test_shapes_are_few_and_no_row_is_longer_than_its_clips_ask():
     for update in range(12):
         micro_batches, shapes, share_prefix = made.make(update).batch
         needs = [fit_shapes(m.examples, m.kind, share_prefix) for m in micro_batches]
-        assert shapes.row_tokens >= max(n.row_tokens for n in needs)
-        assert shapes.row_tokens % 8 == 0
-        assert (shapes.steps, shapes.patches, shapes.chunks) == (2, 8, 1)
-        assert shapes.fbank_frames >= max(n.fbank_frames for n in needs)
-        found.setdefault(micro_batches[0].kind, set()).add(shapes.row_tokens)
+        (size,) = set(shapes)  # of equal kinds
+        for name in SIZES:
+            assert getattr(size, name) >= max(getattr(n, name) for n in needs)
+            assert getattr(size, name) % 8 == 0
+        assert (size.hard_tokens > 0) == any(n.hard_tokens for n in needs)
+        assert (size.steps, size.patches, size.chunks) == (2, 8, 1)
+        assert size.fbank_frames >= max(n.fbank_frames for n in needs)
+        found.setdefault(micro_batches[0].kind, set()).add(size.row_tokens)
     assert all(len(sizes) <= 2 for sizes in found.values())
 
 
@@ -179,14 +183,14 @@ def test_planned_row_lengths_are_those_of_the_prompts():
         for update in range(3):
             plan = made.planner.plan(update)
             micro_batches, _, share = made.make(update).batch
-            need = max(fit_shapes(m.examples, m.kind, share).row_tokens for m in micro_batches)
+            needs = [fit_shapes(m.examples, m.kind, share) for m in micro_batches]
             planned = [
-                n
+                (lengths.row(kind, share), lengths.hard_row(kind, share))
                 for m, kind in enumerate(plan.kinds)
                 for b, clip in enumerate(plan.clips[m])
-                for n in made.planner.lengths(plan, m, b, int(clip)).rows(kind, share)
+                for lengths in [made.planner.lengths(plan, m, b, int(clip))]
             ]
-            assert max(planned) == need
+            assert tuple(map(max, zip(*planned, strict=True))) == tuple(max(getattr(n, name) for n in needs) for name in SIZES)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["shards", "streamed"])

@@ -70,7 +70,7 @@ ACTIVATIONS = {
 
 def found_on(mesh: Mesh, per_slice: int = 0) -> list[Collective]:
     step = TrainStep(DEEPER, recipe(), dtype=jnp.float32, mesh=mesh, compiler_options=QUICK)
-    kind, shapes = step_kind(1, step.config.losses), BatchShapes(STEPS, 24, CHUNKS, FBANK, row_tokens=64)
+    kind, shapes = step_kind(1, step.config.losses), BatchShapes(STEPS, 24, CHUNKS, FBANK, row_tokens=64, hard_tokens=64)
     made = abstract_batch(DEEPER, kind, shapes, clips=8, micro_batches=1, mesh=mesh)
     return collectives(step.lower(*abstract_state(step, DEEPER, jnp.float32), made).compile().as_text() or "", per_slice)
 

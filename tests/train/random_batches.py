@@ -20,7 +20,6 @@ from omni_jax.train import (
     LossConfig,
     OptimizerConfig,
     StepConfig,
-    TrainBatch,
     TrainStep,
     fit_shapes,
     kinds_of_update,
@@ -119,17 +118,23 @@ def batch(
     seed: int = 0,
     share_prefix: bool = True,
     model: ModelConfig = MODEL,
-) -> TrainBatch:
-    """Returns `clips` clips in `micro` micro-batches; clip i is the same however many micro-batches there are."""
+    one_row: bool = False,
+) -> Any:
+    """Returns `clips` clips in `micro` micro-batches; clip i is the same however many micro-batches there are.
+
+    With `one_row` all prompts of a clip that take a gradient stand in one row.
+    """
     kinds = kinds_of_update(update, micro, losses)
-    share = share_prefix and len(set(kinds)) == 1
     size = clips // micro
     parts = []
     for m, kind in enumerate(kinds):
         chosen = [example(seed + m * size + i, hard=kind.hard, model=model) for i in range(size)]
-        shapes = dataclasses.replace(fit_shapes(chosen, kind, share), row_tokens=64)
-        parts.append(pack_micro_batch(chosen, kind, shapes, model, next_sample(size, blocks), share))
-    return stack_micro_batches(parts)
+        if one_row:
+            kind = dataclasses.replace(kind, layout=(kind.prompts,))
+        shapes = fit_shapes(chosen, kind, share_prefix)
+        shapes = dataclasses.replace(shapes, row_tokens=192 if one_row else 64, hard_tokens=64 if shapes.hard_tokens else 0)
+        parts.append(pack_micro_batch(chosen, kind, shapes, model, next_sample(size, blocks), share_prefix))
+    return stack_micro_batches(parts) if len(set(kinds)) == 1 else tuple(parts)
 
 
 def parts(step: TrainStep) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:

@@ -74,9 +74,29 @@ def test_another_caption_is_a_branch_of_the_anchors_row():
     assert np.array_equal(made.rows.ids[0, 0, 0, len(anchor.ids) : end], hard.ids[hard.prefix :])
 
 
+def test_a_branch_may_stand_behind_other_prompts_of_its_row():
+    clip, kind = example(0), dataclasses.replace(TEXT, layout=(("positive", "anchor", "audio"), ("text",)))
+    anchor, hard, positive, audio = (clip.prompts[name] for name in ("anchor", "hard", "positive", "audio"))
+    made = packed([clip, example(1)], kind).rows
+    branch, segment, pool = (getattr(made, name)[0, 0, 0] for name in ("branch", "segment", "pool"))
+    first, end = len(positive.ids), len(positive.ids) + len(anchor.ids)
+    behind = end + len(audio.ids)
+    last = behind + len(hard.ids) - hard.prefix
+    assert list(pool) == [first - 1, end - 1, behind - 1, last - 1]
+    assert not branch[: first + anchor.prefix].any() and (branch[first + anchor.prefix : end] == 1).all()
+    assert not branch[end:behind].any() and (branch[behind:last] == 2).all()
+    assert (segment[first:end] == 2).all() and (segment[end:behind] == 3).all() and (segment[behind:last] == 2).all()
+    assert np.array_equal(made.ids[0, 0, 0, behind:last], hard.ids[hard.prefix :])
+    alone = packed([clip, example(1)], TEXT).rows
+    for name in ("ids", "media_index"):  # the positive reads its copy in any layout
+        assert np.array_equal(getattr(made, name)[0, 0, 0, :first], getattr(alone, name)[0, 0, 1, :first])
+
+
 def test_exchanged_media_need_a_row_of_their_own():
-    made = packed([example(i, hard="audio") for i in range(2)], AUDIO)
+    clips = [example(i, hard="audio") for i in range(2)]
+    made = packed(clips, AUDIO)
     assert made.hard is not None and made.hard.ids.shape[2] == 1 and made.rows.pool.shape[-1] == 2
+    assert made.hard.ids.shape[3] == max(len(clip.prompts["hard"].ids) for clip in clips)
 
 
 def test_the_augmented_copy_stands_behind_the_clip():
@@ -134,7 +154,7 @@ def test_micro_batches_of_an_update_have_equal_shapes():
     assert stack_micro_batches([one, one]).micro_batches == 2
     with pytest.raises(ValueError, match="same shapes"):
         stack_micro_batches([one, other])
-    with pytest.raises(ValueError, match="share_prefix=False"):
+    with pytest.raises(ValueError, match="leave different kinds apart"):
         stack_micro_batches([one, packed([example(i, hard="audio") for i in range(2)], AUDIO, row_tokens=64)])
 
 

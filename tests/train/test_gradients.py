@@ -109,6 +109,16 @@ def test_a_caption_that_shares_the_anchors_row_is_the_hard_negative_of_its_own_r
     assert_same_update(plain(fwd, trainable, frozen, shared), plain(fwd, trainable, frozen, apart))
 
 
+@pytest.mark.parametrize("update", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_all_prompts_of_a_clip_in_one_row_give_what_rows_of_their_own_give(update):
+    """Update 0 has the hard negative's caption as a branch in that row, update 1 a hard negative with a row to itself."""
+    losses = LossConfig(temperature=0.2)
+    fwd, trainable, frozen = forward(losses)
+    together, apart = (batch(losses, update, clips=4, one_row=one) for one in (True, False))
+    assert together.rows.ids.shape[2] == 1 and apart.rows.ids.shape[2] == 3
+    assert_same_update(plain(fwd, trainable, frozen, together), plain(fwd, trainable, frozen, apart))
+
+
 @pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow)])
 def test_remat_policies_agree(remat):
     losses = LossConfig(temperature=0.2)

@@ -18,7 +18,7 @@ from omni_jax.train.trainable import select
 from tests.model.builders import SEVEN_B
 from tests.train.random_batches import recipe
 
-SHAPES = BatchShapes(steps=2, patches=64, chunks=2, fbank_frames=80, row_tokens=256)
+SHAPES = BatchShapes(steps=2, patches=64, chunks=2, fbank_frames=80, row_tokens=256, hard_tokens=192)
 CLIPS = 4
 
 
@@ -38,7 +38,7 @@ def one_layer() -> ModelConfig:
 def abstract_batch(config: ModelConfig, shapes: BatchShapes, losses: LossConfig, update: int, micro: int) -> TrainBatch:
     """Returns a batch without storage, as `pack_micro_batch` shapes it."""
     kinds = kinds_of_update(update, micro, losses)
-    kind, shared = kinds[0], kinds[0].hard == "text"
+    kind, shared = kinds[0], kinds[0].branches(True)
     lead = (micro, CLIPS)
     array = lambda dtype, *shape: jax.ShapeDtypeStruct((*lead, *shape), dtype)  # noqa: E731
     i32, f32 = functools.partial(array, jnp.int32), functools.partial(array, jnp.float32)
@@ -54,14 +54,14 @@ def abstract_batch(config: ModelConfig, shapes: BatchShapes, losses: LossConfig,
         fbank_frames=i32(copies),
     )
 
-    def rows(count: int, slots: int) -> Rows:
-        row = (count, shapes.row_tokens)
-        return Rows(i32(*row), i32(*row), i32(count, 3, shapes.row_tokens), i32(*row), i32(*row), i32(count, slots))
+    def rows(count: int, size: int, slots: int) -> Rows:
+        row = (count, size)
+        return Rows(i32(*row), i32(*row), i32(count, 3, size), i32(*row), i32(*row), i32(count, slots))
 
     return TrainBatch(
         clips=clips,
-        rows=rows(len(kind.rows), max(len(kind.singles), 1 + shared)),
-        hard=None if shared or not kind.hard else rows(1, 1),
+        rows=rows(len(kind.rows), shapes.row_tokens, kind.slots(shared)),
+        hard=None if shared or not kind.hard else rows(1, shapes.hard_tokens, 1),
         shuffle=jax.ShapeDtypeStruct((micro, 1, CLIPS), jnp.int32),
         kinds=kinds,
     )
@@ -87,11 +87,11 @@ def test_the_ledger_is_what_xla_counts(update: int, micro: int, remat: str, choi
     state, frozen = jax.eval_shape(step.init, abstract_params(config))
     cost = step.lower(state, frozen, abstract_batch(config, SHAPES, made.losses, update, micro)).cost_analysis()
     assert cost is not None
-    kind = step_kind(update, made.losses)
-    load = ledger.padded_load(config, kind, SHAPES)
+    kinds = kinds_of_update(update, micro, made.losses)
+    load = ledger.padded_load(config, kinds[0], SHAPES)
     counted = CLIPS * ledger.total(ledger.clip_ledger(config, load, step.names, remat=remat, cached=micro > 1))
     assert counted <= cost["flops"] <= 1.03 * counted
-    whole = ledger.update_ledger(config, made, SHAPES, clips=CLIPS, micro_batches=micro, update=update)
+    whole = ledger.update_ledger(config, made, [(kind, SHAPES) for kind in kinds], clips=CLIPS)
     assert ledger.total(whole) == pytest.approx(micro * counted)
 
 

@@ -11,7 +11,7 @@ import pytest
 from omni_jax.cli.config_file import planned_model, read_config
 from omni_jax.config import BACKBONES, EMBED_STYLE, ConfigError, LoraConfig
 from omni_jax.model import abstract_params
-from omni_jax.planning.abstract import abstract_batch, batch_shapes
+from omni_jax.planning.abstract import abstract_batch, planned_batch
 from omni_jax.train import LossConfig, TrainableConfig, TrainStep, kinds_of_update
 from omni_jax.train.trainable import count_groups, select
 from tests.model.builders import random_value
@@ -91,7 +91,6 @@ def test_its_configs_plan_its_architecture(name):
     model, _ = planned_model(config.model)
     assert (model.attention, model.pooling, model.prompt, model.beats) == ("bidirectional", "mean", "chat", None)
     assert config.data.resolved_preset().prefix == "passage"
-    kind = kinds_of_update(0, 1, config.losses)[0]
-    shapes = batch_shapes(model, config.data.resolved_preset(), kind)
+    kind, shapes = planned_batch(model, config.data.resolved_preset(), kinds_of_update(0, 1, config.losses)[0])
     made = abstract_batch(model, kind, shapes, clips=4, micro_batches=1)
     assert made.hard is not None and made.clips.fbank.shape[3] == 0  # a row of its own, though its media are the anchor's

@@ -32,15 +32,16 @@ def released() -> TrainStep:
 
 
 def micro(update: int, **sizes):
-    return batch(LossConfig(negatives="micro", temperature=0.2), update, micro=2, clips=8, share_prefix=False, **sizes)
+    return batch(LossConfig(negatives="micro", temperature=0.2), update, micro=2, clips=8, **sizes)
 
 
 def test_accumulation_averages_the_micro_batches(released):
     state, frozen = released.init(PARAMS)
     made = micro(0)
+    assert [one.kinds[0].hard for one in made] == ["text", "audio"] and made[0].hard is None
     forward = Forward.make(MODEL, released.config.losses, released.names, jnp.float32, REMAT["layer"])
     plain = jax.jit(forward.plain, static_argnames="kind", compiler_options=QUICK)
-    parts = [plain(state.trainable, frozen, jax.tree.map(lambda x, i=i: x[i], made), kind=made.kinds[i], key=None) for i in range(2)]
+    parts = [plain(state.trainable, frozen, jax.tree.map(lambda x: x[0], one), kind=one.kinds[0], key=None) for one in made]
     (one, metrics), (other, more) = jax.device_get(parts)
     gradients = {name: (one[name] + other[name]) / 2 for name in one}
     norm = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in gradients.values()))
@@ -65,10 +66,10 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(released):
     state, frozen = released.init(PARAMS)
     state, _ = released(state, frozen, micro(0))
     before = jax.device_get(state)
-    made = micro(1)
+    whole, made = micro(1)
     patches = np.array(made.clips.patches)
-    patches[1, 2, 0, 0, 3] = np.nan
-    spoilt = dataclasses.replace(made, clips=dataclasses.replace(made.clips, patches=patches))
+    patches[0, 2, 0, 0, 3] = np.nan
+    spoilt = (whole, dataclasses.replace(made, clips=dataclasses.replace(made.clips, patches=patches)))
     for row in (1, 2):
         state, metrics = released(state, frozen, spoilt)
         assert int(metrics["skipped"]) == int(metrics["skipped_in_row"]) == row
@@ -197,7 +198,7 @@ def test_memory_does_not_grow_with_the_number_of_micro_batches():
 def test_a_batch_must_say_what_it_plays(released):
     state, frozen = released.init(PARAMS)
     with pytest.raises(InputError, match="lists 0 kinds"):
-        released(state, frozen, dataclasses.replace(micro(0), kinds=()))
+        released(state, frozen, tuple(dataclasses.replace(one, kinds=()) for one in micro(0)))
     pooled = make(recipe(negatives="global"))
     with pytest.raises(InputError, match="plays the same kind"):
         pooled(state, frozen, micro(0))
