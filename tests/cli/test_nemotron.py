@@ -114,7 +114,9 @@ def test_its_small_config_trains_from_clips_to_an_adapter(tmp_path: Path):
     assert embed(workdir, tmp_path / "trained.npz", "--manifest", str(made.held_out)) == 0
     assert np.isfinite(read_embeddings(tmp_path / "trained.npz").tables["text"]).all()
     assert (
-        main(["convert", "to-torch", "--model", str(workdir), "--out", str(tmp_path / "torch"), "--adapter-out", str(tmp_path / "peft")])
+        main(
+            ["convert", "to-torch", "--model", str(workdir), "--base-out", str(tmp_path / "torch"), "--adapter-out", str(tmp_path / "peft")]
+        )
         == 0
     )
     saved = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
