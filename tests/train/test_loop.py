@@ -126,7 +126,7 @@ class World:
 
 @pytest.fixture(autouse=True)
 def no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omni_jax.train.loop.place_batch", lambda batch, mesh: batch)
+    monkeypatch.setattr("omni_jax.train.loop.place_update", lambda batch, mesh: batch)
 
 
 def test_a_run_from_beginning_to_end(tmp_path: Path) -> None:
