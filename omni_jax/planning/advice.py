@@ -9,7 +9,8 @@ _USED = (
     re.compile(r"Used ([\d.]+)([GMK]?) of ([\d.]+)([GMK]?) hbm"),
     re.compile(r"\(([\d.]+)([GMK]?)\) exceeds available HBM \(([\d.]+)([GMK]?)\)"),
 )
-_ALLOCATION = re.compile(r"Size: ([\d.]+)([GMK]?).*?(?:Operator: op_name=\"([^\"]*)\"|XLA label: ([^\n]*)).*?Shape: (\S+)", re.DOTALL)
+_ALLOCATION = re.compile(r"^ *\d+\. Size: ([\d.]+)([GMK]?)B?\n(.*?)^ *=====", re.DOTALL | re.MULTILINE)
+_SHAPE, _OPERATION, _LABEL = re.compile(r"Shape: ([^{\s]+)"), re.compile(r'op_name="([^"]*)"'), re.compile(r"XLA label: (\S+)")
 _UNITS = {"": 2**-30, "K": 2**-20, "M": 2**-10, "G": 1.0}
 
 
@@ -36,8 +37,9 @@ def read_refusal(message: str, *, clips_per_device: float, micro_batches: int, n
         return None
     used, limit = float(found[1]) * _UNITS[found[2]], float(found[3]) * _UNITS[found[4]]
     largest = []
-    for size, unit, operation, label, shape in _ALLOCATION.findall(message)[:8]:
-        largest.append((float(size) * _UNITS[unit], re.sub(r"\{.*", "", shape), _place(operation or label)))
+    for size, unit, about in _ALLOCATION.findall(message)[:8]:
+        shape, place = _SHAPE.search(about), _OPERATION.search(about) or _LABEL.search(about)
+        largest.append((float(size) * _UNITS[unit], shape[1] if shape else "", _place(place[1]) if place else ""))
     return OutOfMemory(used, limit, tuple(largest), change_for(largest, clips_per_device, micro_batches, negatives, remat))
 
 
@@ -48,8 +50,9 @@ def change_for(largest: list, clips_per_device: float, micro_batches: int, negat
         return f"remat '{remat}' keeps residuals of every decoder layer: set remat='layer'"
     if clips_per_device > 1:
         more = "" if negatives == "global" else " (with negatives='global' the pool of negatives stays the same)"
-        half = max(1, int(clips_per_device // 2))
-        return f"{clips_per_device:g} clips a device at once: take {half} in {2 * micro_batches} micro-batches{more}"
+        parts = next((n for n in range(2, int(clips_per_device) + 1) if clips_per_device % n == 0), 2)
+        fewer = max(1, int(clips_per_device // parts))
+        return f"{clips_per_device:g} clips a device at once: take {fewer} in {parts * micro_batches} micro-batches{more}"
     if "argument" in where or "param" in where:
         return "weights and optimizer fill the memory: more devices on fsdp, or a chip with more memory"
     return "one clip a device is the least: remat='offload', more tensor parallelism, shorter rows, or a chip with more memory"

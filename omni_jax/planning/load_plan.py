@@ -19,7 +19,7 @@ def load_plan(config: ModelConfig, mesh: Mesh | AbstractMesh, topology: Topology
 
     A host reads the part of each array that its devices hold, once. Devices are taken in the order of the mesh, so many to a host.
     """
-    per_host = min(topology.devices, topology.chip.host * topology.chip.devices)
+    per_host = topology.devices // topology.hosts
     names, sizes = list(mesh.axis_names), [mesh.shape[name] for name in mesh.axis_names]
     places = np.stack(np.unravel_index(np.arange(math.prod(sizes)), sizes), axis=1)  # (devices, axes)
     hosts = len(places) // per_host
