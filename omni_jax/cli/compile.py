@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from omni_jax.cli.config_file import add_config_arguments, planned_model, read_config
+from omni_jax.cli.numbers import positive
 from omni_jax.cli.status import BAD_INPUT, DONE
 from omni_jax.config import ConfigError
 
@@ -26,12 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", metavar="AXES", help="within a slice, as data=1,fsdp=16,tensor=1 (default: the config's)")
     parser.add_argument("--programs", default=",".join(PROGRAMS), metavar="LIST", help="among train,embed,evaluate (default: all)")
     parser.add_argument("--kinds", default="0,1,2", metavar="LIST", help="places in the period-3 cycle of step kinds (default: all)")
-    parser.add_argument("--caption-tokens", type=int, default=128, metavar="N", help="longest caption planned for (default: %(default)s)")
+    parser.add_argument(
+        "--caption-tokens", type=positive(int), default=128, metavar="N", help="longest caption planned for (default: %(default)s)"
+    )
     parser.add_argument(
         "--utilisation", type=float, default=0.4, metavar="SHARE", help="of peak arithmetic, assumed (default: %(default)s)"
     )
-    parser.add_argument("--price", type=float, metavar="MONEY", help="of a chip-hour, to have the cost as well")
-    parser.add_argument("--sweep", action="store_true", help="try batch, remat and mesh, and recommend")
+    parser.add_argument("--price", type=positive(float), metavar="MONEY", help="of a chip-hour, to have the cost as well")
+    parser.add_argument("--sweep", action="store_true", help="try batch, remat and mesh for the first of --kinds, and recommend")
     parser.add_argument("--full-effort", action="store_true", help="compile as a run would (several times slower)")
     parser.add_argument("--table", type=epath.Path, metavar="FILE.json", help="add the plan to a table, also written as FILE.md")
     parser.add_argument("--json", type=epath.Path, metavar="OUT.json", help="write everything found")
@@ -47,12 +50,18 @@ def run(args: argparse.Namespace) -> int:
     counts = [int(c) for c in _among(args.kinds, ("0", "1", "2"), "--kinds")]
     if not 0 < args.utilisation <= 1:
         raise ConfigError(f"--utilisation {args.utilisation}: must be above 0 and at most 1")
+    if args.sweep and args.table:
+        raise ConfigError("--table takes plans, and --sweep makes none: leave one out, or write --json")
 
     from omni_jax.planning.devices import prepare_environment
 
     prepare_environment()  # before jax is loaded
     from omni_jax.planning import plan, report, sweep, table
 
+    for file in filter(None, (args.table, args.json)):
+        file.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before minutes of compiling
+    if args.table:
+        table.read(args.table)
     config = read_config(args.config, args.overrides)
     model, note = planned_model(config.model)
     slices = config.mesh.slices if args.slices is None else args.slices
@@ -75,7 +84,6 @@ def run(args: argparse.Namespace) -> int:
             table.add(args.table, found, plan.command(request, chosen, counts))
         fits = all(program["status"] != "out of memory" for program in found["programs"])
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     return DONE if fits else BAD_INPUT
 
@@ -83,5 +91,5 @@ def run(args: argparse.Namespace) -> int:
 def _among(given: str, allowed: tuple[str, ...], flag: str) -> list[str]:
     names = [name.strip() for name in given.split(",") if name.strip()]
     if not names or any(name not in allowed for name in names):
-        raise ConfigError(f"{flag} {given}: a list among {', '.join(allowed)}")
+        raise ConfigError(f"{flag} {given!r}: give one or more of {', '.join(allowed)}")
     return names

@@ -94,6 +94,8 @@ def read_mesh(text: str | None, topology: Topology, heads: tuple[int, int]) -> d
         name, _, value = item.strip().partition("=")
         if name not in ("data", "fsdp", "tensor") or not value.isdecimal() or int(value) < 1:
             raise ConfigError(f"mesh {item!r}: write axes as data=1,fsdp=16,tensor=1")
+        if name in sizes:
+            raise ConfigError(f"mesh {text}: {name} stands there twice")
         sizes[name] = int(value)
     each = topology.devices // topology.slices
     data, tensor = sizes.get("data", 1), sizes.get("tensor", 1)
@@ -104,14 +106,14 @@ def read_mesh(text: str | None, topology: Topology, heads: tuple[int, int]) -> d
 
 def check_mesh(sizes: dict[str, int], topology: Topology, heads: tuple[int, int]) -> None:
     """Raises ConfigError as `read_mesh`."""
-    each = topology.devices // topology.slices
-    product = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
-    if product != each:
-        text = " x ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ConfigError(f"mesh {text} makes {product} devices, but {topology} has {each}{' a slice' if topology.slices > 1 else ''}")
     uneven = [f"{count} {what}" for count, what in zip(heads, ("heads", "KV heads"), strict=True) if count % sizes["tensor"]]
     if uneven:
         even = [str(n) for n in range(1, min(heads) + 1) if not any(count % n for count in heads)]
         raise ConfigError(
             f"mesh tensor={sizes['tensor']} does not divide the decoder's {' and '.join(uneven)}; use one of {', '.join(even)}"
         )
+    each = topology.devices // topology.slices
+    product = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
+    if product != each:
+        text = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ConfigError(f"mesh {text} makes {product} devices, but {topology} has {each}{' a slice' if topology.slices > 1 else ''}")

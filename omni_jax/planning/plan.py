@@ -8,8 +8,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from omni_jax.config import ModelConfig
+from omni_jax.config import ConfigError, ModelConfig
 from omni_jax.planning import report, sweep
+from omni_jax.planning.abstract import FRAMES_PER_SECOND
 from omni_jax.planning.chips import read_topology
 from omni_jax.planning.devices import MISSING, QUICK, check_mesh, has_compiler, planning_mesh, read_mesh
 from omni_jax.planning.estimate import UTILISATION, cost
@@ -21,6 +22,8 @@ BASIS = (
     "memory and collectives: compiler estimates (libtpu, nothing was executed); "
     "operations, times and costs: analytic, at published figures of the chips"
 )
+
+LEFT_OUT = "the evaluator's programs are left out too: they are made for devices, which the compiler alone has"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Request:
         """Returns the checked setting.
 
         Raises:
-          ConfigError: topology unknown, a mesh that does not multiply, a tensor axis that does not divide the heads.
+          ConfigError: topology unknown, a mesh that does not multiply, a tensor axis that does not divide the heads, sound without length.
         """
         run, decoder = self.run, self.model.decoder
         topology = read_topology(self.topology, self.slices)
@@ -58,10 +61,14 @@ class Request:
             text = ",".join(f"{name}={size}" for name, size in dataclasses.asdict(run.mesh).items() if size and name != "slices")
             sizes = read_mesh(text, topology, heads)
         check_mesh(sizes, topology, heads)
+        preset = run.data.resolved_preset()
+        if not round(preset.audio_seconds * FRAMES_PER_SECOND):
+            about = f"config field data.preset={run.data.preset!r}: audio_seconds={preset.audio_seconds:g} has no one shape to plan for"
+            raise ConfigError(f"{about}; give a length, as in --config.data.preset_fields.audio_seconds=8")
         return Setting(
             config=self.model,
             recipe=run.step_config(1000),
-            preset=run.data.resolved_preset(),
+            preset=preset,
             topology=topology,
             mesh=sizes,
             clips=run.batch.micro_batch,
@@ -86,6 +93,9 @@ def make(request: Request, programs: Sequence[str] = ("train",), counts: Sequenc
       ConfigError: as `Request.setting`, or a batch that does not divide.
     """
     setting = request.setting()
+    if "train" in programs and setting.blocks % setting.topology.hosts:
+        hosts = f"the {setting.topology.hosts} hosts of {setting.topology}"
+        raise ConfigError(f"config field batch.blocks={setting.blocks}: {hosts} need whole blocks each; make it a multiple of them")
     compiled = has_compiler()
     mesh = planning_mesh(setting.topology, dict(setting.mesh), compiled)
     records: list[dict[str, Any]] = []
@@ -110,7 +120,7 @@ def make(request: Request, programs: Sequence[str] = ("train",), counts: Sequenc
         "remat": setting.recipe.remat,
         "attention": setting.kernel,
         "basis": BASIS,
-        "notes": _compiler_note(setting) if compiled else [MISSING],
+        "notes": _compiler_note(setting) if compiled else [MISSING, *([LEFT_OUT] if "evaluate" in programs else [])],
         "programs": records,
         "period": _period(setting, records, request),
         "weights": load_plan(setting.config, mesh, setting.topology),
@@ -123,13 +133,16 @@ def swept(request: Request, count: int, say: Callable[[str], None]) -> list[dict
     Raises:
       ConfigError: as `Request.setting`; where libtpu is missing.
     """
-    return sweep.sweep(request.setting(), count, say)
+    setting = request.setting()
+    if not has_compiler():
+        raise ConfigError("--sweep: libtpu is not installed, and what fits only it can say (pip install 'omni-jax[tpu]'; no TPU is needed)")
+    return sweep.sweep(setting, count, say, request.utilisation)
 
 
 def flags(choice: dict[str, Any]) -> str:
     """Returns a choice of the sweep as arguments of `omni-jax train` and `omni-jax compile`."""
     values = {f"mesh.{name}": size for name, size in choice["mesh"].items()} | {"remat": choice["remat"]}
-    values |= {f"batch.{name}": choice[name] for name in ("micro_batch", "micro_batches")}
+    values |= {f"batch.{name}": choice[name] for name in ("micro_batch", "micro_batches", "blocks")}
     return " ".join(f"--config.{name}={value}" for name, value in values.items())
 
 

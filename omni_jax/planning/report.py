@@ -10,6 +10,7 @@ from typing import Any
 from omni_jax.config import ModelConfig
 from omni_jax.model import abstract_params
 from omni_jax.parallel import batch_shards
+from omni_jax.planning.advice import OutOfMemory, change_for
 from omni_jax.planning.estimate import UTILISATION, Times, cost, memory_bytes, times
 from omni_jax.planning.hlo import Collective
 from omni_jax.planning.programs import Program, Setting
@@ -36,8 +37,12 @@ def train_record(setting: Setting, program: Program, mesh: Any, utilisation: flo
     moved = memory_bytes(setting.config, totals, passes, setting.topology, setting.mesh["tensor"], trained)
     found = [dataclasses.replace(c, runs=c.runs * setting.looped) for c in program.found or ()]
     spent = times(sum(totals.values()), moved, found, setting.topology)
+    memory, refusal = program.memory, program.refusal
+    if refusal is None and memory is not None and not memory.fits:  # compiled, and over the limit all the same
+        change = change_for([], setting.clips / batch_shards(mesh), n, recipe.losses.negatives, recipe.remat)
+        refusal = OutOfMemory(memory.peak, memory.limit, (), change)
     return {
-        **_head(program),
+        **_head(dataclasses.replace(program, refusal=refusal)),
         "kind": {"hard": kind.hard, "singles": list(kind.singles), "rows": [list(names) for names in kind.rows]},
         "shapes": dataclasses.asdict(program.shapes),
         "clips_per_device": setting.clips / batch_shards(mesh),
@@ -51,6 +56,9 @@ def train_record(setting: Setting, program: Program, mesh: Any, utilisation: flo
 
 def plain_record(setting: Setting, program: Program) -> dict[str, Any]:
     """Returns the JSON record of a program that is not a training step."""
+    if program.refusal is not None and program.name.startswith("embed"):  # `read_refusal` speaks of training
+        change = f"{setting.embed_clips} clips are encoded together: take fewer (evaluation.batch_size; embed --batch-size), or more chips"
+        program = dataclasses.replace(program, refusal=dataclasses.replace(program.refusal, change=change))
     return {**_head(program), **_collectives(program.found, setting.config)}
 
 

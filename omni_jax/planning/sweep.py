@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from omni_jax.config import ConfigError
 from omni_jax.planning.devices import planning_mesh
+from omni_jax.planning.estimate import UTILISATION
 from omni_jax.planning.programs import Setting, train_program
 from omni_jax.planning.report import train_record
 
@@ -37,14 +40,25 @@ def batches(setting: Setting, shards: int) -> Iterator[tuple[int, int]]:
             yield setting.clips, setting.micro_batches
         return
     for per_device in range(LARGEST, 0, -1):
-        if total % (per_device * shards) == 0:
-            yield per_device * shards, total // (per_device * shards)
+        clips = per_device * shards
+        if total % clips == 0 and clips > 1:  # a clip alone has none to exchange features with
+            yield clips, total // clips
 
 
-def sweep(setting: Setting, count: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Returns the records of what was tried, those that fit first and by expected time, each with its choice.
+def whole_blocks(setting: Setting, clips: int) -> int:
+    """Returns the blocks of a micro-batch of so many clips: as large as the setting's, or as the clips of a host allow."""
+    of_host = clips // setting.topology.hosts
+    size = math.gcd(of_host, setting.clips // setting.blocks)
+    return clips // (size if size > 1 else max(of_host, 1))
+
+
+def sweep(setting: Setting, count: int, say: Callable[[str], None], utilisation: float = UTILISATION) -> list[dict[str, Any]]:
+    """Returns the records of what was tried, each with its choice: those that fit by expected time, then the others by need.
 
     For every mesh and remat policy, the largest micro-batch that fits.
+
+    Raises:
+      ConfigError: where the clips divide over no mesh.
     """
     tried: list[dict[str, Any]] = []
     for sizes in meshes(setting):
@@ -53,23 +67,31 @@ def sweep(setting: Setting, count: int, say: Callable[[str], None]) -> list[dict
         for remat in REMATS:
             for clips, micro_batches in batches(setting, shards):
                 recipe = dataclasses.replace(setting.recipe, remat=remat)
-                blocks = setting.blocks if clips % setting.blocks == 0 else 1
+                blocks = whole_blocks(setting, clips)
                 one = dataclasses.replace(setting, mesh=sizes, clips=clips, micro_batches=micro_batches, blocks=blocks, recipe=recipe)
                 program = train_program(one, mesh, count)
-                record = train_record(one, program, mesh)
-                choice = {"mesh": sizes, "remat": remat, "micro_batch": clips, "micro_batches": micro_batches}
+                record = train_record(one, program, mesh, utilisation)
+                choice = {"mesh": sizes, "remat": remat, "micro_batch": clips, "micro_batches": micro_batches, "blocks": blocks}
                 tried.append({"choice": choice, **record})
                 say(choice_line(tried[-1]))
                 if program.status == "fits":
                     break
-    return sorted(tried, key=lambda r: (r["status"] != "fits", r["seconds"]["expected"], r["seconds"]["interconnect"]))
+    if not tried:
+        total = f"{setting.micro_batches} x {setting.clips} clips an update (negatives={setting.recipe.losses.negatives})"
+        raise ConfigError(f"--sweep: {total} divide over no mesh of {setting.topology}; make them a multiple of its devices")
+    return sorted(tried, key=_place)
+
+
+def _place(record: dict[str, Any]) -> tuple[float, ...]:
+    refusal, seconds = record["out_of_memory"], record["seconds"]
+    return refusal["used_gib"] if refusal else 0.0, seconds["expected"], seconds["interconnect"]
 
 
 def choice_line(record: dict[str, Any]) -> str:
     """Returns one line on a choice."""
     choice, memory, refusal = record["choice"], record["memory_gib"], record["out_of_memory"]
     mesh = ",".join(f"{name}={size}" for name, size in choice["mesh"].items())
-    need = f"{memory['peak']:.2f} GiB" if memory else f"needs {refusal['used_gib']:.2f} GiB"
+    need = f"needs {refusal['used_gib']:.2f} GiB" if refusal else f"{memory['peak']:.2f} GiB"
     batch = f"{choice['micro_batches']:>3} x {choice['micro_batch']:<5}"
     rate = f"{record['expected']['clips_per_second']:.1f} clips/s"
     return f"{mesh:<28} remat={choice['remat']:<10} {batch} {record['status']:<14} {need:<18} {rate}"

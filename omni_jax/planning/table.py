@@ -7,6 +7,8 @@ from typing import Any
 
 from etils import epath
 
+from omni_jax.types import InputError
+
 KEPT = (
     "program",
     "kind",
@@ -23,13 +25,31 @@ KEPT = (
 )
 
 
+def read(file: epath.Path) -> list[dict[str, Any]]:
+    """Returns the plans of a table, none where the file is not there yet.
+
+    Raises:
+      InputError: for a file that is no table.
+      OSError: where it cannot be read.
+    """
+    if not file.exists():
+        return []
+    try:
+        entries = json.loads(file.read_text())
+    except ValueError:
+        entries = None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "command" in entry for entry in entries):
+        raise InputError(f"{file}: not a table of omni-jax compile; name another file")
+    return entries
+
+
 def add(file: epath.Path, plan: dict[str, Any], command: str) -> None:
     """Adds a plan to the table, in the place of one by the same command, and writes both files.
 
     Raises:
-      OSError: where they cannot be written.
+      InputError, OSError: as `read`, or where they cannot be written.
     """
-    entries = json.loads(file.read_text()) if file.exists() else []
+    entries = read(file)
     entry = {name: value for name, value in plan.items() if name != "programs"} | {"command": command}
     entry["programs"] = [{name: program[name] for name in KEPT if name in program} for program in plan["programs"]]
     entries = [old for old in entries if old["command"] != command] + [entry]

@@ -11,10 +11,11 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+from omni_jax.planning.chips import read_topology
 from tests.house import ROOT
 
 TABLE = ROOT / "docs/pods_table.json"
-BLOCK = 8  # clips of a block, as released
+BLOCK = 8  # clips of a block, as released; fewer where a host has fewer
 
 
 class Case(NamedTuple):
@@ -43,7 +44,7 @@ class Case(NamedTuple):
             "remat": self.remat,
             "batch.micro_batch": self.clips,
             "batch.micro_batches": self.micro_batches,
-            "batch.blocks": max(1, self.clips // BLOCK),
+            "batch.blocks": max(self.clips // BLOCK, read_topology(self.topology, self.slices).hosts),
         }
         given = ["--topology", self.topology, "--slices", str(self.slices), "--programs", self.programs, "--kinds", self.kinds]
         return ["--config", "configs/omniretriever_7b.py", *given, *(f"--config.{name}={value}" for name, value in fields.items())]

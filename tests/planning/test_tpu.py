@@ -41,7 +41,7 @@ def test_a_step_compiles_for_every_kind_of_chip(topology: str):
 
 
 def test_gradients_cross_slices_and_weights_do_not():
-    made = planned("v5e:2x2", "batch.micro_batches=2", slices=2, count=0)
+    made = planned("v5e:2x2", "batch.micro_batches=2", "batch.blocks=2", slices=2, count=0)
     (step,) = made["programs"]
     across = [c for c in step["collectives"] if c["across"]]
     assert made["chips"] == 8 and step["status"] == "fits"
