@@ -58,14 +58,16 @@ class Watcher:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Where a run stands when it is left: updates made and updates in all."""
+    """Where a run stands when it is left.
+
+    Attributes:
+      step, total: updates made, and updates in all.
+      finished: whether all are made, and the evaluation after the last one.
+    """
 
     step: int
     total: int
-
-    @property
-    def finished(self) -> bool:
-        return self.step >= self.total
+    finished: bool
 
 
 def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> Outcome:
@@ -130,12 +132,12 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
             evaluated=lambda number: writer is not None and evaluated(folder, number),  # process 0 says it for all
         )
         try:
-            state = train(step, state, frozen, mesh=mesh, run=run, total=total, data=data, checkpoints=checkpoints, around=around)
+            state, done = train(step, state, frozen, mesh=mesh, run=run, total=total, data=data, checkpoints=checkpoints, around=around)
         except jax.errors.JaxRuntimeError as e:
             if jax.process_count() == 1:
                 raise
             raise InputError(f"another process was lost ({one_line(e)}); {checkpoints.kept()}: start all processes again to go on") from e
-        return Outcome(int(state.step), total)
+        return Outcome(int(state.step), total, done)
 
 
 def _model(base: epath.Path, run: RunConfig, preset: Preset) -> tuple[Manifest, ModelConfig, Tokenizer]:

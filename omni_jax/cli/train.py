@@ -82,9 +82,11 @@ def _train(args: argparse.Namespace, signals: Signals, display: _Display) -> int
             display.start(Progress(total, "train", unit="updates", done=done))
 
     outcome = run_training(config, args.workdir, Watcher(tell, begin, display.update, lambda: bool(signals.seen)))
-    where = f"{outcome.step} of {outcome.total} updates are saved in {args.workdir}"
     if not outcome.finished:
-        print(f"stopped by {signals.name}; {where}: run it again to go on", file=sys.stderr)
+        where = f"{outcome.step} of {outcome.total} updates are saved in {args.workdir}: run it again to go on"
+        if outcome.step == outcome.total:
+            where = f"all {outcome.total} updates are saved in {args.workdir}, the last evaluation is missing: run it again to make it"
+        print(f"stopped by {signals.name}; {where}", file=sys.stderr)
         return INTERRUPTED if signals.interrupted else STOPPED_AND_SAVED
     if first:
         print(f"{args.workdir}: {outcome.step} updates; use it as --model, or write PyTorch files with omni-jax convert to-torch")

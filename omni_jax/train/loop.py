@@ -61,7 +61,8 @@ class Surroundings:
       tell: called with a line for the person who watches.
       update: called with (updates made, metrics) after every update, for a progress display.
       stopping: whether the run should save and leave.
-      evaluate: (updates made, trainable arrays) -> figures by name; None evaluates nothing.
+      evaluate: (updates made, trainable arrays) -> figures by name, none where no record is usable; None where it was
+        stopped meanwhile. Without it nothing is evaluated.
       evaluated: whether the figures after so many updates are there already; asked for the update where a run that goes on begins.
     """
 
@@ -84,11 +85,13 @@ def train(
     data: Data,
     checkpoints: Checkpoints,
     around: Surroundings,
-) -> TrainState:
-    """Makes the updates that are left of `total`, saving on the way and at the end; returns the last state, which is saved.
+) -> tuple[TrainState, bool]:
+    """Makes the updates that are left of `total`, saving on the way and at the end.
 
-    When `around.stopping()` says so it saves and returns early: `state.step` tells. Where the data of one process fail, all of them save
-    before they raise.
+    When `around.stopping()` says so it saves and returns early. Where the data of one process fail, all of them save before they raise.
+
+    Returns:
+      The last state, which is saved, and whether everything is done: all updates, and the evaluation after the last one.
 
     Raises:
       InputError: when updates are skipped or embeddings stay collapsed too often in a row, a checkpoint cannot be written, or data fail.
@@ -99,13 +102,14 @@ def train(
     began = time.monotonic()
     stopped = any_process(around.stopping())
     due = start > 0 and (start == total or (run.evaluation.every > 0 and start % run.evaluation.every == 0))
-    if due and not stopped and around.evaluate is not None and not any_process(around.evaluated(start)):
-        _evaluate(start, state, around)  # a run that was killed in the midst of it had saved before
+    missing = due and around.evaluate is not None and not any_process(around.evaluated(start))
+    if missing and not stopped:
+        missing = not _evaluate(start, state, around)  # a run that was killed in the midst of it had saved before
         began = time.monotonic()
     if start == total or stopped:
         checkpoints.save(state)
         checkpoints.wait()
-        return state
+        return state, start == total and not missing
     made = data.batches(start, total)
     for number in range(start + 1, total + 1):
         update, failure = _next(made)
@@ -118,7 +122,7 @@ def train(
             checkpoints.wait()
             if failed:
                 raise failure or InputError(f"the data of another process failed, whose own message says why; update {number - 1} is saved")
-            return state
+            return state, False
         state, metrics = step(state, frozen, place_update(update.batch, mesh))
         if pending is not None:
             pending.settle(watch, around)
@@ -128,11 +132,12 @@ def train(
         if due or number % run.checkpoint.every == 0:
             pending = pending.settle(watch, around)
             checkpoints.save(state)
-        if due and around.evaluate is not None and (number == total or not any_process(around.stopping())):
-            _evaluate(number, state, around)
+        missing = due and around.evaluate is not None
+        if missing and not any_process(around.stopping()):
+            missing = not _evaluate(number, state, around)
             began = time.monotonic()
     checkpoints.wait()
-    return state
+    return state, not missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,11 +195,13 @@ class Watch:
             self._tell(f"warning: {text}")
 
 
-def _evaluate(number: int, state: TrainState, around: Surroundings) -> None:
+def _evaluate(number: int, state: TrainState, around: Surroundings) -> bool:
+    """Keeps the figures of an evaluation; returns whether it came to its end, with figures or without, in every process."""
     assert around.evaluate is not None
     figures = around.evaluate(number, state.trainable)
     if figures is not None:
         around.row(number, {f"eval/{name}": value for name, value in figures.items()})
+    return not any_process(figures is None)
 
 
 def _next(made: Iterator[Any]) -> tuple[Any, Exception | None]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from conversion.folder import read_manifest
+from omni_jax.api.training import Outcome
 from omni_jax.cli.config_file import read_config
 from omni_jax.cli.main import main
-from omni_jax.cli.status import BAD_INPUT
+from omni_jax.cli.status import BAD_INPUT, INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.config import ConfigError
 from omni_jax.types import InputError
 from tests.house import ROOT
@@ -98,6 +100,22 @@ def test_records_that_cannot_be_trained_on_are_told(capsys: pytest.CaptureFixtur
     capsys.readouterr()
     assert main(["train", "--config", config, "--workdir", str(tmp_path / "run"), "--config.batch.micro_batch=64"]) == BAD_INPUT
     assert "2 records cannot be trained on; the first: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "name"), [(signal.SIGTERM, STOPPED_AND_SAVED, "SIGTERM"), (signal.SIGINT, INTERRUPTED, "Ctrl-C")]
+)
+def test_a_stop_without_the_last_evaluation_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str, number: int, status: int, name: str
+) -> None:
+    def stopped(*_: object) -> Outcome:
+        signal.raise_signal(number)
+        return Outcome(6, 6, finished=False)
+
+    monkeypatch.setattr("omni_jax.api.training.run_training", stopped)
+    assert main(["train", "--config", config, "--workdir", "run"]) == status
+    wanted = f"stopped by {name}; all 6 updates are saved in run, the last evaluation is missing: run it again to make it"
+    assert wanted in capsys.readouterr().err.splitlines()
 
 
 def test_files_that_are_no_config(tmp_path: Path) -> None:

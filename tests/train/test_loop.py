@@ -87,20 +87,32 @@ class Step:
 class World:
     """A workdir with everything around a loop, and what the loop said."""
 
-    def __init__(self, folder: Path, stop_after: int | None = None, killed_evaluating: int | None = None):
-        self.folder, self.lines, self.seen, self.evaluated = folder, [], [], []
-        self._stop_after, self._killed_evaluating = stop_after, killed_evaluating
+    def __init__(
+        self, folder: Path, stop_after: int | None = None, killed_evaluating: int | None = None, stopped_evaluating: int | None = None
+    ):
+        self.folder, self.lines, self.seen, self.evaluated, self.done = folder, [], [], [], False
+        self._stop_after, self._killed_evaluating, self._stopped_evaluating = stop_after, killed_evaluating, stopped_evaluating
 
-    def run(self, step: Step, total: int = 7, run: RunConfig = RUN, data: Numbers | None = None, evaluates: bool = False) -> TrainState:
+    def run(
+        self,
+        step: Step,
+        total: int = 7,
+        run: RunConfig = RUN,
+        data: Numbers | None = None,
+        evaluates: bool = False,
+        figures: dict[str, float] | None = None,
+    ) -> TrainState:
         checkpoints = Checkpoints(self.folder / "checkpoints", run.checkpoint.keep)
         first = checkpoints.restore(state(0, fill=0.0)) or state(0, fill=0.0)
         writer = metrics_writer(epath.Path(self.folder), int(first.step))
 
-        def evaluate(number: int, trainable: Any) -> dict[str, float]:
+        def evaluate(number: int, trainable: Any) -> dict[str, float] | None:
             self.evaluated.append(number)
+            if number == self._stopped_evaluating:
+                return None
             if number == self._killed_evaluating:
                 raise KeyboardInterrupt
-            return {"AVG-all": float(trainable["bridge/norm/scale"][0])}
+            return {"AVG-all": float(trainable["bridge/norm/scale"][0])} if figures is None else figures
 
         def update(number: int, row: Row) -> None:
             self.seen.append(number)
@@ -115,7 +127,9 @@ class World:
         )
         try:
             data = data or Numbers()
-            return train(step, first, {}, mesh=None, run=run, total=total, data=data, checkpoints=checkpoints, around=around)  # type: ignore[arg-type]
+            settings = {"mesh": None, "run": run, "total": total, "data": data, "checkpoints": checkpoints, "around": around}
+            last, self.done = train(step, first, {}, **settings)  # type: ignore[arg-type]
+            return last
         finally:
             writer.close()
             checkpoints.close()
@@ -165,6 +179,24 @@ def test_an_evaluation_in_which_a_run_was_killed_is_made_when_it_goes_on(tmp_pat
     assert [row["step"] for row in again.rows() if "eval/AVG-all" in row] == [2, 4, 6, 7]
     World(tmp_path).run(Step(), run=run, evaluates=True)
     assert [row["step"] for row in again.rows() if "eval/AVG-all" in row] == [2, 4, 6, 7]
+
+
+@pytest.mark.parametrize("stop", [{"stopped_evaluating": 7}, {"stop_after": 7}])
+def test_a_run_without_its_last_evaluation_is_not_done_until_it_is_made(tmp_path: Path, stop: dict[str, int]) -> None:
+    cut, told_to_stop, again = World(tmp_path, **stop), World(tmp_path, stop_after=0), World(tmp_path)
+    assert int(cut.run(Step(), evaluates=True).step) == 7 and steps_of(tmp_path / "checkpoints")[-1] == 7
+    told_to_stop.run(Step(), evaluates=True)
+    again.run(Step(), evaluates=True)
+    assert [world.done for world in (cut, told_to_stop, again)] == [False, False, True]
+    assert (told_to_stop.evaluated, again.evaluated) == ([], [7])
+    told_to_stop.run(Step(), evaluates=True)
+    assert told_to_stop.done  # nothing was left to do
+
+
+def test_an_evaluation_without_usable_records_is_not_missing(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.run(Step(), evaluates=True, figures={})
+    assert world.evaluated == [7] and world.done
 
 
 def test_a_stop_before_the_first_update_saves(tmp_path: Path) -> None:
