@@ -28,7 +28,10 @@ DIGEST = "batch_digest"
 """Name in a row: a number of 48 bits that stands for the record ids of the update's global batch, in order. Every update has it."""
 
 COUNTS = ("silent", "mended", "truncated", "used_tokens", "total_tokens")
-"""Numbers of an update's data, summed over processes where a row is kept."""
+"""Numbers of an update's data, in rows beside "replaced", the records of `errors`; summed over processes."""
+
+ALWAYS = (DIGEST, *COUNTS, "replaced")
+"""What the row of every update has, logged or not."""
 
 
 class Update(Protocol):
@@ -153,13 +156,11 @@ class _Pending:
     def settle(self, watch: Watch, around: Surroundings) -> None:
         row: Row = {name: np.asarray(value).item() for name, value in jax.device_get(dict(self.metrics)).items()}
         counts = {name: getattr(self.update, name) for name in COUNTS} | {"replaced": len(self.update.errors)}
-        if self.logged:
-            counts = dict(zip(counts, total_over_processes(list(counts.values())), strict=True))
-        digest = {DIGEST: digest_of(self.update.ids)}
-        row |= counts | {"clips_per_second": self.clips_per_second} | digest
+        counts = dict(zip(counts, total_over_processes(list(counts.values())), strict=True))
+        row |= counts | {"clips_per_second": self.clips_per_second, DIGEST: digest_of(self.update.ids)}
         for name, reason in self.update.errors:
             around.tell(f"update {self.number}: record {name!r} was replaced by another: {reason}")
-        around.row(self.number, row if self.logged else dict(digest))
+        around.row(self.number, row if self.logged else {name: row[name] for name in ALWAYS})
         around.update(self.number, row)
         watch(self.number, row)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from omni_jax.train.loop import DIGEST
+from omni_jax.train.loop import ALWAYS, DIGEST
 from omni_jax.train.workdir import write_whole
 
 # clu's package imports TensorFlow for its own TensorBoard writer. Ours, below, stands in that module's place.
@@ -75,10 +75,9 @@ class TensorBoardWriter(ScalarWriter):
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         from tensorboard.compat.proto import summary_pb2
 
-        # A digest is no curve.
-        scalars = {name: value for name, value in scalars.items() if name != DIGEST}
-        if not scalars:
-            return
+        if set(scalars) <= set(ALWAYS):
+            return  # an update that is not logged
+        scalars = {name: value for name, value in scalars.items() if name != DIGEST}  # which is no curve
         Summary = summary_pb2.Summary  # type: ignore[attr-defined]  # a generated class
         values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in scalars.items()]
         self._writer.add_event(self._event(step=step, summary=Summary(value=values)))

@@ -164,7 +164,7 @@ class EvaluationSection:
 
 @dataclasses.dataclass(frozen=True)
 class LogSection:
-    """A row of metrics every `every` updates."""
+    """All metrics every `every` updates; of the others the digest of their clips and the counts of their data."""
 
     every: int = 10
 

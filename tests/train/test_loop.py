@@ -156,6 +156,22 @@ def test_a_run_from_beginning_to_end(tmp_path: Path) -> None:
     assert world.lines == ["update 2: record 'r7' was replaced by another: cannot be read"]
 
 
+def test_the_counts_of_every_update_stand_in_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes with the same counts stand behind each update; the run is stopped and goes on."""
+    monkeypatch.setattr("omni_jax.train.loop.total_over_processes", lambda counts: [2 * count for count in counts])
+    run = dataclasses.replace(RUN, log=dataclasses.replace(RUN.log, every=3))
+    World(tmp_path, stop_after=3).run(Step(), run=run)
+    world = World(tmp_path)
+    world.run(Step(), run=run)
+    counts = {"silent": 0, "mended": 0, "truncated": 0, "used_tokens": 6, "total_tokens": 8}
+    assert [{name: row[name] for name in counts} for row in world.rows()] == [counts] * 7
+    assert [row["replaced"] for row in world.rows()] == [0, 2, 0, 0, 0, 0, 0]
+    assert [row["step"] for row in world.rows() if "loss" in row] == [3, 6, 7]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("used_tokens")] == [3, 6, 7]
+
+
 def test_a_run_that_was_stopped_goes_on_and_has_each_row_once(tmp_path: Path) -> None:
     stopped = World(tmp_path / "a", stop_after=3)
     assert int(stopped.run(Step()).step) < 7
