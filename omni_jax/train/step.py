@@ -168,8 +168,9 @@ class TrainStep:
 
     def _apply(self, state: TrainState, gradients: Arrays, metrics: Metrics) -> tuple[TrainState, Metrics]:
         norm = jnp.asarray(optax.tree.norm(gradients))
-        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.trainable)
+        # A finite gradient may have moments that are not.
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(updates))
         trainable = optax.apply_updates(state.trainable, updates)
         made, kept = (trainable, optimizer), (state.trainable, state.optimizer)
         trainable, optimizer = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, kept)

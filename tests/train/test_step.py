@@ -129,6 +129,19 @@ def test_everything_trains_but_carried_parts_and_the_temperature_is_learned():
     assert float(metrics["grad_norm/loss"]) > 0
 
 
+def test_an_update_of_moments_that_are_not_finite_is_skipped(released):
+    """The gradient is finite, and Adam's second moment is not: nothing would move but by NaN."""
+    state, frozen = released.init(PARAMS)
+    before = jax.device_get(state.trainable)
+    spoilt = [
+        s._replace(nu={**s.nu, "head/fc1/kernel": s.nu["head/fc1/kernel"] * jnp.nan}) if hasattr(s, "nu") else s for s in state.optimizer
+    ]
+    after, metrics = released(dataclasses.replace(state, optimizer=tuple(spoilt)), frozen, micro(0))
+    assert np.isfinite(float(metrics["grad_norm"])) and int(metrics["skipped"]) == 1
+    for name, x in jax.device_get(after.trainable).items():
+        np.testing.assert_array_equal(x, before[name])
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
 def test_a_mesh_gives_the_single_device_s_update(shape, single):
     config, moments, parameters, losses = single
