@@ -10,6 +10,7 @@ is whole; what a killed process left has another name and is removed by the next
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,9 @@ from omni_jax.train.trainable import Arrays
 from omni_jax.types import InputError
 
 TRAINABLE, REST = "trainable", "rest"
+
+_MACHINE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Permission denied")
+"""What errors of XLA and TensorStore say where not the file is at fault."""
 
 
 class Checkpoints:
@@ -96,7 +100,7 @@ class Checkpoints:
         A checkpoint that is damaged is renamed to N.damaged, noted, and passed over.
 
         Raises:
-          InputError: for a checkpoint of another architecture or recipe, or when all are damaged.
+          InputError: for a checkpoint of another architecture or recipe, when all are damaged, or when storage or memory fail.
         """
         trainable, rest = _named(like)
         damaged: dict[int, str] = {}
@@ -110,6 +114,11 @@ class Checkpoints:
             except InputError:
                 raise
             except Exception as e:
+                if _of_the_machine(e):
+                    where, why = self._folder / str(step), one_line(e)
+                    raise InputError(
+                        f"{where}: could not be read ({why}); it may be whole: see to storage and memory, then run it again"
+                    ) from e
                 damaged[step] = one_line(e)
                 continue
             for number, reason in damaged.items():
@@ -217,6 +226,15 @@ def _restore_args(arrays: Arrays) -> ocp.args.PyTreeRestore:
 def _stored(path: str) -> str:
     # A slash would make folders of a name.
     return path.replace("/", ".")
+
+
+def _of_the_machine(error: Exception) -> bool:
+    """Whether an error in reading says nothing of the file: no permission, no memory, storage that does not answer."""
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+    return any(code in str(error) for code in _MACHINE)
 
 
 def one_line(error: BaseException) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from omni_jax.parallel import make_mesh
@@ -96,6 +99,30 @@ def test_a_damaged_one_is_set_aside(tmp_path: Path) -> None:
     assert "checkpoint 2 is damaged" in checkpoints.notes[0] and (tmp_path / "c" / "2.damaged").exists()
     checkpoints.save(state(2))
     checkpoints.wait()
+    checkpoints.close()
+    assert steps_of(tmp_path / "c") == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        MemoryError("no memory"),
+        ValueError("UNAVAILABLE: the service does not answer [tensorstore_spec='...']"),
+        OSError(errno.EIO, "Input/output error"),
+    ],
+    ids=["permission", "memory", "storage", "disk"],
+)
+def test_one_that_cannot_be_reached_is_not_taken_for_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    saved(tmp_path / "c", 1, 2)
+    checkpoints = Checkpoints(tmp_path / "c", 3)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+    with pytest.raises(InputError, match=r"c/2: could not be read \(.*\); it may be whole: see to storage and memory"):
+        checkpoints.restore(state(0))
     checkpoints.close()
     assert steps_of(tmp_path / "c") == [1, 2]
 
