@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from omni_jax.api.retriever import OmniRetriever
 from omni_jax.config import ModelConfig
 from omni_jax.data.loading import training_features
-from omni_jax.data.manifest import read_manifest
+from omni_jax.data.manifest import Problem, read_manifest
 from omni_jax.data.sources import open_source
 from omni_jax.model import abstract_encoder, with_params
 from omni_jax.retrieval import evaluate
@@ -30,7 +30,11 @@ TABLES = ("text", "video", "audio", "av", "tv", "at")
 
 
 class Evaluator:
-    """Embeds and scores the manifest or prepared folder that a run's config names; programs are compiled at the first call and kept."""
+    """Embeds and scores the manifest or prepared folder that a run's config names; programs are compiled at the first call and kept.
+
+    Attributes:
+      problems: lines of the manifest that cannot be used.
+    """
 
     def __init__(
         self,
@@ -51,8 +55,12 @@ class Evaluator:
         self._settings, self._workdir, self._tell, self._stopping = run.evaluation, workdir, tell, stopping
         self._preset, clips = run.data.resolved_preset(), Path(self._settings.manifest)
         self._source = open_source(clips, self._preset) if clips.is_dir() else None
+        self.problems: Sequence[Problem] = ()
         if self._source is None:
-            records = read_manifest(clips, self._settings.media_root or None).records
+            manifest = read_manifest(clips, self._settings.media_root or None)
+            records, self.problems = manifest.records, manifest.problems
+            if self.problems:
+                tell(f"{clips}: {len(self.problems)} records cannot be evaluated; the first: {self.problems[0].reason}")
         else:
             # Silence would be found by nothing: a clip without sound is one without audio.
             infos = (self._source.record(n) for n in range(len(self._source)))

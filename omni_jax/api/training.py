@@ -23,6 +23,7 @@ from omni_jax.api.weights import base_digests
 from omni_jax.config import ModelConfig, Preset
 from omni_jax.data.augment import AugmentConfig
 from omni_jax.data.clips import ClipSource
+from omni_jax.data.manifest import Problem
 from omni_jax.data.pipeline import TrainPipeline
 from omni_jax.data.plan import BatchConfig
 from omni_jax.data.sources import open_source
@@ -35,6 +36,7 @@ from omni_jax.train.lock import run_lock
 from omni_jax.train.loop import Row, Surroundings, train
 from omni_jax.train.lora import fresh_lora
 from omni_jax.train.metrics import evaluated, metrics_writer
+from omni_jax.train.quarantine import Quarantine
 from omni_jax.train.workdir import BASE, CHECKPOINTS, WorkdirConfig, check_free, claim, read_config
 from omni_jax.types import InputError
 
@@ -84,13 +86,13 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
     mesh = together(lambda: _mesh(run))
     preset = run.data.resolved_preset()
     source = together(lambda: open_source(run.data.train, preset, run.data.media_root or None, timeout_s=run.data.timeout))
+    problems: list[Problem] = list(getattr(source, "problems", ()))
+    if problems:
+        watcher.tell(f"{run.data.train}: {len(problems)} records cannot be trained on; the first: {problems[0].reason}")
     with contextlib.ExitStack() as held:
         first(lambda: check_free(folder))
         first(lambda: held.enter_context(run_lock(folder)))
         check_shared(folder)
-        problems = getattr(source, "problems", ())
-        if problems:
-            watcher.tell(f"{run.data.train}: {len(problems)} records cannot be trained on; the first: {problems[0].reason}")
         base = _base(run, folder, source.captions)
         manifest, model, tokenizer = together(lambda: _model(base, run, preset))
         data = together(lambda: _pipeline(run, source, tokenizer, model))
@@ -104,6 +106,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
         config = WorkdirConfig(run.to_json(), model, stored, digests, total)
         check_equal("what they train", {**digests, "updates": total})
         first(lambda: claim(folder, config))
+        quarantine = together(lambda: Quarantine(folder, jax.process_index()))
         checkpoints = together(lambda: Checkpoints(folder / CHECKPOINTS, run.checkpoint.keep))
         held.callback(checkpoints.close)
         check_equal("where the run stands", {"the newest checkpoint": checkpoints.newest()})
@@ -122,11 +125,20 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
         evaluator = None
         if run.evaluation.manifest:
             evaluator = together(lambda: Evaluator(run, folder, tokenizer, model, frozen, mesh, watcher.tell, watcher.stopping))
+            problems += evaluator.problems
+
+        first(lambda: [quarantine.add(problem.row()) for problem in problems])
+
+        def replaced(number: int, name: str, reason: str) -> None:
+            if quarantine.add({"id": name, "update": number, "reason": reason}):
+                watcher.tell(f"update {number}: record {name!r} was replaced by another: {reason} ({quarantine.path.name} lists it)")
+
         watcher.begin(start, total, run.batch.clips)
         around = Surroundings(
             row=row,
             tell=watcher.tell,
             update=watcher.update,
+            replaced=replaced,
             stopping=watcher.stopping,
             evaluate=evaluator,
             evaluated=lambda number: writer is not None and evaluated(folder, number),  # process 0 says it for all

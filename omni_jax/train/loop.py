@@ -63,6 +63,7 @@ class Surroundings:
       row: called with (updates made, metrics) for each row to keep.
       tell: called with a line for the person who watches.
       update: called with (updates made, metrics) after every update, for a progress display.
+      replaced: called with (updates made, record id, reason) for each clip of this process that could not be used.
       stopping: whether the run should save and leave.
       evaluate: (updates made, trainable arrays) -> figures by name, none where no record is usable; None where it was
         stopped meanwhile. Without it nothing is evaluated.
@@ -72,6 +73,7 @@ class Surroundings:
     row: Callable[[int, Row], None]
     tell: Callable[[str], None]
     update: Callable[[int, Row], None]
+    replaced: Callable[[int, str, str], None]
     stopping: Callable[[], bool]
     evaluate: Callable[[int, Arrays], Mapping[str, float] | None] | None = None
     evaluated: Callable[[int], bool] = lambda number: True
@@ -159,7 +161,7 @@ class _Pending:
         counts = dict(zip(counts, total_over_processes(list(counts.values())), strict=True))
         row |= counts | {"clips_per_second": self.clips_per_second, DIGEST: digest_of(self.update.ids)}
         for name, reason in self.update.errors:
-            around.tell(f"update {self.number}: record {name!r} was replaced by another: {reason}")
+            around.replaced(self.number, name, reason)
         around.row(self.number, row if self.logged else {name: row[name] for name in ALWAYS})
         around.update(self.number, row)
         watch(self.number, row)

@@ -4,6 +4,7 @@ config.json      the run's config, the architecture, which base weights and clip
 base/            base weights, where they were drawn afresh; otherwise they stay where they were
 checkpoints/N/   see checkpoint.py
 metrics.jsonl, tensorboard/, run.lock
+quarantine.jsonl  records that could not be used; quarantine.N.jsonl those of process N
 """
 
 from __future__ import annotations

@@ -121,6 +121,7 @@ class World:
             row=lambda n, row: writer.write_scalars(n, row),
             tell=self.lines.append,
             update=update,
+            replaced=lambda n, name, reason: self.lines.append(f"update {n}: {name}: {reason}"),
             stopping=lambda: self._stop_after is not None and len(self.seen) >= self._stop_after,
             evaluate=evaluate if evaluates else None,
             evaluated=lambda number: evaluated(self.folder, number),
@@ -153,7 +154,7 @@ def test_a_run_from_beginning_to_end(tmp_path: Path) -> None:
     assert [r["step"] for r in world.rows() if "loss" in r] == [3, 6, 7]
     assert [(r["step"], r[DIGEST]) for r in world.rows() if DIGEST in r] == [(n, digest_of([[f"r{n - 1}", "r"]])) for n in range(1, 8)]
     assert [r["eval/AVG-all"] for r in world.rows() if "eval/AVG-all" in r] == [1.0, 6.0, 15.0, 21.0]
-    assert world.lines == ["update 2: record 'r7' was replaced by another: cannot be read"]
+    assert world.lines == ["update 2: r7: cannot be read"]
 
 
 def test_the_counts_of_every_update_stand_in_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

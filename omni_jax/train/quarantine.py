@@ -1,0 +1,69 @@
+"""The list of records that a run could not use, each with its reason once, however often the run was gone on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from omni_jax.train.workdir import write_whole
+from omni_jax.types import InputError
+
+
+class Quarantine:
+    """A JSONL file in a workdir, one for each process: `quarantine.jsonl` of the first, `quarantine.N.jsonl` of process N.
+
+    Attributes:
+      path: the file; it is there from the first record on.
+    """
+
+    def __init__(self, workdir: epath.Path, process: int):
+        """Reads what earlier starts of the run have written.
+
+        Raises:
+          InputError: when the file cannot be read.
+        """
+        self.path = workdir / ("quarantine.jsonl" if process == 0 else f"quarantine.{process}.jsonl")
+        try:
+            text = self.path.read_text() if self.path.exists() else ""
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"{self.path}: cannot be read ({e}); move it away") from None
+        rows = [row for line in text.splitlines() if (row := _row(line)) is not None]
+        self._seen = {_key(row) for row in rows}
+        if text and text != "".join(_line(row) for row in rows):  # a line was cut off
+            write_whole(self.path, "".join(_line(row) for row in rows))
+
+    def add(self, row: Mapping[str, Any]) -> bool:
+        """Writes a record {"id", ..., "reason"} unless it is there with this reason; returns whether it was new.
+
+        Raises:
+          InputError: when it cannot be written.
+        """
+        if _key(row) in self._seen:
+            return False
+        self._seen.add(_key(row))
+        try:
+            with self.path.open("a") as file:
+                file.write(_line(row))
+        except OSError as e:
+            raise InputError(f"{self.path}: cannot be written ({e.strerror or e}); free some space and run it again") from None
+        return True
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    return row["id"], row["reason"]
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(dict(row)) + "\n"
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+        _key(row)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return row
