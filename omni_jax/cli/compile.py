@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--topology", required=True, metavar="CHIP:GRID", help="chips of a slice, as v5e:4x4, v5p:4x4x4, v6e:64")
     parser.add_argument("--slices", type=int, metavar="N", help="slices of that size (default: the config's)")
-    parser.add_argument("--mesh", metavar="AXES", help="within a slice, as data=1,fsdp=16,tensor=1 (default: the config's)")
+    parser.add_argument(
+        "--mesh", metavar="AXES", help="within a slice, as data=1,fsdp=16,tensor=1 (default: the config's; --sweep: several)"
+    )
     parser.add_argument("--programs", default=",".join(PROGRAMS), metavar="LIST", help="among train,embed,evaluate (default: all)")
     parser.add_argument("--kinds", default="0,1,2", metavar="LIST", help="places in the period-3 cycle of step kinds (default: all)")
     parser.add_argument(

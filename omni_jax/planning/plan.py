@@ -93,11 +93,11 @@ def make(request: Request, programs: Sequence[str] = ("train",), counts: Sequenc
       ConfigError: as `Request.setting`, or a batch that does not divide.
     """
     setting = request.setting()
+    compiled = has_compiler()
+    mesh = planning_mesh(setting.topology, dict(setting.mesh), compiled)
     if "train" in programs and setting.blocks % setting.topology.hosts:
         hosts = f"the {setting.topology.hosts} hosts of {setting.topology}"
         raise ConfigError(f"config field batch.blocks={setting.blocks}: {hosts} need whole blocks each; make it a multiple of them")
-    compiled = has_compiler()
-    mesh = planning_mesh(setting.topology, dict(setting.mesh), compiled)
     records: list[dict[str, Any]] = []
     if "train" in programs:
         records += [
@@ -136,7 +136,7 @@ def swept(request: Request, count: int, say: Callable[[str], None]) -> list[dict
     setting = request.setting()
     if not has_compiler():
         raise ConfigError("--sweep: libtpu is not installed, and what fits only it can say (pip install 'omni-jax[tpu]'; no TPU is needed)")
-    return sweep.sweep(setting, count, say, request.utilisation)
+    return sweep.sweep(setting, count, say, request.utilisation, [dict(setting.mesh)] if request.mesh else None)
 
 
 def flags(choice: dict[str, Any]) -> str:

@@ -52,16 +52,22 @@ def whole_blocks(setting: Setting, clips: int) -> int:
     return clips // (size if size > 1 else max(of_host, 1))
 
 
-def sweep(setting: Setting, count: int, say: Callable[[str], None], utilisation: float = UTILISATION) -> list[dict[str, Any]]:
+def sweep(
+    setting: Setting,
+    count: int,
+    say: Callable[[str], None],
+    utilisation: float = UTILISATION,
+    sizes_tried: list[dict[str, int]] | None = None,
+) -> list[dict[str, Any]]:
     """Returns the records of what was tried, each with its choice: those that fit by expected time, then the others by need.
 
-    For every mesh and remat policy, the largest micro-batch that fits.
+    For every mesh (of `sizes_tried`, or else of `meshes`) and remat policy, the largest micro-batch that fits.
 
     Raises:
       ConfigError: where the clips divide over no mesh.
     """
     tried: list[dict[str, Any]] = []
-    for sizes in meshes(setting):
+    for sizes in sizes_tried or meshes(setting):
         mesh = planning_mesh(setting.topology, sizes, compiled=True)
         shards = setting.topology.slices * sizes["data"] * sizes["fsdp"]
         for remat in REMATS:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from omni_jax.cli.config_file import planned_model, read_config
 from omni_jax.cli.main import main
 from omni_jax.planning import devices, plan
 from tests.house import ROOT
@@ -93,6 +94,13 @@ def test_bad_input_is_one_line(words: list[str], line: str, capsys: pytest.Captu
     assert compile_(*GIVEN, *words) == 2
     said = capsys.readouterr()
     assert said.err == f"omni-jax: {line}\n" and said.out == ""
+
+
+def test_full_effort_leaves_the_compiler_to_itself():
+    run = read_config(TINY)
+    model, _ = planned_model(run.model)
+    quick, full = (plan.Request(run, model, "v5e:2x2", full_effort=full).setting() for full in (False, True))
+    assert (quick.options, full.options) == (devices.QUICK, {})
 
 
 def test_no_topology_is_one_line(capsys: pytest.CaptureFixture[str]):

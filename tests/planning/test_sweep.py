@@ -134,6 +134,13 @@ def test_the_share_of_the_peak_is_the_one_asked_for(compiler: dict[str, Any]):
     assert half["seconds"]["expected"] == pytest.approx(2 * whole["seconds"]["expected"])
 
 
+def test_a_mesh_that_was_asked_for_is_the_only_one_tried(compiler: dict[str, Any], capsys: pytest.CaptureFixture[str]):
+    assert sweep_command("--mesh", "tensor=4") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("data=1,fsdp=4,tensor=4 ") for line in said[:-2]) and len(said) > 5
+    assert "--config.mesh.tensor=4" in said[-1]
+
+
 def test_clips_that_divide_over_no_mesh_are_refused(compiler: dict[str, Any]):
     with pytest.raises(ConfigError, match=r"--sweep: 3 x 5 clips an update \(negatives=global\) divide over no mesh of v5e:4x4"):
         tried(small(clips=5, micro_batches=3, blocks=1))
