@@ -17,7 +17,7 @@ pytestmark = pytest.mark.tpu
 
 TINY = str(ROOT / "configs/tiny.py")
 # What trains at 7B, in the types it trains in: less to compile than a whole model from scratch.
-ADAPTER = ("trainable.recipe=adapter", "losses.pairs=cycle", "model.dtype=bfloat16", "remat=layer")
+ADAPTER = ("trainable.recipe=adapter", "losses.pairs=cycle", "model.dtype=bfloat16", "remat=layer", "batch.micro_batch=8")
 
 
 def planned(topology: str, *changes: str, programs: tuple[str, ...] = ("train",), count: int = 1, slices: int = 1) -> dict[str, Any]:
@@ -26,13 +26,17 @@ def planned(topology: str, *changes: str, programs: tuple[str, ...] = ("train",)
     return plan.make(plan.Request(run, model, topology, slices), programs, (count,))
 
 
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def test_a_step_compiles_for_every_kind_of_chip(topology: str):
-    made = planned(topology)
+@pytest.mark.parametrize(
+    ("topology", "remat"),
+    [("v4:2x2x1", "layer"), ("v5e:2x2", "layer"), ("v5p:2x2x1", "attention"), ("v6e:2x2", "offload"), ("tpu7x:2x2x1", "layer")],
+)
+def test_a_step_compiles_for_every_kind_of_chip(topology: str, remat: str):
+    made = planned(topology, f"remat={remat}")
     (step,) = made["programs"]
     assert step["status"] == "fits" and made["attention"] == "splash"
     memory = step["memory_gib"]
     assert 0 < memory["arguments"] < memory["peak"] < memory["limit"]
+    assert (memory["host"] > 0) == (remat == "offload")  # the layers' inputs wait there
     found = step["collectives"]
     assert {c["kind"] for c in found} >= {"all-gather", "all-to-all"} and {c["group"] for c in found} <= set(range(2, 9))
     assert not any(c["across"] for c in found)
@@ -57,16 +61,31 @@ def test_the_embedding_pass_and_the_evaluator_compile():
     assert set(names.values()) == {"fits"}
 
 
-def test_the_command_compiles_a_part_of_a_host_and_keeps_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """The config as it stands, which the smoke job of a launch trains: float32, everything trains, on one chip."""
+def test_the_command_compiles_a_part_of_a_host_as_a_run_would_and_keeps_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     table, out = tmp_path / "table.json", tmp_path / "sub/plan.json"
-    given = ["--config", TINY, "--topology", "v5e:1x1", "--programs", "train", "--kinds", "0", "--table", str(table), "--json", str(out)]
-    assert main(["compile", *given]) == 0
+    given = ["--config", TINY, "--topology", "v5e:1x1", "--programs", "train", "--kinds", "1", "--table", str(table), "--json", str(out)]
+    changes = [f"--config.{change}" for change in (*ADAPTER, "batch.micro_batch=2")]
+    assert main(["compile", "--full-effort", *given, *changes]) == 0
     said = capsys.readouterr().out
     assert "of 15.75 GiB a device at the peak (compiler estimate)" in said and "libtpu is not installed" not in said
     assert json.loads(out.read_text())["programs"][0]["collectives"] == []
     (entry,) = json.loads(table.read_text())
     assert entry["programs"][0]["status"] == "fits" and "| v5e:1x1 | 1 |" in table.with_suffix(".md").read_text()
+
+
+def test_a_sweep_recommends_what_was_compiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "sweep.json"
+    given = ["--config", TINY, "--topology", "v5e:2x2", "--mesh", "fsdp=4", "--kinds", "1", "--json", str(out)]
+    assert main(["compile", "--sweep", *given, *(f"--config.{change}" for change in ADAPTER)]) == 0
+    said = capsys.readouterr()
+    records = json.loads(out.read_text())["sweep"]
+    assert {r["choice"]["remat"] for r in records} == {"layer", "attention", "dots"} and said.err.count("\n") == 3
+    for record in records:
+        assert record["status"] == "fits" and (record["choice"]["micro_batch"], record["choice"]["micro_batches"]) == (8, 1)
+    peaks = {r["choice"]["remat"]: r["memory_gib"]["peak"] for r in records}
+    assert peaks["layer"] < peaks["dots"]
+    last = said.out.splitlines()[-1]
+    assert last.startswith("recommended: --config.mesh.data=1") and f"--config.remat={records[0]['choice']['remat']} " in last
 
 
 def test_what_does_not_fit_says_what_to_change(capsys: pytest.CaptureFixture[str]):
