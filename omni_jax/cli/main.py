@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from omni_jax import __version__
 from omni_jax.cli.printing import one_line
-from omni_jax.cli.status import BAD_INPUT, DONE, INTERRUPTED
+from omni_jax.cli.status import BAD_INPUT, DONE, INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.cli.stopping import second_ctrl_c_leaves
 from omni_jax.config import ConfigError
 from omni_jax.types import InputError
@@ -109,6 +109,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(f"unexpected {type(e).__name__}: {message(e)} (run again with --debug for the traceback)", debug)
 
 
+def entry() -> NoReturn:
+    """Ends this process with the status of the command that its arguments ask for."""
+    status = main()
+    if status in (INTERRUPTED, STOPPED_AND_SAVED):
+        # In the midst of compiling or computing, threads of XLA are still at work, and the interpreter's end takes from them what they use:
+        # of runs stopped at random moments one in some tens ended with SIGSEGV. Everything is saved and said by now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def message(error: BaseException) -> str:
     """Returns the error as one line; an OSError as its reason and the file it is about."""
     text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename and error.strerror else str(error)
@@ -160,4 +172,4 @@ def _indent(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -16,6 +16,7 @@ from omni_jax import __version__
 from omni_jax.cli import main as cli
 from omni_jax.config import ConfigError
 from omni_jax.types import ClipError, InputError
+from tests.house import ROOT
 
 REAL = sorted(cli.commands())
 
@@ -144,6 +145,16 @@ def test_interrupt_is_130_and_quiet(probe: ModuleType, capsys: pytest.CaptureFix
     _raises(probe, KeyboardInterrupt())
     assert cli.main(["probe", "--debug"]) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("status", "ends"), [(130, 130), (75, 75), (0, -signal.SIGABRT), (2, -signal.SIGABRT)])
+def test_an_interrupted_command_does_not_wait_for_the_interpreters_end(status: int, ends: int) -> None:
+    """What crashes there stands for threads of XLA that are still at work; other commands end as Python does, and would show it."""
+    crash = "import atexit, os; from omni_jax.cli import main; atexit.register(os.abort)"
+    code = f"{crash}; main.main = lambda: print('said') or {status}; main.entry()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == ends
+    assert status not in (75, 130) or ended.stdout == "said\n"
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["probe", "--nonsense"], ["probe", "--status", "x"], ["probe", "--stat", "1"]])
