@@ -41,6 +41,16 @@ def test_without_libtpu_it_lowers_and_says_what_is_missing(tmp_path: Path, capsy
     assert found["period"]["cost"] == pytest.approx(2 * found["period"]["chip_hours_per_million_triples"])
 
 
+@pytest.mark.parametrize("name", ["tiny_nemotron", "omni_embed_nemotron_3b"])
+def test_the_second_backbone_is_planned_for_too(name: str, tmp_path: Path):
+    """Its attention is not causal, so no hard negative shares its anchor's row."""
+    out, config = tmp_path / "plan.json", str(ROOT / f"configs/{name}.py")
+    assert compile_("--config", config, "--topology", "v5e:2x2", "--programs", "train", "--kinds", "0", "--json", str(out)) == 0
+    (step,) = json.loads(out.read_text())["programs"]
+    assert step["status"] == "lowered" and step["kind"]["hard"] == "text" and step["shapes"]["hard_tokens"] > 0
+    assert step["shapes"]["fbank_frames"] == 0 == step["operations"]["beats"]["total"]
+
+
 def test_the_note_on_the_evaluator_stands_only_where_it_was_asked_for(capsys: pytest.CaptureFixture[str]):
     assert compile_("--config", TINY, "--topology", "v5e:2x2", "--programs", "train", "--kinds", "1") == 0
     assert plan.LEFT_OUT not in capsys.readouterr().out
