@@ -7,7 +7,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -38,13 +38,18 @@ _BLOCK = 16 * 2**20  # bytes of a large tensor read at a time
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a conversion did: tensors written, their values and bytes, the time it took, and modules given random weights."""
+    """What a conversion did: tensors written, their values and bytes, the time it took, and modules given random weights.
+
+    Attributes:
+      left_out: of a run's export, part of the model -> values that trained and are in neither folder, since one was not asked for.
+    """
 
     tensors: int
     parameters: int
     nbytes: int
     seconds: float
     fresh: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def to_jax(

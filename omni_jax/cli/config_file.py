@@ -71,7 +71,7 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> RunConfig:
     for change in overrides:
         name, sign, text = change.partition("=")
         *sections, field = name.split(".")
-        if not sign or not field:
+        if not sign or not field or not all(sections):
             raise ConfigError(f"{PREFIX}{change}: write {PREFIX}section.field=value")
         place = values
         for section in sections:

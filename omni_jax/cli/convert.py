@@ -92,6 +92,10 @@ def _convert(args: argparse.Namespace) -> int:
             made, step = _to_torch(args, progress)
             what = " and ".join(out for out in (args.base_out, args.adapter_out) if out)
             what += f" (after {step} updates)" if step is not None else ""
+    if made.left_out:
+        parts = ", ".join(f"{part} ({values:,} values)" for part, values in made.left_out.items())
+        flag = "--adapter-out" if args.adapter_out is None else "--base-out"
+        print(f"trained too, and not written: {parts}; {flag} writes them", file=sys.stderr)
     print(f"{what}: {made.tensors} tensors, {made.parameters:,} parameters, {made.nbytes:,} bytes, {made.seconds:.1f} s")
     if made.fresh:
         print(f"freshly initialised, because {args.base} has none: {', '.join(made.fresh)}; embeddings mean nothing until they are trained")

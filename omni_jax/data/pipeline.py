@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing.process
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -315,7 +316,9 @@ def _tokens(example: Example, kind: StepKind, shapes: BatchShapes, share_prefix:
 
 
 def _begin_worker(index: int, count: int) -> None:
-    """Keeps a worker from taking a device, since it makes arrays for the process that does, and lets it end with that process."""
+    """Keeps a worker from taking a device, since it makes arrays for the process that does, and lets it end with that process, not by the
+    Ctrl-C that a terminal sends to both."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
     if (parent := multiprocessing.parent_process()) is not None:

@@ -377,6 +377,8 @@ def _serve(descriptor: int) -> None:
     """Life of a child: receive the function, then item after item, until the parent closes the socket."""
     # An orphan that hangs in C code is ended by the kernel: the default action of an alarm needs no Python.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    # A terminal's Ctrl-C goes to this process too; it ends with its parent.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=descriptor) as connection:
         try:
             function, timeout_s = _receive(connection, math.inf)

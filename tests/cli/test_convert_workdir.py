@@ -67,6 +67,24 @@ def test_a_run_becomes_an_adapter_and_comes_back(tmp_path: Path, capsys: pytest.
             assert_close(params[path], leaf * np.float32(step), "round_trip")
 
 
+def test_what_trained_and_is_not_written_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that trained everything and LoRA: an adapter cannot hold towers, a base without adapter has no LoRA."""
+    run, leaves = workdir(tmp_path, LORA, "all", 1), trained(LORA, recipe="all")
+    values = {part: sum(leaf.size for path, leaf in leaves.items() if path[0] == part) for part in ("vision", "head")}
+    capsys.readouterr()
+    assert main(["convert", "to-torch", "--model", str(run), "--adapter-out", str(tmp_path / "a")]) == 0
+    said = capsys.readouterr().err
+    assert (
+        f"vision ({values['vision']:,} values)" in said and "--base-out writes them" in said and "lora" not in said and "head" not in said
+    )
+    assert main(["convert", "to-torch", "--model", str(run), "--base-out", str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().err
+    assert "lora (" in said and f"head ({values['head']:,} values)" in said and "--adapter-out writes them" in said and "vision" not in said
+    both = ["--base-out", str(tmp_path / "c"), "--adapter-out", str(tmp_path / "d")]
+    assert main(["convert", "to-torch", "--model", str(run), *both]) == 0
+    assert "not written" not in capsys.readouterr().err
+
+
 def test_a_run_that_trained_everything_becomes_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = checkpoints.model_config()
     run, out = workdir(tmp_path, config, "all", 1), tmp_path / "out"
