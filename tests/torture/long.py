@@ -6,12 +6,14 @@ pruned as configured, and what is written grows by a line of metrics an update a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,12 +38,13 @@ ROW_BYTES = 4000  # of a line of metrics, at most
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One look at a process: share of its work done, bytes of memory, open files, threads."""
+    """One look at a process: share of its work done, bytes of memory, open files, threads, and now and then the names of these."""
 
     done: float
     memory: int
     files: int
     threads: int
+    names: tuple[str, ...] = ()
 
 
 def run(seed: int, minutes: float, *, steps: int = STEPS, records: int = RECORDS) -> Outcome:
@@ -137,12 +140,28 @@ def watch(
                 file.flush()
                 marked = True
             try:
-                samples.append(Sample(share, watched.memory_info().rss, watched.num_fds(), watched.num_threads()))
+                names = thread_names(process.pid) if len(samples) % 20 == 0 else ()
+                samples.append(Sample(share, watched.memory_info().rss, watched.num_fds(), watched.num_threads(), names))
             except psutil.Error:
                 break
             time.sleep(0.1)
         status = OUT_OF_TIME if (process.wait() and late) else process.returncode
     return samples, log.read_text(errors="replace"), status
+
+
+def thread_names(pid: int) -> tuple[str, ...]:
+    """Returns what the kernel calls the threads of a process."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended
+            found.append((task / "comm").read_text().strip())
+    return tuple(found)
+
+
+def more(early: list[Sample], late: list[Sample]) -> str:
+    """Returns which threads there were more of late than early, in words."""
+    first, last = (Counter(next((s.names for s in reversed(part) if s.names), ())) for part in (early, late))
+    return ", ".join(f"{count} more of {name}" for name, count in sorted((last - first).items()))
 
 
 def judge(outcome: Outcome, what: str, samples: list[Sample], said: str) -> None:
@@ -157,7 +176,8 @@ def judge(outcome: Outcome, what: str, samples: list[Sample], said: str) -> None
     outcome.expect(growth < GROWTH, f"{what}: memory grew by {100 * growth:.1f} %")
     for name in ("files", "threads"):
         first, last = (float(np.median([getattr(s, name) for s in part])) for part in (early, late))
-        outcome.expect(last <= first, f"{what}: {name} went from {first:.0f} to {last:.0f}")
+        which = f" ({more(early, late)})" if name == "threads" else ""
+        outcome.expect(last <= first, f"{what}: {name} went from {first:.0f} to {last:.0f}{which}")
     compiled = [line for line in said.partition("\nWARM\n")[2].splitlines() if "Compiling" in line]
     outcome.expect(not compiled, f"{what}: {len(compiled)} programs compiled after warm-up: {compiled[:1]}")
     before = said.partition("\nWARM\n")[0].count("Compiling")
