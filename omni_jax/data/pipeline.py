@@ -156,8 +156,8 @@ class TrainPipeline:
                 while update < stop:
                     made = next(iterator)
                     restarts = 0
-                    if self._workers:  # arrays in shared memory complain when the interpreter ends before they do
-                        made = jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, made)
+                    if self._workers:
+                        made = jax.tree.map(lambda x: _own(x) if isinstance(x, np.ndarray) else x, made)
                     yield PipelineBatch(**made)
                     update += 1
             except RuntimeError as error:
@@ -313,6 +313,18 @@ def _tokens(example: Example, kind: StepKind, shapes: BatchShapes, share_prefix:
         used += len(hard.ids) - (hard.prefix if branch else 0)
         whole += 0 if branch else shapes.hard_tokens
     return used, whole
+
+
+def _own(array: Any) -> np.ndarray:
+    """Returns a copy of an array that a worker may have handed over in shared memory, whose name is then given back.
+
+    Grain would give it back in a thread when the array ends; the end of a process waits for neither, and complains of a leak.
+    """
+    copy, memory = np.array(array), getattr(array, "shm", None)
+    if memory is not None:
+        array._unlink_on_del = False
+        memory.unlink()
+    return copy
 
 
 def _begin_worker(index: int, count: int) -> None:
