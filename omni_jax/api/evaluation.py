@@ -59,8 +59,6 @@ class Evaluator:
         if self._source is None:
             manifest = read_manifest(clips, self._settings.media_root or None)
             records, self.problems = manifest.records, manifest.problems
-            if self.problems:
-                tell(f"{clips}: {len(self.problems)} records cannot be evaluated; the first: {self.problems[0].reason}")
         else:
             # Silence would be found by nothing: a clip without sound is one without audio.
             infos = (self._source.record(n) for n in range(len(self._source)))

@@ -86,13 +86,21 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
     mesh = together(lambda: _mesh(run))
     preset = run.data.resolved_preset()
     source = together(lambda: open_source(run.data.train, preset, run.data.media_root or None, timeout_s=run.data.timeout))
-    problems: list[Problem] = list(getattr(source, "problems", ()))
-    if problems:
-        watcher.tell(f"{run.data.train}: {len(problems)} records cannot be trained on; the first: {problems[0].reason}")
+    problems: Sequence[Problem] = getattr(source, "problems", ())
     with contextlib.ExitStack() as held:
         first(lambda: check_free(folder))
         first(lambda: held.enter_context(run_lock(folder)))
         check_shared(folder)
+        quarantine = together(lambda: Quarantine(folder, jax.process_index()))
+        listed = f"listed in {quarantine.path}; the first"
+
+        def keep(problems: Sequence[Problem]) -> None:
+            first(lambda: [quarantine.add(problem.row()) for problem in problems])
+
+        if problems:
+            watcher.tell(f"{run.data.train}: {len(problems)} records cannot be trained on, {listed}: {problems[0].reason}")
+        # At once, for a start that fails; in the workdir of a run not before it is known to be this one.
+        keep(problems if read_config(folder) is None else ())
         base = _base(run, folder, source.captions)
         manifest, model, tokenizer = together(lambda: _model(base, run, preset))
         data = together(lambda: _pipeline(run, source, tokenizer, model))
@@ -106,7 +114,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
         config = WorkdirConfig(run.to_json(), model, stored, digests, total)
         check_equal("what they train", {**digests, "updates": total})
         first(lambda: claim(folder, config))
-        quarantine = together(lambda: Quarantine(folder, jax.process_index()))
+        keep(problems)
         checkpoints = together(lambda: Checkpoints(folder / CHECKPOINTS, run.checkpoint.keep))
         held.callback(checkpoints.close)
         check_equal("where the run stands", {"the newest checkpoint": checkpoints.newest()})
@@ -125,9 +133,10 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
         evaluator = None
         if run.evaluation.manifest:
             evaluator = together(lambda: Evaluator(run, folder, tokenizer, model, frozen, mesh, watcher.tell, watcher.stopping))
-            problems += evaluator.problems
-
-        first(lambda: [quarantine.add(problem.row()) for problem in problems])
+            found = evaluator.problems
+            keep(found)
+            if found:
+                watcher.tell(f"{run.evaluation.manifest}: {len(found)} records cannot be evaluated, {listed}: {found[0].reason}")
 
         def replaced(number: int, name: str, reason: str) -> None:
             if quarantine.add({"id": name, "update": number, "reason": reason}):

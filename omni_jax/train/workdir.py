@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ from omni_jax.types import InputError
 
 CONFIG, BASE, CHECKPOINTS = "config.json", "base", "checkpoints"
 FORMAT = 1
+_QUARANTINE = re.compile(r"quarantine(\.\d+)?\.jsonl")
 
 FREE = (
     *("mesh", "remat", "checkpoint", "evaluation", "log", "stop", "model.base"),
@@ -132,7 +134,8 @@ def check_free(folder: epath.PathLike) -> None:
     """Raises InputError when a folder holds other things than a run's: before anything is written there."""
     folder = epath.Path(folder)
     if folder.exists() and read_config(folder) is None:
-        strange = sorted(p.name for p in folder.iterdir() if p.name not in (LOCK, BASE) and not p.name.startswith("."))
+        names = sorted(p.name for p in folder.iterdir() if p.name not in (LOCK, BASE) and not p.name.startswith("."))
+        strange = [name for name in names if not _QUARANTINE.fullmatch(name)]  # a start that failed lists records, too
         if strange:
             raise InputError(f"{folder}: is not empty ({strange[0]}) and not the workdir of a run; choose another --workdir")
 

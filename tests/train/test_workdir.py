@@ -18,7 +18,7 @@ from configs import tiny
 from omni_jax.train import RunConfig
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.lock import run_lock
-from omni_jax.train.workdir import WorkdirConfig, claim, is_workdir, read_config, read_workdir, run_of
+from omni_jax.train.workdir import WorkdirConfig, check_free, claim, is_workdir, read_config, read_workdir, run_of
 from omni_jax.types import InputError
 from tests.train.random_batches import MODEL
 from tests.train.states import state
@@ -69,6 +69,16 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_text("")
     with pytest.raises(InputError, match=r"not empty \(holiday\.jpg\)"):
         claim(tmp_path, CONFIG)
+
+
+def test_what_a_start_that_failed_left_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    for name in ("run.lock", "quarantine.jsonl", "quarantine.3.jsonl"):
+        (tmp_path / name).write_text("")
+    check_free(tmp_path)
+    (tmp_path / "quarantine.txt").write_text("")
+    with pytest.raises(InputError, match=r"not empty \(quarantine\.txt\)"):
+        check_free(tmp_path)
 
 
 def test_checkpoints_are_models(tmp_path: Path) -> None:
