@@ -62,9 +62,14 @@ def select(config: ModelConfig, choice: TrainableConfig) -> frozenset[str]:
     """Returns the paths that train.
 
     Raises:
-      InputError: when a head that should train would not, or would be lost on the way back to PyTorch.
+      InputError: when LoRA is asked for where there is no linear map, or a head that should train would not, or would be lost on the way
+        back to PyTorch.
     """
     paths = ["/".join(path) for path in abstract_params(config)]
+    targets = config.lora.targets if config.lora else ()
+    if missed := [target for target in targets if f"{target}/lora_a" not in paths]:
+        maps = [p.removesuffix("/kernel") for p in paths if p.startswith("decoder/layers/") and p.endswith("/kernel")]
+        raise InputError(f"lora.targets names {', '.join(missed)}, no linear map of this model; choose among {', '.join(sorted(maps))} ...")
     frozen = [p for p in choice.freeze if not any(_under(path, p) for path in paths)]
     if frozen:
         raise InputError(f"trainable.freeze names {', '.join(frozen)}, which no parameter path starts with")

@@ -87,3 +87,10 @@ def test_frozen_weights_stay_in_bfloat16_and_trainable_ones_in_float32():
     assert {x.dtype for x in trainable.values()} == {jnp.dtype(jnp.float32)}
     assert {x.dtype for x in frozen.values()} == {jnp.dtype(jnp.bfloat16)}
     assert {x.dtype for x in split(PARAMS, [], "bfloat16")[1].values()} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_lora_on_what_is_no_linear_map_stops_the_run():
+    for targets in (("decoder/layers/attn/q", "decoder/layers/attn/qkv"), ("q_proj",), ("decoder/layers/norm_attn",)):
+        config = dataclasses.replace(MODEL, lora=dataclasses.replace(MODEL.lora, targets=targets))
+        with pytest.raises(InputError, match=rf"lora.targets names {targets[-1]}, no linear map .* choose among decoder/layers/attn/k, "):
+            select(config, TrainableConfig(recipe="all"))
