@@ -50,7 +50,7 @@ AHEAD = 2  # updates made ahead in a thread where there are no workers
 class Pack(Protocol):
     """Micro-batches of this process to one batch, as `omni_jax.train.pack_update` with its config given."""
 
-    def __call__(self, micro_batches: Sequence[MicroBatch], shapes: Sequence[BatchShapes], share_prefix: bool) -> Any: ...
+    def __call__(self, micro_batches: Sequence[MicroBatch], shapes: Sequence[BatchShapes]) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,11 +205,11 @@ class TrainPipeline:
                 silent += quiet
                 mended += bool(got.features.warnings) and not quiet
                 truncated += any(p.truncated for p in example.prompts.values())
-                one, whole = _tokens(example, kind, plan.shapes[micro], plan.share_prefix, self._config)
+                one, whole = _tokens(example, kind, plan.shapes[micro], self._config)
                 used, total = used + one, total + whole
         return {
             "update": update,
-            "batch": self._pack(parts, plan.shapes, plan.share_prefix),
+            "batch": self._pack(parts, plan.shapes),
             "ids": tuple(ids),
             "errors": tuple(errors),
             "silent": silent,
@@ -251,7 +251,7 @@ class TrainPipeline:
         raise InputError(f"a clip cannot be used and no other can stand in for it; check the data: {first}")
 
     def _fits(self, lengths: PromptLengths, plan: UpdatePlan, micro: int) -> bool:
-        how = plan.kinds[micro], plan.share_prefix
+        how = plan.kinds[micro], self._config.shares_prefix
         return lengths.row(*how) <= plan.shapes[micro].row_tokens and lengths.hard_row(*how) <= plan.shapes[micro].hard_tokens
 
     def _read(self, plan: UpdatePlan, micro: int, clip: int) -> _Loaded:
@@ -302,14 +302,14 @@ class TrainPipeline:
         return build_sequence(self._tokenizer, self._config, self._preset, table, caption, vision, heard.audio_tokens)
 
 
-def _tokens(example: Example, kind: StepKind, shapes: BatchShapes, share_prefix: bool, config: ModelConfig) -> tuple[int, int]:
+def _tokens(example: Example, kind: StepKind, shapes: BatchShapes, config: ModelConfig) -> tuple[int, int]:
     """Returns one example's tokens of towers and rows that are not padding, and all of them."""
     copies = [m for m in (example.media, example.augmented) if m is not None]
     used = sum(int((m.vision.window >= 0).sum()) // PATCHES_PER_TOKEN + 2 * int(m.beats.tokens[0]) for m in copies)
     used += sum(len(example.prompts[name].ids) for name in kind.prompts)
     whole = len(copies) * shapes.media_tokens(config.audio.chunk_tokens) + len(kind.rows) * shapes.row_tokens
     if kind.hard is not None:
-        hard, branch = example.prompts["hard"], kind.branches(share_prefix)
+        hard, branch = example.prompts["hard"], kind.branches(config.shares_prefix)
         used += len(hard.ids) - (hard.prefix if branch else 0)
         whole += 0 if branch else shapes.hard_tokens
     return used, whole

@@ -73,7 +73,6 @@ class UpdatePlan:
     Attributes:
       update: its number, from 0.
       kinds: of its micro-batches, with the layout of their rows.
-      share_prefix: whether captions that serve as hard negatives stand in their anchor's row.
       clips: (M, B) int64, numbers of the source's clips.
       texts: (M, B) int64, number of the caption that each clip's hard negative has; its own where no text is exchanged.
       shuffles: M of (G, B / G) int32.
@@ -82,7 +81,6 @@ class UpdatePlan:
 
     update: int
     kinds: tuple[StepKind, ...]
-    share_prefix: bool
     clips: np.ndarray
     texts: np.ndarray
     shuffles: tuple[np.ndarray, ...]
@@ -211,7 +209,7 @@ class Planner:
             shuffles.append(exchange(batch.seed, number, batch.micro_batch, batch.blocks))
             if kind.hard == "text":
                 texts[m] = other_captions(batch.seed, number, texts[m], self.text_of)
-        plan = UpdatePlan(update, kinds, self._config.shares_prefix, clips, texts, tuple(shuffles), ())
+        plan = UpdatePlan(update, kinds, clips, texts, tuple(shuffles), ())
         lengths: dict[StepKind, list[PromptLengths]] = {}
         for m, kind in enumerate(kinds):
             lengths.setdefault(kind, []).extend(self.lengths(plan, m, b, int(clip)) for b, clip in enumerate(clips[m]))

@@ -27,12 +27,11 @@ def train_record(setting: Setting, program: Program, mesh: Any, utilisation: flo
     assert program.kind is not None and program.shapes is not None
     kind, recipe, n = program.kind, setting.recipe, setting.micro_batches
     cached = recipe.losses.negatives == "global" and n > 1
-    shared = setting.config.shares_prefix
     trains = select(setting.config, recipe.trainable)
-    load = ledger.padded_load(setting.config, kind, program.shapes, share_prefix=shared)
+    load = ledger.padded_load(setting.config, kind, program.shapes)
     parts = ledger.scale(ledger.clip_ledger(setting.config, load, trains, remat=recipe.remat, cached=cached), setting.clips * n)
     trained = sum(count.trainable for count in count_groups(setting.config, trains))
-    passes = part_passes(setting, cached, bool(kind.hard) and not kind.branches(shared), trains)
+    passes = part_passes(setting, cached, bool(kind.hard) and not kind.branches(setting.config.shares_prefix), trains)
     totals = {part: one.total for part, one in parts.items()}
     moved = memory_bytes(setting.config, totals, passes, setting.topology, setting.mesh["tensor"], trained)
     found = [dataclasses.replace(c, runs=c.runs * setting.looped) for c in program.found or ()]

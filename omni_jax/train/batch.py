@@ -181,15 +181,16 @@ def pack_micro_batch(
     return jax.tree.map(lambda x: x[None], batch)
 
 
-def pack_update(
-    micro_batches: Sequence[MicroBatch], shapes: Sequence[BatchShapes], share_prefix: bool, *, config: ModelConfig
-) -> UpdateBatch:
+def pack_update(micro_batches: Sequence[MicroBatch], shapes: Sequence[BatchShapes], *, config: ModelConfig) -> UpdateBatch:
     """Returns the batch of one update from this process's clips of each micro-batch, whose shapes are given.
+
+    Hard negatives with another caption share their anchor's row where the backbone's attention is causal.
 
     Raises:
       As `pack_micro_batch`.
     """
-    parts = [pack_micro_batch(m.examples, m.kind, s, config, m.shuffle, share_prefix) for m, s in zip(micro_batches, shapes, strict=True)]
+    share = config.shares_prefix
+    parts = [pack_micro_batch(m.examples, m.kind, s, config, m.shuffle, share) for m, s in zip(micro_batches, shapes, strict=True)]
     return stack_micro_batches(parts) if len({m.kind for m in micro_batches}) == 1 else tuple(parts)
 
 

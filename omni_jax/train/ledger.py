@@ -133,7 +133,7 @@ def update_ledger(config: ModelConfig, recipe: StepConfig, micro_batches: Sequen
     """
     cached = recipe.losses.negatives == "global" and len(micro_batches) > 1
     trains = select(config, recipe.trainable)
-    loads = [padded_load(config, kind, shapes, share_prefix=config.shares_prefix) for kind, shapes in micro_batches]
+    loads = [padded_load(config, kind, shapes) for kind, shapes in micro_batches]
     return merge([scale(clip_ledger(config, load, trains, remat=recipe.remat, cached=cached), clips) for load in loads])
 
 
@@ -216,9 +216,9 @@ def table(ledger: Ledger, unit: float = 1e12) -> str:
 # ------------------------------------------------------------------------------------------------------------------ of a clip
 
 
-def padded_load(config: ModelConfig, kind: StepKind, shapes: BatchShapes, *, share_prefix: bool = True) -> Load:
+def padded_load(config: ModelConfig, kind: StepKind, shapes: BatchShapes) -> Load:
     """Returns the load of a clip in a batch of static shapes: every row, step, chunk and frame full."""
-    shared = kind.branches(share_prefix)
+    shared = kind.branches(config.shares_prefix)
     heard = shapes.chunks * config.audio.chunk_tokens
     copies = 1 + kind.positive
 

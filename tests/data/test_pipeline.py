@@ -21,7 +21,7 @@ from omni_jax.data.pipeline import PipelineBatch
 from omni_jax.data.plan import BatchConfig, row_sizes
 from omni_jax.train import LossConfig, fit_shapes, kinds_of_update
 from omni_jax.types import BatchShapes, InputError, MicroBatch
-from tests.data.training_clips import MemorySource, captions, pipeline, tokenizer
+from tests.data.training_clips import CONFIG, MemorySource, captions, pipeline, tokenizer
 from tests.house import ROOT
 
 ALL = LossConfig(pairs="all")
@@ -37,9 +37,9 @@ def _same(one: PipelineBatch, other: PipelineBatch) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def _kept(micro_batches: Sequence[MicroBatch], shapes: Sequence[BatchShapes], share_prefix: bool) -> Any:
+def _kept(micro_batches: Sequence[MicroBatch], shapes: Sequence[BatchShapes]) -> Any:
     """Packs nothing: tests look at the examples themselves."""
-    return micro_batches, shapes, share_prefix
+    return micro_batches, shapes
 
 
 @pytest.mark.parametrize("losses", [ALL, RELEASED], ids=["global", "micro"])
@@ -102,10 +102,11 @@ def test_hard_negatives_exchange_what_their_kind_says():
     text_of = {name: words.encode_text(text) for name, text in zip(source.ids, source.captions, strict=True)}
     for update, hard in enumerate(("text", "audio", "video")):
         batch = made.make(update)
-        micro_batches, _, share_prefix = batch.batch
-        assert share_prefix
+        micro_batches, _ = batch.batch
+        assert CONFIG.shares_prefix
         for micro, names in zip(micro_batches, batch.ids, strict=True):
             assert micro.kind.hard == hard
+            assert micro.kind.branches(CONFIG.shares_prefix) == (hard == "text")
             taken = (micro.shuffle + np.arange(0, 4, 2)[:, None]).ravel()
             assert (taken != np.arange(4)).all()
             for b, example in enumerate(micro.examples):
@@ -158,8 +159,8 @@ def test_shapes_are_few_and_no_row_is_longer_than_its_clips_ask():
     made = pipeline(source, BatchConfig(8, 2, blocks=2, row_multiple=8), ALL, pack=_kept)
     found: dict[Any, set[int]] = {}
     for update in range(12):
-        micro_batches, shapes, share_prefix = made.make(update).batch
-        needs = [fit_shapes(m.examples, m.kind, share_prefix) for m in micro_batches]
+        micro_batches, shapes = made.make(update).batch
+        needs = [fit_shapes(m.examples, m.kind, CONFIG.shares_prefix) for m in micro_batches]
         (size,) = set(shapes)  # of equal kinds
         for name in SIZES:
             assert getattr(size, name) >= max(getattr(n, name) for n in needs)
@@ -182,7 +183,7 @@ def test_planned_row_lengths_are_those_of_the_prompts():
         made = pipeline(source, BatchConfig(4, 2, row_multiple=1), losses, pack=_kept)
         for update in range(3):
             plan = made.planner.plan(update)
-            micro_batches, _, share = made.make(update).batch
+            share, (micro_batches, _) = CONFIG.shares_prefix, made.make(update).batch
             needs = [fit_shapes(m.examples, m.kind, share) for m in micro_batches]
             planned = [
                 (lengths.row(kind, share), lengths.hard_row(kind, share))
