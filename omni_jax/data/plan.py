@@ -17,7 +17,7 @@ from omni_jax.data.order import Draw, epoch_order, exchange, generator, other_ca
 from omni_jax.data.sources import BEATS_PATCH, ClipSource, fbank_frames, tokens_of
 from omni_jax.features.audio import HOP
 from omni_jax.tokens.batching import attention_cost
-from omni_jax.tokens.buckets import round_up
+from omni_jax.tokens.buckets import multiple_of, round_up
 from omni_jax.tokens.prompts import text_tokens
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.tokens.training import PromptLengths, lay_out
@@ -255,7 +255,7 @@ class Planner:
             laid = lay_out(kind, every, share_prefix=share, multiple=multiple, attention=attention)
             self._layouts[kind] = laid
             self._sizes[kind] = row_sizes([max(clip.row(laid, share) for clip in clips) for clips in updates], multiple)
-            self._hard_sizes[kind] = -(-max(clip.hard_row(kind, share) for clip in every) // multiple) * multiple
+            self._hard_sizes[kind] = multiple_of(multiple, max(clip.hard_row(kind, share) for clip in every))
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_text_tokens"}
@@ -267,7 +267,7 @@ class Planner:
 
 def row_sizes(needs: list[int], multiple: int) -> list[int]:
     """Returns the row length for rows of these needs, or two where the smaller saves a tenth of the tokens."""
-    rounded = [-(-need // multiple) * multiple for need in needs]
+    rounded = [multiple_of(multiple, need) for need in needs]
     top = max(rounded)
     costs = {size: sum(size if need <= size else top for need in rounded) for size in set(rounded)}
     best = min(costs, key=lambda size: (costs[size], -size))

@@ -17,7 +17,7 @@ from omni_jax.config import BeatsConfig, ConfigError, ModelConfig, Preset
 from omni_jax.model import abstract_params
 from omni_jax.parallel import batch_axes, batch_shards
 from omni_jax.tokens.batching import attention_cost
-from omni_jax.tokens.buckets import row_size
+from omni_jax.tokens.buckets import multiple_of, row_size
 from omni_jax.tokens.training import PromptLengths, lay_out
 from omni_jax.train.batch import Rows, TowerInputs, TrainBatch
 from omni_jax.train.state import TrainState, array_shardings, new_state, state_shardings
@@ -80,9 +80,8 @@ def planned_batch(
     clip = PromptLengths(video, heard, video, heard, caption=text, positive=text, hard=text, alone=text, filler=filler)
     share = config.shares_prefix
     kind = lay_out(kind, [clip], share_prefix=share, multiple=row_multiple, attention=attention_cost(config.decoder))
-    row, hard = (-(-n // row_multiple) * row_multiple for n in (clip.row(kind, share), clip.hard_row(kind, share)))
-    patch = config.beats.patch_size if config.beats else 1
-    fbank = -(-frames // patch) * patch if config.beats else 0
+    row, hard = (multiple_of(row_multiple, n) for n in (clip.row(kind, share), clip.hard_row(kind, share)))
+    fbank = multiple_of(config.beats.patch_size, frames) if config.beats else 0
     return kind, BatchShapes(steps, patches, chunks, fbank, row, hard)
 
 
@@ -146,7 +145,7 @@ def abstract_batch(
 
 
 def _beats_batch(config: BeatsConfig, clips: int, frames: int, tokens: int) -> BeatsBatch:
-    padded = -(-frames // config.patch_size) * config.patch_size
+    padded = multiple_of(config.patch_size, frames)
     fbank = jax.ShapeDtypeStruct((clips, padded, config.num_mel_bins), jnp.float32)
     count = jax.ShapeDtypeStruct((clips,), jnp.int32)
     return BeatsBatch(fbank=fbank, frames=count, tokens=count, max_tokens=tokens)  # type: ignore[arg-type]

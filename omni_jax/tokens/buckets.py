@@ -22,6 +22,11 @@ PROGRAMS_FREE, PROGRAMS_DOUBLING = 8, 3  # programs at the plain price, and how 
 DISPATCH_TOKENS = 32  # what starting one more program costs, in tokens
 
 
+def multiple_of(unit: int, value: int) -> int:
+    """Returns the smallest multiple of `unit` that is at least `value`."""
+    return -(-value // unit) * unit
+
+
 def round_up(value: int, unit: int = 1) -> int:
     """Returns the smallest size >= value that is `unit` times a number of three significant bits (1-8, 10, 12, 14, 16, 20, ...)."""
     count = max(1, -(-value // unit))
@@ -31,7 +36,7 @@ def round_up(value: int, unit: int = 1) -> int:
 
 def row_size(tokens: int) -> int:
     """Returns the row length for so many tokens: multiples of 16 up to 128, then multiples of 128 of three significant bits."""
-    return -(-max(tokens, 1) // 16) * 16 if tokens <= 128 else round_up(tokens, 128)
+    return multiple_of(16, max(tokens, 1)) if tokens <= 128 else round_up(tokens, 128)
 
 
 def beats_tokens(frames: int) -> int:

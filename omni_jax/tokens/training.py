@@ -12,6 +12,7 @@ import numpy as np
 
 from omni_jax.config import ModelConfig
 from omni_jax.tokens.batching import mel_chunks, step_layout, whole_patches
+from omni_jax.tokens.buckets import multiple_of
 from omni_jax.types import AudioBatch, BeatsBatch, ClipError, ClipMedia, Features, StepKind, VisionBatch
 
 EDGES = 2  # begin and end token around each kind of media
@@ -117,7 +118,7 @@ def lay_out(kind: StepKind, clips: Sequence[PromptLengths], *, share_prefix: boo
 
     def cost(laid: StepKind) -> float:
         longest = max(int(np.sum([columns[name] for name in names], axis=0).max()) for names in laid.rows)
-        size = -(-longest // multiple) * multiple
+        size = multiple_of(multiple, longest)
         return len(laid.rows) * size * (1 + attention * size)
 
     # The first of equals: the plain layout, where it is as good.

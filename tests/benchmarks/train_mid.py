@@ -32,6 +32,7 @@ import conversion
 from omni_jax.config import LoraConfig, ModelConfig
 from omni_jax.model import Encoder
 from omni_jax.tokens.batching import attention_cost, step_layout
+from omni_jax.tokens.buckets import multiple_of
 from omni_jax.tokens.prompts import build_sequence
 from omni_jax.tokens.training import EDGES, PromptLengths, lay_out
 from omni_jax.train import LossConfig, OptimizerConfig, StepConfig, TrainBatch, TrainStep, fit_shapes, ledger, pack_micro_batch, step_kind
@@ -133,7 +134,7 @@ class Ours:
             attention=attention_cost(self.config.decoder),
         )
         shapes = fit_shapes(examples, kind)
-        row, hard = (-(-size // ROW_MULTIPLE) * ROW_MULTIPLE for size in (shapes.row_tokens, shapes.hard_tokens))
+        row, hard = (multiple_of(ROW_MULTIPLE, size) for size in (shapes.row_tokens, shapes.hard_tokens))
         shapes = dataclasses.replace(shapes, row_tokens=row, hard_tokens=hard)
         return jax.tree.map(jnp.asarray, pack_micro_batch(examples, kind, shapes, self.config, self.material.shuffle[None]))
 
