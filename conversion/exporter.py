@@ -145,12 +145,8 @@ def write_trained(
             folder.copy_files(source, manifest.side_files, out)
             if manifest.index is not None:
                 _write_index(out, manifest)
-    left: dict[str, int] = {}
-    for path in sorted(trained):
-        if (adapter_out if path in held else base_out) is None:
-            part = "lora" if path[-1].startswith("lora_") else path[0]
-            left[part] = left.get(part, 0) + math.prod(shapes[path])
-    return dataclasses.replace(job.summary(started), left_out=left)
+    left = [path for path in sorted(trained) if (adapter_out if path in held else base_out) is None]
+    return dataclasses.replace(job.summary(started), left_out={"/".join(path): math.prod(shapes[path]) for path in left})
 
 
 class _Job:

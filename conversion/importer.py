@@ -41,7 +41,7 @@ class Summary:
     """What a conversion did: tensors written, their values and bytes, the time it took, and modules given random weights.
 
     Attributes:
-      left_out: of a run's export, part of the model -> values that trained and are in neither folder, since one was not asked for.
+      left_out: of a run's export, path -> values, of what trained and is in neither folder, since one was not asked for.
     """
 
     tensors: int

@@ -93,7 +93,12 @@ def _convert(args: argparse.Namespace) -> int:
             what = " and ".join(out for out in (args.base_out, args.adapter_out) if out)
             what += f" (after {step} updates)" if step is not None else ""
     if made.left_out:
-        parts = ", ".join(f"{part} ({values:,} values)" for part, values in made.left_out.items())
+        from omni_jax.train.trainable import group_of
+
+        groups: dict[str, int] = {}
+        for path, values in made.left_out.items():
+            groups[group_of(path)] = groups.get(group_of(path), 0) + values
+        parts = ", ".join(f"{group} ({values:,} values)" for group, values in groups.items())
         flag = "--adapter-out" if args.adapter_out is None else "--base-out"
         print(f"trained too, and not written: {parts}; {flag} writes them", file=sys.stderr)
     print(f"{what}: {made.tensors} tensors, {made.parameters:,} parameters, {made.nbytes:,} bytes, {made.seconds:.1f} s")
