@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from omni_jax.train.workdir import write_whole
+from omni_jax.train.workdir import quarantine_name, write_whole
 from omni_jax.types import InputError
 
 
@@ -25,7 +25,7 @@ class Quarantine:
         Raises:
           InputError: when the file cannot be read.
         """
-        self.path = workdir / ("quarantine.jsonl" if process == 0 else f"quarantine.{process}.jsonl")
+        self.path = workdir / quarantine_name(process)
         try:
             text = self.path.read_text() if self.path.exists() else ""
         except (OSError, UnicodeDecodeError) as e:

@@ -28,7 +28,7 @@ from omni_jax.types import InputError
 
 CONFIG, BASE, CHECKPOINTS = "config.json", "base", "checkpoints"
 FORMAT = 1
-_QUARANTINE = re.compile(r"quarantine(\.\d+)?\.jsonl")
+_QUARANTINE = re.compile(r"quarantine(\.\d+)?\.jsonl")  # what `quarantine_name` gives
 
 FREE = (
     *("mesh", "remat", "checkpoint", "evaluation", "log", "stop", "model.base"),
@@ -128,6 +128,11 @@ def read_workdir(folder: epath.PathLike, step: int | None = None) -> Trained:
 
 def base_folder(folder: epath.PathLike, config: WorkdirConfig) -> epath.Path:
     return epath.Path(folder) / config.base
+
+
+def quarantine_name(process: int) -> str:
+    """Returns the name of the list of records that a process could not use."""
+    return f"quarantine.{process}.jsonl" if process else "quarantine.jsonl"
 
 
 def check_free(folder: epath.PathLike) -> None:
