@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from omni_jax.config import ConfigError
-from omni_jax.model.layers import attend_blocks, attend_causal
+from omni_jax.model.layers import attend, attend_blocks, attend_causal
 from omni_jax.parallel import partition_spec
 
 RowAttention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -51,19 +51,37 @@ def choose_for(kernel: str, mesh: Mesh | AbstractMesh | None) -> str:
     return choose(kernel, mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend())
 
 
-def row_mask(segment: jax.Array, branch: jax.Array, causal: bool = True) -> jax.Array:
-    """Returns (R, S, S) bool, True where query i sees key j: same segment, j <= i, and j in the shared prefix or in i's own branch.
+def row_mask(segment: jax.Array, branch: jax.Array, causal: bool = True, queries: jax.Array | None = None) -> jax.Array:
+    """Returns (R, Q, S) bool, True where query i sees key j: same segment, j <= i, and j in the shared prefix or in i's own branch.
 
     Padding (segment 0) sees earlier padding and itself, so no softmax is empty. Without `causal` a query sees its whole segment, which
     then has no branches.
+
+    Args:
+      segment, branch: (R, S) int32, as in `types.RowBatch`.
+      queries: (R, Q) int32, the tokens that ask; None: all S.
     """
-    same = segment[:, :, None] == segment[:, None, :]
+    places = jnp.arange(segment.shape[1])
+    asking = places[None] if queries is None else queries
+
+    def of_queries(x: jax.Array) -> jax.Array:
+        return x if queries is None else jnp.take_along_axis(x, queries, axis=1)
+
+    same = of_queries(segment)[:, :, None] == segment[:, None, :]
     if not causal:
         return same
-    tokens = segment.shape[1]
-    earlier = jnp.arange(tokens)[:, None] >= jnp.arange(tokens)[None]
-    reachable = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    earlier = asking[:, :, None] >= places
+    reachable = (branch[:, None, :] == 0) | (of_queries(branch)[:, :, None] == branch[:, None, :])
     return earlier & same & reachable
+
+
+def pooled_attention(segment: jax.Array, branch: jax.Array, pool: jax.Array, *, causal: bool = True) -> RowAttention:
+    """Returns `row_attention` of the tokens `pool` (R, K) alone: its function takes q (R, K, H, h) with k and v of all tokens.
+
+    One kernel everywhere: its logits are few.
+    """
+    mask = row_mask(segment, branch, causal, pool)
+    return lambda q, k, v: checkpoint_name(attend(q, k, v, mask), "attention")
 
 
 def row_attention(
@@ -81,8 +99,8 @@ def row_attention(
       A function of q (R, S, H, h), k and v (R, S, K, h), K dividing H, that gives (R, S, H*h) in the dtype of q.
     """
     if kernel == "plain":
-        mask, attend = row_mask(segment, branch, causal), attend_causal if causal else attend_blocks
-        return lambda q, k, v: checkpoint_name(attend(q, k, v, mask), "attention")
+        mask, blocks = row_mask(segment, branch, causal), attend_causal if causal else attend_blocks
+        return lambda q, k, v: checkpoint_name(blocks(q, k, v, mask), "attention")
     ids = splash_ids(*_pad_ids(segment, branch), max(branches, 1) if causal else 1)
     return lambda q, k, v: checkpoint_name(_splash_rows(q, k, v, *ids, causal, kernel == "splash_interpret"), "attention")
 

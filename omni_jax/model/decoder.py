@@ -7,6 +7,7 @@ G media tables.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from omni_jax.config import DecoderConfig
-from omni_jax.model.attention import BRANCHES, RowAttention, row_attention
-from omni_jax.model.layers import WEIGHT_INIT, Linear, Maker, RMSNorm, SwiGLU, scan_layers, split_heads
+from omni_jax.model.attention import BRANCHES, RowAttention, pooled_attention, row_attention
+from omni_jax.model.layers import WEIGHT_INIT, Linear, Maker, RMSNorm, SwiGLU, run_layer, scan_layers, split_heads
 from omni_jax.model.rope import rotate, tmrope_angles
 from omni_jax.parallel import constrain
+
+Pick = Callable[[jax.Array], jax.Array]
+
+
+def _all(x: jax.Array) -> jax.Array:
+    return x
 
 
 class Attention(nnx.Module):
@@ -31,15 +38,17 @@ class Attention(nnx.Module):
         self.o = Linear(make / "o", width, width, ("heads", "embed"), bias=False)
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: RowAttention, key: jax.Array | None) -> jax.Array:
-        q = rotate(split_heads(self.q(x, key), self.num_heads), cos, sin)
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: RowAttention, key: jax.Array | None, pick: Pick = _all
+    ) -> jax.Array:
+        q = rotate(split_heads(self.q(pick(x), key), self.num_heads), pick(cos), pick(sin))
         k = rotate(split_heads(self.k(x, key), self.num_kv_heads), cos, sin)
         v = split_heads(self.v(x, key), self.num_kv_heads)
         return self.o(attend(q, k, v), key)
 
 
 class Layer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), of the tokens that `pick` takes out of (R, S, ...)."""
 
     def __init__(self, make: Maker, config: DecoderConfig):
         self.norm_attn = RMSNorm(make, config.hidden_size, config.rms_norm_eps)
@@ -47,8 +56,10 @@ class Layer(nnx.Module):
         self.norm_mlp = RMSNorm(make, config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(make / "mlp", config.hidden_size, config.intermediate_size, bias=False)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: RowAttention, key: jax.Array | None) -> jax.Array:
-        x = x + self.attn(self.norm_attn(x), cos, sin, attend, key)
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: RowAttention, key: jax.Array | None, pick: Pick = _all
+    ) -> jax.Array:
+        x = pick(x) + self.attn(self.norm_attn(x), cos, sin, attend, key, pick)
         return x + self.mlp(self.norm_mlp(x), key)
 
 
@@ -80,7 +91,7 @@ def segment_means(x: jax.Array, segment: jax.Array, pool: jax.Array) -> jax.Arra
 
 
 class Decoder(nnx.Module):
-    """Qwen2.5 decoder with TMRoPE that keeps nothing of a layer but the pooled tokens."""
+    """Qwen2.5 decoder with TMRoPE that keeps nothing of a layer but the pooled tokens, and computes of the last layer nothing else."""
 
     def __init__(self, make: Maker, config: DecoderConfig, *, causal: bool = True, mean: bool = False):
         """Takes whether attention is causal, and whether a prompt is pooled as the mean of its tokens after the last layer."""
@@ -105,6 +116,7 @@ class Decoder(nnx.Module):
         remat: Callable | None = None,
         attention: str = "plain",
         branches: int = BRANCHES,
+        frozen: bool = True,
     ) -> jax.Array:
         """Returns the pooled hidden states (R, K, L, D): layers 1 .. L-1 as they are, layer L after the final norm.
 
@@ -118,6 +130,7 @@ class Decoder(nnx.Module):
           dropout_key: turns LoRA dropout on.
           remat: checkpoint policy of a layer, for training.
           attention, branches: kernel and largest branch number, as in `attention.row_attention`.
+          frozen: whether no gradient is asked of the layers' weights but LoRA's. Both values give the same numbers.
         """
         # The table's width and the rows both lie over fsdp: look up in the table's layout, then let each row come to its own device.
         x = constrain(self.embed(constrain(ids, "batch_data", "tokens"), dtype), "batch_data", "tokens", "embed")
@@ -128,16 +141,33 @@ class Decoder(nnx.Module):
         angles = tmrope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_sections)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         attend = row_attention(segment, branch, kernel=attention, branches=branches, causal=self.causal)
-        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
+        layers = self.config.num_layers
+        keys = None if dropout_key is None else jax.random.split(dropout_key, layers)
+
+        def pick(x: jax.Array) -> jax.Array:
+            return constrain(jnp.take_along_axis(x, pool[..., None], axis=1), "batch", None, None)
 
         def body(layer: Layer, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
             x = constrain(layer(checkpoint_name(x, "layer_input"), cos, sin, attend, key), "batch", "tokens", "features")
-            return x, None if self.mean else jnp.take_along_axis(x, pool[..., None], axis=1)
+            return x, None if self.mean else pick(x)
 
-        x, pooled = scan_layers(self.layers, body, x, keys, remat)
         if self.mean:
+            x, _ = scan_layers(self.layers, body, x, keys, remat)
             pooled = segment_means(self.norm(x), segment, pool)[:, :, None]
             return constrain(pooled, "batch", None, None, None)
-        last = self.norm(pooled[-1])
-        pooled = jnp.moveaxis(jnp.concatenate([pooled[:-1], last[None]]), 0, 2)
+
+        # Nothing reads the other tokens of the last layer: of them it needs keys and values alone.
+        attend_pooled = pooled_attention(segment, branch, pool, causal=self.causal)
+
+        def ending(layer: Layer, x: jax.Array, key: jax.Array | None) -> jax.Array:
+            return layer(checkpoint_name(x, "layer_input"), cos, sin, attend_pooled, key, pick)
+
+        x, pooled = scan_layers(self.layers, body, x, keys, remat, count=layers - 1, in_place=_base_weights if frozen else False)
+        last = run_layer(self.layers, layers - 1, ending, x, None if keys is None else keys[-1], remat)
+        pooled = jnp.moveaxis(jnp.concatenate([pooled, self.norm(last)[None]]), 0, 2)
         return constrain(pooled, "batch", None, None, None)
+
+
+def _base_weights(path: tuple[Any, ...], _: Any) -> bool:
+    """Picks all of a layer's parameters but the adapters'."""
+    return not str(path[-1]).startswith("lora_")

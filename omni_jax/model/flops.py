@@ -145,9 +145,18 @@ def bridge_terms(tokens: Work) -> Terms:
     return [Maps(("bridge",), tokens)]
 
 
-def decoder_terms(config: ModelConfig, tokens: Work, pairs: Work) -> Terms:
-    """Returns the decoder's layers on so many tokens; `pairs` are those of one layer."""
-    return [Maps(("decoder/layers",), tokens), Attention(config.decoder.hidden_size, pairs * config.decoder.num_layers)]
+def decoder_terms(config: ModelConfig, tokens: Work, pairs: Work, last: tuple[Work, Work] | None = None) -> Terms:
+    """Returns the decoder's layers on so many tokens; `pairs` are those of one layer.
+
+    Args:
+      last: tokens and pairs for which the last layer computes more than keys and values; None: for all.
+    """
+    layers = config.decoder.num_layers
+    last_tokens, last_pairs = last or (tokens, pairs)
+    keys = ("decoder/layers/attn/k", "decoder/layers/attn/v")
+    others = ("decoder/layers/attn/q", "decoder/layers/attn/o", "decoder/layers/mlp")
+    within = tokens * ((layers - 1) / layers) + last_tokens * (1 / layers)
+    return [Maps(keys, tokens), Maps(others, within), Attention(config.decoder.hidden_size, pairs * (layers - 1) + last_pairs)]
 
 
 def head_terms(prompts: Work) -> Terms:
@@ -210,13 +219,18 @@ def _beats(cfg: BeatsConfig, batch: BeatsBatch) -> Terms:
 def _decoder(config: ModelConfig, batch: RowBatch) -> Terms:
     rows, tokens = batch.ids.shape
     causal = config.attention == "causal"
-    seen = sum(_visible_pairs(segment, branch, causal) for segment, branch in zip(batch.segment, batch.branch, strict=True))
-    return decoder_terms(config, Work(rows * tokens, int((batch.segment > 0).sum())), Work(rows * row_pairs(tokens, causal), seen))
+    seen = [_visible_keys(segment, branch, causal) for segment, branch in zip(batch.segment, batch.branch, strict=True)]
+    computed = Work(rows * tokens, int((batch.segment > 0).sum())), Work(rows * row_pairs(tokens, causal), int(np.sum(seen)))
+    if not config.has_head:
+        return decoder_terms(config, *computed)
+    asked = batch.owner[..., 0] >= 0
+    pooled = sum(int(counts[pool[used]].sum()) for counts, pool, used in zip(seen, batch.pool, asked, strict=True))
+    return decoder_terms(config, *computed, (Work(batch.pool.size, int(asked.sum())), Work(batch.pool.size * tokens, pooled)))
 
 
-def _visible_pairs(segment: np.ndarray, branch: np.ndarray, causal: bool = True) -> int:
-    """Query-key pairs of a row that the decoder's mask lets through, padding apart."""
+def _visible_keys(segment: np.ndarray, branch: np.ndarray, causal: bool = True) -> np.ndarray:
+    """Keys that the decoder's mask shows to each token of a row (S,); none to padding."""
     same = (segment[:, None] == segment[None]) & (segment > 0)[:, None]
-    if not causal:
-        return int(same.sum())
-    return int((np.tri(len(segment), dtype=bool) & same & ((branch == 0)[None] | (branch[:, None] == branch[None]))).sum())
+    if causal:
+        same &= np.tri(len(segment), dtype=bool) & ((branch == 0)[None] | (branch[:, None] == branch[None]))
+    return same.sum(axis=1)

@@ -210,7 +210,14 @@ def attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> 
 
 
 def scan_layers(
-    stack: nnx.Module, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any = None, remat: Callable | None = None
+    stack: nnx.Module,
+    body: Callable[[Any, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any = None,
+    remat: Callable | None = None,
+    *,
+    count: int | None = None,
+    in_place: nnx.filterlib.Filter = False,
 ) -> tuple[Any, Any]:
     """Runs `carry, y = body(layer, carry, x)` over a stack of layers, one compiled body for all.
 
@@ -218,16 +225,35 @@ def scan_layers(
       stack: a module whose parameters have a leading layer axis.
       xs: per-layer inputs with the same leading axis, or None.
       remat: a `jax.checkpoint` policy; None keeps all residuals. (`jax.checkpoint_policies.nothing_saveable` recomputes the layer.)
+      count: how many layers run, from the first; None runs all.
+      in_place: which parameters the loop reads out of the whole stack. The others are cut to `count` layers before it, which copies them;
+        but a gradient of what is read in place is as large as the stack in every turn, so that only what is frozen should be.
 
     Returns:
       The last carry and the stacked ys.
     """
-    graph, params = nnx.split(stack)
+    graph, whole, params = nnx.split(stack, in_place, ...)
+    layers = jnp.arange(jax.tree.leaves(nnx.state(stack))[0].shape[0])
 
-    def step(carry: Any, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
-        layer_params, x = inputs
-        return body(nnx.merge(graph, layer_params), carry, x)
+    def step(carry: Any, inputs: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+        index, layer_params, x = inputs
+        read = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), whole)
+        return body(nnx.merge(graph, read, layer_params), carry, x)
 
     if remat is not None:
         step = jax.checkpoint(step, policy=remat, prevent_cse=False)
-    return jax.lax.scan(step, carry, (params, xs))
+    return jax.lax.scan(step, carry, jax.tree.map(lambda x: x[:count], (layers, params, xs)))
+
+
+def run_layer(
+    stack: nnx.Module, index: int, body: Callable[[Any, Any, Any], Any], carry: Any, x: Any = None, remat: Callable | None = None
+) -> Any:
+    """Returns `body(layer, carry, x)` for one layer of a stack; `remat` as in `scan_layers`."""
+    graph, params = nnx.split(stack)
+
+    def step(params: Any, carry: Any, x: Any) -> Any:
+        return body(nnx.merge(graph, jax.tree.map(lambda p: p[index], params)), carry, x)
+
+    if remat is not None:
+        step = jax.checkpoint(step, policy=remat)
+    return step(params, carry, x)

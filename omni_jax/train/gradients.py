@@ -19,7 +19,7 @@ from omni_jax.parallel import constrain
 from omni_jax.train.batch import TrainBatch
 from omni_jax.train.plan import LossConfig
 from omni_jax.train.streams import TOWERS, Features, embed_hard_negatives, embed_streams, run_towers
-from omni_jax.train.trainable import TEMPERATURE, Arrays, join
+from omni_jax.train.trainable import TEMPERATURE, Arrays, is_lora, join
 from omni_jax.types import StepKind
 
 Embeddings = dict[str, jax.Array]
@@ -98,6 +98,7 @@ class Forward:
       kept: towers nothing of which trains: they run once per clip, without residuals.
       remat: checkpoint policy of a decoder layer.
       attention: kernel of the decoder's attention.
+      frozen_layers: whether nothing of the decoder's layers trains but LoRA.
     """
 
     config: ModelConfig
@@ -106,6 +107,7 @@ class Forward:
     kept: tuple[str, ...]
     remat: Callable | None
     attention: str = "plain"
+    frozen_layers: bool = True
 
     @classmethod
     def make(
@@ -118,7 +120,8 @@ class Forward:
         attention: str = "plain",
     ) -> Forward:
         kept = tuple(tower for tower in TOWERS if not any(name.startswith(f"{tower}/") for name in trainable))
-        return cls(config, abstract_encoder(config, dtype=dtype), losses, kept, remat, attention)
+        frozen = all(is_lora(name) for name in trainable if name.startswith("decoder/layers/"))
+        return cls(config, abstract_encoder(config, dtype=dtype), losses, kept, remat, attention, frozen)
 
     def model(self, trainable: Arrays, frozen: Arrays) -> Encoder:
         return with_params(self.abstract, join(trainable, frozen))
@@ -143,7 +146,8 @@ class Forward:
         model = self.model(trainable, frozen)
         features = {**kept, **run_towers(model, batch.clips, [tower for tower in kind.towers if tower not in self.kept])}
         keys = (None, None) if key is None else jax.random.split(key)
-        embedded = embed_streams(model, batch, features, kind, dropout_key=keys[0], remat=self.remat, attention=self.attention)
+        options = {"remat": self.remat, "attention": self.attention, "frozen": self.frozen_layers}
+        embedded = embed_streams(model, batch, features, kind, dropout_key=keys[0], **options)
         if hard and batch.hard is not None:
             still = self.model(jax.lax.stop_gradient(trainable), frozen)
             embedded["hard"] = embed_hard_negatives(still, batch, features, kind, dropout_key=keys[1], attention=self.attention)

@@ -93,14 +93,27 @@ class ClipSizes:
 
 @dataclasses.dataclass(frozen=True)
 class RowLoad:
-    """Decoder rows of one clip: their tokens, query-key pairs of a layer, and prompts that go through the fusion head."""
+    """Decoder rows of one clip.
+
+    Attributes:
+      tokens, pairs: their tokens, and the query-key pairs of a layer.
+      last_tokens, last_pairs: those for which the last layer computes more than keys and values.
+      fused: prompts that go through the fusion head.
+    """
 
     tokens: float = 0
     pairs: float = 0
+    last_tokens: float = 0
+    last_pairs: float = 0
     fused: float = 0
 
     def __add__(self, other: RowLoad) -> RowLoad:
-        return RowLoad(self.tokens + other.tokens, self.pairs + other.pairs, self.fused + other.fused)
+        return RowLoad(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def terms(self, config: ModelConfig) -> Terms:
+        """Returns the decoder on these rows."""
+        last = _same(self.last_tokens), _same(self.last_pairs)
+        return flops.decoder_terms(config, _same(self.tokens), _same(self.pairs), last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +165,7 @@ def clip_ledger(config: ModelConfig, load: Load, trains: frozenset[str], *, rema
     for tower, terms in load.towers.items():
         grad = any(path.startswith(f"{tower}/") for path in trains)
         made[tower] += _passes(config, terms, trains, grad=grad, again=cached and grad)
-    decoder = flops.decoder_terms(config, _same(load.graded.tokens), _same(load.graded.pairs))
+    decoder = load.graded.terms(config)
     made["bridge"] += _passes(config, flops.bridge_terms(_same(load.bridged)), trains, again=cached)
     made["decoder"] += _passes(config, decoder, trains, again=cached)
     made["decoder"] += Passes(recomputed=_recomputed(config, decoder, remat))
@@ -162,7 +175,7 @@ def clip_ledger(config: ModelConfig, load: Load, trains: frozenset[str], *, rema
     made["head"] += dataclasses.replace(head, again=head.again - last)
     for part, terms in (
         ("bridge", flops.bridge_terms(_same(load.still_bridged))),
-        ("decoder", flops.decoder_terms(config, _same(load.still.tokens), _same(load.still.pairs))),
+        ("decoder", load.still.terms(config)),
         ("head", flops.head_terms(_same(load.still.fused))),
     ):
         made[part] += _passes(config, terms, trains, grad=False)
@@ -222,18 +235,20 @@ def padded_load(config: ModelConfig, kind: StepKind, shapes: BatchShapes) -> Loa
     heard = shapes.chunks * config.audio.chunk_tokens
     copies = 1 + kind.positive
 
-    def row(tokens: int) -> RowLoad:
-        return RowLoad(tokens, flops.row_pairs(tokens, config.attention == "causal"))
+    def row(tokens: int, pooled: int) -> RowLoad:
+        pairs = flops.row_pairs(tokens, config.attention == "causal")
+        return RowLoad(tokens, pairs, pooled, pooled * tokens) if config.has_head else RowLoad(tokens, pairs, tokens, pairs)
 
     tuples = kind.anchor + kind.positive + (1 if shared else 0)
-    graded = sum((row(shapes.row_tokens) for _ in kind.rows), RowLoad(fused=tuples + sum(name != "text" for name in kind.singles)))
+    fused = tuples + sum(name != "text" for name in kind.singles)
+    graded = sum((row(shapes.row_tokens, kind.slots(shared)) for _ in kind.rows), RowLoad(fused=fused))
     beats = "beats" in kind.towers and config.beats is not None
     own = bool(kind.hard) and not shared
     return Load(
         towers=_tower_terms(config, kind.towers, shapes, copies),
         bridged=beats * copies * heard,
         graded=graded,
-        still=row(shapes.hard_tokens) + RowLoad(fused=1) if own else RowLoad(),
+        still=row(shapes.hard_tokens, 1) + RowLoad(fused=1) if own else RowLoad(),
         still_bridged=beats * heard if own else 0,
     )
 
@@ -250,7 +265,7 @@ def exact_load(config: ModelConfig, kind: StepKind, sizes: ClipSizes, *, share_p
     graded = sum((_row(sizes.prompt(name), name != "text") for name in kind.prompts), RowLoad())
     if shared:
         prefix = sizes.prompt("anchor") - sizes.caption
-        graded += RowLoad(sizes.caption, sizes.caption * prefix + _triangle(sizes.caption), 1)
+        graded += RowLoad(sizes.caption, sizes.caption * prefix + _triangle(sizes.caption), 1, prefix + sizes.caption, 1)
     own = bool(kind.hard) and not shared
     beats, heard = "beats" in kind.towers, sizes.audio_tokens // 2
     return Load(
@@ -270,8 +285,8 @@ def released_load(config: ModelConfig, kind: StepKind, sizes: ClipSizes) -> Load
     tuple, which runs towers and bridge again.
     """
     idle = [name for name in ("text", "audio", "video") if name not in kind.singles]
-    graded = [_row(sizes.prompt(name), name != "text") for name in ("anchor", "positive", *kind.singles)]
-    still = [_row(sizes.prompt(name), name != "text") for name in ("hard", *idle)]
+    graded = [_row(sizes.prompt(name), name != "text", whole=True) for name in ("anchor", "positive", *kind.singles)]
+    still = [_row(sizes.prompt(name), name != "text", whole=True) for name in ("hard", *idle)]
     return Load(
         towers=_clip_terms(config, TOWERS, sizes, 2),
         bridged=2 * (sizes.audio_tokens // 2),
@@ -280,8 +295,10 @@ def released_load(config: ModelConfig, kind: StepKind, sizes: ClipSizes) -> Load
     )
 
 
-def _row(tokens: int, fused: bool = True) -> RowLoad:
-    return RowLoad(tokens, _triangle(tokens), int(fused))
+def _row(tokens: int, fused: bool = True, whole: bool = False) -> RowLoad:
+    """A prompt without padding, whose last token is pooled; `whole`: the last layer is computed for all of its tokens."""
+    last = (tokens, _triangle(tokens)) if whole else (1, tokens)
+    return RowLoad(tokens, _triangle(tokens), *last, int(fused))
 
 
 def _triangle(tokens: int) -> int:
@@ -364,6 +381,6 @@ def _recomputed(config: ModelConfig, decoder: Terms, remat: str) -> float:
     if remat == "dots":
         return _forward(config, [term for term in decoder if not isinstance(term, Maps)])
     # Nothing reads a layer's output within its backward pass, so that the product which makes it is left out.
-    down = "decoder/layers/mlp/down"
-    last = [Maps((f"{down}/kernel", f"{down}/lora_b"), term.tokens) for term in decoder if isinstance(term, Maps)]
+    mlp, down = "decoder/layers/mlp", "decoder/layers/mlp/down"
+    last = [Maps((f"{down}/kernel", f"{down}/lora_b"), term.tokens) for term in decoder if isinstance(term, Maps) and mlp in term.paths]
     return _forward(config, decoder) - _forward(config, last)

@@ -79,16 +79,17 @@ def embed_streams(
     dropout_key: jax.Array | None = None,
     remat: Callable | None = None,
     attention: str = "plain",
+    frozen: bool = True,
 ) -> dict[str, jax.Array]:
     """Returns the embeddings of the rows that take a gradient, (B, D) float32 each, not normalised.
 
     Names are "anchor", "positive", each modality in play, and "hard" (without gradient) where it shares the anchor's row. Text alone is
-    read from the last layer, everything else through the fusion head (SPEC section 6).
+    read from the last layer, everything else through the fusion head (SPEC section 6). `remat`, `attention` and `frozen` are the decoder's.
     """
     # The only branches: two captions that share the anchor's media.
     branches = 2 if kind.hard and batch.hard is None else 0
     media = media_table(model, features, batch.clips)
-    pooled = pool_rows(model, batch.rows, media, dropout_key, remat=remat, attention=attention, branches=branches)
+    pooled = pool_rows(model, batch.rows, media, dropout_key, remat=remat, attention=attention, branches=branches, frozen=frozen)
     places = {name: (r, k) for r, names in enumerate(kind.rows) for k, name in enumerate(names)}
     if branches:
         row, _ = places["anchor"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from omni_jax.config import ConfigError
-from omni_jax.model.attention import choose, row_attention, row_mask, splash_ids
+from omni_jax.model.attention import choose, pooled_attention, row_attention, row_mask, splash_ids
 from omni_jax.parallel import make_mesh
 from tests.model.builders import noise
 from tests.tolerances import assert_close
@@ -73,6 +73,16 @@ def test_splash_on_a_mesh_gives_each_device_its_rows_and_heads(sizes: tuple[int,
     with jax.set_mesh(mesh):
         program = jax.jit(lambda q, k, v: row_attention(segment, branch, kernel="splash_interpret")(q, k, v))
         assert_close(program(*inputs()), want, "attention_kernel")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_pooled_tokens_attend_as_in_their_row(causal: bool):
+    segment, branch = ids(PACKED if causal else PLAIN_ROWS)
+    pool = jnp.array([[48, 59, 89, 0], [5, 149, 119, 65]])
+    q, k, v = inputs()
+    at = jnp.arange(ROWS)[:, None], pool
+    whole = row_attention(segment, branch, causal=causal)(q, k, v)
+    assert_close(pooled_attention(segment, branch, pool, causal=causal)(q[at], k, v), whole[at], "attention_kernel")
 
 
 def test_auto_takes_the_platforms_kernel():

@@ -21,10 +21,10 @@ STEPS, PATCHES, CHUNKS, SEGMENTS, FRAMES, TOKENS, ROWS, LENGTH, PROMPTS = 3, 64,
 
 
 def one_layer() -> ModelConfig:
-    """One layer of each kind: XLA counts the body of a loop once, which is right for a loop of one."""
+    """One layer of each kind, and the decoder's last: XLA counts the body of a loop once, which is right for a loop of one."""
     width = 256
     return ModelConfig(
-        decoder=DecoderConfig(width, 512, num_layers=1, num_heads=2, num_kv_heads=1, vocab_size=64),
+        decoder=DecoderConfig(width, 512, num_layers=2, num_heads=2, num_kv_heads=1, vocab_size=64),
         vision=VisionConfig(128, 256, num_layers=1, num_heads=2, output_size=width, full_attention_layers=(0,)),
         audio=AudioConfig(128, 256, num_layers=1, num_heads=2, output_size=width),
         beats=BeatsConfig(num_layers=1, hidden_size=128, intermediate_size=256, num_heads=2, embed_dim=64, conv_pos_groups=4),
@@ -42,12 +42,13 @@ def padded_batch() -> EncoderBatch:
     branch[0, 150:180], branch[0, 180:200] = 1, 2
     owner = np.full((ROWS, PROMPTS, 2), -1, np.int32)
     owner[0, :2], owner[1, :2] = 0, 0
+    pool = np.array([[179, 199, 0], [99, 149, 0]], np.int32)
     zeros = np.zeros((ROWS, LENGTH), np.int32)
     return EncoderBatch(
         vision=(VisionBatch(np.zeros((STEPS, PATCHES, 1176), np.float32), np.zeros((STEPS, PATCHES, 2), np.int32), window),),
         audio=(AudioBatch(np.zeros((CHUNKS, 200, 128), np.float32), np.array([200, 99], np.int32)),),
         beats=(BeatsBatch(np.zeros((SEGMENTS, FRAMES, 128), np.float32), np.array([160, 100]), np.array([40, 25]), TOKENS),),
-        rows=(RowBatch(zeros, zeros - 1, np.zeros((3, ROWS, LENGTH), np.int32), segment, branch, np.zeros((ROWS, PROMPTS), int), owner),),
+        rows=(RowBatch(zeros, zeros - 1, np.zeros((3, ROWS, LENGTH), np.int32), segment, branch, pool, owner),),
         used_tokens=0,
         total_tokens=0,
     )
@@ -78,13 +79,15 @@ def test_work_equals_a_count_by_hand() -> None:
     )
     bridge = 128 * 256 + 256 * 256
     assert work["bridge"] == Work(2 * 88 * bridge, 2 * 65 * bridge)
-    layer = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512
+    keys, others = 2 * 256 * 128, 2 * 256 * 256 + 3 * 256 * 512
     # 150 tokens of prefix; branches of 30 and 20 tokens, each seeing the prefix and itself; then segments of 100 and 50 tokens.
     pairs = 150 * 151 // 2 + 30 * 150 + 30 * 31 // 2 + 20 * 150 + 20 * 21 // 2 + 100 * 101 // 2 + 50 * 51 // 2
+    # The last layer answers for the pooled tokens, which see 180, 170, 100 and 50; two slots of six pool nothing.
     assert work["decoder"] == Work(
-        computed=2 * 512 * layer + 4 * 256 * 2 * (128 * 128 + 128 * 256), needed=2 * 350 * layer + 4 * 256 * pairs
+        computed=2 * (2 * 512 * keys + (512 + 6) * others) + 4 * 256 * (2 * (128 * 128 + 128 * 256) + 6 * 256),
+        needed=2 * (2 * 350 * keys + (350 + 4) * others) + 4 * 256 * (pairs + 180 + 170 + 100 + 50),
     )
-    assert work["head"] == Work(2 * 6 * 2 * 256 * 256, 2 * 4 * 2 * 256 * 256)
+    assert work["head"] == Work(2 * 6 * 3 * 256 * 256, 2 * 4 * 3 * 256 * 256)
     assert total(work).computed == sum(w.computed for w in work.values())
     assert 0.2 < total(work).padding < 0.5
 
@@ -96,7 +99,8 @@ def test_windows_and_lora_are_counted() -> None:
     assert plain["vision"].computed == other["vision"].computed
     assert plain["vision"].needed - other["vision"].needed == 4 * 128 * 2 * (48**2 - 32**2 - 16**2)
     adapted = forward_work(dataclasses.replace(config, lora=LoraConfig(rank=4)), padded_batch())
-    assert adapted["decoder"].computed - plain["decoder"].computed == 2 * 512 * 4 * (3 * 256 + 256 + 2 * 128)
+    keys, queries = 2 * 4 * (256 + 128), 4 * (256 + 256)
+    assert adapted["decoder"].computed - plain["decoder"].computed == 2 * (2 * 512 * keys + (512 + 6) * queries)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -113,7 +117,7 @@ def test_work_is_what_xla_counts(part: str) -> None:
         "beats": (lambda m, *x: m.beats(*x, dtype=f32)[0], (b.fbank, b.frames)),
         "bridge": (lambda m, x: m.bridge(x, TOKENS), (np.zeros((SEGMENTS, 80, 128), np.float32),)),
         "decoder": (lambda m, x: m.decoder(**x, media=jnp.zeros((0, 256)), dtype=f32), (rows,)),
-        "head": (lambda m, x: m.head(x), (np.zeros((ROWS * PROMPTS, 1, 256), np.float32),)),
+        "head": (lambda m, x: m.head(x), (np.zeros((ROWS * PROMPTS, 2, 256), np.float32),)),
     }
     call, arguments = calls[part]
     lowered = jax.jit(lambda p, *x: call(nnx.merge(graph, p), *x)).lower(params, *arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,22 +123,40 @@ def test_vision_rope():
     assert_close(jax.jit(turned)(x, np.asarray(places)[None])[0], want, "layer")
 
 
-@pytest.mark.parametrize("remat", [None, jax.checkpoint_policies.nothing_saveable])
-def test_scan_runs_a_stack_in_order(remat: None):
+def stacked() -> tuple[layers.Linear, list[Weights], np.ndarray, np.ndarray]:
+    """(five maps, their weights, their input, what each adds)."""
     stack, w = builders.random_part(lambda: layers.Linear(builders.maker().stack(5), 6, 6, ("embed", "mlp")))
-    x, extra = builders.noise(1, 2, 6), builders.noise(2, 5, 6)
+    each = [Weights({n: a[i] for n, a in w.arrays.items()}) for i in range(5)]
+    return stack, each, builders.noise(1, 2, 6), builders.noise(2, 5, 6)
 
-    def body(layer: layers.Linear, x: jax.Array, extra: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y = jnp.tanh(layer(x)) + extra
-        return y, y.sum(axis=0)
 
-    last, sums = jax.jit(lambda x, e: layers.scan_layers(stack, body, x, e, remat))(x, extra)
+def turn(layer: layers.Linear, x: jax.Array, extra: jax.Array) -> tuple[jax.Array, jax.Array]:
+    y = jnp.tanh(layer(x)) + extra
+    return y, y.sum(axis=0)
+
+
+REMATS = [None, jax.checkpoint_policies.nothing_saveable]
+
+
+@pytest.mark.parametrize("remat", REMATS)
+@pytest.mark.parametrize(("count", "in_place"), [(None, False), (4, False), (4, True), (0, True)])
+def test_scan_runs_a_stack_in_order(remat: Callable | None, count: int | None, in_place: nnx.filterlib.Filter):
+    stack, each, x, extra = stacked()
+    last, sums = jax.jit(lambda x, e: layers.scan_layers(stack, turn, x, e, remat, count=count, in_place=in_place))(x, extra)
     want, kept = x.astype(np.float64), []
-    for i in range(5):
-        want = np.tanh(reference.linear(Weights({n: a[i] for n, a in w.arrays.items()}), want)) + extra[i]
+    for weights, add in zip(each[:count], extra, strict=False):
+        want = np.tanh(reference.linear(weights, want)) + add
         kept.append(want.sum(axis=0))
     assert_close(last, want, "layer")
-    assert_close(sums, np.stack(kept), "layer")
+    assert sums.shape == (len(kept), 6)
+    assert_close(sums, np.array(kept).reshape(-1, 6), "layer")
+
+
+@pytest.mark.parametrize("remat", REMATS)
+def test_one_layer_of_a_stack_runs_alone(remat: Callable | None):
+    stack, each, x, extra = stacked()
+    got, _ = jax.jit(lambda x, e: layers.run_layer(stack, 3, turn, x, e, remat))(x, extra[3])
+    assert_close(got, np.tanh(reference.linear(each[3], x.astype(np.float64))) + extra[3], "layer")
 
 
 def test_a_parameter_needs_a_name_for_every_axis():

@@ -129,6 +129,27 @@ def test_remat_gives_the_same_gradients(encoder: Encoder, plain_gradients: dict[
         assert_close(got[name], want, "gradient")
 
 
+@pytest.mark.parametrize("remat", [None, jax.checkpoint_policies.nothing_saveable])
+def test_layers_that_train_get_the_same_numbers_as_frozen_ones(encoder: Encoder, remat: Callable[..., Any] | None):
+    """`frozen` says how the loop reads the layers' weights; states, and gradients of all weights, are the same."""
+    graph, params = nnx.split(encoder.decoder)
+    media = jnp.asarray(builders.noise(5, 5, CONFIG.decoder.hidden_size))
+
+    def run(frozen: bool) -> tuple[jax.Array, nnx.State]:
+        def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
+            pooled = nnx.merge(graph, params, copy=True)(**ROWS, media=media, dtype=jnp.float32, remat=remat, frozen=frozen)
+            return jnp.sum(jnp.sin(pooled)), pooled
+
+        (_, pooled), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        return pooled, gradients
+
+    (pooled, gradients), (want, wanted) = run(frozen=True), run(frozen=False)
+    assert_close(pooled, want, "layer")
+    for (path, got), (_, expected) in zip(nnx.to_flat_state(gradients), nnx.to_flat_state(wanted), strict=True):
+        assert np.abs(expected[...]).max() > 1e-5 or path[-2:] == ("k", "bias"), path  # a bias of keys moves no softmax
+        assert_close(got[...], expected[...], "gradient")
+
+
 def test_a_fresh_adapter_adds_nothing():
     """A is drawn, B is zero, norms are one and biases zero."""
     lora = LoraConfig(rank=3, targets=("there",))

@@ -82,8 +82,8 @@ def test_the_step_gathers_what_it_must_and_never_the_fusion_head():
         runs.setdefault(c.kind, Counter())[c.shape] += c.runs
     assert runs.keys() == {"all-gather", "all-reduce", "all-to-all"} and {c.group for c in found} == {8}
     assert dict(runs["all-gather"]) == WEIGHTS | ACTIVATIONS
-    # Sums are merged by the compiler; among them are the scalars of two norms, of gradients and of updates.
-    assert {kind: sum(shapes.values()) for kind, shapes in runs.items() if kind != "all-gather"} == {"all-reduce": 23, "all-to-all": 13}
+    # Sums are merged by the compiler; among them are the scalars of two norms, of gradients and of updates; LoRA of the last layer apart.
+    assert {kind: sum(shapes.values()) for kind, shapes in runs.items() if kind != "all-gather"} == {"all-reduce": 25, "all-to-all": 13}
     fused = 3 * 64
     assert not any(f"{fused},64]" in shape or f"[8,{fused}]" in shape for shapes in runs.values() for shape in shapes)
 

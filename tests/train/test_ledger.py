@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -23,10 +22,10 @@ CLIPS = 4
 
 
 def one_layer() -> ModelConfig:
-    """One layer of each kind: XLA counts the body of a loop once, which is right for a loop of one."""
+    """One layer of each kind, and the decoder's last: XLA counts the body of a loop once, which is right for a loop of one."""
     width = 256
     return ModelConfig(
-        decoder=DecoderConfig(width, 512, num_layers=1, num_heads=2, num_kv_heads=1, vocab_size=64),
+        decoder=DecoderConfig(width, 512, num_layers=2, num_heads=2, num_kv_heads=1, vocab_size=64),
         vision=VisionConfig(128, 256, num_layers=1, num_heads=2, output_size=width, full_attention_layers=(0,)),
         audio=AudioConfig(128, 256, num_layers=1, num_heads=2, output_size=width),
         beats=BeatsConfig(num_layers=1, hidden_size=128, intermediate_size=256, num_heads=2, embed_dim=64, conv_pos_groups=4),
@@ -103,25 +102,37 @@ def test_a_step_at_7b_equals_a_count_by_hand() -> None:
     anchor, audio, video, text = 4 + 216 + 400 + 40, 2 + 400 + 6, 2 + 216 + 6, 40
     assert [sizes.prompt(name) for name in ("anchor", "audio", "video", "text")] == [anchor, audio, video, text]
     pairs = {n: n * (n + 1) // 2 for n in (anchor, audio, video, text)}
+    # The last layer: keys and values of all tokens, everything else for the last one.
+    keys = 2 * 3584 * 512 + 2 * (3584 + 512) * 16
+    rest = layer + lora - keys
+    attention = {n: 4 * 3584 * (27 * pairs[n] + n) for n in pairs}
+    ours = {n: 2 * (28 * keys * n + rest * (27 * n + 1)) + attention[n] for n in pairs}
+    whole = {n: 28 * (2 * (layer + lora) * n + 4 * 3584 * pairs[n]) for n in pairs}
     # Step 1: the hard negative exchanges the audio; L_A and L_D play text and video.
-    tokens, seen = 2 * anchor + text + video, 2 * pairs[anchor] + pairs[text] + pairs[video]
-    forward = 28 * (2 * (layer + lora) * tokens + 4 * 3584 * seen)
-    ours = ledger.per_triple(SEVEN_B, sizes, LossConfig())[1]["decoder"]
-    hard = 28 * (2 * (layer + lora) * anchor + 4 * 3584 * pairs[anchor])
-    assert ours == Passes(
-        forward=forward + hard,
-        recomputed=forward - 28 * 2 * 3584 * 18944 * tokens,
-        activations=forward + 28 * 4 * 3584 * seen,
-        weights=28 * 2 * lora * tokens,
+    graded = (anchor, anchor, text, video)
+    tokens, forward = sum(graded), sum(ours[n] for n in graded)
+    counted = ledger.per_triple(SEVEN_B, sizes, LossConfig())[1]["decoder"]
+    lora_keys = 2 * 16 * (3584 + 512)
+    assert counted == Passes(
+        forward=pytest.approx(forward + ours[anchor]),
+        recomputed=pytest.approx(forward - 2 * 3584 * 18944 * (27 * tokens + 4)),
+        activations=pytest.approx(forward + sum(attention[n] for n in graded)),
+        weights=pytest.approx(2 * (28 * lora_keys * tokens + (lora - lora_keys) * (27 * tokens + 4))),
     )
-    # The release embeds the audio as well, and gives it no gradient.
-    idle = 28 * (2 * (layer + lora) * audio + 4 * 3584 * pairs[audio])
-    theirs = ledger.released_per_triple(SEVEN_B, sizes, LossConfig())[1]["decoder"]
-    assert theirs == dataclasses.replace(ours, forward=forward + hard + idle)
+    # The release computes all layers whole, and embeds the audio as well, which takes no gradient.
+    forward, seen = sum(whole[n] for n in graded), sum(pairs[n] for n in graded)
+    assert ledger.released_per_triple(SEVEN_B, sizes, LossConfig())[1]["decoder"] == Passes(
+        forward=pytest.approx(forward + whole[anchor] + whole[audio]),
+        recomputed=pytest.approx(forward - 28 * 2 * 3584 * 18944 * tokens),
+        activations=pytest.approx(forward + 28 * 4 * 3584 * seen),
+        weights=pytest.approx(28 * 2 * lora * tokens),
+    )
     # Step 0: the other caption is 40 tokens behind the anchor's media.
     shared, apart = (ledger.exact_load(SEVEN_B, step_kind(0, LossConfig()), sizes, share_prefix=s) for s in (True, False))
     assert shared.graded.tokens - apart.graded.tokens == 40 and apart.still.tokens == anchor and shared.still.tokens == 0
     assert shared.graded.pairs - apart.graded.pairs == 40 * (anchor - 40) + pairs[text]
+    assert shared.graded.last_tokens - apart.graded.last_tokens == 1
+    assert shared.graded.last_pairs - apart.graded.last_pairs == anchor
 
 
 def test_the_head_and_the_bridge_train_and_towers_run_once_a_copy() -> None:
@@ -135,7 +146,8 @@ def test_the_head_and_the_bridge_train_and_towers_run_once_a_copy() -> None:
         assert step[tower].total == step[tower].forward > 0
     cached = ledger.per_triple(SEVEN_B, ClipSizes(), LossConfig(), cached=True)[1]
     assert cached["head"].again == 2 * fc1 * 3 and cached["vision"] == step["vision"]
-    hard = flops.decoder_terms(SEVEN_B, flops.Work(660, 660), flops.Work(660 * 661 // 2, 0))
+    last = flops.Work(1), flops.Work(660)
+    hard = flops.decoder_terms(SEVEN_B, flops.Work(660), flops.Work(660 * 661 // 2), last)
     assert cached["decoder"].again == pytest.approx(step["decoder"].forward - flops.operations(SEVEN_B, hard).computed)
 
 
@@ -144,8 +156,9 @@ def test_what_is_frozen_costs_no_weight_gradient_and_what_trains_does() -> None:
     load = ledger.padded_load(config, kind, SHAPES)
     frozen = ledger.clip_ledger(config, load, select(config, TrainableConfig()))
     whole = ledger.clip_ledger(config, load, select(config, TrainableConfig(recipe="all")))
-    kernel = 256 * 512 * 3 + 2 * 256 * 256 + 2 * 256 * 128
-    assert whole["decoder"].weights - frozen["decoder"].weights == 2 * kernel * load.graded.tokens
+    keys, others = 2 * 256 * 128, 256 * 512 * 3 + 2 * 256 * 256
+    tokens, pooled = load.graded.tokens, load.graded.last_tokens
+    assert whole["decoder"].weights - frozen["decoder"].weights == 2 * (2 * keys * tokens + others * (tokens + pooled))
     assert frozen["decoder"].activations == whole["decoder"].activations
     assert frozen["vision"].weights == 0 and whole["vision"].weights == whole["vision"].forward - 4 * 128 * 2 * 2 * 64**2
 
