@@ -109,7 +109,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
         watcher.tell(report(step.groups))
         if manifest.fresh:
             watcher.tell(f"freshly initialised in {base}: {', '.join(manifest.fresh)}")
-        digests = {**base_digests(manifest), "clips": _clips_digest(source)}
+        digests = {**base_digests(manifest), "clips": clips_digest(source)}
         stored = BASE if not run.model.base else str(base)
         config = WorkdirConfig(run.to_json(), model, stored, digests, total)
         check_equal("what they train", {**digests, "updates": total})
@@ -270,6 +270,12 @@ def _resumed(checkpoints: Checkpoints, state: TrainState, watcher: Watcher) -> T
     return jax.tree.map(lambda new, old: jax.device_put(jnp.asarray(new), old.sharding), restored, state)
 
 
-def _clips_digest(source: ClipSource) -> str:
-    lines = "\n".join(f"{name}\t{caption}" for name, caption in zip(source.ids, source.captions, strict=True))
-    return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
+def clips_digest(source: ClipSource) -> str:
+    """Returns a digest of all that is known of the clips before one is read: the same in every process and at every start.
+
+    What only decoding tells of streamed media is not in it, and paths are not: files may move.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for number in range(len(source)):
+        digest.update(f"{source.record(number)!r}\n".encode())
+    return digest.hexdigest()

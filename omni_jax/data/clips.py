@@ -23,6 +23,7 @@ class ClipInfo:
       second_per_grid: seconds between temporal steps; None likewise.
       samples: of the waveform; None likewise.
       silent: whether silence stands in for a missing audio track.
+      timestamps: seconds, [start, end), of its record's files; None for whole files, and for clips that were cut already.
     """
 
     id: str
@@ -31,6 +32,7 @@ class ClipInfo:
     second_per_grid: float | None = None
     samples: int | None = None
     silent: bool = False
+    timestamps: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,7 @@ class MediaSource:
     def record(self, index: int) -> ClipInfo:
         r = self.records[index]
         samples = self.limits.samples if self.preset.audio_pad else None
-        return ClipInfo(r.id, r.text or "", samples=samples, silent=r.audio is None)
+        return ClipInfo(r.id, r.text or "", samples=samples, silent=r.audio is None, timestamps=r.timestamps)
 
     def load(self, index: int) -> Clip:
         record = self.records[index]
