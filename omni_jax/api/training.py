@@ -35,7 +35,7 @@ from omni_jax.train.checkpoint import Checkpoints, one_line
 from omni_jax.train.lock import run_lock
 from omni_jax.train.loop import Row, Surroundings, train
 from omni_jax.train.lora import fresh_lora
-from omni_jax.train.metrics import evaluated, metrics_writer
+from omni_jax.train.metrics import collapsed_in_row, evaluated, metrics_writer
 from omni_jax.train.quarantine import Quarantine
 from omni_jax.train.workdir import BASE, CHECKPOINTS, WorkdirConfig, check_free, claim, read_config
 from omni_jax.types import InputError
@@ -151,6 +151,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
             stopping=watcher.stopping,
             evaluate=evaluator,
             evaluated=lambda number: writer is not None and evaluated(folder, number),  # process 0 says it for all
+            collapsed=lambda number: collapsed_in_row(folder, number),
         )
         try:
             state, done = train(step, state, frozen, mesh=mesh, run=run, total=total, data=data, checkpoints=checkpoints, around=around)

@@ -30,7 +30,10 @@ DIGEST = "batch_digest"
 COUNTS = ("silent", "mended", "truncated", "used_tokens", "total_tokens")
 """Numbers of an update's data, in rows beside "replaced", the records of `errors`; summed over processes."""
 
-ALWAYS = (DIGEST, *COUNTS, "replaced")
+COLLAPSED = "collapsed_in_row"
+"""Name in a row: updates in a row, up to this one, whose embeddings had collapsed. A run that goes on counts on from it."""
+
+ALWAYS = (DIGEST, *COUNTS, "replaced", COLLAPSED)
 """What the row of every update has, logged or not."""
 
 
@@ -68,6 +71,7 @@ class Surroundings:
       evaluate: (updates made, trainable arrays) -> figures by name, none where no record is usable; None where it was
         stopped meanwhile. Without it nothing is evaluated.
       evaluated: whether the figures after so many updates are there already; asked for the update where a run that goes on begins.
+      collapsed: what the row of that update says under COLLAPSED; of several processes the first one's word counts.
     """
 
     row: Callable[[int, Row], None]
@@ -77,6 +81,7 @@ class Surroundings:
     stopping: Callable[[], bool]
     evaluate: Callable[[int, Arrays], Mapping[str, float] | None] | None = None
     evaluated: Callable[[int], bool] = lambda number: True
+    collapsed: Callable[[int], int] = lambda number: 0
 
 
 def train(
@@ -102,7 +107,9 @@ def train(
       InputError: when updates are skipped or embeddings stay collapsed too often in a row, a checkpoint cannot be written, or data fail.
     """
     start = int(state.step)
-    watch = Watch(run.stop, around.tell)
+    # Of several processes one reads it: they must stop at the same update.
+    collapsed = around.collapsed(start) if start and jax.process_index() == 0 else 0
+    watch = Watch(run.stop, around.tell, total_over_processes([collapsed])[0])
     pending: _Pending | None = None
     began = time.monotonic()
     stopped = any_process(around.stopping())
@@ -159,7 +166,7 @@ class _Pending:
         row: Row = {name: np.asarray(value).item() for name, value in jax.device_get(dict(self.metrics)).items()}
         counts = {name: getattr(self.update, name) for name in COUNTS} | {"replaced": len(self.update.errors)}
         counts = dict(zip(counts, total_over_processes(list(counts.values())), strict=True))
-        row |= counts | {"clips_per_second": self.clips_per_second, DIGEST: digest_of(self.update.ids)}
+        row |= counts | {"clips_per_second": self.clips_per_second, DIGEST: digest_of(self.update.ids), COLLAPSED: watch.count(row)}
         for name, reason in self.update.errors:
             around.replaced(self.number, name, reason)
         around.row(self.number, row if self.logged else {name: row[name] for name in ALWAYS})
@@ -168,13 +175,20 @@ class _Pending:
 
 
 class Watch:
-    """Counts updates that were skipped and embeddings that have collapsed, in a row."""
+    """Looks for updates that were skipped and embeddings that have collapsed, in a row; `collapsed` of them before the first it sees."""
 
-    def __init__(self, limits: StopSection, tell: Callable[[str], None]):
-        self._limits, self._tell, self._collapsed = limits, tell, 0
+    def __init__(self, limits: StopSection, tell: Callable[[str], None], collapsed: int = 0):
+        self._limits, self._tell, self._collapsed, self._warned = limits, tell, collapsed, False
+
+    def count(self, row: Row) -> int:
+        """Returns the updates in a row whose embeddings have collapsed, the one of these metrics included."""
+        limits = self._limits
+        collapsed = row["mean_cosine"] > limits.max_mean_cosine or row["effective_rank"] < limits.min_effective_rank
+        self._collapsed = self._collapsed + 1 if collapsed and math.isfinite(row["loss"]) else 0
+        return self._collapsed
 
     def __call__(self, number: int, row: Row) -> None:
-        """Looks at the metrics of update `number`.
+        """Warns of the metrics of update `number`, COLLAPSED among them.
 
         Raises:
           InputError: when the run is not worth going on with.
@@ -188,14 +202,16 @@ class Watch:
                 f"{limits.skipped_in_row} updates in a row up to update {number} had no finite loss and gradient and were skipped; lower "
                 f"optimizer.learning_rate, or look for broken clips; the last checkpoint is as it was"
             )
-        collapsed = row["mean_cosine"] > limits.max_mean_cosine or row["effective_rank"] < limits.min_effective_rank
-        self._collapsed = self._collapsed + 1 if collapsed and math.isfinite(row["loss"]) else 0
-        if self._collapsed == limits.collapsed_in_row:
+        count = row[COLLAPSED]
+        self._warned = self._warned and count > 0
+        # Beyond the limit, too: a run may have gone on with a higher count, or with a lower limit.
+        if count >= limits.collapsed_in_row and not self._warned:
             figures = f"mean cosine {row['mean_cosine']:.3f}, effective rank {row['effective_rank']:.2f}"
-            text = f"embeddings have been collapsed for {self._collapsed} updates up to update {number} ({figures})"
+            text = f"embeddings have been collapsed for {count} updates up to update {number} ({figures})"
             if limits.collapse == "stop":
                 raise InputError(f"{text}; lower optimizer.learning_rate or raise losses.temperature, or stop.collapse=warn goes on")
             self._tell(f"warning: {text}")
+            self._warned = True
 
 
 def _evaluate(number: int, state: TrainState, around: Surroundings) -> bool:

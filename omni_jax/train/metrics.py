@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from omni_jax.train.loop import ALWAYS, DIGEST
+from omni_jax.train.loop import ALWAYS, COLLAPSED, DIGEST
 from omni_jax.train.workdir import write_whole
 
 # clu's package imports TensorFlow for its own TensorBoard writer. Ours, below, stands in that module's place.
@@ -100,9 +100,19 @@ def metrics_writer(workdir: epath.PathLike, start: int) -> interface.MetricWrite
 
 def evaluated(workdir: epath.PathLike, number: int) -> bool:
     """Whether the metrics of a workdir hold figures of the evaluation after `number` updates."""
+    return any(name.startswith("eval/") for row in _rows(workdir, number) for name in row)
+
+
+def collapsed_in_row(workdir: epath.PathLike, number: int) -> int:
+    """Returns what the row of an update says under COLLAPSED; 0 where it says nothing."""
+    return next((int(row[COLLAPSED]) for row in _rows(workdir, number) if COLLAPSED in row), 0)
+
+
+def _rows(workdir: epath.PathLike, number: int) -> list[dict[str, Any]]:
+    """Returns the rows of an update: of its own metrics, and of an evaluation after it."""
     path = epath.Path(workdir) / JSONL
     lines = path.read_text().splitlines() if path.exists() else []
-    return any(name.startswith("eval/") for line in lines if _step(line) == number for name in json.loads(line))
+    return [json.loads(line) for line in lines if _step(line) == number]
 
 
 def _step(line: str) -> float:

@@ -164,7 +164,7 @@ class EvaluationSection:
 
 @dataclasses.dataclass(frozen=True)
 class LogSection:
-    """All metrics every `every` updates; of the others the digest of their clips and the counts of their data."""
+    """All metrics every `every` updates; of the others the digest of their clips, the counts of their data and `collapsed_in_row`."""
 
     every: int = 10
 
@@ -175,7 +175,7 @@ class LogSection:
 
 @dataclasses.dataclass(frozen=True)
 class StopSection:
-    """When a run is not worth going on with.
+    """When a run is not worth going on with. What is counted in a row is counted on after a resume.
 
     Attributes:
       skipped_in_row: updates in a row without a finite loss and gradient that stop it.

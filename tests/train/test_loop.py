@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from configs import tiny
 from omni_jax.train import RunConfig, TrainState
 from omni_jax.train.checkpoint import Checkpoints, steps_of
-from omni_jax.train.loop import DIGEST, Row, Surroundings, digest_of, train
-from omni_jax.train.metrics import evaluated, metrics_writer
+from omni_jax.train.loop import COLLAPSED, DIGEST, Row, Surroundings, Watch, digest_of, train
+from omni_jax.train.metrics import collapsed_in_row, evaluated, metrics_writer
 from omni_jax.types import InputError
 from tests.train.states import assert_equal, state
 
@@ -125,6 +125,7 @@ class World:
             stopping=lambda: self._stop_after is not None and len(self.seen) >= self._stop_after,
             evaluate=evaluate if evaluates else None,
             evaluated=lambda number: evaluated(self.folder, number),
+            collapsed=lambda number: collapsed_in_row(self.folder, number),
         )
         try:
             data = data or Numbers()
@@ -249,6 +250,50 @@ def test_collapsed_embeddings_warn_or_stop(tmp_path: Path) -> None:
     strict = dataclasses.replace(RUN, stop=dataclasses.replace(RUN.stop, collapse="stop"))
     with pytest.raises(InputError, match="embeddings have been collapsed for 2 updates up to update 4"):
         World(tmp_path / "stop").run(Step(flat=2), run=strict)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_counts_in_a_row_go_on_with_a_run(tmp_path: Path, every: int) -> None:
+    """Stopped within the updates that end it, two collapsed or three skipped ones, whose rows are whole or not."""
+    run = dataclasses.replace(RUN, stop=dataclasses.replace(RUN.stop, collapse="stop"), log=dataclasses.replace(RUN.log, every=every))
+    flat, bad = tmp_path / "flat", tmp_path / "bad"
+    assert int(World(flat, stop_after=4).run(Step(flat=4), run=run).step) == 5
+    for _ in range(2):  # nothing is saved when it stops: it goes on from the same checkpoint
+        with pytest.raises(InputError, match="embeddings have been collapsed for 2 updates up to update 6"):
+            World(flat).run(Step(flat=4), run=run)
+    assert [row[COLLAPSED] for row in World(flat).rows()] == [0, 0, 0, 0, 1, 2]
+    assert int(World(bad, stop_after=4).run(Step(bad=3), run=run).step) == 5
+    with pytest.raises(InputError, match="3 updates in a row up to update 6 had no finite loss"):
+        World(bad).run(Step(bad=3), run=run)
+
+
+def test_a_run_that_goes_on_collapsed_is_warned_once_more(tmp_path: Path) -> None:
+    World(tmp_path, stop_after=4).run(Step(flat=2))
+    world = World(tmp_path)
+    world.run(Step(flat=2), total=9)
+    assert [line for line in world.lines if "warning" in line] == [
+        "warning: embeddings have been collapsed for 4 updates up to update 6 (mean cosine 1.000, effective rank 5.00)"
+    ]
+    assert [row[COLLAPSED] for row in world.rows()] == [0, 0, *range(1, 8)]
+
+
+def test_embeddings_that_collapse_again_are_told_again(tmp_path: Path) -> None:
+    told: list[str] = []
+    watch = Watch(RUN.stop, told.append)
+    for number, cosine in enumerate((1, 1, 1, 0, 1, 1), 1):
+        row: Row = {"loss": 2.0, "mean_cosine": cosine, "effective_rank": 5.0, "skipped_in_row": 0}
+        watch(number, row | {COLLAPSED: watch.count(row)})
+    assert [line.split(" (")[0] for line in told] == [
+        f"warning: embeddings have been collapsed for 2 updates up to update {number}" for number in (2, 6)
+    ]
+
+
+def test_counts_of_a_run_begun_by_an_older_version_start_anew(tmp_path: Path) -> None:
+    World(tmp_path, stop_after=3).run(Step(flat=2))
+    rows = [{name: value for name, value in row.items() if name != COLLAPSED} for row in World(tmp_path).rows()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    World(tmp_path).run(Step(flat=2))
+    assert [row.get(COLLAPSED) for row in World(tmp_path).rows()] == [None] * 3 + [1, 2, 3, 4]
 
 
 def test_the_digest_of_a_batch_tells_clips_and_their_order() -> None:
