@@ -64,6 +64,20 @@ def test_gradient_of_the_position_convolution_on_a_mesh(sizes: tuple[int, int, i
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-4, atol=1e-4 * float(jnp.abs(other).max()), err_msg=name)
 
 
+def test_a_key_bias_changes_nothing():
+    """So that its gradient vanishes, which tests of gradients count on; the kernel's does not."""
+    _, w = builders.random_part(lambda: beats.Attention(builders.maker(), CFG))
+    table, x = (
+        builders.noise(seed, *shape).astype(np.float64)
+        for seed, shape in ((1, (CFG.num_buckets, CFG.num_heads)), (2, (23, CFG.hidden_size)))
+    )
+    want = reference_towers.beats_attention(w, CFG, table, x)
+    moved = {name: Weights({**w.arrays, name: w[name] + builders.noise(3, *w[name].shape)}) for name in ("k/bias", "k/kernel")}
+    got = {name: reference_towers.beats_attention(other, CFG, table, x) for name, other in moved.items()}
+    assert_close(got["k/bias"], want, "float64_rounding")
+    assert np.abs(got["k/kernel"] - want).max() > 1e-3
+
+
 @pytest.mark.parametrize("part", ["attention", "block"])
 def test_one_block(part: str):
     kind, want = {"attention": (beats.Attention, reference_towers.beats_attention), "block": (beats.Block, reference_towers.beats_block)}[

@@ -270,7 +270,7 @@ def test_shards_and_jit_on_eight_devices_equal_one_device(scope: str, axes: tupl
         got, gradients = with_gradients(losses)(*spread)
         assert_close(got, want, "loss_sharding")
         for gradient, expected in zip(gradients, want_gradients, strict=True):
-            assert_close(gradient, expected, "loss_sharding")
+            assert_close(gradient, expected, "loss_sharding_gradient")
 
 
 def test_gradient_taken_inside_the_shards_is_that_of_the_whole_batch() -> None:
@@ -281,7 +281,7 @@ def test_gradient_taken_inside_the_shards_is_that_of_the_whole_batch() -> None:
         return jax.grad(lambda x: info_nce(x, b, temperature=TAU, axis_name="data"))(a)
 
     got = jax.jit(jax.shard_map(inside, mesh=mesh, in_specs=P("data"), out_specs=P("data")))(a, b)
-    assert_close(got, jax.grad(lambda x: info_nce(x, b, temperature=TAU))(a), "loss_sharding")
+    assert_close(got, jax.grad(lambda x: info_nce(x, b, temperature=TAU))(a), "loss_sharding_gradient")
 
 
 def test_local_and_global_hard_negatives_differ() -> None:

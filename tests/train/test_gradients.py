@@ -10,7 +10,8 @@ import pytest
 from omni_jax.train import LossConfig, TrainableConfig, TrainStep
 from omni_jax.train.gradients import REMAT, Forward, loss_of, spread
 from omni_jax.train.trainable import TEMPERATURE
-from tests.tolerances import TOLERANCES, assert_close
+from tests.tolerances import assert_close
+from tests.train.leaf_by_leaf import assert_same_gradients
 from tests.train.random_batches import MODEL, QUICK, WITH_DROPOUT, batch, parts, recipe
 
 
@@ -39,13 +40,10 @@ def cached(fwd: Forward, trainable, frozen, made, keys=None):
 def assert_same_update(got, want):
     # NumPy from here on: jax would compile each shape's arithmetic.
     (gradients, metrics), (wanted, expected) = jax.device_get((got, want))
-    assert gradients.keys() == wanted.keys() and metrics.keys() == expected.keys()
+    assert metrics.keys() == expected.keys()
     for name in expected:
         assert_close(metrics[name], expected[name], "update_loss")
-    largest = max(float(np.abs(g).max()) for g in wanted.values())
-    limit = TOLERANCES["gradient_cache"][1]
-    for name in wanted:
-        assert float(np.abs(gradients[name] - wanted[name]).max()) <= limit * largest, name
+    assert_same_gradients(gradients, wanted)
 
 
 @pytest.mark.parametrize(
