@@ -27,6 +27,13 @@ from tests.train.tiny_run import CLIPS, command, environment, finish, free_port,
 KILLS = 10
 STEPS = 24
 PLAIN: dict[str, Any] = {"evaluation__manifest": "", "losses__hn_audio_only": True, "checkpoint__every": 1}  # one kind of step: one program
+DRAWN = {
+    **PLAIN,
+    "losses__hn_audio_only": False,
+    "losses__pairs": "cycle",
+    "model__lora__rank": 2,
+    "model__lora__dropout": 0.3,
+}  # three, with dropout
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +88,26 @@ def whole(config: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -
     return workdir
 
 
+@pytest.fixture(scope="module")
+def drawn(config: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with every kind of step in turn, and LoRA matrices whose inputs are dropped."""
+    workdir = tmp_path_factory.mktemp("drawn") / "run"
+    finish(command(config, workdir, steps=STEPS, **DRAWN), environment(cache, devices=2))
+    return workdir
+
+
 @pytest.mark.slow
-def test_killed_ten_times_equals_never_killed_to_the_bit(config: Path, cache: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("settings", "undisturbed"), [(PLAIN, "whole"), (DRAWN, "drawn")], ids=["plain", "dropout-cycle"])
+def test_killed_ten_times_equals_never_killed_to_the_bit(
+    request: pytest.FixtureRequest, config: Path, cache: Path, tmp_path: Path, settings: dict[str, Any], undisturbed: str
+) -> None:
+    whole: Path = request.getfixturevalue(undisturbed)
     around, broken = environment(cache, devices=2), tmp_path / "broken"
     rng = random.Random(2025)
     saving = 0
     for kill in range(KILLS):
         more = newest(broken) + rng.randint(1, 2)
-        process = start(command(config, broken, steps=STEPS, **PLAIN), around)
+        process = start(command(config, broken, steps=STEPS, **settings), around)
         moment = ("start", "save", "save", "update")[kill % 4]
         if moment == "start":
             time.sleep(rng.uniform(0.5, 4.0))
@@ -102,7 +121,7 @@ def test_killed_ten_times_equals_never_killed_to_the_bit(config: Path, cache: Pa
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "the run ended before it was killed; give it more updates"
     assert saving >= 2, "no kill came in the midst of a save"
-    finish(command(config, broken, steps=STEPS, **PLAIN), around)
+    finish(command(config, broken, steps=STEPS, **settings), around)
     assert rows(broken) == rows(whole) and [row["step"] for row in rows(whole)] == list(range(1, STEPS + 1))
     expected, found = arrays(whole, STEPS), arrays(broken, STEPS)
     assert found.keys() == expected.keys()
