@@ -35,7 +35,7 @@ from omni_jax.train.checkpoint import Checkpoints, one_line
 from omni_jax.train.lock import run_lock
 from omni_jax.train.loop import Row, Surroundings, train
 from omni_jax.train.lora import fresh_lora
-from omni_jax.train.metrics import collapsed_in_row, evaluated, metrics_writer
+from omni_jax.train.metrics import collapsed_in_row, evaluated, metrics_writer, write_row
 from omni_jax.train.quarantine import Quarantine
 from omni_jax.train.workdir import BASE, CHECKPOINTS, WorkdirConfig, check_free, claim, read_config
 from omni_jax.types import InputError
@@ -127,8 +127,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
 
         def row(number: int, values: Row) -> None:
             if writer is not None:
-                writer.write_scalars(number, values)
-                writer.flush()
+                write_row(writer, number, values)
 
         evaluator = None
         if run.evaluation.manifest:

@@ -146,7 +146,7 @@ class TrainPipeline:
         A worker that dies is replaced and its update made again.
 
         Raises:
-          InputError: when workers die again and again, or nearly no clip can be read.
+          InputError: when workers die again and again or have no room to hand a batch over, or nearly no clip can be read.
         """
         restarts = 0
         update = start
@@ -166,10 +166,18 @@ class TrainPipeline:
                 restarts += 1
                 if restarts > RESTARTS:
                     raise InputError(
-                        f"data workers died {restarts} times in a row at update {update}; they need more memory than there is: "
-                        f"lower data.workers or the batch"
+                        f"data workers died {restarts} times in a row at update {update}; they need more memory than there is, or more "
+                        f"room in /dev/shm: lower data.workers or the batch"
                     ) from None
                 print(f"a data worker died; update {update} is made again", file=sys.stderr)
+            except OSError as error:
+                # A clip that cannot be read is a ClipError, so that this is the memory in which a worker hands a batch over.
+                if not self._workers:
+                    raise
+                raise InputError(
+                    f"a data worker cannot hand over update {update} in shared memory (/dev/shm): {error.strerror or error}; give it more "
+                    f"room, or lower data.workers or the batch (data.workers=0 needs none)"
+                ) from error
             finally:
                 iterator.close()
 

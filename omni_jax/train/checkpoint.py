@@ -10,9 +10,14 @@ is whole; what a killed process left has another name and is removed by the next
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
-from collections.abc import Iterator
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -70,8 +75,8 @@ class Checkpoints:
         if jax.default_backend() == "cpu":
             # On CPU the writer would read the very buffers that the next update is given.
             trainable, rest = jax.tree.map(jnp.copy, (trainable, rest))
+        self.wait()
         try:
-            self._manager.wait_until_finished()
             if step in self._manager.all_steps():
                 return
             if error := first_does(self._try):
@@ -238,14 +243,36 @@ def _of_the_machine(error: Exception) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """Returns what an error of a library says, cut to one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """Returns what an error of a library says, cut to one line; of TensorStore's the system's reason, which stands behind long paths."""
+    text = " ".join(str(error).split())
+    if code := re.search(r"os_error_code='?(\d+)", text):
+        return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.strerror and not error.filename:
+        return error.strerror
+    return text[:200] or type(error).__name__
 
 
 def _quieten() -> None:
-    logging.getLogger("absl").addFilter(_tells)
+    """Keeps Orbax and TensorStore from telling in thousands of lines what `Checkpoints` tells in one."""
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).addFilter(_tells)
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize.* was never awaited", RuntimeWarning)
+    if not isinstance(sys.unraisablehook, _Unraisable):
+        sys.unraisablehook = _Unraisable(sys.unraisablehook)
 
 
 def _tells(record: logging.LogRecord) -> bool:
-    # Orbax warns at every restore that files could be read with another sharding, which is what is wanted here.
-    return record.levelno > logging.WARNING or "orbax" not in record.pathname
+    # Orbax warns at every restore that files could be read with another sharding, which is what is wanted here. Its errors are raised, too:
+    # that of the first write which fails, while asyncio lists those of all others under way.
+    return "orbax" not in record.pathname and "orbax" not in record.getMessage()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unraisable:
+    """`sys.unraisablehook` but for one error: when a write fails Orbax closes the loop that TensorStore calls after each other write."""
+
+    other: Callable[[Any], Any]
+
+    def __call__(self, unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            self.other(unraisable)

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from omni_jax.train.checkpoint import one_line
 from omni_jax.train.loop import ALWAYS, COLLAPSED, DIGEST
 from omni_jax.train.workdir import write_whole
+from omni_jax.types import InputError
 
 # clu's package imports TensorFlow for its own TensorBoard writer. Ours, below, stands in that module's place.
 _SUMMARY = "clu.metric_writers.summary_writer"
@@ -96,6 +98,22 @@ def metrics_writer(workdir: epath.PathLike, start: int) -> interface.MetricWrite
     """Returns the writer of a run that goes on after update `start`: `metrics.jsonl` and `tensorboard/` in its workdir."""
     folder = epath.Path(workdir)
     return MultiWriter([JsonlWriter(folder / JSONL, start), TensorBoardWriter(folder / TENSORBOARD, start)])
+
+
+def write_row(writer: interface.MetricWriter, number: int, values: Mapping[str, Any]) -> None:
+    """Writes the metrics of an update where a reader finds them at once.
+
+    Raises:
+      InputError: when they cannot be written.
+    """
+    try:
+        writer.write_scalars(number, values)
+        writer.flush()
+    except OSError as e:
+        raise InputError(
+            f"the metrics of update {number} cannot be written: {e.strerror or one_line(e)}; look at the space and the permissions of the "
+            f"workdir, then start the run again: it goes on from its newest checkpoint"
+        ) from e
 
 
 def evaluated(workdir: epath.PathLike, number: int) -> bool:

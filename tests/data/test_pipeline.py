@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -277,6 +278,17 @@ def test_workers_change_nothing_and_one_that_is_killed_is_replaced(capfd: pytest
 def test_workers_that_always_die_end_the_run_with_one_line():
     with pytest.raises(InputError, match=r"data workers died 4 times in a row at update 0; .*lower data.workers"):
         list(pipeline(_Deadly(captions(20)), BATCH, ALL, workers=1).batches(0, 2))
+
+
+def test_no_room_to_hand_a_batch_over_is_one_line():
+    """A limit on the size of files stands for a full /dev/shm."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # semaphores need some bytes
+    try:
+        with pytest.raises(InputError, match=r"cannot hand over update 0 in shared memory \(/dev/shm\): File too large; .*data.workers=0"):
+            next(pipeline(MemorySource(captions(20)), BATCH, ALL, workers=1).batches(0, 2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class _Deadly(MemorySource):

@@ -69,7 +69,7 @@ def run(seed: int, minutes: float, *, kills: int = KILLS, steps: int = STEPS) ->
         compare(outcome, folder / "calm", folder / "disturbed", steps)
         outcome.expect(killed >= min(kills, 5), f"only {killed} kills in the time given")
         training_faults.two_at_once(outcome, command("twice", steps=9), around)
-        training_faults.full_disk(outcome, folder / "full", command("full", steps=30), around)
+        training_faults.full_disk(outcome, folder / "full", command("full", steps=30, data__workers=0), around)
         if clock.left > 60:
             training_faults.one_of_two(outcome, folder, command, folder / "cache", rng, compare)
         else:

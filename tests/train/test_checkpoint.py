@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import pytest
 from omni_jax.parallel import make_mesh
 from omni_jax.train.checkpoint import Checkpoints, read_trainable, steps_of
 from omni_jax.types import InputError
+from tests.house import ROOT
 from tests.train.states import assert_equal, state
 
 
@@ -153,6 +157,37 @@ def test_a_full_disk_stops_with_one_line_and_keeps_the_checkpoint_before(tmp_pat
     assert restored is not None
     assert_equal(restored, state(1))
     again.close()
+
+
+_FULL = """
+import resource, sys
+from pathlib import Path
+from omni_jax.train.checkpoint import Checkpoints
+from omni_jax.types import InputError
+from tests.house import ROOT
+from tests.train.states import state
+
+checkpoints = Checkpoints(Path(sys.argv[1]), 3)
+checkpoints.save(state(1))
+checkpoints.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (16, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+try:
+    checkpoints.save(state(2))
+    checkpoints.wait()
+except InputError as error:
+    print(error)
+checkpoints.close()
+"""
+
+
+def test_nothing_else_is_printed_when_the_disk_is_full(tmp_path: Path) -> None:
+    """Orbax, asyncio and TensorStore print hundreds of lines of a write that fails."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    ended = subprocess.run([sys.executable, "-c", _FULL, str(tmp_path / "c")], env=environment, capture_output=True, text=True, timeout=300)
+    line = (
+        f"{tmp_path / 'c'}: a checkpoint could not be written (File too large); checkpoint 1 is whole; free some space and run it again\n"
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, line, "")
 
 
 def test_a_folder_that_is_lost_while_training_is_one_line_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from configs import tiny
 from omni_jax.train import RunConfig, TrainState
 from omni_jax.train.checkpoint import Checkpoints, steps_of
 from omni_jax.train.loop import COLLAPSED, DIGEST, Row, Surroundings, Watch, digest_of, train
-from omni_jax.train.metrics import collapsed_in_row, evaluated, metrics_writer
+from omni_jax.train.metrics import collapsed_in_row, evaluated, metrics_writer, write_row
 from omni_jax.types import InputError
 from tests.train.states import assert_equal, state
 
@@ -118,7 +118,7 @@ class World:
             self.seen.append(number)
 
         around = Surroundings(
-            row=lambda n, row: writer.write_scalars(n, row),
+            row=lambda n, row: write_row(writer, n, row),
             tell=self.lines.append,
             update=update,
             replaced=lambda n, name, reason: self.lines.append(f"update {n}: {name}: {reason}"),
