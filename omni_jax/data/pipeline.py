@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -140,7 +140,7 @@ class TrainPipeline:
         self._slice = slice(process_index * size, (process_index + 1) * size)
         self._local_blocks = slice(process_index * batch.blocks // process_count, (process_index + 1) * batch.blocks // process_count)
 
-    def batches(self, start: int, stop: int) -> Iterator[PipelineBatch]:
+    def batches(self, start: int, stop: int) -> Generator[PipelineBatch]:
         """Yields the batches of updates start, start + 1, ..., stop - 1.
 
         A worker that dies is replaced and its update made again.

@@ -166,7 +166,7 @@ class Checkpoints:
 
     def _failure(self, step: int | None, error: Exception) -> InputError:
         what = "a checkpoint" if step is None else f"checkpoint {step}"
-        mend = "free some space" if jax.process_count() == 1 else "free some space, or see what the other processes say,"
+        mend = "see to space and permissions" + (", or what the other processes say," if jax.process_count() > 1 else "")
         return InputError(f"{self._folder}: {what} could not be written ({one_line(error)}); {self.kept()}; {mend} and run it again")
 
 

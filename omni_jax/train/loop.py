@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -53,8 +54,8 @@ class Update(Protocol):
 class Data(Protocol):
     """What makes updates by number."""
 
-    def batches(self, start: int, stop: int) -> Iterator[Any]:
-        """Yields the `Update` of start, start + 1, ..., stop - 1, made ahead."""
+    def batches(self, start: int, stop: int) -> Generator[Any]:
+        """Yields the `Update` of start, start + 1, ..., stop - 1, made ahead. Closing it ends its workers."""
         ...
 
 
@@ -122,32 +123,36 @@ def train(
         checkpoints.save(state)
         checkpoints.wait()
         return state, start == total and not missing
-    made = data.batches(start, total)
-    for number in range(start + 1, total + 1):
-        update, failure = _next(made)
-        # All processes leave together: the others would wait for this one's part of the update.
-        stopped, failed = np.any(of_every_process(np.array([around.stopping(), failure is not None])), axis=0)
-        if stopped or failed:
+    with contextlib.closing(data.batches(start, total)) as made:
+        for number in range(start + 1, total + 1):
+            update, failure = _next(made)
+            # All processes leave together: the others would wait for this one's part of the update.
+            stopped, failed = np.any(of_every_process(np.array([around.stopping(), failure is not None])), axis=0)
+            if stopped or failed:
+                if pending is not None:
+                    pending.settle(watch, around)
+                checkpoints.save(state)
+                checkpoints.wait()
+                if failed:
+                    raise failure or InputError(
+                        f"the data of another process failed, whose own message says why; update {number - 1} is saved"
+                    )
+                return state, False
+            state, metrics = step(state, frozen, place_update(update.batch, mesh))
             if pending is not None:
                 pending.settle(watch, around)
-            checkpoints.save(state)
-            checkpoints.wait()
-            if failed:
-                raise failure or InputError(f"the data of another process failed, whose own message says why; update {number - 1} is saved")
-            return state, False
-        state, metrics = step(state, frozen, place_update(update.batch, mesh))
-        if pending is not None:
-            pending.settle(watch, around)
-        elapsed, began = time.monotonic() - began, time.monotonic()
-        pending = _Pending(number, metrics, update, run.batch.clips / max(elapsed, 1e-9), number % run.log.every == 0 or number == total)
-        due = number == total or (run.evaluation.every > 0 and number % run.evaluation.every == 0)
-        if due or number % run.checkpoint.every == 0:
-            pending = pending.settle(watch, around)
-            checkpoints.save(state)
-        missing = due and around.evaluate is not None
-        if missing and not any_process(around.stopping()):
-            missing = not _evaluate(number, state, around)
-            began = time.monotonic()
+            elapsed, began = time.monotonic() - began, time.monotonic()
+            pending = _Pending(
+                number, metrics, update, run.batch.clips / max(elapsed, 1e-9), number % run.log.every == 0 or number == total
+            )
+            due = number == total or (run.evaluation.every > 0 and number % run.evaluation.every == 0)
+            if due or number % run.checkpoint.every == 0:
+                pending = pending.settle(watch, around)
+                checkpoints.save(state)
+            missing = due and around.evaluate is not None
+            if missing and not any_process(around.stopping()):
+                missing = not _evaluate(number, state, around)
+                began = time.monotonic()
     checkpoints.wait()
     return state, not missing
 

@@ -337,19 +337,21 @@ def test_workers_end_when_their_process_is_killed(tmp_path: Path):
 
 
 _LEFT = """
+import sys
 from omni_jax.data.plan import BatchConfig
 from omni_jax.train import LossConfig
 from tests.data.training_clips import MemorySource, captions, pipeline
 if __name__ == "__main__":
-    stream = pipeline(MemorySource(captions(20)), BatchConfig(4, seed=3), LossConfig(pairs="all"), workers=1).batches(0, 3)
+    stream = pipeline(MemorySource(captions(20)), BatchConfig(4, seed=3), LossConfig(pairs="all"), workers=1).batches(0, int(sys.argv[1]))
     print(*(next(stream).update for _ in range(3)))
     stream.close()
 """
 
 
-def test_a_process_that_has_read_all_leaves_no_shared_memory_and_says_nothing(tmp_path: Path):
+@pytest.mark.parametrize("made", [3, 100], ids=["all", "some"])
+def test_a_process_that_has_read_all_or_some_leaves_no_shared_memory_and_says_nothing(tmp_path: Path, made: int):
     script = tmp_path / "left.py"
     script.write_text(_LEFT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=300)
+    ended = subprocess.run([sys.executable, str(script), str(made)], capture_output=True, text=True, env=environment, timeout=300)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "0 1 2\n", "")

@@ -28,7 +28,7 @@ PARTS: dict[str, tuple[str, float, str]] = {
     "training": (
         "training",
         16,
-        "Kills of a run in all its moments, of its workers, of one of two processes; stops; a full disk",
+        "Kills of a run in all its moments, of its workers, of one of two processes; stops; a full disk, a read-only folder",
     ),
     "media": ("hostile_media", 8, "Broken, lying and odd media files through `embed` and `prepare`, whole ones between them"),
     "files": ("hostile_files", 5, "Checkpoints, adapters, embedding files, manifests and captions made to run code, lie or lead astray"),

@@ -1,7 +1,7 @@
 """Part `training`: SIGKILL at chosen moments of one run, of its data workers, of one of two processes; stops; two runs on one workdir.
 
 The run always goes on by itself from its newest whole checkpoint, and its losses, evaluations and final trainables are those of a run that
-nobody disturbed, bit for bit. What a full disk does is in training_faults.py.
+nobody disturbed, bit for bit. What a full disk and a read-only folder do is in training_faults.py.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def run(seed: int, minutes: float, *, kills: int = KILLS, steps: int = STEPS) ->
         outcome.expect(killed >= min(kills, 5), f"only {killed} kills in the time given")
         training_faults.two_at_once(outcome, command("twice", steps=9), around)
         training_faults.full_disk(outcome, folder / "full", command("full", steps=30, data__workers=0), around)
+        training_faults.read_only(outcome, folder / "closed", command("closed", steps=60), around)
         if clock.left > 60:
             training_faults.one_of_two(outcome, folder, command, folder / "cache", rng, compare)
         else:

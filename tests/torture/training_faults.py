@@ -1,7 +1,8 @@
-"""More of part `training`: two runs on one workdir, a full disk during a save, and the death of one of two processes."""
+"""More of part `training`: two runs on one workdir, a full disk or a read-only folder during a save, the death of one of two processes."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
@@ -34,38 +35,62 @@ def two_at_once(outcome: Outcome, command: list[str], around: dict[str, str]) ->
 
 
 def full_disk(outcome: Outcome, workdir: Path, command: list[str], around: dict[str, str]) -> None:
-    """A limit on the size of files stands for a full disk, also for root, whom permissions do not stop.
+    """A limit on the size of files stands for a full disk.
 
     The command must not use data workers, whose shared memory the limit would meet first.
     """
-    process = tiny_run.start(command, around)
+    process = _start(command, around)
+    _until_two_checkpoints(process, workdir)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    limited = _start(command, around, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, SMALL_FILE)))
+    _refused_and_gone_on_with(outcome, "full disk", limited, workdir, command, around)
+    outcome.tried.append(("runs whose disk was full during a save, gone on with afterwards", 1))
+
+
+def read_only(outcome: Outcome, workdir: Path, command: list[str], around: dict[str, str]) -> None:
+    """The folder of checkpoints takes no files any more in the midst of a run."""
+    process = _start(command, around, _obey_permissions)
+    _until_two_checkpoints(process, workdir)
+    (workdir / "checkpoints").chmod(0o555)
+    _refused_and_gone_on_with(outcome, "read-only folder", process, workdir, command, around)
+    outcome.tried.append(("runs whose folder became read-only, gone on with afterwards", 1))
+
+
+def _start(command: list[str], around: dict[str, str], before: Callable[[], object] | None = None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, env=around, cwd=commands.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=before
+    )
+
+
+def _obey_permissions() -> None:
+    """Takes from root, in what is executed next, what lets it write where permissions do not; of others it changes nothing."""
+    drop_from_bounding_set, override = 24, 1  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE of linux/prctl.h and linux/capability.h
+    ctypes.CDLL(None).prctl(drop_from_bounding_set, override, 0, 0, 0)
+
+
+def _until_two_checkpoints(process: subprocess.Popen[str], workdir: Path) -> None:
     deadline = time.monotonic() + 300
     while process.poll() is None and len(steps_of(workdir / "checkpoints")) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    before = steps_of(workdir / "checkpoints")
-    limited = subprocess.Popen(
-        command,
-        env=around,
-        cwd=commands.ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, SMALL_FILE)),
-    )
-    said = limited.communicate(timeout=commands.LIMIT_S)[0]
+
+
+def _refused_and_gone_on_with(
+    outcome: Outcome, what: str, process: subprocess.Popen[str], workdir: Path, command: list[str], around: dict[str, str]
+) -> None:
+    """Expects one clear line of a run that cannot save, the checkpoint before it, and that the run goes on once it can."""
+    folder = workdir / "checkpoints"
+    before = steps_of(folder)
+    said = process.communicate(timeout=commands.LIMIT_S)[0]
     last = said.strip().splitlines()[-1] if said.strip() else ""
     told = re.match(r"omni-jax: .*checkpoint.* could not be written", last) and "Traceback" not in said
-    outcome.expect(limited.returncode == 2 and bool(told), f"full disk: status {limited.returncode}, {said[-400:]!r}")
-    outcome.expect(steps_of(workdir / "checkpoints")[-1:] >= before[-1:], "full disk: the checkpoint before it is gone")
-    again = tiny_run.start(command, around)
+    outcome.expect(process.returncode == 2 and bool(told), f"{what}: status {process.returncode}, {said[-400:]!r}")
+    outcome.expect(steps_of(folder)[-1:] >= before[-1:], f"{what}: the checkpoint before it is gone")
+    folder.chmod(0o755)
+    again = _start(command, around)
     said = again.communicate(timeout=commands.LIMIT_S)[0]
-    outcome.expect(
-        again.returncode == 0 and "going on after update" in said, f"after a full disk: status {again.returncode}, {said[-300:]!r}"
-    )
-    outcome.tried.append(("runs whose disk was full during a save, gone on with afterwards", 1))
-    outcome.notes.append(f"a full disk says: {last.replace(os.fspath(workdir), 'WORKDIR')}")
+    outcome.expect(again.returncode == 0 and "going on after update" in said, f"after a {what}: status {again.returncode}, {said[-300:]!r}")
+    outcome.notes.append(f"a {what} says: {last.replace(os.fspath(workdir), 'WORKDIR')}")
 
 
 def one_of_two(

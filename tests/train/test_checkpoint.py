@@ -146,7 +146,7 @@ def test_a_full_disk_stops_with_one_line_and_keeps_the_checkpoint_before(tmp_pat
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))  # Python ignores SIGXFSZ: writes fail as on a full disk
     try:
-        with pytest.raises(InputError, match=r"could not be written .*; checkpoint 1 is whole; free some space") as caught:
+        with pytest.raises(InputError, match=r"could not be written .*; checkpoint 1 is whole; see to space and permissions") as caught:
             checkpoints.save(state(2))
             checkpoints.wait()
     finally:
@@ -184,10 +184,8 @@ def test_nothing_else_is_printed_when_the_disk_is_full(tmp_path: Path) -> None:
     """Orbax, asyncio and TensorStore print hundreds of lines of a write that fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     ended = subprocess.run([sys.executable, "-c", _FULL, str(tmp_path / "c")], env=environment, capture_output=True, text=True, timeout=300)
-    line = (
-        f"{tmp_path / 'c'}: a checkpoint could not be written (File too large); checkpoint 1 is whole; free some space and run it again\n"
-    )
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, line, "")
+    told = "a checkpoint could not be written (File too large); checkpoint 1 is whole; see to space and permissions and run it again"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"{tmp_path / 'c'}: {told}\n", "")
 
 
 def test_a_folder_that_is_lost_while_training_is_one_line_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Numbers:
     def __init__(self, broken: int | None = None):
         self.broken, self.made = broken, []
 
-    def batches(self, start: int, stop: int) -> Iterator[Update]:
+    def batches(self, start: int, stop: int) -> Generator[Update]:
         for number in range(start, stop):
             if number == self.broken:
                 raise InputError("data workers died 4 times in a row")
