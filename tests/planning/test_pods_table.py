@@ -55,6 +55,21 @@ def test_no_large_collective_but_those_of_a_layers_weights(table: list[dict[str,
             assert 0 < program["largest_collective_bytes"] <= LARGEST and program["large_outside_layers"] == []
 
 
+def test_every_host_has_whole_blocks(table: list[dict[str, Any]]) -> None:
+    for entry in table:
+        blocks = int(entry["command"].split("batch.blocks=")[1].split()[0])
+        assert blocks % entry["hosts"] == 0 and entry["micro_batch"] % blocks == 0, entry["command"]
+
+
+def test_the_page_says_what_an_epoch_costs(table: list[dict[str, Any]]) -> None:
+    (entry,) = [e for e in table if e["topology"] == "v5e:4x4" and fits(e)]
+    million = sum(program["expected"]["chip_hours_per_million_triples"] for program in trained(entry)) / 3
+    page = (ROOT / "docs" / "pods.md").read_text()
+    assert f"an epoch of 100,000 triples on 16 v5e chips is {million / 10:.0f} chip-hours, or {million / 160:.1f} hours" in page
+    peak = max(program["memory_gib"]["peak"] for program in trained(entry))
+    assert f"with gradient caching: {peak:.1f} of 15.75 GiB" in page
+
+
 def test_256_clips_as_one_pool_fit_16_v5e(table: list[dict[str, Any]]) -> None:
     (entry,) = [e for e in table if e["topology"] == "v5e:4x4" and fits(e)]
     assert entry["micro_batch"] * entry["micro_batches"] == 256 and entry["negatives"] == "global" and entry["model"] == "7B"
