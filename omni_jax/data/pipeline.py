@@ -6,6 +6,7 @@ Letters: M micro-batches, B clips of a micro-batch over all processes, b of one 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import multiprocessing.process
 import os
 import signal
@@ -44,6 +45,7 @@ from omni_jax.types import (
 CANDIDATES = 256  # clips looked at to replace one that cannot be read
 ATTEMPTS = 16  # of them read, at most
 RESTARTS = 3  # workers that may die in a row before the run gives up
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.ENOMEM)
 AHEAD = 2  # updates made ahead in a thread where there are no workers
 
 
@@ -171,9 +173,9 @@ class TrainPipeline:
                     ) from None
                 print(f"a data worker died; update {update} is made again", file=sys.stderr)
             except OSError as error:
-                # A clip that cannot be read is a ClipError, so that this is the memory in which a worker hands a batch over.
-                if not self._workers:
+                if not self._workers or error.errno not in NO_ROOM:
                     raise
+                # Workers write nothing else: this is the memory in which one hands a batch over.
                 raise InputError(
                     f"a data worker cannot hand over update {update} in shared memory (/dev/shm): {error.strerror or error}; give it more "
                     f"room, or lower data.workers or the batch (data.workers=0 needs none)"

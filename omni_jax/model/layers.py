@@ -226,8 +226,8 @@ def scan_layers(
       xs: per-layer inputs with the same leading axis, or None.
       remat: a `jax.checkpoint` policy; None keeps all residuals. (`jax.checkpoint_policies.nothing_saveable` recomputes the layer.)
       count: how many layers run, from the first; None runs all.
-      in_place: which parameters the loop reads out of the whole stack. The others are cut to `count` layers before it, which copies them;
-        but a gradient of what is read in place is as large as the stack in every turn, so that only what is frozen should be.
+      in_place: which parameters the loop reads out of the whole stack, computing no gradient of them worth having: it would be as large as
+        the stack in every turn. The others are cut to `count` layers before the loop, which copies them.
 
     Returns:
       The last carry and the stacked ys.
@@ -240,9 +240,14 @@ def scan_layers(
         read = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), whole)
         return body(nnx.merge(graph, read, layer_params), carry, x)
 
-    if remat is not None:
-        step = jax.checkpoint(step, policy=remat, prevent_cse=False)
+    if remat is not None or jax.tree.leaves(whole):
+        step = jax.checkpoint(step, policy=remat or _all_but_what_is_read, prevent_cse=False)
     return jax.lax.scan(step, carry, jax.tree.map(lambda x: x[:count], (layers, params, xs)))
+
+
+def _all_but_what_is_read(primitive: Any, *_: Any, **__: Any) -> bool:
+    # Else each turn would keep its layer's weights, as they are read and as they are multiplied: a copy of the stack.
+    return primitive.name not in ("dynamic_slice", "squeeze", "reshape", "convert_element_type")
 
 
 def run_layer(

@@ -52,7 +52,9 @@ class Checkpoints:
         """
         self._folder = epath.Path(folder).absolute()
         self.notes: list[str] = []
+        self._told = False
         _quieten()
+        _quieten_failures()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
         try:
             handlers = {name: ocp.PyTreeCheckpointHandler() for name in (TRAINABLE, REST)}
@@ -140,7 +142,13 @@ class Checkpoints:
         return f"checkpoint {whole[-1]} is whole" if whole else "there is no checkpoint yet"
 
     def close(self) -> None:
-        """Waits and frees the threads. What could not be written was said by `save` or `wait`, and is not said again."""
+        """Waits and frees the threads. Prints a line where something could not be written that neither `save` nor `wait` has told."""
+        told = self._told
+        try:
+            self.wait()
+        except InputError as e:
+            if not told:
+                print(f"warning: {e}", file=sys.stderr)
         with contextlib.suppress(Exception):
             self._manager.close()
 
@@ -165,6 +173,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _failure(self, step: int | None, error: Exception) -> InputError:
+        self._told = True
         what = "a checkpoint" if step is None else f"checkpoint {step}"
         mend = "see to space and permissions" + (", or what the other processes say," if jax.process_count() > 1 else "")
         return InputError(f"{self._folder}: {what} could not be written ({one_line(error)}); {self.kept()}; {mend} and run it again")
@@ -253,18 +262,25 @@ def one_line(error: BaseException) -> str:
 
 
 def _quieten() -> None:
-    """Keeps Orbax and TensorStore from telling in thousands of lines what `Checkpoints` tells in one."""
-    for logger in ("absl", "asyncio"):
-        logging.getLogger(logger).addFilter(_tells)
+    logging.getLogger("absl").addFilter(_tells)
+
+
+def _quieten_failures() -> None:
+    """Keeps asyncio and TensorStore from telling in thousands of lines of a write that fails what `Checkpoints` tells in one."""
+    logging.getLogger("asyncio").addFilter(_tells_of_others)
     warnings.filterwarnings("ignore", "coroutine 'async_serialize.* was never awaited", RuntimeWarning)
     if not isinstance(sys.unraisablehook, _Unraisable):
         sys.unraisablehook = _Unraisable(sys.unraisablehook)
 
 
 def _tells(record: logging.LogRecord) -> bool:
-    # Orbax warns at every restore that files could be read with another sharding, which is what is wanted here. Its errors are raised, too:
-    # that of the first write which fails, while asyncio lists those of all others under way.
-    return "orbax" not in record.pathname and "orbax" not in record.getMessage()
+    # Orbax warns at every restore that files could be read with another sharding, which is what is wanted here. Its errors are raised, too.
+    return "orbax" not in record.pathname
+
+
+def _tells_of_others(record: logging.LogRecord) -> bool:
+    # The first write that fails raises; asyncio lists those of all others under way, each a task of Orbax's.
+    return "Task exception was never retrieved" not in (said := record.getMessage()) or "/orbax/checkpoint/" not in said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,5 +290,7 @@ class _Unraisable:
     other: Callable[[Any], Any]
 
     def __call__(self, unraisable: Any) -> None:
-        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+        error = unraisable.exc_value
+        # What Python itself cannot raise names the object it came from; TensorStore's C++ names none.
+        if unraisable.object is not None or not isinstance(error, RuntimeError) or str(error) != "Event loop is closed":
             self.other(unraisable)

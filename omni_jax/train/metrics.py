@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -57,7 +58,8 @@ class JsonlWriter(ScalarWriter):
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line that is still to be written, about which `write_row` has complained
+            self._file.close()
 
 
 class TensorBoardWriter(ScalarWriter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import resource
@@ -289,6 +290,16 @@ def test_no_room_to_hand_a_batch_over_is_one_line():
             next(pipeline(MemorySource(captions(20)), BATCH, ALL, workers=1).batches(0, 2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_another_failure_of_a_worker_is_not_taken_for_that():
+    with pytest.raises(OSError, match="no descriptor is left"):
+        next(pipeline(_Exhausted(captions(20)), BATCH, ALL, workers=1).batches(0, 2))
+
+
+class _Exhausted(MemorySource):
+    def load(self, index: int) -> Any:
+        raise OSError(errno.EMFILE, "no descriptor is left")
 
 
 class _Deadly(MemorySource):

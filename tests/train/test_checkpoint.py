@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -157,6 +158,20 @@ def test_a_full_disk_stops_with_one_line_and_keeps_the_checkpoint_before(tmp_pat
     assert restored is not None
     assert_equal(restored, state(1))
     again.close()
+
+
+def test_what_nobody_waited_for_is_told_when_it_could_not_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path / "c", 1)
+    checkpoints = Checkpoints(tmp_path / "c", 3)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))
+    try:
+        checkpoints.save(state(2))
+        checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told = r"warning: .* a checkpoint could not be written \(File too large\); checkpoint 1 is whole; .*\n"
+    assert re.fullmatch(told, capsys.readouterr().err)
 
 
 _FULL = """

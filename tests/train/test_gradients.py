@@ -160,10 +160,11 @@ def test_the_hard_negative_takes_no_gradient():
     assert not any(g.any() for g in jax.device_get(jax.jit(jax.grad(negative), compiler_options=QUICK)(trainable)).values())
 
 
-def test_nothing_is_kept_or_computed_for_the_gradient_of_frozen_weights():
+@pytest.mark.parametrize("remat", REMAT)
+def test_nothing_is_kept_or_computed_for_the_gradient_of_frozen_weights(remat: str):
     """No loop over the decoder's layers gives or is given a part of a frozen stack, and towers have no backward loop at all."""
     losses = LossConfig(temperature=0.2)
-    fwd, trainable, frozen = forward(losses)
+    fwd, trainable, frozen = forward(losses, remat=remat)
     made = batch(losses, 1, clips=4)
     one = jax.tree.map(lambda x: x[0], made)
     program = jax.make_jaxpr(lambda t, f: fwd.plain(t, f, one, made.kinds[0], None))(trainable, frozen)
@@ -177,8 +178,6 @@ def test_nothing_is_kept_or_computed_for_the_gradient_of_frozen_weights():
     assert (layers - 1, *rest) in inputs & outputs
     assert sum(eqn.params["length"] == MODEL.vision.num_layers and not eqn.params["reverse"] for eqn in loops) >= 1
     assert sum(bool(eqn.params["reverse"]) for eqn in loops) == 1  # the decoder's
-    gradients, _ = plain(fwd, trainable, frozen, made)
-    assert gradients.keys() == trainable.keys()
 
 
 def equations(jaxpr):
