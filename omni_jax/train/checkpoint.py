@@ -268,7 +268,7 @@ def _quieten() -> None:
 def _quieten_failures() -> None:
     """Keeps asyncio and TensorStore from telling in thousands of lines of a write that fails what `Checkpoints` tells in one."""
     logging.getLogger("asyncio").addFilter(_tells_of_others)
-    warnings.filterwarnings("ignore", "coroutine 'async_serialize.* was never awaited", RuntimeWarning)
+    warnings.filterwarnings("ignore", "coroutine '.*([Ss]erialize|Checkpoint).*' was never awaited", RuntimeWarning)
     if not isinstance(sys.unraisablehook, _Unraisable):
         sys.unraisablehook = _Unraisable(sys.unraisablehook)
 
