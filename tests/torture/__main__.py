@@ -25,11 +25,8 @@ from tests.torture.outcome import Outcome
 
 # Part -> its module, which has `run(seed, minutes) -> Outcome`, its share of the time, and what it is about.
 PARTS: dict[str, tuple[str, float, str]] = {
-    "training": (
-        "training",
-        16,
-        "Kills of a run in all its moments, of its workers, of one of two processes; stops; a full disk, a read-only folder",
-    ),
+    "training": ("training", 12, "Kills of a run in all its moments and of its workers; stops"),
+    "faults": ("faults", 4, "Two runs on one workdir, a full disk, a read-only folder, the death of one of two processes"),
     "media": ("hostile_media", 8, "Broken, lying and odd media files through `embed` and `prepare`, whole ones between them"),
     "files": ("hostile_files", 5, "Checkpoints, adapters, embedding files, manifests and captions made to run code, lie or lead astray"),
     "fuzz": ("fuzz", 20, "Coverage-guided fuzzing of manifest, safetensors header, torch reader and prompt builder"),

@@ -1,4 +1,4 @@
-"""More of part `training`: two runs on one workdir, a full disk or a read-only folder during a save, the death of one of two processes."""
+"""Part `faults`: two runs on one workdir, a full disk or a read-only folder during a save, the death of one of two processes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,47 @@ import re
 import resource
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from omni_jax.train.checkpoint import steps_of
 from tests.torture import commands
-from tests.torture.outcome import Outcome
+from tests.torture.outcome import Clock, Outcome
+from tests.torture.training import compare
 from tests.train import tiny_run
 
 SMALL_FILE = 20_000  # bytes: no array file of a checkpoint fits
 PAIR_STEPS = 16
 ALONE_S = 400.0  # the process that is left ends by itself within: jax hears nothing for 100 seconds before it gives a process up
+
+
+def run(seed: int, minutes: float) -> Outcome:
+    """Returns what was tried and lost; without the pairs of processes where the time is short, and it says so."""
+    outcome = Outcome("faults", seed)
+    clock = Clock(60 * minutes)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        config = tiny_run.make_files(folder)
+        around = tiny_run.environment(folder / "cache")
+        changes: dict[str, Any] = {"checkpoint__every": 3, "evaluation__every": 10, "data__workers": 1}
+
+        def command(name: str, *flags: str, **other: Any) -> list[str]:
+            return tiny_run.command(config, folder / name, *flags, **{**changes, **other})
+
+        two_at_once(outcome, command("twice", steps=9), around)
+        full_disk(outcome, folder / "full", command("full", steps=30, data__workers=0), around)
+        read_only(outcome, folder / "closed", command("closed", steps=60), around)
+        if clock.left > 60:
+            one_of_two(outcome, folder, command, folder / "cache", np.random.default_rng(seed))
+        else:
+            outcome.notes.append("out of time: no run of two processes")
+    outcome.seconds = clock.spent
+    return outcome
 
 
 def two_at_once(outcome: Outcome, command: list[str], around: dict[str, str]) -> None:
@@ -99,7 +126,6 @@ def one_of_two(
     command: Callable[..., list[str]],
     cache: Path,
     rng: np.random.Generator,
-    compare: Callable[..., None],
 ) -> None:
     """Kills one and then the other of two processes that train together: the one left ends by itself, and both are started again."""
     around = tiny_run.environment(cache)
