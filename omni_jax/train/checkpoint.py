@@ -279,8 +279,8 @@ def _tells(record: logging.LogRecord) -> bool:
 
 
 def _tells_of_others(record: logging.LogRecord) -> bool:
-    # The first write that fails raises; asyncio lists those of all others under way, each a task of Orbax's.
-    return "Task exception was never retrieved" not in (said := record.getMessage()) or "/orbax/checkpoint/" not in said
+    # The first write that fails raises; asyncio lists those of all others under way, by Orbax's code or the name of its unfinished folder.
+    return "exception was never retrieved" not in (said := record.getMessage()) or "orbax" not in said
 
 
 @dataclasses.dataclass(frozen=True)

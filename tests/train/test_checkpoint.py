@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import resource
@@ -172,6 +173,22 @@ def test_what_nobody_waited_for_is_told_when_it_could_not_be_written(tmp_path: P
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     told = r"warning: .* a checkpoint could not be written \(File too large\); checkpoint 1 is whole; .*\n"
     assert re.fullmatch(told, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("logger", "said", "told"),
+    [
+        ("asyncio", "_GatheringFuture exception was never retrieved\nfuture: <ValueError('writing c/2.orbax-checkpoint-tmp/rest')>", False),
+        ("asyncio", "Task exception was never retrieved\nfuture: <Task coro=<mine()> exception=KeyError(1)>", True),
+        ("asyncio", "Executing <Handle> took 0.2 seconds; the folder is orbax-runs", True),
+    ],
+)
+def test_only_what_a_failed_save_leaves_is_silenced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, logger: str, said: str, told: bool
+) -> None:
+    Checkpoints(tmp_path / "c", 3).close()
+    logging.getLogger(logger).error(said)
+    assert (said in caplog.text) == told
 
 
 _FULL = """
