@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from omni_jax.train.checkpoint import one_line
 from omni_jax.train.loop import ALWAYS, COLLAPSED, DIGEST
 from omni_jax.train.workdir import write_whole
 from omni_jax.types import InputError
@@ -113,7 +112,7 @@ def write_row(writer: interface.MetricWriter, number: int, values: Mapping[str, 
         writer.flush()
     except OSError as e:
         raise InputError(
-            f"the metrics of update {number} cannot be written: {e.strerror or one_line(e)}; look at the space and the permissions of the "
+            f"the metrics of update {number} cannot be written: {e.strerror or e}; look at the space and the permissions of the "
             f"workdir, then start the run again: it goes on from its newest checkpoint"
         ) from e
 

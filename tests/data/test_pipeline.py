@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from omni_jax.data.plan import BatchConfig, row_sizes
 from omni_jax.train import LossConfig, fit_shapes, kinds_of_update
 from omni_jax.types import BatchShapes, InputError, MicroBatch
 from tests.data.training_clips import CONFIG, MemorySource, captions, pipeline, tokenizer
+from tests.full_disk import files_of_at_most
 from tests.house import ROOT
 
 ALL = LossConfig(pairs="all")
@@ -283,13 +283,9 @@ def test_workers_that_always_die_end_the_run_with_one_line():
 
 def test_no_room_to_hand_a_batch_over_is_one_line():
     """A limit on the size of files stands for a full /dev/shm."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # semaphores need some bytes
-    try:
-        with pytest.raises(InputError, match=r"cannot hand over update 0 in shared memory \(/dev/shm\): File too large; .*data.workers=0"):
-            next(pipeline(MemorySource(captions(20)), BATCH, ALL, workers=1).batches(0, 2))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told = r"cannot hand over update 0 in shared memory \(/dev/shm\): File too large; .*data.workers=0"
+    with files_of_at_most(1000), pytest.raises(InputError, match=told):  # semaphores need some bytes
+        next(pipeline(MemorySource(captions(20)), BATCH, ALL, workers=1).batches(0, 2))
 
 
 def test_another_failure_of_a_worker_is_not_taken_for_that():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import resource
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from omni_jax.data.prepare import Preparation
 from omni_jax.data.shards import ShardSource, read_index, shard_name, write_json
 from omni_jax.data.sources import MediaSource, open_source
 from omni_jax.types import Features, InputError
+from tests.full_disk import files_of_at_most
 from tests.media_samples import write_clip
 
 SETTINGS = ("frames=4", "pixels=5000", "audio_seconds=1")
@@ -175,8 +175,7 @@ def test_an_interrupted_preparation_goes_on_without_losing_or_doubling(manifest:
 def test_a_full_disk_ends_a_preparation_with_one_line_and_keeps_what_is_there(
     manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """Files that may not grow stand for a disk without room: Python ignores SIGXFSZ, so that writes fail."""
-    out, before = tmp_path / "shards", resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = tmp_path / "shards"
     work = Preparation(out, read_manifest(manifest).records, (), PRESET, 3).run(0, 60)
     for _ in range(3):  # the first shard and the first clip of the second
         next(work)
@@ -184,11 +183,8 @@ def test_a_full_disk_ends_a_preparation_with_one_line_and_keeps_what_is_there(
     kept = (out / shard_name(0, 3)).read_bytes()
     for limit, name in ((4000, shard_name(1, 3)), (1, "")):
         capsys.readouterr()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-        try:
+        with files_of_at_most(limit):
             status = main(_arguments(manifest, out, "--shards", "3", "--workers", "0"))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
         (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("omni-jax:")]
         assert status == 2 and name in said and "cannot be written (" in said and said.endswith("; check that the disk has room")
         assert (out / shard_name(0, 3)).read_bytes() == kept and not (out / "index.json").exists()

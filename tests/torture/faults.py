@@ -44,7 +44,7 @@ def run(seed: int, minutes: float) -> Outcome:
         full_disk(outcome, folder / "full", command("full", steps=30, data__workers=0), around)
         read_only(outcome, folder / "closed", command("closed", steps=60), around)
         if clock.left > 60:
-            one_of_two(outcome, folder, command, folder / "cache", np.random.default_rng(seed))
+            one_of_two(outcome, folder, command, around, np.random.default_rng(seed))
         else:
             outcome.notes.append("out of time: no run of two processes")
     outcome.seconds = clock.spent
@@ -66,28 +66,22 @@ def full_disk(outcome: Outcome, workdir: Path, command: list[str], around: dict[
 
     The command must not use data workers, whose shared memory the limit would meet first.
     """
-    process = _start(command, around)
+    process = tiny_run.start(command, around)
     _until_two_checkpoints(process, workdir)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    limited = _start(command, around, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, SMALL_FILE)))
+    limited = tiny_run.start(command, around, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, SMALL_FILE)))
     _refused_and_gone_on_with(outcome, "full disk", limited, workdir, command, around)
     outcome.tried.append(("runs whose disk was full during a save, gone on with afterwards", 1))
 
 
 def read_only(outcome: Outcome, workdir: Path, command: list[str], around: dict[str, str]) -> None:
     """The folder of checkpoints takes no files any more in the midst of a run."""
-    process = _start(command, around, _obey_permissions)
+    process = tiny_run.start(command, around, _obey_permissions)
     _until_two_checkpoints(process, workdir)
     (workdir / "checkpoints").chmod(0o555)
     _refused_and_gone_on_with(outcome, "read-only folder", process, workdir, command, around)
     outcome.tried.append(("runs whose folder became read-only, gone on with afterwards", 1))
-
-
-def _start(command: list[str], around: dict[str, str], before: Callable[[], object] | None = None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command, env=around, cwd=commands.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=before
-    )
 
 
 def _obey_permissions() -> None:
@@ -114,7 +108,7 @@ def _refused_and_gone_on_with(
     outcome.expect(process.returncode == 2 and bool(told), f"{what}: status {process.returncode}, {said[-400:]!r}")
     outcome.expect(steps_of(folder)[-1:] >= before[-1:], f"{what}: the checkpoint before it is gone")
     folder.chmod(0o755)
-    again = _start(command, around)
+    again = tiny_run.start(command, around)
     said = again.communicate(timeout=commands.LIMIT_S)[0]
     outcome.expect(again.returncode == 0 and "going on after update" in said, f"after a {what}: status {again.returncode}, {said[-300:]!r}")
     outcome.notes.append(f"a {what} says: {last.replace(os.fspath(workdir), 'WORKDIR')}")
@@ -124,11 +118,10 @@ def one_of_two(
     outcome: Outcome,
     folder: Path,
     command: Callable[..., list[str]],
-    cache: Path,
+    around: dict[str, str],
     rng: np.random.Generator,
 ) -> None:
     """Kills one and then the other of two processes that train together: the one left ends by itself, and both are started again."""
-    around = tiny_run.environment(cache)
 
     def pair(name: str) -> list[subprocess.Popen[str]]:
         address = f"127.0.0.1:{tiny_run.free_port()}"

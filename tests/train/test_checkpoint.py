@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import pytest
 from omni_jax.parallel import make_mesh
 from omni_jax.train.checkpoint import Checkpoints, read_trainable, steps_of
 from omni_jax.types import InputError
+from tests.full_disk import files_of_at_most
 from tests.house import ROOT
 from tests.train.states import assert_equal, state
 
@@ -145,14 +145,10 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_stops_with_one_line_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     saved(tmp_path / "c", 1)
     checkpoints = Checkpoints(tmp_path / "c", 3)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))  # Python ignores SIGXFSZ: writes fail as on a full disk
-    try:
-        with pytest.raises(InputError, match=r"could not be written .*; checkpoint 1 is whole; see to space and permissions") as caught:
-            checkpoints.save(state(2))
-            checkpoints.wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told = r"could not be written .*; checkpoint 1 is whole; see to space and permissions"
+    with files_of_at_most(16), pytest.raises(InputError, match=told) as caught:
+        checkpoints.save(state(2))
+        checkpoints.wait()
     assert "\n" not in str(caught.value)
     again = Checkpoints(tmp_path / "c", 3)
     restored = again.restore(state(0))
@@ -164,13 +160,9 @@ def test_a_full_disk_stops_with_one_line_and_keeps_the_checkpoint_before(tmp_pat
 def test_what_nobody_waited_for_is_told_when_it_could_not_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tmp_path / "c", 1)
     checkpoints = Checkpoints(tmp_path / "c", 3)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))
-    try:
+    with files_of_at_most(16):
         checkpoints.save(state(2))
         checkpoints.close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     told = r"warning: .* a checkpoint could not be written \(File too large\); checkpoint 1 is whole; .*\n"
     assert re.fullmatch(told, capsys.readouterr().err)
 
@@ -196,19 +188,20 @@ import resource, sys
 from pathlib import Path
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.types import InputError
+from tests.full_disk import files_of_at_most
 from tests.house import ROOT
 from tests.train.states import state
 
 checkpoints = Checkpoints(Path(sys.argv[1]), 3)
 checkpoints.save(state(1))
 checkpoints.wait()
-resource.setrlimit(resource.RLIMIT_FSIZE, (16, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-try:
-    checkpoints.save(state(2))
-    checkpoints.wait()
-except InputError as error:
-    print(error)
-checkpoints.close()
+with files_of_at_most(16):
+    try:
+        checkpoints.save(state(2))
+        checkpoints.wait()
+    except InputError as error:
+        print(error)
+    checkpoints.close()
 """
 
 

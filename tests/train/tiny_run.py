@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,11 @@ def omni_jax(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "omni_jax.cli.main", *arguments]
 
 
-def start(arguments: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(arguments, env=dict(environment), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(arguments: list[str], environment: Mapping[str, str], before: Callable[[], object] | None = None) -> subprocess.Popen[str]:
+    """Starts a command; `before` runs in its process, ahead of it."""
+    return subprocess.Popen(
+        arguments, env=dict(environment), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=before
+    )
 
 
 def finish(arguments: list[str], environment: Mapping[str, str], status: int = 0) -> str:
