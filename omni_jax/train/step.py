@@ -142,7 +142,8 @@ class TrainStep:
         kind, arrays = batch.kinds[0], dataclasses.replace(batch, kinds=())
         with self._context():
             program: Any = self._program("micro", self._micro) if one_of_several else self._program("update", self._update)
-            which: dict[str, Any] = {"place": jnp.int32(0), "index": jnp.int32(0)} if one_of_several else {}
+            number = jax.ShapeDtypeStruct((), jnp.int32)  # an array would need a device, and those of a planned mesh are not there
+            which: dict[str, Any] = {"place": number, "index": number} if one_of_several else {}
             traced = program.trace(state, frozen, arrays, kind=kind, **which)
             return traced.lower(lowering_platforms=None if platform is None else (platform,))
 
