@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from omni_jax.config.errors import ConfigError
@@ -27,6 +28,10 @@ PREFIXES = ("passage", "query")
 """What a caption may be for a backbone trained with prefixes: something to be found, or something to find with."""
 
 
+FRAME_ROUNDING = ("floor", "nearest", "stride")
+"""How the frames of a clip are chosen, as `Preset.frame_rounding` has it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Preset:
     """How clips and captions become model inputs.
@@ -35,13 +40,19 @@ class Preset:
       text_head: "last" pools text alone from the last layer, without the fusion head; "fused" sends it through the fusion head.
       end_token: whether a prompt ends with `<|im_end|>`.
       filler: text that stands where a prompt has media and no caption; "" for none.
+      filler_audio, filler_video: the same where the prompt has audio alone, or video alone; None takes `filler`.
       audio_crop: "first" or "center": which part of a longer track is kept.
       audio_seconds: length kept, seconds; 0 keeps the whole track.
       audio_pad: whether a shorter track is zero-padded to `audio_seconds`.
       channels: "first" or "mean": how several audio channels become one.
-      frames: frames sampled per clip; even.
+      frames: frames sampled per clip where `fps` is 0; even.
+      fps: frames sampled per second; 0 samples `frames` whatever the length.
+      max_frames: most frames of a clip sampled by `fps`; 0 sets no limit.
+      frame_rounding: whose frames are taken: "floor", evenly spaced and rounded down, as in training; "nearest", rounded to the nearest, as
+        mteb does from 2.26 on; "stride", every so many-th from the first, as mteb did before. `media.sampling` has the rules.
       frame_crop: "none" or "square" (centre).
       pixels: minimum and maximum area of a resized frame, pixels.
+      min_pixels, max_pixels: the one or the other bound where they differ; 0 takes `pixels`.
       max_text_tokens: a longer caption is cut, and counted.
       prefix: "passage" or "query": what stands before a caption ("passage: ") where its record names nothing else; "" for nothing. Only
         for backbones whose prompts follow the chat template.
@@ -50,13 +61,20 @@ class Preset:
     text_head: str = "last"
     end_token: bool = True
     filler: str = "Please describe the video."
+    filler_audio: str | None = None
+    filler_video: str | None = None
     audio_crop: str = "first"
     audio_seconds: float = 8.0
     audio_pad: bool = True
     channels: str = "first"
     frames: int = 8
+    fps: float = 0.0
+    max_frames: int = 0
+    frame_rounding: str = "floor"
     frame_crop: str = "none"
     pixels: int = 50176
+    min_pixels: int = 0
+    max_pixels: int = 0
     max_text_tokens: int = 512
     prefix: str = ""
 
@@ -65,6 +83,7 @@ class Preset:
             "text_head": ("last", "fused"),
             "audio_crop": ("first", "center"),
             "channels": ("first", "mean"),
+            "frame_rounding": FRAME_ROUNDING,
             "frame_crop": ("none", "square"),
             "prefix": ("", *PREFIXES),
         }
@@ -73,29 +92,54 @@ class Preset:
                 raise ConfigError(f"preset field {name}={getattr(self, name)!r}: choose one of {', '.join(filter(None, allowed))}")
         if self.frames < 2 or self.frames % 2:
             raise ConfigError(f"preset field frames={self.frames}: must be even and at least 2 (frames are embedded in pairs)")
-        if self.pixels < 28 * 28:
-            raise ConfigError(f"preset field pixels={self.pixels}: must be at least 784 (28 x 28)")
+        if not (math.isfinite(self.fps) and self.fps >= 0):
+            raise ConfigError(f"preset field fps={self.fps}: must be 0 (frames={self.frames} whatever the length) or positive")
+        if self.max_frames < 0 or (self.max_frames and not self.fps):
+            raise ConfigError(f"preset field max_frames={self.max_frames}: must be 0, or positive beside a positive fps")
+        for name in ("pixels", "min_pixels", "max_pixels"):
+            if getattr(self, name) < 28 * 28 and (name == "pixels" or getattr(self, name)):
+                raise ConfigError(f"preset field {name}={getattr(self, name)}: must be at least 784 (28 x 28)")
+        smallest, largest = self.areas
+        if smallest > largest:
+            raise ConfigError(f"preset fields min_pixels and max_pixels: the smallest area {smallest} is above the largest {largest}")
         if not (math.isfinite(self.audio_seconds) and self.audio_seconds >= 0):
             raise ConfigError(f"preset field audio_seconds={self.audio_seconds}: must be 0 (the whole track) or positive")
         if self.max_text_tokens < 1:
             raise ConfigError(f"preset field max_text_tokens={self.max_text_tokens}: must be at least 1")
 
+    @property
+    def areas(self) -> tuple[int, int]:
+        """Smallest and largest area of a resized frame, pixels."""
+        return self.min_pixels or self.pixels, self.max_pixels or self.pixels
+
+    @property
+    def most_frames(self) -> int:
+        """Most frames that a clip can have; 0 where its length alone says it."""
+        return self.max_frames if self.fps else self.frames
+
+    def filler_of(self, table: str) -> str:
+        """Returns the text that stands in a prompt of this table where it has no caption."""
+        own = {"audio": self.filler_audio, "video": self.filler_video}.get(table)
+        return self.filler if own is None else own
+
     def check(self, prompt: str) -> None:
-        """Raises ConfigError for a prefix where the backbone's prompts ("plain" or "chat", `ModelConfig.prompt`) take none."""
+        """Raises ConfigError for a field that the backbone's prompts ("plain" or "chat", `ModelConfig.prompt`) leave without effect."""
         if self.prefix and prompt == "plain":
             names = ", ".join(presets_for(prompt))
             raise ConfigError(
                 f"preset field prefix={self.prefix!r}: this backbone takes no prefix; leave it away, or use a preset of {names}"
             )
+        if self.text_head == "fused" and prompt == "chat":
+            raise ConfigError("preset field text_head='fused': this backbone has no fusion head; leave it at 'last'")
 
     def override(self, assignments: list[str]) -> Preset:
         """Returns a copy with `field=value` strings applied, each value read as the field's own type.
 
         Raises:
-          ConfigError: for an unknown field or a value of the wrong type.
+          ConfigError: for an unknown field, a value of the wrong type, or one that the other fields leave without effect.
         """
         changes: dict[str, Any] = {}
-        types = {f.name: type(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        types = {f.name: type(f.default) for f in dataclasses.fields(self)}
         for text in assignments:
             name, sep, value = text.partition("=")
             if not sep or name not in types:
@@ -104,7 +148,27 @@ class Preset:
                 changes[name] = _parse(value, types[name])
             except ValueError:
                 raise ConfigError(f"--set {text}: {name} takes a value like {getattr(self, name)!r}") from None
-        return dataclasses.replace(self, **changes)
+        made = Preset(**self.merged(changes))
+        made.check_effect(changes)
+        return made
+
+    def merged(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns all fields with these in their places: `frames` frees `fps` and `max_frames`, `pixels` its two bounds."""
+        replaced = {"frames": ("fps", "max_frames"), "pixels": ("min_pixels", "max_pixels")}
+        freed = {other: type(getattr(self, other))() for name in replaced if name in fields for other in replaced[name]}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | freed | dict(fields)
+
+    def check_effect(self, fields: Iterable[str]) -> None:
+        """Raises ConfigError for one of these fields whose value the others leave without effect."""
+        whole = not self.audio_seconds
+        for name, idle, reason in (
+            ("frames", self.fps > 0, f"fps={self.fps:g} says how many"),
+            ("pixels", self.min_pixels and self.max_pixels, "min_pixels and max_pixels say it"),
+            ("audio_pad", self.audio_pad and whole, "audio_seconds=0 keeps whole tracks; set a length with it"),
+            ("audio_crop", self.audio_crop != "first" and whole, "audio_seconds=0 keeps whole tracks; set a length with it"),
+        ):
+            if name in fields and idle:
+                raise ConfigError(f"preset field {name}={getattr(self, name)!r} has no effect: {reason}")
 
 
 def _parse(value: str, kind: type) -> Any:
@@ -112,7 +176,7 @@ def _parse(value: str, kind: type) -> Any:
         if value.lower() not in ("true", "false", "1", "0"):
             raise ValueError(value)
         return value.lower() in ("true", "1")
-    return kind(value)
+    return value if kind is type(None) else kind(value)
 
 
 PRESETS: dict[str, Preset] = {
@@ -122,10 +186,35 @@ PRESETS: dict[str, Preset] = {
     "release": Preset(
         text_head="fused", end_token=False, filler="", audio_crop="center", channels="mean", frame_crop="square", pixels=336 * 336
     ),
-    # The wrapper of the MTEB benchmark.
-    "mteb": Preset(text_head="fused", audio_seconds=300.0, audio_pad=False, channels="mean"),
+    # The OmniRetriever wrapper of mteb since 2.26.0.
+    "mteb": Preset(text_head="fused", audio_crop="center", channels="mean", frame_rounding="nearest"),
+    # The same of mteb 2.20, as its figures of August 2026 were made.
+    "mteb_2026_08": Preset(text_head="fused", audio_seconds=300.0, audio_pad=False, channels="mean", frame_rounding="stride"),
+    # WAVE-7B's own evaluation: a frame every half second, whole tracks, a prompt of its own for sound.
+    "wave": Preset(
+        filler_audio="Please describe the audio.",
+        audio_seconds=0.0,
+        audio_pad=False,
+        fps=2.0,
+        max_frames=128,
+        min_pixels=28 * 28,
+        max_pixels=420 * 420,
+    ),
     # Omni-Embed-Nemotron-3B: the whole track, no filler, captions as passages.
     "nemotron": Preset(filler="", audio_seconds=0.0, audio_pad=False, prefix="passage"),
+    # mteb's wrapper of it.
+    "nemotron_mteb": Preset(
+        filler="",
+        audio_seconds=128.0,
+        audio_pad=False,
+        channels="mean",
+        fps=2.0,
+        max_frames=64,
+        frame_rounding="nearest",
+        min_pixels=32 * 14 * 14,
+        max_pixels=64 * 28 * 28,
+        prefix="passage",
+    ),
 }
 
 

@@ -57,9 +57,10 @@ def load_clip(record: Record, preset: Preset, modalities: frozenset[str]) -> Cli
     video = waveform = None
     warnings: tuple[str, ...] = ()
     if "v" in modalities and record.video is not None:
+        from omni_jax.media.sampling import FrameRule
         from omni_jax.media.video import read_frames
 
-        video = read_frames(record.video, preset.frames, record.timestamps)
+        video = read_frames(record.video, FrameRule.of(preset), record.timestamps)
     if "a" in modalities and record.audio is not None:
         from omni_jax.media.audio import read_waveform
 

@@ -25,6 +25,7 @@ from omni_jax.data.shards import (
     media_fields,
     open_shard,
     shard_name,
+    stored_fields,
     write_dataset_info,
     write_index,
     write_json,
@@ -133,7 +134,8 @@ class Preparation:
         if state.is_file():
             try:
                 earlier = json.loads(state.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+                earlier["preset"] = stored_fields(earlier["preset"])
+            except (OSError, ValueError, KeyError, TypeError):
                 raise InputError(f"{state}: cannot be read; remove the folder and prepare it anew") from None
             if earlier != settings:
                 differing = next((name for name in settings if earlier.get(name) != settings[name]), "settings")

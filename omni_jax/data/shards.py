@@ -26,7 +26,7 @@ import numpy as np
 
 from omni_jax.config import Preset
 from omni_jax.data.clips import ClipInfo, Limits
-from omni_jax.features.vision import FRAMES_PER_STEP, PATCH
+from omni_jax.features.vision import FRAMES_PER_STEP, PATCH, temporal_steps
 from omni_jax.types import Clip, ClipError, InputError, Record, VideoFrames
 
 FORMAT = "omni_jax.clips/1"
@@ -34,8 +34,14 @@ INDEX = "index.json"
 NAME, SPLIT = "clips", "train"
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 COLUMNS = ("id", "caption", "grid", "second_per_grid", "seconds", "frames", "samples", "silent")
-MEDIA_FIELDS = ("audio_crop", "audio_seconds", "audio_pad", "channels", "frames", "frame_crop", "pixels")
-"""Fields of a preset that shards depend on; the others are about text."""
+MEDIA_FIELDS = (
+    *("audio_crop", "audio_seconds", "audio_pad", "channels"),
+    *("frames", "fps", "max_frames", "frame_rounding", "frame_crop", "pixels", "min_pixels", "max_pixels"),
+)
+"""Fields of a preset that shards depend on."""
+
+TEXT_FIELDS = ("text_head", "end_token", "filler", "filler_audio", "filler_video", "max_text_tokens", "prefix")
+"""Fields of a preset that change prompts or their pooling alone: shards serve every value. A test holds every field to one of the two."""
 
 _WRITER = "group_size:1,zstd:1"  # a record is read alone
 _READER = "readahead_buffer_size:0,max_parallelism:0"  # random access
@@ -50,6 +56,11 @@ def shard_name(number: int, count: int) -> str:
 def media_fields(preset: Preset) -> dict[str, Any]:
     """Returns what shards depend on."""
     return {name: getattr(preset, name) for name in MEDIA_FIELDS}
+
+
+def stored_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what shards depend on as an index holds it; a field that is younger than the index had its default's effect."""
+    return media_fields(Preset()) | {name: stored[name] for name in MEDIA_FIELDS if name in stored}
 
 
 @functools.cache
@@ -115,7 +126,7 @@ def index_row(clip: Clip, silent: bool) -> dict[str, Any]:
     return {
         "id": clip.record.id,
         "caption": clip.record.text,
-        "grid": [count // FRAMES_PER_STEP, height // PATCH, width // PATCH],
+        "grid": [temporal_steps(count), height // PATCH, width // PATCH],
         "second_per_grid": FRAMES_PER_STEP / (count / clip.video.seconds),
         "seconds": clip.video.seconds,
         "frames": count,
@@ -213,11 +224,11 @@ class ShardSource:
         """
         self._folder, self.preset = Path(directory), preset
         index = read_index(self._folder)
-        wanted = media_fields(preset)
-        if differing := [name for name in MEDIA_FIELDS if index["preset"].get(name) != wanted[name]]:
+        wanted, stored = media_fields(preset), stored_fields(index["preset"])
+        if differing := [name for name in MEDIA_FIELDS if stored[name] != wanted[name]]:
             name = differing[0]
             raise InputError(
-                f"{directory}: prepared with {name}={index['preset'].get(name)!r}, but training asks for {name}={wanted[name]!r}; "
+                f"{directory}: prepared with {name}={stored[name]!r}, but training asks for {name}={wanted[name]!r}; "
                 f"prepare it again, or give the preset that it was prepared with"
             )
         self._rows: Mapping[str, list[Any]] = index["records"]

@@ -16,7 +16,7 @@ from omni_jax.data.clips import ClipInfo, ClipSource, Limits
 from omni_jax.data.loading import DECODE_LIMIT_S, load_training_clip
 from omni_jax.data.manifest import Problem, read_manifest
 from omni_jax.features.audio import HOP, KALDI_WINDOW, SAMPLE_RATE, audio_tokens
-from omni_jax.features.vision import FRAMES_PER_STEP, PATCH, smart_resize
+from omni_jax.features.vision import PATCH, smart_resize, temporal_steps
 from omni_jax.media.workers import Guarded
 from omni_jax.types import Clip, InputError, Record
 
@@ -39,8 +39,10 @@ class MediaSource:
         """Takes the records that have a caption and a video; the others become problems.
 
         Raises:
-          InputError: when none is left, or when the preset keeps whole tracks, whose lengths only decoding tells.
+          InputError: when none is left, or when the preset keeps whole tracks or all frames, whose lengths only decoding tells.
         """
+        if not preset.most_frames:
+            raise InputError("fps without max_frames samples clips of unknown length; run 'omni-jax prepare' first, or set max_frames")
         if preset.audio_seconds == 0:
             raise InputError("audio_seconds=0 keeps whole tracks of unknown length; run 'omni-jax prepare' first, or set a length")
         self.records, unfit = trainable(records)
@@ -52,7 +54,9 @@ class MediaSource:
         self.ids = [r.id for r in self.records]
         self.captions = [r.text or "" for r in self.records]
         self.limits = Limits(
-            preset.frames // FRAMES_PER_STEP, most_patches(preset.pixels), max(SAMPLE_RATE, round(preset.audio_seconds * SAMPLE_RATE))
+            temporal_steps(preset.most_frames),
+            most_patches(*preset.areas),
+            max(SAMPLE_RATE, round(preset.audio_seconds * SAMPLE_RATE)),
         )
         self._load = Guarded(load_training_clip, timeout_s)
 
@@ -104,9 +108,9 @@ def trainable(records: Sequence[Record]) -> tuple[list[Record], list[Problem]]:
     return usable, unfit
 
 
-def most_patches(pixels: int) -> int:
-    """Returns the most patches that a frame of an aspect ratio up to LONGEST_ASPECT gets."""
-    sizes = [smart_resize(1000, round(1000 * aspect), pixels) for aspect in np.linspace(1, LONGEST_ASPECT, 301)]
+def most_patches(smallest: int, largest: int) -> int:
+    """Returns the most patches that a large frame of an aspect ratio up to LONGEST_ASPECT gets between areas in pixels."""
+    sizes = [smart_resize(1000, round(1000 * aspect), smallest, largest) for aspect in np.linspace(1, LONGEST_ASPECT, 301)]
     return max(h * w for h, w in sizes) // PATCH**2
 
 

@@ -24,11 +24,14 @@ MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of CLIP's tr
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
-def smart_resize(height: int, width: int, pixels: int) -> tuple[int, int]:
-    """Returns (height, width) in pixels, multiples of 28 near `pixels` in area, the aspect nearly kept.
+def smart_resize(height: int, width: int, smallest: int, largest: int | None = None) -> tuple[int, int]:
+    """Returns (height, width) in pixels, multiples of 28 with an area near or between the bounds, the aspect nearly kept.
 
-    Both sides are rounded to multiples of 28. An area above `pixels` is then scaled down and both sides rounded down, an area below it
-    scaled up and both sides rounded up.
+    Both sides are rounded to multiples of 28. An area above `largest` is then scaled down and both sides rounded down, an area below
+    `smallest` scaled up and both sides rounded up.
+
+    Args:
+      smallest, largest: areas in pixels; None takes `smallest` for both.
 
     Raises:
       ClipError: for a side below 28 pixels or an aspect ratio above 200.
@@ -41,12 +44,13 @@ def smart_resize(height: int, width: int, pixels: int) -> tuple[int, int]:
         raise ClipError(f"frames are {width}x{height} pixels; the aspect ratio must not exceed {MAX_ASPECT}; crop it or remove the record")
     sides = [round(side / FACTOR) * FACTOR for side in (height, width)]
     area = sides[0] * sides[1]
-    if area > pixels:
-        scale = math.sqrt(height * width / pixels)
+    largest = smallest if largest is None else largest
+    if area > largest:
+        scale = math.sqrt(height * width / largest)
         # A side of a long strip would round down to nothing.
         sides = [max(FACTOR, math.floor(side / scale / FACTOR) * FACTOR) for side in (height, width)]
-    elif area < pixels:
-        scale = math.sqrt(pixels / (height * width))
+    elif area < smallest:
+        scale = math.sqrt(smallest / (height * width))
         sides = [math.ceil(side * scale / FACTOR) * FACTOR for side in (height, width)]
     return sides[0], sides[1]
 
@@ -83,7 +87,7 @@ def vision_features(frames: VideoFrames, preset: Preset) -> VisionFeatures:
     """Returns the normalised patches of one clip.
 
     Raises:
-      ClipError: for an odd number of frames, a clip without length, and frames that cannot be resized.
+      ClipError: for a clip without frames or length, and frames that cannot be resized.
     """
     return patch_features(training_frames(frames, preset))
 
@@ -98,26 +102,33 @@ def training_frames(frames: VideoFrames, preset: Preset) -> VideoFrames:
     """
     _check(frames)
     pictures = square_crop(frames.frames) if preset.frame_crop == "square" else frames.frames
-    height, width = smart_resize(pictures.shape[1], pictures.shape[2], preset.pixels)
+    height, width = smart_resize(pictures.shape[1], pictures.shape[2], *preset.areas)
     return dataclasses.replace(frames, frames=resize(pictures, height, width))
 
 
 def patch_features(frames: VideoFrames) -> VisionFeatures:
-    """Returns the normalised patches of frames that `training_frames` has made."""
+    """Returns the normalised patches of frames that `training_frames` has made; the last of an odd number stands twice, as in Qwen's
+    processor, and the time between steps is that of the frames sampled."""
     _check(frames)
     count, height, width = frames.frames.shape[:3]
     pixels = (frames.frames.astype(np.float32) / np.float32(255) - MEAN) / STD
+    if count % FRAMES_PER_STEP:
+        pixels = np.concatenate([pixels, pixels[-1:]])
     return VisionFeatures(
         patches=patchify(pixels),
-        grid_thw=(count // FRAMES_PER_STEP, height // PATCH, width // PATCH),
+        grid_thw=(temporal_steps(count), height // PATCH, width // PATCH),
         second_per_grid=FRAMES_PER_STEP / (count / frames.seconds),
     )
 
 
+def temporal_steps(frames: int) -> int:
+    """Returns t, the steps of so many frames."""
+    return -(-frames // FRAMES_PER_STEP)
+
+
 def _check(frames: VideoFrames) -> None:
-    count = frames.frames.shape[0]
-    if count == 0 or count % FRAMES_PER_STEP:
-        raise ClipError(f"{count} frames were sampled; the number must be even and positive; set the preset's frames")
+    if frames.frames.shape[0] == 0:
+        raise ClipError("no frames were sampled; set the preset's frames")
     if not (math.isfinite(frames.seconds) and frames.seconds > 0):
         raise ClipError(
             f"the clip is {frames.seconds} seconds long; it must have a positive length; re-encode it or correct its timestamps"

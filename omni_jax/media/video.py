@@ -15,6 +15,7 @@ import av.video.frame
 import av.video.stream
 import numpy as np
 
+from omni_jax.media.sampling import FrameRule, sample_indices
 from omni_jax.media.source import AvError, is_incomplete, moving_picture, open_container, reason
 from omni_jax.types import ClipError, VideoFrames
 
@@ -23,15 +24,15 @@ LARGEST_SAMPLE = 1 << 30  # bytes of all sampled frames: 8 frames of 8k are 0.8 
 LONGEST_REREAD = 20_000  # frames: a stream whose seeks go wrong is decoded from its start up to this length
 
 
-def read_frames(path: os.PathLike[str] | str, frames: int, timestamps: tuple[float, float] | None = None) -> VideoFrames:
-    """Returns `frames` frames spread evenly over a clip, in its upright orientation.
+def read_frames(path: os.PathLike[str] | str, frames: int | FrameRule, timestamps: tuple[float, float] | None = None) -> VideoFrames:
+    """Returns frames spread over a clip, in its upright orientation.
 
     Only the frames sampled are held, and long files are entered at the key frame before each of them, so that time and memory are bounded
     by the stream's packet count and key frame distance and not by its decoded size.
 
     Args:
       path: a video file of any container FFmpeg knows.
-      frames: F, how many to sample; a clip with fewer repeats some.
+      frames: F, how many to sample, a clip with fewer repeats some; or a rule that says how many and which.
       timestamps: (start, end) seconds of the part to sample; None for the whole stream.
 
     Raises:
@@ -42,8 +43,8 @@ def read_frames(path: os.PathLike[str] | str, frames: int, timestamps: tuple[flo
         stream = _stream(container, path)
         index = _read_index(container, stream, path)
         fps = _frames_per_second(stream, index)
-        _check_size(stream.width, stream.height, frames, path)
-    indices, seconds = sample_indices(len(index.pts), fps, frames, timestamps, path)
+        indices, seconds = sample_indices(len(index.pts), fps, frames, timestamps, path)
+        _check_size(stream.width, stream.height, len(indices), path)
     wanted = np.unique(indices)
     pictures = None
     if _seeks(index, wanted):
@@ -56,28 +57,9 @@ def read_frames(path: os.PathLike[str] | str, frames: int, timestamps: tuple[flo
     if len(shapes) > 1:
         raise ClipError(f"{path}: the frame size changes within the clip ({_sizes(shapes)}); re-encode it to one size")
     ((height, width),) = shapes
-    _check_size(width, height, frames, path)  # repeated frames may be many more than those decoded
+    _check_size(width, height, len(indices), path)  # repeated frames may be many more than those decoded
     stacked = np.stack([pictures[i] for i in indices.tolist()])
     return VideoFrames(frames=stacked, frame_index=indices, fps=fps, num_frames=len(index.pts), seconds=seconds)
-
-
-def sample_indices(
-    num_frames: int, fps: float, frames: int, timestamps: tuple[float, float] | None = None, path: os.PathLike[str] | str = "clip"
-) -> tuple[np.ndarray, float]:
-    """Returns the (F,) int64 indices of the frames to take and the length they span in seconds (SPEC section 2).
-
-    Raises:
-      ClipError: when the clip ends before `timestamps` start.
-    """
-    last = num_frames - 1
-    if timestamps is None:
-        return np.linspace(0, last, frames, dtype=np.int64), num_frames / fps
-    start, end = timestamps
-    length = num_frames / fps
-    if start >= length:
-        raise ClipError(f"{path}: timestamps start at {start:g} s, but the video is {length:.6g} s long; correct the record")
-    first = min(round(start * fps), last)  # the end of the last frame's interval may round to the frame after it
-    return np.linspace(first, max(first, min(round(end * fps), last)), frames, dtype=np.int64), min(end, length) - start
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,8 +67,7 @@ def planned_batch(
     Args:
       row_multiple: rows are multiples of so many tokens.
     """
-    side = 28 * max(1, round(math.sqrt(preset.pixels) / 28)) // config.vision.patch_size
-    steps, patches = preset.frames // config.vision.temporal_patch_size, side**2
+    steps, patches = _seen(config, preset)
     frames = round(preset.audio_seconds * FRAMES_PER_SECOND)
     if not frames:
         raise ConfigError("preset field audio_seconds=0 (whole tracks) has no one shape; plan with a length, as in audio_seconds=8")
@@ -144,6 +143,14 @@ def abstract_batch(
     )
 
 
+def _seen(config: ModelConfig, preset: Preset) -> tuple[int, int]:
+    """Returns (steps, patches of a step) of square frames of the preset's largest area. Raises ConfigError where frames have no bound."""
+    if not preset.most_frames:
+        raise ConfigError(f"preset field fps={preset.fps:g} without max_frames has no one shape; plan with a limit, as in max_frames=64")
+    side = 28 * max(1, round(math.sqrt(preset.areas[1]) / 28)) // config.vision.patch_size
+    return -(-preset.most_frames // config.vision.temporal_patch_size), side**2
+
+
 def _beats_batch(config: BeatsConfig, clips: int, frames: int, tokens: int) -> BeatsBatch:
     padded = multiple_of(config.patch_size, frames)
     fbank = jax.ShapeDtypeStruct((clips, padded, config.num_mel_bins), jnp.float32)
@@ -153,8 +160,7 @@ def _beats_batch(config: BeatsConfig, clips: int, frames: int, tokens: int) -> B
 
 def abstract_encoder_batch(config: ModelConfig, preset: Preset, clips: int, caption_tokens: int = CAPTION_TOKENS) -> EncoderBatch:
     """Returns the shapes of a batch of the embedding pass: the six tables of each clip in two rows."""
-    side = 28 * max(1, round(math.sqrt(preset.pixels) / 28)) // config.vision.patch_size
-    steps, patches = preset.frames // config.vision.temporal_patch_size, side**2
+    steps, patches = _seen(config, preset)
     frames = round(preset.audio_seconds * FRAMES_PER_SECOND)
     chunks, heard = -(-frames // config.audio.chunk_frames), ((frames - 1) // 2 + 1) // 2
     video, text = steps * patches // config.vision.merge_size**2, caption_tokens + 1

@@ -103,7 +103,7 @@ def prompt_text(
         cut = max(0, len(ids) - most)
         ids = ids[:most]
     else:
-        ids = tokenizer.encode_text(preset.filler)
+        ids = tokenizer.encode_text(preset.filler_of(table))
     if preset.end_token:
         ids = [*ids, tokenizer.im_end, *(tokenizer.encode_text("\n") if chat else ())]
     return ids, cut

@@ -60,7 +60,7 @@ class PromptLengths:
       video, audio: media tokens, audio doubled where there is BEATs; those of the hard negative are `hard_video` and `hard_audio`.
       caption, positive, hard: text of the anchor, of the augmented copy and of the hard negative, template and end token included.
       alone: the caption of the prompt that is text alone.
-      filler: text of the prompts of one medium.
+      filler: text of the prompts of one medium, the longer of two.
     """
 
     video: int

@@ -84,8 +84,10 @@ class DataSection:
 
     def resolved_preset(self) -> Preset:
         """Returns the preset with its changed fields."""
-        whole = dataclasses.asdict(preset_named(self.preset)) | dict(self.preset_fields)
-        return record_of(Preset, whole, "data.preset_fields")
+        fields = dict(self.preset_fields)
+        made = record_of(Preset, preset_named(self.preset).merged(fields), "data.preset_fields")
+        made.check_effect(fields)
+        return made
 
 
 @dataclasses.dataclass(frozen=True)

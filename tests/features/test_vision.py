@@ -112,6 +112,24 @@ def test_clip_without_length_is_refused(seconds: float) -> None:
         vision_features(_frames(np.zeros((2, 56, 56, 3), np.uint8), seconds), preset("training"))
 
 
-def test_odd_number_of_frames_is_refused() -> None:
-    with pytest.raises(ClipError, match="even"):
-        vision_features(_frames(np.zeros((3, 56, 56, 3), np.uint8)), preset("training"))
+def test_the_last_of_an_odd_number_of_frames_stands_twice() -> None:
+    pictures = np.random.default_rng(2).integers(0, 256, (3, 56, 56, 3), np.uint8)
+    wave = preset("wave")
+    odd, even = (vision_features(_frames(p, 1.5), wave) for p in (pictures, np.concatenate([pictures, pictures[-1:]])))
+    np.testing.assert_array_equal(odd.patches, even.patches)
+    assert odd.grid_thw == even.grid_thw == (2, 4, 4)
+    assert odd.second_per_grid == 1.0, "the three frames that were sampled decide on the time between steps"
+
+
+def test_a_clip_without_frames_is_refused() -> None:
+    with pytest.raises(ClipError, match="no frames"):
+        vision_features(_frames(np.zeros((0, 56, 56, 3), np.uint8)), preset("training"))
+
+
+def test_between_two_areas_a_frame_keeps_its_size() -> None:
+    assert smart_resize(240, 320, 784, 176_400) == (252, 308)  # each side to the nearest multiple of 28
+    assert smart_resize(720, 1280, 784, 176_400) == (308, 560)
+    assert smart_resize(30, 40, 6_272, 50_176) == (84, 112)
+    pictures = np.zeros((2, 240, 320, 3), np.uint8)
+    assert vision_features(_frames(pictures), preset("wave")).grid_thw == (1, 18, 22)
+    assert vision_features(_frames(pictures), preset("nemotron_mteb")).grid_thw == (1, 12, 18)

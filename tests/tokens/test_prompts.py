@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from omni_jax.config import TABLE_MODALITIES, TABLES, BeatsConfig, ConfigError, ModelConfig, preset
+from omni_jax.config import TABLE_MODALITIES, TABLES, BeatsConfig, ConfigError, ModelConfig, Preset, preset
 from omni_jax.features import audio_tokens
 from omni_jax.tokens.interleave import VideoSpan
 from omni_jax.tokens.prompts import build_sequence, build_sequences, media_block
@@ -206,6 +206,19 @@ def test_release_preset_has_neither_filler_nor_end_golden(tokenizer: Tokenizer, 
     made = build_sequence(tokenizer, config, preset("release"), table, "a bell", GRID, 30)
     text = tokenizer.encode_text("a bell") if "t" in TABLE_MODALITIES[table] else []
     assert made.ids[made.prefix :].tolist() == text
+
+
+def test_each_medium_may_have_a_filler_of_its_own_golden(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    changed = preset("training").override(["filler_audio=Describe the audio.", "filler_video="])
+
+    def tail(table: str, chosen: Preset) -> list[int]:
+        sequence = build_sequence(tokenizer, config, chosen, table, "caption", GRID, 3)
+        return sequence.ids[sequence.prefix :].tolist()
+
+    assert tail("audio", changed) == [*tokenizer.encode_text("Describe the audio."), tokenizer.im_end]
+    assert tail("video", changed) == [tokenizer.im_end]
+    for table in ("av", "tv", "at", "tva"):
+        assert tail(table, changed) == tail(table, preset("training"))
 
 
 def test_long_captions_are_cut_and_counted_golden(tokenizer: Tokenizer, config: ModelConfig) -> None:
