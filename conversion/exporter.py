@@ -24,7 +24,7 @@ from conversion.importer import Summary
 from conversion.rules import TreePath
 from conversion.safetensors_io import Writer, dtype_name
 from conversion.source import INDEX
-from conversion.store import Store
+from conversion.store import Store, open_stores
 from omni_jax.config import ModelConfig
 from omni_jax.types import InputError
 
@@ -55,19 +55,19 @@ def to_torch(
     if adapter_out is not None and manifest.adapter is None:
         why = "its adapter was merged into the base" if manifest.merged else "it was converted without one"
         raise InputError(f"{source}: has no adapter to write ({why}); leave --adapter-out away or convert with --adapter")
-    job = _Job(progress)
+    job, stores = _Job(progress), open_stores(source, manifest)
     with contextlib.ExitStack() as both:  # neither folder appears if the other fails
         adapter = both.enter_context(folder.new_folder(adapter_out)) if adapter_out is not None else None
         base = both.enter_context(folder.new_folder(base_out)) if base_out is not None else None
         job.expect((*(manifest.shards if base is not None else ()), *((manifest.adapter,) if adapter and manifest.adapter else ())))
         if base is not None:
             entries = {manifest.prefix + key: entry for key, entry in engine.base_entries(manifest.model).items()}
-            job.write(base, manifest.shards, entries, Store(source / folder.WEIGHTS))
+            job.write(base, manifest.shards, entries, stores[-1])
             folder.copy_files(source, manifest.side_files, base)
             if manifest.index is not None:
                 _write_index(base, manifest)
         if adapter is not None and manifest.adapter is not None:
-            job.write(adapter, (manifest.adapter,), adapter_entries(manifest.model), Store(source / folder.ADAPTER))
+            job.write(adapter, (manifest.adapter,), adapter_entries(manifest.model), stores[0])
             folder.copy_files(source / folder.ADAPTER_FILES, manifest.adapter_files, adapter)
     return job.summary(started)
 
@@ -141,7 +141,7 @@ def write_trained(
             job.write_adapter(adapter, config, leaves, base_model)
         if out is not None:
             changed = {path: leaf for path, leaf in trained.items() if path not in held}
-            job.write(out, manifest.shards, engine.base_entries(manifest.model), Store(source / folder.WEIGHTS), changed)
+            job.write(out, manifest.shards, engine.base_entries(manifest.model), open_stores(source, manifest)[-1], changed)
             folder.copy_files(source, manifest.side_files, out)
             if manifest.index is not None:
                 _write_index(out, manifest)
@@ -218,7 +218,7 @@ def _stored_leaves(source: epath.Path, manifest: Manifest, paths: Set[TreePath])
     Raises:
       InputError: it does not hold one of them.
     """
-    stores = [Store(source / name) for name in (folder.ADAPTER, folder.WEIGHTS) if name == folder.WEIGHTS or manifest.adapter is not None]
+    stores = open_stores(source, manifest)
     entries = [*engine.base_entries(manifest.model).values(), *engine.lora_entries(manifest.model).values()]
     leaves: dict[TreePath, np.ndarray] = {}
     for path, group in engine.stacks(e for e in entries if e.path in paths).items():

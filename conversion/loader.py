@@ -15,7 +15,7 @@ from etils import epath
 from conversion import engine, folder
 from conversion.engine import Entry
 from conversion.rules import TreePath
-from conversion.store import Store
+from conversion.store import Store, open_stores
 from omni_jax.config import ModelConfig
 from omni_jax.types import InputError
 
@@ -48,9 +48,7 @@ def load(
     """
     source = epath.Path(model)
     manifest = folder.read_manifest(source)
-    stores = [Store(source / folder.WEIGHTS)]
-    if manifest.adapter is not None:
-        stores.insert(0, Store(source / folder.ADAPTER))  # first, so that it overrides the base
+    stores = open_stores(source, manifest)
     entries = [*engine.base_entries(manifest.model).values(), *engine.lora_entries(manifest.model).values()]
     leaves = dict(_leaves(entries))
     _check(leaves, stores, source)

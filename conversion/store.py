@@ -1,11 +1,15 @@
 """Weights on disk as Orbax checkpoints, in parts small enough to be written and read in bounded memory.
 
-    weights/index.json       {"parts": N, "arrays": {name: {"dtype", "shape", "pieces": [[part, first row, row after the last], ..]}}}
+    weights/index.json       {"parts": N, "arrays": {name: {"dtype", "shape", "pieces": [[part, first row, row after the last], ..],
+                             "rows": rows to a digest, "digests": [..]}}}
     weights/part-00000/      an Orbax PyTree checkpoint of a flat dict name -> array
     weights/part-00001/      ...
 
 One Orbax save of a whole model needs twice its size in memory; one save per part needs about twice the part. Layer stacks are stored
 per layer, and a large array as pieces along its first axis: Orbax takes ten times as long for one array in many chunks.
+
+Every few MiB of rows have a digest, and whatever is read is compared with it: values that the storage changed are never given out. The
+digest of the whole is that of its arrays' names, types, shapes and digests, so that it can be compared with the index alone.
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
@@ -26,10 +32,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from conversion.folder import ADAPTER, WEIGHTS, Manifest
 from omni_jax.types import InputError
 
 PART_BYTES = 256 * 2**20
 PIECE_BYTES = 64 * 2**20
+DIGEST_BYTES = 4 * 2**20
+"""Rows that share a digest: what is read at least of an array of which a part is wanted."""
+
 _INDEX = "index.json"
 _CONVERT = "convert the checkpoint again"
 
@@ -57,11 +67,18 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One array."""
+    """One array.
+
+    Attributes:
+      rows: how many rows a digest covers; every piece begins with a multiple of it.
+      digests: of rows [0, rows), [rows, 2 rows) ...; none in a folder that an earlier version wrote.
+    """
 
     dtype: np.dtype
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    rows: int
+    digests: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +94,6 @@ class StoreWriter:
         self._pending: dict[str, np.ndarray] = {}
         self._index: dict[str, dict[str, Any]] = {}
         self._parts = 0
-        self._digest = hashlib.blake2b(digest_size=16)
         self._checkpointer = _checkpointer()
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -92,20 +108,22 @@ class StoreWriter:
             raise ValueError(f"{name} is added twice")
         rows = array.shape[0] if array.ndim else 1
         step = max(1, rows * min(PIECE_BYTES, self._part_bytes) // max(array.nbytes, 1)) if array.ndim else 1
-        pieces = []
+        covered = min(step, max(1, rows * DIGEST_BYTES // max(array.nbytes, 1)))
+        step -= step % covered
+        pieces, digests = [], []
         for start in range(0, max(rows, 1), step):
             piece = array[start : start + step] if array.ndim else array
             self.reserve(piece.nbytes)
-            self._digest.update(f"{name}@{start} {array.dtype.name} {array.shape}".encode())
-            self._digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+            digests += digests_of(piece, covered)
             self._pending[f"{name}@{start}"] = piece
             pieces.append([self._parts, start, min(start + step, rows)])
-        self._index[name] = {"dtype": array.dtype.name, "shape": list(array.shape), "pieces": pieces}
+        shape = list(array.shape)
+        self._index[name] = {"dtype": array.dtype.name, "shape": shape, "pieces": pieces, "rows": covered, "digests": digests}
 
     @property
     def digest(self) -> str:
-        """BLAKE2b of the names, types, shapes and values added so far."""
-        return self._digest.hexdigest()
+        """Digest of what was added so far, as `Store.digest` gives it."""
+        return _digest_of_index(self._index)
 
     def _flush(self) -> None:
         self._checkpointer.save(_part(self._folder, self._parts), ocp.args.PyTreeSave(self._pending))
@@ -128,7 +146,8 @@ class Store:
 
     Attributes:
       arrays: name -> what is stored.
-      bytes_read: of values, so far.
+      bytes_read: of the values given out, so far; of an array read in part, the rows around it that share its digests are read too.
+      digest: of names, types, shapes and values: equal ones mean equal weights. None in a folder that an earlier version wrote.
     """
 
     def __init__(self, folder: epath.Path) -> None:
@@ -138,11 +157,24 @@ class Store:
         self.bytes_read = 0
         try:
             arrays = json.loads((folder / _INDEX).read_text())["arrays"]
-            self.arrays = {name: _stored(name, jnp.dtype(at["dtype"]), tuple(at["shape"]), at["pieces"]) for name, at in arrays.items()}
+            self.arrays = {name: _stored(name, at) for name, at in arrays.items()}
+            self.digest = _digest_of_index(arrays) if all(at.digests for at in self.arrays.values()) else None
         except FileNotFoundError:
             raise InputError(f"{folder / _INDEX}: no such file; the folder is not a finished conversion: {_CONVERT}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise InputError(f"{folder / _INDEX}: cannot be read ({e}); {_CONVERT}") from None
+
+    def check(self, recorded: str | None) -> Store:
+        """Returns itself where its index is the one whose digest was recorded; what is read is then checked piece by piece.
+
+        Raises:
+          InputError: it is another one, or of another conversion.
+        """
+        if self.digest is None:
+            print(f"warning: {self._folder}: has no digests, its values are not checked; {_CONVERT}", file=sys.stderr)
+        elif self.digest != recorded:
+            raise InputError(f"{self._folder / _INDEX}: does not belong to this folder, or is damaged (digest); {_CONVERT}")
+        return self
 
     def read(self, names: Iterable[str], limit: int = PART_BYTES) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, array) in the order of `names`, reading at most `limit` bytes (or one array) ahead.
@@ -166,7 +198,7 @@ class Store:
                     yield piece.name, whole.pop(piece.name)
 
     def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Returns `array[index]`, reading no other bytes of the array than those; slices have a start and a stop, and no step.
+        """Returns `array[index]`, reading no other rows than those that share a digest with it; slices have a start and a stop, no step.
 
         Raises:
           InputError: a name that is not stored, or a damaged part.
@@ -185,13 +217,29 @@ class Store:
             if raw is None:
                 found += [array[at] for _, array in self._read([piece])]
                 continue
+            # Whole rows, as many as share digests: what an object store or a page of a file gives anyway.
+            first = at[0].start - at[0].start % stored.rows if stored.digests else at[0].start
+            last = min(-(-at[0].stop // stored.rows) * stored.rows, piece.shape[0]) if stored.digests else at[0].stop
             try:
-                part = read_raw(raw, piece.shape, piece.dtype, at)
+                whole = read_raw(raw, piece.shape, piece.dtype, (slice(first, last), *(slice(0, n) for n in piece.shape[1:])))
             except (OSError, ValueError) as e:
                 raise InputError(f"{raw}: cannot be read ({e}); {_CONVERT}") from None
+            self._verify(piece, whole, first)
+            part = whole[(slice(at[0].start - first, at[0].stop - first), *columns)]
             self.bytes_read += part.nbytes
             found.append(part)
         return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _verify(self, piece: Piece, rows: np.ndarray, first: int) -> None:
+        """Compares rows of a piece, from its `first` on, with their digests."""
+        stored = self.arrays[piece.name]
+        at = (piece.start + first) // stored.rows
+        for number, digest in enumerate(digests_of(rows, stored.rows) if stored.digests else ()):
+            if digest != stored.digests[at + number]:
+                raise InputError(
+                    f"{_part(self._folder, piece.part) / piece.key}: holds other values than were written "
+                    f"(digest of {piece.name}, rows from {(at + number) * stored.rows}); the file is damaged: {_CONVERT}"
+                )
 
     def _stored(self, name: str) -> Stored:
         if name not in self.arrays:
@@ -225,8 +273,19 @@ class Store:
             array = found.pop(piece.key)
             if array.shape != piece.shape or array.dtype != piece.dtype:
                 raise InputError(f"{_part(self._folder, piece.part)}: array {piece.name} is not as the index says; {_CONVERT}")
+            self._verify(piece, array, 0)
             self.bytes_read += piece.nbytes
             yield piece, array
+
+
+def open_stores(source: epath.Path, manifest: Manifest) -> list[Store]:
+    """Returns the stores of a converted folder, checked against its manifest: the adapter's first, which overrides the base's.
+
+    Raises:
+      InputError: one is absent, damaged, or of another conversion.
+    """
+    base = Store(source / WEIGHTS).check(manifest.base_digest)
+    return [base] if manifest.adapter is None else [Store(source / ADAPTER).check(manifest.adapter_digest), base]
 
 
 def raw_file(folder: epath.Path, shape: tuple[int, ...], dtype: np.dtype) -> epath.Path | None:
@@ -263,9 +322,35 @@ def fetch_raw(file: epath.Path, shape: tuple[int, ...], dtype: np.dtype, index: 
     return np.frombuffer(data, dtype).reshape(-1, *shape[1:])[(slice(None), *index[1:])].copy()
 
 
-def _stored(name: str, dtype: np.dtype, shape: tuple[int, ...], pieces: list[list[int]]) -> Stored:
-    rows = [Piece(name, part, start, stop, (stop - start, *shape[1:]) if shape else (), dtype) for part, start, stop in pieces]
-    return Stored(dtype, shape, tuple(rows))
+def digests_of(array: np.ndarray, rows: int) -> list[str]:
+    """Returns the BLAKE2b digests of the values of rows [0, rows), [rows, 2 rows) ... of an array; of one without axes the one of all."""
+    values = np.ascontiguousarray(array)
+    blocks = [values[start : start + rows] for start in range(0, max(len(values), 1), rows)] if values.ndim else [values]
+
+    def digest(block: np.ndarray) -> str:
+        return hashlib.blake2b(block.reshape(-1).view(np.uint8).data, digest_size=16).hexdigest()
+
+    # hashlib works without the interpreter lock; small blocks are not worth a thread.
+    return list(_THREADS.map(digest, blocks)) if len(blocks) > 1 and values.nbytes > 2**20 else [digest(block) for block in blocks]
+
+
+_THREADS = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "digest")
+
+
+def _digest_of_index(arrays: Mapping[str, Mapping[str, Any]]) -> str:
+    whole = hashlib.blake2b(digest_size=16)
+    for name, at in arrays.items():
+        whole.update(f"{name} {at['dtype']} {at['shape']} {at['rows']} {' '.join(at['digests'])}\n".encode())
+    return whole.hexdigest()
+
+
+def _stored(name: str, at: Mapping[str, Any]) -> Stored:
+    dtype, shape, rows, digests = jnp.dtype(at["dtype"]), tuple(at["shape"]), at.get("rows", 1), tuple(at.get("digests", ()))
+    pieces = [Piece(name, part, start, stop, (stop - start, *shape[1:]) if shape else (), dtype) for part, start, stop in at["pieces"]]
+    wanted = -(-max(shape[0], 1) // rows) if shape else 1
+    if digests and (len(digests) != wanted or any(piece.start % rows for piece in pieces)):
+        raise ValueError(f"{name} has {len(digests)} digests, {wanted} are wanted")
+    return Stored(dtype, shape, tuple(pieces), rows, digests)
 
 
 def _part(folder: epath.Path, part: int) -> epath.Path:

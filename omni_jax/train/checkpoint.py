@@ -2,6 +2,7 @@
 
     checkpoints/500/trainable/    path -> float32 array, what an adapter is made from
     checkpoints/500/rest/         moments, step, skipped updates, key
+    checkpoints/500/digests/      name -> fingerprint of every array of the two: values that storage changed are not gone on from
 
 Arrays are stored by name, so that they can be restored onto another mesh or number of processes. A step appears under its number when it
 is whole; what a killed process left has another name and is removed by the next run.
@@ -12,12 +13,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import json
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,11 +29,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from omni_jax.parallel import barrier, first_does
+from omni_jax.train.fingerprint import fingerprints
 from omni_jax.train.state import TrainState
 from omni_jax.train.trainable import Arrays
 from omni_jax.types import InputError
 
-TRAINABLE, REST = "trainable", "rest"
+TRAINABLE, REST, DIGESTS = "trainable", "rest", "digests"
 
 _MACHINE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Permission denied")
 """What errors of XLA and TensorStore say where not the file is at fault."""
@@ -57,7 +60,8 @@ class Checkpoints:
         _quieten_failures()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
         try:
-            handlers = {name: ocp.PyTreeCheckpointHandler() for name in (TRAINABLE, REST)}
+            handlers: dict[str, Any] = {name: ocp.PyTreeCheckpointHandler() for name in (TRAINABLE, REST)}
+            handlers[DIGESTS] = ocp.JsonCheckpointHandler()
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
         except OSError as e:
             raise InputError(f"{self._folder}: cannot be made ({e.strerror or e}); choose another --workdir") from None
@@ -83,7 +87,9 @@ class Checkpoints:
                 return
             if error := first_does(self._try):
                 raise error
-            args = ocp.args.Composite(**{TRAINABLE: ocp.args.PyTreeSave(trainable), REST: ocp.args.PyTreeSave(rest)})
+            digests = {TRAINABLE: fingerprints(trainable), REST: fingerprints(rest)}
+            items: dict[str, Any] = {TRAINABLE: ocp.args.PyTreeSave(trainable), REST: ocp.args.PyTreeSave(rest)}
+            args = ocp.args.Composite(**items, **{DIGESTS: ocp.args.JsonSave(digests)})
             self._manager.save(step, args=args, force=True)
         except Exception as e:
             raise self._failure(step, e) from e
@@ -104,7 +110,7 @@ class Checkpoints:
     def restore(self, like: TrainState) -> TrainState | None:
         """Returns the newest state that can be read whole, with the places and shapes of `like`; None where there is none.
 
-        A checkpoint that is damaged is renamed to N.damaged, noted, and passed over.
+        A checkpoint that is damaged, or whose values are not those that were saved, is renamed to N.damaged, noted, and passed over.
 
         Raises:
           InputError: for a checkpoint of another architecture or recipe, when all are damaged, or when storage or memory fail.
@@ -118,6 +124,8 @@ class Checkpoints:
                     self._check(step, name, wanted, metadata[name])
                 args = ocp.args.Composite(**{TRAINABLE: _restore_args(trainable), REST: _restore_args(rest)})
                 read = self._manager.restore(step, args=args)
+                for name in (TRAINABLE, REST):
+                    _verify(self._folder / str(step), name, read[name])
             except InputError:
                 raise
             except Exception as e:
@@ -200,9 +208,21 @@ def read_trainable(folder: epath.PathLike, step: int) -> dict[str, np.ndarray]:
             names = getattr(names, "tree", names)
             args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
             found = reader.restore(path, ocp.args.PyTreeRestore(restore_args=args))
+            _verify(path.parent, TRAINABLE, found)
     except Exception as e:
         raise InputError(f"{path}: cannot be read ({one_line(e)}); choose another --step") from e
     return {name.replace(".", "/"): np.asarray(x) for name, x in found.items()}
+
+
+def _verify(step: epath.Path, item: str, arrays: Mapping[str, Any]) -> None:
+    """Raises ValueError where arrays of a checkpoint are not those that were saved. One of an earlier version has no digests to tell."""
+    file = step / DIGESTS / "metadata"
+    if not file.exists():
+        return
+    recorded, found = json.loads(file.read_text())[item], fingerprints(arrays)
+    wrong = [name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)]
+    if wrong:
+        raise ValueError(f"{item} {wrong[0].replace('.', '/')} holds other values than were saved")
 
 
 def _named(state: TrainState) -> tuple[Arrays, Arrays]:

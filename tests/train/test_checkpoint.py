@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,53 @@ def test_a_damaged_one_is_set_aside(tmp_path: Path) -> None:
     checkpoints.wait()
     checkpoints.close()
     assert steps_of(tmp_path / "c") == [1, 2]
+
+
+def rewrite(folder: Path, item: str, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    """Changes stored values as Orbax itself writes them: readable, and not what was saved."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as files:
+        values = {name: np.array(x) for name, x in files.restore(folder / item).items()}
+        change(values)
+        shutil.rmtree(folder / item)
+        files.save(folder / item, values)
+
+
+def huge(values: dict[str, np.ndarray]) -> None:
+    name = next(name for name in values if name.endswith(".mu.head.fc1.kernel"))
+    values[name][0, 0] = 2.4e38
+
+
+def counted(values: dict[str, np.ndarray]) -> None:
+    values["skipped"] += 1
+
+
+def zeroed(values: dict[str, np.ndarray]) -> None:
+    values["head.fc1.kernel"][:] = 0
+
+
+@pytest.mark.parametrize(("item", "change"), [("rest", huge), ("rest", counted), ("trainable", zeroed)])
+def test_values_that_are_not_those_saved_are_set_aside(tmp_path: Path, item: str, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    saved(tmp_path / "c", 1, 2)
+    rewrite(tmp_path / "c" / "2", item, change)
+    if item == "trainable":
+        with pytest.raises(InputError, match=r"2/trainable: cannot be read \(.* head/fc1/kernel holds other values than were saved\)"):
+            read_trainable(tmp_path / "c", 2)
+    checkpoints = Checkpoints(tmp_path / "c", 3)
+    restored = checkpoints.restore(state(0, make_mesh(fsdp=8)))
+    assert restored is not None
+    assert_equal(restored, state(1))
+    assert "holds other values than were saved" in checkpoints.notes[0] and (tmp_path / "c" / "2.damaged").exists()
+    checkpoints.close()
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_digests_and_is_taken(tmp_path: Path) -> None:
+    saved(tmp_path / "c", 1)
+    shutil.rmtree(tmp_path / "c" / "1" / "digests")
+    checkpoints = Checkpoints(tmp_path / "c", 3)
+    restored = checkpoints.restore(state(0))
+    assert restored is not None
+    assert_equal(restored, state(1))
+    checkpoints.close()
 
 
 @pytest.mark.parametrize(
