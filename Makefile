@@ -4,6 +4,8 @@
 
 PYTHON ?= python3.11
 PYTEST_ARGS ?=
+# Workers of pytest-xdist, one a core; PYTEST_ARGS="-n 0" does without. A file stays on one worker, so that its fixtures are made once.
+WORKERS = -n auto --dist loadfile
 PIP = -m pip install --quiet --disable-pip-version-check --no-deps
 SETUP = .venv/.installed
 REFERENCE = .venv-reference/.installed
@@ -48,7 +50,7 @@ demo-ablation: $(SETUP)  ## train the demo's model with one, two and three losse
 	.venv/bin/omni-jax demo --ablation
 
 test: $(SETUP)  ## the default tests; no torch, no libtpu, no network
-	.venv/bin/python -m pytest -m "not slow and not reference and not tpu" $(PYTEST_ARGS)
+	.venv/bin/python -m pytest $(WORKERS) -m "not slow and not reference and not tpu" $(PYTEST_ARGS)
 
 test-slow: $(SETUP)  ## kills, several processes, long parity
 	.venv/bin/python -m pytest -m "slow and not reference and not tpu" $(PYTEST_ARGS)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import signal
 
+from tests import workers
+
+workers.bound_threads()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ[_name] = "1"
@@ -18,6 +21,7 @@ import pytest  # noqa: E402
 
 from tests import golden_set  # noqa: E402
 from tests.offline import refuse_network  # noqa: E402
+from tests.workers import pytest_xdist_auto_num_workers  # noqa: E402, F401 (a hook)
 
 DEVICES = 8
 jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -31,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    if jax.device_count() < DEVICES:
+    if not workers.is_controller(session.config) and jax.device_count() < DEVICES:
         raise pytest.UsageError(f"{jax.device_count()} JAX devices, the tests need {DEVICES}: a plugin used JAX before tests/conftest.py")
 
 
