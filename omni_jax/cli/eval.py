@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.cli.report import page, records_of
     from omni_jax.retrieval import compare, format_comparison, format_differences, format_table, score
     from omni_jax.retrieval.embedding_file import check_place, replacing
-    from omni_jax.retrieval.published import BENCH, published
+    from omni_jax.retrieval.published import BENCH, published, sources
     from omni_jax.retrieval.report import Other
     from omni_jax.retrieval.storage import changes, format_changes, stored
 
@@ -102,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
     others: list[Other] = []
     for path in args.compare:
         if path.partition(":")[0] == PUBLISHED:
-            columns |= published(path.partition(":")[2] or BENCH)
+            rows = published(path.partition(":")[2] or BENCH)
+            columns |= rows
+            notes.append(sources(rows))
         elif path.endswith(".json"):
             read = read_result(path)
             others.append(Other(_add(columns, path, read), read))

@@ -13,7 +13,7 @@ from omni_jax.cli import eval as eval_command
 from omni_jax.cli.main import main
 from omni_jax.retrieval import TIES, evaluate, format_comparison, format_table, write_embeddings
 from omni_jax.retrieval.directions import DIRECTIONS
-from omni_jax.retrieval.published import OMNIRETRIEVER_BENCH
+from omni_jax.retrieval.published import BENCH, OMNIRETRIEVER_BENCH, OTHER_BENCHMARKS, published, sources
 from omni_jax.types import EmbeddingTable
 from tests.tolerances import assert_close
 
@@ -58,9 +58,9 @@ def test_optimistic_table_warns_of_its_ties() -> None:
 
 def test_comparison_by_hand() -> None:
     ours: dict[str, Any] = {"n": 3, "tie_policy": "worst", "directions": {"a2t": {"R@1": 10.0}, "t2v": {"R@1": 7.125}}, "AVG-single": 9.5}
-    published = {"Gemini": OMNIRETRIEVER_BENCH["Gemini Embedding 2"]}
+    known = {"Gemini": OMNIRETRIEVER_BENCH["Gemini Embedding 2"]}
     assert (
-        format_comparison({"mine.npz": ours, **published})
+        format_comparison({"mine.npz": ours, **known})
         == """\
 R@1         mine.npz  Gemini
 ----------  --------  ------
@@ -83,6 +83,26 @@ def test_published_rows_are_consistent() -> None:
     for row in OMNIRETRIEVER_BENCH.values():
         assert_close((row["AVG-single"] + row["AVG-dual"]) / 2, row["AVG-all"], "published_percent")
         assert set(row["directions"]) <= set(DIRECTIONS)
+
+
+def test_every_published_row_names_its_source() -> None:
+    for benchmark in (BENCH, *OTHER_BENCHMARKS):
+        for name, row in published(benchmark).items():
+            assert name.endswith(" (published)") and row["source"], name
+            assert set(row["directions"]) <= set(DIRECTIONS)
+    clotho = published("clotho")
+    assert clotho["Gemini Embedding 2 (published)"]["directions"]["t2a"] == {"R@1": 5.2}
+    assert published("vatex")["Omni-Embed-Nemotron-3B (published)"]["directions"]["t2v"] == {"R@1": 47.5}
+    lines = sources(clotho).splitlines()
+    assert lines[0] == "Published: OmniRetriever-7B: arXiv 2605.26641." and "762ca7d6" in lines[1] and "mteb" in lines[2]
+
+
+def test_eval_says_where_published_figures_stand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "clips.npz"
+    write_embeddings(path, EmbeddingTable(("a", "b", "c"), SMALL))
+    assert main(["eval", str(path), "--compare", "published:msvd"]) == 0
+    shown = capsys.readouterr().out
+    assert "77.10" in shown and "Omni-Embed-Nemotron-3B, Gemini Embedding 2: README of github.com/yunzeliu/Omni-Retriever" in shown
 
 
 # ---------------------------------------------------------------------------------------------------------------- omni-jax eval
