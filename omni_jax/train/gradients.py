@@ -99,6 +99,7 @@ class Forward:
       remat: checkpoint policy of a decoder layer.
       attention: kernel of the decoder's attention.
       frozen_layers: whether nothing of the decoder's layers trains but LoRA.
+      text_head: "last" or "fused", as `Preset.text_head`: what text alone is embedded by.
     """
 
     config: ModelConfig
@@ -108,6 +109,7 @@ class Forward:
     remat: Callable | None
     attention: str = "plain"
     frozen_layers: bool = True
+    text_head: str = "last"
 
     @classmethod
     def make(
@@ -118,10 +120,11 @@ class Forward:
         dtype: Any,
         remat: Callable | None,
         attention: str = "plain",
+        text_head: str = "last",
     ) -> Forward:
         kept = tuple(tower for tower in TOWERS if not any(name.startswith(f"{tower}/") for name in trainable))
         frozen = all(is_lora(name) for name in trainable if name.startswith("decoder/layers/"))
-        return cls(config, abstract_encoder(config, dtype=dtype), losses, kept, remat, attention, frozen)
+        return cls(config, abstract_encoder(config, dtype=dtype), losses, kept, remat, attention, frozen, text_head)
 
     def model(self, trainable: Arrays, frozen: Arrays) -> Encoder:
         return with_params(self.abstract, join(trainable, frozen))
@@ -146,7 +149,7 @@ class Forward:
         model = self.model(trainable, frozen)
         features = {**kept, **run_towers(model, batch.clips, [tower for tower in kind.towers if tower not in self.kept])}
         keys = (None, None) if key is None else jax.random.split(key)
-        options = {"remat": self.remat, "attention": self.attention, "frozen": self.frozen_layers}
+        options = {"remat": self.remat, "attention": self.attention, "frozen": self.frozen_layers, "text_head": self.text_head}
         embedded = embed_streams(model, batch, features, kind, dropout_key=keys[0], **options)
         if hard and batch.hard is not None:
             still = self.model(jax.lax.stop_gradient(trainable), frozen)

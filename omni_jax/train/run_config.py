@@ -269,6 +269,7 @@ class RunConfig:
             remat=self.remat,
             frozen_dtype=self.model.dtype,
             seed=self.seed,
+            text_head=self.data.resolved_preset().text_head,
         )
 
 

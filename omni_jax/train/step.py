@@ -35,6 +35,7 @@ class StepConfig:
       attention: kernel of the decoder's attention, `model.attention.KERNELS`; "auto" takes the platform's.
       frozen_dtype: dtype name that frozen weights are stored in; None leaves them as they come.
       seed: of LoRA dropout.
+      text_head: "last" or "fused", as `Preset.text_head`: what captions alone are embedded by.
     """
 
     optimizer: OptimizerConfig
@@ -44,6 +45,7 @@ class StepConfig:
     attention: str = "auto"
     frozen_dtype: str | None = "bfloat16"
     seed: int = 2025
+    text_head: str = "last"
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT:
@@ -84,7 +86,8 @@ class TrainStep:
         self.programs: list[str] = []
         self.config, self.mesh, self.rate = config, mesh, schedule(config.optimizer)
         self._model, self._dtype = model, jnp.dtype(dtype)
-        self.forward = Forward.make(model, config.losses, self.names, self._dtype, REMAT[config.remat], choose_for(config.attention, mesh))
+        attention = choose_for(config.attention, mesh)
+        self.forward = Forward.make(model, config.losses, self.names, self._dtype, REMAT[config.remat], attention, config.text_head)
         self.optimizer = make_optimizer(config.optimizer)
         self._dropout = model.lora is not None and model.lora.dropout > 0
         self._options = dict(compiler_options or {})

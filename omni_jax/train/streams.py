@@ -80,11 +80,13 @@ def embed_streams(
     remat: Callable | None = None,
     attention: str = "plain",
     frozen: bool = True,
+    text_head: str = "last",
 ) -> dict[str, jax.Array]:
     """Returns the embeddings of the rows that take a gradient, (B, D) float32 each, not normalised.
 
     Names are "anchor", "positive", each modality in play, and "hard" (without gradient) where it shares the anchor's row. Text alone is
-    read from the last layer, everything else through the fusion head (SPEC section 6). `remat`, `attention` and `frozen` are the decoder's.
+    read from the last layer (SPEC section 6) unless `text_head` is "fused", everything else through the fusion head. `remat`, `attention`
+    and `frozen` are the decoder's.
     """
     # The only branches: two captions that share the anchor's media.
     branches = 2 if kind.hard and batch.hard is None else 0
@@ -95,7 +97,8 @@ def embed_streams(
         row, _ = places["anchor"]
         places["hard"] = (row, len(kind.rows[row]))
     found = {name: pooled[:, r, k] for name, (r, k) in places.items()}
-    embedded = {"text": found.pop("text")[:, -1].astype(jnp.float32)} if "text" in found else {}
+    last = "text" in found and text_head == "last"
+    embedded = {"text": found.pop("text")[:, -1].astype(jnp.float32)} if last else {}
     embedded |= _fuse(model, found)
     if "hard" in embedded:
         embedded["hard"] = jax.lax.stop_gradient(embedded["hard"])

@@ -1,14 +1,20 @@
 """Losses, gradients and updates of the PyTorch reference (SPEC section 11, losses.npz)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from omni_jax.train import kinds_of_update, step_kind
+from omni_jax.train import RunConfig, TrainStep, kinds_of_update, step_kind
 from omni_jax.train.gradients import loss_of
+from omni_jax.train.trainable import split
+from omni_jax.types import StepKind
 from tests.tolerances import assert_close
+from tests.train import golden_batches
 from tests.train.golden_batches import peft_arrays
+from tests.train.random_batches import QUICK
 
 NAMES = ("L_T", "L_D", "L_A")
 
@@ -64,3 +70,26 @@ def test_golden_run_compiled_each_step_kind_once(reference):
     for update in (0, 0):
         state, _ = reference.step(state, frozen, reference.batch(update))
     assert len(reference.step.programs) == len(set(reference.step.programs)) <= 3
+
+
+def test_golden_captions_are_embedded_by_the_head_that_the_preset_names(golden, reference):
+    """`text_head=fused` of a run is that of `embed` with the weights it makes: the reference's caption through the fusion head."""
+    run = RunConfig.from_config(
+        {
+            "model": {"base": "x"},
+            "data": {"train": "x", "preset": "mteb"},
+            "batch": {"micro_batch": 6},
+            "optimizer": {"learning_rate": 1.0},
+            "steps": 1,
+        }
+    )
+    kind = StepKind(anchor=False, positive=False, hard=None, singles=("text",), pairs=())
+    batch = jax.tree.map(lambda x: x[0], golden_batches.batch(golden, reference.model, kind))
+    trainable, frozen = split(reference.params, reference.step.names, None)
+    for head, name in (("fused", "t"), ("last", "label")):
+        config = dataclasses.replace(reference.config, text_head=head)
+        forward = TrainStep(reference.model, config, dtype=jnp.float32).forward
+        embed = jax.jit(lambda f=forward: f.embed(trainable, frozen, batch, {}, kind, None, hard=False), compiler_options=QUICK)
+        expected = np.stack([golden.adapter[f"{i}/embed/{name}"].reshape(-1) for i in range(golden.clips)])
+        assert_close(embed()["text"], expected, "embed")
+    assert run.step_config(1).text_head == "fused"
