@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,7 @@ class Record:
     timestamps: tuple[float, float] | None = None  # seconds, [start, end)
     line: int = 0  # line of the manifest, from 1; 0 where it did not come from a file
     prefix: str | None = None  # what the caption is, "passage" or "query", for backbones that are told; None: as the preset says
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)  # other fields, carried along
 
     @property
     def modalities(self) -> frozenset[str]:

@@ -1,28 +1,23 @@
-"""Manifests: JSON lines in, records and a list of problems out (SPEC section 9).
-
-Two forms of a line are read, told apart line by line:
-  plain     {"id", "text", "video", "audio", "timestamps", "prefix"}, every field but `id` optional
-  official  {"id", "conversations": [{"from": "human", ...}, {"from": "gpt", "value": CAPTION}], "video", "audio", "timestamps"}
-"""
+"""Manifests: JSON lines or one JSON array in, records, problems and notes out. `data.entries` knows what an entry holds."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import functools
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from omni_jax.config import PREFIXES
+from omni_jax.data.entries import ASKED, BadEntry, absolute, kind, name_of, question, record_of
 from omni_jax.types import InputError, Record
 
+_MARK = b"\xef\xbb\xbf"  # a byte-order mark, as some editors write
+_SPACE = tuple(" \t\r\n")
+_LONGEST_ARRAY = 1 << 32  # bytes of a file that is one array: its text is held
 _LONGEST_LINE = 1 << 24  # bytes; an honest record has a few hundred, and a line is held in memory several times over
-_LONGEST_SECONDS = 1e9  # some thirty years: beyond it a number is a mistake
-_PLAIN = ("id", "text", "video", "audio", "timestamps", "prefix")
-_OFFICIAL = ("id", "conversations", "video", "audio", "timestamps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,41 +43,73 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a manifest holds: its usable records and its unusable lines, both in the order of the file."""
+    """What a manifest holds.
+
+    Attributes:
+      records: its usable records, in the order of the file.
+      problems: its unusable entries, likewise.
+      notes: one line each for what was made up or is not used: ids, fields, questions.
+    """
 
     records: tuple[Record, ...]
     problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def first_problem(self) -> str:
+        """Why there is no record, for the end of an error: the first problem; "" where there is none."""
+        return f"; the first: {self.problems[0].reason}" if self.problems else ""
 
 
 def read_manifest(path: os.PathLike[str] | str, media_root: os.PathLike[str] | str | None = None) -> Manifest:
-    """Returns the records of a manifest; a bad line becomes a problem and never stops the others.
+    """Returns the records of a manifest; a bad entry becomes a problem and never stops the others.
 
     Args:
-      path: JSON lines, plain or official; may be `gs://...`.
+      path: JSON lines, or one JSON array, of plain or official entries; may be `gs://...`.
       media_root: folder that relative media paths start from, default the manifest's own. One that is given also confines them: a path that
         leads out of it, by "..", as an absolute path or through a link, is a problem of its record.
 
     Raises:
-      InputError: when the manifest is missing, a directory, unreadable or without a single line.
+      InputError: when the manifest is missing, a directory, unreadable or without a single entry.
     """
-    root = _absolute(media_root) if media_root is not None else _absolute(path).parent
+    root = absolute(media_root) if media_root is not None else absolute(path).parent
     records: list[Record] = []
     problems: list[Problem] = []
     first_line: dict[str, int] = {}
-    for line, data in _lines(path):
+    made: list[str] = []
+    extra: collections.Counter[str] = collections.Counter()
+    asked: collections.Counter[str] = collections.Counter()
+    for line, where, content in _entries(path):
         name: str | None = None
         try:
-            fields = _fields(data)
-            name = _id(fields)
+            if isinstance(content, BadEntry):
+                raise content
+            fields = content if isinstance(content, dict) else _fields(content)
+            name, new = name_of(fields)
             if name in first_line:
-                raise _BadLine(f"id {name!r} was used on line {first_line[name]} already; give every record its own")
+                again = "the same entry stands" if new else f"id {name!r} was used"
+                raise BadEntry(f"{again} on line {first_line[name]} already; give every record its own")
             first_line[name] = line
-            records.append(_record(_known(fields), name, line, root, media_root is not None))
-        except _BadLine as error:
-            problems.append(Problem(id=name, line=line, file=str(path), reason=f"{path}:{line}: {error}"))
+            records.append(record_of(fields, name, line, root, media_root is not None))
+            made += [name] * new
+            extra.update(records[-1].extra.keys())
+            if (said := question(fields)) is not None and said not in ASKED:
+                asked[said] += 1
+        except BadEntry as error:
+            problems.append(Problem(id=name, line=line, file=str(path), reason=f"{path}:{where}: {error}"))
     if not records and not problems:
         raise InputError(f"{path}: the manifest is empty; write one JSON record a line")
-    return Manifest(tuple(records), tuple(problems))
+    return Manifest(tuple(records), tuple(problems), tuple(_notes(made, extra, asked)))
+
+
+def _notes(made: list[str], extra: Mapping[str, int], asked: Mapping[str, int]) -> Iterator[str]:
+    if made:
+        yield f"{len(made)} conversations have no id and are called by their file and a digest; the first: {made[0]}"
+    if extra:
+        yield f"fields that are carried along and not used: {', '.join(f'{name} ({count} records)' for name, count in extra.items())}"
+    if asked:
+        first = " ".join(next(iter(asked)).split())[:60]
+        yield f"{sum(asked.values())} conversations ask something of their own, where the preset's filler is used; the first: {first!r}"
 
 
 def write_jsonl_atomic(path: os.PathLike[str] | str, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -91,7 +118,7 @@ def write_jsonl_atomic(path: os.PathLike[str] | str, rows: Iterable[Mapping[str,
     Raises:
       InputError: when it cannot be written.
     """
-    target = _absolute(path)
+    target = absolute(path)
     # An object store shows an object only when it is closed; a local file is written beside its place and renamed.
     remote = not isinstance(target, Path)
     written = target if remote else target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -114,39 +141,84 @@ def write_jsonl_atomic(path: os.PathLike[str] | str, rows: Iterable[Mapping[str,
     return count
 
 
-class _BadLine(Exception):
-    """One line cannot be used; the message completes "FILE:LINE: ..."."""
-
-
-def _absolute(path: os.PathLike[str] | str) -> Any:
-    """Returns an absolute pathlib.Path, or an epath.Path for an object store."""
-    if "://" in os.fspath(path):
-        from etils import epath  # reading gs:// alone needs it
-
-        try:
-            return epath.Path(os.fspath(path))
-        except KeyError:
-            raise InputError(f"{path}: not a kind of storage that is known; use a local path or gs://") from None
-    return Path(os.path.abspath(path))
-
-
-def _lines(path: os.PathLike[str] | str) -> Iterator[tuple[int, bytes]]:
-    """Yields (number from 1, bytes) of each line that is not blank."""
-    manifest = _absolute(path)
+def _entries(path: os.PathLike[str] | str) -> Iterator[tuple[int, str, bytes | dict[str, Any] | BadEntry]]:
+    """Yields (line from 1, place for messages, the line's bytes or an array's entry) of each entry."""
+    manifest = absolute(path)
     try:
         if manifest.is_dir():
             raise InputError(f"{path}: is a directory; name the manifest file in it")
         with manifest.open("rb") as file:
+            if _is_array(file):
+                file.seek(0)
+                data = file.read(_LONGEST_ARRAY + 1)
+                if len(data) > _LONGEST_ARRAY:
+                    raise InputError(f"{path}: an array of over {_LONGEST_ARRAY >> 30} GiB; write one JSON record a line (.jsonl)")
+                yield from _array(data)
+                return
+            file.seek(0)
             for number, data in enumerate(_bounded(file), 1):
-                data = data.removeprefix(b"\xef\xbb\xbf") if number == 1 else data  # a byte-order mark, as some editors write
+                data = data.removeprefix(_MARK) if number == 1 else data
                 if data.strip():
-                    yield number, data.rstrip(b"\r\n")
+                    yield number, str(number), data.rstrip(b"\r\n")
     except FileNotFoundError:
         raise InputError(f"{path}: manifest not found; check the path") from None
     except OSError as error:
         raise InputError(f"{path}: the manifest cannot be read ({error.strerror or error}); check its permissions") from None
     except ImportError as error:  # the client of an object store
         raise InputError(f"{path}: the manifest cannot be read ({error})") from None
+
+
+def _is_array(file: IO[bytes]) -> bool:
+    """Whether a file is one JSON array: it begins with a bracket, and not with a whole line of JSON above others."""
+    lines = (stripped for data in _bounded(file) if (stripped := data.removeprefix(_MARK).strip()))
+    first = next(lines, b"")
+    if not first.startswith(b"["):
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return next(lines, None) is None
+
+
+def _array(data: bytes) -> Iterator[tuple[int, str, dict[str, Any] | BadEntry]]:
+    """Yields the entries of an array one by one, so that only the file's text and one entry are held."""
+    try:
+        text = data.removeprefix(_MARK).decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield 1, "1", BadEntry(f"byte {error.start + 1} of the file is not UTF-8; save the manifest as UTF-8")
+        return
+    faults: list[str] = []
+    decoder = json.JSONDecoder(object_pairs_hook=_noting_doubles(faults), parse_constant=_noting_constants(faults))
+    place, line, counted, number = _past_space(text, text.index("[") + 1), 1, 0, 0
+    while text[place : place + 1] != "]":
+        number += 1
+        line, counted = line + text.count("\n", counted, place), place
+        where = f"{line}: entry {number}"
+        faults.clear()
+        try:
+            value, end = decoder.raw_decode(text, place)
+            place = _past_space(text, end)
+            if text[place : place + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
+        except (ValueError, RecursionError) as error:
+            told = " ".join(str(error).split())
+            yield (
+                line,
+                where,
+                BadEntry(f"malformed JSON ({told}); nothing from here on can be read: correct it, or write one record a line"),
+            )
+            return
+        wrong = faults[0] if faults else f"{kind(value)} where a record belongs" if not isinstance(value, dict) else ""
+        yield line, where, BadEntry(f"{wrong}; correct the entry") if wrong else value
+        if text[place] == ",":
+            place = _past_space(text, place + 1)
+
+
+def _past_space(text: str, place: int) -> int:
+    while text[place : place + 1] in _SPACE:
+        place += 1
+    return place
 
 
 def _bounded(file: IO[bytes]) -> Iterator[bytes]:
@@ -162,139 +234,37 @@ def _bounded(file: IO[bytes]) -> Iterator[bytes]:
 def _fields(data: bytes) -> dict[str, Any]:
     """Parses one line into its fields."""
     if len(data) > _LONGEST_LINE:
-        raise _BadLine(f"a line of over {_LONGEST_LINE >> 20} MiB is no record; write one JSON object a line")
+        raise BadEntry(f"a line of over {_LONGEST_LINE >> 20} MiB is no record; write one JSON object a line")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _BadLine(f"byte {error.start + 1} of the line is not UTF-8; save the manifest as UTF-8") from None
+        raise BadEntry(f"byte {error.start + 1} of the line is not UTF-8; save the manifest as UTF-8") from None
+    faults: list[str] = []
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_noting_doubles(faults), parse_constant=_noting_constants(faults))
     except json.JSONDecodeError as error:
-        raise _BadLine(f"malformed JSON ({error.msg} at column {error.colno}); write one JSON object a line") from None
+        raise BadEntry(f"malformed JSON ({error.msg} at column {error.colno}); write one JSON object a line") from None
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
-        raise _BadLine(f"malformed JSON ({error}); write one JSON object a line") from None
+        raise BadEntry(f"malformed JSON ({error}); write one JSON object a line") from None
+    if faults:
+        raise BadEntry(f"{faults[0]}; correct the line")
     if not isinstance(value, dict):
-        raise _BadLine(f"{_kind(value)} where a record belongs; write one JSON object a line")
+        raise BadEntry(f"{kind(value)} where a record belongs; write one JSON object a line")
     return value
 
 
-def _known(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields that are present; null means absent."""
-    allowed = _OFFICIAL if "conversations" in fields else _PLAIN
-    unknown = [name for name in fields if name not in allowed]
-    if unknown:
-        raise _BadLine(f"unknown field {', '.join(map(repr, unknown))}; the fields are {', '.join(allowed)}")
-    return {name: value for name, value in fields.items() if value is not None}
+def _noting_doubles(faults: list[str]) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """Returns a hook of the JSON reader that makes an object's fields and notes a field that stands twice."""
+
+    def fields_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            faults.append(f"field {next(name for name in names if names.count(name) > 1)!r} stands twice")
+        return fields
+
+    return fields_of
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _BadLine(f"field {twice!r} stands twice; keep one")
-    return fields
-
-
-def _no_constant(name: str) -> None:
-    raise _BadLine(f"malformed JSON ({name} is not a JSON value); write one JSON object a line")
-
-
-def _id(fields: Mapping[str, Any]) -> str:
-    value = fields.get("id")
-    value = "" if value is None else value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise _BadLine(f"id is {_kind(value)}; make it a string")
-    if not value:
-        raise _BadLine("has no id; give every record its own")
-    return _encodable(value, "id")
-
-
-def _record(fields: Mapping[str, Any], name: str, line: int, root: Any, confined: bool) -> Record:
-    text = _caption(fields["conversations"]) if "conversations" in fields else fields.get("text")
-    if text is not None:
-        if not isinstance(text, str):
-            raise _BadLine(f"record {name!r}: text is {_kind(text)}; make it a string")
-        if not text.strip():
-            raise _BadLine(f"record {name!r}: the caption is empty; write one, or leave the field out to use the media alone")
-        _encodable(text, "the caption")
-    video, audio = (_media_path(fields, key, name, root, confined) for key in ("video", "audio"))
-    if text is None and video is None and audio is None:
-        raise _BadLine(f"record {name!r}: has no text, video or audio; give it at least one")
-    prefix = fields.get("prefix")
-    if prefix is not None and prefix not in PREFIXES:
-        raise _BadLine(f"record {name!r}: prefix {json.dumps(prefix)[:80]} must be one of {', '.join(PREFIXES)}")
-    times = _timestamps(fields.get("timestamps"), name)
-    return Record(id=name, text=text, video=video, audio=audio, timestamps=times, line=line, prefix=prefix)
-
-
-def _caption(turns: Any) -> str:
-    """The caption of an official record: what the second of its two turns says."""
-    if (
-        not isinstance(turns, list)
-        or not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns)
-        or [turn.get("from") for turn in turns] != ["human", "gpt"]
-    ):
-        raise _BadLine('conversations must be [{"from": "human", "value": "..."}, {"from": "gpt", "value": CAPTION}]')
-    return turns[1]["value"]
-
-
-def _media_path(fields: Mapping[str, Any], key: str, name: str, root: Any, confined: bool) -> Any:
-    value = fields.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise _BadLine(f"record {name!r}: {key} is {_kind(value)}; make it the path of a file")
-    _encodable(value, key)
-    try:
-        path = _absolute(value) if "://" in value else root / value
-    except InputError as error:
-        raise _BadLine(f"record {name!r}: {key} {error}") from None
-    if confined and not _inside(path, root):
-        raise _BadLine(f"record {name!r}: {key} {value!r} leads out of the media root {root}; move the file there or choose another root")
-    return path
-
-
-def _inside(path: Any, root: Any) -> bool:
-    """Whether a path, its links followed, lies under a folder. An object store has no links, and ".." there is a plain name or refused."""
-    if "://" in os.fspath(path) or "://" in os.fspath(root):
-        text = os.fspath(path)
-        return text.startswith(os.fspath(root).rstrip("/") + "/") and ".." not in text.split("/")
-    folder, name = os.path.split(path)
-    real = os.path.join(_real(folder), name)
-    if os.path.islink(real) or name in ("", ".", ".."):
-        real = os.path.realpath(real)
-    return real.startswith(_real(os.fspath(root)).rstrip("/") + "/")
-
-
-@functools.lru_cache(maxsize=4096)  # a folder holds many clips
-def _real(folder: str) -> str:
-    return os.path.realpath(folder)
-
-
-def _timestamps(value: Any, name: str) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value):
-        start, end = value
-        if 0 <= start < end <= _LONGEST_SECONDS:
-            return float(start), float(end)
-    raise _BadLine(f"record {name!r}: timestamps {json.dumps(value)[:80]} must be [start, end] in seconds with 0 <= start < end")
-
-
-def _encodable(text: str, what: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _BadLine(f"{what} holds half of a surrogate pair (character {error.start + 1}), which is no text; write it anew") from None
-    return text
-
-
-def _kind(value: Any) -> str:
-    """A JSON value's type in words."""
-    if isinstance(value, str):
-        return "an empty string" if not value else "a string"
-    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
+def _noting_constants(faults: list[str]) -> Callable[[str], None]:
+    return lambda name: faults.append(f"malformed JSON ({name} is not a JSON value)")

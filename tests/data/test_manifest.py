@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -257,3 +258,130 @@ def test_problems_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == [target.name]
     with pytest.raises(InputError, match="cannot be written"):
         write_jsonl_atomic(tmp_path / "nowhere" / "x.jsonl", [])
+
+
+# ------------------------------------------------------------------------------------------------------------ other people's manifests
+
+
+def as_array(folder: Path, *entries: Any, indent: int | None = 1, name: str = "clips.json") -> Path:
+    path = folder / name
+    path.write_text(json.dumps(list(entries), indent=indent), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["clips.json", "clips.jsonl"])
+def test_an_array_is_read_entry_by_entry(tmp_path: Path, indent: int | None, name: str) -> None:
+    entries = [official("rain", id="a", video="a.mp4"), 7, {"id": "b", "text": "plain"}, official("fog", id="a", video="c.mp4")]
+    got = read_manifest(as_array(tmp_path, *entries, indent=indent, name=name))
+    assert [(r.id, r.text) for r in got.records] == [("a", "rain"), ("b", "plain")]
+    assert [p.reason.partition(": ")[2] for p in got.problems] == [
+        "entry 2: a number where a record belongs; correct the entry",
+        f"entry 4: id 'a' was used on line {2 if indent else 1} already; give every record its own",
+    ]
+    assert all(p.reason.startswith(f"{tmp_path / name}:{p.line}: entry ") for p in got.problems)
+    assert [r.line for r in got.records] == ([2, 17] if indent else [1, 1])
+
+
+def test_a_damaged_array_keeps_the_entries_before_the_damage(tmp_path: Path) -> None:
+    path = as_array(tmp_path, *({"id": str(i), "text": "t"} for i in range(4)))
+    whole = path.read_text()
+    path.write_text(whole[: whole.index('"2"')])
+    got = read_manifest(path)
+    assert [r.id for r in got.records] == ["0", "1"]
+    (problem,) = got.problems
+    assert "entry 3: malformed JSON" in problem.reason and "nothing from here on can be read" in problem.reason
+    path.write_text('[{"id": "a", "text": "t", "text": "u"}, {"id": "b", "text": NaN}, {"id": "c", "text": "t"}]')
+    got = read_manifest(path)
+    assert [r.id for r in got.records] == ["c"]
+    assert ["stands twice" in got.problems[0].reason, "NaN is not a JSON value" in got.problems[1].reason] == [True, True]
+    for text in ("[", "[[[[", '[{"id": "a", "text": "t"}', "[" * 50_000, "[\xff"):
+        path.write_bytes(text.encode("latin-1"))
+        assert read_manifest(path).problems
+    path.write_text("[]")
+    with pytest.raises(InputError, match="empty"):
+        read_manifest(path)
+
+
+def test_a_line_that_is_an_array_is_one_bad_line_among_others(tmp_path: Path) -> None:
+    got = read_manifest(write(tmp_path, b"[1, 2]", GOOD))
+    assert [r.line for r in got.records] == [2] and [p.line for p in got.problems] == [1]
+
+
+def test_conversations_without_ids_get_the_same_ones_in_any_order(tmp_path: Path) -> None:
+    entries = [official(caption, video=f"v/{name}.mp4") for caption, name in (("rain", "a"), ("fog", "a"), ("sun", "b"))]
+    got = read_manifest(as_array(tmp_path, *entries, entries[0]))
+    names = [r.id for r in got.records]
+    assert [name.rpartition("-")[0] for name in names] == ["a", "a", "b"] and len(set(names)) == 3
+    assert [r.id for r in read_manifest(write(tmp_path, *reversed(entries))).records] == names[::-1]
+    assert any("3 conversations have no id" in note and names[0] in note for note in got.notes)
+    (problem,) = got.problems
+    assert "the same entry stands on line 2 already" in problem.reason
+    assert read_manifest(write(tmp_path, official("a", id="x"))).notes[0].startswith("1 conversations ask something of their own")
+
+
+def test_system_turns_lists_of_one_and_other_fields(tmp_path: Path) -> None:
+    turns = [
+        {"from": "system", "value": "You are helpful."},
+        {"from": "human", "value": "<image>\nPlease describe the video."},
+        {"from": "gpt", "value": "rain"},
+    ]
+    entry = {"conversations": turns, "video": ["a.mp4"], "audio": ["a.wav"], "type": "retrieval", "neg_text": ["sun"], "duration": 3.5}
+    got = read_manifest(write(tmp_path, {"id": "x", **entry}, {"id": "y", **entry, "url": "http://a/b"}))
+    assert not got.problems
+    assert got.records[0] == Record("x", "rain", tmp_path / "a.mp4", tmp_path / "a.wav", None, 1)
+    assert got.records[1].extra == {"type": "retrieval", "neg_text": ["sun"], "duration": 3.5, "url": "http://a/b"}
+    assert got.notes == (
+        "fields that are carried along and not used: type (2 records), neg_text (2 records), duration (2 records), url (1 records)",
+    )
+
+
+def test_pos_image_holds_the_video_of_a_sound(tmp_path: Path) -> None:
+    pair = {"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>\nPlease describe the video."}]}
+    sound = official("", id="x", audio="a.wav", pos_image=pair)
+    got = read_manifest(
+        write(
+            tmp_path,
+            sound,
+            {**sound, "id": "own", "video": "b.mp4"},
+            {**sound, "id": "cut", "timestamps": [0, 1]},
+            {**sound, "id": "picture", "pos_image": {"image": "a.png"}},
+        )
+    )
+    assert got.records == (Record("x", None, tmp_path / "a.mp4", tmp_path / "a.wav", None, 1),)
+    assert [p.id for p in got.problems] == ["own", "cut", "picture"]
+    assert "pos_image" in got.problems[0].reason and "timestamps" in got.problems[1].reason
+
+
+NEAR: dict[str, tuple[dict[str, Any], str]] = {
+    "caption": ({"id": "x", "caption": "rain", "video": "a.mp4"}, "unknown field 'caption'; .*did you mean 'text'"),
+    "Video": ({"id": "x", "text": "rain", "Video": "a.mp4"}, "did you mean 'video'"),
+    "video_path": ({"id": "x", "text": "rain", "video_path": "a.mp4"}, "did you mean 'video'"),
+    "path": ({"id": "x", "text": "rain", "path": "a.mp4"}, "did you mean 'video' or 'audio'"),
+    "frame_dir": ({"id": "x", "text": "rain", "frame_dir": "frames/x"}, "did you mean 'video'"),
+    "audo": ({"id": "x", "text": "rain", "audo": "a.wav"}, "did you mean 'audio'"),
+    "timestamp": ({"id": "x", "video": "a.mp4", "timestamp": [0, 1]}, "did you mean 'timestamps'"),
+    "start": ({"id": "x", "video": "a.mp4", "start": 0, "end": 1}, "did you mean 'timestamps'"),
+    "several files": ({"id": "x", "video": ["a.mp4", "b.mp4"]}, "video lists 2 files"),
+    "several captions": ({"id": "x", "text": ["a", "b"]}, "holds 2 captions"),
+}
+
+
+@pytest.mark.parametrize("case", NEAR)
+def test_a_name_that_stands_for_a_field_that_is_lacking_gets_advice(tmp_path: Path, case: str) -> None:
+    entry, words = NEAR[case]
+    (problem,) = read_manifest(write(tmp_path, GOOD, entry)).problems
+    assert re.search(words, problem.reason), problem.reason
+
+
+def test_the_same_names_beside_the_field_are_carried_along(tmp_path: Path) -> None:
+    got = read_manifest(
+        write(
+            tmp_path,
+            {"id": "a", "text": "t", "video": "a.mp4", "caption": "u", "path": "x", "video_id": "y", "timestamps": [0, 1], "start": 0},
+            {"id": "b", "text": None, "video": "a.mp4", "caption": "u"},
+            {"id": "c", "text": "t", "start": 3, "title": "x", "image": "a.png"},
+        )
+    )
+    assert not got.problems
+    assert set(got.records[0].extra) == {"caption", "path", "video_id", "start"} and got.records[1].text is None

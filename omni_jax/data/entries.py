@@ -1,0 +1,251 @@
+"""One entry of a manifest: its fields to a record (SPEC section 9).
+
+Two forms are known, told apart entry by entry:
+  plain     {"id", "text", "video", "audio", "timestamps", "prefix"}, every field but `id` optional
+  official  {"id", "conversations": [{"from": "human", ...}, {"from": "gpt", "value": CAPTION}], "video", "audio", "timestamps"}, as
+            OmniRetriever and WAVE train on: the id may be missing, a system turn may come first, a file may stand in a list of its own, and
+            `pos_image` may hold the video that belongs to a sound.
+Other fields are carried along in `Record.extra`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from omni_jax.config import PREFIXES
+from omni_jax.types import InputError, Record
+
+PLAIN = ("id", "text", "video", "audio", "timestamps", "prefix")
+OFFICIAL = ("id", "conversations", "video", "audio", "timestamps", "prefix", "pos_image")
+ASKED = ("Please describe the video.", "Please describe the audio.")  # what the official manifests ask, and what presets write themselves
+_LONGEST_SECONDS = 1e9  # some thirty years: beyond it a number is a mistake
+_NEAR = 0.8  # likeness of two names above which one is taken for a slip of the other
+_OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "text": ("caption", "captions", "txt", "description", "sentence"),
+    "video": ("video_path", "video_file", "mp4", "clip", "frame_dir", "frames", "path", "file", "file_path", "filename", "file_name"),
+    "audio": ("audio_path", "audio_file", "wav", "sound", "path", "file", "file_path", "filename", "file_name"),
+    "timestamps": ("interval", "start", "end", "start_time", "end_time", "begin", "segment", "time_range"),
+    "conversations": ("conversation", "messages", "dialog"),
+}
+
+
+class BadEntry(Exception):
+    """One entry cannot be used; the message completes "FILE:LINE: ..."."""
+
+
+def name_of(fields: Mapping[str, Any]) -> tuple[str, bool]:
+    """Returns an entry's id, and whether it was made here.
+
+    A conversation without one is called by its file and a digest of what it holds, so that the same entry has the same name in every
+    manifest and in every order.
+
+    Raises:
+      BadEntry: for an id that cannot be used, or a plain entry without one.
+    """
+    value = fields.get("id")
+    if value is None and "conversations" in fields:
+        held = {name: fields.get(name) for name in OFFICIAL if name not in ("id", "prefix")}
+        digest = hashlib.blake2b(json.dumps(held, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
+        file = next((one for name in ("video", "audio") if isinstance(one := _alone(fields.get(name)), str) and one), "text")
+        return f"{_encodable(PurePath(file).stem, 'the file name') or 'clip'}-{digest}", True
+    value = "" if value is None else value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value), False
+    if not isinstance(value, str):
+        raise BadEntry(f"id is {kind(value)}; make it a string")
+    if not value:
+        raise BadEntry("has no id; give every record its own")
+    return _encodable(value, "id"), False
+
+
+def record_of(fields: Mapping[str, Any], name: str, line: int, root: Any, confined: bool) -> Record:
+    """Returns the record of an entry.
+
+    Args:
+      root: folder that relative media paths start from; `confined`: and must stay in.
+
+    Raises:
+      BadEntry: for an entry that cannot be used, or has a field that looks like a slip of one that it lacks.
+    """
+    known, extra = _sorted_out(fields)
+    known = {key: _alone(value) if key in ("text", "video", "audio") else value for key, value in known.items()}
+    paired = _paired_video(known, name)
+    if "conversations" in known:
+        text = _caption(known["conversations"])
+        text = None if text == "" and paired is not None else text
+    else:
+        text = known.get("text")
+    if text is not None:
+        if not isinstance(text, str):
+            told = f"; it holds {len(text)} captions: give each a record of its own" if isinstance(text, list) else "; make it a string"
+            raise BadEntry(f"record {name!r}: text is {kind(text)}{told}")
+        if not text.strip():
+            raise BadEntry(f"record {name!r}: the caption is empty; write one, or leave the field out to use the media alone")
+        _encodable(text, "the caption")
+    if paired is not None:
+        known["video"] = paired
+    video, audio = (_media_path(known, key, name, root, confined) for key in ("video", "audio"))
+    if text is None and video is None and audio is None:
+        raise BadEntry(f"record {name!r}: has no text, video or audio; give it at least one")
+    prefix = known.get("prefix")
+    if prefix is not None and prefix not in PREFIXES:
+        raise BadEntry(f"record {name!r}: prefix {json.dumps(prefix)[:80]} must be one of {', '.join(PREFIXES)}")
+    times = _timestamps(known.get("timestamps"), name)
+    return Record(id=name, text=text, video=video, audio=audio, timestamps=times, line=line, prefix=prefix, extra=extra)
+
+
+def question(fields: Mapping[str, Any]) -> str | None:
+    """Returns what the human of a conversation asks, its media tag left out; None for a plain entry or no question."""
+    turns = fields.get("conversations")
+    said = (
+        next((t.get("value") for t in turns if isinstance(t, dict) and t.get("from") == "human"), None) if isinstance(turns, list) else None
+    )
+    if not isinstance(said, str):
+        return None
+    for tag in ("<image>", "<video>", "<audio>"):
+        said = said.replace(f"{tag}\n", "").replace(tag, "")
+    return said.strip() or None
+
+
+def _sorted_out(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the fields that are read and those that are carried along; null means absent."""
+    allowed = OFFICIAL if "conversations" in fields else PLAIN
+    present = {name: value for name, value in fields.items() if value is not None}
+    for name, value in present.items():
+        if name in allowed:
+            continue
+        likely = [field for field in _resembled(name, value) if field in allowed]
+        lacking = bool(likely) and not any(field in fields for field in likely)
+        if "timestamps" in likely and not {"video", "audio"} & present.keys():
+            lacking = False
+        if lacking or (name == "text" and allowed is OFFICIAL):
+            advice = f"; did you mean {' or '.join(map(repr, likely))}?" if lacking else ""
+            raise BadEntry(f"unknown field {name!r}; the fields are {', '.join(allowed)}{advice}")
+    return {n: v for n, v in present.items() if n in allowed}, {n: v for n, v in present.items() if n not in allowed}
+
+
+def _resembled(name: str, value: Any) -> list[str]:
+    """Names of fields that another name may stand for."""
+    plain = name.lower().replace("-", "_").replace(" ", "_")
+    found = [field for field, others in _OTHER_NAMES.items() if plain in others]
+    if "timestamps" not in found and not isinstance(value, str | list):
+        return []
+    names = dict.fromkeys((*PLAIN, *OFFICIAL))
+    if not found and plain in names:  # another case
+        return [plain]
+    if not found and len(plain) > 3 and not plain.endswith("id"):
+        found = difflib.get_close_matches(plain, names, 1, _NEAR)
+    return found
+
+
+def _paired_video(known: Mapping[str, Any], name: str) -> Any:
+    """The video of `pos_image`, which WAVE's sound-to-video entries hold; None where there is none or the entry has a video of its own."""
+    pair = known.get("pos_image")
+    if pair is None:
+        return None
+    video = _alone(pair.get("video")) if isinstance(pair, Mapping) else None
+    if not isinstance(video, str) or known.get("video") is not None:
+        raise BadEntry(f"record {name!r}: pos_image must hold the video of an entry that has none itself; pictures are not embedded")
+    if known.get("timestamps") is not None:
+        raise BadEntry(f"record {name!r}: timestamps would cut the video of pos_image too; cut the sound, or write two records")
+    return video
+
+
+def _caption(turns: Any) -> str:
+    """The caption of an official entry: what the last of its turns says."""
+    if isinstance(turns, list) and turns and isinstance(turns[0], dict) and turns[0].get("from") == "system":
+        turns = turns[1:]
+    if (
+        not isinstance(turns, list)
+        or not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns)
+        or [turn.get("from") for turn in turns] != ["human", "gpt"]
+    ):
+        raise BadEntry(
+            'conversations must be [{"from": "human", "value": "..."}, {"from": "gpt", "value": CAPTION}], a system turn before it or not'
+        )
+    return turns[1]["value"]
+
+
+def _alone(value: Any) -> Any:
+    """What a list of one holds; any other value as it is."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _media_path(fields: Mapping[str, Any], key: str, name: str, root: Any, confined: bool) -> Any:
+    value = fields.get(key)
+    if value is None:
+        return None
+    if isinstance(value, list):
+        raise BadEntry(f"record {name!r}: {key} lists {len(value)} files; a record has one: write one record a file, or join them")
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise BadEntry(f"record {name!r}: {key} is {kind(value)}; make it the path of a file")
+    _encodable(value, key)
+    try:
+        path = absolute(value) if "://" in value else root / value
+    except InputError as error:
+        raise BadEntry(f"record {name!r}: {key} {error}") from None
+    if confined and not _inside(path, root):
+        raise BadEntry(f"record {name!r}: {key} {value!r} leads out of the media root {root}; move the file there or choose another root")
+    return path
+
+
+def _inside(path: Any, root: Any) -> bool:
+    """Whether a path, its links followed, lies under a folder. An object store has no links, and ".." there is a plain name or refused."""
+    if "://" in os.fspath(path) or "://" in os.fspath(root):
+        text = os.fspath(path)
+        return text.startswith(os.fspath(root).rstrip("/") + "/") and ".." not in text.split("/")
+    folder, name = os.path.split(path)
+    real = os.path.join(_real(folder), name)
+    if os.path.islink(real) or name in ("", ".", ".."):
+        real = os.path.realpath(real)
+    return real.startswith(_real(os.fspath(root)).rstrip("/") + "/")
+
+
+@functools.lru_cache(maxsize=4096)  # a folder holds many clips
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def absolute(path: os.PathLike[str] | str) -> Any:
+    """Returns an absolute pathlib.Path, or an epath.Path for an object store."""
+    if "://" in os.fspath(path):
+        from etils import epath  # reading gs:// alone needs it
+
+        try:
+            return epath.Path(os.fspath(path))
+        except KeyError:
+            raise InputError(f"{path}: not a kind of storage that is known; use a local path or gs://") from None
+    return Path(os.path.abspath(path))
+
+
+def _timestamps(value: Any, name: str) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value):
+        start, end = value
+        if 0 <= start < end <= _LONGEST_SECONDS:
+            return float(start), float(end)
+    raise BadEntry(f"record {name!r}: timestamps {json.dumps(value)[:80]} must be [start, end] in seconds with 0 <= start < end")
+
+
+def _encodable(text: str, what: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadEntry(f"{what} holds half of a surrogate pair (character {error.start + 1}), which is no text; write it again") from None
+    return text
+
+
+def kind(value: Any) -> str:
+    """A JSON value's type in words."""
+    if isinstance(value, str):
+        return "an empty string" if not value else "a string"
+    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
