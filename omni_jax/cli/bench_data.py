@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 HELP = "make a manifest from a public benchmark's annotations and the media at hand"
 EXAMPLE = "omni-jax bench-data clotho --annotations clotho_captions_evaluation.csv --media evaluation --out clotho.jsonl --audit"
 
-NAMES = ("omniretriever", "clotho", "sounddescs", "msrvtt", "msvd", "didemo", "vatex")  # those of omni_jax.data.benchmarks, imported late
+NAMES = (
+    "omniretriever",
+    "clotho",
+    "clotho_v2",
+    "audiocaps",
+    "sounddescs",
+    "msrvtt",
+    "msvd",
+    "didemo",
+    "vatex",
+)  # those of omni_jax.data.benchmarks, imported late
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +71,11 @@ def run(args: argparse.Namespace) -> int:
         print(_audit(args.name, args.annotations, found, coverage))
     if found.problems:
         print(f"entries that cannot be used: {len(found.problems)}; the first: {one_line(str(found.problems[0]))}", file=sys.stderr)
+    if found.empty_captions:
+        print(f"empty captions left out: {found.empty_captions}", file=sys.stderr)
+    if coverage.doubtful:
+        names = ", ".join(coverage.doubtful[:5])
+        print(f"names of several files of the same content, the first taken: {len(coverage.doubtful)}: {names}", file=sys.stderr)
     if args.out:
         _write_manifests(args.out, args.media, media, found, coverage)
     return 1 if coverage.missing or found.problems else 0
@@ -71,10 +86,11 @@ def _write_manifests(out: Path, folder: str, media: tuple[str, ...], found: Anno
     from omni_jax.data.manifest import write_jsonl_atomic
 
     if not coverage.found:
-        raise InputError(f"{folder}: holds no file of the {len(found.items)} clips; the first is called {coverage.missing[0].files[0]!r}")
+        first = coverage.missing[0].id
+        raise InputError(f"{folder}: holds no file of the {len(found.items)} clips; the first, {first!r}: {coverage.reasons[first]}")
     clips, captions = manifest_rows(coverage, media, out.absolute().parent)
     beside = {kind: out.with_name(f"{out.stem}.{kind}.jsonl") for kind in ("captions", "missing")}
-    missing = [{"id": item.id, "url": item.url, "reason": f"no file called {item.files[0]!r} in {folder}"} for item in coverage.missing]
+    missing = [{"id": item.id, "url": item.url, "reason": coverage.reasons[item.id]} for item in coverage.missing]
     missing += [{"id": None, "url": None, "reason": line} for line in found.problems]
     write_jsonl_atomic(out, clips)
     for path, rows in ((beside["captions"], captions), (beside["missing"], missing)):
@@ -96,7 +112,9 @@ def _write_fetch_list(path: str, coverage: Coverage) -> None:
         raise InputError("--fetch-list: these annotations do not say where the media are to be had; see the benchmark's own page")
     with replacing(path) as file:
         file.write("".join("\t".join(row) + "\n" for row in (("id", "url", "start", "end"), *rows)).encode())
-    print(f"{path}: {len(rows)} clips of {len({row[1] for row in rows})} sources to fetch")
+    without = len(coverage.missing) - len(rows)
+    told = f"; of {without} more the annotations do not say where they are to be had" if without else ""
+    print(f"{path}: {len(rows)} clips of {len({row[1] for row in rows})} sources to fetch{told}")
 
 
 def _audit(name: str, annotations: str, found: Annotations, coverage: Coverage) -> str:
@@ -110,8 +128,6 @@ def _audit(name: str, annotations: str, found: Annotations, coverage: Coverage) 
         f"  empty files   {len(coverage.empty):6d}",
         f"  unused files  {coverage.unused:6d}",
     ]
-    if coverage.doubtful:
-        lines.append(f"  several files {len(coverage.doubtful):6d}  of one name, the first taken: {', '.join(coverage.doubtful[:5])}")
     if found.problems:
         lines.append(f"  bad entries   {len(found.problems):6d}")
     lines.append(f"A score on this subset is over a gallery of {here} clips and {captions} captions; a smaller gallery scores higher.")

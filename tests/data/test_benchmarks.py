@@ -159,6 +159,72 @@ def test_files_of_another_form_are_refused_in_one_line(tmp_path: Path, name: str
         read(name, tmp_path / "none.csv")
 
 
+def test_a_row_of_another_width_is_a_problem_of_that_row(tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    head = "file_name,caption_1,caption_2"
+    path.write_text(f'{head}\na.wav,One.,Two.\nb.wav,One, two.,Three.\nc.wav,One.\nd.wav,"One, two.",Three.,\ne.wav,"open,x\nf.wav,y,z\n')
+    found = read("clotho", path)
+    assert told(found) == {"a.wav": ("One.", "Two."), "d.wav": ("One, two.", "Three.")}
+    for line, words in zip(
+        found.problems,
+        ["line 3: 4 cells where the head has 3; put a cell", "line 4: 2 cells", "lines 6 to 7: 2 cells where the head has 3; is a quote"],
+        strict=True,
+    ):
+        assert line.startswith(f"{path}: {words}"), line
+    for name, columns, row in (
+        ("omniretriever", "youtube_id,start,end,caption", "abcdefghijk,0,2,A dog, barking"),
+        ("msrvtt", "video_id,sentence", "video1,A dog, barking"),
+    ):
+        path.write_text(f"{columns}\n{row}\n")
+        with pytest.raises(InputError, match=r"holds no rows; the first: .*line 2: \d cells where the head has \d"):
+            read(name, path)
+    path.write_text("video_id,sentence,sentence\nvideo1,A dog.,A cat.\n")
+    with pytest.raises(InputError, match="column 'sentence' stands twice"):
+        read("msrvtt", path)
+
+
+def test_clotho_v2_with_a_caption_a_row_counts_empty_ones(tmp_path: Path) -> None:
+    rows = [["file_name", "caption"], ["a.wav", "One."], ["b.wav", "Two."], ["a.wav", "Three."]]
+    found = read("clotho_v2", write_csv(tmp_path / "c.csv", rows))
+    assert told(found) == {"a.wav": ("One.", "Three."), "b.wav": ("Two.",)} and not found.problems and not found.empty_captions
+    head = ["file_name", *(f"caption_{i}" for i in range(1, 4))]
+    assert read("clotho_v2", write_csv(tmp_path / "d.csv", [head, ["a.wav", "One.", "", " "]])).empty_captions == 2
+
+
+def test_audiocaps_gathers_the_captions_of_a_clip(tmp_path: Path) -> None:
+    head = ["audiocap_id", "youtube_id", "start_time", "caption"]
+    rows = [["7", "abcdefghijk", "30", "A dog."], ["8", "bbbbbbbbbbb", "0", "Rain."], ["9", "abcdefghijk", "30", "A dog barks."]]
+    found = read("audiocaps", write_csv(tmp_path / "t.csv", [head, *rows, ["10", "c", "soon", "x"]]))
+    first, second = found.items
+    assert first.id == "abcdefghijk_30_40" and first.captions == ("A dog.", "A dog barks.") and second.interval == (0, 10)
+    assert first.interval == (30, 40) and first.sources == ("abcdefghijk",) and first.url == "https://www.youtube.com/watch?v=abcdefghijk"
+    assert "line 5" in found.problems[0] and "'soon'" in found.problems[0]
+    for name, whole in (("9.wav", False), ("Yabcdefghijk.flac", False), ("abcdefghijk_30000_40000.wav", False), ("abcdefghijk.m4a", True)):
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / name).write_bytes(b"x")
+        assert [(item.id, cut) for item, _, cut in look_for(found.items, folder, ("audio",)).found] == [(first.id, whole)]
+
+
+@pytest.mark.parametrize("name", ["abc", "abc.mp4"])
+def test_an_id_equal_to_its_source_keeps_the_interval(tmp_path: Path, name: str) -> None:
+    rows = [["id", "url", "start", "end", "caption"], [name, "https://e.org/abc.mp4", "1", "3", "A dog."]]
+    (item,) = read("omniretriever", write_csv(tmp_path / "b.csv", rows)).items
+    (tmp_path / "abc.mp4").write_bytes(b"x")
+    clips, _ = manifest_rows(look_for([item], tmp_path, ("video",)), ("video",), tmp_path)
+    assert clips == [{"id": name, "text": "A dog.", "video": "abc.mp4", "timestamps": [1.0, 3.0]}]
+
+
+def test_two_different_files_of_one_name_are_nobodys(tmp_path: Path) -> None:
+    for name, data in (("one/a.mp4", b"x"), ("two/a.mp4", b"y"), ("one/b.mp4", b"x"), ("two/b.mp4", b"x")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    got = look_for([clip("a"), clip("b"), clip("c")], tmp_path, ("video",))
+    assert [item.id for item, _, _ in got.found] == ["b"] and got.doubtful == ("b",)
+    assert "2 different files are called 'a': " in got.reasons["a"] and str(tmp_path / "two" / "a.mp4") in got.reasons["a"]
+    assert got.reasons["c"] == f"no file called 'c' in {tmp_path}"
+
+
 def clip(name: str, captions: int = 1, **options) -> Item:
     return Item(name, tuple(f"{name} {i}" for i in range(captions)), (name,), **options)
 

@@ -1,6 +1,7 @@
 """Benchmarks of clips with one or more captions, each read from the file its authors publish.
 
-clotho      clotho_captions_evaluation.csv: file_name, caption_1 .. caption_5
+clotho      clotho_captions_evaluation.csv, of version 1 or 2: file_name, caption_1 .. caption_5
+audiocaps   test.csv: audiocap_id, youtube_id, start_time, caption; a row a caption
 sounddescs  descriptions.pkl, or JSON of the same: captions by clip id
 msrvtt      MSRVTT_JSFUSION_test.csv (1k-A): video_id, sentence
 msvd        raw-captions.pkl (captions as lists of words, by clip id), JSON of the same, or AllVideoDescriptions.txt
@@ -10,6 +11,7 @@ vatex       vatex_*.json: videoID, enCap
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -28,16 +30,55 @@ from omni_jax.data.benchmarks.items import (
 from omni_jax.types import InputError
 
 YOUTUBE = "https://www.youtube.com/watch?v="
+AUDIOCAPS_SECONDS = 10.0  # of AudioSet's clips
 _CUT = re.compile(r"(?P<source>[\w-]{11})_(?P<start>\d+)_(?P<end>\d+)")
 
 
 def clotho(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
-    """Returns the clips of a Clotho caption file, five captions each."""
-    columns, rows = read_csv(path)
-    captions = [name for name in columns if re.fullmatch(r"caption_?\d+", name.lower())]
-    if "file_name" not in columns or not captions:
-        raise InputError(f"{path}: no column file_name, or none of caption_1 to caption_5; its columns are {', '.join(columns)}")
-    return _gathered(path, ((f"line {line}", row.get("file_name", ""), [row.get(c, "") for c in captions]) for line, row in rows))
+    """Returns the clips of a Clotho caption file, of version 1 or 2: five captions each in columns of their own, or one a row."""
+    table = read_csv(path)
+    numbered = [name for name in table.columns if re.fullmatch(r"caption_?\d+", name.lower())]
+    captions = numbered or [name for name in table.columns if name.lower() in ("caption", "text")][:1]
+    if "file_name" not in table.columns or not captions:
+        raise InputError(f"{path}: no column file_name, or none of caption_1 to caption_5; its columns are {', '.join(table.columns)}")
+    rows = ((place, row["file_name"], [row[c] for c in captions]) for place, row in table.rows)
+    return _gathered(path, rows, table.problems, several=not numbered)
+
+
+def audiocaps(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
+    """Returns the ten-second clips of an AudioCaps file, five captions each in the test set.
+
+    Files of the cut clip may be called YOUTUBE_START_END in seconds or milliseconds, YYOUTUBE, or after the number of a caption; one called
+    after the YouTube id is the whole recording.
+    """
+    table = read_csv(path)
+    absent = [name for name in ("youtube_id", "start_time", "caption") if name not in table.columns]
+    if absent:
+        raise InputError(f"{path}: no column {absent[0]}; its columns are {', '.join(table.columns)}")
+    starts: dict[str, tuple[str, float]] = {}
+    numbers: dict[str, list[str]] = {}
+    rows, problems = [], list(table.problems)
+    for place, row in table.rows:
+        try:
+            start = float(row["start_time"])
+            if not (row["youtube_id"] and 0 <= start < float("inf")):
+                raise ValueError
+        except ValueError:
+            problems.append(f"{path}: {place}: youtube_id {row['youtube_id']!r} and start_time {row['start_time']!r} name no clip")
+            continue
+        name = f"{row['youtube_id']}_{start:g}_{start + AUDIOCAPS_SECONDS:g}"
+        starts[name] = row["youtube_id"], start
+        numbers.setdefault(name, []).extend(filter(None, [row.get("audiocap_id")]))
+        rows.append((place, name, [row["caption"]]))
+    found = _gathered(path, rows, problems, several=True)
+
+    def item(given: Item) -> Item:
+        source, start = starts[given.id]
+        milliseconds = f"{source}_{start * 1000:g}_{(start + AUDIOCAPS_SECONDS) * 1000:g}"
+        files = (given.id, milliseconds, f"Y{given.id}", f"Y{source}", *numbers[given.id])
+        return Item(given.id, given.captions, files, (source,), (start, start + AUDIOCAPS_SECONDS), YOUTUBE + source)
+
+    return dataclasses.replace(found, items=tuple(map(item, found.items)))
 
 
 def sounddescs(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
@@ -48,12 +89,12 @@ def sounddescs(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotat
 
 def msrvtt(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
     """Returns the 1,000 clips of the 1k-A test set, one caption each."""
-    columns, rows = read_csv(path)
-    roles = columns_for(path, columns, {"video": ("video_id", "video"), "caption": ("sentence", "caption")}, {})
+    table = read_csv(path)
+    roles = columns_for(path, table.columns, {"video": ("video_id", "video"), "caption": ("sentence", "caption")}, {})
     absent = {"video", "caption"} - roles.keys()
     if absent:
-        raise InputError(f"{path}: no column for the {' and the '.join(sorted(absent))}; its columns are {', '.join(columns)}")
-    return _gathered(path, ((f"line {line}", row.get(roles["video"], ""), [row.get(roles["caption"], "")]) for line, row in rows))
+        raise InputError(f"{path}: no column for the {' and the '.join(sorted(absent))}; its columns are {', '.join(table.columns)}")
+    return _gathered(path, ((place, row[roles["video"]], [row[roles["caption"]]]) for place, row in table.rows), table.problems)
 
 
 def msvd(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
@@ -72,10 +113,8 @@ def didemo(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations
     rows = _records(path, read_json(path), "video", "description")
     links = {row["video"]: row["dl_link"] for _, row in rows if isinstance(row.get("dl_link"), str)}
     found = _gathered(path, ((f"entry {n}", row["video"], [row["description"]]) for n, row in rows), several=True)
-    return Annotations(
-        tuple(Item(i.id, (" ".join(i.captions),), i.files, url=links.get(i.id)) for i in found.items),
-        found.problems,
-    )
+    items = tuple(Item(i.id, (" ".join(i.captions),), i.files, url=links.get(i.id)) for i in found.items)
+    return dataclasses.replace(found, items=items)
 
 
 def vatex(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
@@ -93,17 +132,19 @@ def _records(path: PathLike, content: Any, *keys: str) -> list[tuple[int, dict[s
     return list(enumerate(content, 1))
 
 
-def _gathered(path: PathLike, entries: Iterable[tuple[str, Any, Any]], several: bool = False) -> Annotations:
+def _gathered(path: PathLike, entries: Iterable[tuple[str, Any, Any]], known: Iterable[str] = (), several: bool = False) -> Annotations:
     """Makes items of (place in the file, clip name, captions).
 
     Args:
+      known: problems found before.
       several: whether entries of one name are captions of one clip; otherwise the second one is a problem.
     """
     captions: dict[str, list[str]] = {}
-    problems = []
+    problems, empty = list(known), 0
     for place, name, texts in entries:
         good = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
-        texts = [" ".join(text.split()) for text in texts if text.strip()] if good else []
+        given = [" ".join(text.split()) for text in texts] if good else []
+        texts = [text for text in given if text]
         if not isinstance(name, str) or not name.strip():
             problems.append(f"{path}: {place}: names no clip")
         elif not texts:
@@ -112,9 +153,10 @@ def _gathered(path: PathLike, entries: Iterable[tuple[str, Any, Any]], several: 
             problems.append(f"{path}: {place}: clip {name!r} was given already")
         else:
             captions.setdefault(name.strip(), []).extend(texts)
+            empty += len(given) - len(texts)
     if not captions:
         raise InputError(f"{path}: holds no clip that can be used; {problems[0] if problems else 'it is empty'}")
-    return Annotations(tuple(_item(name, texts) for name, texts in captions.items()), tuple(problems))
+    return Annotations(tuple(_item(name, texts) for name, texts in captions.items()), tuple(problems), empty)
 
 
 def _item(name: str, captions: Iterable[str]) -> Item:

@@ -7,9 +7,10 @@ so that `embed` runs once per clip and once per caption; `eval --captions` joins
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,16 @@ class Coverage:
 
     Attributes:
       found: (clip, file, whether the file is the whole source) in the order of the benchmark.
-      missing: clips without a file.
+      missing: clips without a file, or with several that differ.
+      reasons: by clip id, why each of these is missing.
       empty: files of no bytes; their clips are among the missing.
-      doubtful: names that several files share; the first in alphabetical order was taken.
+      doubtful: names that several files of the same content share; the first in alphabetical order was taken.
       unused: media files that belong to no clip.
     """
 
     found: tuple[tuple[Item, Path, bool], ...]
     missing: tuple[Item, ...]
+    reasons: Mapping[str, str]
     empty: tuple[Path, ...]
     doubtful: tuple[str, ...]
     unused: int
@@ -71,18 +74,40 @@ def look_for(items: Sequence[Item], folder: str | os.PathLike[str], media: Seque
     empty = [path for path in files if path.stat().st_size == 0]
     usable = {name: good for name, paths in by_name.items() if (good := sorted(path for path in paths if path not in set(empty)))}
     found, missing, doubtful, used = [], [], [], set()
+    reasons: dict[str, str] = {}
     for item in items:
         candidates = [(name, False) for name in item.files] + [(name, True) for name in item.sources]
+        names = {name for name, _ in candidates}
         hit = next(((name, whole) for name, whole in candidates if name in usable), None)
         if hit is None:
             missing.append(item)
+            hollow = next((path for path in empty if path.name in names or path.stem in names), None) if empty else None
+            reasons[item.id] = f"{hollow} is empty" if hollow else f"no file called {(item.files or item.sources)[0]!r} in {folder}"
             continue
         name, whole = hit
-        if len(usable[name]) > 1:
+        paths = usable[name]
+        if len(paths) > 1:
+            if not _same(paths):
+                used.update(paths)
+                missing.append(item)
+                reasons[item.id] = f"{len(paths)} different files are called {name!r}: {', '.join(map(str, paths[:3]))}; keep one"
+                continue
             doubtful.append(name)
-        found.append((item, usable[name][0], whole))
-        used.add(usable[name][0])
-    return Coverage(tuple(found), tuple(missing), tuple(empty), tuple(dict.fromkeys(doubtful)), len(set(files) - used - set(empty)))
+        found.append((item, paths[0], whole))
+        used.add(paths[0])
+    unused = len(set(files) - used - set(empty))
+    return Coverage(tuple(found), tuple(missing), reasons, tuple(empty), tuple(dict.fromkeys(doubtful)), unused)
+
+
+def without_ending(name: str) -> str:
+    """Returns a file's name without the ending of a medium."""
+    stem, _, ending = name.rpartition(".")
+    return stem if stem and ending.lower() in VIDEO | AUDIO else name
+
+
+def _same(paths: Sequence[Path]) -> bool:
+    """Whether files hold the same bytes."""
+    return all(filecmp.cmp(paths[0], path, shallow=False) for path in paths[1:])
 
 
 def manifest_rows(

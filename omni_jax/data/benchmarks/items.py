@@ -41,10 +41,20 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Annotations:
-    """What an annotation file holds: clips in its order, and one line for each entry that cannot be used."""
+    """What an annotation file holds: clips in its order, one line for each entry that cannot be used, and how many captions are empty."""
 
     items: tuple[Item, ...]
     problems: tuple[str, ...] = ()
+    empty_captions: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A file of comma-separated values: its columns, (lines, cells by column) of its rows, one line for each row of another width."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, dict[str, str]], ...]
+    problems: tuple[str, ...]
 
 
 def read_text(path: PathLike) -> str:
@@ -60,19 +70,41 @@ def read_text(path: PathLike) -> str:
         raise InputError(f"{path}: cannot be read: {e.strerror or e}") from e
 
 
-def read_csv(path: PathLike) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Returns the column names, and (line, cells by column name) of every row; commas, or tabs where the head has no comma."""
+def read_csv(path: PathLike) -> Table:
+    """Returns a table of comma-separated values, or of tab-separated ones where the head has no comma.
+
+    A row with more or fewer cells than there are columns is a problem: a caption with a comma and no quotes would be cut, and what stands
+    behind it would move to other columns.
+
+    Raises:
+      InputError: for a file that is no such table, names a column twice or has no row.
+    """
     text = read_text(path)
     head = text.split("\n", 1)[0]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in head and "," not in head else ",")
+    rows: list[tuple[str, dict[str, str]]] = []
+    problems: list[str] = []
     try:
         columns = [name.strip() for name in next(reader, [])]
-        rows = [(reader.line_num, dict(zip(columns, (c.strip() for c in row), strict=False))) for row in reader if any(map(str.strip, row))]
+        before = reader.line_num
+        for row in reader:
+            first, before = before + 1, reader.line_num
+            place = f"line {first}" if first == before else f"lines {first} to {before}"
+            while len(row) > len(columns) and not row[-1].strip():  # a separator at the end of the line
+                row.pop()
+            if len(row) == len(columns):
+                rows += [(place, dict(zip(columns, map(str.strip, row), strict=True)))] if any(map(str.strip, row)) else []
+            elif any(map(str.strip, row)):
+                why = "is a quote left open?" if first < before else "put a cell that holds a comma in quotes"
+                problems.append(f"{path}: {place}: {len(row)} cells where the head has {len(columns)}; {why}")
     except csv.Error as e:
         raise InputError(f"{path}:{reader.line_num}: not a table of comma-separated values ({e})") from e
+    twice = next((name for name in columns if name and columns.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{path}: column {twice!r} stands twice; keep one")
     if not columns or not rows:
-        raise InputError(f"{path}: holds no rows; expected a line of column names and one line a clip")
-    return columns, rows
+        raise InputError(f"{path}: holds no rows; " + (f"the first: {problems[0]}" if problems else "expected a head and one line a clip"))
+    return Table(tuple(columns), tuple(rows), tuple(problems))
 
 
 def read_json(path: PathLike) -> Any:

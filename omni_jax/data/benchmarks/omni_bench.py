@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from urllib.parse import parse_qs, urlparse
 
 from omni_jax.data.benchmarks.captioned import YOUTUBE
+from omni_jax.data.benchmarks.coverage import without_ending
 from omni_jax.data.benchmarks.items import Annotations, Item, PathLike, columns_for, read_csv
 from omni_jax.types import InputError
 
@@ -40,7 +41,8 @@ def omni_bench(path: PathLike, columns: Mapping[str, str] | None = None) -> Anno
     Raises:
       InputError: when a needed column cannot be found, naming it, what it may be called and what is there.
     """
-    names, rows = read_csv(path)
+    table = read_csv(path)
+    names = table.columns
     roles = columns_for(path, names, ALIASES, columns or {})
     wanted = ["source", "caption", *([] if "interval" in roles else ["start", "end"])]
     absent = [role for role in wanted if role not in roles]
@@ -48,16 +50,16 @@ def omni_bench(path: PathLike, columns: Mapping[str, str] | None = None) -> Anno
         told = "; ".join(f"{role} ({', '.join(ALIASES[role][:6])}, ...)" for role in absent)
         raise InputError(f"{path}: no column for {told}; its columns are {', '.join(names)}; say --column {absent[0]}=NAME")
     items: dict[str, Item] = {}
-    problems = []
-    for line, row in rows:
-        cells = {role: row.get(column, "") for role, column in roles.items()}
+    problems = list(table.problems)
+    for place, row in table.rows:
+        cells = {role: row[column] for role, column in roles.items()}
         try:
             item = _item(cells)
             if item.id in items:
                 raise ValueError(f"id {item.id!r} was given already")
             items[item.id] = item
         except ValueError as e:
-            problems.append(f"{path}: line {line}: {e}")
+            problems.append(f"{path}: {place}: {e}")
     if not items:
         raise InputError(f"{path}: holds no row that can be used; the first: {problems[0]}")
     return Annotations(tuple(items.values()), tuple(problems))
@@ -73,7 +75,9 @@ def _item(cells: Mapping[str, str]) -> Item:
     url, name = _source(cells["source"])
     made = f"{name}_{start:g}_{end:g}"
     record = cells.get("id") or made
-    return Item(record, (caption,), (record, made), (name,), (start, end), url)
+    # A file called as the source is the whole recording, even where the record is called so too.
+    files = tuple(file for file in (record, made) if without_ending(file) != without_ending(name))
+    return Item(record, (caption,), files, (name,), (start, end), url)
 
 
 def _source(text: str) -> tuple[str, str]:

@@ -29,6 +29,8 @@ class Benchmark:
 BENCHMARKS: Mapping[str, Benchmark] = {
     "omniretriever": Benchmark(("video", "audio"), None),
     "clotho": Benchmark(("audio",), captioned.clotho),
+    "clotho_v2": Benchmark(("audio",), captioned.clotho),
+    "audiocaps": Benchmark(("audio",), captioned.audiocaps),
     "sounddescs": Benchmark(("audio",), captioned.sounddescs, "test_list.txt"),
     "msrvtt": Benchmark(("video",), captioned.msrvtt),
     "msvd": Benchmark(("video",), captioned.msvd, "test_list.txt"),
@@ -72,4 +74,5 @@ def read_annotations(
     items = tuple(by_id[i] for i in wanted if i in by_id)
     if not items:
         raise InputError(f"{split}: none of its {len(wanted)} ids stands in {path}; is it the split of {name}?")
-    return Annotations(items, (*found.problems, *(f"{split}: clip {i!r} is not in {path}" for i in wanted if i not in by_id)))
+    absent = (f"{split}: clip {i!r} is not in {path}" for i in wanted if i not in by_id)
+    return dataclasses.replace(found, items=items, problems=(*found.problems, *absent))
