@@ -49,6 +49,7 @@ class VideoFrames:
       fps: average frames per second of the stream.
       num_frames: frames in the whole stream.
       seconds: length of the clip (of the `timestamps` interval where one is given).
+      warnings: one line each: what of the stream does not decode.
     """
 
     frames: np.ndarray
@@ -56,6 +57,7 @@ class VideoFrames:
     fps: float
     num_frames: int
     seconds: float
+    warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,10 @@ class Preset:
       audio_crop: "first" or "center": which part of a longer track is kept.
       audio_seconds: length kept, seconds; 0 keeps the whole track.
       audio_pad: whether a shorter track is zero-padded to `audio_seconds`.
+      audio_start: "track": sound begins with the first sample of its track, as the reference has it (soundfile and librosa see no picture);
+        "clip": silence stands before a track that starts later than the picture.
+      audio_track, video_track: number of the track among those of its kind in a file, from 0; -1 takes the one marked as default, without a
+        mark the largest.
       channels: "first" or "mean": how several audio channels become one.
       frames: frames sampled per clip where `fps` is 0; even.
       fps: frames sampled per second; 0 samples `frames` whatever the length.
@@ -66,6 +70,9 @@ class Preset:
     audio_crop: str = "first"
     audio_seconds: float = 8.0
     audio_pad: bool = True
+    audio_start: str = "track"
+    audio_track: int = -1
+    video_track: int = -1
     channels: str = "first"
     frames: int = 8
     fps: float = 0.0
@@ -82,6 +89,7 @@ class Preset:
         choices = {
             "text_head": ("last", "fused"),
             "audio_crop": ("first", "center"),
+            "audio_start": ("track", "clip"),
             "channels": ("first", "mean"),
             "frame_rounding": FRAME_ROUNDING,
             "frame_crop": ("none", "square"),
@@ -104,6 +112,9 @@ class Preset:
             raise ConfigError(f"preset fields min_pixels and max_pixels: the smallest area {smallest} is above the largest {largest}")
         if not (math.isfinite(self.audio_seconds) and self.audio_seconds >= 0):
             raise ConfigError(f"preset field audio_seconds={self.audio_seconds}: must be 0 (the whole track) or positive")
+        for name in ("audio_track", "video_track"):
+            if getattr(self, name) < -1:
+                raise ConfigError(f"preset field {name}={getattr(self, name)}: must be a number from 0, or -1 (the usual track)")
         if self.max_text_tokens < 1:
             raise ConfigError(f"preset field max_text_tokens={self.max_text_tokens}: must be at least 1")
 

@@ -60,7 +60,8 @@ def load_clip(record: Record, preset: Preset, modalities: frozenset[str]) -> Cli
         from omni_jax.media.sampling import FrameRule
         from omni_jax.media.video import read_frames
 
-        video = read_frames(record.video, FrameRule.of(preset), record.timestamps)
+        video = read_frames(record.video, FrameRule.of(preset), record.timestamps, preset.video_track)
+        warnings = video.warnings
     if "a" in modalities and record.audio is not None:
         from omni_jax.media.audio import read_waveform
 
@@ -71,8 +72,10 @@ def load_clip(record: Record, preset: Preset, modalities: frozenset[str]) -> Cli
             crop=preset.audio_crop,
             channels=preset.channels,
             timestamps=record.timestamps,
+            track=preset.audio_track,
+            start=preset.audio_start,
         )
-        waveform, warnings = audio.samples, audio.warnings
+        waveform, warnings = audio.samples, (*warnings, *audio.warnings)
     return Clip(record=record, video=video, waveform=waveform, warnings=warnings)
 
 

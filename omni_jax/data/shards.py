@@ -35,8 +35,8 @@ NAME, SPLIT = "clips", "train"
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 COLUMNS = ("id", "caption", "grid", "second_per_grid", "seconds", "frames", "samples", "silent")
 MEDIA_FIELDS = (
-    *("audio_crop", "audio_seconds", "audio_pad", "channels"),
-    *("frames", "fps", "max_frames", "frame_rounding", "frame_crop", "pixels", "min_pixels", "max_pixels"),
+    *("audio_crop", "audio_seconds", "audio_pad", "audio_start", "audio_track", "channels"),
+    *("frames", "fps", "max_frames", "frame_rounding", "frame_crop", "pixels", "min_pixels", "max_pixels", "video_track"),
 )
 """Fields of a preset that shards depend on."""
 

@@ -1,34 +1,36 @@
-"""From an audio or video file to one 16 kHz waveform (SPEC section 2)."""
+"""From an audio or video file to one 16 kHz waveform (SPEC section 2). FFmpeg is the one reader."""
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import dataclasses
 import math
 import os
 from collections.abc import Iterator
-from pathlib import PurePath
 from typing import Any
 
-import av.audio.frame
-import av.container
+import av
 import numpy as np
-import soundfile
 import soxr
 
-from omni_jax.media.source import AvError, check_file, is_incomplete, moving_picture, open_container, opened, reason
+from omni_jax.media.source import AvError, Decoding, check_complete, choose_track, open_container, opened, tracks
 from omni_jax.types import ClipError
 
 SAMPLE_RATE = 16_000  # Hz
 SHORTEST = SAMPLE_RATE  # samples: no waveform is shorter than one second
 SILENCE_SECONDS = 8.0  # stands for a missing track where the preset names no length, as in training
 
-_BLOCK = 65_536  # samples read at a time
-_SOUNDFILE_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".rf64"})
-_CENTER_EXACT_SECONDS = 600.0  # a longer track is not decoded whole to find its centre: its declared length says where to enter
+_CENTER_EXACT_SECONDS = 600.0  # a longer track is not held whole to find its centre: its length is found first
 _SEEK_SECONDS = 30.0  # less than this is decoded and dropped
 _SEEK_MARGIN_SECONDS = 1.0  # decoded before the first sample wanted, so that the decoder has settled
+_LATE_SECONDS = 0.2  # a smaller difference of the tracks' starts is codec delay or interleaving, which players and the reference ignore
+_SILENT, _AUDIBLE = 1e-4, 1e-3  # peaks: -80 and -60 dB
+# Containers whose packets are numbered in samples from the file's own table, so that seeking is exact ("mp4": every edition of it).
+_EXACT = frozenset({"mp4", "wav", "w64", "aiff", "au", "flac"})
+# Headers that state a length. For others FFmpeg guesses it from the file's size and its first packets.
+_STATED = frozenset({"mp4", "w64", "au", "flac", "asf", "ape", "tta"})
+# Streams of bare packets: the times of a packet are counted, so that they cannot show how much was lost before it.
+_BARE = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "loas", "amr", "gsm"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Waveform:
 
     Attributes:
       samples: (N,) float32 at 16 kHz, cropped and padded; N >= 16,000.
-      warnings: one line each: what stands in for a track that is missing or unreadable.
+      warnings: one line each: what stands in for a track or for packets that are missing, and a first channel that is silent alone.
     """
 
     samples: np.ndarray
@@ -52,80 +54,52 @@ def read_waveform(
     crop: str = "first",
     channels: str = "first",
     timestamps: tuple[float, float] | None = None,
+    track: int = -1,
+    start: str = "clip",
 ) -> Waveform:
     """Returns the audio of a file as 16 kHz mono, cropped and padded; silence and a warning for a video without a readable track.
 
     Channels are joined and `timestamps` cut at the track's own rate, samples [start * rate, end * rate); resampling follows (soxr HQ, the
-    length rounded up, as librosa's `soxr_hq`), then the crop. Only the part wanted is decoded, block by block.
+    length rounded up, as librosa's `soxr_hq`), then the crop. Only the part wanted is decoded, block by block. Packets that do not decode
+    become silence of their own length.
 
     Args:
-      path: an audio file, or a video file whose first audio track is taken.
+      path: an audio file, or a video file with sound.
       seconds: length kept; 0 keeps the whole track.
       pad: whether a shorter track is filled with zeros up to `seconds`. One second is always filled.
       crop: "first" or "center".
       channels: "first" or "mean".
       timestamps: (start, end) seconds of the part to take; None for the whole track.
+      track: its number among the sound tracks, from 0; -1 as `choose_track` chooses.
+      start: "clip" puts silence before a track that starts later than the picture; "track" begins with its first sample, as the reference
+        (soundfile, librosa) does.
 
     Raises:
       ClipError: when the file is missing, empty, a directory, not a media file or truncated, and when a file that holds audio alone cannot
-        be decoded, has no samples, has NaN or infinite samples, or ends before the interval starts.
+        be decoded, has no samples, has NaN or infinite samples, loses more than LARGEST_LOSS of its packets, or ends before the interval.
     """
-    check_file(path)
     wanted = round(seconds * SAMPLE_RATE) if seconds > 0 else None
-    with contextlib.ExitStack() as stack:
-        track, in_video, why = _open_track(path, channels, stack)
-        try:
-            if track is None:
-                raise _Unreadable(why)
-            samples = _cut(track, wanted, crop, timestamps)
-        except _Unreadable as error:
-            if not in_video:
-                raise ClipError(f"{path}: {error}; fetch it again, re-encode it or remove the record's audio field") from None
-            length = wanted if pad and wanted else round(SILENCE_SECONDS * SAMPLE_RATE)
-            return Waveform(np.zeros(max(length, SHORTEST), np.float32), (f"{path}: {error}; silence is used instead",))
+    warnings: tuple[str, ...] = ()
+    in_video = False
+    try:
+        with open_container(path) as container:
+            in_video = bool(tracks(container, "video"))
+            sound = _Track(container, path, channels, track, start)
+            samples = _cut(sound, wanted, crop, timestamps)
+            warnings = sound.warnings()
+    except _Unreadable as error:
+        if not in_video:
+            raise ClipError(f"{path}: {error}; re-encode it or remove the record's audio field") from None
+        length = wanted if pad and wanted else round(SILENCE_SECONDS * SAMPLE_RATE)
+        return Waveform(np.zeros(max(length, SHORTEST), np.float32), (f"{path}: {error}; silence is used instead",))
     shortest = max(SHORTEST, wanted if pad and wanted else 0)
     if len(samples) < shortest:
         samples = np.pad(samples, (0, shortest - len(samples)))
-    return Waveform(samples)
+    return Waveform(samples, warnings)
 
 
 class _Unreadable(Exception):
     """A track that cannot be used; the message completes "FILE: ..."."""
-
-
-class _Track(abc.ABC):
-    """Mono samples of one track at its own rate.
-
-    Attributes:
-      rate: samples per second.
-      length: samples the container declares; None where it says nothing.
-    """
-
-    rate: int
-    length: int | None
-
-    @abc.abstractmethod
-    def blocks(self, start: int) -> Iterator[np.ndarray]:
-        """Yields (N,) float32 blocks from sample `start` on. Raises _Unreadable for what does not decode."""
-
-
-def _open_track(path: os.PathLike[str] | str, channels: str, stack: contextlib.ExitStack) -> tuple[_Track | None, bool, str]:
-    """Returns (track or None, whether the file also holds video, why there is no track)."""
-    if PurePath(path).suffix.lower() in _SOUNDFILE_SUFFIXES:
-        file: Any = stack.enter_context(opened(path))
-        # libsndfile refuses some files that FFmpeg reads: another format under a wrong suffix, for one.
-        with contextlib.suppress(soundfile.LibsndfileError):
-            return _SoundTrack(stack.enter_context(soundfile.SoundFile(file)), path, channels), False, ""
-    container = stack.enter_context(open_container(path))
-    in_video = moving_picture(container) is not None
-    if not container.streams.audio:
-        return None, in_video, "no audio track"
-    if container.streams.audio[0].codec_context is None:
-        return None, in_video, "unreadable audio track (unknown codec)"
-    try:
-        return _ContainerTrack(container, path, channels), in_video, ""
-    except _Unreadable as error:
-        return None, in_video, str(error)
 
 
 def _cut(track: _Track, wanted: int | None, crop: str, timestamps: tuple[float, float] | None) -> np.ndarray:
@@ -133,13 +107,14 @@ def _cut(track: _Track, wanted: int | None, crop: str, timestamps: tuple[float, 
     start, stop = (round(t * track.rate) for t in timestamps) if timestamps else (0, None)
     if wanted is None or crop == "first":
         return _resample(track, start, stop, wanted)
-    end = min(x for x in (stop, track.length, math.inf) if x is not None)
-    if end - start <= _CENTER_EXACT_SECONDS * track.rate or end == math.inf:
+    longest = track.longest if stop is None else min(stop, track.longest)
+    if longest - start <= _CENTER_EXACT_SECONDS * track.rate:
         whole = _resample(track, start, stop, None)
         first = max(0, len(whole) - wanted) // 2
         return whole[first : first + wanted].copy()
+    end = track.length() if stop is None else min(stop, track.length())
     span = math.ceil(wanted * track.rate / SAMPLE_RATE)
-    first = start + (int(end) - start - span) // 2
+    first = start + max(0, end - start - span) // 2
     return _resample(track, first, first + span, wanted)
 
 
@@ -168,111 +143,169 @@ def _resample(track: _Track, start: int, stop: int | None, wanted: int | None) -
     return np.pad(samples[:length], (0, max(0, length - len(samples))))
 
 
-def _mono(samples: np.ndarray, channels: str) -> np.ndarray:
-    """(N, channels) to (N,) float32."""
-    if samples.shape[1] == 1 or channels == "first":
-        return np.ascontiguousarray(samples[:, 0])
-    return samples.mean(axis=1, dtype=np.float32)
+class _Track:
+    """Mono samples of one track at the rate of its first frame.
 
+    Attributes:
+      rate: samples per second.
+      longest: samples that the track may have at most, as far as the container can be trusted; infinite where it says nothing.
+    """
 
-class _SoundTrack(_Track):
-    """A track libsndfile reads."""
-
-    def __init__(self, file: soundfile.SoundFile, path: os.PathLike[str] | str, channels: str) -> None:
-        self._file, self._path, self._channels = file, path, channels
-        self.rate, self.length = file.samplerate, file.frames
-
-    def blocks(self, start: int) -> Iterator[np.ndarray]:
-        if start >= self._file.frames:
-            return
-        position = start
-        try:
-            self._file.seek(start)
-            while len(block := self._file.read(_BLOCK, dtype="float32", always_2d=True)):
-                position += len(block)
-                yield _mono(block, self._channels)
-        except (soundfile.SoundFileError, RuntimeError, OSError) as error:
-            raise _Unreadable(f"unreadable audio track ({reason(error)})") from None
-        if position < self._file.frames:
-            raise _Unreadable(f"truncated: {position} of the {self._file.frames} samples that the file declares are there")
-        if is_incomplete(self._path):
-            raise _Unreadable(f"truncated: the file ends before its last chunk does, after {position / self.rate:.6g} s")
-
-
-class _ContainerTrack(_Track):
-    """The first audio track of a container FFmpeg reads."""
-
-    def __init__(self, container: av.container.InputContainer, path: os.PathLike[str] | str, channels: str) -> None:
-        self._container, self._path, self._channels = container, path, channels
-        self._stream = container.streams.audio[0]
-        self._stream.codec_context.thread_type = "NONE"
-        self._declared = float(self._stream.duration * self._stream.time_base) if self._stream.duration and self._stream.time_base else None
-        self._frames = self._decode()
+    def __init__(self, container: Any, path: os.PathLike[str] | str, channels: str, number: int, start: str) -> None:
+        stream = choose_track(container, "audio", number, path)
+        if stream is None:
+            raise _Unreadable("no audio track")
+        if stream.codec_context is None:
+            raise _Unreadable("unreadable audio track (unknown codec)")
+        stream.thread_type = "NONE"
+        self._container, self._stream, self._path, self._channels, self._number = container, stream, path, channels, number
+        self._format = "mp4" if "mp4" in container.format.name else container.format.name
+        self._gaps = 0  # packets lost between others
+        self._peaks = np.zeros(2)  # of the first channel, of the others
+        self._decoding = Decoding(container, stream)
+        self._frames = iter(self._decoding)
         # The rate in the header may be half of what the decoder gives (HE-AAC), so the first frame is asked.
         self._first = next(self._frames, None)
         if self._first is None:
-            raise _Unreadable("the audio track has no samples")
-        self.rate = self._first.sample_rate
-        seconds = self._declared or (container.duration / av.time_base if container.duration else None)
-        self.length = round(seconds * self.rate) if seconds else None
+            error = self._decoding.error
+            raise _Unreadable(f"unreadable audio track ({error})" if error else "the audio track has no samples")
+        self.rate: int = self._first.sample_rate
+        self._late = self._lateness(stream) if start == "clip" else 0
+        seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / av.time_base
+        self._declared = _mp3_seconds(path, self.rate) if self._format == "mp3" else seconds if self._format in _STATED else None
+        self.longest = round(seconds * self.rate) + self._late if seconds else math.inf
+
+    def length(self) -> int:
+        """Samples of the track: stated in its header, else counted by decoding it."""
+        if self._format in _EXACT and self._declared:
+            return round(self._declared * self.rate) + self._late
+        with open_container(self._path) as container:
+            again = _Track(container, self._path, self._channels, self._number, "track")
+            return self._late + sum(map(len, again.blocks(0)))
 
     def blocks(self, start: int) -> Iterator[np.ndarray]:
-        position = 0
-        if start > _SEEK_SECONDS * self.rate:
-            position = self._seek(start)
-        frame = self._first
-        while frame is not None:
-            if frame.sample_rate != self.rate:
-                raise _Unreadable(f"unreadable audio track (the sample rate changes from {self.rate} to {frame.sample_rate} Hz)")
-            block = _mono(_floats(frame), self._channels)[max(0, start - position) :]
-            position += frame.samples
-            if len(block):
-                yield block
-            frame = next(self._frames, None)
-        self._check_end(position)
+        """Yields (N,) float32 blocks from sample `start` on. Raises _Unreadable or ClipError for what does not decode."""
+        if start < self._late:
+            yield np.zeros(self._late - start, np.float32)
+        start = max(0, start - self._late)
+        position = self._seek(start) if start > _SEEK_SECONDS * self.rate and self._seekable() else 0
+        sought = position > 0
+        for block in self._samples():
+            position += len(block)
+            if position > start:
+                yield block[max(0, start - position + len(block)) :]
+        self._check_end(position, sought)
 
-    def _decode(self) -> Iterator[av.audio.frame.AudioFrame]:
-        try:
-            yield from self._container.decode(self._stream)
-        except AvError as error:
-            if is_incomplete(self._path):
-                raise ClipError(f"{self._path}: truncated: the file ends before the container does; fetch it again") from None
-            raise _Unreadable(f"unreadable audio track ({reason(error)})") from None
+    def warnings(self) -> tuple[str, ...]:
+        """Says what a listener would miss in the blocks that were read. Raises _Unreadable where that is too much."""
+        if refusal := self._decoding.refusal("sound"):
+            raise _Unreadable(refusal)
+        lines = []
+        if self._gaps:
+            lines.append(f"{self._path}: {self._gaps} of {self._decoding.packets} packets of the sound do not decode; the others are used")
+        if self._channels == "first" and self._peaks[0] < _SILENT and self._peaks[1] > _AUDIBLE:
+            lines.append(f"{self._path}: the first channel is silent, others are not; set channels=mean to hear them")
+        return tuple(lines)
+
+    def _samples(self) -> Iterator[np.ndarray]:
+        """Yields mono blocks at `rate`: gaps are filled, another rate is resampled."""
+        frame, expected, lost = self._first, None, self._decoding.lost
+        converter, rate = None, self.rate
+        while frame is not None:
+            lost, missing = self._decoding.lost, self._decoding.lost - lost
+            if missing and expected is not None:
+                self._gaps += missing
+                if frame.pts is not None and self._format not in _BARE:
+                    gap = round(float((frame.pts - expected) * frame.time_base) * self.rate)
+                    yield np.zeros(min(max(0, gap), 2 * missing * frame.samples), np.float32)
+            expected = None if frame.pts is None else frame.pts + frame.samples / frame.sample_rate / frame.time_base
+            block = self._mono(_floats(frame))
+            if frame.sample_rate != rate:
+                if converter:
+                    yield converter.resample_chunk(np.zeros(0, np.float32), last=True)
+                rate = frame.sample_rate
+                converter = soxr.ResampleStream(rate, self.rate, 1, dtype="float32", quality="HQ") if rate != self.rate else None
+            yield converter.resample_chunk(block) if converter else block
+            frame = next(self._frames, None)
+        if converter:
+            yield converter.resample_chunk(np.zeros(0, np.float32), last=True)
+
+    def _mono(self, samples: np.ndarray) -> np.ndarray:
+        """(N, channels) to (N,) float32."""
+        if samples.shape[1] == 1:
+            return np.ascontiguousarray(samples[:, 0])
+        if self._channels == "mean":
+            return samples.mean(axis=1, dtype=np.float32)
+        if self._peaks[0] < _SILENT and samples.size:
+            self._peaks = np.maximum(self._peaks, (np.abs(samples[:, 0]).max(), np.abs(samples[:, 1:]).max()))
+        return np.ascontiguousarray(samples[:, 0])
+
+    def _lateness(self, stream: Any) -> int:
+        """Samples by which the track starts later than the picture."""
+        picture = choose_track(self._container, "video", -1, self._path)
+        if picture is None or picture.start_time is None or stream.start_time is None:
+            return 0
+        late = float(stream.start_time * stream.time_base - picture.start_time * picture.time_base)
+        return round(late * self.rate) if late > _LATE_SECONDS else 0
+
+    def _seekable(self) -> bool:
+        """Whether a sample's number follows from its time."""
+        if self._format not in _EXACT or self._stream.time_base * self.rate != 1:
+            return False
+        if self._format != "mp4":
+            return True
+        times = np.array([entry.timestamp for entry in self._stream.index_entries])
+        return len(times) > 2 and bool((np.diff(times[:-1]) == times[1] - times[0]).all())  # without a gap between packets
 
     def _seek(self, start: int) -> int:
         """Moves on to shortly before a sample; returns the number of the first sample that then comes."""
-        base = self._stream.time_base
-        target = start / self.rate - _SEEK_MARGIN_SECONDS
-        try:
-            if base is None:
-                return 0
-            origin = self._stream.start_time or 0
-            self._container.seek(origin + int(target / base), stream=self._stream, backward=True)
-        except AvError as error:
-            raise _Unreadable(f"unreadable audio track (no way to {target:g} s: {reason(error)})") from None
-        self._frames = self._decode()
-        self._first = next(self._frames, None)
-        if self._first is None or self._first.pts is None:
-            return start
-        return round(float((self._first.pts - origin) * base) * self.rate)
+        origin = (self._first.pts if self._first else None) or 0
+        for target in (start - round(_SEEK_MARGIN_SECONDS * self.rate), 0):
+            with contextlib.suppress(*AvError):
+                self._container.seek(origin + target, stream=self._stream, backward=True)
+            self._decoding = Decoding(self._container, self._stream)
+            self._frames = iter(self._decoding)
+            self._first = next(self._frames, None)
+            if self._first is not None and self._first.pts is not None and self._first.pts - origin <= start:
+                return self._first.pts - origin
+        raise _Unreadable(f"unreadable audio track (no way to {start / self.rate:g} s)")
 
-    def _check_end(self, position: int) -> None:
-        """Refuses a track that ended early. A fraction of a second may be missing: encoders count their padding in different ways."""
+    def _check_end(self, position: int, sought: bool) -> None:
+        """Refuses a track that ended early or lost too much. A fraction of a second may be missing: encoders count their padding in
+        different ways."""
         there = position / self.rate
-        short = self._declared is not None and there < 0.99 * self._declared - 0.5
-        if short or ("mp4" not in self._container.format.name and is_incomplete(self._path)):
-            declared = f" of {self._declared:.6g} s" if self._declared else ""
-            raise ClipError(f"{self._path}: truncated: the audio ends after {there:.6g} s{declared}; fetch it again")
+        check_complete(self._container, self._stream, self._path, None if sought else self._decoding.packets, f"{there:.6g} s of sound")
+        if self._declared is not None and there < 0.99 * self._declared - 0.5:
+            raise ClipError(f"{self._path}: truncated: the audio ends after {there:.6g} s of {self._declared:.6g} s; fetch it again")
 
 
-_INTEGER_SCALE = {"u8": 2.0**7, "s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63}
+def _mp3_seconds(path: os.PathLike[str] | str, rate: int) -> float | None:
+    """Length that an mp3 file states in the header of the Xing, LAME or Fraunhofer encoders, None without one. FFmpeg guesses it then."""
+    with contextlib.ExitStack() as stack:
+        file: Any = stack.enter_context(opened(path))
+        file = stack.enter_context(open(file, "rb")) if isinstance(file, str) else file
+        head = file.read(10)
+        # Behind a tag, whose size is in four groups of seven bits.
+        file.seek(10 + sum((byte & 0x7F) << 7 * (3 - i) for i, byte in enumerate(head[6:10])) if head[:3] == b"ID3" else 0)
+        data = file.read(2048)
+    for mark, place in ((b"Xing", 8), (b"Info", 8), (b"VBRI", 14)):
+        at = data.find(mark)
+        if at >= 0 and (mark == b"VBRI" or (data[at + 7 : at + 8] > b"\0" and data[at + 7] & 1)):
+            return int.from_bytes(data[at + place : at + place + 4], "big") * (1152 if rate >= 32_000 else 576) / rate
+    return None
+
+
+_INTEGER_SCALE = {"u8": 2.0**7, "s16": 2.0**15, "s32": 2.0**31}
+_MOST_PLANES = 7  # PyAV reads past the planes of a frame with more (SIGSEGV)
 
 
 def _floats(frame: Any) -> np.ndarray:
     """(samples, channels) float32 in [-1, 1] of a decoded frame in any sample format."""
+    count, kind = frame.layout.nb_channels, frame.format.name.removesuffix("p")
+    if kind == "s64" or (frame.format.is_planar and count > _MOST_PLANES):
+        kind = "dbl" if kind == "s64" else kind  # NumPy's side of PyAV knows no 64-bit integers
+        (frame,) = av.AudioResampler(format=kind).resample(frame)
     data = frame.to_ndarray()
-    kind = frame.format.name.removesuffix("p")
-    count = frame.layout.nb_channels
     data = data.T if frame.format.is_planar else data.reshape(-1, count)
     if kind in _INTEGER_SCALE:
         data = data.astype(np.float64) - (128.0 if kind == "u8" else 0.0)

@@ -49,7 +49,7 @@ def record_preview(record: Record) -> Preview:
     if record.audio is not None:
         try:
             wave = read_waveform(record.audio, seconds=SECONDS, pad=False, channels="mean", timestamps=record.timestamps)
-            sound = None if wave.warnings else mp3(wave.samples)  # a warning: silence stands in for a track that is not there
+            sound = mp3(wave.samples) if wave.samples.any() else None  # none for silence, which stands in for a track that is not there
         except ClipError as error:
             problems.append(str(error))
     return Preview(image, sound, tuple(dict.fromkeys(problems)))

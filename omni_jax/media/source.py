@@ -1,4 +1,4 @@
-"""Opening a media file: what is wrong with it is said in one line, before any decoder sees it."""
+"""Opening a media file and choosing its tracks: what is wrong with a file is one line, before any decoder sees it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from typing import IO, Any
 import av
 import av.container
 import av.error
+import av.logging
 import av.stream
-import av.video.stream
 
 from omni_jax.types import ClipError
+
+av.logging.set_level(None)  # FFmpeg writes to the terminal itself otherwise
 
 AvError = (av.error.FFmpegError, ValueError, OSError)
 """What PyAV raises for a file it cannot read."""
 
+LARGEST_LOSS = 0.1
+"""Share of a track's packets that may fail to decode; a track that loses more is refused."""
 
 PLAYLISTS = frozenset({"concat", "dash", "hls", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp", "smoothstreaming"})
 """Formats of FFmpeg's that hold no media but name where they lie: other files, outside the media root too, or hosts."""
@@ -77,27 +81,115 @@ def open_container(path: os.PathLike[str] | str) -> Iterator[av.container.InputC
     with opened(path) as file:
         try:
             # A playlist may name files of this machine, never a host.
-            container = av.open(file, "r", metadata_errors="ignore", options={"protocol_whitelist": "file"})
+            container = av.open(file, "r", options={"protocol_whitelist": "file"}, **_LENIENT)
         except AvError as error:
-            raise ClipError(f"{path}: not a media file, or a damaged one ({reason(error)}); fetch it again or re-encode it") from None
+            advice = "fetch it again" if is_incomplete(path) else "correct the path, or re-encode it"
+            raise ClipError(f"{path}: not a media file, or a damaged one ({reason(error)}); {advice}") from None
         with container:
             if PLAYLISTS & set(container.format.name.split(",")):
                 raise ClipError(f"{path}: a playlist ({container.format.name}), which names other files; give the media file itself")
             yield container
 
 
-def moving_picture(container: av.container.InputContainer) -> av.video.stream.VideoStream | None:
-    """Returns the first video stream that is not a cover picture, or None."""
-    for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:
-            return stream
-    return None
+# Titles in a wrong character set are no reason to refuse a file. PyAV 19 has no such argument and never raises for them.
+_LENIENT: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
+def tracks(container: av.container.InputContainer, kind: str) -> list[Any]:
+    """Returns the tracks of a kind, "video" or "audio"; cover pictures are none."""
+    found: tuple[Any, ...] = getattr(container.streams, kind)
+    return [stream for stream in found if not stream.disposition & av.stream.Disposition.attached_pic]
+
+
+def choose_track(container: av.container.InputContainer, kind: str, number: int, path: os.PathLike[str] | str) -> Any:
+    """Returns a track of a kind ("video" or "audio") or None where the file has none.
+
+    Args:
+      number: its place among the tracks of its kind, from 0; -1 takes the one marked as default, and without a mark, or with several, the
+        one with the most pixels or channels, as FFmpeg does.
+
+    Raises:
+      ClipError: when there is no track of that number.
+    """
+    found = tracks(container, kind)
+    if number >= len(found) > 0:
+        raise ClipError(f"{path}: {kind} track {number} is not there; the last is {len(found) - 1}, and {kind}_track=-1 the usual one")
+    if number >= 0 or not found:
+        return found[number] if found else None
+    # MP4 has no such mark but "enabled", and whoever writes the file enables the first picture, whatever it is.
+    unmarked = found[0] if kind == "video" and "mp4" in container.format.name else None
+
+    def merit(stream: Any) -> tuple[bool, bool, int]:
+        context = stream.codec_context
+        size = 0 if context is None else context.width * context.height if kind == "video" else context.layout.nb_channels
+        return size > 0, bool(stream.disposition & av.stream.Disposition.default) and stream is not unmarked, size
+
+    return max(found, key=merit)
+
+
+class Decoding:
+    """Frames of a track from where the container stands; what does not decode is counted, not raised.
+
+    Attributes:
+      packets: packets read whole.
+      lost: those of them that do not decode.
+      error: what the decoder, or the container, said last.
+    """
+
+    def __init__(self, container: av.container.InputContainer, stream: Any) -> None:
+        self._container, self._stream = container, stream
+        self.packets = self.lost = 0
+        self.error = ""
+
+    def __iter__(self) -> Iterator[Any]:
+        for packet in self._packets():
+            try:
+                frames = self._stream.decode(packet)
+            except AvError as error:
+                self.lost, self.error = self.lost + 1, reason(error)
+                continue
+            yield from frames
+
+    def _packets(self) -> Iterator[Any]:
+        # A container that cannot be read on has ended: `check_complete` says what is missing.
+        try:
+            for packet in self._container.demux(self._stream):
+                self.packets += packet.size > 0 and not packet.is_corrupt
+                if packet.size:  # an empty packet repeats a picture; the decoder would take it for the end
+                    yield packet
+        except AvError as error:
+            self.error = reason(error)
+        yield None  # the end: the decoder gives what it holds
+
+    def refusal(self, what: str) -> str:
+        """Says why the track is not used, "" where it may be: more than LARGEST_LOSS of the packets do not decode."""
+        if self.lost <= max(1, LARGEST_LOSS * self.packets):
+            return ""
+        return f"damaged: {self.lost} of {self.packets} packets of the {what} do not decode ({self.error})"
+
+
+def check_complete(
+    container: av.container.InputContainer, stream: Any, path: os.PathLike[str] | str, packets: int | None, shown: str
+) -> None:
+    """Raises ClipError for a file that was read to its end and ends before the container says so, as a copy does that was broken off.
+
+    Args:
+      packets: packets of the track that were read; None where the reading began further on.
+      shown: what was read, for the message: "30 frames" or "2.5 s of sound".
+    """
+    if "mp4" in container.format.name and stream.frames and packets is not None:
+        declared = len(stream.index_entries)
+        if packets < declared:
+            what = "frames" if stream.type == "video" else "packets"
+            raise ClipError(f"{path}: truncated: {packets} of the {declared} {what} that the container declares are there; fetch it again")
+    elif is_incomplete(path):
+        raise ClipError(f"{path}: truncated: the file ends before the container does, after {shown}; fetch it again")
 
 
 def is_incomplete(path: os.PathLike[str] | str) -> bool:
-    """Whether a file ends before its outermost parts do, as a copy does that was broken off.
+    """Whether a file ends before its parts do.
 
-    Knows Matroska and WebM, MP4 and MOV, AVI and WAV, Ogg; False for everything else.
+    Knows Matroska and WebM, MP4 and MOV, AVI, WAV and AIFF, Ogg; False for everything else.
     """
     with contextlib.ExitStack() as stack:
         file: Any = stack.enter_context(opened(path))
@@ -110,8 +202,8 @@ def is_incomplete(path: os.PathLike[str] | str) -> bool:
             return _matroska_end(head) > length
         if head[4:8] in (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"free", b"skip"):
             return _boxes_end(file, length) > length
-        if head[:4] == b"RIFF":
-            return _riff_end(file, length) > length
+        if head[:4] in (b"RIFF", b"FORM"):
+            return _chunks_end(file, length, "little" if head[:4] == b"RIFF" else "big") > length
         if head[:4] == b"OggS":
             return _ogg_end(file, length) > length
     return False
@@ -159,16 +251,22 @@ def _boxes_end(file: IO[bytes], length: int) -> int:
     return at
 
 
-def _riff_end(file: IO[bytes], length: int) -> int:
-    """End of the last RIFF list that starts within the file: a long AVI has several. A size that was never filled in counts as right."""
+def _chunks_end(file: IO[bytes], length: int, order: Any) -> int:
+    """End of the last chunk that starts within a RIFF or FORM file, or within one of the several lists of a long AVI.
+
+    The size of the whole list is not asked: writers leave it wrong. A chunk's size that was never filled in counts as right.
+    """
     at = 0
-    while at + 12 <= length:
+    while at + 8 <= length:
         file.seek(at)
         head = file.read(8)
-        size = int.from_bytes(head[4:8], "little")
-        if head[:4] != b"RIFF" or size == 0 or size >= 0x7FFF_F000:
+        size = int.from_bytes(head[4:8], order)
+        if head[:4] in (b"RIFF", b"FORM"):
+            at += 12
+            continue
+        if size == 0 or size >= 0x7FFF_F000 or not head[:4].isascii():
             return length
-        at += 8 + size
+        at += 8 + size + size % 2
     return at if at > length + 1 else length  # the padding byte of an odd size is often left out
 
 

@@ -1,84 +1,67 @@
 """From a video file to sampled frames (SPEC section 2).
 
+The frames of a clip are those that the decoder shows, inside the edit list and in display order. A stream whose packets prove to be its
+frames is entered at the key frame before each sample; every other one is decoded from its start.
+
 Letters: F frames sampled, n frames in the stream.
 """
 
 from __future__ import annotations
 
-import array
-import dataclasses
 import os
-from collections.abc import Generator
+from typing import Any
 
-import av.container
-import av.video.frame
-import av.video.stream
+import av.filter
 import numpy as np
 
+from omni_jax.media.index import PacketIndex, decode_from, read_index, without_leading
 from omni_jax.media.sampling import FrameRule, sample_indices
-from omni_jax.media.source import AvError, is_incomplete, moving_picture, open_container, reason
+from omni_jax.media.source import Decoding, check_complete, choose_track, open_container
 from omni_jax.types import ClipError, VideoFrames
 
-SEEK_GAIN = 64  # frames: a seek restarts the decoder, so it must save more decoding than this
 LARGEST_SAMPLE = 1 << 30  # bytes of all sampled frames: 8 frames of 8k are 0.8 GB, and a file of 100 kB can claim a picture of 2.7 GB
-LONGEST_REREAD = 20_000  # frames: a stream whose seeks go wrong is decoded from its start up to this length
+_RATE_TOLERANCE = 0.1  # a container's average rate that differs more from the times of the frames is not believed
 
 
-def read_frames(path: os.PathLike[str] | str, frames: int | FrameRule, timestamps: tuple[float, float] | None = None) -> VideoFrames:
-    """Returns frames spread over a clip, in its upright orientation.
+def read_frames(
+    path: os.PathLike[str] | str, frames: int | FrameRule, timestamps: tuple[float, float] | None = None, track: int = -1
+) -> VideoFrames:
+    """Returns frames spread over a clip, upright and all of the first one's size.
 
-    Only the frames sampled are held, and long files are entered at the key frame before each of them, so that time and memory are bounded
-    by the stream's packet count and key frame distance and not by its decoded size.
+    Only the frames sampled are held. Packets that do not decode are left out, as FFmpeg leaves them out.
 
     Args:
       path: a video file of any container FFmpeg knows.
       frames: F, how many to sample, a clip with fewer repeats some; or a rule that says how many and which.
       timestamps: (start, end) seconds of the part to sample; None for the whole stream.
+      track: its number among the video tracks, from 0; -1 as `choose_track` chooses.
 
     Raises:
-      ClipError: when the file is missing, empty, a directory, not a video, truncated (fewer frames decode than the container declares) or
-        ends before the interval starts.
+      ClipError: when the file is missing, empty, a directory, not a video, truncated (fewer packets than the container declares), damaged
+        (more than LARGEST_LOSS of the packets do not decode) or ends before the interval starts.
     """
     with open_container(path) as container:
-        stream = _stream(container, path)
-        index = _read_index(container, stream, path)
-        fps = _frames_per_second(stream, index)
-        indices, seconds = sample_indices(len(index.pts), fps, frames, timestamps, path)
-        _check_size(stream.width, stream.height, len(indices), path)
-    wanted = np.unique(indices)
-    pictures = None
-    if _seeks(index, wanted):
-        with open_container(path) as container:
-            pictures = _decode_seeking(container, _stream(container, path), index, wanted, path)
+        stream = _stream(container, path, track)
+        index = read_index(container, stream)
+        fps = _frames_per_second(stream, index.pts)
+        check_complete(container, stream, path, index.packets, f"{len(index.pts)} frames")
+        shown = without_leading(index, container, stream) if index.exact else None
+        pictures, count = None, len(index.pts)
+        if shown is not None:
+            count = len(shown.pts)
+            wanted = sample_indices(count, fps, frames, timestamps, path)[0]
+            _check_size(stream.width, stream.height, len(wanted), path)
+            pictures = _enter(container, stream, shown, np.unique(wanted))
+    warnings: tuple[str, ...] = ()
     if pictures is None:
-        with open_container(path) as container:
-            pictures = _decode_in_order(container, _stream(container, path), index, wanted, path)
-    shapes = {picture.shape[:2] for picture in pictures.values()}
-    if len(shapes) > 1:
-        raise ClipError(f"{path}: the frame size changes within the clip ({_sizes(shapes)}); re-encode it to one size")
-    ((height, width),) = shapes
-    _check_size(width, height, len(indices), path)  # repeated frames may be many more than those decoded
+        pictures, count, warnings = _decode_in_order(path, track, count, fps, frames, timestamps)
+    indices, seconds = sample_indices(count, fps, frames, timestamps, path)
     stacked = np.stack([pictures[i] for i in indices.tolist()])
-    return VideoFrames(frames=stacked, frame_index=indices, fps=fps, num_frames=len(index.pts), seconds=seconds)
+    return VideoFrames(frames=stacked, frame_index=indices, fps=fps, num_frames=count, seconds=seconds, warnings=warnings)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Index:
-    """Presentation times of a stream, from its packets alone.
-
-    Attributes:
-      pts: (n,) int64, ascending, one per frame, in the stream's time base.
-      keys: (K,) int64, ascending positions in `pts` of the key frames.
-      exact: whether every frame has a time of its own, so that a frame is known by its time.
-    """
-
-    pts: np.ndarray
-    keys: np.ndarray
-    exact: bool
-
-
-def _stream(container: av.container.InputContainer, path: os.PathLike[str] | str) -> av.video.stream.VideoStream:
-    stream = moving_picture(container)
+def _stream(container: Any, path: os.PathLike[str] | str, track: int) -> Any:
+    stream = choose_track(container, "video", track, path)
     if stream is None:
         raise ClipError(f"{path}: has no video stream; remove the record's video field or give a video file")
     if stream.codec_context is None:
@@ -95,142 +78,100 @@ def _check_size(width: int, height: int, frames: int, path: os.PathLike[str] | s
         )
 
 
-def _read_index(container: av.container.InputContainer, stream: av.video.stream.VideoStream, path: os.PathLike[str] | str) -> _Index:
-    """Walks the packets without decoding them, and compares their number with what the container declares."""
-    declared = _declared_frames(container, stream)
-    times, keys = array.array("q"), array.array("q")
-    exact, hidden_possible = True, stream.codec_context.name in ("vp8", "libvpx")
-    try:
-        for packet in container.demux(stream):
-            if not packet.size or packet.is_corrupt:  # a packet is corrupt when the file ends within it
-                continue
-            time = packet.pts if packet.pts is not None else packet.dts
-            if packet.is_discard or (not keys and not packet.is_keyframe) or (hidden_possible and not bytes(packet)[0] >> 4 & 1):
-                declared -= 1  # lies outside the edit list, cannot be decoded without its key frame, or is never shown
-                continue
-            exact &= packet.pts is not None
-            time = time if time is not None else len(times)
-            times.append(time)
-            if packet.is_keyframe:
-                keys.append(time)
-    except AvError as error:
-        raise ClipError(f"{path}: damaged after {len(times)} frames ({reason(error)}); fetch it again or re-encode it") from None
-    if len(times) < declared:
-        raise ClipError(f"{path}: truncated: {len(times)} of the {declared} frames that the container declares are there; fetch it again")
-    if not times:
-        raise ClipError(f"{path}: the video stream holds no frames; fetch it again or remove the record's video field")
-    if declared <= 0 and is_incomplete(path):
-        raise ClipError(f"{path}: truncated: the file ends before the container does, after {len(times)} frames; fetch it again")
-    pts = np.sort(np.frombuffer(times, np.int64))
-    exact = bool(exact and np.all(np.diff(pts) > 0))
-    return _Index(pts=pts, keys=np.searchsorted(pts, np.sort(np.frombuffer(keys, np.int64))), exact=exact)
-
-
-def _declared_frames(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> int:
-    """Frames the container says the stream has; 0 where it says nothing that could be relied on."""
-    if container.format.name == "avi":
-        return 0  # counts frames that repeat the one before and hold no data, and one too many where FFmpeg wrote it with B-frames
-    if stream.frames and "mp4" in container.format.name:
-        # The sample table after the edit list was applied: a clip trimmed by its edit list shows fewer frames than it stores.
-        return len(stream.index_entries)
-    return stream.frames
-
-
-def _frames_per_second(stream: av.video.stream.VideoStream, index: _Index) -> float:
+def _frames_per_second(stream: Any, pts: np.ndarray) -> float:
+    """Average rate of the stream, as the container has it unless the times of its frames contradict."""
     rate = stream.average_rate or stream.guessed_rate
-    if rate:
+    steps = np.diff(pts)
+    if (len(steps) < 3 and rate) or not (steps > 0).all() or not len(steps):
+        return float(rate) if rate else 1.0  # a single picture: any rate will do
+    # Both, since one jump of the clock changes the mean, and a varying rate the median.
+    measured = [float(1 / (step * stream.time_base)) for step in (steps.mean(), np.median(steps))]
+    if rate and any(abs(value / float(rate) - 1) <= _RATE_TOLERANCE for value in measured):
         return float(rate)
-    span = float((index.pts[-1] - index.pts[0]) * stream.time_base) if stream.time_base else 0.0
-    return (len(index.pts) - 1) / span if span > 0 else 1.0  # a single picture: any rate will do
+    return measured[0]
 
 
-def _entry(index: _Index, frame: int) -> int:
-    """Position of the key frame that decoding must start from to reach a frame."""
-    return int(index.keys[max(0, np.searchsorted(index.keys, frame, side="right") - 1)])
-
-
-def _seeks(index: _Index, wanted: np.ndarray) -> bool:
-    """Whether seeking saves decoding: some wanted frame lies well past the frame before it, beyond a key frame."""
-    before = np.concatenate([[0], wanted[:-1]])
-    return any(_entry(index, int(frame)) - int(earlier) > SEEK_GAIN for frame, earlier in zip(wanted, before, strict=True))
-
-
-def _decode_in_order(
-    container: av.container.InputContainer,
-    stream: av.video.stream.VideoStream,
-    index: _Index,
-    wanted: np.ndarray,
-    path: os.PathLike[str] | str,
-) -> dict[int, np.ndarray]:
-    """Decodes from the start up to the last wanted frame; frames are known by their number."""
-    last, kept = int(wanted[-1]), set(wanted.tolist())
+def _enter(container: Any, stream: Any, index: PacketIndex, wanted: np.ndarray) -> dict[int, np.ndarray] | None:
+    """Decodes the wanted frames from the key frames before them; None where one of them does not come out."""
+    size = (stream.width, stream.height)
     pictures: dict[int, np.ndarray] = {}
-    decoded = 0
-    for frame in _frames(container, stream, path, index):
-        if decoded in kept:
-            pictures[decoded] = _picture(frame, len(wanted), path)
-        decoded += 1
-        if decoded > last:
-            return pictures
-    raise _too_few(path, decoded, index)
-
-
-def _decode_seeking(
-    container: av.container.InputContainer,
-    stream: av.video.stream.VideoStream,
-    index: _Index,
-    wanted: np.ndarray,
-    path: os.PathLike[str] | str,
-) -> dict[int, np.ndarray] | None:
-    """Decodes each wanted frame from the key frame before it; frames are known by their times.
-
-    None where a seek does not lead to the frame and the stream is short enough to be decoded from its start instead.
-    """
-    pictures: dict[int, np.ndarray] = {}
-    reached = 0
-    frames = _frames(container, stream, path, index)
-    for number in wanted.tolist():
-        entry, time = _entry(index, number), int(index.pts[number])
-        if entry - reached > SEEK_GAIN:
-            frames.close()
-            try:
-                container.seek(int(index.pts[entry]), stream=stream, backward=True)
-            except AvError as error:
-                raise ClipError(f"{path}: cannot be entered at frame {entry} ({reason(error)}); re-encode it") from None
-            frames = _frames(container, stream, path, index)
-        found = next((frame for frame in frames if frame.pts is not None and frame.pts >= time), None)
-        if found is None or (index.exact and found.pts != time):
-            if len(index.pts) <= LONGEST_REREAD:
+    numbers = wanted.tolist()
+    while numbers:
+        entry = index.entry(numbers[0])
+        together = 1  # those reached from the same entry without a better one in between
+        while together < len(numbers) and not index.saves(index.entry(numbers[together]), numbers[together - 1]):
+            together += 1
+        by_time = {int(index.pts[number]): number for number in numbers[:together]}
+        for frame in decode_from(container, stream, index, entry, set(by_time)):
+            if (frame.width, frame.height) != size:
                 return None
-            raise ClipError(f"{path}: frame {number} of {len(index.pts)} does not decode; fetch the file again or re-encode it")
-        pictures[number] = _picture(found, len(wanted), path)
-        reached = number
+            pictures[by_time[frame.pts]] = _picture(frame, size)
+        if len(pictures) < len(wanted) - len(numbers) + together:
+            return None
+        del numbers[:together]
     return pictures
 
 
-def _frames(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream, path: os.PathLike[str] | str, index: _Index
-) -> Generator[av.video.frame.VideoFrame]:
-    decoded = 0
+def _decode_in_order(
+    path: os.PathLike[str] | str, track: int, guess: int, fps: float, frames: int | FrameRule, timestamps: tuple[float, float] | None
+) -> tuple[dict[int, np.ndarray], int, tuple[str, ...]]:
+    """Returns the wanted frames by number, the number of all frames and warnings; decodes once where `guess` is that number, else twice."""
+    while True:
+        indices = _indices_within(guess, fps, frames, timestamps)
+        wanted = set(indices)
+        pictures: dict[int, np.ndarray] = {}
+        count, size = 0, (0, 0)
+        with open_container(path) as container:
+            stream = _stream(container, path, track)
+            _check_size(stream.width, stream.height, len(indices), path)
+            decoding = Decoding(container, stream)
+            for frame in decoding:
+                if not count:
+                    size = (frame.width, frame.height)
+                    _check_size(*size, len(indices), path)
+                if count in wanted:
+                    pictures[count] = _picture(frame, size)
+                count += 1
+        refusal = decoding.refusal("video") or ("" if count else f"the video stream holds no frames ({decoding.error or 'no packets'})")
+        if refusal:
+            raise ClipError(f"{path}: {refusal}; re-encode it or leave it out")
+        if wanted.issuperset(sample_indices(count, fps, frames, timestamps, path)[0].tolist()):
+            lost = f"{path}: {decoding.lost} of {decoding.packets} packets of the video do not decode; the others are used"
+            return pictures, count, (lost,) if decoding.lost else ()
+        guess = count
+
+
+def _indices_within(count: int, fps: float, frames: int | FrameRule, timestamps: tuple[float, float] | None) -> list[int]:
+    """Returns the frames to take if there were `count`, none where the clip would end before the interval."""
     try:
-        for frame in container.decode(stream):
-            yield frame
-            decoded += 1
-    except AvError as error:
-        raise _too_few(path, decoded, index, reason(error)) from None
+        return sample_indices(count, fps, frames, timestamps)[0].tolist() if count else []
+    except ClipError:
+        return []
 
 
-def _too_few(path: os.PathLike[str] | str, decoded: int, index: _Index, why: str = "") -> ClipError:
-    detail = f" ({why})" if why else ""
-    return ClipError(f"{path}: truncated or damaged: {decoded} of {len(index.pts)} frames decode{detail}; fetch it again or re-encode it")
+def _picture(frame: Any, size: tuple[int, int]) -> np.ndarray:
+    """(height, width, 3) uint8 RGB, upright: phones store a turned or mirrored picture and a note of it."""
+    picture = (_field_rgb if frame.interlaced_frame else _rgb)(frame, *size)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return picture
+    # The point (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    if abs(b) > abs(a):
+        picture, a, d = picture.swapaxes(0, 1), c, b
+    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def _picture(frame: av.video.frame.VideoFrame, frames: int, path: os.PathLike[str] | str) -> np.ndarray:
-    """(height, width, 3) uint8 RGB, upright: phones store a turned picture and a note of the turn."""
-    _check_size(frame.width, frame.height, frames, path)  # before it is made: a stream may change its size
-    turns = round(frame.rotation / 90) % 4
-    return np.rot90(frame.to_ndarray(format="rgb24"), turns)
+def _rgb(frame: Any, width: int, height: int) -> np.ndarray:
+    return frame.to_ndarray(format="rgb24", width=width, height=height)
 
 
-def _sizes(shapes: set[tuple[int, ...]]) -> str:
-    return ", ".join(f"{width}x{height}" for height, width in sorted(shapes))
+def _field_rgb(frame: Any, width: int, height: int) -> np.ndarray:
+    """The same for an interlaced picture, as one picture: FFmpeg 8 alone would convert the colours of its two fields apart."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    graph.link_nodes(
+        source, graph.add("scale", f"{width}:{height}:interl=0"), graph.add("format", "rgb24"), graph.add("buffersink")
+    ).configure()
+    graph.push(frame)
+    return graph.pull().to_ndarray()

@@ -147,14 +147,14 @@ def test_three_hours_of_audio_decode_only_what_is_kept(tmp_path: Path, monkeypat
         for _ in range(3 * 60):
             file.write(np.zeros(8000 * 60, np.float32))
     read = 0
-    real = audio._mono
+    real = audio._floats
 
-    def counted(samples: np.ndarray, channels: str) -> np.ndarray:
+    def counted(frame: av.AudioFrame) -> np.ndarray:
         nonlocal read
-        read += len(samples)
-        return real(samples, channels)
+        read += frame.samples
+        return real(frame)
 
-    monkeypatch.setattr(audio, "_mono", counted)
+    monkeypatch.setattr(audio, "_floats", counted)
     for crop in ("first", "center"):
         read = 0
         assert len(read_waveform(path, seconds=8.0, crop=crop).samples) == 8 * RATE
@@ -197,7 +197,7 @@ def test_samples_that_are_no_numbers(tmp_path: Path, value: float) -> None:
     samples = tones(2.0, RATE, 1)
     samples[RATE] = value
     soundfile.write(tmp_path / "bad.wav", samples, RATE, subtype="FLOAT")
-    with pytest.raises(ClipError, match=r"bad\.wav: unreadable audio track \(NaN or infinite samples\); fetch it again"):
+    with pytest.raises(ClipError, match=r"bad\.wav: unreadable audio track \(NaN or infinite samples\); re-encode it"):
         read_waveform(tmp_path / "bad.wav")
 
 
@@ -216,7 +216,7 @@ def test_bad_audio_files_get_one_line(tmp_path: Path) -> None:
         "noise.wav": "not a media file",
         "noise.m4a": "not a media file",
         "words.mp3": "",
-        "zero.wav": "the audio track has no samples; fetch",
+        "zero.wav": "the audio track has no samples; re-encode",
         "wiped.m4a": "unreadable audio track",
     }.items():
         with pytest.raises(ClipError) as error:

@@ -1,0 +1,186 @@
+"""What the packets of a video stream say about its frames, and decoding that enters the stream at a key frame.
+
+Letters: n frames in the stream, K places where decoding can begin.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from omni_jax.media.source import AvError
+
+# Where a packet is a picture with a time of its own. Others hold fields, repeated or empty pictures, or leave times out (AVI, program
+# streams, Ogg, GIF ...): their frames are known only once they are decoded.
+_CONTAINERS = frozenset({"mp4", "matroska", "mpegts"})
+_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg2video"})
+_SEARCH_SECONDS = 1.0  # a transport stream has no table of its key frames: the search for one begins this long before it
+_SEARCH_PACKETS = 1000  # and ends here
+_FIRST_FRAME_PACKETS = 500  # a stream that shows nothing for so long is decoded in order
+
+
+@dataclasses.dataclass(frozen=True)
+class PacketIndex:
+    """Times of a stream, from its packets.
+
+    Attributes:
+      packets: number of packets with something in them.
+      pts: (n,) int64, ascending, one per shown frame, in the stream's time base.
+      entries: (K,) int64, ascending times of the key frames that decoding can begin at.
+      seek_times: (K,) int64, what to seek to for each of them.
+      margin: how many entries before a frame decoding begins early: 1 where a key frame alone need not restore the picture (open groups).
+      exact: whether every packet is known to be a frame, so that their number is right and a frame is known by its time.
+      leading: whether the first packets may be undecodable, so that the first frame must be decoded to know which it is.
+    """
+
+    packets: int
+    pts: np.ndarray
+    entries: np.ndarray
+    seek_times: np.ndarray
+    margin: int
+    exact: bool
+    leading: bool
+
+    def entry(self, frame: int) -> int:
+        """Returns the number of the entry that decoding begins at to reach a frame."""
+        return max(0, int(np.searchsorted(self.entries, self.pts[frame], side="right")) - 1 - self.margin)
+
+    def saves(self, entry: int, reached: int) -> bool:
+        """Whether entering there decodes less than going on from the frame that was reached."""
+        return int(np.searchsorted(self.pts, self.entries[entry])) > reached + 1
+
+
+def read_index(container: Any, stream: Any) -> PacketIndex:
+    """Walks the packets without decoding them; leaves the container at its end."""
+    context = stream.codec_context
+    kind = next((name for name in _CONTAINERS if name in container.format.name), "")
+    exact = bool(kind) and context.name in _CODECS and (context.name != "mpeg2video" or kind == "mpegts")
+    times, keys, seek_times = array.array("q"), array.array("q"), array.array("q")
+    packets = margin = 0
+    leading = kind == "mpegts"
+    before = key = None  # times of the last two key frames
+    with contextlib.suppress(*AvError):  # a container that cannot be read to its end: `check_complete` says what is missing
+        for packet in container.demux(stream):
+            if not packet.size:
+                exact &= packet.dts is None and packet.pts is None  # the end; an empty packet elsewhere repeats a picture
+                continue
+            if packet.is_corrupt:  # the file ends within it
+                exact = False
+                continue
+            packets += 1
+            time = packet.pts
+            if time is None:
+                exact, time = False, packet.dts if packet.dts is not None else packets
+            if exact and packet.is_keyframe and (grade := _entry_grade(packet, context)):
+                exact &= key is None or time > key
+                before, key = key, time
+                keys.append(time)
+                seek_times.append(packet.dts if kind == "mp4" and packet.dts is not None else time)
+                margin = max(margin, grade - 1)
+            elif key is None or time < key:  # leading pictures of an open group; anything earlier is another stream joined to this one
+                leading |= before is None
+                exact &= before is None or time > before
+            if not packet.is_discard and not (exact and _is_hidden(packet, context.name)):
+                times.append(time)
+    pts = np.sort(np.frombuffer(times, np.int64))
+    exact = exact and len(keys) > 0 and bool((np.diff(pts) > 0).all())
+    back = int(_SEARCH_SECONDS / stream.time_base) if kind == "mpegts" else 0
+    entries, sought = np.frombuffer(keys, np.int64), np.frombuffer(seek_times, np.int64) - back
+    return PacketIndex(packets=packets, pts=pts, entries=entries, seek_times=sought, margin=margin, exact=exact, leading=leading)
+
+
+def without_leading(index: PacketIndex, container: Any, stream: Any) -> PacketIndex | None:
+    """Returns the index from the first frame on that the decoder shows; None where that does not fit the packets."""
+    if not index.leading:
+        return index
+    with contextlib.suppress(*AvError):
+        container.seek(int(index.pts[0]) - int(10 / stream.time_base), stream=stream, backward=True)
+        for _, packet in zip(range(_FIRST_FRAME_PACKETS), container.demux(stream), strict=False):
+            for frame in packet.decode() if packet.size else ():
+                at = int(np.searchsorted(index.pts, frame.pts)) if frame.pts is not None else len(index.pts)
+                if at < len(index.pts) and index.pts[at] == frame.pts:
+                    return dataclasses.replace(index, pts=index.pts[at:])
+                return None
+    return None
+
+
+def decode_from(container: Any, stream: Any, index: PacketIndex, entry: int, times: set[int]) -> Iterator[Any]:
+    """Yields the frames at `times`, decoding from an entry on; others in between that no frame depends on are not decoded.
+
+    Ends early, without all of the frames, where the stream cannot be entered there, a packet does not decode, or packets are fields.
+    """
+    context, left = stream.codec_context, len(times)
+    skips = context.name in ("h264", "mpeg2video") or (context.name == "hevc" and _has_one_layer(context.extradata))
+    begun = False
+    try:
+        container.seek(int(index.seek_times[entry]), stream=stream, backward=True)
+        for number, packet in enumerate(container.demux(stream)):
+            if not begun:
+                begun = packet.is_keyframe and packet.pts == index.entries[entry]
+                if not begun and (number > _SEARCH_PACKETS or not packet.size):
+                    return
+                if not begun:
+                    continue
+            hit = packet.pts in times
+            left -= hit
+            context.skip_frame = "NONREF" if skips and not hit else "DEFAULT"
+            frames = packet.decode()
+            if not left and packet.size:
+                frames += context.decode(None)  # those that the decoder still holds; the next seek resets it
+            for frame in frames:
+                if frame.interlaced_frame and context.name == "h264":
+                    return
+                if frame.pts in times:
+                    yield frame
+            if not left:
+                return
+    except AvError:
+        return
+    finally:
+        context.skip_frame = "DEFAULT"
+
+
+def _entry_grade(packet: Any, context: Any) -> int:
+    """1 where decoding can begin at a key frame, 2 where that of one key frame earlier is safe, 0 where the flag is wrong."""
+    if context.name != "h264":
+        return 2 if context.name == "mpeg2video" else 1
+    for nal in _units(bytes(packet), context.extradata):
+        if nal[0] & 0x1F == 5:  # a picture that resets the decoder
+            return 1
+        if nal[0] & 0x1F == 1:  # another, which must be of intra slices: first macroblock 0, then slice type 7 or 2
+            return 2 if nal[1] == 0x88 or nal[1] >> 4 == 0xB else 0
+    return 0
+
+
+def _units(data: bytes, extradata: bytes | None) -> Iterator[bytes]:
+    """Yields the first two bytes of each NAL unit of an H.264 packet."""
+    if not extradata or extradata[0] != 1:  # separated by start codes
+        yield from (unit[:2] for unit in data.split(b"\0\0\1")[1:] if len(unit) > 1)
+        return
+    width, at = extradata[4] % 4 + 1, 0
+    while at + width + 1 < len(data):
+        yield data[at + width : at + width + 2]
+        at += width + int.from_bytes(data[at : at + width], "big")
+
+
+def _has_one_layer(extradata: bytes | None) -> bool:
+    """Whether HEVC has no temporal layers: pictures that none of their own layer need may be needed by the layers above."""
+    return bool(extradata) and extradata[0] == 1 and len(extradata) > 22 and extradata[21] >> 3 & 7 == 1
+
+
+def _is_hidden(packet: Any, codec: str) -> bool:
+    """Whether a packet of VP8 or VP9 is there for prediction alone and never shown."""
+    if codec == "vp8":
+        return not bytes(packet)[0] >> 4 & 1
+    if codec != "vp9":
+        return False
+    data = bytes(packet)
+    if data[-1] & 0xE0 == 0xC0:  # several frames in one packet: one of them is shown
+        return False
+    bits = data[0] << (data[0] >> 4 & 3 == 3)  # profile 3 has one bit more before these
+    return not bits >> 3 & 1 and not bits >> 1 & 1  # neither shows an earlier frame again nor is shown itself
