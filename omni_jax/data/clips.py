@@ -24,6 +24,7 @@ class ClipInfo:
       samples: of the waveform; None likewise.
       silent: whether silence stands in for a missing audio track.
       timestamps: seconds, [start, end), of its record's files; None for whole files, and for clips that were cut already.
+      video, audio: its record's files; None where there is none, or it is not known any more.
     """
 
     id: str
@@ -33,6 +34,8 @@ class ClipInfo:
     samples: int | None = None
     silent: bool = False
     timestamps: tuple[float, float] | None = None
+    video: str | None = None
+    audio: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,6 +90,38 @@ def exchange(seed: int, micro_batch: int, clips: int, blocks: int) -> np.ndarray
     return shuffle
 
 
+def apart(shuffle: np.ndarray, same: np.ndarray) -> np.ndarray:
+    """Returns a shuffle (G, B / G) in which clips take no feature that equals their own, as far as changes of two at a time allow it.
+
+    Args:
+      shuffle: as `exchange` makes it.
+      same: (B,) int, equal numbers for clips of equal features (two without sound, say).
+    """
+    made = shuffle.copy()
+    for row, numbers in zip(made, same.reshape(shuffle.shape), strict=True):
+        for i in np.flatnonzero(numbers[row] == numbers):
+            # Neither of the two is then left with its own, nor with one like it.
+            others = np.flatnonzero((numbers[row] != numbers[i]) & (numbers != numbers[i]))
+            if numbers[row[i]] == numbers[i] and len(others):
+                row[i], row[others[0]] = row[others[0]], row[i]
+    return made
+
+
+def stand_ins(seed: int, update: int, place: int, held: np.ndarray, count: int, most: int) -> np.ndarray:
+    """Returns clips that may stand in for the one at a place of an update (of all its micro-batches): first some that no other place is
+    given, then the others. Every process and every repetition gets the same.
+
+    Args:
+      held: (U,) int, the clips of the update, none of which stands in.
+      count: N.
+      most: clips returned of each kind.
+    """
+    order = generator(seed, Draw.REPLACE, update).permutation(count)
+    order = order[~np.isin(order, held)]
+    own = np.arange(len(order)) % len(held) == place
+    return np.concatenate([order[own][:most], order[~own][:most]])
+
+
 def other_captions(seed: int, micro_batch: int, texts: np.ndarray, everywhere: np.ndarray) -> np.ndarray:
     """Returns for each clip of a micro-batch the text number of a hard negative: another clip's, never its own.
 

@@ -23,7 +23,7 @@ from absl import flags
 from omni_jax.config import ModelConfig, Preset
 from omni_jax.data.augment import AugmentConfig, augment_clip
 from omni_jax.data.loading import training_features
-from omni_jax.data.order import Draw, generator
+from omni_jax.data.order import stand_ins
 from omni_jax.data.plan import BatchConfig, Planner, UpdatePlan
 from omni_jax.data.sources import ClipSource
 from omni_jax.tokens.prompts import build_sequence
@@ -67,6 +67,7 @@ class PipelineBatch:
       silent: clips whose sound is silence because they have no audio track.
       mended: clips of which something else was mended while they were decoded.
       truncated: captions cut to the preset's length.
+      equal_hard: hard negatives that equal their anchor: the clip they take sound or picture from has the same (one file, or no sound).
       used_tokens, total_tokens: tower and decoder tokens that are not padding, and all.
     """
 
@@ -77,6 +78,7 @@ class PipelineBatch:
     silent: int
     mended: int
     truncated: int
+    equal_hard: int
     used_tokens: int
     total_tokens: int
 
@@ -201,17 +203,19 @@ class TrainPipeline:
         """Returns the fields of a PipelineBatch."""
         plan = self.planner.plan(update)
         parts, ids, errors = [], [], []
-        silent = mended = truncated = used = total = 0
+        stood_in: set[int] = set()
+        silent = mended = truncated = equal = used = total = 0
         for micro, kind in enumerate(plan.kinds):
-            loaded = [self._load(plan, micro, place, errors) for place in range(*self._slice.indices(plan.clips.shape[1]))]
+            loaded = [self._load(plan, micro, place, errors, stood_in) for place in range(*self._slice.indices(plan.clips.shape[1]))]
             shuffle = plan.shuffles[micro][self._local_blocks]
             # Blocks lie within a process: a clip of this slice takes features of another one of it.
             taken = plan.taken(micro)[self._slice] - self._slice.start
             examples = [self._example(plan, micro, n, got, loaded[taken[n]]) for n, got in enumerate(loaded)]
             parts.append(MicroBatch(tuple(examples), kind, shuffle))
             ids.append(tuple(self._source.ids[got.clip] for got in loaded))
-            for got, example in zip(loaded, examples, strict=True):
-                quiet = self._source.record(got.clip).silent or any("silence is used" in w for w in got.features.warnings)
+            without = [self._silent(got) for got in loaded]
+            equal += sum(self._equal(kind, loaded, without, n, int(taken[n])) for n in range(len(loaded)))
+            for got, example, quiet in zip(loaded, examples, without, strict=True):
                 silent += quiet
                 mended += bool(got.features.warnings) and not quiet
                 truncated += any(p.truncated for p in example.prompts.values())
@@ -225,15 +229,31 @@ class TrainPipeline:
             "silent": silent,
             "mended": mended,
             "truncated": truncated,
+            "equal_hard": equal,
             "used_tokens": used,
             "total_tokens": total,
         }
 
-    def _load(self, plan: UpdatePlan, micro: int, place: int, errors: list[tuple[str, str]]) -> _Loaded:
+    def _silent(self, got: _Loaded) -> bool:
+        return self._source.record(got.clip).silent or any("silence is used" in line for line in got.features.warnings)
+
+    def _equal(self, kind: StepKind, loaded: Sequence[_Loaded], without: Sequence[bool], place: int, taken: int) -> bool:
+        """Whether the hard negative at a place takes what its clip has already."""
+        if not kind.shuffles:
+            return False
+        clips = [loaded[n].clip for n in (place, taken)]
+        one, other = self.planner.alike(kind.hard)[clips]
+        return bool(one == other or (kind.hard == "audio" and without[place] and without[taken]))
+
+    def _load(self, plan: UpdatePlan, micro: int, place: int, errors: list[tuple[str, str]], used: set[int]) -> _Loaded:
         """Returns the clip of a place, or another clip of the source where it cannot be used; the first is then added to `errors`.
 
-        The other is drawn by (seed, update, clip): every process count and every repetition gets the same one. It is none that the
+        The other is drawn by (seed, update, place): every process count and every repetition gets the same one. It is none that the
         update holds already, has no more tokens than its place has room for, and is of a group that the update lacks if there is such.
+        Places draw from clips of their own first, so that no clip stands in twice while there are enough.
+
+        Args:
+          used: clips that stand in within this update already.
         """
         planned = int(plan.clips[micro, place])
         try:
@@ -241,20 +261,24 @@ class TrainPipeline:
         except ClipError as error:
             errors.append((self._source.ids[planned], str(error)))
             first = str(error)
-        drawn = generator(self.planner.batch.seed, Draw.REPLACE, plan.update, planned).integers(len(self._source), size=CANDIDATES)
         held = plan.clips.ravel()
+        number = micro * plan.clips.shape[1] + place
+        drawn = stand_ins(self.planner.batch.seed, plan.update, number, held, len(self._source), CANDIDATES)
         twice = np.isin(self.planner.groups[drawn], self.planner.groups[held[held != planned]])
         room = self.planner.lengths(plan, micro, place, planned)
         left = ATTEMPTS
         for other in drawn[np.argsort(twice, kind="stable")].tolist():
             lengths = self.planner.lengths(plan, micro, place, other)
             fits = lengths.video <= room.video and lengths.audio <= room.audio and self._fits(lengths, plan, micro)
-            if other in held or not fits:
+            if other in used or not fits:
                 continue
             try:
-                return self._read(plan, micro, other)
+                read = self._read(plan, micro, other)
             except ClipError as error:
                 errors.append((str(self._source.ids[other]), str(error)))
+            else:
+                used.add(other)
+                return read
             left -= 1
             if not left:
                 break

@@ -13,7 +13,7 @@ import numpy as np
 
 from omni_jax.config import ConfigError, ModelConfig, Preset
 from omni_jax.data.augment import AugmentConfig, augment_text
-from omni_jax.data.order import Draw, epoch_order, exchange, generator, other_captions
+from omni_jax.data.order import Draw, apart, epoch_order, exchange, generator, other_captions
 from omni_jax.data.sources import BEATS_PATCH, ClipSource, fbank_frames, tokens_of
 from omni_jax.features.audio import HOP
 from omni_jax.tokens.batching import attention_cost
@@ -133,6 +133,7 @@ class Planner:
             raise InputError("all captions are equal, so that none can be a hard negative; give clips captions of their own")
         self.groups = self._group_numbers()
         self._epochs: dict[int, np.ndarray] = {}
+        self._same: dict[str | None, np.ndarray] = {}
         self._text_tokens = functools.lru_cache(maxsize=1 << 17)(self._count_text)
         self._order(0)
         self._layouts: dict[StepKind, StepKind] = {}
@@ -206,7 +207,8 @@ class Planner:
         texts, shuffles = self.text_of[clips], []
         for m, kind in enumerate(kinds):
             number = update * batch.micro_batches + m
-            shuffles.append(exchange(batch.seed, number, batch.micro_batch, batch.blocks))
+            shuffle = exchange(batch.seed, number, batch.micro_batch, batch.blocks)
+            shuffles.append(apart(shuffle, self.alike(kind.hard)[clips[m]]) if kind.shuffles else shuffle)
             if kind.hard == "text":
                 texts[m] = other_captions(batch.seed, number, texts[m], self.text_of)
         plan = UpdatePlan(update, kinds, clips, texts, tuple(shuffles), ())
@@ -230,6 +232,20 @@ class Planner:
             self._epochs = {**{e: o for e, o in self._epochs.items() if abs(e - epoch) <= 1}, epoch: order}
             return order
         return self._epochs[epoch]
+
+    def alike(self, modality: str | None) -> np.ndarray:
+        """Returns (N,) int, equal numbers for clips whose sound, or picture, is known to be equal: one part of a file, or no sound."""
+        if modality not in self._same:
+            numbers: dict[object, int] = {}
+            found = np.zeros(len(self.source), np.int64)
+            for i in range(len(found)):
+                clip = self.source.record(i)
+                silent = modality == "audio" and clip.silent
+                file = clip.audio if modality == "audio" else clip.video
+                key = "silent" if silent else (file, clip.timestamps) if file is not None else i
+                found[i] = numbers.setdefault(key, len(numbers))
+            self._same[modality] = found
+        return self._same[modality]
 
     def _group_numbers(self) -> np.ndarray:
         if self.batch.distinct == "none":

@@ -66,7 +66,8 @@ class MediaSource:
     def record(self, index: int) -> ClipInfo:
         r = self.records[index]
         samples = self.limits.samples if self.preset.audio_pad else None
-        return ClipInfo(r.id, r.text or "", samples=samples, silent=r.audio is None, timestamps=r.timestamps)
+        video, audio = (None if file is None else str(file) for file in (r.video, r.audio))
+        return ClipInfo(r.id, r.text or "", samples=samples, silent=audio is None, timestamps=r.timestamps, video=video, audio=audio)
 
     def load(self, index: int) -> Clip:
         record = self.records[index]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omni_jax.data.order import Draw, epoch_order, exchange, generator, other_captions
+from omni_jax.data.order import Draw, apart, epoch_order, exchange, generator, other_captions, stand_ins
 from omni_jax.types import InputError
 
 
@@ -75,3 +75,31 @@ def test_a_hard_caption_is_never_the_clips_own(texts: list[int], number: int):
 def test_captions_that_are_all_equal_cannot_be_hard_negatives():
     with pytest.raises(InputError, match="all captions are equal"):
         other_captions(0, 0, np.zeros(4, int), np.zeros(9, int))
+
+
+@given(
+    size=st.integers(2, 8),
+    blocks=st.integers(1, 3),
+    number=st.integers(0, 50),
+    labels=st.lists(st.integers(0, 3), min_size=24, max_size=24),
+)
+def test_clips_that_are_alike_exchange_nothing_where_that_can_be_helped(size: int, blocks: int, number: int, labels: list[int]):
+    same = np.array(labels[: size * blocks])
+    shuffle = exchange(7, number, size * blocks, blocks)
+    made = apart(shuffle, same)
+    assert np.array_equal(apart(shuffle, np.arange(size * blocks)), shuffle), "where all differ nothing is changed"
+    for row, numbers in zip(made, same.reshape(blocks, size), strict=True):
+        assert sorted(row) == list(range(size)) and (row != np.arange(size)).all()
+        most = np.bincount(numbers).max()
+        alike = int((numbers[row] == numbers).sum())
+        assert alike == max(0, 2 * most - size), "more than half alike must meet one another; the others need not"
+
+
+def test_stand_ins_of_two_places_differ_while_there_are_enough():
+    held = np.arange(8)
+    own = [stand_ins(3, 5, place, held, 40, 256) for place in range(8)]
+    first = [drawn[:4].tolist() for drawn in own]
+    assert sorted(clip for drawn in first for clip in drawn) == list(range(8, 40))
+    assert all(sorted(drawn.tolist()) == list(range(8, 40)) for drawn in own)
+    assert np.array_equal(stand_ins(3, 5, 2, held, 40, 256), own[2]) and not np.array_equal(stand_ins(3, 6, 2, held, 40, 256), own[2])
+    assert stand_ins(3, 5, 0, held, 8, 256).size == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import os
@@ -18,6 +19,7 @@ import pytest
 
 from omni_jax.config import ConfigError
 from omni_jax.data.augment import AugmentConfig
+from omni_jax.data.clips import ClipInfo
 from omni_jax.data.pipeline import PipelineBatch
 from omni_jax.data.plan import BatchConfig, row_sizes
 from omni_jax.train import LossConfig, fit_shapes, kinds_of_update
@@ -362,3 +364,43 @@ def test_a_process_that_has_read_all_or_some_leaves_no_shared_memory_and_says_no
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     ended = subprocess.run([sys.executable, str(script), str(made)], capture_output=True, text=True, env=environment, timeout=300)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "0 1 2\n", "")
+
+
+def test_no_clip_stands_in_twice_within_an_update():
+    source = MemorySource(captions(120), broken=range(0, 120, 3))
+    whole = pipeline(source, BATCH, ALL)
+    halves = [pipeline(source, BATCH, ALL, process_index=i, process_count=2) for i in range(2)]
+    replaced = 0
+    for update in range(6):
+        batch = whole.make(update)
+        names = [name for micro in batch.ids for name in micro]
+        assert len(names) == len(set(names)) == 8
+        replaced += len(batch.errors)
+        parts = [half.make(update) for half in halves]
+        assert [tuple(one + other) for one, other in zip(parts[0].ids, parts[1].ids, strict=True)] == list(batch.ids)
+    assert replaced > 12
+
+
+def test_silent_clips_take_sound_from_others_and_what_cannot_be_helped_is_counted():
+    class Half(MemorySource):
+        silent = 2
+
+        def record(self, index: int) -> ClipInfo:
+            return dataclasses.replace(super().record(index), silent=index % self.silent == 0)
+
+    batch = BatchConfig(micro_batch=8, micro_batches=1, blocks=1)
+    audio = LossConfig(hn_audio_only=True)
+    for every, expected in ((2, 0), (1, 8)):
+        source = Half(captions(64))
+        source.silent = every
+        made = pipeline(source, batch, audio)
+        equal = 0
+        for update in range(6):
+            plan = made.planner.plan(update)
+            silent = np.array([source.record(int(clip)).silent for clip in plan.clips[0]])
+            both = int((silent & silent[plan.taken(0)]).sum())
+            assert both == max(0, 2 * int(silent.sum()) - 8)
+            made_batch = made.make(update)
+            assert made_batch.equal_hard == both
+            equal += both
+        assert every == 2 or equal == 6 * expected

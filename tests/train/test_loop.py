@@ -38,6 +38,7 @@ class Update:
     silent: int = 0
     mended: int = 0
     truncated: int = 0
+    equal_hard: int = 0
     used_tokens: int = 3
     total_tokens: int = 4
 
