@@ -5,14 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from omni_jax.config import Preset
 from omni_jax.media.workers import run_guarded
 from omni_jax.types import Clip, ClipError, Features, Record
+
+if TYPE_CHECKING:
+    from omni_jax.media.audio import Waveform
+
+LONGEST_CUT_S = 600.0
+"""Seconds of an interval above which its centre is cut by the reader, which need not decode it whole."""
 
 DECODE_LIMIT_S = 120.0
 """Seconds after which one clip's decoding counts as hung."""
@@ -63,20 +71,42 @@ def load_clip(record: Record, preset: Preset, modalities: frozenset[str]) -> Cli
         video = read_frames(record.video, FrameRule.of(preset), record.timestamps, preset.video_track)
         warnings = video.warnings
     if "a" in modalities and record.audio is not None:
-        from omni_jax.media.audio import read_waveform
-
-        audio = read_waveform(
-            record.audio,
-            seconds=preset.audio_seconds,
-            pad=preset.audio_pad,
-            crop=preset.audio_crop,
-            channels=preset.channels,
-            timestamps=record.timestamps,
-            track=preset.audio_track,
-            start=preset.audio_start,
-        )
+        audio = _read_waveform(record.audio, record.timestamps, preset)
         waveform, warnings = audio.samples, (*warnings, *audio.warnings)
     return Clip(record=record, video=video, waveform=waveform, warnings=warnings)
+
+
+def _read_waveform(path: Path, timestamps: tuple[float, float] | None, preset: Preset) -> Waveform:
+    """Returns a waveform, of an interval the samples [int(start * 16000), int(end * 16000)) of the resampled track, as the reference cuts.
+
+    Raises:
+      ClipError: when the track cannot be used.
+    """
+    from omni_jax.media.audio import SAMPLE_RATE, Waveform, read_waveform
+
+    read = functools.partial(
+        read_waveform, path, crop=preset.audio_crop, channels=preset.channels, track=preset.audio_track, start=preset.audio_start
+    )
+    whole = functools.partial(read, seconds=preset.audio_seconds, pad=preset.audio_pad, timestamps=timestamps)
+    if timestamps is None or (preset.audio_crop == "center" and timestamps[1] - timestamps[0] > LONGEST_CUT_S):
+        return whole()
+    start, end = timestamps
+    if preset.audio_seconds and preset.audio_crop == "first":
+        end = min(end, start + preset.audio_seconds)
+    # Whole seconds lie on samples of every rate, and the resampler's filter reaches less far than one.
+    first = max(0, math.floor(start) - 1)
+    try:
+        wide = read(seconds=0, pad=False, timestamps=(first, end + 1))
+    except ClipError:
+        return whole()  # with the interval's own times in the message
+    samples = wide.samples[int(start * SAMPLE_RATE) - first * SAMPLE_RATE : int(end * SAMPLE_RATE) - first * SAMPLE_RATE]
+    if wide.samples.size <= SAMPLE_RATE or not samples.size or any("silence is used" in line for line in wide.warnings):
+        return whole()  # a very short track, or one that is lacking there: the reader says so
+    kept = round(preset.audio_seconds * SAMPLE_RATE) or samples.size
+    skipped = max(0, samples.size - kept) // 2 if preset.audio_crop == "center" else 0
+    samples = samples[skipped : skipped + kept]
+    shortest = max(SAMPLE_RATE, kept if preset.audio_pad else 0)
+    return Waveform(np.pad(samples, (0, max(0, shortest - samples.size))), wide.warnings)
 
 
 def clip_features(clip: Clip, preset: Preset) -> Features:

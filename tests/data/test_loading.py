@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -63,6 +64,27 @@ def test_the_preset_and_the_interval_reach_the_readers(tmp_path: Path) -> None:
     whole = load_clip(dataclasses.replace(record, timestamps=None), dataclasses.replace(TRAINING, audio_seconds=0.0), frozenset("a"))
     assert whole.waveform is not None
     assert np.array_equal(clip.waveform, whole.waveform[24_000:40_000])
+
+
+@pytest.mark.parametrize(("rate", "suffix"), [(44_100, ".wav"), (48_000, ".mp4"), (22_050, ".flac")])
+def test_sound_is_cut_after_resampling_as_the_reference_does(tmp_path: Path, rate: int, suffix: str) -> None:
+    path = tmp_path / f"sound{suffix}"
+    write_clip(path, 6.0, sample_rate=rate) if suffix == ".mp4" else write_sound(path, 6.0, rate)
+    whole = load_clip(Record("a", audio=path), dataclasses.replace(TRAINING, audio_seconds=0.0, audio_pad=False), frozenset("a")).waveform
+    assert whole is not None
+    for start, end in ((0.3, 2.0), (2.34567, 4.5), (3.00004, 5.99999), (4.0, 60.0)):
+        clip = load_clip(Record("a", audio=path, timestamps=(start, end)), TRAINING, frozenset("a"))
+        want = whole[int(start * 16_000) : int(end * 16_000)]
+        assert clip.waveform is not None and clip.waveform.shape == (128_000,)
+        assert_close(clip.waveform, np.pad(want, (0, 128_000 - len(want))), "resampled")
+    middle = dataclasses.replace(TRAINING, audio_crop="center", audio_seconds=1.0)
+    clip = load_clip(Record("a", audio=path, timestamps=(1.1, 4.2)), middle, frozenset("a"))
+    cut = whole[17_600:67_200]
+    assert clip.waveform is not None
+    assert_close(clip.waveform, cut[(len(cut) - 16_000) // 2 :][:16_000], "resampled")
+    with pytest.raises(ClipError, match="at 7 s, where the timestamps start") if suffix != ".mp4" else contextlib.nullcontext():
+        gone = load_clip(Record("a", audio=path, timestamps=(7.0, 8.0)), TRAINING, frozenset("a"))
+        assert gone.waveform is not None and not gone.waveform.any() and "silence is used instead" in gone.warnings[0]
 
 
 def test_one_bad_clip_never_stops_the_others(tmp_path: Path) -> None:
