@@ -51,7 +51,7 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
 }
 
 # Fields that are read below, and those that say how an adapter came to be and not what it computes.
-_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora"}
+_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "init_lora_weights"}
 _HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -59,7 +59,6 @@ _HARMLESS = {
     "ensure_weight_tying",
     "eva_config",
     "inference_mode",
-    "init_lora_weights",
     "loftq_config",
     "lora_ga_config",
     "megatron_config",
@@ -71,6 +70,9 @@ _HARMLESS = {
     "task_type",
 }
 
+_HARMLESS_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights` under which PEFT leaves the base as it is. Under others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) it subtracts
+from the base what the matrices started from, at every load."""
 
 MATCH_LIMIT_S = 10.0
 """Seconds that `target_modules` may take over the names of a model."""
@@ -168,6 +170,12 @@ def lora_config(config: Mapping[str, Any], base: ModelConfig, where: str) -> tup
         raise InputError(
             f"{where}: field {strange[0]}={config[strange[0]]!r} is not known, and may change what the adapter computes; "
             "remove it if it does not, else merge the adapter in torch first"
+        )
+    start = config.get("init_lora_weights")
+    if not any(start is value or (isinstance(value, str) and start == value) for value in _HARMLESS_INIT):
+        raise InputError(
+            f"{where}: init_lora_weights={start!r} is not supported: it changes the base, too; "
+            "convert such an adapter to plain LoRA in PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
     if type(rank) is not int or rank < 1:

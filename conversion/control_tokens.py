@@ -11,35 +11,36 @@ from typing import Any
 from etils import epath
 
 from conversion.source import Checkpoint, read_json
+from omni_jax.config import ModelConfig
 from omni_jax.types import InputError
 
-# Field of config.json -> token; the padding token is the one the tokenizer's own files name.
+# Field of `SpecialTokens` -> (field of config.json, token); the padding token is the one the tokenizer's own files name.
 _TOKENS = {
-    "audio_token_index": "<|AUDIO|>",
-    "audio_start_token_id": "<|audio_bos|>",
-    "audio_end_token_id": "<|audio_eos|>",
-    "video_token_index": "<|VIDEO|>",
-    "vision_start_token_id": "<|vision_bos|>",
-    "vision_end_token_id": "<|vision_eos|>",
+    "audio": ("audio_token_index", "<|AUDIO|>"),
+    "audio_bos": ("audio_start_token_id", "<|audio_bos|>"),
+    "audio_eos": ("audio_end_token_id", "<|audio_eos|>"),
+    "video": ("video_token_index", "<|VIDEO|>"),
+    "vision_bos": ("vision_start_token_id", "<|vision_bos|>"),
+    "vision_eos": ("vision_end_token_id", "<|vision_eos|>"),
 }
-_PAD, _DEFAULT_PAD = "pad_token_id", "<|endoftext|>"
+_DEFAULT_PAD = "<|endoftext|>"
 
 _FILES = ("tokenizer.json", "added_tokens.json", "tokenizer_config.json", "vocab.json")
 
 
-def check(checkpoint: Checkpoint) -> None:
+def check(checkpoint: Checkpoint, model: ModelConfig) -> None:
     """Compares the seven control-token ids of `config.json` with every tokenizer file of the folder that names them.
 
     Raises:
       InputError: no tokenizer files, an id outside the vocabulary, a token no file names, or two different ids for one token.
     """
-    folder, config = checkpoint.folder, checkpoint.config
+    folder = checkpoint.folder
     known = {file: dict(_ids(folder / file)) for file in _FILES if (folder / file).exists()}
     if not ("tokenizer.json" in known or "vocab.json" in known):
         raise InputError(f"{folder}: has no tokenizer (tokenizer.json, or vocab.json with merges.txt); copy them from the checkpoint")
-    size = config["text_config"]["vocab_size"]
-    for field, token in (_TOKENS | {_PAD: _pad_token(folder)}).items():
-        ours = config[field]
+    size = model.decoder.vocab_size
+    for name, (field, token) in (_TOKENS | {"pad": ("pad_token_id", _pad_token(folder))}).items():
+        ours = getattr(model.tokens, name)
         where = f"{folder / 'config.json'}: {field} {ours!r}"
         if type(ours) is not int or not 0 <= ours < size:
             raise InputError(f"{where} is not a token id below text_config.vocab_size ({size}); use the config.json of this checkpoint")

@@ -90,7 +90,7 @@ def to_jax(
     started = time.monotonic()
     with folder.new_folder(out) as temporary:
         job = _Job(source.open_checkpoint(base), beats, adapter, DTYPES[dtype], merge_adapter, backbone, progress)
-        control_tokens.check(job.checkpoint)
+        control_tokens.check(job.checkpoint, job.config)
         with StoreWriter(temporary / folder.WEIGHTS, part_bytes) as writer:
             job.write_base(writer)
             base_digest = writer.digest

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -40,13 +40,20 @@ _AGAIN = "download it again"
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `start` is its first byte in the file `path`, `dtype` its safetensors name."""
+    """Where one tensor lies: `start` is its first byte in the file `path`, `dtype` its safetensors name.
+
+    Attributes:
+      stride: values between neighbours on each axis; None where they lie in C order, as they always do in safetensors files.
+      check: called before values are read; raises where the file does not hold what it says.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     path: epath.Path
     start: int
+    stride: tuple[int, ...] | None = None
+    check: Callable[[], None] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def size(self) -> int:
@@ -58,14 +65,20 @@ class TensorInfo:
 
     def read(self) -> np.ndarray:
         """Returns the tensor in its own dtype; raises InputError where the file ends early."""
-        return self._read(self.start, self.shape)
+        if self.stride is None or not self.size:
+            return self._read(self.start, self.shape)
+        flat = self._read(self.start, (sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True)) + 1,))
+        strides = [step * flat.itemsize for step in self.stride]
+        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False))
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Returns rows `start` to `stop` of the first axis."""
+        """Returns rows `start` to `stop` of the first axis of a tensor in C order."""
         width = self.nbytes // max(self.shape[0], 1)
         return self._read(self.start + start * width, (stop - start, *self.shape[1:]))
 
     def _read(self, position: int, shape: tuple[int, ...]) -> np.ndarray:
+        if self.check is not None:
+            self.check()
         # Filled through a byte view, so that no second copy of the tensor exists; bfloat16 does not offer a buffer of its own.
         array = np.empty(shape, DTYPES[self.dtype])
         view = array.reshape(-1).view(np.uint8).data

@@ -15,6 +15,7 @@ from conversion.rules import DROPPED_PREFIXES, THINKER_PREFIX
 from conversion.safetensors_io import TensorInfo
 from conversion.torch_pickle import read_torch_file
 from omni_jax.config import EMBED_STYLE, WAVE_STYLE, BeatsConfig, ConfigError, ModelConfig
+from omni_jax.config.hf_fields import thinker_config
 from omni_jax.types import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -71,7 +72,10 @@ def open_checkpoint(folder: epath.PathLike) -> Checkpoint:
     """
     folder = epath.Path(folder)
     _wanted_folder(folder)
-    config = read_json(folder / "config.json")
+    try:
+        config = thinker_config(read_json(folder / "config.json"))
+    except ConfigError as e:
+        raise InputError(_of_folder(folder, e)) from None
     index, files, placed = _weight_files(folder)
     shards, tensors, where = [], {}, {}
     for file in files:
@@ -94,7 +98,6 @@ def open_checkpoint(folder: epath.PathLike) -> Checkpoint:
         dropped = sum(info.nbytes for name, info in tensors.items() if name not in kept)
         shards = [dataclasses.replace(shard, tensors=tuple(n.removeprefix(prefix) for n in shard.tensors if n in kept)) for shard in shards]
         tensors = {name.removeprefix(prefix): info for name, info in kept.items()}
-        config = config["thinker_config"] if isinstance(config.get("thinker_config"), dict) else config
     not_float = [f"{name} is {info.dtype}" for name, info in tensors.items() if info.dtype not in safetensors_io.FLOATS]
     if not_float:
         raise InputError(
@@ -175,13 +178,19 @@ def model_config(checkpoint: Checkpoint, beats: BeatsFile | None = None, backbon
     """Returns the configuration of a checkpoint, without LoRA.
 
     A plain thinker is read as WAVE reads it, its fusion head yet to be made, unless `backbone` (of BACKBONES) says otherwise; it has BEATs
-    where `beats` gives them. BEATs' settings come from `beats`, else from the file `audio_config.beats_path` names if the folder holds it,
-    else from the published values (SPEC section 1). Whether a predictor is there, the weights say.
+    where `beats` gives them. BEATs' settings come from `beats`, else from `audio_config.beats_cfg`, else from the file that
+    `audio_config.beats_path` names if the folder holds it, else from the published values (SPEC section 1). Whether a predictor is there,
+    the weights say.
 
     Raises:
       InputError: a config.json that is not of this model.
     """
     _check_types(checkpoint.config, checkpoint.folder / "config.json")
+    if checkpoint.config.get("train_classify") is False and any(name.startswith("classify_linear.") for name in checkpoint.tensors):
+        raise InputError(
+            f"{checkpoint.folder / 'config.json'}: train_classify is false, but there are weights of classify_linear; "
+            "use the config.json that belongs to these weights"
+        )
     if beats is not None:
         settings = beats.config
     elif not is_wave(checkpoint):
@@ -191,8 +200,7 @@ def model_config(checkpoint: Checkpoint, beats: BeatsFile | None = None, backbon
     try:
         config = ModelConfig.from_hf(checkpoint.config, settings)
     except ConfigError as e:
-        text = str(e).removeprefix("config.json: ")
-        raise InputError(f"{checkpoint.folder / 'config.json'}: {text}") from None
+        raise InputError(_of_folder(checkpoint.folder, e)) from None
     except (TypeError, AttributeError, ValueError) as e:
         raise InputError(f"{checkpoint.folder / 'config.json'}: cannot be read as a WAVE configuration ({e})") from None
     if backbone != "auto":
@@ -201,6 +209,10 @@ def model_config(checkpoint: Checkpoint, beats: BeatsFile | None = None, backbon
         given = "--beats" if beats is not None else str(checkpoint.folder)
         raise InputError(f"{given}: a backbone that pools the mean of its tokens has no BEATs; leave --beats or --backbone nemotron away")
     return config
+
+
+def _of_folder(folder: epath.Path, error: ConfigError) -> str:
+    return f"{folder / 'config.json'}: {str(error).removeprefix('config.json: ')}"
 
 
 _COUNTS = {
@@ -306,14 +318,16 @@ def _weight_files(folder: epath.Path) -> tuple[dict[str, Any] | None, list[str],
 
 
 def has_beats_settings(checkpoint: Checkpoint) -> bool:
-    """Returns whether the folder holds the file that `audio_config.beats_path` names."""
+    """Returns whether config.json holds BEATs' settings, or the folder the file that `audio_config.beats_path` names."""
     path = _beats_path(checkpoint)
-    return path is not None and path.exists()
+    return _inlined_beats(checkpoint) is not None or (path is not None and path.exists())
 
 
 def beats_mend(checkpoint: Checkpoint) -> str:
     """Returns what to do where BEATs' weights and settings differ, by where `model_config` took the settings from."""
     path = _beats_path(checkpoint)
+    if _inlined_beats(checkpoint) is not None:
+        return "use the config.json whose audio_config.beats_cfg belongs to these weights, or give --beats FILE.pt"
     if path is not None and has_beats_settings(checkpoint):
         return f"use the {path.name} that belongs to these weights, or give --beats FILE.pt"
     why = "config.json names no file;"
@@ -322,15 +336,43 @@ def beats_mend(checkpoint: Checkpoint) -> str:
     return f"BEATs settings: published defaults were used, because {why} give --beats FILE.pt"
 
 
+def _audio_field(checkpoint: Checkpoint, name: str) -> Any:
+    section = checkpoint.config.get("audio_config")
+    return section.get(name) if isinstance(section, dict) else None
+
+
 def _beats_path(checkpoint: Checkpoint) -> epath.Path | None:
-    name = (checkpoint.config.get("audio_config") or {}).get("beats_path")
-    # Published configs hold a path of the training machine.
-    return checkpoint.folder / str(name).replace("\\", "/").rsplit("/", 1)[-1] if name else None
+    name = _audio_field(checkpoint, "beats_path")
+    # Published configs hold a path of the training machine. "No" is WAVE's word for none.
+    return checkpoint.folder / str(name).replace("\\", "/").rsplit("/", 1)[-1] if name and name != "No" else None
+
+
+def _inlined_beats(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    cfg = _audio_field(checkpoint, "beats_cfg")
+    return cfg if isinstance(cfg, dict) and cfg else None
 
 
 def _beats_settings(checkpoint: Checkpoint) -> BeatsConfig:
-    path = _beats_path(checkpoint)
-    return read_beats_file(path).config if path is not None and path.exists() else BeatsConfig()
+    """Returns the settings in config.json, else those of the file that it names if the folder holds it, else the published ones."""
+    path, cfg = _beats_path(checkpoint), _inlined_beats(checkpoint)
+    named = read_beats_file(path).config if path is not None and path.exists() else None
+    if cfg is None:
+        return named or BeatsConfig()
+    where = f"{checkpoint.folder / 'config.json'}: audio_config.beats_cfg"
+    try:
+        inlined = BeatsConfig.from_pt_config(cfg)
+    except KeyError as e:
+        raise InputError(f"{where} lacks {e.args[0]!r}; use the config.json of this checkpoint") from None
+    except (ConfigError, TypeError, ValueError) as e:
+        raise InputError(f"{where}: {e}") from None
+    # Which predictor there is, the weights say.
+    if path is not None and named is not None:
+        ours, theirs = (dataclasses.asdict(dataclasses.replace(one, predictor_classes=0)) for one in (inlined, named))
+        if odd := [name for name in ours if ours[name] != theirs[name]]:
+            raise InputError(
+                f"{where} and {path.name} differ ({odd[0]} {ours[odd[0]]} and {theirs[odd[0]]}); remove the one that is not these weights'"
+            )
+    return inlined
 
 
 def _as_stored(config: BeatsConfig, shapes: Mapping[str, tuple[int, ...]]) -> BeatsConfig:

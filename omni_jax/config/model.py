@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from omni_jax.config.errors import ConfigError
+from omni_jax.config.hf_fields import check_fields, rope_of, thinker_config, token_id
 from omni_jax.config.parts import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, SpecialTokens, VisionConfig
 
 ATTENTIONS = ("causal", "bidirectional")
@@ -94,19 +95,17 @@ class ModelConfig:
 
     @classmethod
     def _from_hf(cls, config: Mapping[str, Any], beats: BeatsConfig | None, lora: LoraConfig | None) -> ModelConfig:
-        if config.get("classify_type", "all_layer") != "all_layer":
-            raise ConfigError(f"config.json: classify_type {config['classify_type']!r} is not supported, only 'all_layer'")
+        config = thinker_config(config)
+        check_fields(config)
         text, vision, audio = config["text_config"], config["vision_config"], config["audio_config"]
-        for section, key, value in ((text, "hidden_act", "silu"), (vision, "hidden_act", "silu"), (audio, "activation_function", "gelu")):
-            if section.get(key, value) != value:
-                raise ConfigError(f"config.json: {key} {section[key]!r} is not supported, only {value!r}")
         width = text["hidden_size"]
         for name, value in (("vision_config.out_hidden_size", vision["out_hidden_size"]), ("audio_config.output_dim", audio["output_dim"])):
             if value != width:
                 raise ConfigError(f"config.json: {name} is {value}, but text_config.hidden_size is {width}; they must agree")
-        rope = text.get("rope_scaling") or text["rope_parameters"]
-        if odd := {rope.get("type"), rope.get("rope_type")} - {None, "default", "mrope"}:
-            raise ConfigError(f"config.json: text_config.rope_scaling type {odd.pop()!r} is not supported, only 'default' and 'mrope'")
+        rope = vision.get("rope_parameters") or {}
+        if rope.get("rope_theta", VisionConfig.rope_theta) != VisionConfig.rope_theta:
+            raise ConfigError(f"config.json: vision_config.rope_parameters.rope_theta {rope['rope_theta']!r} is not supported")
+        theta, sections = rope_of(text)
         return cls(
             decoder=DecoderConfig(
                 hidden_size=width,
@@ -116,8 +115,8 @@ class ModelConfig:
                 num_kv_heads=text["num_key_value_heads"],
                 vocab_size=text["vocab_size"],
                 rms_norm_eps=text["rms_norm_eps"],
-                rope_theta=text.get("rope_theta") or rope["rope_theta"],
-                mrope_sections=tuple(rope["mrope_section"]),
+                rope_theta=theta,
+                mrope_sections=sections,
                 max_positions=text.get("max_position_embeddings", 32768),
             ),
             vision=VisionConfig(
@@ -145,11 +144,11 @@ class ModelConfig:
             ),
             beats=beats,
             tokens=SpecialTokens(
-                pad=config["pad_token_id"],
-                audio=config["audio_token_index"],
+                pad=text["pad_token_id"] if config.get("pad_token_id") is None else config["pad_token_id"],
+                audio=token_id(config, "audio_token_index"),
                 audio_bos=config["audio_start_token_id"],
                 audio_eos=config["audio_end_token_id"],
-                video=config["video_token_index"],
+                video=token_id(config, "video_token_index"),
                 vision_bos=config["vision_start_token_id"],
                 vision_eos=config["vision_end_token_id"],
             ),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from omni_jax.config.errors import ConfigError, check_divides
+from omni_jax.config.hf_fields import check_beats_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,16 +160,7 @@ class BeatsConfig:
         Raises:
           ConfigError: for the variants this port does not compute (no deep norm, ungated positions, other activations).
         """
-        wanted = {
-            "deep_norm": True,
-            "gru_rel_pos": True,
-            "relative_position_embedding": True,
-            "layer_norm_first": False,
-            "activation_fn": "gelu",
-        }
-        for key, value in wanted.items():
-            if cfg.get(key, value) != value:
-                raise ConfigError(f"BEATs cfg: {key}={cfg[key]!r} is not supported, only {value!r}")
+        check_beats_fields(cfg)
         return cls(
             num_layers=int(cfg["encoder_layers"]),
             hidden_size=int(cfg["encoder_embed_dim"]),

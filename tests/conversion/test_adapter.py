@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -137,6 +138,17 @@ def test_adapter_keys_are_those_the_settings_select(tmp_path, base):
             conversion.to_jax(base, tmp_path / "out", adapter=adapter)
         assert expected in str(caught.value)
         assert "adapter_model.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "Gaussian", "mystery", 1, ["gaussian"]])
+def test_an_initialisation_that_changes_the_base_is_refused_by_name(start):
+    with pytest.raises(InputError, match=re.escape(f"init_lora_weights={start!r} is not supported")):
+        lora_config(default_config(CONFIG) | {"init_lora_weights": start}, BASE, "adapter_config.json")
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_an_initialisation_that_leaves_the_base_alone_is_read(start):
+    assert lora_config(default_config(CONFIG) | {"init_lora_weights": start}, BASE, "adapter_config.json")[0] == checkpoints.LORA
 
 
 @pytest.mark.parametrize("rslora", [False, True])

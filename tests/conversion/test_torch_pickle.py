@@ -5,12 +5,15 @@ import pickle
 import struct
 import zipfile
 
+import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 
 from conversion import read_torch_file
+from conversion.torch_pickle import open_torch_weights
 from omni_jax.types import InputError
-from tests.conversion.torch_files import Assembler, write_program, write_torch_file
+from tests.conversion.torch_files import Assembler, write_legacy_file, write_program, write_torch_file
 from tests.tolerances import assert_close
 
 
@@ -77,6 +80,63 @@ def test_strides_offsets_and_shared_storages(tmp_path):
     assert np.shares_memory(whole, turned)
     with pytest.raises(ValueError, match="read-only"):
         whole[0, 0] = 1
+
+
+def views():
+    """Tensors of one storage beside one of their own: a whole, its transpose, an inner part, and other types."""
+    flat = np.arange(12, dtype=np.float32)
+    whole = flat.reshape(3, 4)
+    own = {"half": np.array([[1.5, -2]], np.float16), "long": np.array(7, np.int64), "brain": np.ones((2, 3), ml_dtypes.bfloat16)}
+    return {"whole": whole, "turned": whole.T, "inner": whole[1:, 1:3], "flat": flat[5:], **own}
+
+
+@pytest.mark.parametrize("write", [write_torch_file, write_legacy_file])
+def test_both_formats_are_read_whole_and_placed(tmp_path, write):
+    write(tmp_path / "file.bin", views())
+    found, placed = read_torch_file(tmp_path / "file.bin"), open_torch_weights(epath.Path(tmp_path / "file.bin"))
+    assert list(found) == list(placed) == list(views())
+    for name, expected in views().items():
+        np.testing.assert_array_equal(found[name], expected, strict=True)
+        np.testing.assert_array_equal(placed[name].read(), expected, strict=True)
+        assert (placed[name].stride is None) == expected.flags.c_contiguous
+    assert np.shares_memory(found["whole"], found["inner"])
+    np.testing.assert_array_equal(placed["whole"].rows(1, 3), views()["whole"][1:])
+
+
+@pytest.mark.parametrize("write", [write_torch_file, write_legacy_file])
+def test_a_storage_that_is_cut_is_refused(tmp_path, write):
+    write(tmp_path / "file.bin", views())
+    data = (tmp_path / "file.bin").read_bytes()
+    (tmp_path / "file.bin").write_bytes(data[:-3])
+    for read in (read_torch_file, open_torch_weights):
+        with pytest.raises(InputError, match=r"truncated|damaged"):
+            read(tmp_path / "file.bin")
+
+
+def test_a_changed_bit_is_found_by_the_sum_in_the_archive(tmp_path):
+    write_torch_file(tmp_path / "file.bin", {"a": np.arange(100, dtype=np.float32)})
+    data = bytearray((tmp_path / "file.bin").read_bytes())
+    data[data.index(np.float32(50).tobytes()) + 1] ^= 4
+    (tmp_path / "file.bin").write_bytes(bytes(data))
+    info = open_torch_weights(tmp_path / "file.bin")["a"]
+    for read in (info.read, lambda: info.rows(0, 3), lambda: read_torch_file(tmp_path / "file.bin")):
+        with pytest.raises(InputError, match="Bad CRC-32 of storage 0"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"state_dict": {"a": np.ones(2, np.float32)}, "epoch": 3}, "save its 'state_dict' alone"),
+        ([np.ones(2, np.float32)], "does not hold a dict of tensors"),
+        ({"a": np.ones(2, np.float32), "step": 4}, "does not hold a dict of tensors"),
+        ({}, "does not hold a dict of tensors"),
+    ],
+)
+def test_a_file_of_other_things_than_weights_is_refused(tmp_path, content, expected):
+    write_torch_file(tmp_path / "file.bin", content)
+    with pytest.raises(InputError, match=expected):
+        open_torch_weights(tmp_path / "file.bin")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +256,8 @@ def test_a_value_that_repeats_itself_does_not_expand(tmp_path):
     ("content", "expected"),
     [
         (b"", "is empty"),
-        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "before 1.6.*torch.save"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "malformed"),  # the first pickle of the format before torch 1.6, alone
+        (b"\x80\x02K\x01." * 4, "not a torch file"),
         (b"hello", "not a torch file"),
         (b"PK\x03\x04" + b"\0" * 50, "damaged or truncated"),
     ],
