@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from omni_jax.api.retriever import OmniRetriever
 from omni_jax.config import ModelConfig
-from omni_jax.data.loading import training_features
+from omni_jax.data.loading import load_features, training_features
 from omni_jax.data.manifest import Problem, read_manifest
 from omni_jax.data.sources import open_source
 from omni_jax.model import abstract_encoder, with_params
@@ -33,7 +33,8 @@ class Evaluator:
     """Embeds and scores the manifest or prepared folder that a run's config names; programs are compiled at the first call and kept.
 
     Attributes:
-      problems: lines of the manifest that cannot be used.
+      problems: lines of the manifest that cannot be used, and records that lack text, video or sound.
+      records: those that are embedded; some may turn out to be silent when they are decoded, and are set aside then.
     """
 
     def __init__(
@@ -55,17 +56,19 @@ class Evaluator:
         self._settings, self._workdir, self._tell, self._stopping = run.evaluation, workdir, tell, stopping
         self._preset, clips = run.data.resolved_preset(), Path(self._settings.manifest)
         self._source = open_source(clips, self._preset) if clips.is_dir() else None
-        self.problems: Sequence[Problem] = ()
+        problems: Sequence[Problem] = ()
         if self._source is None:
             manifest = read_manifest(clips, self._settings.media_root or None)
-            records, self.problems = manifest.records, manifest.problems
+            records, problems = manifest.records, manifest.problems
         else:
             # Silence would be found by nothing: a clip without sound is one without audio.
             infos = (self._source.record(n) for n in range(len(self._source)))
             records = [Record(at.id, at.caption, video=clips, audio=None if at.silent else clips) for at in infos]
-        self._records = [record for record in records if record.modalities == {"t", "v", "a"}]
-        if not self._records:
-            raise InputError(f"{self._settings.manifest}: no record has text, video and audio, which the 12 directions need")
+        self.records = [record for record in records if record.modalities == {"t", "v", "a"}]
+        self.problems: Sequence[Problem] = (*problems, *(_lacking(record) for record in records if record.modalities != {"t", "v", "a"}))
+        if not self.records:
+            first = f"; the first: {self.problems[0].reason}" if self.problems else ""
+            raise InputError(f"{self._settings.manifest}: no record has text, video and audio, which the 12 directions need{first}")
         self._frozen, self._model, self._dtype, self._mesh = frozen, model, jnp.dtype(run.model.dtype), mesh
         self._workers, self._tokenizer, self._timeout = run.data.workers, tokenizer, run.data.timeout
         self._retriever: OmniRetriever | None = None
@@ -80,15 +83,15 @@ class Evaluator:
         else:
             self._retriever.assign(params)
         parts = []
-        settings = {"batch_size": self._settings.batch_size, "workers": self._workers, "timeout": self._timeout}
-        for part in self._retriever.embed(self._records, TABLES, **settings, load=self._prepared if self._source is not None else None):
+        load = self._decoded if self._source is None else self._prepared
+        for part in self._retriever.embed(self.records, TABLES, batch_size=self._settings.batch_size, load=load):
             parts.append(part)
             if jax.process_count() == 1 and self._stopping():
                 return None
-        outcome = assemble(self._records, parts)
+        outcome = assemble(self.records, parts)
         if outcome.problems:
             _, reason = outcome.problems[0]
-            self._tell(f"evaluation: {len(outcome.problems)} of {len(self._records)} records were set aside; the first: {reason}")
+            self._tell(f"evaluation: {len(outcome.problems)} of {len(self.records)} records were set aside; the first: {reason}")
         try:
             result = evaluate(outcome.table, resamples=0)
         except InputError as e:
@@ -98,8 +101,19 @@ class Evaluator:
             (self._workdir / FOLDER).mkdir(exist_ok=True)
             write_whole(self._workdir / FOLDER / f"{number}.json", json.dumps(result, indent=1) + "\n")
         averages = {name: result[name] for name in ("AVG-single", "AVG-dual", "AVG-all") if result[name] is not None}
-        self._tell(f"held-out R@1 after update {number}: " + ", ".join(f"{name} {value:.1f}" for name, value in averages.items()))
+        tied = max((metrics["ties"] for metrics in result["directions"].values()), default=0)
+        told = f"; up to {tied} of {result['n']} queries a direction are decided by a tie, which counts as a hit" if tied else ""
+        self._tell(f"held-out R@1 after update {number}: " + ", ".join(f"{name} {value:.1f}" for name, value in averages.items()) + told)
         return averages | {name: metrics["R@1"] for name, metrics in result["directions"].items()}
+
+    def _decoded(self, records: Sequence[Record]) -> Iterator[Features | ClipError]:
+        """Yields the features of clips of the manifest; one without sound is set aside, as in a prepared folder."""
+        found = load_features(records, self._preset, "tva", workers=self._workers, timeout_s=self._timeout)
+        for record, features in zip(records, found, strict=True):
+            if isinstance(features, Features) and any("silence is used" in line for line in features.warnings):
+                yield ClipError(f"{record.audio}: has no sound that can be read, which the 12 directions need")
+            else:
+                yield features
 
     def _prepared(self, records: Sequence[Record]) -> Iterator[Features | ClipError]:
         """Yields the features of clips of the prepared folder."""
@@ -110,3 +124,9 @@ class Evaluator:
                 yield training_features(self._source.load(places[record.id]), self._preset)
             except ClipError as error:
                 yield error
+
+
+def _lacking(record: Record) -> Problem:
+    names = {"t": "text", "v": "video", "a": "audio"}
+    lacking = [names[m] for m in "tva" if m not in record.modalities]
+    return Problem(record.id, record.line, "", f"record {record.id!r}: has no {' and no '.join(lacking)}, which the 12 directions need")

@@ -20,6 +20,7 @@ from conversion.folder import Manifest, read_manifest
 from omni_jax.api.evaluation import Evaluator
 from omni_jax.api.processes import check_equal, check_shared, first, together
 from omni_jax.api.retriever import check_preprocessing
+from omni_jax.api.start_report import data_notes, trained_too
 from omni_jax.api.weights import base_digests
 from omni_jax.config import ModelConfig, Preset
 from omni_jax.data.augment import AugmentConfig
@@ -108,6 +109,8 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
         total = run.total_steps(data.planner.updates_per_epoch)
         step = TrainStep(model, run.step_config(total), dtype=run.model.dtype, mesh=mesh)
         watcher.tell(report(step.groups))
+        for note in data_notes(run, source, data.planner, total):
+            watcher.tell(note)
         if manifest.fresh:
             watcher.tell(f"freshly initialised in {base}: {', '.join(manifest.fresh)}")
         digests = {**base_digests(manifest), "clips": clips_digest(source)}
@@ -137,6 +140,9 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
             keep(found)
             if found:
                 watcher.tell(f"{run.evaluation.manifest}: {len(found)} records cannot be evaluated, {listed}: {found[0].reason}")
+            if both := trained_too(source, evaluator.records):
+                told = f"{len(both)} of {len(evaluator.records)} held-out clips are trained on as well, the first: {both[0]!r}"
+                watcher.tell(f"{run.evaluation.manifest}: {told}; its figures say little of clips that the run never saw")
 
         def replaced(number: int, name: str, reason: str) -> None:
             if quarantine.add({"id": name, "update": number, "reason": reason}):

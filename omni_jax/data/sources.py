@@ -31,10 +31,17 @@ class MediaSource:
 
     Attributes:
       problems: lines of the manifest and records that cannot be trained on.
+      notes: of the manifest.
     """
 
     def __init__(
-        self, records: Sequence[Record], preset: Preset, *, problems: Sequence[Problem] = (), timeout_s: float = DECODE_LIMIT_S
+        self,
+        records: Sequence[Record],
+        preset: Preset,
+        *,
+        problems: Sequence[Problem] = (),
+        notes: Sequence[str] = (),
+        timeout_s: float = DECODE_LIMIT_S,
     ) -> None:
         """Takes the records that have a caption and a video; the others become problems.
 
@@ -46,7 +53,7 @@ class MediaSource:
         if preset.audio_seconds == 0:
             raise InputError("audio_seconds=0 keeps whole tracks of unknown length; run 'omni-jax prepare' first, or set a length")
         self.records, unfit = trainable(records)
-        self.problems = (*problems, *unfit)
+        self.problems, self.notes = (*problems, *unfit), tuple(notes)
         if not self.records:
             first = f"; the first: {self.problems[0].reason}" if self.problems else ""
             raise InputError(f"no record can be trained on: each needs text and video{first}")
@@ -92,7 +99,7 @@ def open_source(
         return ShardSource(path, preset)
     manifest = read_manifest(path, media_root)
     try:
-        return MediaSource(manifest.records, preset, problems=manifest.problems, timeout_s=timeout_s)
+        return MediaSource(manifest.records, preset, problems=manifest.problems, notes=manifest.notes, timeout_s=timeout_s)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 

@@ -1,0 +1,46 @@
+"""What a run says before it begins: which of its data it will not use, or use otherwise than one might think."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from omni_jax.data.clips import ClipSource
+from omni_jax.data.plan import Planner
+from omni_jax.data.sources import MediaSource
+from omni_jax.train import RunConfig
+from omni_jax.types import Record
+
+
+def data_notes(run: RunConfig, source: ClipSource, planner: Planner, total: int) -> Iterator[str]:
+    """Yields a line each for fields that are not read, clips that no update holds, clips without sound, hard negatives that are none.
+
+    Args:
+      total: updates of the run.
+    """
+    clips, size, per_epoch = len(source), run.batch.clips, planner.updates_per_epoch
+    yield from (f"{run.data.train}: {note}" for note in getattr(source, "notes", ()))
+    if total <= per_epoch and total * size < clips:
+        yield f"{total} updates of {size} clips take {total * size} of the {clips} clips; {clips - total * size} are never trained on"
+    elif per_epoch * size < clips:
+        left = clips - per_epoch * size
+        yield f"an epoch of {per_epoch} updates of {size} clips leaves {left} of the {clips} clips out, other ones in each"
+    silent = sum(source.record(number).silent for number in range(clips))
+    if silent:
+        why = "no audio field" if isinstance(source, MediaSource) else "no sound"
+        yield f"{silent} of {clips} clips have {why} and are trained with silence" + ("; nothing is learned of sound" * (silent == clips))
+    for name in ("audio", "video") if not run.losses.hn_audio_only else ("audio",):
+        most = int(np.bincount(planner.alike(name)).max()) if run.losses.tuple_weight > 0 else 0
+        if 2 * most > clips:
+            yield (
+                f"{most} of {clips} clips have the same {name}: where such clips fill more than half of a block, hard negatives that "
+                f"exchange it equal their anchor (equal_hard in metrics.jsonl counts them)"
+            )
+
+
+def trained_too(source: ClipSource, records: Sequence[Record]) -> list[str]:
+    """Returns the ids of held-out records that are trained on: those of equal id and caption, or of one part of one file."""
+    known = set(zip(source.ids, source.captions, strict=True))
+    files = {(str(r.video), r.timestamps) for r in source.records} if isinstance(source, MediaSource) else set()
+    return [r.id for r in records if (r.id, r.text) in known or (str(r.video), r.timestamps) in files]
