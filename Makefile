@@ -6,13 +6,17 @@ PYTHON ?= python3.11
 PYTEST_ARGS ?=
 # Workers of pytest-xdist, one a core; PYTEST_ARGS="-n 0" does without. A file stays on one worker, so that its fixtures are made once.
 WORKERS = -n auto --dist loadfile
+# As on a user's machine: every optimization, and no program from another test.
+FULL = --compiler full
+# Without bytecode each worker would parse and rewrite all test files, and each command all of the project.
+unexport PYTHONDONTWRITEBYTECODE
 PIP = -m pip install --quiet --disable-pip-version-check --no-deps
 SETUP = .venv/.installed
 REFERENCE = .venv-reference/.installed
 TPU = .venv-tpu/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-ablation test test-slow test-reference test-tpu test-all bench torture report-check pods-table lint format lock clean
+.PHONY: help setup demo demo-ablation test-fast test test-slow test-reference test-tpu test-all bench torture report-check pods-table lint format lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -49,17 +53,20 @@ demo: $(SETUP)  ## compare a tiny checkpoint with PyTorch; train a small model o
 demo-ablation: $(SETUP)  ## train the demo's model with one, two and three losses and compare
 	.venv/bin/omni-jax demo --ablation
 
+test-fast: $(SETUP)  ## what compiles nothing, within a minute
+	.venv/bin/python -m pytest $(WORKERS) -m "not jit and not slow and not reference and not tpu" $(PYTEST_ARGS)
+
 test: $(SETUP)  ## the default tests; no torch, no libtpu, no network
 	.venv/bin/python -m pytest $(WORKERS) -m "not slow and not reference and not tpu" $(PYTEST_ARGS)
 
 test-slow: $(SETUP)  ## kills, several processes, long parity
-	.venv/bin/python -m pytest -m "slow and not reference and not tpu" $(PYTEST_ARGS)
+	.venv/bin/python -m pytest $(WORKERS) -m "slow and not reference and not tpu" $(PYTEST_ARGS)
 
 test-reference: $(REFERENCE)  ## against torch, transformers' torch model and PEFT
-	.venv-reference/bin/python -m pytest -m "reference" $(PYTEST_ARGS)
+	.venv-reference/bin/python -m pytest $(WORKERS) $(FULL) -m "reference" $(PYTEST_ARGS)
 
 test-tpu: $(TPU)  ## compile for TPU, with no TPU attached
-	.venv-tpu/bin/python -m pytest -m "tpu and not reference" $(PYTEST_ARGS)
+	.venv-tpu/bin/python -m pytest $(FULL) -m "tpu and not reference" $(PYTEST_ARGS)
 
 test-all: test test-slow test-reference test-tpu  ## all four
 

@@ -30,8 +30,12 @@ CONFIG = dataclasses.replace(
 ROWS = builders.pack(
     [[(builders.random_prompt(1, 6, 5, 270), 1, 1), (builders.random_prompt(2, 4, 5, 270), 2, 1)]] * 2, [[5, 9], [5, 9]], 10
 )
-KEYS = jax.random.split(jax.random.key(0), 2)
 FEATURES = builders.noise(1, 2, 1, 13, CONFIG.beats.hidden_size)  # two micro-batches of one segment's BEATs features
+
+
+def keys() -> jax.Array:
+    """One key for each micro-batch."""
+    return jax.random.split(jax.random.key(0), 2)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +76,7 @@ def gradients(encoder: Encoder, remat: Callable[..., Any] | None = None) -> dict
         return sums
 
     rows = jax.tree.map(jnp.asarray, ROWS)
-    found = total(heads, frozen, rows, jnp.asarray(FEATURES), KEYS)
+    found = total(heads, frozen, rows, jnp.asarray(FEATURES), keys())
     return {"/".join(str(p) for p in path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(found)}
 
 
@@ -110,7 +114,7 @@ def test_gradient_is_the_slope(encoder: Encoder, plain_gradients: dict[str, np.n
 
     def total(amount: float) -> float:
         found = 0.0
-        for segment, key in zip(FEATURES, KEYS, strict=True):
+        for segment, key in zip(FEATURES, keys(), strict=True):
             fused, last = (np.asarray(x, np.float64) for x in outputs(jnp.float32(amount), jnp.asarray(segment), key))
             found += float((np.tanh(fused) @ weights).sum() + (last @ weights).sum())
         return found

@@ -15,7 +15,7 @@ from omni_jax.planning.hlo import Collective, collectives
 from omni_jax.train import LossConfig, TrainStep, place_batch, step_kind
 from omni_jax.types import BatchShapes
 from tests.tolerances import assert_close
-from tests.train.random_batches import CHUNKS, FBANK, MODEL, PARAMS, QUICK, STEPS, batch, recipe
+from tests.train.random_batches import CHUNKS, FBANK, MODEL, QUICK, STEPS, batch, recipe, weights
 
 # Three layers: the fusion head's weight (192, 64) has a shape of its own.
 DEEPER = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, num_layers=3))
@@ -103,7 +103,7 @@ def test_two_slices_of_four_give_the_losses_of_one_of_eight():
 
     def run(mesh: Mesh) -> list[dict[str, jax.Array]]:
         step = TrainStep(MODEL, recipe(), dtype=jnp.float32, mesh=mesh, compiler_options=QUICK)
-        state, frozen = step.init(PARAMS)
+        state, frozen = step.init(weights())
         rows = []
         for update in (0, 3):
             made = place_batch(batch(losses, update, micro=2, clips=16, seed=update), mesh)

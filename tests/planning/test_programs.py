@@ -20,7 +20,7 @@ from omni_jax.planning.published import WAVE_7B
 from omni_jax.train import LossConfig, OptimizerConfig, StepConfig, place_batch, step_kind
 from omni_jax.types import BatchShapes
 from tests.model import builders
-from tests.train.random_batches import CHUNKS, FBANK, MODEL, PARAMS, STEPS, batch, recipe
+from tests.train.random_batches import CHUNKS, FBANK, MODEL, STEPS, batch, recipe, weights
 from tests.train.test_step import make
 
 PRESET = PRESETS["training"]
@@ -76,7 +76,7 @@ def test_abstract_batches_have_the_shapes_and_places_of_real_ones(count: int):
 
 def test_abstract_state_is_what_the_step_starts_from():
     step = make(recipe(learn_temperature=True), mesh=make_mesh())
-    for made, real in zip(abstract_state(step, MODEL, jnp.float32), step.init(PARAMS), strict=True):
+    for made, real in zip(abstract_state(step, MODEL, jnp.float32), step.init(weights()), strict=True):
         assert jax.tree.structure(made) == jax.tree.structure(real)
         for got, want in zip(jax.tree.leaves(made), jax.tree.leaves(real), strict=True):
             assert (got.shape, got.dtype) == (want.shape, want.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -38,9 +39,11 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 MODEL = dataclasses.replace(EVEN, lora=LoraConfig(rank=3, alpha=7.0, dropout=0.0))
 WITH_DROPOUT = dataclasses.replace(EVEN, lora=LoraConfig(rank=3, alpha=7.0, dropout=0.3))
 
-PARAMS: dict[tuple[str, ...], Any] = {
-    path: jnp.asarray(random_value("/".join(path), leaf.shape)) for path, leaf in abstract_params(MODEL).items()
-}
+
+@functools.cache
+def weights() -> dict[tuple[str, ...], Any]:
+    """Returns the weights of MODEL; tests share them."""
+    return {path: jnp.asarray(random_value("/".join(path), leaf.shape)) for path, leaf in abstract_params(MODEL).items()}
 
 
 def recipe(*, total_steps: int = 20, learning_rate: float = 1e-2, warmup_steps: int = 0, **changes: Any) -> StepConfig:
@@ -139,8 +142,8 @@ def batch(
 
 def parts(step: TrainStep) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Returns the trainable and the frozen parameters."""
-    state, frozen = step.init(PARAMS)
+    state, frozen = step.init(weights())
     return state.trainable, frozen
 
 
-__all__ = ["MODEL", "PARAMS", "QUICK", "WITH_DROPOUT", "BatchShapes", "batch", "example", "media", "parts", "prompt", "recipe"]
+__all__ = ["MODEL", "QUICK", "WITH_DROPOUT", "BatchShapes", "batch", "example", "media", "parts", "prompt", "recipe", "weights"]

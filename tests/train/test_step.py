@@ -15,7 +15,7 @@ from omni_jax.train.trainable import TEMPERATURE
 from omni_jax.types import InputError
 from tests.tolerances import assert_close
 from tests.train.leaf_by_leaf import assert_same_gradients
-from tests.train.random_batches import MODEL, PARAMS, QUICK, WITH_DROPOUT, batch, recipe
+from tests.train.random_batches import MODEL, QUICK, WITH_DROPOUT, batch, recipe, weights
 
 
 def make(config: StepConfig, model=MODEL, mesh=None) -> TrainStep:
@@ -37,7 +37,7 @@ def micro(update: int, **sizes):
 
 
 def test_accumulation_averages_the_micro_batches(released):
-    state, frozen = released.init(PARAMS)
+    state, frozen = released.init(weights())
     made = micro(0)
     assert [one.kinds[0].hard for one in made] == ["text", "audio"] and made[0].hard is None
     forward = Forward.make(MODEL, released.config.losses, released.names, jnp.float32, REMAT["layer"])
@@ -55,7 +55,7 @@ def test_accumulation_averages_the_micro_batches(released):
 
 
 def test_each_program_compiles_once_however_kinds_follow_each_other(released):
-    state, frozen = released.init(PARAMS)
+    state, frozen = released.init(weights())
     for update in (0, 1, 2, 0, 1, 2):
         state, metrics = released(state, frozen, micro(update, seed=update))
     names = sorted(program.split()[0] for program in released.programs)
@@ -64,7 +64,7 @@ def test_each_program_compiles_once_however_kinds_follow_each_other(released):
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(released):
-    state, frozen = released.init(PARAMS)
+    state, frozen = released.init(weights())
     state, _ = released(state, frozen, micro(0))
     before = jax.device_get(state)
     whole, made = micro(1)
@@ -87,13 +87,13 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(released):
 
 
 def test_the_caller_s_parameters_outlive_the_step(released):
-    state, frozen = released.init(PARAMS)
+    state, frozen = released.init(weights())
     released(state, frozen, micro(0))
-    assert all(np.isfinite(np.asarray(x)).all() for x in PARAMS.values())
+    assert all(np.isfinite(np.asarray(x)).all() for x in weights().values())
 
 
 def test_metrics_name_every_group_that_trains(released):
-    state, frozen = released.init(PARAMS)
+    state, frozen = released.init(weights())
     _, metrics = released(state, frozen, micro(0))
     groups = {name for name in metrics if name.startswith("grad_norm/")}
     assert groups == {"grad_norm/lora", "grad_norm/head", "grad_norm/bridge"}
@@ -109,7 +109,7 @@ def test_dropout_is_drawn_from_seed_and_step_alone():
     made = batch(config.losses, micro=2, clips=4)
 
     def run(at: int) -> float:
-        state, frozen = step.init(PARAMS)
+        state, frozen = step.init(weights())
         return float(step(dataclasses.replace(state, step=jnp.int32(at)), frozen, made)[1]["loss"])
 
     assert run(0) == run(0) and run(3) == run(3)
@@ -120,7 +120,7 @@ def test_dropout_is_drawn_from_seed_and_step_alone():
 def test_everything_trains_but_carried_parts_and_the_temperature_is_learned():
     config = recipe(trainable=TrainableConfig(recipe="all"), learn_temperature=True, negatives="micro")
     step = make(config)
-    state, frozen = step.init(PARAMS)
+    state, frozen = step.init(weights())
     before = jax.device_get(state.trainable)
     assert_close(np.exp(-before[TEMPERATURE]), 0.2, "update_loss")
     after, metrics = step(state, frozen, batch(config.losses, 1, clips=4))
@@ -132,7 +132,7 @@ def test_everything_trains_but_carried_parts_and_the_temperature_is_learned():
 
 def test_an_update_of_moments_that_are_not_finite_is_skipped(released):
     """The gradient is finite, and Adam's second moment is not: nothing would move but by NaN."""
-    state, frozen = released.init(PARAMS)
+    state, frozen = released.init(weights())
     before = jax.device_get(state.trainable)
     spoilt = [
         s._replace(nu={**s.nu, "head/fc1/kernel": s.nu["head/fc1/kernel"] * jnp.nan}) if hasattr(s, "nu") else s for s in state.optimizer
@@ -147,7 +147,7 @@ def test_an_update_of_moments_that_are_not_finite_is_skipped(released):
 def test_a_mesh_gives_the_single_device_s_update(shape, single):
     config, moments, parameters, losses = single
     step = make(config, mesh=make_mesh(*shape))
-    state, frozen = step.init(PARAMS)
+    state, frozen = step.init(weights())
     places = jax.tree.map(lambda x: x.sharding, state)
     for update in range(2):
         state, metrics = step(state, frozen, place_batch(batch(config.losses, micro=2, clips=16, blocks=4, seed=update), step.mesh))
@@ -172,7 +172,7 @@ def single(request):
     trainable = TrainableConfig(recipe=request.param)
     config = recipe(hn_audio_only=True, pairs="all", trainable=trainable, learning_rate=RATES[request.param])
     step = make(config)
-    state, frozen = step.init(PARAMS)
+    state, frozen = step.init(weights())
     losses, moments = [], []
     for update in range(2):
         state, metrics = step(state, frozen, batch(config.losses, micro=2, clips=16, blocks=4, seed=update))
@@ -184,7 +184,7 @@ def single(request):
 def test_moments_lie_where_their_parameters_do():
     mesh = make_mesh(2, 2, 2)
     step = make(recipe(), mesh=mesh)
-    state, _ = step.init(PARAMS)
+    state, _ = step.init(weights())
     places = state_shardings(state, MODEL, mesh)
     adam = next(s for s in places.optimizer if hasattr(s, "mu"))
     assert adam.mu == places.trainable == adam.nu
@@ -195,7 +195,7 @@ def test_memory_does_not_grow_with_the_number_of_micro_batches():
     """Compiled temporaries, cached tower outputs apart, of 32 and of 4 micro-batches of eight clips."""
     config = recipe(hn_audio_only=True)
     step = make(config)
-    state, frozen = step.init(PARAMS)
+    state, frozen = step.init(weights())
     sizes = []
     kind = batch(config.losses, clips=8).kinds[0]
 
@@ -213,7 +213,7 @@ def test_memory_does_not_grow_with_the_number_of_micro_batches():
 
 
 def test_a_batch_must_say_what_it_plays(released):
-    state, frozen = released.init(PARAMS)
+    state, frozen = released.init(weights())
     with pytest.raises(InputError, match="lists 0 kinds"):
         released(state, frozen, tuple(dataclasses.replace(one, kinds=()) for one in micro(0)))
     pooled = make(recipe(negatives="global"))
@@ -228,7 +228,7 @@ def test_bfloat16_activations_and_frozen_weights_give_the_float32_direction():
     for dtype, frozen_dtype in ((jnp.float32, None), (jnp.bfloat16, "bfloat16")):
         config = recipe(frozen_dtype=frozen_dtype, **losses)
         step = TrainStep(MODEL, config, dtype=dtype, compiler_options=QUICK)
-        state, frozen = step.init(PARAMS)
+        state, frozen = step.init(weights())
         assert {x.dtype for x in state.trainable.values()} == {jnp.dtype(jnp.float32)}
         state, metrics = step(state, frozen, batch(config.losses, clips=8))
         assert np.isfinite(float(metrics["loss"])) and int(metrics["skipped"]) == 0

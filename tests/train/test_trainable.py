@@ -11,7 +11,7 @@ from omni_jax.train import TrainableConfig, report
 from omni_jax.train.trainable import count_groups, group_of, join, select, split
 from omni_jax.types import InputError
 from tests.model.builders import SEVEN_B
-from tests.train.random_batches import MODEL, PARAMS
+from tests.train.random_batches import MODEL, weights
 
 
 def test_the_adapter_recipe_trains_what_the_release_trained():
@@ -26,12 +26,12 @@ def test_the_adapter_recipe_trains_what_the_release_trained():
 def test_the_report_names_every_group_and_the_total():
     text = report(count_groups(SEVEN_B, select(SEVEN_B, TrainableConfig())))
     assert "395,001,344" in text.splitlines()[-1]
-    assert [line.split()[0] for line in text.splitlines()][1:-1] == sorted({group_of("/".join(p)) for p in PARAMS}, key=text.index)
+    assert [line.split()[0] for line in text.splitlines()][1:-1] == sorted({group_of("/".join(p)) for p in weights()}, key=text.index)
 
 
 def test_everything_trains_but_what_no_embedding_reads():
     names = select(MODEL, TrainableConfig(recipe="all"))
-    left = {"/".join(p) for p in PARAMS} - names
+    left = {"/".join(p) for p in weights()} - names
     assert {n.rpartition("/")[0] for n in left} == {"lm_head", "audio/bos_eos", "beats/predictor"}
 
 
@@ -69,24 +69,24 @@ def test_unknown_names_are_refused():
     with pytest.raises(ConfigError, match="lora"):
         TrainableConfig(recipe="lora")
     with pytest.raises(ValueError, match="no/such"):
-        split(PARAMS, ["no/such"])
+        split(weights(), ["no/such"])
 
 
 def test_split_and_join_are_inverse():
     names = select(MODEL, TrainableConfig())
-    trainable, frozen = split(PARAMS, names)
+    trainable, frozen = split(weights(), names)
     assert trainable.keys() == names and not trainable.keys() & frozen.keys()
     back = join(trainable, frozen)
-    assert back.keys() == PARAMS.keys()
-    assert all(np.array_equal(back[path], PARAMS[path]) for path in PARAMS)
+    assert back.keys() == weights().keys()
+    assert all(np.array_equal(back[path], weights()[path]) for path in weights())
 
 
 def test_frozen_weights_stay_in_bfloat16_and_trainable_ones_in_float32():
-    params = {path: x.astype(jnp.bfloat16) for path, x in PARAMS.items()}
+    params = {path: x.astype(jnp.bfloat16) for path, x in weights().items()}
     trainable, frozen = split(params, select(MODEL, TrainableConfig()))
     assert {x.dtype for x in trainable.values()} == {jnp.dtype(jnp.float32)}
     assert {x.dtype for x in frozen.values()} == {jnp.dtype(jnp.bfloat16)}
-    assert {x.dtype for x in split(PARAMS, [], "bfloat16")[1].values()} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in split(weights(), [], "bfloat16")[1].values()} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_lora_on_what_is_no_linear_map_stops_the_run():
