@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -143,10 +144,10 @@ def test_causal_attention_in_blocks_equals_attention(kv_heads: int) -> None:
     segment = np.sort(rng.integers(0, 3, (2, tokens)), axis=1)
     mask = jnp.asarray(np.tri(tokens, dtype=bool) & (segment[:, :, None] == segment[:, None]))
 
-    def values_and_gradients(function: object) -> list[np.ndarray]:
-        run = lambda *x: function(*x, mask)  # noqa: E731  # pyright: ignore[reportCallIssue]
-        gradients = jax.grad(lambda *x: jnp.sum(jnp.sin(run(*x))), argnums=(0, 1, 2))(q, k, v)
-        return [np.asarray(x) for x in (run(q, k, v), *gradients)]
+    def values_and_gradients(function: Callable[..., jax.Array]) -> list[np.ndarray]:
+        run = lambda *x: function(*x, mask)  # noqa: E731
+        both = jax.jit(lambda *x: (run(*x), *jax.grad(lambda *y: jnp.sum(jnp.sin(run(*y))), argnums=(0, 1, 2))(*x)))
+        return [np.asarray(x) for x in both(q, k, v)]
 
     for blocked, whole in zip(values_and_gradients(attend_causal), values_and_gradients(attend), strict=True):
         assert_close(blocked, whole, "layer")
