@@ -7,11 +7,10 @@ import pytest
 from tests.tolerances import TOLERANCES, assert_close
 
 
-@pytest.mark.parametrize("name", sorted(TOLERANCES))
-def test_equal_arrays_pass_under_every_entry(name: str) -> None:
-    kind, limit = TOLERANCES[name]
-    assert kind in ("absolute", "relative", "cosine", "exact") and limit >= 0
-    assert_close(np.arange(1.0, 7.0).reshape(2, 3), np.arange(1.0, 7.0).reshape(2, 3), name)
+def test_equal_arrays_pass_under_every_entry() -> None:
+    for name, (kind, limit) in TOLERANCES.items():
+        assert kind in ("absolute", "relative", "cosine", "exact") and limit >= 0, name
+        assert_close(np.arange(1.0, 7.0).reshape(2, 3), np.arange(1.0, 7.0).reshape(2, 3), name)
 
 
 def test_absolute_limit_names_the_worst_place() -> None:
