@@ -19,7 +19,7 @@ for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "
 import jax  # noqa: E402 (the environment must be set first)
 import pytest  # noqa: E402
 
-from tests import golden_set  # noqa: E402
+from tests import golden_set, programs  # noqa: E402
 from tests.offline import refuse_network  # noqa: E402
 from tests.workers import pytest_xdist_auto_num_workers  # noqa: E402, F401 (a hook)
 
@@ -28,10 +28,19 @@ jax.config.update("jax_num_cpu_devices", DEVICES)
 refuse_network()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    programs.add_options(parser)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    programs.set_up(config)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         # As a shell starts what runs in the background: programs that tests start would ignore Ctrl-C, too.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    programs.clean_up(config)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from tests.train.tiny_run import environment, free_port, start
 def test_losses_and_gradients_of_two_processes_of_four_devices_equal_one_device(tmp_path: Path) -> None:
     out, address = tmp_path / "found.npz", f"127.0.0.1:{free_port()}"
     arguments = [sys.executable, "-m", "tests.train.losses_of_processes", address, "2"]
-    around = environment(tmp_path / "cache", devices=4) | {"XLA_FLAGS": ""}  # the compiler as it is here: the last bit counts
+    around = environment(tmp_path / "cache", devices=4)
+    around["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "")  # the compiler as it is here: the last bit counts
     pair = [start([*arguments, str(i), str(out)], around) for i in range(2)]
     try:
         said = [process.communicate(timeout=300)[0] for process in pair]

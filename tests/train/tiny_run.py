@@ -12,6 +12,7 @@ from typing import Any
 
 from omni_jax.data.synthetic import SyntheticConfig, write_set
 from tests.house import ROOT
+from tests.programs import QUICK
 
 CONFIG = '''"""omni-jax train --config tiny_run.py"""
 import ml_collections
@@ -43,9 +44,6 @@ def get_config():
 
 CLIPS = SyntheticConfig(clips=1, held_out=4, combinations=20, seconds=1.0)
 
-# Tiny programs run for milliseconds and compile for seconds: the compiler is told to hurry, and what it made is kept between processes.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-
 
 def make_files(folder: Path) -> Path:
     """Writes clips, shards and the config into a folder; returns the config's path."""
@@ -60,13 +58,13 @@ def make_files(folder: Path) -> Path:
 
 
 def environment(cache: Path, devices: int = 1) -> dict[str, str]:
-    """Returns the environment of a process with so many CPU devices, whose compiled programs are kept in `cache`."""
+    """Returns the environment of a process with so many CPU devices, whose compiled programs are kept in the run's folder or in `cache`."""
     return {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "XLA_FLAGS": QUICK,
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "PYTHONPATH": str(ROOT),
