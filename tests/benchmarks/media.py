@@ -1,0 +1,144 @@
+"""Reading a clip: 8 frames and 8 s of sound, beside decord and librosa, in CPU seconds.
+
+Both read the same files: H.264 with B-pictures at 720p and 1080p, key frames every 30 to 250 frames, 10 s, 3 min and 30 min long (the long
+files repeat ten seconds, so that they cost no encoding), and 16-bit stereo WAV beside them, as librosa reads no video. The two sides take
+turns in one process; CPU time of all threads is counted, since several clips are read at a time. The pictures are compared first.
+
+Run alone: python -m tests.benchmarks --only media
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import soundfile
+
+from omni_jax.media.audio import read_waveform
+from omni_jax.media.video import read_frames
+
+FPS, SECONDS, FRAMES, RATE = 24, 10, 8, 16_000
+SIZES = {"720p": (1280, 720), "1080p": (1920, 1080)}
+GROUPS = (30, 60, 120, 250)
+REPEATS = {"10 s": 1, "3 min": 18, "30 min": 180}
+LONG_GROUP = 60
+LARGEST_DIFFERENCE = 1.5  # of 255, mean over a picture
+
+
+def run(pairs: int = 5, sizes: dict[str, tuple[int, int]] | None = None, groups: tuple[int, ...] = GROUPS) -> dict[str, Any]:
+    """Prints and returns CPU seconds of ours and theirs for each file, and their ratios."""
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for size, (width, height) in (sizes or SIZES).items():
+            for group in groups:
+                clip = write_clip(folder / f"{size}-{group}.mp4", width, height, group)
+                for length, repeats in REPEATS.items():
+                    if repeats > 1 and group != min(groups, key=lambda n: abs(n - LONG_GROUP)):
+                        continue
+                    label = f"{size}, a key frame each {group} frames, {length}"
+                    long = clip if repeats == 1 else repeat_clip(clip, folder / "long.mp4", repeats)
+                    results[label] = compare(long, write_sound(folder / "sound.wav", repeats), pairs)
+                    print(
+                        f"{label}: ours {results[label]['ours']:.3f}, decord and librosa {results[label]['theirs']:.3f}, "
+                        f"ratio {results[label]['ratio']:.2f} (pictures alone {results[label]['ratio_pictures']:.2f})"
+                    )
+    results["median"] = float(np.median([figures["ratio"] for figures in results.values()]))
+    results["lowest"] = float(min(figures["ratio"] for name, figures in results.items() if name != "median"))
+    print(f"ratio: median {results['median']:.2f}, lowest {results['lowest']:.2f}")
+    return results
+
+
+def compare(clip: Path, sound: Path, pairs: int) -> dict[str, float]:
+    """Returns medians of CPU seconds of both sides over interleaved runs. Raises ValueError where their pictures differ."""
+    ours, theirs = read_frames(clip, FRAMES), decord_frames(clip)
+    apart = np.abs(ours.frames.astype(np.int16) - theirs).mean(axis=(1, 2, 3)).max()
+    if apart > LARGEST_DIFFERENCE:
+        raise ValueError(f"{clip}: pictures differ by {apart:.2f} of 255")
+    sides: dict[str, Callable[[], object]] = {
+        "ours_pictures": lambda: read_frames(clip, FRAMES),
+        "theirs_pictures": lambda: decord_frames(clip),
+        "ours_sound": lambda: read_waveform(sound, seconds=8.0),
+        "theirs_sound": lambda: librosa_samples(sound),
+    }
+    for side in sides.values():
+        side()
+    spent: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(pairs):
+        for name in list(sides) if number % 2 else reversed(list(sides)):
+            start = time.process_time()
+            sides[name]()
+            spent[name].append(time.process_time() - start)
+    median = {name: float(np.median(values)) for name, values in spent.items()}
+    ours_s, theirs_s = (median[f"{side}_pictures"] + median[f"{side}_sound"] for side in ("ours", "theirs"))
+    return median | {
+        "ours": ours_s,
+        "theirs": theirs_s,
+        "ratio": theirs_s / ours_s,
+        "ratio_pictures": median["theirs_pictures"] / median["ours_pictures"],
+    }
+
+
+def decord_frames(clip: Path) -> np.ndarray:
+    """(8, height, width, 3) uint8, as the reference takes them."""
+    import decord
+
+    reader = decord.VideoReader(str(clip), num_threads=1)  # more threads take more CPU time
+    return reader.get_batch(np.linspace(0, len(reader) - 1, FRAMES, dtype=int)).asnumpy()
+
+
+def librosa_samples(sound: Path) -> np.ndarray:
+    """(128000,) float32: the first channel, 8 s."""
+    import librosa
+
+    return librosa.load(str(sound), sr=RATE, mono=False, duration=8.0)[0][0]
+
+
+def write_clip(path: Path, width: int, height: int, group: int) -> Path:
+    """Writes ten seconds of moving, textured pictures."""
+    rng = np.random.default_rng(0)
+    texture = rng.integers(0, 256, (height // 8 + 64, width // 8 + 64, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    grain = rng.integers(0, 24, (height, width, 3), np.uint8)
+    with av.open(path, "w") as out:
+        options = {"preset": "veryfast", "threads": "2", "x264-params": f"keyint={group}:min-keyint={group}:scenecut=0:bframes=3"}
+        stream: Any = out.add_stream("libx264", rate=FPS, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for i in range(FPS * SECONDS):
+            down, right = round(100 + 90 * np.sin(i / 40)), round(100 + 90 * np.cos(i / 55))
+            view = texture[down : down + height, right : right + width]
+            picture = view // 2 + np.roll(grain, i * 37, axis=1) + 40
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")))
+        out.mux(stream.encode(None))
+    return path
+
+
+def repeat_clip(clip: Path, path: Path, repeats: int) -> Path:
+    """Writes a clip over and over into one file, without encoding."""
+    with av.open(clip) as source, av.open(path, "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        base = source.streams.video[0].time_base
+        assert base is not None
+        packets = [(bytes(p), p.pts, p.dts, p.is_keyframe) for p in source.demux(video=0) if p.size]
+        length = int(Fraction(SECONDS) / base)
+        for number in range(repeats):
+            for data, pts, dts, key in packets:
+                packet = av.Packet(data)
+                packet.pts, packet.dts, packet.time_base = pts + number * length, dts + number * length, base
+                packet.is_keyframe, packet.stream = key, stream
+                out.mux(packet)
+    return path
+
+
+def write_sound(path: Path, repeats: int) -> Path:
+    """Writes stereo noise as long as the clip."""
+    block = np.random.default_rng(0).uniform(-0.5, 0.5, (48_000 * SECONDS, 2)).astype(np.float32)
+    with soundfile.SoundFile(path, "w", 48_000, 2, subtype="PCM_16") as file:
+        for _ in range(repeats):
+            file.write(block)
+    return path
