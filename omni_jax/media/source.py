@@ -80,8 +80,9 @@ def open_container(path: os.PathLike[str] | str) -> Iterator[av.container.InputC
     check_file(path)
     with opened(path) as file:
         try:
-            # A playlist may name files of this machine, never a host.
-            container = av.open(file, "r", options={"protocol_whitelist": "file"}, **_LENIENT)
+            # A playlist may name files of this machine, never a host. Of WAV FFmpeg would search 5 MB for other codecs in disguise.
+            options = {"protocol_whitelist": "file"} | ({"probesize": "65536"} if os.fspath(path).lower().endswith(".wav") else {})
+            container = av.open(file, "r", options=options, **_LENIENT)
         except AvError as error:
             advice = "fetch it again" if is_incomplete(path) else "correct the path, or re-encode it"
             raise ClipError(f"{path}: not a media file, or a damaged one ({reason(error)}); {advice}") from None
