@@ -11,8 +11,8 @@ import json
 import os
 from pathlib import Path
 
-BENCHMARKS = ("encoder_mid", "train_mid", "tables", "ranking", "conversion_memory")
-TIMED = ("encoder_mid", "train_mid", "tables", "ranking")  # those that take --pairs
+BENCHMARKS = ("encoder_mid", "train_mid", "tables", "ranking", "conversion_memory", "media")
+TIMED = ("encoder_mid", "train_mid", "tables", "ranking", "media")  # those that take --pairs
 
 
 def main(arguments: list[str] | None = None) -> None:

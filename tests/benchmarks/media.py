@@ -124,7 +124,7 @@ def repeat_clip(clip: Path, path: Path, repeats: int) -> Path:
         stream = out.add_stream_from_template(source.streams.video[0])
         base = source.streams.video[0].time_base
         assert base is not None
-        packets = [(bytes(p), p.pts, p.dts, p.is_keyframe) for p in source.demux(video=0) if p.size]
+        packets = [(bytes(p), p.pts or 0, p.dts or 0, p.is_keyframe) for p in source.demux(video=0) if p.size]
         length = int(Fraction(SECONDS) / base)
         for number in range(repeats):
             for data, pts, dts, key in packets:
