@@ -79,7 +79,7 @@ torture: $(SETUP)  ## try to break everything, at most 75 minutes; results go to
 report-check: $(SETUP)  ## use a report in a headless Chromium (needs one on PATH; REPORT_ARGS="page.html --out shots")
 	.venv/bin/python -m tests.browser.check_report $(REPORT_ARGS)
 
-pods-table: $(TPU)  ## compile the 7B programs for TPU pods, about an hour; the table goes to docs/pods_table.json
+pods-table: $(TPU)  ## compile the 7B programs for TPU pods at full effort, some hours; the table goes to docs/pods_table.json
 	.venv-tpu/bin/python -m tests.planning.pods_table $(PODS_ARGS)
 
 lint: $(SETUP)  ## ruff (rules and format) and pyright

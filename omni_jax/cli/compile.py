@@ -11,6 +11,7 @@ from etils import epath
 
 from omni_jax.cli.config_file import add_config_arguments, planned_model, read_config
 from omni_jax.cli.numbers import positive
+from omni_jax.cli.progress import Waiting
 from omni_jax.cli.status import BAD_INPUT, DONE
 from omni_jax.config import ConfigError
 
@@ -18,6 +19,7 @@ HELP = "compile a run for TPU chips that are not there: memory, collectives, tim
 EXAMPLE = "omni-jax compile --config configs/omniretriever_7b.py --topology v5e:4x4 --config.losses.negatives=global"
 
 PROGRAMS = ("train", "embed", "evaluate")
+SHORT = {"eval": "evaluate"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,11 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--caption-tokens", type=positive(int), default=128, metavar="N", help="longest caption planned for (default: %(default)s)"
     )
     parser.add_argument(
-        "--utilisation", type=float, default=0.4, metavar="SHARE", help="of peak arithmetic, assumed (default: %(default)s)"
+        "--utilisation",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="of peak arithmetic, assumed where libtpu is missing (default: %(default)s)",
     )
     parser.add_argument("--price", type=positive(float), metavar="MONEY", help="of a chip-hour, to have the cost as well")
     parser.add_argument("--sweep", action="store_true", help="try batch, remat and mesh for the first of --kinds, and recommend")
-    parser.add_argument("--full-effort", action="store_true", help="compile as a run would (several times slower)")
+    parser.add_argument("--full-effort", action="store_true", help="compile as a run would: predicts time and cost (minutes a program)")
     parser.add_argument("--table", type=epath.Path, metavar="FILE.json", help="add the plan to a table, also written as FILE.md")
     parser.add_argument("--json", type=epath.Path, metavar="OUT.json", help="write everything found")
 
@@ -67,18 +73,30 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args.config, args.overrides)
     model, note = planned_model(config.model)
     slices = config.mesh.slices if args.slices is None else args.slices
-    request = plan.Request(
-        config, model, args.topology, slices, args.mesh, args.caption_tokens, args.utilisation, args.price, args.full_effort
-    )
+    with Waiting("compile", "programs") as waiting:
+        request = plan.Request(
+            run=config,
+            model=model,
+            topology=args.topology,
+            slices=slices,
+            mesh=args.mesh,
+            caption_tokens=args.caption_tokens,
+            utilisation=args.utilisation,
+            price=args.price,
+            full_effort=args.full_effort,
+            watch=waiting,
+        )
+        if args.sweep:
+            tried = plan.swept(request, counts[0], lambda line: print(line, file=sys.stderr, flush=True))
+            found: dict[str, Any] = {"sweep": tried}
+        else:
+            found = plan.make(request, chosen, counts)
     if args.sweep:
-        tried = plan.swept(request, counts[0], lambda line: print(line, file=sys.stderr, flush=True))
-        best = tried[0]
-        found: dict[str, Any] = {"sweep": tried}
-        print("\n".join(sweep.choice_line(record) for record in tried))
+        best = found["sweep"][0]
+        print("\n".join(sweep.choice_line(record) for record in found["sweep"]))
         fits = best["status"] == "fits"
         print(f"\nrecommended: {plan.flags(best['choice'])}" if fits else f"\nnothing fits: {best['out_of_memory']['change']}")
     else:
-        found = plan.make(request, chosen, counts)
         if note:
             found["notes"].insert(0, note)
         print(report.text(found))
@@ -91,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _among(given: str, allowed: tuple[str, ...], flag: str) -> list[str]:
-    names = [name.strip() for name in given.split(",") if name.strip()]
+    names = [SHORT.get(name.strip(), name.strip()) for name in given.split(",") if name.strip()]
     if not names or any(name not in allowed for name in names):
         raise ConfigError(f"{flag} {given!r}: give one or more of {', '.join(allowed)}")
     return names

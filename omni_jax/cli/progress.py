@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import queue
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 WIDTH = 24  # characters of the bar
 BAR_SECONDS = 0.1
@@ -83,6 +85,46 @@ class Progress:
             text = f"\r\x1b[K{bar}{text}"
         self._stream.write(text + ("\n" if final or not self._terminal else ""))
         self._stream.flush()
+
+
+class Waiting:
+    """Shows work that cannot say how far it is, as compilations: one bar for all, begun with the first. Use it as a context manager."""
+
+    def __init__(self, what: str, unit: str, total: int | None = None):
+        self._make = lambda: Progress(total, what, unit=unit)
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Waiting:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(*error)
+
+    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
+        """Returns what `work` gives or raises its error. It runs in a thread, so that Ctrl-C is heard: the thread ends with the process."""
+        bar = self._bar = self._bar or self._make()
+        done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                done.put((work(), None))
+            except BaseException as e:  # handed to the caller
+                done.put((None, e))
+
+        threading.Thread(target=run, daemon=True).start()
+        start = time.monotonic()
+        while True:
+            bar.detail = f"{name}, {duration(time.monotonic() - start)}"
+            try:
+                result, error = done.get(timeout=BAR_SECONDS)
+            except queue.Empty:
+                bar.update(0)
+                continue
+            bar.update()
+            if error is not None:
+                raise error
+            return result
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 Sources: the system-architecture pages of Cloud TPU (v4, v5e, v5p, v6e, TPU7x), November 2025: peak bfloat16 operations, HBM bandwidth, and
 bidirectional inter-chip bandwidth, of which half goes each way. Pod NICs: v5e 6.4 Tbit/s a pod of 256 chips; the others' hosts are taken to
 have 200 Gbit/s for four chips. `limit_gib` is what the compiler of libtpu 0.0.42 itself gives as the program's memory.
+Matrix units: the count and side that the same compiler's estimates of large products come near to and never pass.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Chip:
       largest: chips of the largest slice.
       host: chips of one host of a slice of several.
       compiler: options without which libtpu 0.0.42 aborts on this chip.
+      mxus: (count, side) of the matrix units of one device; None where they are not known.
     """
 
     name: str
@@ -43,6 +45,19 @@ class Chip:
     largest: int = 256
     host: int = 4
     compiler: tuple[tuple[str, bool], ...] = ()
+    mxus: tuple[int, int] | None = None
+
+    @property
+    def clock(self) -> float:
+        """Cycles a second: the peak over what the matrix units multiply and add in a cycle.
+
+        Raises:
+          ConfigError: where the units are not known.
+        """
+        if self.mxus is None:
+            raise ConfigError(f"chip {self.name}: its clock is not known, so that cycles are no time; plan without --full-effort")
+        count, side = self.mxus
+        return self.teraflops * 1e12 / self.devices / (count * side**2 * 2)
 
 
 # Sums and gathers that libtpu 0.0.42 hands to the sparse cores of TPU7x end its compiler: "Check failed: std::abs(inc) < core_count()" and
@@ -55,11 +70,11 @@ _NO_SPARSE_CORES = (
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "v4", 3, 275, 30.75, 1228, 300, 6.25, options=(("chip_config_name", "megacore"),), largest=4096),
-        Chip("v5e", "v5e", 2, 197, 15.75, 819, 200, 3.125),
-        Chip("v5p", "v5p", 3, 459, 95.74, 2765, 600, 6.25, largest=6144),
-        Chip("v6e", "v6e", 2, 918, 31.25, 1638, 400, 6.25),
-        Chip("v7x", "tpu7x", 3, 2307, 94.75, 7380, 600, 6.25, devices=2, largest=9216, compiler=_NO_SPARSE_CORES),
+        Chip("v4", "v4", 3, 275, 30.75, 1228, 300, 6.25, options=(("chip_config_name", "megacore"),), largest=4096, mxus=(8, 128)),
+        Chip("v5e", "v5e", 2, 197, 15.75, 819, 200, 3.125, mxus=(4, 128)),
+        Chip("v5p", "v5p", 3, 459, 95.74, 2765, 600, 6.25, largest=6144, mxus=(8, 128)),
+        Chip("v6e", "v6e", 2, 918, 31.25, 1638, 400, 6.25, mxus=(4, 256)),
+        Chip("v7x", "tpu7x", 3, 2307, 94.75, 7380, 600, 6.25, devices=2, largest=9216, compiler=_NO_SPARSE_CORES, mxus=(4, 256)),
     )
 }
 

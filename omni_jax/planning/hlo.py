@@ -64,7 +64,9 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
+    """One line of a computation: `op`, and in `rest` its operands and attributes as HLO writes them."""
+
     name: str
     shape: str
     op: str
@@ -76,7 +78,7 @@ class _Instruction:
         return re.findall(r"%([\w.-]+)", self.rest.split("), ", 1)[0])
 
 
-_Computation = dict[str, _Instruction]
+Computation = dict[str, Instruction]
 
 
 def collectives(text: str, devices_per_slice: int = 0) -> list[Collective]:
@@ -85,9 +87,9 @@ def collectives(text: str, devices_per_slice: int = 0) -> list[Collective]:
     Args:
       devices_per_slice: tells which cross slices; 0 where there is one.
     """
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     found: dict[tuple, list[Collective]] = {}
-    for item in _walk(computations, entry, 1, False, devices_per_slice):
+    for item in _walk(computations, entry, 1, False, devices_per_slice, set()):
         found.setdefault(tuple(dataclasses.replace(item, runs=0).__dict__.values()), []).append(item)
     added = [dataclasses.replace(same[0], runs=sum(c.runs for c in same)) for same in found.values()]
     return sorted(added, key=lambda c: (-c.moved, c.kind, c.shape))
@@ -102,8 +104,9 @@ def _one(kind: str, sizes: str) -> int:
     return math.ceil(BYTES.get(kind, 0) * math.prod(int(n) for n in sizes.split(",") if n))
 
 
-def _parse(text: str) -> tuple[dict[str, _Computation], str]:
-    computations: dict[str, _Computation] = {}
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """Returns the computations of a module by name, and the name of the one that it enters."""
+    computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
         if current is None:
@@ -113,35 +116,51 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
         elif line.rstrip() == "}":  # alone: a kernel's own settings go over several lines
             current = None
         elif found := _INSTRUCTION.match(line):
-            current[found["name"]] = _Instruction(found["name"], found["shape"], found["op"], found["rest"], bool(found["root"]))
+            current[found["name"]] = Instruction(found["name"], found["shape"], found["op"], found["rest"], bool(found["root"]))
     return computations, entry
 
 
-def _walk(computations: dict[str, _Computation], name: str, runs: int, in_loop: bool, per_slice: int) -> Iterator[Collective]:
+def _walk(
+    computations: dict[str, Computation], name: str, runs: int, in_loop: bool, per_slice: int, seen: set[str]
+) -> Iterator[Collective]:
+    """`seen` are channels of the calling computation: of a collective fused into several products, each of them shows it."""
     computation = computations.get(name, {})
     for item in computation.values():
-        kind = item.op.removesuffix("-start")
-        if item.op == "recv" and (between := _BETWEEN.search(item.rest)):
-            kind = {"ONE_TO_ONE": "collective-permute"}.get(between[2], between[2].lower().replace("_", "-"))
-            shape = "{}[{}]".format(*_SHAPE.findall(item.shape)[0])
-            yield Collective(kind, shape, shape_bytes(shape), _members(between[1]), runs, in_loop, True, _source(item.rest))
-            continue
-        if kind in KINDS:
-            group, across = _group(item.rest, per_slice)
-            if group > 1 or kind == "collective-permute":
-                shape = _arrives(item)
-                yield Collective(kind, shape, shape_bytes(shape), group, runs, in_loop, across, _source(item.rest))
+        one = as_collective(item, per_slice, in_loop)
+        channel = re.search(r"channel_id=(\d+)", item.rest)
+        if one is not None and not (channel and channel[1] in seen):
+            seen |= {channel[1]} if channel else set()
+            yield dataclasses.replace(one, runs=runs)
         if item.op == "while":
-            body = _called(item.rest, "body")
-            trips = _trips(computations, computation, item)
-            yield from _walk(computations, body, runs * trips, True, per_slice)
-            continue
-        for called in {*_CALLED.findall(item.rest), *re.findall(r"%?([\w.-]+)", " ".join(_BRANCHES.findall(item.rest)))}:
-            if called in computations and item.op not in ("all-reduce", "reduce-scatter", "reduce", "scatter", "sort", "all-reduce-start"):
-                yield from _walk(computations, called, runs, in_loop, per_slice)
+            yield from _walk(computations, called(item, "body"), runs * trips(computations, computation, item), True, per_slice, set())
+        elif item.op not in ("all-reduce", "reduce-scatter", "reduce", "scatter", "sort", "all-reduce-start"):
+            for inner in all_called(item):
+                yield from _walk(computations, inner, runs, in_loop, per_slice, seen if item.op == "fusion" else set())
 
 
-def _arrives(item: _Instruction) -> str:
+def as_collective(item: Instruction, per_slice: int = 0, in_loop: bool = False) -> Collective | None:
+    """Returns the collective that an instruction is or starts, run once; None for others and for groups of one device."""
+    if item.op == "recv" and (between := _BETWEEN.search(item.rest)):
+        kind = {"ONE_TO_ONE": "collective-permute"}.get(between[2], between[2].lower().replace("_", "-"))
+        shape = "{}[{}]".format(*_SHAPE.findall(item.shape)[0])
+        return Collective(kind, shape, shape_bytes(shape), _members(between[1]), 1, in_loop, True, _source(item.rest))
+    kind = item.op.removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    group, across = _group(item.rest, per_slice)
+    if group <= 1 and kind != "collective-permute":
+        return None
+    shape = _arrives(item)
+    return Collective(kind, shape, shape_bytes(shape), group, 1, in_loop, across, _source(item.rest))
+
+
+def all_called(item: Instruction) -> list[str]:
+    """Returns the computations that an instruction calls, branches among them."""
+    branches = re.findall(r"%?([\w.-]+)", " ".join(_BRANCHES.findall(item.rest)))
+    return list(dict.fromkeys([*_CALLED.findall(item.rest), *branches]))
+
+
+def _arrives(item: Instruction) -> str:
     """The shape that arrives: of a start, which lists what goes in and what comes out, the second half."""
     shape = re.sub(r"\{[^}]*\}", "", item.shape)
     shape = re.sub(r"/\*.*?\*/", "", shape)
@@ -208,17 +227,18 @@ def _source(rest: str) -> str:
     return "/".join(parts[-2:])
 
 
-def _called(rest: str, what: str) -> str:
-    found = re.search(rf"{what}=%?([\w.-]+)", rest)
+def called(item: Instruction, what: str) -> str:
+    """Returns the computation that an instruction names as its `what`; "" where it names none."""
+    found = re.search(rf"{what}=%?([\w.-]+)", item.rest)
     return found[1] if found else ""
 
 
-def _trips(computations: dict[str, _Computation], caller: _Computation, loop: _Instruction) -> int:
-    """How often a loop's body runs: from what the compiler wrote, or from its condition `counter < bound`, the start and the step."""
+def trips(computations: dict[str, Computation], caller: Computation, loop: Instruction) -> int:
+    """Returns how often a loop's body runs: what the compiler wrote, or from its condition `counter < bound`, the start and the step."""
     if known := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.rest):
         return int(known[1])
-    condition = computations.get(_called(loop.rest, "condition"), {})
-    body = computations.get(_called(loop.rest, "body"), {})
+    condition = computations.get(called(loop, "condition"), {})
+    body = computations.get(called(loop, "body"), {})
     root = next((i for i in condition.values() if i.root), None)
     if root is None or root.op != "compare" or "direction=LT" not in root.rest:
         return 1
@@ -238,7 +258,7 @@ def _trips(computations: dict[str, _Computation], caller: _Computation, loop: _I
     return max(1, -(-(stop - start) // max(1, step)))
 
 
-def _step(body: _Computation, name: str) -> int:
+def _step(body: Computation, name: str) -> int:
     """What is added to the counter in one round, over a chain of additions."""
     total, item = 0, body.get(name)
     while item is not None and item.op in ("add", "copy"):
@@ -253,7 +273,7 @@ def _step(body: _Computation, name: str) -> int:
     return total or 1
 
 
-def _scalar(computation: _Computation, name: str) -> int | None:
+def _scalar(computation: Computation, name: str) -> int | None:
     item = computation.get(name)
     while item is not None and item.op in ("copy", "bitcast", "convert"):
         item = computation.get(item.operands[0])

@@ -15,13 +15,15 @@ from omni_jax.planning.chips import read_topology
 from omni_jax.planning.devices import MISSING, QUICK, check_mesh, has_compiler, planning_mesh, read_mesh
 from omni_jax.planning.estimate import UTILISATION, cost
 from omni_jax.planning.load_plan import load_plan
-from omni_jax.planning.programs import Setting, embed_programs, evaluate_programs, train_program
+from omni_jax.planning.programs import Setting, Watch, embed_programs, evaluate_programs, train_program, unwatched
+from omni_jax.planning.table import FULL_EFFORT
 from omni_jax.train import RunConfig, step_kind
 
 BASIS = (
-    "memory and collectives: compiler estimates (libtpu, nothing was executed); "
-    "operations, times and costs: analytic, at published figures of the chips"
+    "memory, collectives and predicted times: compiler estimates (libtpu, nothing was executed); "
+    "operations, bounds and transfers: analytic, at published figures of the chips"
 )
+UNTIMED = "compiled quickly, which gives memory and collectives and no time; --full-effort predicts time and cost (minutes a program)"
 
 LEFT_OUT = "the evaluator's programs are left out too: they are made for devices, which the compiler alone has"
 
@@ -33,7 +35,8 @@ class Request:
     Attributes:
       utilisation: share of peak arithmetic that expected figures assume.
       price: of a chip-hour, for the cost.
-      full_effort: compiles as a run would.
+      full_effort: compiles as a run would, which predicts time.
+      watch: runs each compilation, as `programs.Setting` says.
     """
 
     run: RunConfig
@@ -45,6 +48,7 @@ class Request:
     utilisation: float = UTILISATION
     price: float | None = None
     full_effort: bool = False
+    watch: Watch = unwatched
 
     def setting(self) -> Setting:
         """Returns the checked setting.
@@ -54,6 +58,8 @@ class Request:
         """
         run, decoder = self.run, self.model.decoder
         topology = read_topology(self.topology, self.slices)
+        if self.full_effort:
+            _ = topology.chip.clock  # refused before minutes are spent
         heads = decoder.num_heads, decoder.num_kv_heads
         if self.mesh:
             sizes = read_mesh(self.mesh, topology, heads)
@@ -79,7 +85,13 @@ class Request:
             dtype=run.model.dtype,
             embed_clips=run.evaluation.batch_size,
             options={} if self.full_effort else QUICK,
+            watch=self.watch,
         )
+
+    @property
+    def assumed(self) -> float | None:
+        """Share of the peak that expected figures assume; None where the compiler is here to say better."""
+        return None if has_compiler() else self.utilisation
 
 
 def make(request: Request, programs: Sequence[str] = ("train",), counts: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
@@ -100,13 +112,15 @@ def make(request: Request, programs: Sequence[str] = ("train",), counts: Sequenc
         raise ConfigError(f"config field batch.blocks={setting.blocks}: {hosts} need whole blocks each; make it a multiple of them")
     records: list[dict[str, Any]] = []
     if "train" in programs:
-        records += [
-            report.train_record(setting, train_program(setting, mesh, c), mesh, request.utilisation) for c in _different(setting, counts)
-        ]
+        steps = [train_program(setting, mesh, count) for count in _different(setting, counts)]
+        # An analytic figure is better than none where the compiler says nothing of time.
+        silent = setting.timed and any(step.memory and step.timing is None for step in steps)
+        records += [report.train_record(setting, step, mesh, request.utilisation if silent else request.assumed) for step in steps]
     if "embed" in programs:
         records += [report.plain_record(setting, program) for program in embed_programs(setting, mesh)]
     if "evaluate" in programs and isinstance(mesh, Mesh):
         records += [report.plain_record(setting, program) for program in evaluate_programs(setting, mesh)]
+    evaluator = report.evaluator(setting, records)
     return {
         "model": "7B" if setting.config.decoder.num_layers == 28 else f"{setting.config.decoder.num_layers} layers",
         "topology": str(setting.topology),
@@ -118,11 +132,15 @@ def make(request: Request, programs: Sequence[str] = ("train",), counts: Sequenc
         "micro_batches": setting.micro_batches,
         "negatives": setting.recipe.losses.negatives,
         "remat": setting.recipe.remat,
+        "caption_tokens": setting.caption_tokens,
         "attention": setting.kernel,
         "basis": BASIS,
-        "notes": _compiler_note(setting) if compiled else [MISSING, *([LEFT_OUT] if "evaluate" in programs else [])],
+        "notes": [*_compiler_note(setting), *([] if setting.timed else [UNTIMED])]
+        if compiled
+        else [MISSING, *([LEFT_OUT] if "evaluate" in programs else [])],
         "programs": records,
         "period": _period(setting, records, request),
+        **({"evaluator": evaluator} if evaluator else {}),
         "weights": load_plan(setting.config, mesh, setting.topology),
     }
 
@@ -136,6 +154,7 @@ def swept(request: Request, count: int, say: Callable[[str], None]) -> list[dict
     setting = request.setting()
     if not has_compiler():
         raise ConfigError("--sweep: libtpu is not installed, and what fits only it can say (pip install 'omni-jax[tpu]'; no TPU is needed)")
+    _ = setting.topology.chip.clock
     return sweep.sweep(setting, count, say, request.utilisation, [dict(setting.mesh)] if request.mesh else None)
 
 
@@ -154,7 +173,8 @@ def command(request: Request, programs: Sequence[str], counts: Sequence[int]) ->
     parts += [f"--programs {','.join(programs)}", f"--kinds {','.join(map(str, counts))}", f"--caption-tokens {request.caption_tokens}"]
     fields = {"losses.negatives": run.losses.negatives, "remat": run.remat, "batch.blocks": run.batch.blocks}
     fields |= {"batch.micro_batch": run.batch.micro_batch, "batch.micro_batches": run.batch.micro_batches}
-    return " ".join([*parts, *(f"--config.{name}={value}" for name, value in fields.items())])
+    line = " ".join([*parts, *(f"--config.{name}={value}" for name, value in fields.items())])
+    return line + FULL_EFFORT if request.full_effort else line
 
 
 def _compiler_note(setting: Setting) -> list[str]:
@@ -172,11 +192,13 @@ def _different(setting: Setting, counts: Sequence[int]) -> list[int]:
 
 
 def _period(setting: Setting, records: Sequence[dict[str, Any]], request: Request) -> dict[str, Any] | None:
-    """All kinds in turn: the mean time of an update."""
-    seconds = [record["seconds"]["expected"] for record in records if "seconds" in record]
-    if not seconds:
+    """All kinds in turn: the mean time of an update, predicted where every kind's is, or else as assumed."""
+    steps = [record for record in records if "seconds" in record]
+    predicted = all("predicted" in step for step in steps)
+    seconds = [step["predicted_seconds"] if predicted else step["seconds"].get("expected") for step in steps]
+    if not seconds or None in seconds:
         return None
     clips = setting.clips * setting.micro_batches
     mean = cost(clips, sum(seconds) / len(seconds), setting.topology.chips)
     price = {"price": request.price, "cost": request.price * mean["chip_hours_per_million_triples"]} if request.price else {}
-    return {**mean, "utilisation": request.utilisation, **price}
+    return {**mean, "utilisation": None if predicted else request.utilisation, **price}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,10 +21,22 @@ from omni_jax.planning.advice import OutOfMemory, read_refusal
 from omni_jax.planning.chips import Topology
 from omni_jax.planning.devices import QUICK
 from omni_jax.planning.hlo import Collective, collectives
+from omni_jax.planning.timing import Timing, read_timing
 from omni_jax.retrieval import ranks
 from omni_jax.train.plan import step_kind
 from omni_jax.train.step import StepConfig, TrainStep
 from omni_jax.types import BatchShapes, StepKind
+
+EVALUATED = (3_782, 100_000)
+"""Rows of the tables whose ranking is planned for: of the published benchmark, and of a large gallery."""
+
+Watch = Callable[[str, Callable[[], Any]], Any]
+"""Runs a compilation, whose name it is given, and returns what it gives: minutes of it can be shown, and left."""
+
+
+def unwatched(name: str, work: Callable[[], Any]) -> Any:
+    """Returns what `work` gives."""
+    return work()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +50,7 @@ class Setting:
       dtype: of activations and frozen weights.
       embed_clips: clips that the embedding pass encodes together.
       options: of the compiler, beside the chip's.
+      watch: runs each compilation.
     """
 
     config: ModelConfig
@@ -53,6 +66,12 @@ class Setting:
     dtype: str = "bfloat16"
     embed_clips: int = 16
     options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: QUICK)
+    watch: Watch = unwatched
+
+    @property
+    def timed(self) -> bool:
+        """Whether programs are compiled as a run would, so that the compiler's estimates of time mean something."""
+        return not self.options.keys() & QUICK.keys()
 
     @property
     def kernel(self) -> str:
@@ -97,6 +116,7 @@ class Program:
       memory, found: what the compiler says; None where it was only lowered or refused.
       refusal: why it does not fit.
       seconds: that compiling took.
+      timing: of one run; None where it was not compiled at full effort, or the compiler wrote no estimates.
     """
 
     name: str
@@ -106,6 +126,7 @@ class Program:
     found: Sequence[Collective] | None = None
     refusal: OutOfMemory | None = None
     seconds: float = 0.0
+    timing: Timing | None = None
 
     @property
     def status(self) -> str:
@@ -152,9 +173,13 @@ def embed_programs(setting: Setting, mesh: Mesh | AbstractMesh) -> list[Program]
 
 
 def evaluate_programs(setting: Setting, mesh: Mesh) -> list[Program]:
-    """Returns the evaluator's programs: one tile of similarities, and the counting of ranks in it."""
-    lowered = ranks.lower_tile(mesh, setting.config.decoder.hidden_size)
-    return [_compiled(Program(f"evaluate/{name}"), low, mesh, setting) for name, low in lowered.items()]
+    """Returns the evaluator's programs for tables of EVALUATED rows: one tile of similarities, and the counting of ranks in it."""
+    lowered = {
+        f"evaluate/{name} {rows:,} rows": low
+        for rows in EVALUATED
+        for name, low in ranks.lower_tile(mesh, setting.config.decoder.hidden_size, ranks.tile_side(rows)).items()
+    }
+    return [_compiled(Program(name), low, mesh, setting) for name, low in lowered.items()]
 
 
 def _compiled(program: Program, lowered: jax.stages.Lowered, mesh: Mesh | AbstractMesh, setting: Setting, waiting: float = 0.0) -> Program:
@@ -163,7 +188,8 @@ def _compiled(program: Program, lowered: jax.stages.Lowered, mesh: Mesh | Abstra
         return program
     start = time.monotonic()
     try:
-        compiled = lowered.compile(compiler_options={**dict(setting.topology.chip.compiler), **setting.options})
+        options = {**dict(setting.topology.chip.compiler), **setting.options}
+        compiled = setting.watch(program.name, lambda: lowered.compile(compiler_options=options))
     except jax.errors.JaxRuntimeError as error:
         refusal = read_refusal(
             str(error),
@@ -186,5 +212,7 @@ def _compiled(program: Program, lowered: jax.stages.Lowered, mesh: Mesh | Abstra
         host=stats.host_temp_size_in_bytes / gib,
     )
     per_slice = setting.topology.devices // setting.topology.slices if setting.topology.slices > 1 else 0
-    found = collectives(compiled.as_text() or "", per_slice)
-    return dataclasses.replace(program, memory=memory, found=found, seconds=taken)
+    text = compiled.as_text() or ""
+    causal = setting.config.attention == "causal"
+    timing = read_timing(text, setting.topology.chip, per_slice, causal) if setting.timed else None
+    return dataclasses.replace(program, memory=memory, found=collectives(text, per_slice), seconds=taken, timing=timing)

@@ -13,17 +13,25 @@ from omni_jax.parallel import batch_shards
 from omni_jax.planning.advice import OutOfMemory, change_for
 from omni_jax.planning.estimate import UTILISATION, Times, cost, memory_bytes, times
 from omni_jax.planning.hlo import Collective
-from omni_jax.planning.programs import Program, Setting
+from omni_jax.planning.programs import EVALUATED, Program, Setting
+from omni_jax.planning.timing import KERNEL_SHARE
+from omni_jax.retrieval.ranks import tile_side
 from omni_jax.train import ledger
 from omni_jax.train.streams import TOWERS
 from omni_jax.train.trainable import count_groups, select
 
 SHOWN = 12  # collectives listed, those that move the most
+DIRECTIONS = 12  # that the evaluator ranks
+SOURCES = 20  # operations listed by source, the most expensive
 LARGE = 150e6  # bytes
 
 
-def train_record(setting: Setting, program: Program, mesh: Any, utilisation: float = UTILISATION) -> dict[str, Any]:
-    """Returns the JSON record of a training step."""
+def train_record(setting: Setting, program: Program, mesh: Any, utilisation: float | None = UTILISATION) -> dict[str, Any]:
+    """Returns the JSON record of a training step.
+
+    Args:
+      utilisation: share of the peak that "expected" assumes; None leaves expected figures out.
+    """
     assert program.kind is not None and program.shapes is not None
     kind, recipe, n = program.kind, setting.recipe, setting.micro_batches
     cached = recipe.losses.negatives == "global" and n > 1
@@ -48,8 +56,11 @@ def train_record(setting: Setting, program: Program, mesh: Any, utilisation: flo
         "operations": {part: dataclasses.asdict(one) | {"total": one.total} for part, one in parts.items()},
         "memory_bytes_per_device": moved,
         **_collectives(found if program.found is not None else None, setting.config),
-        "seconds": dataclasses.asdict(spent) | {"bound": spent.bound, "least": spent.least, "expected": spent.expected(utilisation)},
-        **_cost(setting, spent, utilisation),
+        "seconds": dataclasses.asdict(spent)
+        | {"bound": spent.bound, "least": spent.least}
+        | ({} if utilisation is None else {"expected": spent.expected(utilisation)}),
+        **_timing(setting, program, spent.arithmetic, setting.looped),
+        **_cost(setting, program, spent, utilisation),
     }
 
 
@@ -58,7 +69,29 @@ def plain_record(setting: Setting, program: Program) -> dict[str, Any]:
     if program.refusal is not None and program.name.startswith("embed"):  # `read_refusal` speaks of training
         change = f"{setting.embed_clips} clips are encoded together: take fewer (evaluation.batch_size; embed --batch-size), or more chips"
         program = dataclasses.replace(program, refusal=dataclasses.replace(program.refusal, change=change))
-    return {**_head(program), **_collectives(program.found, setting.config)}
+    chip = setting.topology.chip
+    least = program.timing.multiplied / (chip.teraflops * 1e12 / chip.devices) if program.timing else 0.0
+    return {**_head(program), **_collectives(program.found, setting.config), **_timing(setting, program, least)}
+
+
+def evaluator(setting: Setting, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the predicted time of ranking DIRECTIONS of tables of EVALUATED rows each; [] where no tile was timed.
+
+    Two directions come from one pass over the tiles. The host's share, reading rows and adding counts up, is not in it.
+    """
+    by_name = {record["program"]: record.get("predicted_seconds") for record in records}
+    devices, width = setting.topology.devices, setting.config.decoder.hidden_size
+    found = []
+    for rows in EVALUATED:
+        seconds = [by_name.get(f"evaluate/{name} {rows:,} rows") for name in ("product", "count")]
+        if None in seconds:
+            continue
+        side = tile_side(rows)
+        tiles = math.ceil(rows / (side * devices)) * math.ceil(rows / side)
+        predicted = DIRECTIONS / 2 * tiles * sum(filter(None, seconds))
+        ideal = DIRECTIONS / 2 * 2.0 * rows**2 * width / (setting.topology.chips * setting.topology.chip.teraflops * 1e12)
+        found.append({"rows": rows, "predicted_seconds": predicted, "ideal_seconds": ideal, "share_of_peak": ideal / predicted})
+    return found
 
 
 def part_passes(setting: Setting, cached: bool, own_row: bool, trains: frozenset[str]) -> dict[str, int]:
@@ -104,12 +137,36 @@ def _layer_bytes(config: ModelConfig) -> set[int]:
     return {size * width for size in stacked for width in (2, 4)}
 
 
-def _cost(setting: Setting, spent: Times, utilisation: float) -> dict[str, Any]:
-    clips, chips = setting.clips * setting.micro_batches, setting.topology.chips
+def _timing(setting: Setting, program: Program, ideal: float, times: int = 1) -> dict[str, Any]:
+    """What the compiler's own estimates come to; nothing where they were not asked for.
+
+    Args:
+      ideal: seconds of the multiplications at the chips' peak.
+      times: runs of the program that make an update.
+    """
+    if not setting.timed or program.memory is None:
+        return {}
+    if program.timing is None:
+        return {"predicted_seconds": None}
+    timing = program.timing
+    seconds = timing.predicted * times
     return {
-        "at_peak": cost(clips, spent.least, chips),
-        "expected": cost(clips, spent.expected(utilisation), chips) | {"utilisation": utilisation},
+        "predicted_seconds": seconds,
+        "ideal_seconds": ideal,
+        "share_of_peak": ideal / seconds if seconds else 0.0,
+        "without_estimate": {name: value * times for name, value in timing.added.items()},
+        "by_source": [dataclasses.asdict(one) | {"seconds": one.seconds * times} for one in timing.operations[:SOURCES]],
     }
+
+
+def _cost(setting: Setting, program: Program, spent: Times, utilisation: float | None) -> dict[str, Any]:
+    clips, chips = setting.clips * setting.micro_batches, setting.topology.chips
+    found: dict[str, Any] = {"at_peak": cost(clips, spent.least, chips)}
+    if program.timing is not None:
+        found["predicted"] = cost(clips, program.timing.predicted * setting.looped, chips)
+    if utilisation is not None:
+        found["expected"] = cost(clips, spent.expected(utilisation), chips) | {"utilisation": utilisation}
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------- as text
@@ -125,11 +182,17 @@ def text(plan: dict[str, Any]) -> str:
     for program in plan["programs"]:
         lines += ["", *_program_lines(program)]
     if whole := plan.get("period"):
+        how = "predicted by the compiler" if whole["utilisation"] is None else _assumed(whole["utilisation"])
         lines += [
             "",
-            f"all kinds in turn  {whole['clips_per_second']:.1f} clips/s and {whole['chip_hours_per_million_triples']:,.0f} chip-hours per "
-            f"million triples expected (analytic, {whole['utilisation']:.0%} of peak arithmetic assumed)"
+            f"all kinds in turn  {_rates(whole)}, {how}"
             + (f"; {whole['cost']:,.0f} at {whole['price']:g} a chip-hour" if whole.get("price") else ""),
+        ]
+    for one in plan.get("evaluator", ()):
+        lines += [
+            "",
+            f"ranking {one['rows']:,} rows  {_seconds(one['predicted_seconds'])} predicted for {DIRECTIONS} directions on the devices, "
+            f"{one['share_of_peak']:.1%} of the bfloat16 peak (each float32 product takes six of bfloat16, and counting comes on top)",
         ]
     if load := plan.get("weights"):
         lines += ["", load["text"]]
@@ -166,13 +229,48 @@ def _program_lines(program: dict[str, Any]) -> list[str]:
             lines.append(f"                {c['kind']} {c['shape'][:60]} x {c['runs']} of {c['group']}{where}  {c['source']}")
     if seconds := program.get("seconds"):
         spent = ", ".join(f"{name} {seconds[name]:.2f} s" for name in ("arithmetic", "memory", "interconnect", "network") if seconds[name])
+        best = program["at_peak"]
         lines.append(f"  time          at published rates (analytic): {spent}; bound by {seconds['bound']}")
-        best, likely = program["at_peak"], program["expected"]
-        lines.append(
-            f"  expected      {likely['clips_per_second']:.1f} clips/s, {likely['chip_hours_per_million_triples']:,.0f} chip-hours per "
-            f"million triples at {likely['utilisation']:.0%} of peak (assumed); no better than {best['clips_per_second']:.1f} clips/s"
-        )
+        lines.append(f"  no better     than {best['clips_per_second']:.1f} clips/s")
+    lines += _predicted(program)
+    if likely := program.get("expected"):
+        lines.append(f"  expected      {_rates(likely)}, {_assumed(likely['utilisation'])}")
     return lines
+
+
+def _predicted(program: dict[str, Any]) -> list[str]:
+    if "predicted_seconds" not in program:
+        return []
+    if program["predicted_seconds"] is None:
+        return ["  predicted     nothing: this libtpu writes no estimated_cycles; what is expected below is analytic"]
+    rates = f"; {_rates(program['predicted'])}" if "predicted" in program else ""
+    lines = [
+        f"  predicted     {_seconds(program['predicted_seconds'])}, {program['share_of_peak']:.0%} of peak "
+        f"({_seconds(program['ideal_seconds'])} of multiplications){rates}, by the compiler's estimates"
+    ]
+    if added := {name: value for name, value in program["without_estimate"].items() if value > 0}:
+        parts = ", ".join(f"{name} {_seconds(value)}" for name, value in added.items())
+        lines.append(
+            f"                of these without its estimate: {parts}; kernels at {KERNEL_SHARE:.0%} of peak, transfers at published rates"
+        )
+    lines.append("  most of it    seconds, share, bound and how near to it (* not the compiler's estimate)")
+    for one in program["by_source"]:
+        mark = " " if one["estimated"] else "*"
+        near = f"{one['bound']} {one['reached']:.0%}"
+        lines.append(f"                {_seconds(one['seconds']):>10}{mark} {one['share']:>6.1%}  {near:<12} {one['source']}")
+    return lines
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms" if value >= 1e-3 else f"{value * 1e6:.0f} us"
+
+
+def _rates(found: dict[str, float]) -> str:
+    return f"{found['clips_per_second']:.1f} clips/s, {found['chip_hours_per_million_triples']:,.0f} chip-hours per million triples"
+
+
+def _assumed(utilisation: float) -> str:
+    return f"{utilisation:.0%} of peak arithmetic assumed"
 
 
 def _pairs(values: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The choices of batch, remat and mesh that fit, compared by the time they should take."""
+"""The choices of batch, remat and mesh that fit, compared by the time that the compiler predicts for the best few."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from omni_jax.planning.report import train_record
 
 REMATS = ("layer", "attention", "dots")
 LARGEST = 16  # clips a device at once
+FEW = 3  # choices compiled at full effort
 
 
 def meshes(setting: Setting) -> list[dict[str, int]]:
@@ -59,14 +60,16 @@ def sweep(
     utilisation: float = UTILISATION,
     sizes_tried: list[dict[str, int]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Returns the records of what was tried, each with its choice: those that fit by expected time, then the others by need.
+    """Returns the records of what was tried, each with its choice: the best few by predicted time, others that fit, then the rest by need.
 
-    For every mesh (of `sizes_tried`, or else of `meshes`) and remat policy, the largest micro-batch that fits.
+    For every mesh (of `sizes_tried`, or else of `meshes`) and remat policy, the largest micro-batch that fits, compiled quickly. The few
+    that should be fastest at a share `utilisation` of the peak are compiled again as a run would be.
 
     Raises:
       ConfigError: where the clips divide over no mesh.
     """
     tried: list[dict[str, Any]] = []
+    settings: list[Setting] = []
     for sizes in sizes_tried or meshes(setting):
         mesh = planning_mesh(setting.topology, sizes, compiled=True)
         shards = setting.topology.slices * sizes["data"] * sizes["fsdp"]
@@ -78,6 +81,7 @@ def sweep(
                 program = train_program(one, mesh, count)
                 record = train_record(one, program, mesh, utilisation)
                 choice = {"mesh": sizes, "remat": remat, "micro_batch": clips, "micro_batches": micro_batches, "blocks": blocks}
+                settings.append(one)
                 tried.append({"choice": choice, **record})
                 say(choice_line(tried[-1]))
                 if program.status == "fits":
@@ -85,12 +89,23 @@ def sweep(
     if not tried:
         total = f"{setting.micro_batches} x {setting.clips} clips an update (negatives={setting.recipe.losses.negatives})"
         raise ConfigError(f"--sweep: {total} divide over no mesh of {setting.topology}; make them a multiple of its devices")
+    best = sorted((i for i, record in enumerate(tried) if record["status"] == "fits"), key=lambda i: _place(tried[i]))[:FEW]
+    for i in best:
+        one = dataclasses.replace(settings[i], options={})
+        mesh = planning_mesh(one.topology, dict(one.mesh), compiled=True)
+        tried[i] |= train_record(one, train_program(one, mesh, count), mesh, utilisation)
+        say(choice_line(tried[i]))
     return sorted(tried, key=_place)
 
 
 def _place(record: dict[str, Any]) -> tuple[float, ...]:
     refusal, seconds = record["out_of_memory"], record["seconds"]
-    return refusal["used_gib"] if refusal else 0.0, seconds["expected"], seconds["interconnect"]
+    return (
+        refusal["used_gib"] if refusal else 0.0,
+        record.get("predicted_seconds") or math.inf,
+        seconds["expected"],
+        seconds["interconnect"],
+    )
 
 
 def choice_line(record: dict[str, Any]) -> str:
@@ -99,5 +114,6 @@ def choice_line(record: dict[str, Any]) -> str:
     mesh = ",".join(f"{name}={size}" for name, size in choice["mesh"].items())
     need = f"needs {refusal['used_gib']:.2f} GiB" if refusal else f"{memory['peak']:.2f} GiB"
     batch = f"{choice['micro_batches']:>3} x {choice['micro_batch']:<5}"
-    rate = f"{record['expected']['clips_per_second']:.1f} clips/s"
-    return f"{mesh:<28} remat={choice['remat']:<10} {batch} {record['status']:<14} {need:<18} {rate}"
+    likely, share = record.get("predicted"), record.get("share_of_peak")
+    how = "not timed" if likely is None else f"{likely['clips_per_second']:.1f} clips/s predicted, {share:.0%} of peak"
+    return f"{mesh:<28} remat={choice['remat']:<10} {batch} {record['status']:<14} {need:<18} {how}"

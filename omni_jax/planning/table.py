@@ -9,6 +9,8 @@ from etils import epath
 
 from omni_jax.types import InputError
 
+ASSUMED = ". In parentheses: not compiled at full effort, a share of the peak assumed."
+FULL_EFFORT = " --full-effort"
 KEPT = (
     "program",
     "kind",
@@ -22,6 +24,11 @@ KEPT = (
     "seconds",
     "at_peak",
     "expected",
+    "predicted_seconds",
+    "ideal_seconds",
+    "share_of_peak",
+    "without_estimate",
+    "predicted",
 )
 
 
@@ -44,7 +51,7 @@ def read(file: epath.Path) -> list[dict[str, Any]]:
 
 
 def add(file: epath.Path, plan: dict[str, Any], command: str) -> None:
-    """Adds a plan to the table, in the place of one by the same command, and writes both files.
+    """Adds a plan to the table, in the place of one by the same command at any effort, and writes both files.
 
     Raises:
       InputError, OSError: as `read`, or where they cannot be written.
@@ -52,7 +59,8 @@ def add(file: epath.Path, plan: dict[str, Any], command: str) -> None:
     entries = read(file)
     entry = {name: value for name, value in plan.items() if name != "programs"} | {"command": command}
     entry["programs"] = [{name: program[name] for name in KEPT if name in program} for program in plan["programs"]]
-    entries = [old for old in entries if old["command"] != command] + [entry]
+    same = command.removesuffix(FULL_EFFORT)
+    entries = [old for old in entries if old["command"].removesuffix(FULL_EFFORT) != same] + [entry]
     entries.sort(key=lambda e: (e["topology"].split(" x ")[-1].split(":")[0], e["chips"], e["command"]))
     file.write_text(json.dumps(entries, indent=1) + "\n")
     file.with_suffix(".md").write_text(markdown(entries))
@@ -61,11 +69,11 @@ def add(file: epath.Path, plan: dict[str, Any], command: str) -> None:
 def markdown(entries: list[dict[str, Any]]) -> str:
     """Returns the table: a row for each program of each plan."""
     lines = [
-        "Written by `omni-jax compile --table`. " + (entries[0]["basis"] if entries else "") + ".",
+        "Written by `omni-jax compile --table`. " + (entries[0]["basis"] if entries else "") + ASSUMED,
         "",
-        "| topology | chips | mesh | micro-batches x clips | remat | program | status | peak GiB | limit | largest collective, MB "
-        "| clips/s expected | chip-hours per million triples |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| topology | chips | mesh | micro-batches x clips | remat | captions | program | status | peak GiB | limit "
+        "| largest collective, MB | seconds predicted | share of peak | clips/s | chip-hours per million triples |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for entry in entries:
         mesh = " ".join(f"{name}={size}" for name, size in entry["mesh"].items() if size > 1)
@@ -80,11 +88,14 @@ def _row(entry: dict[str, Any], program: dict[str, Any], mesh: str, batch: str) 
     peak = memory["peak"] if memory else refusal["used_gib"] if refusal else float("nan")
     limit = memory["limit"] if memory else refusal["limit_gib"] if refusal else float("nan")
     name = f"train, hard {kind['hard']}" if kind else program["program"]
-    rate, hours = (
-        (f"{program['expected']['clips_per_second']:.1f}", f"{program['expected']['chip_hours_per_million_triples']:,.0f}")
-        if kind
-        else ("-", "-")
-    )
+    rate = hours = "-"
+    if rates := program.get("predicted") or program.get("expected"):
+        rate, hours = f"{rates['clips_per_second']:.1f}", f"{rates['chip_hours_per_million_triples']:,.0f}"
+    if "predicted" not in program and rates:
+        rate, hours = f"({rate})", f"({hours})"
+    seconds, share = program.get("predicted_seconds"), program.get("share_of_peak")
+    timed = (f"{seconds:.3g}", f"{share:.0%}") if seconds and share is not None else ("-", "-")
+    captions = str(entry.get("caption_tokens", "-"))
     largest = f"{program.get('largest_collective_bytes', 0) / 1e6:.0f}"
-    cells = [entry["topology"], str(entry["chips"]), mesh or "-", batch if kind else "-", entry["remat"], name, program["status"]]
-    return [*cells, f"{peak:.2f}", f"{limit:.2f}", largest, rate, hours]
+    cells = [entry["topology"], str(entry["chips"]), mesh or "-", batch if kind else "-", entry["remat"], captions, name, program["status"]]
+    return [*cells, f"{peak:.2f}", f"{limit:.2f}", largest, *timed, rate, hours]

@@ -372,6 +372,11 @@ def lower_tile(mesh: Mesh, width: int, chunk: int = ACCELERATOR_CHUNK) -> dict[s
     return {"product": programs.product.lower(*tables), "count": programs.count.lower(*counted)}
 
 
+def tile_side(rows: int) -> int:
+    """Returns the side of the tiles in which an accelerator ranks tables of so many rows."""
+    return _tile_rows(rows, ACCELERATOR_CHUNK)
+
+
 def _along(axis: int, products: jax.Array, score: jax.Array, item: jax.Array, candidates: jax.Array) -> jax.Array:
     """(2, R, rows) int32: for each relevant item, candidates above its score, and level with it. Candidates lie along `axis`."""
     candidates = jnp.expand_dims(candidates, 1 - axis)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+import signal
+import threading
 
 import pytest
 
-from omni_jax.cli.progress import LINE_SECONDS, Progress, duration
+from omni_jax.cli.progress import LINE_SECONDS, Progress, Waiting, duration
 
 
 class Clock:
@@ -66,3 +70,44 @@ def test_unknown_total_shows_no_time_left() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "0 s"), (59.4, "59 s"), (60, "1:00"), (185, "3:05"), (7800, "2:10:00")])
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+# ----------------------------------------------------------------------------------------------------- work that cannot say how far it is
+
+
+def test_waiting_returns_what_the_work_gives_and_counts_it(capsys: pytest.CaptureFixture[str]):
+    with Waiting("compile", "programs", 2) as waiting:
+        assert [waiting("one", lambda: 1), waiting("two", lambda: 2)] == [1, 2]
+    assert re.fullmatch(r"compile: 2/2 programs, \S+ programs/s, 0 s; two, 0 s\n", capsys.readouterr().err)
+
+
+def test_nothing_is_shown_of_work_that_never_began(capsys: pytest.CaptureFixture[str]):
+    with Waiting("compile", "programs"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_an_error_of_the_work_is_its_callers():
+    with Waiting("compile", "programs") as waiting, pytest.raises(ZeroDivisionError):
+        waiting("one", lambda: 1 // 0)
+
+
+def test_ctrl_c_is_heard_while_the_work_cannot_be():
+    """The work holds on until it is let go, as a compiler does; the caller is free at once."""
+    let_go, begun = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        let_go.wait()
+
+    def interrupt() -> None:
+        begun.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        with pytest.raises(KeyboardInterrupt), Waiting("compile", "programs") as waiting:
+            waiting("one", work)
+        assert not let_go.is_set()
+    finally:
+        let_go.set()

@@ -1,7 +1,7 @@
 """Writes docs/pods_table.json and .md: the 7B programs compiled for the topologies that docs/pods.md speaks of (make pods-table).
 
-About an hour on two cores. `make pods-table PODS_ARGS="v5p tpu7x"` compiles those whose arguments contain one of the words anew and leaves
-the others.
+At full effort, which predicts time: some hours on two cores. `make pods-table PODS_ARGS="v5p tpu7x"` compiles those whose arguments contain
+one of the words anew and leaves the others.
 """
 
 from __future__ import annotations
@@ -47,7 +47,13 @@ class Case(NamedTuple):
             "batch.blocks": max(self.clips // BLOCK, read_topology(self.topology, self.slices).hosts),
         }
         given = ["--topology", self.topology, "--slices", str(self.slices), "--programs", self.programs, "--kinds", self.kinds]
-        return ["--config", "configs/omniretriever_7b.py", *given, *(f"--config.{name}={value}" for name, value in fields.items())]
+        return [
+            "--config",
+            "configs/omniretriever_7b.py",
+            *given,
+            *(f"--config.{name}={value}" for name, value in fields.items()),
+            "--full-effort",
+        ]
 
 
 STEPS = (

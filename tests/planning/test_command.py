@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from omni_jax.cli.config_file import planned_model, read_config
 from omni_jax.cli.main import main
-from omni_jax.planning import devices, plan
+from omni_jax.planning import chips, devices, plan
 from tests.house import ROOT
 
 SEVEN_B = str(ROOT / "configs/omniretriever_7b.py")
@@ -32,6 +33,7 @@ def test_without_libtpu_it_lowers_and_says_what_is_missing(tmp_path: Path, capsy
     assert compile_("--config", TINY, "--topology", "v5e:2x2", "--price", "2", "--json", str(out)) == 0
     said = capsys.readouterr().out
     assert devices.MISSING in said and plan.LEFT_OUT in said and "fits" not in said and "compiler estimate" not in said
+    assert "40% of peak arithmetic assumed" in said and "predicted" not in said
     found = json.loads(out.read_text())
     assert {program["status"] for program in found["programs"]} == {"lowered"}
     assert {program["program"].split("/")[0] for program in found["programs"]} == {"train", "embed"}
@@ -111,6 +113,20 @@ def test_full_effort_leaves_the_compiler_to_itself():
     model, _ = planned_model(run.model)
     quick, full = (plan.Request(run, model, "v5e:2x2", full_effort=full).setting() for full in (False, True))
     assert (quick.options, full.options) == (devices.QUICK, {})
+
+
+def test_full_effort_on_a_chip_whose_clock_is_not_known_is_refused_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(chips.CHIPS, "v5e", dataclasses.replace(chips.CHIPS["v5e"], mxus=None))
+    assert compile_(*GIVEN, "--full-effort") == 2
+    line = "chip v5e: its clock is not known, so that cycles are no time; plan without --full-effort"
+    assert capsys.readouterr().err == f"omni-jax: {line}\n"
+
+
+def test_eval_is_short_for_evaluate(capsys: pytest.CaptureFixture[str]):
+    assert compile_("--config", TINY, "--topology", "v5e:2x2", "--programs", "eval") == 0
+    assert plan.LEFT_OUT in capsys.readouterr().out
 
 
 def test_no_topology_is_one_line(capsys: pytest.CaptureFixture[str]):

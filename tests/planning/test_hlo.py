@@ -81,6 +81,20 @@ def test_loops_are_counted_and_groups_of_one_left_out():
     assert found["all-gather"].moved == 256 * 3 / 4
 
 
+def test_a_gather_that_several_products_carry_is_counted_once():
+    """Fused into a chain, it stands in the computation of each part under one channel; twice in a loop it is two of them."""
+
+    def fused(name: str, channel: int) -> str:
+        gather = f"all-gather(%p), channel_id={channel}, replica_groups=[1,4]<=[4], dimensions={{0}}"
+        return f"%{name} (p: bf16[4,8]) -> bf16[16,8] {{\n  %p = bf16[4,8]{{1,0}} parameter(0)\n  ROOT %g = bf16[16,8]{{1,0}} {gather}\n}}"
+
+    calls = [f"  %{name}.{n} = bf16[16,8]{{1,0}} fusion(%x), kind=kCustom, calls=%{name}" for n, name in enumerate(("a", "b", "c", "d"))]
+    program = ["ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {", "  %x = bf16[4,8]{1,0} parameter(0)", *calls, "}"]
+    text = "\n".join([fused("a", 1), fused("b", 1), fused("c", 1), fused("d", 2), *program])
+    (found,) = collectives(text)
+    assert (found.kind, found.runs, found.bytes) == ("all-gather", 2, 256)
+
+
 def test_collectives_across_slices_are_told_apart():
     across = {c.kind: c.across for c in collectives(PROGRAM, devices_per_slice=2)}
     assert across == {"collective-permute": True, "all-reduce": False, "all-gather": True}

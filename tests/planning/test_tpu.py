@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from omni_jax.cli.config_file import planned_model, read_config
 from omni_jax.cli.main import main
 from omni_jax.planning import plan
+from omni_jax.planning.chips import CHIPS, read_topology
+from omni_jax.planning.devices import planning_mesh
+from omni_jax.planning.timing import KERNELS, read_timing
 from tests.house import ROOT
 
 pytestmark = pytest.mark.tpu
@@ -68,7 +78,14 @@ def test_the_command_compiles_a_part_of_a_host_as_a_run_would_and_keeps_a_table(
     assert main(["compile", "--full-effort", *given, *changes]) == 0
     said = capsys.readouterr().out
     assert "of 15.75 GiB a device at the peak (compiler estimate)" in said and "libtpu is not installed" not in said
-    assert json.loads(out.read_text())["programs"][0]["collectives"] == []
+    (step,) = json.loads(out.read_text())["programs"]
+    assert step["collectives"] == []
+    assert 0 < step["share_of_peak"] < 1 and step["ideal_seconds"] / step["predicted_seconds"] == pytest.approx(step["share_of_peak"])
+    assert len(step["by_source"]) == 20 and sum(one["share"] for one in step["by_source"]) < 1
+    # Rows of the model, by file and line; attention from its operations.
+    assert any(one["source"].startswith(("decoder.py:", "layers.py:")) for one in step["by_source"])
+    assert step["without_estimate"][KERNELS] > 0
+    assert "by the compiler's estimates" in said and "assumed" not in said and "predicted by the compiler" in said
     (entry,) = json.loads(table.read_text())
     assert entry["programs"][0]["status"] == "fits" and "| v5e:1x1 | 1 |" in table.with_suffix(".md").read_text()
 
@@ -79,7 +96,11 @@ def test_a_sweep_recommends_what_was_compiled(tmp_path: Path, capsys: pytest.Cap
     assert main(["compile", "--sweep", *given, *(f"--config.{change}" for change in ADAPTER)]) == 0
     said = capsys.readouterr()
     records = json.loads(out.read_text())["sweep"]
-    assert {r["choice"]["remat"] for r in records} == {"layer", "attention", "dots"} and said.err.count("\n") == 3
+    assert {r["choice"]["remat"] for r in records} == {"layer", "attention", "dots"}
+    # Quickly for memory, and once more for time.
+    assert said.err.count(" not timed\n") == 3 == said.err.count(" of peak\n")
+    seconds = [record["predicted_seconds"] for record in records]
+    assert seconds == sorted(seconds) and seconds[0] > 0
     for record in records:
         assert record["status"] == "fits" and (record["choice"]["micro_batch"], record["choice"]["micro_batches"]) == (8, 1)
     peaks = {r["choice"]["remat"]: r["memory_gib"]["peak"] for r in records}
@@ -101,3 +122,30 @@ def test_what_does_not_fit_says_what_to_change(capsys: pytest.CaptureFixture[str
 def test_a_grid_that_the_compiler_does_not_know_is_refused(capsys: pytest.CaptureFixture[str]):
     assert main(["compile", "--config", TINY, "--topology", "v5e:3x5", "--programs", "train"]) == 2
     assert "topology v5e:3x5: libtpu refuses it" in capsys.readouterr().err
+
+
+def test_a_product_comes_near_the_peak_of_every_chip_and_never_passes_it():
+    """The clock and the matrix units of each, against the compiler's own estimate."""
+    for chip in CHIPS.values():
+        topology = read_topology(f"{chip.name}:{'x'.join(['2', '2', '1'][: chip.dimensions])}")
+        mesh = planning_mesh(topology, {"data": 1, "fsdp": topology.devices, "tensor": 1}, compiled=True)
+        places = NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec())
+        sizes = (4096 * topology.devices, 4096), (4096, 4096)
+        given = [jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=place) for size, place in zip(sizes, places, strict=True)]
+        compiled = jax.jit(jnp.matmul, out_shardings=places[0]).lower(*given).compile(compiler_options=dict(chip.compiler))
+        timing = read_timing(compiled.as_text() or "", chip)
+        assert timing is not None and timing.multiplied == 2 * 4096**3
+        ideal = timing.multiplied / (chip.teraflops * 1e12 / chip.devices)
+        assert 0.8 < ideal / timing.estimated <= 1, chip.name  # what is prefetched before the product hides behind nothing here
+
+
+def test_ctrl_c_leaves_a_compilation_at_once():
+    words = ["--config", "configs/omniretriever_7b.py", "--topology", "v5e:4x4", "--programs", "train", "--kinds", "1", "--full-effort"]
+    run = subprocess.Popen([sys.executable, "-m", "omni_jax.cli.main", "compile", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert run.stderr is not None
+    line = run.stderr.readline()  # a progress line: the compiler is at work, for minutes
+    assert line.startswith("compile: 0 programs") and "train" in line
+    start = time.monotonic()
+    run.send_signal(signal.SIGINT)
+    rest = run.stderr.read()
+    assert run.wait() == 130 and rest.endswith("omni-jax: interrupted\n") and time.monotonic() - start < 10
