@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -95,7 +95,7 @@ def tree_shapes(config: ModelConfig) -> Mapping[TreePath, Shape]:
     return types.MappingProxyType({path: tuple(leaf.shape) for path, leaf in abstract_params(config).items()})
 
 
-def check(entries: Mapping[str, Entry], found: Mapping[str, Shape], where: str, mend: str) -> None:
+def check(entries: Mapping[str, Entry], found: Mapping[str, Shape], where: str, mend: str, optional: Container[str] = ()) -> None:
     """Compares the tensors of a checkpoint with those its configuration asks for. Of shared tensors one suffices.
 
     Args:
@@ -103,13 +103,14 @@ def check(entries: Mapping[str, Entry], found: Mapping[str, Shape], where: str, 
       found: name -> shape of what is there.
       where: file or folder for the message.
       mend: what to do, for the message.
+      optional: names that may be missing.
 
     Raises:
       InputError: naming unknown, missing and misshapen tensors, the first few and the count of each.
     """
     unknown = [key for key in found if key not in entries]
     shared = {entry.path for key, entry in entries.items() if entry.shared and key in found}
-    missing = [key for key, entry in entries.items() if key not in found and entry.path not in shared]
+    missing = [key for key, entry in entries.items() if key not in found and entry.path not in shared and key not in optional]
     misshapen = [
         f"{key} is {_shape(shape)}, expected {_shape(entries[key].torch_shape)}"
         for key, shape in found.items()

@@ -19,14 +19,20 @@ from etils import epath
 from conversion import engine, folder
 from conversion.adapter import CONFIG, WEIGHTS, adapter_entries, default_config, write_config
 from conversion.engine import Entry
+from conversion.export_readme import README, readme
 from conversion.folder import Manifest, TensorFile
 from conversion.importer import Summary
+from conversion.names import with_norm
 from conversion.rules import TreePath
 from conversion.safetensors_io import Writer, dtype_name
-from conversion.source import INDEX
 from conversion.store import Store, open_stores
+from conversion.torch_writer import TorchWriter
+from conversion.weight_files import INDEX, TORCH_INDEX, in_format
 from omni_jax.config import ModelConfig
 from omni_jax.types import InputError
+
+FORMATS = ("keep", "safetensors", "bin")
+NORMS = ("keep", "old", "new")
 
 _NOTHING = "to-torch: nothing to write; give --base-out, --adapter-out or both"
 
@@ -36,11 +42,17 @@ def to_torch(
     *,
     base_out: epath.PathLike | None = None,
     adapter_out: epath.PathLike | None = None,
+    file_format: str = "keep",
+    weight_norm: str = "keep",
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Writes the base checkpoint, the adapter, or both; each folder appears under its name only when complete.
 
     Weights are written in the type they are stored in: bit-equal to the source after a conversion with dtype "keep".
+
+    Args:
+      file_format: of the weight files, of FORMATS: "keep" writes `.bin` back to `.bin`.
+      weight_norm: names of the weight norm of BEATs' `pos_conv`, of NORMS; "keep" writes those of the source.
 
     Raises:
       InputError: not a converted folder, no adapter to export, an output that exists, or a damaged part.
@@ -59,13 +71,11 @@ def to_torch(
     with contextlib.ExitStack() as both:  # neither folder appears if the other fails
         adapter = both.enter_context(folder.new_folder(adapter_out)) if adapter_out is not None else None
         base = both.enter_context(folder.new_folder(base_out)) if base_out is not None else None
-        job.expect((*(manifest.shards if base is not None else ()), *((manifest.adapter,) if adapter and manifest.adapter else ())))
+        plan = _Plan.of(manifest, file_format, weight_norm)
+        job.expect((*(plan.files if base is not None else ()), *((manifest.adapter,) if adapter and manifest.adapter else ())))
         if base is not None:
-            entries = {manifest.prefix + key: entry for key, entry in engine.base_entries(manifest.model).items()}
-            job.write(base, manifest.shards, entries, stores[-1])
-            folder.copy_files(source, manifest.side_files, base)
-            if manifest.index is not None:
-                _write_index(base, manifest)
+            job.write(base, plan.files, plan.entries, stores[-1])
+            plan.write_rest(source, base)
         if adapter is not None and manifest.adapter is not None:
             job.write(adapter, (manifest.adapter,), adapter_entries(manifest.model), stores[0])
             folder.copy_files(source / folder.ADAPTER_FILES, manifest.adapter_files, adapter)
@@ -100,6 +110,8 @@ def write_trained(
     base_out: epath.PathLike | None = None,
     adapter_out: epath.PathLike | None = None,
     base_model: str | None = None,
+    file_format: str = "keep",
+    weight_norm: str = "keep",
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Writes what a training run made of a base, as PyTorch folders; each appears under its name only when complete.
@@ -113,6 +125,7 @@ def write_trained(
       config: architecture of the run, `lora` as it trained.
       trained: leaves that trained, stacked; an adapter's leaf that did not is taken from the base.
       base_model: `base_model_name_or_path` of `adapter_config.json`.
+      file_format, weight_norm: as in `to_torch`.
 
     Raises:
       InputError: nothing to write, no adapter in the run, leaves that are not those of the base, or an output that exists.
@@ -131,22 +144,60 @@ def write_trained(
         what = f"{'/'.join(wrong[0])} does not fit" if wrong else "the architectures differ"
         raise InputError(f"{source}: is not the base of this run ({what}); name the folder it was trained from")
     held = {entry.path for entry in adapter_entries(config).values()} if config.lora else set()
-    job = _Job(progress)
+    job, plan = _Job(progress), _Plan.of(manifest, file_format, weight_norm)
     with contextlib.ExitStack() as both:
         adapter = both.enter_context(folder.new_folder(adapter_out)) if adapter_out is not None else None
         out = both.enter_context(folder.new_folder(base_out)) if base_out is not None else None
-        job.expect(manifest.shards if out is not None else (), sum(math.prod(shapes[path]) for path in held) if adapter is not None else 0)
+        job.expect(plan.files if out is not None else (), sum(math.prod(shapes[path]) for path in held) if adapter is not None else 0)
         if adapter is not None:
             leaves = {**_stored_leaves(source, manifest, held - trained.keys()), **trained}
             job.write_adapter(adapter, config, leaves, base_model)
         if out is not None:
             changed = {path: leaf for path, leaf in trained.items() if path not in held}
-            job.write(out, manifest.shards, engine.base_entries(manifest.model), open_stores(source, manifest)[-1], changed)
-            folder.copy_files(source, manifest.side_files, out)
-            if manifest.index is not None:
-                _write_index(out, manifest)
+            job.write(out, plan.files, plan.entries, open_stores(source, manifest)[-1], changed)
+            plan.write_rest(source, out)
     left = [path for path in sorted(trained) if (adapter_out if path in held else base_out) is None]
     return dataclasses.replace(job.summary(started), left_out={"/".join(path): math.prod(shapes[path]) for path in left})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The base checkpoint that an export writes: its files, what each tensor in them is, and whether names differ from the source's."""
+
+    manifest: Manifest
+    files: tuple[TensorFile, ...]
+    entries: Mapping[str, Entry]
+    index_file: str
+
+    @classmethod
+    def of(cls, manifest: Manifest, file_format: str, weight_norm: str) -> _Plan:
+        for option, value, allowed in (("--format", file_format, FORMATS), ("--weight-norm", weight_norm, NORMS)):
+            if value not in allowed:
+                raise InputError(f"{option} {value}: choose one of {', '.join(allowed)}")
+        base, entries, files = engine.base_entries(manifest.model), {}, []
+        for shard in manifest.shards:
+            tensors = tuple((with_norm(name, weight_norm), *rest) for name, *rest in shard.tensors)
+            for (source, *_), (name, *_) in zip(shard.tensors, tensors, strict=True):
+                if (key := manifest.names.get(source, source)) in base:
+                    entries[name] = base[key]
+            file = in_format(shard.file, file_format)
+            metadata = shard.metadata if file == shard.file else {"format": "pt"}
+            files.append(TensorFile(file, metadata, tensors))  # type: ignore[arg-type]
+        index = TORCH_INDEX if files and files[0].file.endswith(".bin") else INDEX
+        return cls(manifest, tuple(files), entries, index)
+
+    def write_rest(self, source: epath.Path, out: epath.Path) -> None:
+        """Writes side files, index and, where the weights need it, the page that says how to load them."""
+        side_files = tuple(name for name in self.manifest.side_files if name != README)
+        folder.copy_files(source, side_files, out)
+        if self.manifest.index is not None:
+            placed = {name: file.file for file in self.files for name, _, _ in file.tensors}
+            text = self.manifest.index_text
+            if text is None or json.loads(text)["weight_map"] != placed:
+                text = json.dumps({"metadata": self.manifest.index, "weight_map": placed}, indent=2, sort_keys=True) + "\n"
+            (out / self.index_file).write_bytes(text.encode())  # bytes, so that line ends stay as they are
+        if page := readme([(file.file, name) for file in self.files for name, _, _ in file.tensors]):
+            (out / README).write_text(page)
 
 
 class _Job:
@@ -178,7 +229,7 @@ class _Job:
         Leaves in `changed`, stacked, take the place of those in the store, in the type that is stored there.
         """
         with contextlib.ExitStack() as stack:
-            writers = {name: writer for file in files for name, writer in _writers(stack, out, file)}
+            writers = {name: writer for file in files for name, writer in _writers(stack, out, file, entries)}
             dtypes = {name: dtype for file in files for name, dtype, _ in file.tensors}
             wanted = _by_stored(entries, writers)
             given = {stored: entries[keys[0]] for stored, keys in wanted.items() if entries[keys[0]].path in changed}
@@ -198,7 +249,7 @@ class _Job:
                 self._tensor(writer, key, entry, _layer(leaves, entry))
         write_config(out / CONFIG, default_config(config, base_model))
 
-    def _tensor(self, writer: Writer, key: str, entry: Entry, array: np.ndarray) -> None:
+    def _tensor(self, writer: Writer | TorchWriter, key: str, entry: Entry, array: np.ndarray) -> None:
         writer.write(key, entry.to_torch(array))
         self.tensors += 1
         self.parameters += array.size
@@ -231,12 +282,19 @@ def _stored_leaves(source: epath.Path, manifest: Manifest, paths: Set[TreePath])
     return leaves
 
 
-def _writers(stack: contextlib.ExitStack, out: epath.Path, file: TensorFile) -> Iterable[tuple[str, Writer]]:
-    writer = stack.enter_context(Writer(out / file.file, file.tensors, file.metadata))
+def _writers(
+    stack: contextlib.ExitStack, out: epath.Path, file: TensorFile, entries: Mapping[str, Entry]
+) -> Iterable[tuple[str, Writer | TorchWriter]]:
+    if file.file.endswith(".bin"):
+        first: dict[str, str] = {}
+        same = {name: first.setdefault(entries[name].stored, name) for name, _, _ in file.tensors if name in entries}
+        writer: Writer | TorchWriter = stack.enter_context(TorchWriter(out / file.file, file.tensors, same))
+    else:
+        writer = stack.enter_context(Writer(out / file.file, file.tensors, file.metadata))
     return [(name, writer) for name, _, _ in file.tensors]
 
 
-def _by_stored(entries: Mapping[str, Entry], wanted: Mapping[str, Writer]) -> dict[str, list[str]]:
+def _by_stored(entries: Mapping[str, Entry], wanted: Mapping[str, Any]) -> dict[str, list[str]]:
     """Groups the torch names to write by the stored array they come from, in the order of the tree."""
     unknown = [name for name in wanted if name not in entries]
     if unknown:
@@ -246,13 +304,6 @@ def _by_stored(entries: Mapping[str, Entry], wanted: Mapping[str, Writer]) -> di
         if key in wanted:
             groups.setdefault(entry.stored, []).append(key)
     return groups
-
-
-def _write_index(out: epath.Path, manifest: Manifest) -> None:
-    placed = {name: shard.file for shard in manifest.shards for name, _, _ in shard.tensors}
-    made = json.dumps({"metadata": manifest.index, "weight_map": placed}, indent=2, sort_keys=True) + "\n"
-    text = made if manifest.index_text is None else manifest.index_text
-    (out / INDEX).write_bytes(text.encode())  # bytes, so that line ends stay as they are
 
 
 def _refuse_overlap(base_out: epath.PathLike, adapter_out: epath.PathLike) -> None:

@@ -60,7 +60,7 @@ class Manifest:
       adapter_config: `adapter_config.json`, parsed.
       adapter_files: relative names of the adapter's side files.
       merged: an adapter was folded into the base: only a merged base can be exported.
-      prefix: what the source puts before the names of the thinker ("thinker." in a full Qwen2.5-Omni checkpoint).
+      names: name in the source -> name in the rules, where they differ.
       fresh: modules that the source lacks and that were given random weights ("classify_linear"); an export leaves them out of the base.
       index_text: the source's index file as it was; None where it had none or the weights changed.
     """
@@ -77,7 +77,7 @@ class Manifest:
     adapter_files: tuple[str, ...] = ()
     merged: bool = False
     index_text: str | None = None
-    prefix: str = ""
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
     fresh: tuple[str, ...] = ()
 
     def write(self, folder: epath.Path) -> None:
@@ -105,6 +105,8 @@ def read_manifest(folder: epath.PathLike) -> Manifest:
             fields["model"] = ModelConfig.from_json(value["model"])
             fields["shards"] = tuple(_tensor_file(file) for file in value["shards"])
             fields["adapter"] = _tensor_file(value["adapter"]) if value["adapter"] else None
+            if prefix := fields.pop("prefix", ""):  # of an earlier version
+                fields["names"] = {name: name.removeprefix(prefix) for shard in fields["shards"] for name, _, _ in shard.tensors}
             manifest = Manifest(**fields)
             _refuse_outside(path, manifest)
             return manifest

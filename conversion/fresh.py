@@ -26,8 +26,8 @@ from conversion.engine import Entry
 from conversion.folder import Manifest, TensorFile
 from conversion.fresh_tokenizer import SPECIAL, copy_tokenizer, train_tokenizer
 from conversion.importer import Summary
-from conversion.source import SINGLE
 from conversion.store import StoreWriter
+from conversion.weight_files import SINGLE
 from omni_jax.config import (
     EMBED_MODEL_TYPE,
     EMBED_STYLE,

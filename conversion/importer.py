@@ -18,6 +18,7 @@ from conversion import control_tokens, engine, folder, source
 from conversion.adapter import Adapter, open_adapter
 from conversion.engine import Entry
 from conversion.folder import Manifest, TensorFile
+from conversion.names import OPTIONAL
 from conversion.rules import PEFT_PREFIX
 from conversion.safetensors_io import DTYPES as DTYPE_OF
 from conversion.safetensors_io import dtype_name
@@ -41,6 +42,7 @@ class Summary:
     """What a conversion did: tensors written, their values and bytes, the time it took, and modules given random weights.
 
     Attributes:
+      notes: lines about what of the source was left out, or is absent and not needed.
       left_out: of a run's export, path -> values, of what trained and is in neither folder, since one was not asked for.
     """
 
@@ -50,6 +52,7 @@ class Summary:
     seconds: float
     fresh: tuple[str, ...] = ()
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def to_jax(
@@ -67,7 +70,7 @@ def to_jax(
     """Writes the converted folder `out`; it appears under its name only when complete.
 
     Args:
-      base: folder with config.json and safetensors weights.
+      base: folder with config.json and weights, safetensors or torch's `.bin`.
       out: new folder.
       adapter: PEFT adapter folder; kept apart from the base unless `merge_adapter`.
       beats: BEATs `.pt` whose weights and settings replace those of the base.
@@ -116,10 +119,10 @@ def to_jax(
             adapter_files=kept.side_files if kept else (),
             merged=merge_adapter,
             index_text=job.index_text(),
-            prefix=job.checkpoint.prefix,
+            names=job.names(),
             fresh=job.fresh,
         ).write(temporary)
-    return Summary(job.tensors, job.parameters, job.nbytes, time.monotonic() - started, job.fresh)
+    return Summary(job.tensors, job.parameters, job.nbytes, time.monotonic() - started, job.fresh, notes=job.notes())
 
 
 class _Job:
@@ -172,7 +175,8 @@ class _Job:
             raise InputError(f"{where}: the BEATs weights (beats.*) are missing; this is no WAVE checkpoint, name the WAVE-7B folder")
         rest = {name: entry for name, entry in self.entries.items() if name not in ours and name not in self._made}
         others = {name: shape for name, shape in shapes.items() if not name.startswith(group)}
-        engine.check(rest, others, str(self.checkpoint.folder), "use the config.json that belongs to these weights")
+        engine.check(rest, others, str(self.checkpoint.folder), "use the config.json that belongs to these weights", OPTIONAL)
+        self.absent = tuple(name for name in OPTIONAL if name in rest and name not in others)
         engine.check(ours, theirs, where, mend)
 
     def _replaced(self, name: str) -> bool:
@@ -204,7 +208,7 @@ class _Job:
         """Returns one leaf (one layer of it). A large tensor is read and laid out some rows at a time, so that it never exists twice."""
         info = self.checkpoint.tensors.get(entry.key)
         axis = entry.transform.row_axis
-        if info is None or self._replaced(entry.key) or self._merge is not None or axis is None or info.nbytes <= _BLOCK:
+        if info is None or self._replaced(entry.key) or self._merge is not None or axis is None or info.nbytes <= _BLOCK or info.stride:
             return entry.to_tree(self._merged(entry, self._load(entry)))
         whole = np.empty(entry.tree_shape, self._dtype or DTYPE_OF[info.dtype])
         step = max(1, info.shape[0] * _BLOCK // info.nbytes)
@@ -286,16 +290,15 @@ class _Job:
         new = [name for name in self._written if name in self.entries and name not in placed and name not in self._made]
         home = next((names for shard, names in files if any(name.startswith("beats.") for name in shard.tensors)), files[0][1])
         home += new
-        prefix = self.checkpoint.prefix
         # A file that held nothing but what was left out is not written again.
-        return tuple(TensorFile(shard.file, shard.metadata, self._described(names, prefix)) for shard, names in files if names)
+        return tuple(TensorFile(shard.file, shard.metadata, self._described(names)) for shard, names in files if names)
 
     def index(self) -> dict[str, Any] | None:
         """Returns the metadata of the source's index, its `total_size` brought up to date where the weights changed."""
         index = self.checkpoint.index
         base = [at for name, at in self._written.items() if name in self.entries and name not in self._made]
         written = sum(DTYPE_OF[dtype].itemsize * math.prod(shape) for dtype, shape in base)
-        if index is not None and "total_size" in index and written != self.checkpoint.nbytes + self.checkpoint.dropped_bytes:
+        if index is not None and "total_size" in index and written != self.checkpoint.nbytes + self.checkpoint.left_out_bytes:
             return index | {"total_size": written}
         return index
 
@@ -310,5 +313,22 @@ class _Job:
     def adapter_file(self, adapter: Adapter) -> TensorFile:
         return TensorFile("adapter_model.safetensors", adapter.metadata, self._described(adapter.entries))
 
-    def _described(self, names: Iterable[str], prefix: str = "") -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-        return tuple((prefix + name, *self._written[name]) for name in names)
+    def _described(self, names: Iterable[str]) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        return tuple((self._source_of(name), *self._written[name]) for name in names)
+
+    def _source_of(self, name: str) -> str:
+        """Returns the name under which the source has a tensor, or would have one that only the BEATs file holds."""
+        sources = self.checkpoint.sources
+        if name in sources or name.startswith(PEFT_PREFIX):
+            return sources.get(name, name)
+        prefixes = {source.removesuffix(key) for key, source in sources.items() if source.endswith(key)}
+        return f"{prefixes.pop() if len(prefixes) == 1 else ''}{name}"
+
+    def names(self) -> dict[str, str]:
+        """Returns name in the source -> name in the rules where they differ, of the tensors that an export writes."""
+        base = {self._source_of(name): name for name in self._written if name in self.entries and name not in self._made}
+        return {source: name for source, name in base.items() if source != name}
+
+    def notes(self) -> tuple[str, ...]:
+        absent = f"{self.checkpoint.folder}: has no {', '.join(self.absent)}, which no embedding needs; an export will not have it either"
+        return self.checkpoint.notes + ((absent,) if self.absent else ())

@@ -14,6 +14,7 @@ from etils import epath
 
 from conversion import engine, folder
 from conversion.engine import Entry
+from conversion.names import OPTIONAL
 from conversion.rules import TreePath
 from conversion.store import Store, open_stores
 from omni_jax.config import ModelConfig
@@ -53,7 +54,11 @@ def load(
     leaves = dict(_leaves(entries))
     _check(leaves, stores, source)
     places = (shardings(manifest.model) if callable(shardings) else shardings) or {}
+    absent = {path: leaves.pop(path) for path in list(leaves) if all(_holder(entry, stores) is None for entry in leaves[path])}
     params = dict(_read(leaves, stores, dtype, places))
+    # What no embedding needs and the checkpoint lacks: zeros, in the type of the rest.
+    kind = params["decoder", "embed", "embedding"].dtype
+    params |= {path: jnp.zeros(_shape(group), kind, device=places.get(path)) for path, group in absent.items()}
     if told is not None:
         held = [(store, entry) for group in leaves.values() for entry in group if (store := _holder(entry, stores)) is not None]
         told(sum(store.bytes_read for store in stores), sum(store.arrays[entry.stored].nbytes for store, entry in held))
@@ -132,8 +137,8 @@ def _check(leaves: Mapping[TreePath, list[Entry]], stores: list[Store], source: 
     missing: list[str] = []
     for path, group in leaves.items():
         absent = [entry.stored for entry in group if _holder(entry, stores) is None]
-        # LoRA may touch some layers only; of everything else each layer must be there.
-        if absent and (not _is_lora(path) or len(absent) == len(group)):
+        # LoRA may touch some layers only; of everything else each layer must be there, but for what no embedding needs.
+        if absent and not all(entry.key in OPTIONAL for entry in group) and (not _is_lora(path) or len(absent) == len(group)):
             missing += absent
     known = {entry.stored: entry.tree_shape for group in leaves.values() for entry in group}
     found = {name: at.shape for store in stores for name, at in store.arrays.items()}

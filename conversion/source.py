@@ -11,31 +11,20 @@ import numpy as np
 from etils import epath
 
 from conversion import safetensors_io
-from conversion.rules import DROPPED_PREFIXES, THINKER_PREFIX
+from conversion.names import read_names
 from conversion.safetensors_io import TensorInfo
 from conversion.torch_pickle import read_torch_file
+from conversion.weight_files import Shard, open_weights
 from omni_jax.config import EMBED_STYLE, WAVE_STYLE, BeatsConfig, ConfigError, ModelConfig
 from omni_jax.config.hf_fields import thinker_config
 from omni_jax.types import InputError
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 _SKIPPED_FOLDERS = (".git", ".cache")  # version control and download bookkeeping, not part of a checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
-    """One weight file: its name, its metadata and the names of its tensors in the order of their data."""
-
-    file: str
-    metadata: dict[str, str]
-    tensors: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors weights.
+    """A folder of PyTorch weights.
 
     Attributes:
       folder: the folder.
@@ -45,8 +34,9 @@ class Checkpoint:
       index: `metadata` of the index file; None for a checkpoint of one file without an index.
       index_text: the index file as it is; None without one.
       side_files: every other file of the folder, relative names.
-      prefix: what stood before the name of every tensor ("thinker." in a full Qwen2.5-Omni checkpoint); `tensors` and `shards` are without.
-      dropped_bytes: size of the tensors that were left out (`rules.DROPPED_PREFIXES`).
+      sources: name in the rules, which `tensors` and `shards` have -> name in the weight files.
+      left_out_bytes: size of the tensors that are not read: of the parts that speak, and tables that the model computes itself.
+      notes: lines about what is left out.
     """
 
     folder: epath.Path
@@ -56,8 +46,9 @@ class Checkpoint:
     index: dict[str, Any] | None
     index_text: str | None
     side_files: tuple[str, ...]
-    prefix: str = ""
-    dropped_bytes: int = 0
+    sources: dict[str, str]
+    left_out_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -76,36 +67,22 @@ def open_checkpoint(folder: epath.PathLike) -> Checkpoint:
         config = thinker_config(read_json(folder / "config.json"))
     except ConfigError as e:
         raise InputError(_of_folder(folder, e)) from None
-    index, files, placed = _weight_files(folder)
-    shards, tensors, where = [], {}, {}
-    for file in files:
-        infos, metadata = safetensors_io.read_header(folder / file)
-        shards.append(Shard(file, metadata, tuple(infos)))
-        for name, info in infos.items():
-            where.setdefault(name, []).append(file)
-            tensors[name] = info
-    doubled = [f"{name} in {' and '.join(in_files)}" for name, in_files in where.items() if len(in_files) > 1]
-    if doubled:
-        raise InputError(f"{folder}: {len(doubled)} doubled tensors ({_some(doubled)}); remove the stray shard")
-    if placed is not None:
-        wrong = [f"{name} not in {file}" for name, file in placed.items() if where.get(name) != [file]]
-        wrong += [f"{name} not in the index" for name in where if name not in placed]
-        if wrong:
-            raise InputError(f"{folder / INDEX}: contradicts its shards at {len(wrong)} tensors ({_some(wrong)}); download it again")
-    prefix, dropped = "", 0
-    if any(name.startswith(THINKER_PREFIX) for name in tensors):
-        prefix, kept = THINKER_PREFIX, {name: info for name, info in tensors.items() if not name.startswith(DROPPED_PREFIXES)}
-        dropped = sum(info.nbytes for name, info in tensors.items() if name not in kept)
-        shards = [dataclasses.replace(shard, tensors=tuple(n.removeprefix(prefix) for n in shard.tensors if n in kept)) for shard in shards]
-        tensors = {name.removeprefix(prefix): info for name, info in kept.items()}
+    files = open_weights(folder)
+    names = read_names(files.tensors, str(folder))
+    of = {source: name for name, source in names.sources.items()}
+    tensors = {name: files.tensors[source] for name, source in names.sources.items()}
+    shards = tuple(dataclasses.replace(shard, tensors=tuple(of[n] for n in shard.tensors if n in of)) for shard in files.shards)
+    left_out = sum(files.tensors[name].nbytes for name in (*names.dropped, *names.buffers))
+    notes = files.notes
+    if names.buffers:
+        notes += (f"{folder}: {len(names.buffers)} tables that the model computes itself are left out ({_some(list(names.buffers))})",)
     not_float = [f"{name} is {info.dtype}" for name, info in tensors.items() if info.dtype not in safetensors_io.FLOATS]
     if not_float:
         raise InputError(
             f"{folder}: {len(not_float)} tensors are not floating point ({_some(not_float)}); quantised weights cannot be read"
         )
-    weights = {*files, INDEX} if index is not None else set(files)
-    text = (folder / INDEX).read_bytes().decode() if index is not None else None
-    return Checkpoint(folder, config, tensors, tuple(shards), index, text, list_files(folder, leave_out=weights), prefix, dropped)
+    side_files = list_files(folder, leave_out=set(files.names))
+    return Checkpoint(folder, config, tensors, shards, files.index, files.index_text, side_files, names.sources, left_out, notes)
 
 
 def read_finite(info: TensorInfo) -> np.ndarray:
@@ -295,26 +272,6 @@ def _wanted_folder(folder: epath.Path) -> None:
         if (folder / "adapter_config.json").exists():
             raise InputError(f"{folder}: is an adapter; give it as --adapter, and the WAVE-7B folder as --base")
         raise InputError(f"{folder}: has no config.json; name the folder that holds config.json and the weights")
-
-
-def _weight_files(folder: epath.Path) -> tuple[dict[str, Any] | None, list[str], dict[str, str] | None]:
-    """Returns (index metadata, weight files, tensor -> file as the index says)."""
-    if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
-            raise InputError(f"{folder}: has neither {INDEX} nor {SINGLE}; safetensors weights are wanted")
-        return None, [SINGLE], None
-    index = read_json(folder / INDEX)
-    placed = index.get("weight_map")
-    if not (isinstance(placed, dict) and placed and all(isinstance(file, str) for file in placed.values())):
-        raise InputError(f"{folder / INDEX}: has no weight_map; download it again")
-    files = sorted(set(placed.values()))
-    outside = [file for file in files if "/" in file or "\\" in file or file in ("", ".", "..")]
-    if outside:
-        raise InputError(f"{folder / INDEX}: names files outside its folder ({_some(outside)}); do not use this checkpoint")
-    absent = [file for file in files if not (folder / file).exists()]
-    if absent:
-        raise InputError(f"{folder / INDEX}: {len(absent)} of {len(files)} weight files are absent ({_some(absent)}); download them")
-    return index.get("metadata") or {}, files, placed
 
 
 def has_beats_settings(checkpoint: Checkpoint) -> bool:

@@ -25,7 +25,7 @@ _TO_TORCH = "give the PyTorch checkpoint and the PEFT adapter back, bit for bit"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     to_jax = _direction(directions, "to-jax", _TO_JAX, EXAMPLE.splitlines()[0])
-    to_jax.add_argument("--base", required=True, metavar="DIR", help="folder with config.json and safetensors weights")
+    to_jax.add_argument("--base", required=True, metavar="DIR", help="folder with config.json and weights, safetensors or .bin")
     to_jax.add_argument("--adapter", metavar="DIR", help="PEFT adapter folder; kept apart from the base unless --merge-adapter")
     to_jax.add_argument("--beats", metavar="FILE.pt", help="BEATs weights and settings to use instead of the base's; read, never executed")
     to_jax.add_argument("--out", required=True, metavar="DIR", help="new folder; it appears only when complete")
@@ -50,6 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     to_torch.add_argument("--step", type=int, metavar="N", help="of a workdir, the checkpoint after N updates (default: the newest)")
     to_torch.add_argument("--base-out", metavar="DIR", help="new folder for the base checkpoint, split and typed as the source was")
+    to_torch.add_argument(
+        "--format",
+        choices=("keep", "safetensors", "bin"),
+        default="keep",
+        help="of the base's weight files (default: keep, as they were read)",
+    )
+    to_torch.add_argument(
+        "--weight-norm",
+        choices=("keep", "old", "new"),
+        default="keep",
+        help="names of the weight norm of BEATs' pos_conv: weight_g and weight_v (old) or parametrizations.weight.original0 and 1 (new); "
+        "README.omni_jax.md beside the weights says which a model loads (default: keep)",
+    )
     to_torch.add_argument("--adapter-out", metavar="DIR", help="new folder for the PEFT adapter; float32 where it was trained here")
 
 
@@ -92,6 +105,8 @@ def _convert(args: argparse.Namespace) -> int:
             made, step = _to_torch(args, progress)
             what = " and ".join(out for out in (args.base_out, args.adapter_out) if out)
             what += f" (after {step} updates)" if step is not None else ""
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
     if made.left_out:
         from omni_jax.train.trainable import group_of
 
@@ -113,7 +128,8 @@ def _to_torch(args: argparse.Namespace, progress: Callable[[int, int], None]) ->
     from omni_jax.api.weights import open_model
 
     source = open_model(args.model, args.step)
-    outputs = {"base_out": args.base_out, "adapter_out": args.adapter_out, "progress": progress}
+    form = {"file_format": args.format, "weight_norm": args.weight_norm}
+    outputs = {"base_out": args.base_out, "adapter_out": args.adapter_out, "progress": progress, **form}
     if source.step is None:
         return conversion.to_torch(source.folder, **outputs), None
     trained = {tuple(name.split("/")): array for name, array in source.trained.items()}

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from conversion import engine
 from conversion.adapter import adapter_entries, default_config
+from conversion.export_readme import README
 from omni_jax.config import BeatsConfig, LoraConfig, ModelConfig
 from tests.benchmarks.synthetic_checkpoint import hf_config, write_tokenizer
 
@@ -112,10 +113,10 @@ def read_folder(folder: Path) -> Tensors:
 
 
 def files(folder: Path, *, weights: bool = False) -> dict[str, bytes]:
-    """Returns relative name -> content of a folder's files, without weights and index unless asked for."""
-    names = [path for path in folder.rglob("*") if path.is_file()]
+    """Returns relative name -> content of a folder's files but the page of an export, without weights and index unless asked for."""
+    names = [path for path in folder.rglob("*") if path.is_file() and path.name != README]
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in names
-        if weights or not (path.suffix == ".safetensors" or path.name == "model.safetensors.index.json")
+        if weights or not (path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json"))
     }

@@ -114,16 +114,6 @@ def test_unknown_missing_and_misshapen_are_named_and_counted(tmp_path, base):
     refused(tmp_path, base, "1 unknown (model.extra.weight)", f"1 missing ({Q})", "1 misshapen (beats_ln.bias is 3, expected 24)")
 
 
-def test_doubled_key(tmp_path, base, weights):
-    first = base / "model-00001-of-00002.safetensors"
-    from safetensors.numpy import load_file
-
-    held = load_file(first)
-    name = next(n for n in weights if n not in held)
-    save_file(held | {name: weights[name]}, first)
-    refused(tmp_path, base, "1 doubled", name, "model-00001-of-00002.safetensors and model-00002-of-00002.safetensors")
-
-
 def test_index_that_names_absent_or_outside_files_or_wrong_shards(tmp_path, base):
     path = base / "model.safetensors.index.json"
     index = json.loads(path.read_text())
