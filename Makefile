@@ -5,7 +5,7 @@
 PYTHON ?= python3.11
 PYTEST_ARGS ?=
 # Workers of pytest-xdist, one a core; PYTEST_ARGS="-n 0" does without. A file stays on one worker, so that its fixtures are made once.
-WORKERS = -n auto --dist loadfile
+WORKERS = -n auto --dist loadfile --no-loadscope-reorder
 # As on a user's machine: every optimization, and no program from another test.
 FULL = --compiler full
 # Without bytecode each worker would parse and rewrite all test files, and each command all of the project.
@@ -62,8 +62,8 @@ test: $(SETUP)  ## the default tests; no torch, no libtpu, no network
 test-slow: $(SETUP)  ## kills, several processes, long parity
 	.venv/bin/python -m pytest $(WORKERS) -m "slow and not reference and not tpu" $(PYTEST_ARGS)
 
-test-reference: $(REFERENCE)  ## against torch, transformers' torch model and PEFT
-	.venv-reference/bin/python -m pytest $(WORKERS) $(FULL) -m "reference" $(PYTEST_ARGS)
+test-reference: $(REFERENCE)  ## against torch, transformers' torch model and PEFT; recorded outputs, compiled in full
+	.venv-reference/bin/python -m pytest $(WORKERS) $(FULL) -m "reference or parity" $(PYTEST_ARGS)
 
 test-tpu: $(TPU)  ## compile for TPU, with no TPU attached
 	.venv-tpu/bin/python -m pytest $(FULL) -m "tpu and not reference" $(PYTEST_ARGS)

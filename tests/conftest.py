@@ -21,7 +21,7 @@ import pytest  # noqa: E402
 
 from tests import golden_set, programs  # noqa: E402
 from tests.offline import refuse_network  # noqa: E402
-from tests.workers import pytest_xdist_auto_num_workers  # noqa: E402, F401 (a hook)
+from tests.workers import pytest_xdist_auto_num_workers, pytest_xdist_make_scheduler  # noqa: E402, F401 (hooks)
 
 DEVICES = 8
 jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -46,6 +46,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     if not workers.is_controller(session.config) and jax.device_count() < DEVICES:
         raise pytest.UsageError(f"{jax.device_count()} JAX devices, the tests need {DEVICES}: a plugin used JAX before tests/conftest.py")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        workers.put_long_files_first(items)
 
 
 @pytest.fixture(scope="session")

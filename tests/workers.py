@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import collections
 import os
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-WORKER_BYTES = 3 << 30  # what a worker holds near the end of the run, its jitted programs included
+WORKER_BYTES = 4 << 30  # what a worker holds near the end of the run, its jitted programs included
+# Commands of several processes, killed or limited in time: one after the other, so that none waits for another one's processes.
+PROCESSES = (
+    "tests/launch/test_end_to_end.py",
+    "tests/retrieval/test_processes.py",
+    "tests/train/test_hosts.py",
+    "tests/train/test_interruptions.py",
+    "tests/train/test_processes.py",
+)
 
 
 def bound_threads() -> None:
@@ -34,6 +44,37 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         return 0
     workers = min(_cores(), psutil.virtual_memory().total // WORKER_BYTES)
     return workers if workers > 1 else 0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Returns the scheduler of `--dist loadfile`: files, PROCESSES as one; a test that brought its worker down is not tried again."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "processes" if file in PROCESSES else file
+
+        def remove_node(self, node: Any) -> str | None:
+            # xdist would hand the test to the next worker, and a test that hangs would cost its time limit again and again.
+            for unit in self.assigned_work[node].values():
+                for test, done in unit.items():
+                    if not done:
+                        unit[test] = True
+                        super().remove_node(node)
+                        return test
+            return super().remove_node(node)
+
+    return Files(config, log)
+
+
+def put_long_files_first(items: list[pytest.Item]) -> None:
+    """Sorts the files of a worker's tests by what they compile: the last files are short, so that no worker waits long for another."""
+    compiling = collections.Counter(item.path for item in items if item.get_closest_marker("jit") or item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -compiling[item.path])
 
 
 def is_controller(config: pytest.Config) -> bool:

@@ -78,6 +78,7 @@ def test_mid_size_clips_have_the_shapes_of_the_training_preset() -> None:
     assert 0 < total(forward_work(config, batch)).padding < 0.25
 
 
+@pytest.mark.jit
 def test_checkpoint_weights_bear_the_names_of_a_checkpoint() -> None:
     config = encoder_7b.shape_7b(layers=2, width=128)
     weights = mid_size.checkpoint_weights(mid_size.random_encoder(config))
@@ -93,6 +94,7 @@ def test_full_shape_is_that_of_the_manifest() -> None:
     assert sum(int(np.prod(x.shape)) for x in leaves.values()) == sum(int(np.prod(s)) for s in manifest_7b("wave7b").values()) - shared
 
 
+@pytest.mark.jit
 def test_weights_made_on_the_device_are_random_in_the_asked_dtype() -> None:
     encoder = encoder_7b.random_weights(encoder_7b.shape_7b(layers=2, width=128), jnp.bfloat16)
     kernel = encoder.decoder.layers.mlp.gate.kernel[...]
@@ -117,6 +119,7 @@ def test_full_batch_is_laid_out_as_the_token_rooms_do() -> None:
     assert batch.rows[0].ids.shape == (2, 640)
 
 
+@pytest.mark.jit
 def test_seven_b_forward_equals_the_runner() -> None:
     encoder = mid_size.random_encoder(encoder_7b.shape_7b(layers=2, width=128))
     batch = encoder_7b.full_batch(encoder.config, 2, **TINY)
@@ -126,6 +129,7 @@ def test_seven_b_forward_equals_the_runner() -> None:
     assert facts["compile_seconds"] > 0
 
 
+@pytest.mark.jit
 def test_seven_b_script_runs_at_a_tiny_size(capsys: pytest.CaptureFixture[str]) -> None:
     results = encoder_7b.run([2], layers=2, width=128, pairs=1, with_torch=False, **TINY)
     assert set(results["batches"]) == {2}
@@ -207,6 +211,7 @@ def test_training_is_the_same_in_torch_with_an_adapter_that_peft_loads(monkeypat
         assert_close(found[name], expected[name].detach().numpy(), "encoder")
 
 
+@pytest.mark.jit
 def test_peak_memory_is_that_of_the_call() -> None:
     import ctypes
 

@@ -8,6 +8,7 @@ import pytest
 from tests.benchmarks import ranking
 
 
+@pytest.mark.jit
 def test_both_sides_find_the_same_places() -> None:
     tables = ranking.random_tables(75, 16)
     found, want = ranking.ours(tables), ranking.published(tables)

@@ -19,6 +19,7 @@ def test_seven_tables_take_at_most_55_percent_of_the_operations() -> None:
         assert six.computed < six_apart.computed < apart.computed
 
 
+@pytest.mark.jit
 def test_run_compares_the_embeddings_and_gives_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
     config = encoder_7b.shape_7b(layers=2, width=128)
     results = tables.run(pairs=1, config=config, clips=2, large=config, grid=(2, 4, 6), mel_frames=200)

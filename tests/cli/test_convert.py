@@ -12,6 +12,7 @@ from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import assert_same_tensors, beats_file
 
 
+@pytest.mark.jit
 def test_golden_there_and_back(golden, tmp_path, capsys):
     model, base, adapter = (str(tmp_path / name) for name in ("model", "base", "adapter"))
     source = ["--base", str(golden.checkpoint), "--adapter", str(golden.adapter_dir)]
@@ -30,6 +31,7 @@ def test_help_ends_with_an_example(direction, capsys):
     assert capsys.readouterr().out.rstrip().splitlines()[-1].strip().startswith(f"omni-jax convert {direction} --")
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("direction", ["to-jax", "to-torch"])
 def test_sigterm_leaves_nothing_and_is_one_line(direction, tmp_path, capsys, monkeypatch):
     base = checkpoints.write_base(tmp_path / "base", checkpoints.tensors(checkpoints.model_config()))

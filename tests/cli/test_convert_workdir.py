@@ -27,6 +27,8 @@ from tests.conversion.test_round_trip import beats_file
 from tests.conversion.test_trained import trained
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.jit
+
 LORA = checkpoints.model_config(lora=checkpoints.LORA)
 
 

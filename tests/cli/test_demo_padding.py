@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import pytest
+
 from conversion.folder import read_manifest
 from conversion.fresh import write_fresh
 from omni_jax.cli.config_file import read_config
@@ -15,6 +17,8 @@ from omni_jax.data.sources import open_source
 from omni_jax.data.synthetic import SyntheticConfig, write_set
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.train import kinds_of_update, pack_update
+
+pytestmark = pytest.mark.jit
 
 LARGEST = 0.15
 

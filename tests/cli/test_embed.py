@@ -25,6 +25,8 @@ from tests.golden_set import GoldenSet
 from tests.media_samples import write_clip
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.jit
+
 
 @pytest.fixture(scope="session")
 def embedded(golden: GoldenSet, converted: Path, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:

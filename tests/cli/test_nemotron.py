@@ -42,6 +42,7 @@ def embed(second: Path, out: Path, *arguments: str) -> int:
     return main(["embed", "--model", str(second), "--out", str(out), "--workers", "0", *arguments])
 
 
+@pytest.mark.jit
 def test_golden_embed_from_media_files(golden_nemotron: GoldenSet, second: Path, tmp_path: Path):
     """With no preset named, the backbone's own is taken."""
     out = tmp_path / "all.npz"
@@ -54,6 +55,7 @@ def test_golden_embed_from_media_files(golden_nemotron: GoldenSet, second: Path,
             assert_close(row, expected / np.linalg.norm(expected), "embed")
 
 
+@pytest.mark.jit
 def test_golden_prefix_as_argument_field_and_flag(golden_nemotron: GoldenSet, second: Path, face: omni_jax.OmniRetriever, tmp_path: Path):
     captions = [record.text for record in golden_nemotron.records]
     passages, queries = face.encode(texts=captions), face.encode(texts=captions, prefix="query")

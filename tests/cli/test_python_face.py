@@ -40,6 +40,7 @@ def changed(converted: Path, tmp_path: Path) -> Callable[[str, str, int], Path]:
     return make
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -69,6 +70,7 @@ def test_golden_what_cannot_be_encoded_is_one_line(model: omni_jax.OmniRetriever
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.jit
 def test_golden_mended_and_cut_items_are_told_once(model: omni_jax.OmniRetriever, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     mute = write_clip(tmp_path / "mute.mp4", 1.0, audio=False)
     whole = write_clip(tmp_path / "whole.mp4", 1.0)

@@ -40,6 +40,7 @@ def fails(capsys: pytest.CaptureFixture[str], workdir: Path, config: str, *chang
     return said[0]
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

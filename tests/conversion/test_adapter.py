@@ -151,6 +151,7 @@ def test_an_initialisation_that_leaves_the_base_alone_is_read(start):
     assert lora_config(default_config(CONFIG) | {"init_lora_weights": start}, BASE, "adapter_config.json")[0] == checkpoints.LORA
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("rslora", [False, True])
 def test_merging_folds_in_lora_and_whole_modules(tmp_path, base, rslora):
     config = dataclasses.replace(CONFIG, lora=dataclasses.replace(checkpoints.LORA, rslora=rslora))
@@ -206,6 +207,7 @@ def test_layers_without_lora_get_zeros_and_are_not_exported(tmp_path, base):
     assert_same_tensors(checkpoints.read_folder(tmp_path / "out"), checkpoints.read_folder(adapter))
 
 
+@pytest.mark.jit
 def test_trained_adapter_without_a_source_is_written_in_full(tmp_path, base):
     adapter = checkpoints.write_adapter(tmp_path / "adapter", CONFIG)
     conversion.to_jax(base, tmp_path / "model", adapter=adapter)

@@ -97,6 +97,7 @@ def test_sharded_and_single_folders_come_back(tmp_path: Path, kind: str, shards:
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.jit
 def test_a_plain_thinker_gets_a_fresh_head_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     base = checkpoints.write_base(tmp_path / "base", weights(), 2, thinker())
     assert main(["convert", "to-jax", "--base", str(base), "--out", str(tmp_path / "model")]) == 0
@@ -113,6 +114,7 @@ def test_a_plain_thinker_gets_a_fresh_head_and_says_so(tmp_path: Path, capsys: p
     assert read_manifest(tmp_path / "again").base_digest == read_manifest(tmp_path / "model").base_digest
 
 
+@pytest.mark.jit
 def test_a_plain_thinker_with_beats_gets_a_fresh_bridge_too(tmp_path: Path):
     base = checkpoints.write_base(tmp_path / "base", weights(), 1, thinker())
     beats_file(tmp_path / "BEATs.pt")

@@ -86,6 +86,7 @@ def test_config_that_is_not_json_or_not_of_this_model(tmp_path, base):
     refused(tmp_path, base, "config.json")
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize(
     ("section", "field", "value", "expected"),
     [
@@ -230,6 +231,7 @@ def test_loading_and_exporting_what_is_not_a_finished_conversion(tmp_path, base)
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("name", ["../out.json", "/tmp/out.json", "a/../../out.json", "a\\b", "", "."])
 @pytest.mark.parametrize("field", ["side_files", "adapter_files", "shards"])
 def test_a_converted_folder_that_names_files_outside_is_refused(tmp_path, base, field, name):
@@ -305,6 +307,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_control_token_that_the_tokenizer_contradicts(tmp_path, base, field):
     config = checkpoints.tiny_config()

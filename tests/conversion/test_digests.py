@@ -40,6 +40,7 @@ def values_of(folder, name):
     return file
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("change", [zeros, flip, None], ids=["zeros", "one_bit", "absent"])
 @pytest.mark.parametrize(
     ("part", "name"), [("weights", "decoder.layers.attn.q.kernel.1"), ("weights", "bridge.norm.scale"), ("adapter", "head.fc1.kernel")]

@@ -56,6 +56,7 @@ def fresh(tmp_path_factory):
     return folder
 
 
+@pytest.mark.jit
 def test_every_parameter_loads_and_starts_at_its_scale(fresh):
     config, params = conversion.load(fresh)
     assert config.lora == LORA

@@ -29,6 +29,7 @@ def model(tmp_path_factory):
     return folder / "model"
 
 
+@pytest.mark.jit
 def test_leaves_have_the_models_shapes_and_stored_types(model):
     config, params = conversion.load(model)
     assert {path: leaf.shape for path, leaf in params.items()} == tree_shapes(config)
@@ -36,6 +37,7 @@ def test_leaves_have_the_models_shapes_and_stored_types(model):
     assert params["head", "fc1", "kernel"].dtype == jnp.float32  # the adapter's version
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("dtype", ["float32", jnp.bfloat16])
 def test_dtype_casts_every_leaf(model, dtype):
     stored, cast = conversion.load(model)[1], conversion.load(model, dtype=dtype)[1]

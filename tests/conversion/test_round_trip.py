@@ -13,6 +13,8 @@ from conversion.folder import read_manifest
 from tests.conversion import checkpoints
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.jit
+
 
 def assert_same_tensors(got, want):
     assert got.keys() == want.keys()

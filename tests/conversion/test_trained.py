@@ -46,6 +46,7 @@ def trained(config: ModelConfig, **choice) -> Leaves:
     return {path: rng.standard_normal(shapes[path]).astype(np.float32) for path in paths}
 
 
+@pytest.mark.jit
 def test_an_adapter_comes_back_bit_for_bit_and_its_base_is_untouched(tmp_path, source, model):
     leaves = trained(ADAPTED)
     done: list[tuple[int, int]] = []
@@ -71,6 +72,7 @@ def test_an_adapter_comes_back_bit_for_bit_and_its_base_is_untouched(tmp_path, s
         assert_close(array, leaves.get(path, base.get(path)), "round_trip")
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("lora", [None, checkpoints.LORA], ids=["no adapter", "with adapter"])
 def test_a_base_that_trained_whole_holds_its_weights_in_its_own_type(tmp_path, source, model, lora):
     config = checkpoints.model_config(lora=lora)

@@ -22,6 +22,7 @@ TRAINING = preset("training")
 ALL = frozenset("tva")
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("workers", [0, 2])
 def test_golden_features_from_files(golden: GoldenSet, workers: int) -> None:
     records = golden.records[: golden.clips]
@@ -87,6 +88,7 @@ def test_sound_is_cut_after_resampling_as_the_reference_does(tmp_path: Path, rat
         assert gone.waveform is not None and not gone.waveform.any() and "silence is used instead" in gone.warnings[0]
 
 
+@pytest.mark.jit
 def test_one_bad_clip_never_stops_the_others(tmp_path: Path) -> None:
     good = write_clip(tmp_path / "good.mp4", 1.0, faststart=True)
     mute = write_clip(tmp_path / "mute.mp4", 1.0, audio=False)

@@ -46,6 +46,7 @@ def _kept(micro_batches: Sequence[MicroBatch], shapes: Sequence[BatchShapes]) ->
     return micro_batches, shapes
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("losses", [ALL, RELEASED], ids=["global", "micro"])
 def test_any_update_made_alone_equals_the_one_of_the_stream(losses: LossConfig):
     source = MemorySource(captions(20))
@@ -57,6 +58,7 @@ def test_any_update_made_alone_equals_the_one_of_the_stream(losses: LossConfig):
         _same(one, other)
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("losses", [ALL, RELEASED], ids=["global", "micro"])
 def test_slices_of_two_processes_join_to_the_batches_of_one(losses: LossConfig):
     source = MemorySource(captions(20), broken=[2, 9])
@@ -158,6 +160,7 @@ def test_counts_agree_with_the_packed_arrays():
         assert batch.silent == sum(int(name.split("-")[1]) % 5 == 0 for micro in batch.ids for name in micro)
 
 
+@pytest.mark.jit
 def test_shapes_are_few_and_no_row_is_longer_than_its_clips_ask():
     source = MemorySource(captions(64))
     made = pipeline(source, BatchConfig(8, 2, blocks=2, row_multiple=8), ALL, pack=_kept)
@@ -198,6 +201,7 @@ def test_planned_row_lengths_are_those_of_the_prompts():
             assert tuple(map(max, zip(*planned, strict=True))) == tuple(max(getattr(n, name) for n in needs) for name in SIZES)
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("known", [True, False], ids=["shards", "streamed"])
 def test_a_clip_that_cannot_be_read_is_replaced_the_same_way_every_time(known: bool):
     source = MemorySource(captions(20), broken=[1, 5, 6], known=known)
@@ -290,6 +294,7 @@ def test_no_room_to_hand_a_batch_over_is_one_line():
         next(pipeline(MemorySource(captions(20)), BATCH, ALL, workers=1).batches(0, 2))
 
 
+@pytest.mark.jit
 def test_another_failure_of_a_worker_is_not_taken_for_that():
     with pytest.raises(OSError, match="no descriptor is left"):
         next(pipeline(_Exhausted(captions(20)), BATCH, ALL, workers=1).batches(0, 2))
@@ -327,6 +332,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.jit
 def test_workers_end_when_their_process_is_killed(tmp_path: Path):
     script = tmp_path / "stream.py"
     script.write_text(_STREAM)
@@ -357,6 +363,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("made", [3, 100], ids=["all", "some"])
 def test_a_process_that_has_read_all_or_some_leaves_no_shared_memory_and_says_nothing(tmp_path: Path, made: int):
     script = tmp_path / "left.py"

@@ -78,6 +78,7 @@ def _equal(one: Features, other: Features) -> None:
         assert a.tokens == b.tokens
 
 
+@pytest.mark.jit
 def test_features_of_a_shard_are_those_of_the_file_bit_for_bit(manifest: Path, shards: Path):
     records = {r.id: r for r in read_manifest(manifest).records}
     source = ShardSource(shards, PRESET)

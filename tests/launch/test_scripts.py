@@ -171,6 +171,7 @@ def test_tpu_vm_asks_again_for_what_was_taken_away(tools: Path, tmp_path: Path, 
     assert done == ["create", "ssh", "ssh", "delete", "create", "ssh", "ssh", "delete"]
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize(
     ("slices", "topology", "chips", "hosts"), [(1, "4x4", 4, 4), (2, "16x16", 4, 64), (1, "2x2", 4, 1), (1, "1x1", 4, 1)]
 )

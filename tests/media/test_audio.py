@@ -128,6 +128,7 @@ def test_timestamps_after_the_end(tmp_path: Path) -> None:
     assert "no samples at 2 s" in got.warnings[0]
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".m4a"])
 def test_far_samples_of_a_long_track_are_entered_by_seeking(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_clip(tmp_path / f"long{suffix}", 100, fps=1, seed=8, audio_codec="aac")

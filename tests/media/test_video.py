@@ -133,6 +133,7 @@ def test_seeking_gives_the_same_frames_as_reading_through(tmp_path: Path, suffix
     assert np.array_equal(seeking.frames, through.frames)
 
 
+@pytest.mark.jit
 def test_three_hours_decode_a_few_key_frame_distances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = write_clip(tmp_path / "long.mp4", 3 * 3600, fps=1, width=48, height=32, audio=False, gop=60)
     decoded = 0

@@ -85,6 +85,7 @@ def test_a_hang_in_c_code_costs_its_item_only(tmp_path: Path) -> None:
     assert str(got[3]).startswith("fifo.mp4: decoding took longer than 1 s")
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize(("what", "words"), [("segfault", "SIGSEGV"), ("killed", "SIGKILL"), ("exit", "ended with status 3")])
 def test_a_process_that_dies_costs_its_item_only(what: str, words: str) -> None:
     got = [result for _, result in run_guarded(functions.misbehave, ["a", what, "b", what, "c"], 1, 60)]

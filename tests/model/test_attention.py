@@ -13,6 +13,8 @@ from omni_jax.parallel import make_mesh
 from tests.model.builders import noise
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.jit
+
 ROWS, TOKENS, HEADS, KV_HEADS, WIDTH = 2, 150, 4, 2, 64  # no multiple of 128
 
 # (segment, branch, tokens), from the left.

@@ -10,6 +10,8 @@ from tests.model import builders, reference_towers
 from tests.model.reference import Weights
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.jit
+
 CFG = builders.ODD.audio
 FRAMES = [28, 27, 13, 6, 3]  # odd and even counts, down to one token
 

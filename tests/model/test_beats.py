@@ -18,6 +18,8 @@ from tests.model import builders, reference_towers
 from tests.model.reference import Weights
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.jit
+
 CFG = builders.ODD.beats
 FRAMES = [96, 79, 16, 40]  # 6, 4, 1 and 2 whole patches in time
 

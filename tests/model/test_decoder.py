@@ -17,6 +17,8 @@ from tests.model.builders import Prompt
 from tests.model.reference import Weights
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.jit
+
 CFG = builders.ODD.decoder
 MEDIA = builders.noise(9, 8, CFG.hidden_size)
 

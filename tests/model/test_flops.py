@@ -104,6 +104,7 @@ def test_windows_and_lora_are_counted() -> None:
     assert adapted["decoder"].computed - plain["decoder"].computed == 2 * (2 * 512 * keys + (512 + 6) * queries)
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("part", PARTS)
 def test_work_is_what_xla_counts(part: str) -> None:
     """XLA adds elementwise work, a few operations a value; it never counts less."""
@@ -136,6 +137,7 @@ def test_causal_blocks_cover_the_row(tokens: int) -> None:
     assert len(blocks) <= 8
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_causal_attention_in_blocks_equals_attention(kv_heads: int) -> None:
     """Values and gradients, over several blocks with a short last one."""

@@ -15,6 +15,8 @@ from tests.model.batches import Embeddings
 from tests.model.reference import Weights
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.jit
+
 
 @pytest.fixture(scope="module")
 def features() -> list[Features]:

@@ -15,6 +15,8 @@ from tests.model import builders, reference, reference_towers
 from tests.model.reference import Weights
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.jit
+
 CFG = builders.ODD.decoder
 
 

@@ -17,6 +17,8 @@ from tests.model import builders, reference, reference_towers
 from tests.model.reference import Weights
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.jit
+
 ATTENTION = tuple(f"decoder/layers/attn/{m}" for m in "qkv")
 OUTPUT_AND_MLP = ("decoder/layers/attn/o", *(f"decoder/layers/mlp/{m}" for m in ("gate", "up", "down")))
 TOWERS = (

@@ -107,6 +107,7 @@ def test_eight_devices_agree_with_one_where_widths_do_not_divide(sizes: tuple[in
         assert_close(vector, one[key], "sharding")
 
 
+@pytest.mark.jit
 def test_the_fusion_head_does_not_gather_its_weight(even: Encoder):
     """Its weight stays split (686 MiB at 7B): the compiler sums partial products instead."""
     mesh = make_mesh(1, 8, 1)

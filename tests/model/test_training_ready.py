@@ -19,6 +19,8 @@ from omni_jax.model import Encoder, abstract_encoder, abstract_params, layers, w
 from tests.model import builders
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.jit
+
 CONFIG = dataclasses.replace(
     builders.ODD,
     decoder=dataclasses.replace(builders.ODD.decoder, num_layers=2),

@@ -12,6 +12,8 @@ from tests.model import builders, reference_towers
 from tests.model.reference import Weights
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.jit
+
 CFG = builders.ODD.vision
 # In patches; windows are 6x6 patches. Partial at the right, below, both; one row of tokens; smaller than a window.
 GRIDS = [(12, 18), (8, 14), (2, 10), (4, 2)]

@@ -28,6 +28,8 @@ from omni_jax.objectives import (
 from tests.golden_set import GoldenSet
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.jit
+
 TAU = 0.07
 
 compiled = jax.jit(info_nce, static_argnames=("hard_scope", "hard_blocks"))

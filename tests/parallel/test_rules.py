@@ -89,6 +89,7 @@ def test_sharding_places_shards(mesh: Mesh):
     assert {s.data.shape for s in x.addressable_shards} == {(3, 4)}
 
 
+@pytest.mark.jit
 def test_constrain_pins_inside_jit_where_a_mesh_is_set(mesh: Mesh):
     @jax.jit
     def double(x: jax.Array) -> jax.Array:
@@ -101,6 +102,7 @@ def test_constrain_pins_inside_jit_where_a_mesh_is_set(mesh: Mesh):
     assert double(jnp.ones((8, 3))).sharding.is_fully_replicated
 
 
+@pytest.mark.jit
 def test_constrain_without_a_mesh_gives_its_argument():
     x = jnp.ones((3, 3))
     assert constrain(x, "batch", "features") is x

@@ -7,6 +7,7 @@ from collections import Counter
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import Mesh
 
 from omni_jax.parallel import make_mesh
@@ -16,6 +17,8 @@ from omni_jax.train import LossConfig, TrainStep, place_batch, step_kind
 from omni_jax.types import BatchShapes
 from tests.tolerances import assert_close
 from tests.train.random_batches import CHUNKS, FBANK, MODEL, QUICK, STEPS, batch, recipe, weights
+
+pytestmark = pytest.mark.jit
 
 # Three layers: the fusion head's weight (192, 64) has a shape of its own.
 DEEPER = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, num_layers=3))

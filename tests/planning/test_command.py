@@ -28,6 +28,7 @@ def compile_(*words: str) -> int:
     return main(["compile", *words])
 
 
+@pytest.mark.jit
 def test_without_libtpu_it_lowers_and_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "new/plan.json"
     assert compile_("--config", TINY, "--topology", "v5e:2x2", "--price", "2", "--json", str(out)) == 0
@@ -43,6 +44,7 @@ def test_without_libtpu_it_lowers_and_says_what_is_missing(tmp_path: Path, capsy
     assert found["period"]["cost"] == pytest.approx(2 * found["period"]["chip_hours_per_million_triples"])
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("name", ["tiny_nemotron", "omni_embed_nemotron_3b"])
 def test_the_second_backbone_is_planned_for_too(name: str, tmp_path: Path):
     """Its attention is not causal, so no hard negative shares its anchor's row."""
@@ -53,11 +55,13 @@ def test_the_second_backbone_is_planned_for_too(name: str, tmp_path: Path):
     assert step["shapes"]["fbank_frames"] == 0 == step["operations"]["beats"]["total"]
 
 
+@pytest.mark.jit
 def test_the_note_on_the_evaluator_stands_only_where_it_was_asked_for(capsys: pytest.CaptureFixture[str]):
     assert compile_("--config", TINY, "--topology", "v5e:2x2", "--programs", "train", "--kinds", "1") == 0
     assert plan.LEFT_OUT not in capsys.readouterr().out
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize(
     ("words", "line"),
     [

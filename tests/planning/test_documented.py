@@ -38,6 +38,7 @@ def test_the_pages_show_commands():
     assert len(COMMANDS) == shown + indented + 1 > 3
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("arguments", [*(arguments for _, arguments in COMMANDS), PLAIN], ids=[*NAMES, "plain"])
 def test_a_documented_command_lowers(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_executes: None, capsys: pytest.CaptureFixture[str]

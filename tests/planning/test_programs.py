@@ -41,6 +41,7 @@ def test_the_published_architecture_is_that_of_the_manifests():
     assert WAVE_7B == builders.SEVEN_B
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_every_step_kind_lowers_for_256_chips_without_libtpu(count: int):
     given = setting(micro_batches=2)
@@ -49,6 +50,7 @@ def test_every_step_kind_lowers_for_256_chips_without_libtpu(count: int):
     assert dataclasses.replace(program.kind, layout=None) == step_kind(count, given.recipe.losses)
 
 
+@pytest.mark.jit
 def test_a_step_lowers_for_two_slices_and_for_pools_of_their_own():
     given = setting(slices=2, sizes=(1, 128, 2), micro_batches=2)
     losses = dataclasses.replace(given.recipe.losses, negatives="micro")
@@ -57,6 +59,7 @@ def test_a_step_lowers_for_two_slices_and_for_pools_of_their_own():
     assert train_program(given, abstract_mesh(given), 1).status == "lowered"
 
 
+@pytest.mark.jit
 def test_the_embedding_pass_lowers_for_256_chips_without_libtpu():
     given = setting()
     assert [p.name for p in embed_programs(given, abstract_mesh(given))] == ["embed/vision", "embed/audio", "embed/beats", "embed/rows"]
@@ -74,6 +77,7 @@ def test_abstract_batches_have_the_shapes_and_places_of_real_ones(count: int):
         assert (got.shape, got.dtype, got.sharding.spec) == (want.shape, want.dtype, want.sharding.spec)
 
 
+@pytest.mark.jit
 def test_abstract_state_is_what_the_step_starts_from():
     step = make(recipe(learn_temperature=True), mesh=make_mesh())
     for made, real in zip(abstract_state(step, MODEL, jnp.float32), step.init(weights()), strict=True):

@@ -132,6 +132,7 @@ def test_rows_by_column_are_read_as_they_stand(tmp_path: Path) -> None:
     assert got.flags.c_contiguous
 
 
+@pytest.mark.jit
 def test_captions_apart_from_clips_are_scored_many_to_many() -> None:
     audio = np.array([[1, 0.02], [0.02, 1]], np.float32)
     text = np.array([[1, 0], [2, 0.1], [0.1, 1], [0, 1], [1, 1]], np.float32)

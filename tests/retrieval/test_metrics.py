@@ -115,6 +115,7 @@ def tables() -> dict[str, np.ndarray]:
     return {name: (shared + noise[name] * rng.normal(size=shared.shape)).astype(np.float32) for name in TABLES}
 
 
+@pytest.mark.jit
 def test_every_direction_is_its_own_and_never_its_transpose(tables: dict[str, np.ndarray]) -> None:
     result = evaluate(tables, chunk=8)
     assert list(result["directions"]) == list(SPOKEN) == list(DIRECTIONS)
@@ -136,6 +137,7 @@ def test_averages_come_out_to_the_last_digit() -> None:
     assert averages(single) == {"AVG-single": 134.5 / 6, "AVG-dual": None, "AVG-all": None}
 
 
+@pytest.mark.jit
 def test_result_has_the_documented_shape(tables: dict[str, np.ndarray]) -> None:
     result = json.loads(json.dumps(evaluate(tables), allow_nan=False))
     assert set(result) == {"n", "tie_policy", "directions", "missing", "intervals", "bootstrap", *AVERAGES}
@@ -147,6 +149,7 @@ def test_result_has_the_documented_shape(tables: dict[str, np.ndarray]) -> None:
     assert_close(result["AVG-dual"], sum(r1[name] for name in list(SPOKEN)[6:]) / 6, "metric")
 
 
+@pytest.mark.jit
 def test_devices_and_chunks_do_not_change_the_result(tables: dict[str, np.ndarray]) -> None:
     one = evaluate(tables)
     assert evaluate(tables, mesh=Mesh(np.array(jax.devices()), ("rows",))) == one
@@ -162,6 +165,7 @@ def test_absent_tables_leave_out_directions_and_averages(tables: dict[str, np.nd
         evaluate({"text": tables["text"], "tva": tables["text"]})
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("n", [1, 2, 75])
 def test_constant_embeddings_are_all_ties(n: int) -> None:
     constant = np.tile(np.random.default_rng(0).normal(size=(1, 33)).astype(np.float32), (n, 1))
@@ -171,11 +175,13 @@ def test_constant_embeddings_are_all_ties(n: int) -> None:
         assert all(metrics["ties"] == (n if n > 1 else 0) for metrics in result["directions"].values())
 
 
+@pytest.mark.jit
 def test_one_record_is_found() -> None:
     result = evaluate({"text": np.ones((1, 3)), "video": -np.ones((1, 3))})
     assert result["n"] == 1 and result["directions"]["t2v"]["R@1"] == 100 and result["directions"]["v2t"]["mean_rank"] == 1
 
 
+@pytest.mark.jit
 def test_many_to_many_counts_queries_and_gallery() -> None:
     # Two clips, captions c0 c1 c2 of clip 0 and c3 of clip 1; c2 lies nearer to clip 1.
     text = np.array([[1, 0], [2, 0.1], [0.1, 1], [0, 1]], np.float32)

@@ -20,6 +20,8 @@ from omni_jax.types import InputError
 from tests.retrieval import naive
 from tests.retrieval.random_cases import DECIDED, WIDTH, as_dict, gaussian, random_case
 
+pytestmark = pytest.mark.jit
+
 
 @pytest.fixture(params=[1, 8], ids=["1-device", "8-devices"])
 def mesh(request: pytest.FixtureRequest) -> Mesh:

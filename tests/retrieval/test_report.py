@@ -66,6 +66,7 @@ def page(html: str) -> Page:
     return Page(html)
 
 
+@pytest.mark.jit
 def test_page_is_well_formed(page: Page) -> None:
     assert page.faults == []
     assert [e.text for e in page.all("title") if e.parent is not None and e.parent.tag == "head"] == ["ours.npz: 12-direction retrieval"]
@@ -162,6 +163,7 @@ def test_gallery_holds_every_direction_and_its_media(page: Page) -> None:
         assert media[place.attributes["data-clip"]]["sound"].startswith("data:audio/mpeg;base64,")
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("where", ["captions", "ids", "name"])
 def test_markup_in_what_people_wrote_is_text(where: str) -> None:
     n = 40
@@ -198,6 +200,7 @@ def test_long_captions_are_cut_and_media_bounded(monkeypatch: pytest.MonkeyPatch
     assert len(html) < 3_000_000
 
 
+@pytest.mark.jit
 def test_page_of_the_benchmark_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "STUDIED", 500)  # the page shows as much of a sample
     names = tuple(f"record-{i:06d}" for i in range(3782))
@@ -209,6 +212,7 @@ def test_page_of_the_benchmark_is_small(monkeypatch: pytest.MonkeyPatch) -> None
     assert Page(html).faults == []
 
 
+@pytest.mark.jit
 def test_some_directions_ties_and_one_record() -> None:
     constant = np.ones((5, 3), np.float32)
     scores = score({"text": constant, "video": constant})

@@ -26,6 +26,7 @@ def table(n: int = 30, width: int = 16) -> EmbeddingTable:
     return EmbeddingTable(tuple(f"clip {i}" for i in range(n)), rows)
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize(("n", "k", "block"), [(1, 10, 8), (7, 3, 8), (8, 8, 8), (50, 10, 8), (50, 20, 8), (50, 60, 64)])
 def test_search_is_sorting(monkeypatch: pytest.MonkeyPatch, n: int, k: int, block: int) -> None:
     monkeypatch.setattr(search_module, "BLOCK", block)
@@ -73,6 +74,7 @@ def test_npy_export_is_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[s
         export_npy(want, tmp_path / "e.npz")
 
 
+@pytest.mark.jit
 def test_int8_export_is_an_embedding_file_and_its_loss_is_what_eval_sees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     want = table(200, 8)
     write_embeddings(tmp_path / "e.npz", want)
@@ -121,6 +123,7 @@ def test_faiss_that_is_not_installed_is_one_clear_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.jit
 def test_faiss_finds_in_an_exported_index_what_search_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With FAISS itself: the command writes, FAISS reads, and its neighbours and cosines are those of `search`."""
     import faiss

@@ -179,6 +179,7 @@ def test_records_are_paired_by_name_and_directions_by_both() -> None:
 # ------------------------------------------------------------------------------------------------------------- within a result
 
 
+@pytest.mark.jit
 def test_result_gains_intervals_around_its_figures() -> None:
     rng = np.random.default_rng(7)
     shared = rng.normal(size=(80, 8))

@@ -116,6 +116,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return paths
 
 
+@pytest.mark.jit
 def test_eval_reads_parts_prints_and_writes_json(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "result.json"
     assert main(["eval", str(files[0]), str(files[1]), "--ties", "worst", "--json", str(out)]) == 0

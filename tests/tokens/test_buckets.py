@@ -107,6 +107,7 @@ def _measure(features: Sequence[Features], name: str, group: int, planner: Plann
     return len(shapes), 1 - used / total
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize(
     ("name", "seconds", "multiple"),
     [("training", (8.0, 8.0), 1), ("mteb", (1.0, 60.0), 1), ("training", (8.0, 8.0), 8), ("mteb", (1.0, 60.0), 8)],

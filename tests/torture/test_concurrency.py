@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.torture import concurrency
 from tests.torture.outcome import Outcome
+
+pytestmark = pytest.mark.jit
 
 
 def test_one_journal_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ def test_golden_corpus_of_findings_is_clean() -> None:
         TARGETS[name]((fuzz.CORPUS / name / file).read_bytes())
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("name", TARGETS)
 def test_golden_some_hundreds_of_mutations(name: str) -> None:
     fuzzer = fuzz.Fuzzer(TARGETS[name], list(SEEDS[name]), WORDS[name], 0)

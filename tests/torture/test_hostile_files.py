@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.torture import hostile_files
+
+pytestmark = pytest.mark.jit
 
 
 def test_golden_hostile_files_are_refused_and_nothing_runs() -> None:

@@ -13,6 +13,8 @@ from omni_jax.cli.main import main
 from tests.torture import hostile_media
 from tests.torture.commands import Done, golden
 
+pytestmark = pytest.mark.jit
+
 
 def test_golden_broken_files_cost_themselves_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.torture import numbers
+
+pytestmark = pytest.mark.jit
 
 
 def test_edges_of_the_numbers() -> None:

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import jax.numpy as jnp
+import pytest
 
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.state import TrainState
 from tests.torture import training
 from tests.torture.outcome import Outcome
+
+pytestmark = pytest.mark.jit
 
 
 def _workdir(folder: Path, value: float, loss: float) -> Path:

@@ -55,6 +55,7 @@ def begin(run: RunConfig, workdir: Path) -> Outcome:
     return run_training(run, workdir, watcher)
 
 
+@pytest.mark.jit
 def test_a_run_does_not_go_on_with_a_clip_of_another_length(manifest: Path, tmp_path: Path) -> None:
     before = prepare(manifest, tmp_path / "before")
     moved = shutil.copytree(before, tmp_path / "moved")

@@ -22,6 +22,7 @@ def arrays() -> dict[str, np.ndarray]:
     return made | {"scalar": np.array(2.5, np.float32), "empty": np.zeros((0, 3), np.float32)}
 
 
+@pytest.mark.jit
 def test_host_and_devices_agree_under_every_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fingerprint, "_BLOCK", 7)
     wanted = fingerprints(arrays())

@@ -14,6 +14,8 @@ from tests.tolerances import assert_close
 from tests.train.leaf_by_leaf import assert_same_gradients
 from tests.train.random_batches import MODEL, QUICK, WITH_DROPOUT, batch, parts, recipe
 
+pytestmark = pytest.mark.jit
+
 
 def forward(losses: LossConfig, model=MODEL, remat="layer", choice="adapter") -> tuple[Forward, dict, dict]:
     """Returns the encoder's functions, trainable and frozen parameters."""

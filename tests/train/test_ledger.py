@@ -66,6 +66,7 @@ def abstract_batch(config: ModelConfig, shapes: BatchShapes, losses: LossConfig,
     )
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize(
     ("update", "micro", "remat", "choice"),
     [

@@ -14,6 +14,7 @@ from tests.model.builders import SEVEN_B
 from tests.tolerances import assert_close
 
 
+@pytest.mark.jit
 def test_the_schedule_rises_from_zero_and_falls_to_zero():
     config = OptimizerConfig(total_steps=110, learning_rate=2.0)
     assert config.warmup == 4  # ceil(3.3)
@@ -24,11 +25,13 @@ def test_the_schedule_rises_from_zero_and_falls_to_zero():
     assert abs(float(rate(110))) < 1e-6 and abs(float(rate(500))) < 1e-6
 
 
+@pytest.mark.jit
 def test_the_schedule_without_warmup_and_with_a_floor():
     rate = schedule(OptimizerConfig(total_steps=10, learning_rate=1.0, warmup_steps=0, final_fraction=0.1))
     assert_close(rate(np.array([0, 5, 10])), np.array([1.0, 0.55, 0.1]), "optimizer")
 
 
+@pytest.mark.jit
 def test_clipping_divides_by_the_norm_and_torch_s_epsilon():
     def update(gradients) -> Any:
         return clip_by_global_norm(1.0).update(gradients, (), None)[0]
@@ -41,6 +44,7 @@ def test_clipping_divides_by_the_norm_and_torch_s_epsilon():
     assert float(update({"a": jnp.array([1.0])})["a"][0]) < 1.0
 
 
+@pytest.mark.jit
 def test_updates_follow_adamw():
     config = OptimizerConfig(total_steps=8, learning_rate=0.1, warmup_steps=1, weight_decay=0.3, clip_norm=2.0)
     rng = np.random.default_rng(0)

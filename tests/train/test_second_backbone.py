@@ -37,6 +37,7 @@ def test_the_adapter_recipe_trains_lora_alone():
     assert {g.group for g in count_groups(plain, select(plain, TrainableConfig())) if g.trainable} == {"lora", "head"}
 
 
+@pytest.mark.jit
 def test_all_three_losses_fall_on_the_second_backbone():
     """Every kind of step, each on its own batch again and again; only LoRA moves."""
     step = TrainStep(SECOND, recipe(), dtype=jnp.float32, compiler_options=QUICK)
@@ -52,6 +53,7 @@ def test_all_three_losses_fall_on_the_second_backbone():
     assert all(last < 0.9 * first for first, last in zip(seen[:3], seen[-3:], strict=True)), seen
 
 
+@pytest.mark.jit
 def test_mean_pooling_ignores_padding_and_company_in_a_training_row():
     """The single modalities share a row; the same prompts in longer rows give the same losses and gradient."""
     losses = {"temperature": 0.2, "tuple_weight": 0.0}
@@ -74,6 +76,7 @@ def test_a_shared_prefix_is_refused_with_the_reason():
         batch(LOSSES, 0, clips=2, model=SECOND)
 
 
+@pytest.mark.jit
 def test_a_plain_thinker_trains_lora_and_its_fresh_head():
     step = TrainStep(PLAIN, recipe(), dtype=jnp.float32, compiler_options=QUICK)
     state, frozen = step.init(params(PLAIN))

@@ -17,6 +17,8 @@ from tests.tolerances import assert_close
 from tests.train.leaf_by_leaf import assert_same_gradients
 from tests.train.random_batches import MODEL, QUICK, WITH_DROPOUT, batch, recipe, weights
 
+pytestmark = pytest.mark.jit
+
 
 def make(config: StepConfig, model=MODEL, mesh=None) -> TrainStep:
     return TrainStep(model, config, dtype=jnp.float32, mesh=mesh, compiler_options=QUICK)

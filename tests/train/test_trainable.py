@@ -81,6 +81,7 @@ def test_split_and_join_are_inverse():
     assert all(np.array_equal(back[path], weights()[path]) for path in weights())
 
 
+@pytest.mark.jit
 def test_frozen_weights_stay_in_bfloat16_and_trainable_ones_in_float32():
     params = {path: x.astype(jnp.bfloat16) for path, x in weights().items()}
     trainable, frozen = split(params, select(MODEL, TrainableConfig()))

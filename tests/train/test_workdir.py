@@ -81,6 +81,7 @@ def test_what_a_start_that_failed_left_is_accepted(tmp_path: Path) -> None:
         check_free(tmp_path)
 
 
+@pytest.mark.jit
 def test_checkpoints_are_models(tmp_path: Path) -> None:
     claim(tmp_path, CONFIG)
     with pytest.raises(InputError, match="has no checkpoint yet"):
