@@ -2,23 +2,29 @@
 
 At the size of OmniRetriever-Bench (3,782 x 3,584) all twelve directions; then one pair of tables at four sizes up to 100,000 x 512. Memory
 is what a process of its own needs above the loaded tables: its peak, less what it held before, after a first call on small tables of the
-same tile shapes has compiled the programs.
+same tile shapes has compiled the programs. In the same process the tiles are then multiplied and nothing else: what share of that rate
+ranking reaches, by the clock and by CPU seconds, which other work on the machine changes less.
 
 Run alone: python -m tests.benchmarks.ranking
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from tests.benchmarks.timing import PAIRS, interleave
+from tests.benchmarks.timing import PAIRS, clock, interleave
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS, WIDTH = 3782, 3584
@@ -28,9 +34,7 @@ TABLES = ("text", "video", "audio", "av", "tv", "at")
 
 # Peaks are those of the kernel's counter, set back before the part that is measured.
 _CHILD = """
-import json, sys, time
-import numpy as np
-from omni_jax.retrieval.ranks import prepare, rank_pair
+import json, sys
 from tests.benchmarks import ranking
 
 def status(key):
@@ -46,10 +50,12 @@ run(warm)
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
 before = status("VmRSS")
-start = time.perf_counter()
-run(tables)
-seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "above": status("VmHWM") - before, "tables": sum(t.nbytes for t in tables.values())}))
+seconds, cpu = ranking.spent(lambda: run(tables))
+done = {"seconds": seconds, "cpu": cpu, "above": status("VmHWM") - before, "tables": sum(t.nbytes for t in tables.values())}
+if what == "pair":
+    ranking.products(*warm.values())
+    done["product_seconds"], done["product_cpu"] = ranking.spent(lambda: ranking.products(*tables.values()))
+print(json.dumps(done))
 """
 
 
@@ -99,6 +105,32 @@ def published(tables: Mapping[str, np.ndarray]) -> dict[tuple[str, str], np.ndar
     return found
 
 
+def products(a: np.ndarray, b: np.ndarray) -> None:
+    """Multiplies the tiles that ranking a against b multiplies, by a plain product, as many at a time."""
+    from omni_jax.retrieval.ranks import CPU_STREAMS
+
+    size = min(len(a), warm_rows(len(a)))
+    starts = [min(start, len(a) - size) for start in range(0, len(a), size)]
+
+    def multiply(i: int) -> None:
+        for j in starts:
+            _product()(a[i : i + size], b[j : j + size]).block_until_ready()
+
+    with concurrent.futures.ThreadPoolExecutor(CPU_STREAMS) as pool:
+        list(pool.map(multiply, starts))
+
+
+@functools.cache
+def _product() -> Callable[[np.ndarray, np.ndarray], jax.Array]:
+    return jax.jit(lambda x, y: jnp.dot(x, y.T, precision=jax.lax.Precision.HIGHEST))
+
+
+def spent(run: Callable[[], object]) -> tuple[float, float]:
+    """Returns the seconds a call takes, by the clock and of this process's CPU time."""
+    cpu = time.process_time()
+    return clock(run), time.process_time() - cpu
+
+
 def measure(what: str, n: int, width: int) -> dict[str, float]:
     """Returns seconds, bytes above the loaded tables, and bytes of these, of one run in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -133,7 +165,8 @@ def run(pairs: int = PAIRS, records: int = RECORDS, width: int = WIDTH, sizes: t
         rate = 2 * n * n * NARROW / growth[n]["seconds"] / 1e9
         print(
             f"both directions of {n:,} x {NARROW}: {growth[n]['seconds']:.1f} s ({rate:.0f} GFLOP/s), "
-            f"{growth[n]['above'] / 1e6:.0f} MB above the tables, {total:.0f} MB with them"
+            f"{growth[n]['above'] / 1e6:.0f} MB above the tables, {total:.0f} MB with them; of the rate of its products alone "
+            f"{growth[n]['product_seconds'] / growth[n]['seconds']:.0%}, by CPU seconds {growth[n]['product_cpu'] / growth[n]['cpu']:.0%}"
         )
     return {"ratio": times.ratio, "seconds": times.seconds, "memory_mb": above, "places_apart": apart, "growth": growth}
 

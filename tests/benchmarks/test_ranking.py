@@ -32,4 +32,5 @@ def test_run_prints_ratio_memory_and_growth(capsys: pytest.CaptureFixture[str]) 
         and "12 directions of 70 x 16" in out[0]
         and "memory above the tables" in out[1]
         and "both directions of 128" in out[3]
+        and "of the rate of its products alone" in out[3]
     )
