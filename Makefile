@@ -47,10 +47,10 @@ $(REFERENCE): requirements-reference.lock $(SETUP)
 $(TPU): requirements-tpu.lock $(SETUP)
 	$(call overlay,.venv-tpu,requirements-tpu.lock)
 
-demo: $(SETUP)  ## compare a tiny checkpoint with PyTorch; train a small model on synthetic clips, score clips it never saw
+demo: $(SETUP)  ## compare a tiny checkpoint with PyTorch, then train a small model on synthetic clips and score clips it never saw
 	.venv/bin/omni-jax demo
 
-demo-ablation: $(SETUP)  ## train the demo's model with one, two and three losses and compare
+demo-ablation: $(SETUP)  ## train configs/tiny.py with one, two and three losses and compare (half an hour)
 	.venv/bin/omni-jax demo --ablation
 
 test-fast: $(SETUP)  ## what compiles nothing, within a minute

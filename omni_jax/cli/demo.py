@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+import tempfile
 from pathlib import Path
+
+from omni_jax.cli.status import INTERRUPTED, STOPPED_AND_SAVED
+from omni_jax.cli.stopping import Signals, interrupts_noted
+from omni_jax.types import InputError
 
 HELP = "compare a tiny checkpoint with PyTorch, then train a small model on synthetic clips and score clips it never saw"
 EXAMPLE = "omni-jax demo --out demo_out"
-
-DEVICES = 2  # simulated, where there is no accelerator: one for each of two cores
-PATIENCE_S = 1800
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,16 +27,41 @@ def run(args: argparse.Namespace) -> int:
     """Runs the demo and returns the exit status.
 
     Raises:
-      InputError: when the demo's data are not at hand, or --out holds something else.
+      InputError: when the demo's data are not at hand, or --out cannot be written or holds something else.
     """
-    # Before jax is imported. NumPy's threads would fight with the step for the cores: features are small and many.
-    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(DEVICES))
+    # Before NumPy is imported. Its threads would fight with the step for the cores: features are small and many.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # A simulated device that gets no core for 40 s would otherwise end the process.
-    os.environ["XLA_FLAGS"] = f"--xla_cpu_collective_call_terminate_timeout_seconds={PATIENCE_S} {os.environ.get('XLA_FLAGS', '')}".strip()
+    _check_place(args.out)
+    with interrupts_noted() as signals:
+        try:
+            status = _parts(args, signals)
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+    if status in (INTERRUPTED, STOPPED_AND_SAVED):
+        kept = ", ".join(sorted(str(path) for path in args.out.iterdir() if not path.name.startswith("."))) or "nothing yet"
+        print(f"the demo was stopped; what is finished stays ({kept}): run it again to go on", file=sys.stderr)
+    return status
+
+
+def _parts(args: argparse.Namespace, signals: Signals) -> int:
     from omni_jax.cli import learning, parity
 
-    if args.ablation:
-        return learning.ablate(args.out, learning.DEMO)
-    status = parity.compare_with_reference(args.out)
-    return status if status or args.parity else learning.learn(args.out, learning.DEMO)
+    try:
+        if args.ablation:
+            return learning.ablate(args.out, learning.FULL, signals)
+        status = parity.compare_with_reference(args.out)
+        if signals.seen:
+            return INTERRUPTED
+        return status if status or args.parity else learning.learn(args.out, learning.DEMO, signals)
+    except learning.Stopped as stop:
+        return stop.status
+
+
+def _check_place(out: Path) -> None:
+    """Makes the folder. Raises InputError at once where nothing can be written into it: the first file would come minutes later."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as e:
+        raise InputError(f"--out {out}: cannot be written ({e.strerror or e}); choose another place") from None

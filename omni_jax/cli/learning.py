@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omni_jax.cli.config_file import read_config
-from omni_jax.data.synthetic import SyntheticConfig, write_set
+from omni_jax.cli.progress import Whole, duration
+from omni_jax.cli.status import INTERRUPTED, STOPPED_AND_SAVED
+from omni_jax.cli.stopping import Signals
+from omni_jax.data.synthetic import SyntheticConfig, plan_clips, write_set
 from omni_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -34,16 +37,38 @@ EQUAL_TIME = "L_A, equal CPU time"
 CAVEAT = """Equal steps are not equal compute, one seed and one split were run, and nothing has converged: the table compares how fast
 the losses learn here, not what they reach. Each direction of a gallery of 64 carries about +-6 points."""
 
+NEXT = """Your own clips: a line {"id": "a", "text": "A dog barks.", "video": "a.mp4", "audio": "a.mp4"} of clips.jsonl for each, and
+  omni-jax convert to-jax --base WAVE-7B --adapter OmniRetriever-7B --out omni7b   # the released weights, which you download
+  omni-jax embed --model omni7b --manifest clips.jsonl --out clips.npz && omni-jax eval clips.npz   # README: search, train, export"""
+
+CLIPS, SHARDS, TRAIN, SCORE, EXPORT = "make clips", "prepare shards", "train", "score the held-out clips", "write PyTorch folders"
+SECONDS = {CLIPS: 12.0, SHARDS: 4.0, TRAIN: 150.0, SCORE: 12.0, EXPORT: 2.0}
+"""Stage -> what it takes on two cores of 2023 that do nothing else; a machine half as fast takes twice as long."""
+
+SETTINGS = ".learning.json"
+MARKS = ("config.json", "adapter_config.json", "synthetic.json", "preparation.json", "run.lock")
+"""Files by which a folder is known as one that a demo wrote."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How large the demo is: the clips, and config fields that differ from configs/tiny.py ("steps", 15)."""
+    """How large the demo is: the clips, the config, and config fields that differ from it ("steps", 15)."""
 
     clips: SyntheticConfig = dataclasses.field(default_factory=SyntheticConfig)
+    config: str = str(CONFIG)
     changes: tuple[tuple[str, Any], ...] = ()
 
 
-DEMO = Scale()
+DEMO = Scale(SyntheticConfig(clips=2), f"{CONFIG}:quick")
+FULL = Scale()
+
+
+class Stopped(Exception):
+    """A command of the demo was stopped by a signal and has said what it saved; carries its exit status."""
+
+    def __init__(self, status: int):
+        super().__init__(f"stopped with status {status}")
+        self.status = status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +81,22 @@ class Stage:
 
 
 class Stages:
-    """Times stages and announces them."""
+    """Times stages and announces them, to a bar of the whole where there is one; after each it stops where Ctrl-C was noted."""
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Signals, whole: Whole | None = None) -> None:
         self.done: list[Stage] = []
+        self._signals, self._whole = signals, whole
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         print(f"\n== {name}", flush=True)
+        if self._whole is not None:
+            self._whole.part(name)
         wall, cpu = time.monotonic(), _cpu_seconds()
         yield
         self.done.append(Stage(name, time.monotonic() - wall, _cpu_seconds() - cpu))
+        if self._signals.seen:
+            raise KeyboardInterrupt
 
     def report(self) -> str:
         """Returns a line for each stage and one for all."""
@@ -74,23 +104,39 @@ class Stages:
         return "\n".join([f"{'stage':<32}{'wall s':>9}{'CPU s':>9}", *(f"{s.name:<32}{s.wall:>9.1f}{s.cpu:>9.1f}" for s in rows)])
 
 
-def learn(out: Path, scale: Scale) -> int:
-    """Trains the small model, scores the held-out clips, prints what came out, and returns the exit status.
+def learn(out: Path, scale: Scale, signals: Signals) -> int:
+    """Says what it is going to do, trains the small model, scores the held-out clips, prints what came out, and returns the exit status.
 
     Writes into `out`: clips/, shards/, run/ (the workdir), held_out.npz, .json and .html (the 12 directions), curves.html,
-    learning.json, and what training made as PyTorch folders: torch_base/ and torch_adapter/.
+    learning.json, and what training made as PyTorch folders: torch_base/ and torch_adapter/. Ctrl-C and SIGTERM leave what is finished.
 
     Raises:
       InputError: when a folder of `out` holds something else.
+      Stopped: when a signal ended a command that saves first.
     """
-    stages, held = Stages(), out / "clips" / "held_out.jsonl"
+    print(f"\n{_announced(out, scale)}", flush=True)
+    _begin(out, scale)
+    with Whole("demo", SECONDS) as whole:
+        stages = Stages(signals, whole)
+        result, padding = _learn(out, scale, stages)
+    print(f"\n{stages.report()}")
+    print(f"\n{_said(result, padding)}\nreport {out / 'held_out.html'}, curves {out / 'curves.html'}")
+    if scale is DEMO and (result["AVG-all"] < AVG_ALL or min(result["directions"].values()) < DIRECTION):
+        print(f"the model has not learned what it should have: AVG-all {AVG_ALL:.0f} %, every direction {DIRECTION:.0f} %", file=sys.stderr)
+        return 1
+    print(f"\n{NEXT}")
+    return 0
+
+
+def _learn(out: Path, scale: Scale, stages: Stages) -> tuple[dict[str, Any], float | None]:
+    """Goes through the stages; returns the scores as `_result` gives them, and the share of padding."""
+    run, held, name = out / "run", out / "clips" / "held_out.jsonl", str(out / "held_out")
     _make_data(out, scale, stages)
-    run, name = out / "run", str(out / "held_out")
-    with stages("train"):
+    with stages(TRAIN):
         _train(out, run, scale)
-    with stages("score the held-out clips"):
+    with stages(SCORE):
         _score(run, held, name, scale, ["--html", f"{name}.html", "--manifest", str(held), "--media", str(held.parent)])
-    with stages("write PyTorch folders"):
+    with stages(EXPORT):
         folders = {"--base-out": out / "torch_base", "--adapter-out": out / "torch_adapter"}
         for folder in folders.values():
             _remove_earlier(folder)
@@ -99,30 +145,39 @@ def learn(out: Path, scale: Scale) -> int:
 
     rows = read_rows(run / "metrics.jsonl")
     (out / "curves.html").write_text(curves_page(rows, "training of the demo model"), encoding="utf-8")
-    result = _result(Path(f"{name}.json"))
-    padding = _padding(rows)
+    result, padding = _result(Path(f"{name}.json")), _padding(rows)
     stages_said = [dataclasses.asdict(stage) for stage in stages.done]
     (out / "learning.json").write_text(json.dumps({**result, "padding": padding, "stages": stages_said}, indent=1) + "\n")
-    print(f"\n{stages.report()}")
-    print(f"\n{_said(result, padding)}\nreport {name}.html, curves {out / 'curves.html'}, PyTorch {', '.join(map(str, folders.values()))}")
-    if scale is DEMO and (result["AVG-all"] < AVG_ALL or min(result["directions"].values()) < DIRECTION):
-        print(f"the model has not learned what it should have: AVG-all {AVG_ALL:.0f} %, every direction {DIRECTION:.0f} %", file=sys.stderr)
-        return 1
-    return 0
+    return result, padding
 
 
-def ablate(out: Path, scale: Scale) -> int:
+def _announced(out: Path, scale: Scale) -> str:
+    """Returns what the learning part does, and how long it takes."""
+    clips, run, seconds = plan_clips(scale.clips), _settings(scale), sum(SECONDS.values())
+    held = sum(clip.held_out for clip in clips)
+    return (
+        f"Next, a small model learns: {len(clips) - held} mp4 files are made and prepared, {run.steps} updates of {run.batch.clips} clips "
+        f"train it with all three losses,\nthe 12 directions of {held} clips that it never saw are scored, and PyTorch files are written. "
+        f"That takes about {duration(seconds)} on two free cores,\n{duration(SECONDS[TRAIN])} of it training; twice that on slower ones. "
+        f"Ctrl-C leaves what is finished in {out}, and the same command goes on."
+    )
+
+
+def ablate(out: Path, scale: Scale, signals: Signals) -> int:
     """Trains with one, two and three losses for the same steps, and with one for the CPU time of three; prints a table.
 
     Writes `ablation.json` and a workdir for each into `out`/ablation. Returns the exit status.
     """
-    stages, folder = Stages(), out / "ablation"
-    _make_data(out, scale, stages)
-    found = {name: _variant(name, folder, out, scale, {"losses." + k: v for k, v in weights.items()}) for name, weights in ABLATION.items()}
+    stages, folder = Stages(signals), out / "ablation"
+    folder.mkdir(parents=True, exist_ok=True)
+    _make_data(folder, scale, stages)
+    found = {}
+    for name, weights in ABLATION.items():
+        found[name] = _variant(name, folder, scale, signals, {"losses." + k: v for k, v in weights.items()})
     most = found[list(ABLATION)[-1]]
     steps = max(1, round(most["steps"] * most["cpu"] / found["L_A"]["cpu"]))
     weights = {"losses." + k: v for k, v in ABLATION["L_A"].items()}
-    found[EQUAL_TIME] = _variant(EQUAL_TIME, folder, out, scale, {**weights, "steps": steps})
+    found[EQUAL_TIME] = _variant(EQUAL_TIME, folder, scale, signals, {**weights, "steps": steps})
     (folder / "ablation.json").write_text(json.dumps(found, indent=1) + "\n")
     directions = list(most["directions"])
     print(f"\n{'held-out R@1, %':<22}{'steps':>7}{'CPU s':>8}{'AVG-all':>9}" + "".join(f"{d:>7}" for d in directions))
@@ -133,22 +188,21 @@ def ablate(out: Path, scale: Scale) -> int:
     return 0
 
 
-def _variant(name: str, folder: Path, out: Path, scale: Scale, changes: dict[str, Any]) -> dict[str, Any]:
+def _variant(name: str, folder: Path, scale: Scale, signals: Signals, changes: dict[str, Any]) -> dict[str, Any]:
     """Returns steps, CPU seconds of training and scores of one run; those of an earlier call where they are there."""
     stem = "".join(c if c.isalnum() else "_" for c in name).strip("_")
     kept, workdir = folder / f"{stem}.json", folder / stem
-    ours = Scale(scale.clips, (*scale.changes, *changes.items()))
+    ours = dataclasses.replace(scale, changes=(*scale.changes, *changes.items()))
     if kept.exists():
         return json.loads(kept.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    stages = Stages()
+    stages = Stages(signals)
     with stages(f"train with {name}"):
         # A run that was stopped is begun anew: its seconds could not be told.
         if workdir.exists():
             shutil.rmtree(workdir)
-        _train(out, workdir, ours)
+        _train(folder, workdir, ours)
     with stages(f"score {name}"):
-        _score(workdir, out / "clips" / "held_out.jsonl", str(folder / f"{stem}-held_out"), ours, [])
+        _score(workdir, folder / "clips" / "held_out.jsonl", str(folder / f"{stem}-held_out"), ours, [])
     row = {"steps": _settings(ours).steps, "cpu": stages.done[0].cpu, **_result(folder / f"{stem}-held_out.json")}
     kept.write_text(json.dumps(row, indent=1) + "\n")
     return row
@@ -160,7 +214,7 @@ def _variant(name: str, folder: Path, out: Path, scale: Scale, changes: dict[str
 def _make_data(out: Path, scale: Scale, stages: Stages) -> None:
     from omni_jax.cli.progress import Progress
 
-    with stages("make clips"), Progress(None, "clips") as bar:
+    with stages(CLIPS), Progress(None, "clips") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -168,7 +222,7 @@ def _make_data(out: Path, scale: Scale, stages: Stages) -> None:
 
         made = write_set(out / "clips", scale.clips, workers=_cores(), progress=progress)
         print(f"{made.written} mp4 files written, the others were there")
-    with stages("prepare shards"):
+    with stages(SHARDS):
         arguments = ["prepare", "--manifest", str(made.train), "--out", str(out / "shards"), "--workers", str(_cores())]
         _command([*arguments, *_preset(scale)])
 
@@ -183,7 +237,7 @@ def _train(out: Path, workdir: Path, scale: Scale) -> None:
         "mesh.fsdp": 1,
     }
     assigned = [f"--config.{field}={value}" for field, value in settings.items()]
-    _command(["train", "--config", str(CONFIG), "--workdir", str(workdir), *assigned])
+    _command(["train", "--config", scale.config, "--workdir", str(workdir), *assigned])
 
 
 def _score(model: Path, manifest: Path, name: str, scale: Scale, report: Sequence[str]) -> None:
@@ -198,12 +252,16 @@ def _command(arguments: list[str]) -> None:
     """Runs one command as a user would.
 
     Raises:
+      Stopped: when a signal ended it.
       InputError: when it fails.
     """
     from omni_jax.cli.main import main
 
     print(f"$ omni-jax {' '.join(arguments)}", flush=True)
-    if status := main(arguments):
+    status = main(arguments)
+    if status in (INTERRUPTED, STOPPED_AND_SAVED):
+        raise Stopped(status)
+    if status:
         raise InputError(f"the demo stopped: omni-jax {arguments[0]} ended with status {status}; run the demo again to go on")
 
 
@@ -211,10 +269,10 @@ def _command(arguments: list[str]) -> None:
 
 
 def _settings(scale: Scale) -> RunConfig:
-    """Returns configs/tiny.py with the changes of a scale."""
+    """Returns the config of a scale with its changes."""
     if not CONFIG.is_file():
         raise InputError(f"{CONFIG}: not here; run the demo in a clone of the repository")
-    return read_config(str(CONFIG), [f"{field}={value}" for field, value in scale.changes])
+    return read_config(scale.config, [f"{field}={value}" for field, value in scale.changes])
 
 
 def _preset(scale: Scale) -> list[str]:
@@ -246,6 +304,17 @@ def _padding(rows: Sequence[dict[str, Any]]) -> float | None:
     return 1 - used / total if total else None
 
 
+def _begin(out: Path, scale: Scale) -> None:
+    """Notes the settings; what was made under others, by an earlier version perhaps, is removed."""
+    run = _settings(scale)
+    place = {"out": str(out.resolve()), "clips": dataclasses.asdict(scale.clips), "run": run.to_json()}
+    kept, said = out / SETTINGS, json.dumps(place, indent=1) + "\n"
+    if not kept.is_file() or kept.read_text() != said:
+        for name in ("run", "shards", "clips"):
+            _remove_earlier(out / name)
+        kept.write_text(said)
+
+
 def _remove_earlier(folder: Path) -> None:
     """Removes a folder that an earlier demo wrote.
 
@@ -253,8 +322,9 @@ def _remove_earlier(folder: Path) -> None:
       InputError: when it is not one.
     """
     if folder.exists():
-        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        if not any((folder / name).is_file() for name in MARKS):
             raise InputError(f"{folder}: is not a folder of an earlier demo; choose another --out")
+        print(f"{folder}: of an earlier demo, made again")
         shutil.rmtree(folder)
 
 

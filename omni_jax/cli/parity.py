@@ -44,7 +44,8 @@ def compare_with_reference(out: Path) -> int:
         if status:
             return status
     difference, cosine = compare(read_embeddings(embeddings).tables, source)
-    print(f"\nLargest difference from the PyTorch reference: {difference:.1e} of the largest entry (smallest cosine {cosine:.7f}).")
+    print(f"\nThe report of these clips, to open in a browser: {out / 'demo.html'}")
+    print(f"Largest difference from the PyTorch reference: {difference:.1e} of the largest entry (smallest cosine {cosine:.7f}).")
     return 0
 
 

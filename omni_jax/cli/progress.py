@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import queue
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 WIDTH = 24  # characters of the bar
 BAR_SECONDS = 0.1
@@ -19,12 +20,15 @@ class Progress:
     """Reports how many of `total` items are done, the rate and the time left, on stderr.
 
     Use it as a context manager and call `update` as items finish; the closing line is printed on leaving. Items that were done before
-    (a resumed run) are given as `done` and do not count in the rate.
+    (a resumed run) are given as `done` and do not count in the rate. While a `Whole` is entered, this is one of its parts and shows there.
 
     Attributes:
       done: items finished so far.
       detail: what else there is to say about the work, shown behind the rest; "" for nothing.
+      whole: what all progress of this process is part of.
     """
+
+    whole: ClassVar[Whole | None] = None
 
     def __init__(
         self,
@@ -43,12 +47,16 @@ class Progress:
         self._already = done
         self._shown = -1  # items at the last line, so that none comes twice
         self._start = self._last = clock()
+        if self.whole is not None:
+            self.whole.show(self)
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._terminal or self._shown != self.done:
+        if self.whole is not None:
+            self.whole.clear()
+        elif self._terminal or self._shown != self.done:
             self._show(self._clock(), final=True)
 
     def update(self, items: int = 1) -> None:
@@ -68,21 +76,30 @@ class Progress:
         """Returns the plain line: what is done, count, rate and time left."""
         elapsed = max(now - self._start, 1e-9)
         rate = (self.done - self._already) / elapsed
-        count = f"{self.done}/{self.total}" if self.total is not None else f"{self.done}"
-        text = f"{self.what}: {count} {self.unit}, {_rate(rate)} {self.unit}/s"
+        text = f"{self.counted()}, {_rate(rate)} {self.unit}/s"
         detail = f"; {self.detail}" if self.detail else ""
         if self.total is None or self.done >= self.total:
             return f"{text}, {duration(elapsed)}{detail}"
         left = duration((self.total - self.done) / rate) if rate > 0 else "?"
         return f"{text}, {left} left{detail}"
 
+    def counted(self) -> str:
+        """Returns what is done and how much of it."""
+        return f"{self.what}: {self.done}{'' if self.total is None else f'/{self.total}'} {self.unit}"
+
+    @property
+    def share(self) -> float:
+        """How much of the work is done, from 0 to 1; 0 where the total is not known."""
+        return min(self.done / self.total, 1.0) if self.total else 0.0
+
     def _show(self, now: float, final: bool = False) -> None:
+        if self.whole is not None:
+            self.whole.show(self)
+            return
         self._shown = self.done
         text = self.line(now)
         if self._terminal:
-            share = min(self.done / self.total, 1.0) if self.total else 0.0
-            bar = f"[{'#' * round(WIDTH * share):<{WIDTH}}] " if self.total else ""
-            text = f"\r\x1b[K{bar}{text}"
+            text = f"\r\x1b[K{_bar(self.share) if self.total else ''}{text}"
         self._stream.write(text + ("\n" if final or not self._terminal else ""))
         self._stream.flush()
 
@@ -127,6 +144,60 @@ class Waiting:
             return result
 
 
+class Whole:
+    """One bar for work of several parts, each of which reports by `Progress` objects as it does alone.
+
+    Use it as a context manager, and `part` for each part in turn. What the parts print stands above the bar.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        parts: Mapping[str, float],
+        *,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Takes what the whole is called, and the seconds that each part is expected to take compared with the others, by name."""
+        self.what, self._parts = what, dict(parts)
+        self._stream = sys.stderr if stream is None else stream
+        self._terminal, self._clock, self._start = self._stream.isatty(), clock, clock()
+        self._before, self._size, self._share = 0.0, 0.0, 0.0  # of the parts that are done; of this one; how far this one is
+        self._of_all = sum(self._parts.values())
+
+    def __enter__(self) -> Whole:
+        Progress.whole = self
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        Progress.whole = None
+        self.clear()
+
+    def part(self, name: str) -> None:
+        """Begins a part; the one before it is done."""
+        self._before += self._size
+        self._size, self._share = self._parts[name], 0.0
+
+    def show(self, progress: Progress) -> None:
+        """Shows the whole, and in it the work of `progress`, which belongs to the part that was begun."""
+        self._share = max(self._share, progress.share)  # a part may report more than one piece of work
+        share = (self._before + self._size * self._share) / self._of_all
+        elapsed = self._clock() - self._start
+        left = f"{duration(elapsed / share - elapsed)} left" if share > 0 else "? left"
+        detail = f"; {progress.detail}" if progress.detail else ""
+        text = f"{self.what}: {share:.0%}, {left}; {progress.counted()}{detail}"
+        # A line that wraps could not be taken back.
+        columns = shutil.get_terminal_size().columns - 1
+        self._stream.write(f"\r\x1b[K{f'{_bar(share)}{text}'[:columns]}" if self._terminal else f"{text}\n")
+        self._stream.flush()
+
+    def clear(self) -> None:
+        """Takes the bar away, until a part shows it again."""
+        if self._terminal:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
+
 def duration(seconds: float) -> str:
     """Returns a length of time as people write it: 8 s, 3:05, 2:10:00."""
     whole = round(seconds)
@@ -135,6 +206,10 @@ def duration(seconds: float) -> str:
     hours, rest = divmod(whole, 3600)
     minutes, rest = divmod(rest, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _bar(share: float) -> str:
+    return f"[{'#' * round(WIDTH * share):<{WIDTH}}] "
 
 
 def _rate(value: float) -> str:

@@ -108,3 +108,26 @@ def signals_noted() -> Iterator[Signals]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def interrupts_noted() -> Iterator[Signals]:
+    """Notes Ctrl-C while the block runs and raises KeyboardInterrupt as ever.
+
+    That is lost where it comes up in a callback of the garbage collector, whose exceptions Python drops; JAX has such a callback. Work of
+    several steps asks after each what was noted. In another thread than the main one it notes nothing.
+    """
+    noted = Signals()
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.seen.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)

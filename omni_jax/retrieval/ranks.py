@@ -265,8 +265,7 @@ def _count(side: _Side, other: _Side, counted: np.ndarray, mesh: Mesh) -> None:
     run = _programs(mesh)
     in_place: dict[int, list[jax.Array]] = {}
 
-    # Placing all this for every tile takes a third as long as a product of narrow rows. What a row of tiles shares is placed once for it;
-    # what is small, or lies in the table where a CPU reads it, once for all tiles.
+    # Placing takes a third of a product of narrow rows: once for a row of tiles, or for all where it is small or a CPU reads the table itself.
     @functools.lru_cache(maxsize=2)
     def rows(i: int) -> tuple[list[jax.Array], list[jax.Array]]:
         return run.put_rows(*side.vectors(i)), run.put_thresholds(*side.thresholds(i))
@@ -276,13 +275,13 @@ def _count(side: _Side, other: _Side, counted: np.ndarray, mesh: Mesh) -> None:
         return run.put(*other.thresholds(j))
 
     def columns(j: int) -> list[jax.Array]:
-        if j in in_place:
-            return in_place[j]
-        vectors = other.vectors(j)
-        placed = run.put(*vectors)
-        if run.reads_in_place(vectors[0]) and np.may_share_memory(vectors[0], other.table.rows):
+        if j not in in_place:
+            vectors = other.vectors(j)
+            placed = run.put(*vectors)
+            if not run.reads_in_place(vectors[0]) or not np.may_share_memory(vectors[0], other.table.rows):
+                return placed
             in_place[j] = placed
-        return placed
+        return in_place[j]
 
     def tile(place: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
         i, j = place

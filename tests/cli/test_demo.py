@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,32 +14,57 @@ import numpy as np
 import pytest
 
 from conversion.source import model_config, open_checkpoint
-from omni_jax.cli import learning
-from omni_jax.data.synthetic import SyntheticConfig
+from omni_jax.cli import learning, parity
+from omni_jax.cli.main import main
+from omni_jax.cli.stopping import Signals
+from omni_jax.data.synthetic import SyntheticConfig, SyntheticSet
 from omni_jax.train.curves import read_rows
 from omni_jax.types import InputError
 
+# The learning part alone, as the demo's command runs it. Data workers start as fresh interpreters, which import this script again.
 SMALL = """
 import sys
-from pathlib import Path
-from omni_jax.cli import learning
+from omni_jax.cli import learning, main, parity
 from omni_jax.data.synthetic import SyntheticConfig
-clips = SyntheticConfig(clips=1, held_out=4, combinations=28, seconds=1.0)
-changes = {"steps": 15, "batch.micro_batch": 8, "optimizer.warmup_steps": 2, "losses.hn_audio_only": True, "data.workers": 0}
-sys.exit(learning.learn(Path(sys.argv[1]), learning.Scale(clips, tuple(changes.items()))))
+if __name__ == "__main__":
+    clips = SyntheticConfig(clips=1, held_out=4, combinations=28, seconds=1.0)
+    changes = {"steps": 15, "batch.micro_batch": 8, "optimizer.warmup_steps": 2, "data.workers": int(sys.argv[2])}
+    learning.DEMO = learning.Scale(clips, f"{learning.CONFIG}:quick", tuple(changes.items()))
+    learning.AVG_ALL = learning.DIRECTION = 0.0
+    parity.compare_with_reference = lambda out: 0
+    sys.argv[:] = ["omni-jax", "demo", "--out", sys.argv[1]]
+    main.entry()
 """
 
 
+def _start(out: Path, workers: int) -> subprocess.Popen[str]:
+    """Starts the learning part as the leader of a process group of its own."""
+    settings = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONUNBUFFERED": "1"}
+    script = out.with_suffix(".py")
+    script.write_text(SMALL)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, str(script), str(out), str(workers)], env=settings, start_new_session=True, **output)
+
+
 def _learn(out: Path) -> str:
-    settings = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "OPENBLAS_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", SMALL, str(out)], capture_output=True, text=True, timeout=900, env=settings)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
+    run = _start(out, workers=0)
+    said, _ = run.communicate(timeout=900)
+    assert run.returncode == 0, said
+    return said
 
 
 @pytest.mark.slow
 def test_the_small_model_learns_is_scored_and_written_for_pytorch(tmp_path):
+    tmp_path /= "demo_out"
     said = _learn(tmp_path)
+    announced = said.index("Next, a small model learns: 24 mp4 files"), said.index("Ctrl-C leaves what is finished")
+    assert announced[0] < announced[1] < said.index("== make clips")
+    # One bar: what a part does stands in the line of the whole.
+    lines = said.splitlines()
+    assert any(line.startswith("demo: ") and "; train: 0/15 updates" in line for line in lines)
+    assert not [line for line in lines if line.startswith(("clips: ", "prepare: ", "train: ", "embed: ", "previews: "))]
+    assert lines[-3:] == learning.NEXT.splitlines()
+    assert f"report {tmp_path / 'held_out.html'}" in said
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 16))
     loss = [row["loss"] for row in rows]
@@ -54,13 +81,117 @@ def test_the_small_model_learns_is_scored_and_written_for_pytorch(tmp_path):
     assert "chance 25.0 %" in said
     assert (tmp_path / "curves.html").read_text().count("<svg") == 6
     base = open_checkpoint(tmp_path / "torch_base")
-    assert model_config(base).decoder.num_layers == 3
+    assert model_config(base).decoder.num_layers == 2
     assert (tmp_path / "torch_adapter" / "adapter_model.safetensors").is_file()
 
     # Again: what is there is used, and the model is not trained on.
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert "0 mp4 files written" in _learn(tmp_path)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_any_stage_says_what_stays_and_leaves_no_process(tmp_path):
+    out = tmp_path / "demo_out"
+    # Each run goes on where the one before was stopped. The last is stopped before the step is compiled.
+    for seen, stays in (("demo: ", "clips"), ("== prepare shards", "clips"), ("train: 0/15", "run")):
+        run = _start(out, workers=1)
+        assert run.stdout is not None
+        said = []
+        for line in run.stdout:
+            if seen in line and not any(seen in earlier for earlier in said):
+                os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+            said.append(line)
+        assert run.wait(timeout=300) == 130, "".join(said)
+        assert f"{out / stays}" in said[-1] and "run it again to go on" in said[-1]
+        assert _of_group(run.pid) == []
+    assert (out / "run" / "checkpoints").is_dir()
+
+
+def _of_group(leader: int) -> list[str]:
+    """Returns the processes of a group that have not ended; whether their parent has noticed the end of the others is not asked."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = file.read_text().rpartition(")")
+        except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            continue
+        state, _, group = rest.split()[:3]
+        if int(group) == leader and state not in "ZX":
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("place", ["file", "file/inside", "/proc/demo_out"])
+def test_an_output_that_cannot_be_written_is_said_at_once(tmp_path, capsys, place):
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--out", str(tmp_path / place)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"omni-jax: --out {tmp_path / place}: cannot be written (") and said.err.count("\n") == 1
+    assert not said.out
+
+
+@pytest.mark.parametrize("ablation", [[], ["--ablation"]])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), learning.Stopped(130), learning.Stopped(75)])
+def test_a_stopped_demo_says_what_stays_and_returns_the_status_of_the_stop(tmp_path, capsys, monkeypatch, stop, ablation):
+    def stopped(out, scale, stages):
+        (out / "clips").mkdir(parents=True)
+        raise stop
+
+    monkeypatch.setattr(parity, "compare_with_reference", lambda out: 0)
+    monkeypatch.setattr(learning, "_make_data", stopped)
+    assert main(["demo", "--out", str(tmp_path / "demo"), *ablation]) == getattr(stop, "status", 130)
+    last = capsys.readouterr().err.splitlines()[-1]
+    kept = tmp_path / "demo" / ("ablation" if ablation else "clips")
+    assert last.startswith(f"the demo was stopped; what is finished stays ({kept}") and last.endswith("run it again to go on")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_that_python_drops_stops_the_demo_after_the_stage(tmp_path, capfd, monkeypatch):
+    class Dropping:
+        def __del__(self):  # as in a callback of the garbage collector: what it raises is dropped
+            signal.raise_signal(signal.SIGINT)
+
+    def make(folder, config, **options):
+        Dropping()
+        return SyntheticSet(folder / "train.jsonl", folder / "held_out.jsonl", written=1)
+
+    monkeypatch.setattr(parity, "compare_with_reference", lambda out: 0)
+    monkeypatch.setattr(learning, "write_set", make)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 130
+    said = capfd.readouterr()
+    assert "== make clips" in said.out and "== prepare shards" not in said.out
+    assert "the demo was stopped" in said.err.splitlines()[-1]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_command_that_a_signal_ended_stops_the_demo_and_one_that_failed_is_named(tmp_path):
+    missing = ["eval", str(tmp_path / "none.npz")]
+    with pytest.raises(InputError, match="omni-jax eval ended with status 2; run the demo again to go on"):
+        learning._command(missing)
+
+
+def test_a_demo_goes_on_under_its_settings_and_starts_over_under_others(tmp_path):
+    scale = learning.Scale(SyntheticConfig(clips=1), f"{learning.CONFIG}:quick")
+    marks = {"clips": "synthetic.json", "shards": "preparation.json", "run": "config.json"}
+
+    def fill():
+        for folder, mark in marks.items():
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / mark).write_text("{}")
+
+    def there():
+        return [folder for folder in marks if (tmp_path / folder).exists()]
+
+    fill()  # by a version that noted no settings
+    learning._begin(tmp_path, scale)
+    assert there() == []
+    fill()
+    learning._begin(tmp_path, scale)
+    assert there() == list(marks)
+    learning._begin(tmp_path, dataclasses.replace(scale, changes=(("steps", 3),)))
+    assert there() == []
 
 
 def test_an_earlier_folder_is_replaced_and_another_is_refused(tmp_path):
@@ -75,7 +206,7 @@ def test_an_earlier_folder_is_replaced_and_another_is_refused(tmp_path):
 
 
 def test_the_demo_reads_clips_as_its_config_trains_them():
-    scale = learning.Scale(SyntheticConfig(), (("steps", 3), ("batch.micro_batch", 4)))
+    scale = learning.Scale(changes=(("steps", 3), ("batch.micro_batch", 4)))
     assert learning._settings(scale).steps == 3
     arguments = learning._preset(scale)
     fields = learning._settings(scale).data.preset_fields
@@ -112,8 +243,8 @@ def test_the_ablation_gives_one_loss_the_time_of_three_and_keeps_what_was_run(tm
     monkeypatch.setattr(learning, "_train", train)
     monkeypatch.setattr(learning, "_score", score)
     monkeypatch.setattr(learning, "_cpu_seconds", lambda: clock[0])
-    scale = learning.Scale(SyntheticConfig(), (("steps", 10),))
-    assert learning.ablate(tmp_path, scale) == 0
+    scale = learning.Scale(changes=(("steps", 10),))
+    assert learning.ablate(tmp_path, scale, Signals()) == 0
     assert [name for name, _ in trained] == ["L_A", "L_A___L_D", "L_A___L_D___L_T", "L_A__equal_CPU_time"]
     assert [changes["losses.distillation_weight"] for _, changes in trained] == [0.0, 1.0, 1.0, 0.0]
     assert [changes["steps"] for _, changes in trained] == [10, 10, 10, 20]
@@ -121,5 +252,5 @@ def test_the_ablation_gives_one_loss_the_time_of_three_and_keeps_what_was_run(tm
     assert [(row["steps"], row["cpu"], row["AVG-all"]) for row in kept.values()] == [(10, 10, 10), (10, 10, 20), (10, 20, 30), (20, 20, 40)]
     said = capsys.readouterr().out
     assert "Equal steps are not equal compute" in said and "nothing has converged" in said and "chance 2.0 %" in said
-    learning.ablate(tmp_path, scale)
+    learning.ablate(tmp_path, scale, Signals())
     assert len(trained) == 4

@@ -239,6 +239,7 @@ def test_golden_demo_prints_the_table_and_the_difference(golden: GoldenSet, tmp_
     assert run.returncode == 0, run.stderr
     assert "AVG-all" in run.stdout
     assert "Largest difference from the PyTorch reference" in run.stdout.splitlines()[-1]
+    assert run.stdout.splitlines()[-2].endswith(f": {tmp_path / 'out' / 'demo.html'}") and (tmp_path / "out" / "demo.html").is_file()
     difference, cosine = parity.compare(read_embeddings(tmp_path / "out" / "demo.npz").tables, golden.dir)
     assert f"{difference:.1e}" in run.stdout.splitlines()[-1]
     assert cosine >= 0.9999

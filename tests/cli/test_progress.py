@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from omni_jax.cli.progress import LINE_SECONDS, Progress, Waiting, duration
+from omni_jax.cli.progress import LINE_SECONDS, Progress, Waiting, Whole, duration
 
 
 class Clock:
@@ -111,3 +111,56 @@ def test_ctrl_c_is_heard_while_the_work_cannot_be():
         assert not let_go.is_set()
     finally:
         let_go.set()
+
+
+def test_parts_of_a_whole_share_one_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    clock, stream = Clock(), Terminal()
+    with Whole("demo", {"make": 10.0, "train": 30.0}, stream=stream, clock=clock) as whole:
+        whole.part("make")
+        with Progress(4, "clips", stream=stream, clock=clock) as progress:
+            clock.now += 10
+            progress.update(4)
+        whole.part("train")
+        with Progress(30, "train", unit="updates", stream=stream, clock=clock) as progress:
+            clock.now += 5
+            progress.detail = "loss 1.0"
+            progress.update(10)
+            progress.note("one thing to know")
+    shown = stream.getvalue().split("\r\x1b[K")
+    assert shown[1] == "[                        ] demo: 0%, ? left; clips: 0/4 clips"
+    assert shown[2] == "[######                  ] demo: 25%, 30 s left; clips: 4/4 clips"
+    assert "[############            ] demo: 50%, 15 s left; train: 10/30 updates; loss 1.0" in shown
+    # What is printed between and after the parts finds an empty line.
+    assert "one thing to know\n" in shown and shown[3] == "" and shown[-1] == ""
+    assert Progress.whole is None
+
+
+def test_the_bar_of_a_whole_never_steps_back_nor_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    clock, stream = Clock(), Terminal()
+    with Whole("demo", {"score": 1.0}, stream=stream, clock=clock) as whole:
+        whole.part("score")
+        for what in ("embed", "previews"):
+            with Progress(2, what, stream=stream, clock=clock) as progress:
+                for _ in range(2):
+                    clock.now += 1
+                    progress.update()
+    shown = [line for line in stream.getvalue().split("\r\x1b[K") if line]
+    filled = [line.count("#") for line in shown]
+    assert filled == sorted(filled) and filled[-1] == 24
+    assert max(map(len, shown)) == 39
+
+
+def test_a_whole_prints_plain_lines_elsewhere_and_ends_when_a_part_fails() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with pytest.raises(KeyError), Whole("demo", {"make": 1.0}, stream=stream, clock=clock) as whole:
+        whole.part("make")
+        with Progress(None, "clips", stream=stream, clock=clock) as progress:
+            clock.now += LINE_SECONDS
+            progress.update(3)
+            raise KeyError
+    assert stream.getvalue() == "demo: 0%, ? left; clips: 0 clips\ndemo: 0%, ? left; clips: 3 clips\n"
+    with Progress(1, "embed", stream=stream, clock=clock) as progress:
+        progress.update()
+    assert stream.getvalue().splitlines()[-1].startswith("embed: 1/1 clips")
