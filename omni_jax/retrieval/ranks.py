@@ -265,7 +265,7 @@ def _count(side: _Side, other: _Side, counted: np.ndarray, mesh: Mesh) -> None:
     run = _programs(mesh)
     in_place: dict[int, list[jax.Array]] = {}
 
-    # Placing takes a third of a product of narrow rows: once for a row of tiles, or for all where it is small or a CPU reads the table itself.
+    # Placing takes a third of a product's time: once for a row of tiles, or for all where it is small or a CPU reads the table itself.
     @functools.lru_cache(maxsize=2)
     def rows(i: int) -> tuple[list[jax.Array], list[jax.Array]]:
         return run.put_rows(*side.vectors(i)), run.put_thresholds(*side.thresholds(i))
