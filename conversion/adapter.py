@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,10 @@ from etils import epath
 
 from conversion import engine, safetensors_io, source
 from conversion.engine import Entry
+from conversion.module_matching import by_pattern, selected
+from conversion.names import read_adapter_names
 from conversion.rules import base_rules
-from conversion.torch_pickle import read_torch_file
+from conversion.weight_files import read_weight_file
 from omni_jax.config import LoraConfig, ModelConfig
 from omni_jax.types import InputError
 
@@ -30,18 +31,13 @@ PICKLED = "adapter_model.bin"
 # Field -> values that mean "not used". Any other value would change what the adapter computes.
 _UNUSED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
-    "alpha_pattern": ({}, None),
     "arrow_config": (None,),
     "bias": ("none",),
-    "exclude_modules": (None, []),
     "fan_in_fan_out": (False,),
     "kasa_config": (None,),
     "layer_replication": (None,),
-    "layers_pattern": (None, []),
-    "layers_to_transform": (None, []),
     "lora_bias": (False,),
     "monteclora_config": (None,),
-    "rank_pattern": ({}, None),
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
     "use_bdlora": (None, False),
@@ -51,7 +47,21 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
 }
 
 # Fields that are read below, and those that say how an adapter came to be and not what it computes.
-_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "init_lora_weights"}
+_READ = {
+    "alpha_pattern",
+    "exclude_modules",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "modules_to_save",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "use_rslora",
+}
 _HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -74,21 +84,6 @@ _HARMLESS_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` under which PEFT leaves the base as it is. Under others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) it subtracts
 from the base what the matrices started from, at every load."""
 
-MATCH_LIMIT_S = 10.0
-"""Seconds that `target_modules` may take over the names of a model."""
-
-LONGEST_PATTERN = 10_000
-_MATCH = """
-import json, re, resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-pattern, names = json.load(sys.stdin)
-try:
-    compiled = re.compile(pattern)
-except (re.error, OverflowError, RecursionError, MemoryError) as e:
-    sys.exit(str(e) or type(e).__name__)
-print(json.dumps([name for name in names if compiled.fullmatch(name)]))
-"""
-
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
@@ -98,8 +93,10 @@ class Adapter:
       folder: the folder.
       config: `adapter_config.json`, parsed.
       lora: the same as this project's record.
-      entries: PEFT name -> Entry of every tensor, LoRA and whole modules, in the order of the file.
-      tensors: PEFT name -> place in the file, or the array itself where the file is a pickle.
+      own: module -> (rank, factor on the scale of `lora`) where they differ from it (`rank_pattern`, `alpha_pattern`).
+      entries: PEFT name -> Entry of every tensor, LoRA and whole modules, in the order of the file, with the shapes of the model.
+      tensors: PEFT name -> place in the file.
+      names: name in the file -> PEFT name, where they differ.
       metadata: safetensors metadata of the weight file.
       side_files: every other file, `adapter_config.json` included.
     """
@@ -107,18 +104,30 @@ class Adapter:
     folder: epath.Path
     config: dict[str, Any]
     lora: LoraConfig
+    own: dict[str, tuple[int, float]]
     entries: dict[str, Entry]
-    tensors: Mapping[str, safetensors_io.TensorInfo | np.ndarray]
+    tensors: Mapping[str, safetensors_io.TensorInfo]
+    names: dict[str, str]
     metadata: dict[str, str]
     side_files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def read(self, key: str) -> np.ndarray:
-        """Returns one tensor; InputError where it holds NaN or infinity."""
-        tensor = self.tensors[key]
-        if isinstance(tensor, safetensors_io.TensorInfo):
-            return source.read_finite(tensor)
-        source.refuse_non_finite(tensor, key, self.folder / PICKLED)
-        return tensor
+        """Returns one tensor as it is in the file; InputError where it holds NaN or infinity."""
+        return source.read_finite(self.tensors[key])
+
+    def fitted(self, key: str, array: np.ndarray) -> np.ndarray:
+        """Returns a tensor in the shape of the model: LoRA of a smaller rank gets zeros, and B the factor on its scale, in float32."""
+        rank, factor = self.own.get(_module(key), (self.lora.rank, 1.0)) if ".lora_" in key else (self.lora.rank, 1.0)
+        side = key.rsplit(".lora_", 1)[-1][0]
+        if side == "B" and factor != 1:
+            array = array.astype(np.float32) * np.float32(factor)
+        missing = self.lora.rank - rank
+        return np.pad(array, [(0, missing), (0, 0)] if side == "A" else [(0, 0), (0, missing)]) if missing else array
+
+    def scale(self, key: str) -> float:
+        """Returns the factor on B A x of the module that a base tensor belongs to."""
+        return self.lora.scale * self.own.get(key.removesuffix(".weight"), (0, 1.0))[1]
 
 
 def open_adapter(folder: epath.PathLike, base: ModelConfig) -> Adapter:
@@ -129,16 +138,31 @@ def open_adapter(folder: epath.PathLike, base: ModelConfig) -> Adapter:
     """
     folder = epath.Path(folder)
     if not (folder / CONFIG).exists():
-        raise InputError(f"{folder}: has no {CONFIG}; name the folder of a PEFT adapter")
+        inside = sorted(item.name for item in folder.iterdir() if (item / CONFIG).exists()) if folder.is_dir() else []
+        what = f"name one of the adapters in it ({', '.join(inside)})" if inside else "name the folder of a PEFT adapter"
+        raise InputError(f"{folder}: has no {CONFIG}; {what}")
     config = source.read_json(folder / CONFIG)
-    lora, selected = lora_config(config, base, str(folder / CONFIG))
-    tensors, metadata, file = _weights(folder)
-    entries = adapter_entries(dataclasses.replace(base, lora=lora), selected)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    raw, metadata, file = _weights(folder)
+    names = read_adapter_names(raw, str(folder / file))
+    lora, modules, own = read_config(config, base, str(folder / CONFIG), names.spelled)
+    tensors = {name: raw[key] for name, key in names.sources.items()}
+    entries = adapter_entries(dataclasses.replace(base, lora=lora), modules)
+    ours = {
+        key: dataclasses.replace(entry, torch_shape=_own_shape(key, entry.torch_shape, own.get(_module(key))))
+        for key, entry in entries.items()
+    }
     mend = "use the adapter_config.json and the base model it was trained with"
-    engine.check(entries, shapes, f"{folder / file} against {CONFIG}", mend)
+    engine.check(ours, {name: info.shape for name, info in tensors.items()}, f"{folder / file} against {CONFIG}", mend)
     side_files = source.list_files(folder, leave_out={file})
-    return Adapter(folder, config, lora, {name: entries[name] for name in tensors}, tensors, metadata, side_files)
+    renamed = {key: name for name, key in names.sources.items() if key != name}
+    notes = (f"{folder}: {len(names.copies)} copies of the base's modules are left out ({names.copies[0]})",) if names.copies else ()
+    return Adapter(folder, config, lora, own, {name: entries[name] for name in tensors}, tensors, renamed, metadata, side_files, notes)
+
+
+def _own_shape(key: str, shape: tuple[int, ...], own: tuple[int, float] | None) -> tuple[int, ...]:
+    if own is None or ".lora_" not in key:
+        return shape
+    return (own[0], shape[1]) if ".lora_A." in key else (shape[0], own[0])
 
 
 def adapter_entries(config: ModelConfig, selected: frozenset[str] | None = None) -> dict[str, Entry]:
@@ -153,7 +177,19 @@ def adapter_entries(config: ModelConfig, selected: frozenset[str] | None = None)
 
 
 def lora_config(config: Mapping[str, Any], base: ModelConfig, where: str) -> tuple[LoraConfig, frozenset[str]]:
-    """Returns an `adapter_config.json` as a LoraConfig, and the torch modules its `target_modules` selects.
+    """Returns an `adapter_config.json` as a LoraConfig, and the torch modules that get LoRA; raises as `read_config`."""
+    return read_config(config, base, where)[:2]
+
+
+def read_config(
+    config: Mapping[str, Any], base: ModelConfig, where: str, spelled: Callable[[str], str] = str
+) -> tuple[LoraConfig, frozenset[str], dict[str, tuple[int, float]]]:
+    """Returns (LoRA of the model, torch modules that get it, module -> own (rank, factor on the scale) where they differ).
+
+    The rank of the model is the largest one; a smaller one is the same with zeros, another alpha a factor.
+
+    Args:
+      spelled: name of a module -> its name in the program that wrote the adapter, which patterns are compared with.
 
     Raises:
       InputError: naming the field that is missing or not supported.
@@ -183,72 +219,61 @@ def lora_config(config: Mapping[str, Any], base: ModelConfig, where: str) -> tup
     for field, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InputError(f"{where}: {field}={value!r} is not a number")
-    selected, targets = _select(config.get("target_modules"), base, where)
     saved = config.get("modules_to_save") or ()
     if isinstance(saved, str) or not all(isinstance(name, str) for name in saved):
         raise InputError(f"{where}: modules_to_save={saved!r} is not a list of names")
-    lora = LoraConfig(rank, float(alpha or 0), bool(config.get("use_rslora", False)), float(dropout), targets, tuple(saved))  # type: ignore[arg-type]
-    whole = engine.saved_entries(dataclasses.replace(base, lora=lora), engine.base_entries(base))
-    absent = [name for name in saved if not any(engine.inside(key, name) for key in whole)]
+    modules, targets = _select(config, base, where, spelled)
+    rslora = bool(config.get("use_rslora", False))
+    ranks = dict.fromkeys(modules, rank) | by_pattern(config, "rank_pattern", modules, spelled, where)
+    alphas = dict.fromkeys(modules, alpha) | by_pattern(config, "alpha_pattern", modules, spelled, where)
+    odd = [f"rank_pattern gives {name} the rank {r!r}" for name, r in ranks.items() if type(r) is not int or r < 1]
+    odd += [f"alpha_pattern gives {name} {a!r}" for name, a in alphas.items() if isinstance(a, bool) or not isinstance(a, int | float)]
+    if odd:
+        raise InputError(f"{where}: {odd[0]}; use the file as PEFT wrote it")
+    first = next((name for name in sorted(modules) if (ranks[name], alphas[name]) == (rank, alpha)), min(modules, key=lambda m: -ranks[m]))
+    scales = {name: alphas[name] / (math.sqrt(ranks[name]) if rslora else ranks[name]) for name in modules}
+    largest = max(ranks.values())
+    whole = float(alpha or 0) if largest == ranks[first] == rank else scales[first] * (math.sqrt(largest) if rslora else largest)
+    lora = LoraConfig(largest, whole, rslora, float(dropout), targets, tuple(saved))  # type: ignore[arg-type]
+    own = {
+        name: (ranks[name], scales[name] / scales[first] if scales[name] != scales[first] else 1.0)
+        for name in modules
+        if ranks[name] != largest or scales[name] != scales[first]
+    }
+    if own and not scales[first]:
+        raise InputError(f"{where}: alpha 0 beside others in alpha_pattern is not supported; merge such an adapter in torch first")
+    kept = engine.saved_entries(dataclasses.replace(base, lora=lora), engine.base_entries(base))
+    absent = [name for name in saved if not any(engine.inside(key, name) for key in kept)]
     if absent:
         raise InputError(f"{where}: modules_to_save names {absent}, which this model does not have")
-    return lora, selected
+    return lora, modules, own
 
 
-def _select(target: Any, base: ModelConfig, where: str) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Applies `target_modules` as PEFT does: a string is a regular expression for the whole name, a list names endings."""
-    entries = engine.base_entries(dataclasses.replace(base, lora=None))
+def _select(
+    config: Mapping[str, Any], base: ModelConfig, where: str, spelled: Callable[[str], str]
+) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Returns the modules that get LoRA, and their paths in the parameter tree."""
+    target, entries = config.get("target_modules"), engine.base_entries(dataclasses.replace(base, lora=None))
     rules = {rule.path: rule for rule in base_rules(base)}
-    chosen = {key.removesuffix(".weight"): rules[entry.path] for key, entry in entries.items() if key.endswith(".weight")}
-    if isinstance(target, str) and target != "all-linear":
-        kept = _matching(target, list(chosen), where)
-    elif isinstance(target, list) and target and all(isinstance(name, str) for name in target):
-        kept = {name for name in chosen if any(name == end or name.endswith(f".{end}") for end in target)}
-    else:
-        raise InputError(f"{where}: target_modules={target!r} is not supported; a regular expression or a list of module names is wanted")
-    chosen = {name: rule for name, rule in chosen.items() if name in kept}
+    known = {key.removesuffix(".weight"): rules[entry.path] for key, entry in entries.items() if key.endswith(".weight")}
+    chosen = selected(config, {name: rule.linear for name, rule in known.items()}, spelled, where)
     if not chosen:
         raise InputError(f"{where}: target_modules {target!r} selects no module of this model")
-    unfit = [name for name, rule in chosen.items() if not rule.linear]
+    unfit = [name for name in known if name in chosen and not known[name].linear]
     if unfit:
         raise InputError(f"{where}: target_modules {target!r} selects {unfit[0]}, which is not a linear layer; LoRA there is not supported")
-    return frozenset(chosen), tuple(dict.fromkeys(rule.module for rule in chosen.values()))
+    return frozenset(chosen), tuple(dict.fromkeys(rule.module for name, rule in known.items() if name in chosen))
 
 
-def _matching(pattern: str, names: list[str], where: str) -> set[str]:
-    """Returns the names that a regular expression matches as a whole, as PEFT does.
-
-    A pattern from a download may take longer than the universe lasts, and `re` cannot be stopped: it runs in a process of its own.
-    """
-    if len(pattern) > LONGEST_PATTERN:
-        raise InputError(f"{where}: target_modules is a regular expression of {len(pattern):,} characters; list the module names instead")
-    command = [sys.executable, "-I", "-S", "-c", _MATCH]
-    try:
-        done = subprocess.run(command, input=json.dumps([pattern, names]).encode(), capture_output=True, timeout=MATCH_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        raise InputError(
-            f"{where}: target_modules {pattern[:80]!r} takes over {MATCH_LIMIT_S:g} s to match; list the module names instead"
-        ) from None
-    if done.returncode:
-        reason = " ".join(done.stderr.decode(errors="replace").split())[-200:] or f"status {done.returncode}"
-        raise InputError(f"{where}: target_modules {pattern[:80]!r} is not a regular expression that can be used ({reason})")
-    return set(json.loads(done.stdout))
-
-
-def _weights(folder: epath.Path) -> tuple[Mapping[str, safetensors_io.TensorInfo | np.ndarray], dict[str, str], str]:
-    if (folder / WEIGHTS).exists():
-        tensors, metadata = safetensors_io.read_header(folder / WEIGHTS)
-        odd = [name for name, info in tensors.items() if info.dtype not in safetensors_io.FLOATS]
-        if odd:
-            raise InputError(f"{folder / WEIGHTS}: {len(odd)} tensors are not floating point ({odd[0]}, ...); get the adapter again")
-        return tensors, metadata, WEIGHTS
-    if not (folder / PICKLED).exists():
+def _weights(folder: epath.Path) -> tuple[Mapping[str, safetensors_io.TensorInfo], dict[str, str], str]:
+    file = next((file for file in (WEIGHTS, PICKLED) if (folder / file).exists()), None)
+    if file is None:
         raise InputError(f"{folder}: has neither {WEIGHTS} nor {PICKLED}; download the adapter again")
-    content = read_torch_file(folder / PICKLED)
-    tensors = content.items() if isinstance(content, dict) else [(None, None)]
-    if not all(isinstance(name, str) and isinstance(value, np.ndarray) and source.is_float(value.dtype) for name, value in tensors):
-        raise InputError(f"{folder / PICKLED}: not a dict of floating-point tensors; get the adapter as safetensors")
-    return content, {"format": "pt"}, PICKLED
+    tensors, metadata = read_weight_file(folder / file)
+    odd = [name for name, info in tensors.items() if info.dtype not in safetensors_io.FLOATS]
+    if odd:
+        raise InputError(f"{folder / file}: {len(odd)} tensors are not floating point ({odd[0]}, ...); get the adapter again")
+    return tensors, metadata or {"format": "pt"}, file
 
 
 def _module(key: str) -> str:
@@ -270,13 +295,17 @@ def default_config(config: ModelConfig, base_model: str | None = None) -> dict[s
     alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
     unused = {field: values[0] for field, values in _UNUSED.items()}
     ours = {
+        "alpha_pattern": {},
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
         "corda_config": None,
         "ensure_weight_tying": False,
         "eva_config": None,
+        "exclude_modules": None,
         "inference_mode": True,
         "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
         "loftq_config": {},
         "lora_alpha": alpha,
         "lora_dropout": lora.dropout,
@@ -287,6 +316,7 @@ def default_config(config: ModelConfig, base_model: str | None = None) -> dict[s
         "peft_type": "LORA",
         "qalora_group_size": 16,
         "r": lora.rank,
+        "rank_pattern": {},
         "revision": None,
         "target_modules": pattern,
         "task_type": "CAUSAL_LM",

@@ -13,7 +13,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 import numpy as np
 
 from conversion.rules import PEFT_PREFIX, Rule, TreePath, base_rules, lora_rules
-from conversion.transforms import Shape, Transform
+from conversion.transforms import Identity, Shape, Transform
 from omni_jax.config import ModelConfig
 from omni_jax.types import InputError
 
@@ -59,6 +59,14 @@ class Entry:
 def stored_name(path: TreePath, layer: int | None) -> str:
     """Returns the name of a leaf (of one layer of it) in a converted folder: `decoder.layers.attn.q.kernel.12`."""
     return ".".join(path if layer is None else (*path, str(layer)))
+
+
+ORIGINAL = "original"
+
+
+def original(key: str, shape: Shape) -> Entry:
+    """Returns the Entry of a tensor that a converted folder keeps as it was beside what the model takes, for the way back alone."""
+    return Entry(key, (ORIGINAL, key), None, Identity(), tuple(shape), tuple(shape))
 
 
 def base_entries(config: ModelConfig) -> dict[str, Entry]:

@@ -77,7 +77,7 @@ def to_torch(
             job.write(base, plan.files, plan.entries, stores[-1])
             plan.write_rest(source, base)
         if adapter is not None and manifest.adapter is not None:
-            job.write(adapter, (manifest.adapter,), adapter_entries(manifest.model), stores[0])
+            job.write(adapter, (manifest.adapter,), _stored_adapter(manifest.adapter, manifest, stores[0]), stores[0])
             folder.copy_files(source / folder.ADAPTER_FILES, manifest.adapter_files, adapter)
     return job.summary(started)
 
@@ -255,6 +255,15 @@ class _Job:
         self.parameters += array.size
         self.nbytes += array.nbytes
         self._progress(self.parameters, self._values)
+
+
+def _stored_adapter(file: TensorFile, manifest: Manifest, store: Store) -> dict[str, Entry]:
+    """Returns name in the adapter's file -> Entry: as it was where the model takes it in another shape or scale."""
+    entries = adapter_entries(manifest.model)
+    keys = {name: (manifest.names.get(name, name), shape) for name, _, shape in file.tensors}
+    kept = {name: engine.original(key, shape) for name, (key, shape) in keys.items()}
+    fitted = {name: entries[key] for name, (key, _) in keys.items() if key in entries}
+    return fitted | {name: entry for name, entry in kept.items() if entry.stored in store.arrays}
 
 
 def _layer(leaves: Mapping[TreePath, Any], entry: Entry) -> np.ndarray:

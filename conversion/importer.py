@@ -261,7 +261,7 @@ class _Job:
         if not all(side in adapter.entries for side in sides):
             return array
         a, b = (adapter.read(side).astype(np.float32) for side in sides)  # (r, in) and (out, r)
-        merged = (b @ a) * np.float32(adapter.lora.scale)
+        merged = (b @ a) * np.float32(adapter.scale(entry.key))
         merged += array.astype(np.float32)
         return merged.astype(array.dtype)
 
@@ -269,7 +269,11 @@ class _Job:
         """Writes LoRA and whole modules; in the order of the tree."""
         for group in engine.stacks(adapter.entries.values()).values():
             for entry in group:
-                self._add(writer, entry, entry.to_tree(adapter.read(entry.key)))
+                array = adapter.read(entry.key)
+                fitted = adapter.fitted(entry.key, array)
+                self._add(writer, entry, entry.to_tree(fitted))
+                if fitted is not array:  # the way back needs it as it was
+                    self._add(writer, engine.original(entry.key, array.shape), array)
 
     def _add(self, writer: StoreWriter, entry: Entry, array: np.ndarray) -> None:
         if self._dtype is not None:
@@ -311,7 +315,9 @@ class _Job:
         return text if json.loads(text)["weight_map"] == placed else None
 
     def adapter_file(self, adapter: Adapter) -> TensorFile:
-        return TensorFile("adapter_model.safetensors", adapter.metadata, self._described(adapter.entries))
+        renamed = {name: source for source, name in adapter.names.items()}
+        tensors = tuple((renamed.get(name, name), *self._written[name]) for name in adapter.entries)
+        return TensorFile("adapter_model.safetensors", adapter.metadata, tensors)
 
     def _described(self, names: Iterable[str]) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         return tuple((self._source_of(name), *self._written[name]) for name in names)
@@ -319,16 +325,18 @@ class _Job:
     def _source_of(self, name: str) -> str:
         """Returns the name under which the source has a tensor, or would have one that only the BEATs file holds."""
         sources = self.checkpoint.sources
-        if name in sources or name.startswith(PEFT_PREFIX):
-            return sources.get(name, name)
+        if name in sources:
+            return sources[name]
         prefixes = {source.removesuffix(key) for key, source in sources.items() if source.endswith(key)}
         return f"{prefixes.pop() if len(prefixes) == 1 else ''}{name}"
 
     def names(self) -> dict[str, str]:
         """Returns name in the source -> name in the rules where they differ, of the tensors that an export writes."""
         base = {self._source_of(name): name for name in self._written if name in self.entries and name not in self._made}
-        return {source: name for source, name in base.items() if source != name}
+        adapter = self.adapter.names if self.adapter is not None and self._merge is None else {}
+        return {source: name for source, name in base.items() if source != name} | adapter
 
     def notes(self) -> tuple[str, ...]:
         absent = f"{self.checkpoint.folder}: has no {', '.join(self.absent)}, which no embedding needs; an export will not have it either"
-        return self.checkpoint.notes + ((absent,) if self.absent else ())
+        adapter = self.adapter.notes if self.adapter is not None else ()
+        return self.checkpoint.notes + ((absent,) if self.absent else ()) + adapter

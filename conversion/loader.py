@@ -141,7 +141,7 @@ def _check(leaves: Mapping[TreePath, list[Entry]], stores: list[Store], source: 
         if absent and not all(entry.key in OPTIONAL for entry in group) and (not _is_lora(path) or len(absent) == len(group)):
             missing += absent
     known = {entry.stored: entry.tree_shape for group in leaves.values() for entry in group}
-    found = {name: at.shape for store in stores for name, at in store.arrays.items()}
+    found = {name: at.shape for store in stores for name, at in store.arrays.items() if not name.startswith(f"{engine.ORIGINAL}.")}
     wrong = [f"{name} is {shape}" for name, shape in found.items() if known.get(name) != shape]
     if missing or wrong:
         text = f"{len(missing)} arrays are missing ({', '.join(missing[:3])})" if missing else f"arrays do not fit its model ({wrong[0]})"

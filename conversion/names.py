@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from conversion.rules import DROPPED_PREFIXES, PEFT_PREFIX, THINKER_PREFIX
 from omni_jax.types import InputError
@@ -97,6 +97,72 @@ def canonical(name: str) -> str:
         else:
             return name
     return short
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterNames:
+    """What the tensors of an adapter are.
+
+    Attributes:
+      sources: name as PEFT saves it -> name in the file.
+      copies: names of the base's own modules beside those that were trained whole.
+      spelled: name of a module in the rules -> its name in the program that wrote the file.
+    """
+
+    sources: dict[str, str]
+    copies: tuple[str, ...]
+    spelled: Callable[[str], str]
+
+
+def read_adapter_names(names: Iterable[str], where: str) -> AdapterNames:
+    """Returns what the names of an adapter's file mean, `.default.` and the like included.
+
+    Raises:
+      InputError: several adapters in one file, or two names of one tensor.
+    """
+    copies = tuple(name for name in names if ".original_module." in name)
+    found, adapters = collections.defaultdict(list), {}
+    for name in names:
+        if name not in copies:
+            key, adapter = _adapter_key(name)
+            found[key].append(name)
+            if adapter is not None:
+                adapters.setdefault(adapter, name)
+    if len(adapters) > 1:
+        raise InputError(f"{where}: holds {len(adapters)} adapters ({', '.join(adapters)}); save one of them alone (save_pretrained)")
+    doubled = [f"{key} as {' and '.join(of)}" for key, of in found.items() if len(of) > 1]
+    if doubled:
+        raise InputError(f"{where}: {len(doubled)} tensors stand under two names ({doubled[0]}); keep the right ones and remove the others")
+    sources = {key: of[0] for key, of in found.items()}
+    modules = {key.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0]: of for key, of in sources.items() if ".lora_" in key}
+    raw = [(module, name.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0]) for module, name in modules.items()]
+    spelled = next((spell for spell in _SPELLINGS if all(spell(module) == name for module, name in raw)), str)
+    return AdapterNames(sources, copies, spelled)
+
+
+def _adapter_key(name: str) -> tuple[str, str | None]:
+    """Returns a tensor's name as PEFT saves it, and the adapter that its own name says."""
+    if lora := re.fullmatch(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight", name):
+        module = canonical(f"{lora[1]}.weight").removesuffix(".weight").removeprefix(PEFT_PREFIX)
+        return f"{PEFT_PREFIX}{module}.lora_{lora[2]}.weight", lora[3]
+    if saved := re.fullmatch(r"(.+?)\.modules_to_save\.([^.\d][^.]*)\.(.+)", name):
+        return PEFT_PREFIX + canonical(f"{saved[1]}.{saved[3]}").removeprefix(PEFT_PREFIX), saved[2]
+    return PEFT_PREFIX + canonical(name).removeprefix(PEFT_PREFIX), None
+
+
+def _nested(module: str) -> str:
+    """The name of a module in transformers 5."""
+    if module.startswith("model."):
+        return f"model.language_model.{module.removeprefix('model.')}"
+    return module if module.startswith("lm_head") else f"model.{module}"
+
+
+_SPELLINGS: tuple[Callable[[str], str], ...] = (
+    str,
+    _nested,
+    lambda module: THINKER_PREFIX + module,
+    lambda module: THINKER_PREFIX + _nested(module),
+)
 
 
 def with_norm(name: str, style: str) -> str:

@@ -40,10 +40,21 @@ def settings(**changes):
         (["gate_proj", "up_proj"], 8, {f"{t}/layers/mlp/{n}" for t in ("decoder", "vision") for n in ("gate", "up")}),
         (["q_proj"], 7, {"decoder/layers/attn/q", "audio/layers/attn/q", "beats/layers/attn/q"}),
         (["classify_linear.0"], 1, {"head/fc1"}),
+        ((["q_proj"], {"layers_to_transform": 1}), 3, {"decoder/layers/attn/q", "audio/layers/attn/q", "beats/layers/attn/q"}),
+        ((["q_proj"], {"layers_to_transform": [0], "layers_pattern": "model.layers"}), 1, {"decoder/layers/attn/q"}),
+        ((["q_proj"], {"layers_to_transform": [0], "layers_pattern": ["blocks"]}), 0, set()),
+        ((["q_proj", "k_proj"], {"exclude_modules": ["model.layers.0.self_attn.q_proj", "k_proj"]}), 6, None),
+        ((ATTENTION, {"exclude_modules": r".*(v_proj|\.0\..*)"}), 2, {"decoder/layers/attn/q", "decoder/layers/attn/k"}),
     ],
 )
 def test_target_modules_select_as_in_peft(target, modules, paths):
-    lora, selected = lora_config(settings(target_modules=target), BASE, "adapter_config.json")
+    target, more = target if isinstance(target, tuple) else (target, {})
+    if not modules:
+        with pytest.raises(InputError, match="selects no module"):
+            lora_config(settings(target_modules=target, **more), BASE, "adapter_config.json")
+        return
+    lora, selected = lora_config(settings(target_modules=target, **more), BASE, "adapter_config.json")
+    paths = set(lora.targets) if paths is None else paths
     assert (len(selected), set(lora.targets)) == (modules, paths)
 
 
@@ -52,7 +63,7 @@ ENDLESS = [r"(\w+\.?)+$x", r"(([a-z]+)*(\.|_|\d)*)*-", r"(.*)*(.*)*(.*)*[^\w.]"]
 
 @pytest.mark.parametrize("pattern", ENDLESS)
 def test_a_pattern_that_takes_for_ever_is_refused(monkeypatch, pattern):
-    monkeypatch.setattr("conversion.adapter.MATCH_LIMIT_S", 0.5)
+    monkeypatch.setattr("conversion.module_matching.MATCH_LIMIT_S", 0.5)
     with pytest.raises(InputError, match=r"takes over 0\.5 s to match; list the module names instead"):
         lora_config(settings(target_modules=pattern), BASE, "adapter_config.json")
 
@@ -83,20 +94,24 @@ def test_settings_survive_being_written_and_read(lora):
     ("changes", "expected"),
     [
         ({"use_dora": True}, "use_dora=True"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern gives model.layers"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern=['q_proj'] is not a table"),
+        ({"rank_pattern": {"(": 3}}, "rank_pattern '(.*\\\\.)?(()' is not a regular expression"),
+        ({"alpha_pattern": {"q_proj": "two"}}, "alpha_pattern gives model.layers"),
         ({"bias": "all"}, "bias='all'"),
         ({"lora_bias": True}, "lora_bias"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),
-        ({"exclude_modules": ["x"]}, "exclude_modules"),
+        ({"layers_to_transform": ["0"], "target_modules": ["q_proj"]}, "layers_to_transform=['0']"),
+        ({"layers_to_transform": [0], "layers_pattern": "(", "target_modules": ["q_proj"]}, "layers_pattern=['(']"),
+        ({"exclude_modules": 3}, "exclude_modules=3"),
+        ({"exclude_modules": ATTENTION}, "selects no module"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"r": 0}, "r=0"),
         ({"r": True}, "r=True"),
         ({"lora_alpha": "two"}, "lora_alpha='two'"),
         ({"target_modules": "("}, "not a regular expression"),
         ({"target_modules": "nothing"}, "selects no module"),
-        ({"target_modules": "all-linear"}, "all-linear"),
         ({"target_modules": None}, "target_modules=None"),
         ({"target_modules": ["embed_tokens"]}, "model.embed_tokens, which is not a linear layer"),
         ({"target_modules": ["conv1"]}, "audio_tower.conv1, which is not a linear layer"),

@@ -250,10 +250,10 @@ LIES = (_huge_shape, _overlap, _past_the_end, _shifted, _odd_values, _length_of_
 
 def _patterns(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: int, clock: Clock) -> None:
     """Random regular expressions with nested repeats, as `target_modules`."""
-    import conversion.adapter
+    import conversion.module_matching
 
     base = model_config(open_checkpoint(commands.golden().checkpoint))
-    limit, conversion.adapter.MATCH_LIMIT_S = conversion.adapter.MATCH_LIMIT_S, 1.0
+    limit, conversion.module_matching.MATCH_LIMIT_S = conversion.module_matching.MATCH_LIMIT_S, 1.0
     atoms = (r"\w", r".", r"[a-z_.]", r"\d", r"layers", r"(q|k|v)_proj", r"model\.", r"(?=.)", r"\b", r"(?:a|ab|b)", r"\x00", "雨", r"\Z")
     repeats = ("*", "+", "?", "{2,}", "{1,9}", "*?", "+?", "", "")
     tried = 0
@@ -273,7 +273,7 @@ def _patterns(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: 
             tried += 1
             outcome.expect(taken.left > 0, f"target_modules {pattern!r} took {taken.spent:.0f} s")
     finally:
-        conversion.adapter.MATCH_LIMIT_S = limit
+        conversion.module_matching.MATCH_LIMIT_S = limit
     outcome.tried.append(("regular expressions as target_modules", tried))
 
 
