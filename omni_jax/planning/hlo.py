@@ -25,6 +25,7 @@ _INSTRUCTION = re.compile(
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CARRIED = re.compile(r'"async_collective_fusion_config":\{"flag_start":"\d')
 _MESH = re.compile(r"replica_groups=mesh\[(?P<axes>[^\]]*)\](?:, device_ids=\((?P<ids>[^)]*\)?)\))? \{(?P<used>[^}]*)\}")
 _BETWEEN = re.compile(r'_xla_megascale_target="\{([\d,:]*)\}.*?_xla_megascale_transfer_type="(\w+)"')
 
@@ -89,7 +90,7 @@ def collectives(text: str, devices_per_slice: int = 0) -> list[Collective]:
     """
     computations, entry = parse(text)
     found: dict[tuple, list[Collective]] = {}
-    for item in _walk(computations, entry, 1, False, devices_per_slice, set()):
+    for item in _walk(computations, entry, 1, False, devices_per_slice):
         found.setdefault(tuple(dataclasses.replace(item, runs=0).__dict__.values()), []).append(item)
     added = [dataclasses.replace(same[0], runs=sum(c.runs for c in same)) for same in found.values()]
     return sorted(added, key=lambda c: (-c.moved, c.kind, c.shape))
@@ -120,26 +121,25 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     return computations, entry
 
 
-def _walk(
-    computations: dict[str, Computation], name: str, runs: int, in_loop: bool, per_slice: int, seen: set[str]
-) -> Iterator[Collective]:
-    """`seen` are channels of the calling computation: of a collective fused into several products, each of them shows it."""
+def _walk(computations: dict[str, Computation], name: str, runs: int, in_loop: bool, per_slice: int) -> Iterator[Collective]:
     computation = computations.get(name, {})
     for item in computation.values():
-        one = as_collective(item, per_slice, in_loop)
-        channel = re.search(r"channel_id=(\d+)", item.rest)
-        if one is not None and not (channel and channel[1] in seen):
-            seen |= {channel[1]} if channel else set()
+        if (one := as_collective(item, per_slice, in_loop)) is not None:
             yield dataclasses.replace(one, runs=runs)
         if item.op == "while":
-            yield from _walk(computations, called(item, "body"), runs * trips(computations, computation, item), True, per_slice, set())
+            yield from _walk(computations, called(item, "body"), runs * trips(computations, computation, item), True, per_slice)
         elif item.op not in ("all-reduce", "reduce-scatter", "reduce", "scatter", "sort", "all-reduce-start"):
             for inner in all_called(item):
-                yield from _walk(computations, inner, runs, in_loop, per_slice, seen if item.op == "fusion" else set())
+                yield from _walk(computations, inner, runs, in_loop, per_slice)
 
 
 def as_collective(item: Instruction, per_slice: int = 0, in_loop: bool = False) -> Collective | None:
-    """Returns the collective that an instruction is or starts, run once; None for others and for groups of one device."""
+    """Returns the collective that an instruction is or starts, run once; None for others and for groups of one device.
+
+    One that is fused into a chain of products stands in each of them: it counts where it starts.
+    """
+    if _CARRIED.search(item.rest):
+        return None
     if item.op == "recv" and (between := _BETWEEN.search(item.rest)):
         kind = {"ONE_TO_ONE": "collective-permute"}.get(between[2], between[2].lower().replace("_", "-"))
         shape = "{}[{}]".format(*_SHAPE.findall(item.shape)[0])

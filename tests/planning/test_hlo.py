@@ -82,16 +82,17 @@ def test_loops_are_counted_and_groups_of_one_left_out():
 
 
 def test_a_gather_that_several_products_carry_is_counted_once():
-    """Fused into a chain, it stands in the computation of each part under one channel; twice in a loop it is two of them."""
+    """Fused into a chain, it stands in the computation of each part, and says in all but the first that it is under way."""
 
-    def fused(name: str, channel: int) -> str:
-        gather = f"all-gather(%p), channel_id={channel}, replica_groups=[1,4]<=[4], dimensions={{0}}"
+    def fused(name: str, under_way: bool) -> str:
+        flag = '"async_collective_fusion_config":{"flag_start":"%s"}' % (2 if under_way else -1)
+        gather = f"all-gather(%p), channel_id=1, replica_groups=[1,4]<=[4], dimensions={{0}}, backend_config={{{flag}}}"
         return f"%{name} (p: bf16[4,8]) -> bf16[16,8] {{\n  %p = bf16[4,8]{{1,0}} parameter(0)\n  ROOT %g = bf16[16,8]{{1,0}} {gather}\n}}"
 
-    calls = [f"  %{name}.{n} = bf16[16,8]{{1,0}} fusion(%x), kind=kCustom, calls=%{name}" for n, name in enumerate(("a", "b", "c", "d"))]
+    parts = {"a": False, "b": True, "c": True, "d": False}
+    calls = [f"  %{name}.1 = bf16[16,8]{{1,0}} fusion(%x), kind=kCustom, calls=%{name}" for name in parts]
     program = ["ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {", "  %x = bf16[4,8]{1,0} parameter(0)", *calls, "}"]
-    text = "\n".join([fused("a", 1), fused("b", 1), fused("c", 1), fused("d", 2), *program])
-    (found,) = collectives(text)
+    (found,) = collectives("\n".join([*(fused(name, under_way) for name, under_way in parts.items()), *program]))
     assert (found.kind, found.runs, found.bytes) == ("all-gather", 2, 256)
 
 
