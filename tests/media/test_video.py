@@ -264,3 +264,18 @@ def test_a_cover_picture_is_not_a_video(tmp_path: Path) -> None:
         container.mux(sound.encode(None))
     with pytest.raises(ClipError, match="has no video stream"):
         read_frames(path, 8)
+
+
+def test_a_playlist_is_refused(tmp_path: Path) -> None:
+    write_clip(tmp_path / "clip.mp4", seconds=0.5, fps=8, width=32, height=32, audio=False)
+    (tmp_path / "list.ffconcat").write_text("ffconcat version 1.0\nfile clip.mp4\n")
+    with pytest.raises(ClipError, match="a playlist .*, which names other files"):
+        read_frames(tmp_path / "list.ffconcat", 2)
+
+
+def test_frames_that_memory_would_not_hold_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_clip(tmp_path / "clip.mp4", seconds=0.5, fps=8, width=32, height=32, audio=False)
+    monkeypatch.setattr(video, "LARGEST_SAMPLE", 3 * 32 * 32 * 4)
+    assert len(read_frames(tmp_path / "clip.mp4", 4).frames) == 4
+    with pytest.raises(ClipError, match="6 frames of 32x32 pixels take"):
+        read_frames(tmp_path / "clip.mp4", 6)
