@@ -269,7 +269,7 @@ def test_a_cover_picture_is_not_a_video(tmp_path: Path) -> None:
 def test_a_playlist_is_refused(tmp_path: Path) -> None:
     write_clip(tmp_path / "clip.mp4", seconds=0.5, fps=8, width=32, height=32, audio=False)
     (tmp_path / "list.ffconcat").write_text("ffconcat version 1.0\nfile clip.mp4\n")
-    with pytest.raises(ClipError, match="a playlist .*, which names other files"):
+    with pytest.raises(ClipError, match=r"a playlist .*, which names other files"):
         read_frames(tmp_path / "list.ffconcat", 2)
 
 
