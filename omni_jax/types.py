@@ -351,7 +351,13 @@ class EmbeddingTable:
     Attributes:
       ids: N record ids, in manifest order.
       tables: name -> (N, D) float32.
+      own: name -> the ids of a table that lacks some of the records, its rows in their order; a table that is not here has all.
     """
 
     ids: tuple[str, ...]
     tables: dict[str, np.ndarray]
+    own: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict, kw_only=True)
+
+    def ids_of(self, table: str) -> tuple[str, ...]:
+        """Returns the ids of a table's rows."""
+        return self.own.get(table, self.ids)

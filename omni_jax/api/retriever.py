@@ -170,6 +170,8 @@ class OmniRetriever:
     ) -> Iterator[Part]:
         """Embeds records into tables, a group at a time; a record that cannot be embedded is set aside and never stops the others.
 
+        A record is embedded into every table whose modalities it has.
+
         `omni_jax.retrieval.embedding_pass.assemble(records, parts)` puts the parts together.
 
         Args:
@@ -191,10 +193,11 @@ class OmniRetriever:
         share_prefix = self.config.shares_prefix if share_prefix is None else share_prefix
         self.config.check_share_prefix(share_prefix)
         needed = frozenset().union(*(TABLE_MODALITIES[name] for name in tables))
-        unable = [(r.id, _missing(r, needed)) for r in records if not needed <= r.modalities]
+        fits = [any(TABLE_MODALITIES[name] <= r.modalities for name in tables) for r in records]
+        unable = [(r.id, _missing(r, tables)) for r, fit in zip(records, fits, strict=True) if not fit]
         if unable:
             yield Part(problems=tuple(unable))
-        able = [r for r in records if needed <= r.modalities]
+        able = [r for r, fit in zip(records, fits, strict=True) if fit]
 
         planner = self._planners.setdefault(self.preset, Planner(row_multiple=self._rows))
 
@@ -228,9 +231,11 @@ class OmniRetriever:
         yield from embedding_pass(clips, tables, plan=plan, encode=encode, group=batch_size, normalize=normalize)
 
 
-def _missing(record: Record, needed: frozenset[str]) -> str:
+def _missing(record: Record, tables: Sequence[str]) -> str:
     names = {"t": "text", "v": "video", "a": "audio"}
-    lacking = [names[m] for m in "tva" if m in needed - record.modalities]
+    # Of the table that needs least besides what is there.
+    lacks = min((TABLE_MODALITIES[name] - record.modalities for name in tables), key=len)
+    lacking = [names[m] for m in "tva" if m in lacks]
     return f"{_who(record)}: has no {' and no '.join(lacking)}, which the requested tables need; add the field or choose other --tables"
 
 

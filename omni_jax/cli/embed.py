@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_place(out)
     whole = read_manifest(args.manifest, args.media_root)
-    tables = tables or tables_of(whole.records)
+    tables = usable_tables(args, whole, tables, out)
     manifest = dataclasses.replace(whole, records=whole.records[index::count], problems=whole.problems[index::count])
     model = load_model(args, chosen)
     journal = Journal(out.with_name(f".{out.stem}.unfinished"), _settings(args, chosen, tables, manifest))
@@ -145,6 +145,31 @@ def run(args: argparse.Namespace) -> int:
     names = ", ".join(outcome.table.tables)
     print(f"{out}: {len(outcome.table.ids)} records, tables {names}; {outcome.padded_share:.0%} of the tokens were padding")
     return DONE_WITH_QUARANTINE if bad else DONE
+
+
+def usable_tables(args: argparse.Namespace, manifest: Manifest, tables: tuple[str, ...] | None, out: epath.Path | None) -> tuple[str, ...]:
+    """Returns the tables to fill, all that the fields allow where none were asked for; says what of the manifest is not used.
+
+    Raises:
+      InputError: when no record can fill any of them; the list of errors is then written.
+    """
+    for note in manifest.notes:
+        print(f"{args.manifest}: {note}", file=sys.stderr)
+    chosen = tables or tables_of(manifest.records)
+    filled = {name: sum(TABLE_MODALITIES[name] <= r.modalities for r in manifest.records) for name in chosen}
+    if not any(filled.values()):
+        from omni_jax.retrieval.embedding_pass import Part, assemble
+
+        why = f"has nothing of what the tables {', '.join(chosen)} need; add the fields or choose other --tables"
+        unfit = Part(problems=tuple((r.id, f"record {r.id!r}: {why}") for r in manifest.records))
+        report(out, manifest, assemble(manifest.records, [unfit]))
+        first = manifest.problems[0].reason if manifest.problems else unfit.problems[0][1]
+        listed = f"; {_beside(out, 'errors')} lists all" if out is not None else ""
+        raise InputError(f"{args.manifest}: no record can be embedded; the first: {first}{listed}")
+    fewer = [f"{name} {count}" for name, count in filled.items() if count < len(manifest.records)]
+    if fewer:
+        print(f"{args.manifest}: some of the {len(manifest.records)} records lack a modality: {', '.join(fewer)} records", file=sys.stderr)
+    return chosen
 
 
 def load_model(args: argparse.Namespace, chosen: Preset) -> OmniRetriever:

@@ -17,9 +17,9 @@ def read_tables(names: Sequence[str], captions: str | None = None) -> tuple[Embe
     """Returns tables, and the relevance of their rows where captions stand apart from their clips (then `ids` are those of the clips)."""
     found = read_inputs(names, read_torch_file)
     if captions is None:
-        return found, None
+        return found, {name: list(found.ids_of(name)) for name in found.tables} if found.own else None
     tables, relevance = with_captions(found, read_inputs([captions], read_torch_file))
-    return EmbeddingTable(found.ids, tables), relevance
+    return EmbeddingTable(found.ids, tables, own=found.own), relevance
 
 
 def read_result(path: str) -> dict[str, Any]:

@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.data.prepare import ERRORS, Preparation
 
     manifest = read_manifest(args.manifest, args.media_root)
+    for note in manifest.notes:
+        print(f"{args.manifest}: {note}", file=sys.stderr)
     try:
         work = Preparation(args.out, manifest.records, manifest.problems, chosen, args.shards)
     except InputError as error:

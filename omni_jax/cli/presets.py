@@ -42,9 +42,9 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.retrieval.embedding_pass import assemble
 
     manifest = read_manifest(args.manifest, args.media_root)
-    tables = tables or embed.tables_of(manifest.records)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
+    tables = embed.usable_tables(args, manifest, tables, args.out / "manifest.npz" if args.out else None)
     model = embed.load_model(args, next(iter(chosen.values())))
     results, bad = {}, 0
     for name, preset in chosen.items():

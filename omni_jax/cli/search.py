@@ -72,12 +72,13 @@ def run(args: argparse.Namespace) -> int:
         # A text is what is searched with, whatever the captions of the index are.
         prefix=args.prefix or "query" if kind == "text" and chosen.prefix else None,
     )
-    scores, rows = search(query, index.tables[table], args.k, name=table, ids=index.ids)
-    found = [(index.ids[row], float(score)) for row, score in zip(rows[0].tolist(), scores[0], strict=True)]
+    ids = index.ids_of(table)
+    scores, rows = search(query, index.tables[table], args.k, name=table, ids=ids)
+    found = [(ids[row], float(score)) for row, score in zip(rows[0].tolist(), scores[0], strict=True)]
     if args.json:
-        print(json.dumps({"query": kind, "table": table, "records": len(index.ids), "results": [{"id": i, "score": s} for i, s in found]}))
+        print(json.dumps({"query": kind, "table": table, "records": len(ids), "results": [{"id": i, "score": s} for i, s in found]}))
         return 0
-    print(f"{kind} in table {table} of {len(index.ids)} records, by cosine:")
+    print(f"{kind} in table {table} of {len(ids)} records, by cosine:")
     for rank, (name, score) in enumerate(found, 1):
         print(f"{rank:4d}  {score:7.4f}  {one_line(name)}")
     return 0

@@ -29,7 +29,21 @@ _LONGEST_SECONDS = 1e9  # some thirty years: beyond it a number is a mistake
 _NEAR = 0.8  # likeness of two names above which one is taken for a slip of the other
 _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "text": ("caption", "captions", "txt", "description", "sentence"),
-    "video": ("video_path", "video_file", "mp4", "clip", "frame_dir", "frames", "path", "file", "file_path", "filename", "file_name"),
+    "video": (
+        "video_path",
+        "video_file",
+        "mp4",
+        "clip",
+        "frame_dir",
+        "frames",
+        "picture",
+        "image",
+        "path",
+        "file",
+        "file_path",
+        "filename",
+        "file_name",
+    ),
     "audio": ("audio_path", "audio_file", "wav", "sound", "path", "file", "file_path", "filename", "file_name"),
     "timestamps": ("interval", "start", "end", "start_time", "end_time", "begin", "segment", "time_range"),
     "conversations": ("conversation", "messages", "dialog"),

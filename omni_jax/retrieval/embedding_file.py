@@ -1,6 +1,7 @@
 """Embedding files: one `.npz` of ids and tables, written whole or not at all, read without ever unpickling.
 
-Three forms (SPEC section 9). Ours holds `ids` (N,) and one (N, D) array per table; a table may be int8 beside a `{table}_scale` (N,), as
+Three forms (SPEC section 9). Ours holds `ids` (N,) and one (N, D) array per table; a table of fewer records stands beside its own
+`{table}_ids`; a table may be int8 beside a `{table}_scale` (N,), as
 `omni-jax export --to int8` writes it. The official one holds one (D,) array per record and table under `{id}__text`, `{id}__video`,
 `{id}__audio`, `{id}__av`, `{id}__tv`, `{id}__at`. The published scorer's holds `text_embeds` and `mllm_embeds`, each (N, D).
 """
@@ -25,6 +26,7 @@ from omni_jax.types import EmbeddingTable, InputError
 IDS = "ids"
 SEPARATOR = "__"
 SCALE = "_scale"
+OWN_IDS = "_ids"
 TEXT_EMBEDS, MEDIA_EMBEDS = "text_embeds", "mllm_embeds"
 MEDIA_TABLE = "av"  # what `mllm_embeds` holds unless it is said otherwise
 ALIGNMENT = 64  # bytes; a CPU backend reads an array that starts so without copying it
@@ -81,11 +83,20 @@ def write_embeddings(path: PathLike, table: EmbeddingTable, official_keys: bool 
     _check(table, str(path))
     if official_keys:
         arrays = {
-            f"{record}{SEPARATOR}{name}": row for name, rows in table.tables.items() for record, row in zip(table.ids, rows, strict=True)
+            f"{record}{SEPARATOR}{name}": row
+            for name, rows in table.tables.items()
+            for record, row in zip(table.ids_of(name), rows, strict=True)
         }
     else:
-        arrays = {IDS: np.array(table.ids, dtype=np.str_), **table.tables}
-    write_members(path, {name: array if name == IDS else np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()})
+        arrays = {IDS: np.array(table.ids, dtype=np.str_), **own_ids(table), **table.tables}
+    write_members(
+        path, {name: array if array.dtype.kind == "U" else np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
+    )
+
+
+def own_ids(table: EmbeddingTable) -> dict[str, np.ndarray]:
+    """Returns the members that hold the ids of tables of fewer records."""
+    return {name + OWN_IDS: np.array(ids, dtype=np.str_) for name, ids in table.own.items()}
 
 
 def write_members(path: PathLike, arrays: Mapping[str, np.ndarray]) -> None:
@@ -131,7 +142,9 @@ def read_embeddings(path: PathLike | Sequence[PathLike]) -> EmbeddingTable:
             home[record] = p
     if len(parts) == 1:
         return first
-    return EmbeddingTable(tuple(home), {name: np.concatenate([part.tables[name] for part in parts]) for name in first.tables})
+    whole = {name: all(name not in part.own for part in parts) for name in first.tables}
+    own = {name: tuple(i for part in parts for i in part.ids_of(name)) for name in first.tables if not whole[name]}
+    return EmbeddingTable(tuple(home), {name: np.concatenate([part.tables[name] for part in parts]) for name in first.tables}, own=own)
 
 
 def _read_one(path: PathLike) -> EmbeddingTable:
@@ -252,6 +265,7 @@ def id_names(ids: np.ndarray, path: str) -> tuple[str, ...]:
 
 def _from_ours(arrays: dict[str, np.ndarray], path: str) -> EmbeddingTable:
     names = id_names(arrays.pop(IDS), path)
+    own = {name: id_names(arrays.pop(name + OWN_IDS), path) for name in TABLES if name + OWN_IDS in arrays}
     scales = {name: arrays.pop(name + SCALE) for name in TABLES if name in arrays and name + SCALE in arrays}
     unknown = [name for name in arrays if name not in TABLES]
     if unknown:
@@ -262,7 +276,8 @@ def _from_ours(arrays: dict[str, np.ndarray], path: str) -> EmbeddingTable:
         if arrays[name].dtype != np.int8 or scale.dtype.kind != "f" or scale.shape != arrays[name].shape[:1]:
             raise InputError(f"{path}: table {name!r} and its scales do not fit together; export the file again")
         arrays[name] = arrays[name].astype(np.float32) * scale[:, None].astype(np.float32)
-    return EmbeddingTable(names, {name: float32_rows(arrays[name], name, path) for name in TABLES if name in arrays})
+    tables = {name: float32_rows(arrays[name], name, path) for name in TABLES if name in arrays}
+    return EmbeddingTable(names, tables, own={name: ids for name, ids in own.items() if name in tables})
 
 
 def _from_official(arrays: dict[str, np.ndarray], path: str) -> EmbeddingTable:
@@ -307,8 +322,11 @@ def _check(table: EmbeddingTable, path: str) -> None:
     for name, rows in table.tables.items():
         if name not in TABLES:
             raise InputError(f"{path}: unknown table {name!r}; the tables are {', '.join(TABLES)}")
-        if rows.ndim != 2 or len(rows) != len(table.ids):
-            raise InputError(f"{path}: table {name!r} has shape {rows.shape} for {len(table.ids)} ids; expected one row per id")
+        ids = table.ids_of(name)
+        if rows.ndim != 2 or len(rows) != len(ids):
+            raise InputError(f"{path}: table {name!r} has shape {rows.shape} for {len(ids)} ids; expected one row per id")
+        if ids is not table.ids and (len(set(ids)) != len(ids) or not set(ids) <= set(table.ids)):
+            raise InputError(f"{path}: the ids of table {name!r} are no part of those of the file; write it again")
 
 
 def _first(names: Sequence[str]) -> str:

@@ -22,7 +22,8 @@ class Part:
 
     Attributes:
       ids: embedded records, in the order they came.
-      rows: table name -> (N, D) float32.
+      rows: table name -> (N, D) float32, or fewer rows where `own` says whose they are.
+      own: table name -> ids of the records that have it, for a table that some record lacks what it needs for.
       problems: (record id, reason) of records set aside.
       warnings: (record id, line): what was mended so that the record could be used.
       used_tokens, total_tokens: tokens encoded without and with padding.
@@ -36,6 +37,7 @@ class Part:
     used_tokens: int = 0
     total_tokens: int = 0
     truncated: int = 0
+    own: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def records(self) -> int:
@@ -58,7 +60,7 @@ def embedding_pass(
 
     Args:
       clips: records with their features and prompts, or the error that took their place.
-      tables: names of the tables to fill; each record must have the modalities they need.
+      tables: names of the tables to fill; a record's prompts say which of them it fills.
       plan: clips of a group -> a batch of static shapes.
       encode: starts a batch and yields (clip of the group, table, vector (D,) float32).
       normalize: whether rows are scaled to length 1.
@@ -102,13 +104,14 @@ def _collect(
         found[clip][table] = vector
     good: list[int] = []
     for number, (clip, by_table) in enumerate(zip(clips, found, strict=True)):
-        bad = [name for name in tables if not (np.isfinite(by_table[name]).all() and by_table[name].any())]
+        bad = [name for name in tables if name in by_table and not (np.isfinite(by_table[name]).all() and by_table[name].any())]
         if bad:
             reason = f"the embedding for {', '.join(bad)} is zero or not finite; check the weights and --dtype"
             problems.append((clip.features.record.id, reason))
         else:
             good.append(number)
-    rows = {name: np.stack([found[n][name] for n in good]) for name in tables if good}
+    having = {name: [n for n in good if name in found[n]] for name in tables}
+    rows = {name: np.stack([found[n][name] for n in numbers]) for name, numbers in having.items() if numbers}
     if normalize:
         rows = {name: values / np.linalg.norm(values, axis=1, keepdims=True) for name, values in rows.items()}
     return Part(
@@ -119,6 +122,7 @@ def _collect(
         used_tokens=batch.used_tokens if batch else 0,
         total_tokens=batch.total_tokens if batch else 0,
         truncated=batch.truncated if batch else 0,
+        own={name: tuple(clips[n].features.record.id for n in numbers) for name, numbers in having.items() if len(numbers) < len(good)},
     )
 
 
@@ -141,13 +145,18 @@ class Outcome:
 def assemble(records: Sequence[Record], parts: Sequence[Part]) -> Outcome:
     """Returns the outcome of parts that together hold some or all of these records."""
     place = {record.id: n for n, record in enumerate(records)}
-    ids = [i for part in parts for i in part.ids]
-    order = sorted(range(len(ids)), key=lambda n: place[ids[n]])
-    names = next((tuple(part.rows) for part in parts if part.rows), ())
-    rows = {name: np.concatenate([part.rows[name] for part in parts if part.rows])[order] for name in names}
+    ids = sorted((i for part in parts for i in part.ids), key=place.__getitem__)
+    rows: dict[str, np.ndarray] = {}
+    own: dict[str, tuple[str, ...]] = {}
+    for name in dict.fromkeys(name for part in parts for name in part.rows):
+        have = [i for part in parts if name in part.rows for i in part.own.get(name, part.ids)]
+        order = sorted(range(len(have)), key=lambda n: place[have[n]])
+        rows[name] = np.concatenate([part.rows[name] for part in parts if name in part.rows])[order]
+        if len(have) < len(ids):
+            own[name] = tuple(have[n] for n in order)
     problems = sorted(((place[i], reason) for part in parts for i, reason in part.problems))
     return Outcome(
-        table=EmbeddingTable(tuple(ids[n] for n in order), rows),
+        table=EmbeddingTable(tuple(ids), rows, own=own),
         problems=tuple((records[n], reason) for n, reason in problems),
         warnings=tuple(pair for part in parts for pair in part.warnings),
         used_tokens=sum(part.used_tokens for part in parts),

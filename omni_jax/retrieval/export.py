@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from omni_jax.retrieval.embedding_file import IDS, SCALE, check_place, replacing, write_members
+from omni_jax.retrieval.embedding_file import IDS, SCALE, check_place, own_ids, replacing, write_members
 from omni_jax.retrieval.inputs import IDS_FILE
 from omni_jax.retrieval.metrics import RECALL_AT, evaluate
 from omni_jax.types import EmbeddingTable, InputError
@@ -21,6 +21,7 @@ INT8 = 127  # largest value of a row
 
 def export_npy(table: EmbeddingTable, folder: str | os.PathLike[str]) -> list[str]:
     """Writes TABLE.npy (N, D) float32 for every table and ids.txt, one id a line; returns the file names."""
+    _check_whole(table, table.tables)
     target = _folder(folder)
     for name, rows in table.tables.items():
         with replacing(target / f"{name}.npy") as file:
@@ -36,13 +37,13 @@ def quantized(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def export_int8(table: EmbeddingTable, path: str | os.PathLike[str]) -> EmbeddingTable:
     """Writes an embedding file of int8 tables, which `eval` and `search` read like any other, and returns what they will read."""
-    members: dict[str, np.ndarray] = {IDS: np.array(table.ids, dtype=np.str_)}
+    members: dict[str, np.ndarray] = {IDS: np.array(table.ids, dtype=np.str_), **own_ids(table)}
     held = {}
     for name, rows in table.tables.items():
         members[name], members[name + SCALE] = quantized(rows)
         held[name] = members[name].astype(np.float32) * members[name + SCALE][:, None]
     write_members(path, members)
-    return EmbeddingTable(table.ids, held)
+    return EmbeddingTable(table.ids, held, own=table.own)
 
 
 def recall_loss(before: EmbeddingTable, after: EmbeddingTable, ties: str = "optimistic") -> dict[str, dict[str, tuple[float, float]]]:
@@ -76,6 +77,7 @@ def export_faiss(table: EmbeddingTable, folder: str | os.PathLike[str], names: S
       InputError: when faiss is not installed, or for rows of only zeros.
     """
     faiss = _faiss()
+    _check_whole(table, names or table.tables)
     target = _folder(folder)
     made = []
     for name in names or table.tables:
@@ -105,6 +107,15 @@ def _folder(path: str | os.PathLike[str]) -> epath.Path:
     check_place(target / IDS_FILE) if target.is_dir() else check_place(target)
     target.mkdir(exist_ok=True)
     return target
+
+
+def _check_whole(table: EmbeddingTable, names: Iterable[str]) -> None:
+    """Raises InputError for tables of other records than the file's, which one list of ids cannot serve."""
+    if lacking := [name for name in names if name in table.own]:
+        counts = ", ".join(f"{name} {len(table.own[name])}" for name in lacking)
+        raise InputError(
+            f"of {len(table.ids)} records some lack a table ({counts}), and ids.txt is of all; embed records that have all tables"
+        )
 
 
 def _write_ids(table: EmbeddingTable, folder: epath.Path) -> str:

@@ -77,7 +77,7 @@ def with_captions(clips: EmbeddingTable, captions: EmbeddingTable) -> tuple[dict
             f"write ids CLIP{CAPTION_MARK}NUMBER, as bench-data does"
         )
     tables = {name: rows for name, rows in clips.tables.items() if name != "text"}
-    relevance = {name: list(clips.ids) for name in tables}
+    relevance = {name: list(clips.ids_of(name)) for name in tables}
     return {"text": captions.tables["text"][kept], **tables}, {"text": [owners[i] for i in kept], **relevance}
 
 

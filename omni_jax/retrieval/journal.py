@@ -111,4 +111,5 @@ def _read(path: epath.Path) -> Part:
     except (OSError, ValueError, KeyError) as e:
         raise InputError(f"{path}: cannot be read ({e}); remove the folder {path.parent} to begin again") from None
     pairs: dict[str, Any] = {name: tuple((i, line) for i, line in fields[name]) for name in ("problems", "warnings")}
-    return Part(**{**fields, **pairs, "ids": tuple(fields["ids"]), "rows": rows})
+    own = {name: tuple(ids) for name, ids in fields.get("own", {}).items()}
+    return Part(**{**fields, **pairs, "ids": tuple(fields["ids"]), "rows": rows, "own": own})

@@ -163,7 +163,9 @@ def score(
     """Returns the result of `evaluate`, which has the same arguments, with the place of every query."""
     _check_ties(ties)
     if isinstance(tables, EmbeddingTable):
-        tables, ids = tables.tables, tables.ids
+        if tables.own and relevance is None:
+            relevance = {name: tables.ids_of(name) for name in tables.tables}
+        tables, ids = tables.tables, tables.ids if relevance is None else None
     wanted = possible(tables)
     if not wanted:
         raise InputError(
