@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -30,7 +31,11 @@ def records_of(manifests: Sequence[str], media: str | None) -> dict[str, Record]
     if manifests:
         from omni_jax.data.manifest import read_manifest
 
-        return {record.id: record for path in manifests for record in read_manifest(path, media).records}
+        read = {path: read_manifest(path, media) for path in manifests}
+        for path, manifest in read.items():
+            if manifest.problems:
+                print(f"{path}: {len(manifest.problems)} records cannot be shown{manifest.first_problem}", file=sys.stderr)
+        return {record.id: record for manifest in read.values() for record in manifest.records}
     found: dict[str, Record] = {}
     for path in sorted(Path(media).iterdir()) if media is not None else ():
         kind = path.suffix.lower()

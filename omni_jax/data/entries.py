@@ -66,7 +66,10 @@ def name_of(fields: Mapping[str, Any]) -> tuple[str, bool]:
     value = fields.get("id")
     if value is None and "conversations" in fields:
         held = {name: fields.get(name) for name in OFFICIAL if name not in ("id", "prefix")}
-        digest = hashlib.blake2b(json.dumps(held, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
+        try:
+            digest = hashlib.blake2b(json.dumps(held, sort_keys=True).encode(), digest_size=4).hexdigest()
+        except RecursionError:
+            raise BadEntry("its fields are nested too deeply; write plain values") from None
         file = next((one for name in ("video", "audio") if isinstance(one := _alone(fields.get(name)), str) and one), "text")
         return f"{_encodable(PurePath(file).stem, 'the file name') or 'clip'}-{digest}", True
     value = "" if value is None else value

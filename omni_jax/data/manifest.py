@@ -106,10 +106,16 @@ def _notes(made: list[str], extra: Mapping[str, int], asked: Mapping[str, int]) 
     if made:
         yield f"{len(made)} conversations have no id and are called by their file and a digest; the first: {made[0]}"
     if extra:
-        yield f"fields that are carried along and not used: {', '.join(f'{name} ({count} records)' for name, count in extra.items())}"
+        counts = ", ".join(f"{one_line(name)} ({count} records)" for name, count in extra.items())
+        yield f"fields that are carried along and not used: {counts}"
     if asked:
-        first = " ".join(next(iter(asked)).split())[:60]
+        first = one_line(next(iter(asked)))
         yield f"{sum(asked.values())} conversations ask something of their own, where the preset's filler is used; the first: {first!r}"
+
+
+def one_line(text: str) -> str:
+    """The beginning of a text of other people's, safe to print."""
+    return "".join(c if c.isprintable() else " " for c in text)[:60].strip()
 
 
 def write_jsonl_atomic(path: os.PathLike[str] | str, rows: Iterable[Mapping[str, Any]]) -> int:

@@ -86,6 +86,10 @@ class Preparation:
         self._problems = (*problems, *unfit)
         if not usable:
             first = f"; the first: {self._problems[0].reason}" if self._problems else ""
+            if self._problems and self._is_free(out):
+                out.mkdir(parents=True, exist_ok=True)
+                write_jsonl_atomic(out / ERRORS, (p.row() for p in self._problems))
+                first += f"; {out / ERRORS} lists all"
             raise InputError(f"no record can be prepared: each needs text and video{first}")
         count = min(shards or -(-len(usable) // CLIPS_PER_SHARD), len(usable))
         self._out, self._preset, self.total = out, preset, len(usable)
@@ -143,10 +147,15 @@ class Preparation:
             for leftover in self._out.glob(".*.unfinished"):
                 leftover.unlink(missing_ok=True)
             return
-        if self._out.exists() and (not self._out.is_dir() or any(self._out.iterdir())):
+        if not self._is_free(self._out):
             raise InputError(f"{self._out}: exists and was not made by 'omni-jax prepare'; give another --out")
         (self._out / PARTS).mkdir(parents=True, exist_ok=True)
         write_json(state, settings)
+
+    @staticmethod
+    def _is_free(folder: Path) -> bool:
+        """Whether a folder can be begun: it is not there, is empty, or holds what a preparation of nothing left."""
+        return not folder.exists() or (folder.is_dir() and all(path.name == ERRORS for path in folder.iterdir()))
 
     def _path(self, shard: int) -> Path:
         return self._out / shard_name(shard, len(self._shards))

@@ -78,7 +78,7 @@ def _one_line(error: BaseException) -> None:
 
 
 def manifest(data: bytes) -> None:
-    """Every line of a manifest is a record or a problem; nothing else comes of it."""
+    """Every line of a manifest, or entry of an array, is a record or a problem; nothing else comes of it."""
     path = _file("m.jsonl", data)
     with _nothing_runs():
         try:
@@ -87,7 +87,9 @@ def manifest(data: bytes) -> None:
             _one_line(e)
             return
     lines = sum(bool((line.removeprefix(b"\xef\xbb\xbf") if i == 0 else line).strip()) for i, line in enumerate(data.split(b"\n")))
-    assert len(found.records) + len(found.problems) == lines, (len(found.records), len(found.problems), lines)
+    array = data.removeprefix(b"\xef\xbb\xbf").strip().startswith(b"[")
+    assert array or len(found.records) + len(found.problems) == lines, (len(found.records), len(found.problems), lines)
+    assert all(note.isprintable() for note in found.notes)
     ids = [record.id for record in found.records]
     assert len(set(ids)) == len(ids) and all(ids)
     for record in found.records:
@@ -205,6 +207,7 @@ SEEDS: dict[str, tuple[bytes, ...]] = {
     "manifest": (
         b'{"id": "a", "text": "a dog", "video": "a.mp4", "audio": "b.wav", "timestamps": [0, 2.5]}\n{"id": 7, "text": null, "audio": "c"}',
         b'\xef\xbb\xbf{"id": "a", "conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "x"}], "video": "a"}\r\n',
+        b'[{"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "x"}], "url": 1},\n {"id": 3, "text": "x"}]',
     ),
     "safetensors_header": (
         _safetensors(
