@@ -83,6 +83,7 @@ def test_a_file_keeps_them_too_in_one_piece_and_in_parts(tmp_path: Path, table: 
         write_embeddings(tmp_path / "bad.npz", EmbeddingTable(("a",), {"video": np.ones((1, 5))}, own={"video": ("z",)}))
 
 
+@pytest.mark.jit
 def test_a_query_without_its_answer_is_not_asked(tmp_path: Path, table: EmbeddingTable, capsys: pytest.CaptureFixture[str]) -> None:
     write_embeddings(tmp_path / "whole.npz", table)
     assert main(["eval", str(tmp_path / "whole.npz"), "--json", str(tmp_path / "r.json")]) == 0

@@ -74,6 +74,7 @@ def test_golden_run_compiled_each_step_kind_once(reference):
     assert len(reference.step.programs) == len(set(reference.step.programs)) <= 3
 
 
+@pytest.mark.jit
 def test_golden_captions_are_embedded_by_the_head_that_the_preset_names(golden, reference):
     """`text_head=fused` of a run is that of `embed` with the weights it makes: the reference's caption through the fusion head."""
     run = RunConfig.from_config(

@@ -48,6 +48,7 @@ def row(i: int, **fields: Any) -> dict[str, Any]:
     return {"id": f"c{i}-0", "text": f"caption {i}", "video": "loud.mp4", **fields}
 
 
+@pytest.mark.jit
 def test_a_run_says_what_it_will_not_use(clips: Path, tmp_path: Path) -> None:
     rows = [row(i, duration=1.0, timestamps=[0, 0.1 * (i + 1)]) for i in range(19)]
     train = write_manifest(clips / "clips.jsonl", [*rows, {"id": "text", "text": "alone"}])
@@ -62,6 +63,7 @@ def test_a_run_says_what_it_will_not_use(clips: Path, tmp_path: Path) -> None:
         assert words in said, said
 
 
+@pytest.mark.jit
 def test_a_run_says_that_it_is_evaluated_on_what_it_trains_on(clips: Path, tmp_path: Path) -> None:
     rows = [row(i, audio="loud.mp4", timestamps=[0, 0.1 * (i + 1)]) for i in range(9)]
     train = write_manifest(clips / "clips.jsonl", rows)
