@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from omni_jax.config import LoraConfig
+from omni_jax.parallel import gather
 
 Initializer = jax.nn.initializers.Initializer
 
@@ -77,6 +78,7 @@ class Linear(nnx.Module):
         bias: bool = True,
     ):
         lora = make.lora
+        self.axes = axes
         self.kernel = make.param((inputs, outputs), axes, WEIGHT_INIT)
         self.bias = make.param((outputs,), (axes[1],), ZEROS) if bias else None
         self.lora_scale = lora.scale if lora else 0.0
@@ -89,16 +91,18 @@ class Linear(nnx.Module):
             self.lora_a = self.lora_b = None
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        inputs, outputs = self.axes
+        y = x @ gather(self.kernel[...].astype(x.dtype), inputs, outputs)
         if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
+            y = y + gather(self.bias[...].astype(x.dtype), outputs)
         if self.lora_a is not None and self.lora_b is not None:
             if dropout_key is not None and self.lora_dropout > 0:
                 # Each adapter of a layer draws its own mask from the layer's key.
                 dropout_key = jax.random.fold_in(dropout_key, self.lora_stream)
                 keep = jax.random.bernoulli(dropout_key, 1 - self.lora_dropout, x.shape)
                 x = jnp.where(keep, x / (1 - self.lora_dropout), 0).astype(x.dtype)
-            y = y + ((x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)) * self.lora_scale
+            down, up = gather(self.lora_a[...].astype(x.dtype), inputs, "rank"), gather(self.lora_b[...].astype(x.dtype), "rank", outputs)
+            y = y + ((x @ down) @ up) * self.lora_scale
         return y
 
 
@@ -240,14 +244,15 @@ def scan_layers(
         read = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), whole)
         return body(nnx.merge(graph, read, layer_params), carry, x)
 
-    if remat is not None or jax.tree.leaves(whole):
+    mesh = jax.sharding.get_abstract_mesh()
+    if remat is not None or jax.tree.leaves(whole) or mesh.size > 1:
         step = jax.checkpoint(step, policy=remat or _all_but_what_is_read, prevent_cse=False)
     return jax.lax.scan(step, carry, jax.tree.map(lambda x: x[:count], (layers, params, xs)))
 
 
 def _all_but_what_is_read(primitive: Any, *_: Any, **__: Any) -> bool:
-    # Else each turn would keep its layer's weights, as they are read and as they are multiplied: a copy of the stack.
-    return primitive.name not in ("dynamic_slice", "squeeze", "reshape", "convert_element_type")
+    # Else each turn would keep its layer's weights, as they are read, gathered and multiplied: a copy of the stack.
+    return primitive.name not in ("dynamic_slice", "squeeze", "reshape", "convert_element_type", "sharding_constraint")
 
 
 def run_layer(

@@ -11,7 +11,7 @@ from omni_jax.parallel.distributed import (
     total_over_processes,
 )
 from omni_jax.parallel.mesh import BATCH, batch_axes, batch_shards, make_mesh, use_mesh
-from omni_jax.parallel.rules import RULES, constrain, partition_spec, sharding
+from omni_jax.parallel.rules import RULES, constrain, gather, partition_spec, sharding
 
 __all__ = [
     "BATCH",
@@ -23,6 +23,7 @@ __all__ = [
     "batch_shards",
     "constrain",
     "first_does",
+    "gather",
     "make_mesh",
     "of_every_process",
     "partition_spec",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -73,3 +75,33 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+
+
+def gather(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Returns a weight whole along "embed", with its split over tensor kept: what a product reads, brought together once.
+
+    Left to itself, the partitioner makes of each product with such a weight a ring of small ones. The gradient goes back to the weight's
+    own shards. x itself where no mesh is set, or nothing of it is split along "embed".
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    split = partition_spec(axes, x.shape, mesh)
+    whole = PartitionSpec(*(None if name == "embed" else target for name, target in zip(axes, split, strict=True)))
+    return x if whole == split else _moved(x, whole, split)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(x: jax.Array, there: PartitionSpec, back: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, there)
+
+
+def _forward(x: jax.Array, there: PartitionSpec, back: PartitionSpec) -> tuple[jax.Array, None]:
+    return jax.lax.with_sharding_constraint(x, there), None
+
+
+def _backward(there: PartitionSpec, back: PartitionSpec, _: None, gradient: Any) -> tuple[Any]:
+    return (jax.lax.with_sharding_constraint(gradient, back),)
+
+
+_moved.defvjp(_forward, _backward)
