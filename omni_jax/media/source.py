@@ -139,6 +139,7 @@ class Decoding:
 
     def __init__(self, container: av.container.InputContainer, stream: Any) -> None:
         self._container, self._stream = container, stream
+        self._whole = stream.type == "audio" and "mp4" in container.format.name
         self.packets = self.lost = 0
         self.error = ""
 
@@ -157,6 +158,8 @@ class Decoding:
             for packet in self._container.demux(self._stream):
                 self.packets += packet.size > 0 and not packet.is_corrupt
                 if packet.size:  # an empty packet repeats a picture; the decoder would take it for the end
+                    if self._whole and packet.has_sidedata("skip_samples"):
+                        _keep_end(packet)
                     yield packet
         except AvError as error:
             self.error = reason(error)
@@ -167,6 +170,15 @@ class Decoding:
         if self.lost <= max(1, LARGEST_LOSS * self.packets):
             return ""
         return f"damaged: {self.lost} of {self.packets} packets of the {what} do not decode ({self.error})"
+
+
+def _keep_end(packet: Any) -> None:
+    """Keeps the samples at the end of a packet. FFmpeg 9 cuts the last packet of a sound track in MP4 to its duration, FFmpeg 8 and the
+    reference do not: the same file must give the same samples with both."""
+    skipped = packet.get_sidedata("skip_samples")  # samples to skip at the start and at the end, 4 bytes each, and two reasons
+    data = bytes(skipped)
+    skipped.update(data[:4] + bytes(4) + data[8:])
+    packet.set_sidedata(skipped)
 
 
 def check_complete(
