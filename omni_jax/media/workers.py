@@ -25,7 +25,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,9 +36,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 START_LIMIT_S = 300.0  # a child imports NumPy and PyAV first, which a busy network disk can make slow
+ALIKE = 5
+"""First items that fail alike, unexpectedly, after which the fault is taken for ours and not for theirs."""
+
+_OURS = (TypeError, AttributeError, NameError, ImportError, NotImplementedError, AssertionError, RecursionError)  # no file raises these
 _JOIN_LIMIT_S = 10.0
 _ORPHAN_GRACE_S = 2.0  # a hung child ends itself this long after its parent should have done so
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from omni_jax.media.workers import _serve; _serve(int(sys.argv[1]))"
+
+
+class UnexpectedError(ClipError):
+    """No result for a reason that the code does not know. `cause` says what was raised where."""
+
+    cause = ""
 
 
 def run_guarded(
@@ -65,7 +75,8 @@ def run_guarded(
       in_flight: items handed out or finished and not yet yielded, at most; default 4 per worker. Bounds memory.
 
     Raises:
-      InputError: for arguments out of range.
+      InputError: for arguments out of range, and when the first `ALIKE` items, or all of fewer, fail with the same unexpected error: the
+        fault is then one of this project or of a library below it.
       RuntimeError: when children cannot start at all.
     """
     if workers < 0:
@@ -73,11 +84,30 @@ def run_guarded(
     if not (timeout_s > 0 and math.isfinite(timeout_s)):
         raise InputError(f"time limit {timeout_s}: must be a positive number of seconds")
     if workers == 0:
-        return ((item, _attempt(function, item, name(item))) for item in items)
-    return _run_pool(function, items, _Pool(function, workers, timeout_s), name, in_flight or 4 * workers)
+        return _stop_at_our_fault((item, _attempt(function, item, name(item))) for item in items)
+    return _stop_at_our_fault(_run_pool(function, items, _Pool(function, workers, timeout_s), name, in_flight or 4 * workers))
 
 
-def _run_pool(function: Any, items: Iterable[Any], pool: _Pool, name: Callable[[Any], str], in_flight: int) -> Iterator[tuple[Any, Any]]:
+def _stop_at_our_fault(outcomes: Generator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+    """Yields the outcomes. Raises InputError where they begin with `ALIKE` equal unexpected errors, or are two or more of those alone."""
+    alike, first = 0, ""
+    with contextlib.closing(outcomes):
+        for item, outcome in outcomes:
+            if alike >= 0:
+                cause = outcome.cause if isinstance(outcome, UnexpectedError) else ""
+                first = first or cause
+                alike = alike + 1 if cause and cause == first else -1
+                if alike == ALIKE:
+                    break
+            yield item, outcome
+    if alike > 1:
+        raise InputError(
+            f"the first {alike} records failed alike ({first}): a fault of omni-jax or of a library below it, not of the files; install "
+            f"the versions of requirements.lock, or report this line with the output of pip freeze"
+        )
+
+
+def _run_pool(function: Any, items: Iterable[Any], pool: _Pool, name: Callable[[Any], str], in_flight: int) -> Generator[tuple[Any, Any]]:
     source = iter(items)
     waiting: collections.deque[Any] = collections.deque()
     submitted = yielded = 0
@@ -326,9 +356,11 @@ def _attempt(function: Any, item: Any, name: str) -> Any:
         return ClipError(f"{name}: needs more memory than there is; shorten it or use fewer workers")
     except Exception as error:  # one bad clip never stops the others, however it is bad
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        message = " ".join(str(error).split())
-        place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
-        return ClipError(f"{name}: cannot be used ({type(error).__name__} at {place}: {message}); re-encode the file")
+        cause = f"{type(error).__name__} at {os.path.basename(frame.filename)}:{frame.lineno}: {' '.join(str(error).split())}"
+        advice = "this is a fault of omni-jax or of a library below it: report it" if isinstance(error, _OURS) else "re-encode the file"
+        unexpected = UnexpectedError(f"{name}: cannot be used ({cause}); {advice}")
+        unexpected.cause = cause
+        return unexpected
 
 
 _HEAD = struct.Struct("<QI")  # bytes of the pickle, number of arrays sent after it

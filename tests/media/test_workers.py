@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from omni_jax.media.workers import Guarded, run_guarded
+from omni_jax.media.workers import ALIKE, Guarded, run_guarded
 from omni_jax.types import ClipError, InputError
 from tests.media import worker_functions as functions
 
@@ -111,6 +111,27 @@ def test_whatever_is_raised_becomes_one_line(workers: int) -> None:
     assert "memory" in str(got["memory"])
     assert "KeyError at worker_functions.py:" in str(got["bug"])
     assert got["fine"] == "fine"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("count", [2, ALIKE, ALIKE + 3])
+def test_a_fault_of_our_own_is_not_one_of_every_file(count: int, workers: int) -> None:
+    got: list[object] = []
+    with pytest.raises(InputError, match=rf"the first {min(count, ALIKE)} records failed alike \(TypeError at .*not of the files; install"):
+        got.extend(result for _, result in run_guarded(functions.misbehave, ["own bug"] * count, workers, 60))
+    assert len(got) == (count if count < ALIKE else ALIKE - 1)
+
+
+@pytest.mark.parametrize("start", [["fine"], ["clip error"], ["bug"], ["memory"]])
+def test_files_that_fail_unlike_or_later_are_reported_each(start: list[str]) -> None:
+    items = [*start, *["own bug"] * (ALIKE + 1)]
+    got = [result for _, result in run_guarded(functions.misbehave, items, 0, 60)]
+    assert len(got) == len(items) and all("fault of omni-jax" in str(error) for error in got[1:])
+
+
+def test_a_single_record_says_whose_fault_it_is() -> None:
+    ((_, got),) = run_guarded(functions.misbehave, ["own bug"], 0, 60)
+    assert isinstance(got, ClipError) and str(got).endswith("a fault of omni-jax or of a library below it: report it")
 
 
 def test_a_result_that_cannot_be_sent_costs_its_item_only() -> None:
