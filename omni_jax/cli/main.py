@@ -25,6 +25,7 @@ from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import BAD_INPUT, DONE, INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.cli.stopping import second_ctrl_c_leaves
 from omni_jax.config import ConfigError
+from omni_jax.config.libtpu import silence_libtpu
 from omni_jax.types import InputError
 
 # Order of the help; a command without a place here comes after these.
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1, 2, 75 or 130 as in status.py."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _stay_offline()
+    silence_libtpu()
     name = next((a for a in arguments if not a.startswith("-")), None)
     debug = "--debug" in arguments
     try:

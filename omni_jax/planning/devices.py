@@ -11,20 +11,12 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from omni_jax.config import ConfigError
+from omni_jax.config.libtpu import NO_TPU
 from omni_jax.parallel import make_mesh
 from omni_jax.planning.chips import Topology
 
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_LOG_DIR": "disabled",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-}
-"""Lets libtpu compile on a machine without a TPU: it asks no metadata server, claims no device, writes no logs."""
+ENVIRONMENT = {**NO_TPU, "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+"""Lets libtpu compile on a machine without a TPU."""
 
 QUICK = {"exec_time_optimization_effort": -1.0}
 """Compiler options: layouts and collectives as always, less search for the fastest schedule; a tenth of the time."""
