@@ -216,9 +216,9 @@ class _Track:
             if missing and expected is not None:
                 self._gaps += missing
                 if frame.pts is not None and self._format not in _BARE:
-                    gap = round(float((frame.pts - expected) * frame.time_base) * self.rate)
+                    gap = round(float((frame.pts - expected) * self._stream.time_base) * self.rate)
                     yield np.zeros(min(max(0, gap), 2 * missing * frame.samples), np.float32)
-            expected = None if frame.pts is None else frame.pts + frame.samples / frame.sample_rate / frame.time_base
+            expected = None if frame.pts is None else frame.pts + frame.samples / frame.sample_rate / self._stream.time_base
             block = self._mono(_floats(frame))
             if frame.sample_rate != rate:
                 if converter:

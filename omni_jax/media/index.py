@@ -88,7 +88,7 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
             if not packet.is_discard and not (exact and _is_hidden(packet, context.name)):
                 times.append(time)
     pts = np.sort(np.frombuffer(times, np.int64))
-    exact = exact and len(keys) > 0 and bool((np.diff(pts) > 0).all())
+    exact = exact and len(keys) > 0 and len(pts) > 0 and bool((np.diff(pts) > 0).all())
     back = int(_SEARCH_SECONDS / stream.time_base) if kind == "mpegts" else 0
     entries, sought = np.frombuffer(keys, np.int64), np.frombuffer(seek_times, np.int64) - back
     return PacketIndex(packets=packets, pts=pts, entries=entries, seek_times=sought, margin=margin, exact=exact, leading=leading)

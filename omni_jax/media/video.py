@@ -9,6 +9,7 @@ Letters: F frames sampled, n frames in the stream.
 from __future__ import annotations
 
 import os
+from fractions import Fraction
 from typing import Any
 
 import av.filter
@@ -169,7 +170,7 @@ def _rgb(frame: Any, width: int, height: int) -> np.ndarray:
 def _field_rgb(frame: Any, width: int, height: int) -> np.ndarray:
     """The same for an interlaced picture, as one picture: FFmpeg 8 alone would convert the colours of its two fields apart."""
     graph = av.filter.Graph()
-    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000))
     graph.link_nodes(
         source, graph.add("scale", f"{width}:{height}:interl=0"), graph.add("format", "rgb24"), graph.add("buffersink")
     ).configure()
