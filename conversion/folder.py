@@ -61,6 +61,7 @@ class Manifest:
       adapter_files: relative names of the adapter's side files.
       merged: an adapter was folded into the base: only a merged base can be exported.
       names: name in the source -> name in the rules, where they differ.
+      beats_file: the BEATs file that gave weights and settings, or settings alone: its name, SHA-256 and what it gave; None where none did.
       fresh: modules that the source lacks and that were given random weights ("classify_linear"); an export leaves them out of the base.
       index_text: the source's index file as it was; None where it had none or the weights changed.
     """
@@ -78,6 +79,7 @@ class Manifest:
     merged: bool = False
     index_text: str | None = None
     names: dict[str, str] = dataclasses.field(default_factory=dict)
+    beats_file: dict[str, str] | None = None
     fresh: tuple[str, ...] = ()
 
     def write(self, folder: epath.Path) -> None:

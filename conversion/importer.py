@@ -120,6 +120,7 @@ def to_jax(
             merged=merge_adapter,
             index_text=job.index_text(),
             names=job.names(),
+            beats_file=source.beats_file(job.checkpoint, beats) if job.config.beats else None,
             fresh=job.fresh,
         ).write(temporary)
     return Summary(job.tensors, job.parameters, job.nbytes, time.monotonic() - started, job.fresh, notes=job.notes())

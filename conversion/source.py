@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -272,6 +273,16 @@ def _wanted_folder(folder: epath.Path) -> None:
         if (folder / "adapter_config.json").exists():
             raise InputError(f"{folder}: is an adapter; give it as --adapter, and the WAVE-7B folder as --base")
         raise InputError(f"{folder}: has no config.json; name the folder that holds config.json and the weights")
+
+
+def beats_file(checkpoint: Checkpoint, given: epath.PathLike | None) -> dict[str, str] | None:
+    """Returns which BEATs file a conversion uses, by name and SHA-256: the `given` one, or the one in the folder that config.json names."""
+    path = epath.Path(given) if given is not None else _beats_path(checkpoint)
+    if path is None or not path.exists():
+        return None
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    return {"name": path.name, "sha256": digest, "gave": "weights and settings" if given is not None else "settings"}
 
 
 def has_beats_settings(checkpoint: Checkpoint) -> bool:

@@ -18,6 +18,7 @@ from omni_jax.types import InputError
 from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import assert_same_tensors, beats_file
 from tests.conversion.torch_files import write_torch_file
+from tests.house import ROOT
 from tests.tolerances import assert_close
 
 BASE = checkpoints.model_config()
@@ -203,3 +204,25 @@ def test_lora_of_the_model_is_that_of_the_adapter_where_nothing_is_special(plain
     assert lora_config(default_config(CONFIG), BASE, "adapter_config.json")[0] == checkpoints.LORA
     other = dataclasses.replace(checkpoints.LORA, rank=7, alpha=3.5, rslora=True)
     assert lora_config(default_config(dataclasses.replace(BASE, lora=other)), BASE, "adapter_config.json")[0] == other
+
+
+def test_a_run_goes_on_from_a_released_adapter_where_model_lora_is_unset(tmp_path, base, plain):
+    """`--config.model.lora=None`: what the adapter holds is where training starts, and what is exported again."""
+    from omni_jax.api import training
+    from omni_jax.cli.config_file import read_config
+    from omni_jax.train.trainable import select
+
+    conversion.to_jax(base, tmp_path / "model", adapter=written(tmp_path / "adapter", plain))
+    changes = [f"model.base={tmp_path / 'model'}", "data.train=shards"]
+    unset = read_config(str(ROOT / "configs" / "omniretriever_7b.py"), [*changes, "model.lora=None"])
+    found, _ = conversion.load(tmp_path / "model")
+    model = training._with_lora(found, unset)
+    assert model == found and model.lora == checkpoints.LORA
+    with pytest.raises(InputError, match=r"has an adapter of rank 3 already, .* set model.lora to None to go on with it"):
+        training._with_lora(found, read_config(str(ROOT / "configs" / "omniretriever_7b.py"), changes))
+    params = training._params(tmp_path / "model", model, unset, None, lambda _: None)
+    names = [tuple(name.split("/")) for name in select(model, unset.trainable)]
+    trained = {path: np.asarray(params[path], np.float32) for path in names}
+    made = conversion.write_trained(tmp_path / "model", model, trained, adapter_out=tmp_path / "out")
+    assert not made.left_out and {path[0] for path in names} == {"decoder", "head", "bridge"}
+    assert_same_tensors(load_file(tmp_path / "out" / FILE), plain)

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import conversion
+from conversion.folder import read_manifest
 from conversion.names import NEW_NORM, OLD_NORM, canonical
 from conversion.torch_pickle import open_torch_weights
 from omni_jax.types import InputError
@@ -270,3 +271,16 @@ def test_an_export_says_how_its_weight_norm_loads(tmp_path, weights, style, name
     conversion.to_jax(tmp_path / "out", tmp_path / "again")  # and the page is not taken for a side file of the next export
     conversion.to_torch(tmp_path / "again", base_out=tmp_path / "last")
     assert checkpoints.files(tmp_path / "last") == checkpoints.files(tmp_path / "base")
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_beats_file_is_recorded_by_its_digest(tmp_path, weights, given):
+    import hashlib
+
+    base = folder_of(tmp_path, weights)
+    (base / "BEATs.pt").rename(base / "BEATs_iter3.pt" if given else base / "BEATs.pt")
+    file = base / ("BEATs_iter3.pt" if given else "BEATs.pt")
+    conversion.to_jax(base, tmp_path / "model", beats=file if given else None)
+    gave = "weights and settings" if given else "settings"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert read_manifest(tmp_path / "model").beats_file == {"name": file.name, "sha256": digest, "gave": gave}
