@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -21,6 +22,9 @@ def data_notes(run: RunConfig, source: ClipSource, planner: Planner, total: int)
     """
     clips, size, per_epoch = len(source), run.batch.clips, planner.updates_per_epoch
     yield from (f"{run.data.train}: {note}" for note in getattr(source, "notes", ()))
+    for name, section, path in (("data", run.data, run.data.train), ("evaluation", run.evaluation, run.evaluation.manifest)):
+        if section.media_root and Path(path).is_dir():
+            yield f"{name}.media_root={section.media_root} is not used: {path} is a prepared folder, which holds its media"
     if total <= per_epoch and total * size < clips:
         yield f"{total} updates of {size} clips take {total * size} of the {clips} clips; {clips - total * size} are never trained on"
     elif per_epoch * size < clips:

@@ -42,6 +42,14 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.cli.stopping import Terminated, sigterm_raises
     from omni_jax.data.manifest import read_manifest
     from omni_jax.data.prepare import ERRORS, Preparation
+    from omni_jax.data.shards import TEXT_FIELDS
+
+    idle = [text for text in args.overrides if text.partition("=")[0] in TEXT_FIELDS]
+    if idle:
+        print(
+            f"--set {', '.join(idle)}: changes prompts alone, which shards do not hold; set it in the run's data.preset_fields",
+            file=sys.stderr,
+        )
 
     manifest = read_manifest(args.manifest, args.media_root)
     for note in manifest.notes:

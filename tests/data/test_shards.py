@@ -212,9 +212,12 @@ def test_other_settings_and_foreign_folders_are_refused(manifest: Path, shards: 
 
 def test_a_manifest_without_a_usable_record_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "m.jsonl"
-    path.write_text('{"id": "a", "text": "words alone"}\n')
-    assert main(_arguments(path, tmp_path / "out")) == 2
-    assert "no record can be prepared: each needs text and video" in capsys.readouterr().err
+    path.write_text('{"id": "a", "text": "words alone", "url": "x"}\n')
+    assert main(_arguments(path, tmp_path / "out", "--set", "filler=x")) == 2
+    said = capsys.readouterr().err
+    assert "no record can be prepared: each needs text and video" in said and "out/errors.jsonl lists all" in said
+    assert json.loads((tmp_path / "out" / "errors.jsonl").read_text())["id"] == "a"
+    assert "not used: url (1 records)" in said and "--set filler=x: changes prompts alone" in said
     with pytest.raises(InputError, match="no record can be trained on"):
         open_source(path, PRESET)
     path.write_text('{"id": "a", "text": "x", "video": "gone.mp4"}\n')
