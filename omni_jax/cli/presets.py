@@ -7,7 +7,7 @@ import argparse
 from etils import epath
 
 from omni_jax.cli import embed
-from omni_jax.config import Preset, presets_for
+from omni_jax.config import ConfigError, Preset, presets_for
 from omni_jax.types import InputError
 
 HELP = "embed and score the same clips under every preset, in one table"
@@ -17,6 +17,9 @@ EXAMPLE = "omni-jax presets --model omni7b --manifest clips.jsonl --out presets"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     embed.add_input_arguments(parser)
     embed.add_override_argument(parser)
+    parser.add_argument(
+        "--presets", metavar="LIST", help="comma-separated, which ones (default: all of the backbone; wave takes up to 128 frames)"
+    )
     parser.add_argument("--out", type=epath.Path, metavar="DIR", help="keep each preset's embedding file and error list in this folder")
     parser.add_argument(
         "--ties", choices=("optimistic", "average", "worst"), default="optimistic", help="as in eval (default: %(default)s)"
@@ -33,7 +36,11 @@ def run(args: argparse.Namespace) -> int:
 
     from omni_jax.api.weights import prompt_kind
 
-    chosen = {name: preset.override(args.overrides) for name, preset in presets_for(prompt_kind(args.model)).items()}
+    known = presets_for(prompt_kind(args.model))
+    names = [name.strip() for name in args.presets.split(",")] if args.presets else list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"--presets {args.presets}: {unknown[0]!r} is no preset of this backbone; choose among {', '.join(known)}")
+    chosen = {name: known[name].override(args.overrides) for name in names}
     tables = embed.parse_tables(args.tables)
 
     # Late, so that `--help` and usage errors answer at once.

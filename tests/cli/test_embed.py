@@ -228,6 +228,11 @@ def test_golden_presets_are_scored_side_by_side(golden: GoldenSet, converted: Pa
     assert np.abs(tables["release"]["video"] - tables["mteb"]["video"]).max() > 1e-3, "the crop changed nothing"
 
 
+def test_golden_presets_that_the_backbone_has_not_are_refused(golden, converted, capsys):
+    assert main(["presets", "--model", str(converted), "--manifest", str(golden.manifest), "--presets", "mteb,nemotron"]) == 2
+    assert "'nemotron' is no preset of this backbone; choose among training, release, mteb" in capsys.readouterr().err
+
+
 def test_golden_demo_prints_the_table_and_the_difference(golden: GoldenSet, tmp_path: Path):
     """In a process of its own, as a newcomer runs it: no test settings."""
     run = subprocess.run(
