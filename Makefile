@@ -63,7 +63,7 @@ test-slow: $(SETUP)  ## kills, several processes, long parity
 	.venv/bin/python -m pytest $(WORKERS) -m "slow and not reference and not tpu" $(PYTEST_ARGS)
 
 test-reference: $(REFERENCE)  ## against torch, transformers' torch model and PEFT; recorded outputs, compiled in full
-	.venv-reference/bin/python -m pytest $(WORKERS) $(FULL) -m "reference or parity" $(PYTEST_ARGS)
+	.venv-reference/bin/python -m pytest $(WORKERS) $(FULL) -m "reference or exact" $(PYTEST_ARGS)
 
 test-tpu: $(TPU)  ## compile for TPU, with no TPU attached
 	.venv-tpu/bin/python -m pytest $(FULL) -m "tpu and not reference" $(PYTEST_ARGS)

@@ -29,7 +29,7 @@ def add_options(parser: pytest.Parser) -> None:
     """Adds `--compiler` and `--programs`."""
     group = parser.getgroup("programs", "how the tests compile (tests/programs.py)")
     group.addoption(
-        "--compiler", choices=("quick", "full"), default="full", help="quick: few optimizations, each program once; full: neither."
+        "--compiler", choices=("quick", "full"), default="quick", help="quick: few optimizations, each program once; full: neither."
     )
     group.addoption("--programs", metavar="FOLDER", help="Keep compiled programs in FOLDER; a second run takes about half the time.")
 

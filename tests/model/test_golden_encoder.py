@@ -17,7 +17,7 @@ from tests.model.golden_inputs import COMBINATIONS
 from tests.model.reference import Weights
 from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.parity
+pytestmark = pytest.mark.exact
 
 FUSED = tuple(c for c in COMBINATIONS if c != "label")
 

@@ -20,7 +20,7 @@ from omni_jax.types import AudioSegment, EncoderBatch, Features, VisionFeatures
 from tests.golden_set import GoldenSet
 from tests.tolerances import assert_close
 
-pytestmark = [pytest.mark.jit, pytest.mark.parity]
+pytestmark = [pytest.mark.jit, pytest.mark.exact]
 
 NAMES = {"text": "t", "video": "v", "audio": "a", "av": "va", "tv": "tv", "at": "ta", "tva": "tva"}
 Embeddings = dict[tuple[int, str], np.ndarray]

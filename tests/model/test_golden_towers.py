@@ -15,7 +15,7 @@ from tests.model import builders, golden_inputs, reference_towers
 from tests.model.reference import Weights
 from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.parity
+pytestmark = pytest.mark.exact
 
 
 def each_clip(golden: GoldenSet, name: str, compute: Callable[[int], np.ndarray]) -> None:

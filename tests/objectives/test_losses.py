@@ -28,7 +28,7 @@ from omni_jax.objectives import (
 from tests.golden_set import GoldenSet
 from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.jit
+pytestmark = [pytest.mark.jit, pytest.mark.exact]
 
 TAU = 0.07
 

@@ -20,7 +20,7 @@ from omni_jax.types import InputError
 from tests.retrieval import naive
 from tests.retrieval.random_cases import DECIDED, WIDTH, as_dict, gaussian, random_case
 
-pytestmark = pytest.mark.jit
+pytestmark = [pytest.mark.jit, pytest.mark.exact]
 
 
 @pytest.fixture(params=[1, 8], ids=["1-device", "8-devices"])

@@ -16,7 +16,7 @@ from tests.train import golden_batches
 from tests.train.golden_batches import peft_arrays
 from tests.train.random_batches import QUICK
 
-pytestmark = [pytest.mark.jit, pytest.mark.parity]
+pytestmark = [pytest.mark.jit, pytest.mark.exact]
 
 NAMES = ("L_T", "L_D", "L_A")
 
