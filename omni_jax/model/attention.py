@@ -102,7 +102,8 @@ def row_attention(
         mask, blocks = row_mask(segment, branch, causal), attend_causal if causal else attend_blocks
         return lambda q, k, v: checkpoint_name(blocks(q, k, v, mask), "attention")
     ids = splash_ids(*_pad_ids(segment, branch), max(branches, 1) if causal else 1)
-    return lambda q, k, v: checkpoint_name(_splash_rows(q, k, v, *ids, causal, kernel == "splash_interpret"), "attention")
+    # Named within: a backward pass needs its log-sums too, and else would run the kernel again for them.
+    return lambda q, k, v: _splash_rows(q, k, v, *ids, causal, kernel == "splash_interpret")
 
 
 def splash_ids(segment: jax.Array, branch: jax.Array, branches: int) -> tuple[jax.Array, jax.Array]:
@@ -160,4 +161,5 @@ def _kernel(tokens: int, heads: int, copies: int, causal: bool, interpret: bool)
     mask = splash_mask.MultiHeadMask([splash_mask.NumpyMask(np.tile(earlier, (1, copies)))] * heads)
     tile = next(t for t in TILES if math.gcd(tokens, t) == t)
     sizes = splash.BlockSizes(block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile)
-    return splash.make_splash_mqa(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    named = {"residual_checkpoint_name": "attention", "interpret": interpret}
+    return splash.make_splash_mqa(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, **named)

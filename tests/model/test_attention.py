@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from omni_jax.config import ConfigError
 from omni_jax.model.attention import choose, pooled_attention, row_attention, row_mask, splash_ids
 from omni_jax.parallel import make_mesh
+from omni_jax.train.gradients import REMAT
 from tests.model.builders import noise
 from tests.tolerances import assert_close
 
@@ -75,6 +78,23 @@ def test_splash_on_a_mesh_gives_each_device_its_rows_and_heads(sizes: tuple[int,
     with jax.set_mesh(mesh):
         program = jax.jit(lambda q, k, v: row_attention(segment, branch, kernel="splash_interpret")(q, k, v))
         assert_close(program(*inputs()), want, "attention_kernel")
+
+
+@pytest.mark.parametrize("meshed", [False, True])
+def test_remat_attention_does_not_run_the_kernel_again(meshed: bool):
+    """Forward, and for the gradients of q and of k and v; once more under "layer", where nothing of the kernel is kept."""
+    segment, branch = ids(PACKED)
+
+    def layer(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(row_attention(segment, branch, kernel="splash_interpret")(jnp.sin(q), k, v)))
+
+    def loops(remat: str) -> int:  # what is interpreted runs its kernel's grid in loops
+        kept = layer if REMAT[remat] is None else jax.checkpoint(layer, policy=REMAT[remat])
+        program = jax.jit(jax.value_and_grad(kept, argnums=(0, 1, 2)))
+        with jax.set_mesh(make_mesh(1, 2, 2, devices=jax.devices()[:4])) if meshed else contextlib.nullcontext():
+            return program.lower(*inputs()).as_text().count("stablehlo.while")
+
+    assert loops("layer") > loops("attention") == loops("none") > 0
 
 
 @pytest.mark.parametrize("causal", [True, False])
