@@ -138,9 +138,9 @@ def _sorted_out(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     for name, value in present.items():
         if name in allowed:
             continue
-        likely = [field for field in _resembled(name, value) if field in allowed]
+        likely = [field for field in _resembled(name, value) if field in allowed or field == "conversations"]
         lacking = bool(likely) and not any(field in fields for field in likely)
-        if "timestamps" in likely and not {"video", "audio"} & present.keys():
+        if ("timestamps" in likely and not {"video", "audio"} & present.keys()) or ("conversations" in likely and "text" in present):
             lacking = False
         if lacking or (name == "text" and allowed is OFFICIAL):
             advice = f"; did you mean {' or '.join(map(repr, likely))}?" if lacking else ""
@@ -176,7 +176,7 @@ def _paired_video(known: Mapping[str, Any], name: str) -> Any:
 
 
 def _caption(turns: Any) -> str:
-    """The caption of an official entry: what the last of its turns says."""
+    """The caption of an official entry: what the last of its turns says, without the end token that the training code would add."""
     if isinstance(turns, list) and turns and isinstance(turns[0], dict) and turns[0].get("from") == "system":
         turns = turns[1:]
     if (
@@ -187,7 +187,7 @@ def _caption(turns: Any) -> str:
         raise BadEntry(
             'conversations must be [{"from": "human", "value": "..."}, {"from": "gpt", "value": CAPTION}], a system turn before it or not'
         )
-    return turns[1]["value"]
+    return turns[1]["value"].removesuffix("<|im_end|>")
 
 
 def _alone(value: Any) -> Any:

@@ -336,6 +336,14 @@ def test_system_turns_lists_of_one_and_other_fields(tmp_path: Path) -> None:
     )
 
 
+def test_a_caption_that_ends_with_the_end_token_is_the_caption_without_it(tmp_path: Path) -> None:
+    """The training code adds the token only where a label lacks it; elsewhere in a caption it is text."""
+    got = read_manifest(
+        write(tmp_path, official("rain<|im_end|>", id="x"), {"id": "y", "text": "rain<|im_end|>"}, official("<|im_end|>", id="z"))
+    )
+    assert [r.text for r in got.records] == ["rain", "rain<|im_end|>"] and "the caption is empty" in got.problems[0].reason
+
+
 def test_pos_image_holds_the_video_of_a_sound(tmp_path: Path) -> None:
     pair = {"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>\nPlease describe the video."}]}
     sound = official("", id="x", audio="a.wav", pos_image=pair)
@@ -363,6 +371,7 @@ NEAR: dict[str, tuple[dict[str, Any], str]] = {
     "audo": ({"id": "x", "text": "rain", "audo": "a.wav"}, "did you mean 'audio'"),
     "timestamp": ({"id": "x", "video": "a.mp4", "timestamp": [0, 1]}, "did you mean 'timestamps'"),
     "start": ({"id": "x", "video": "a.mp4", "start": 0, "end": 1}, "did you mean 'timestamps'"),
+    "messages": ({"id": "x", "messages": [{"role": "user"}], "video": "a.mp4"}, "did you mean 'conversations'"),
     "several files": ({"id": "x", "video": ["a.mp4", "b.mp4"]}, "video lists 2 files"),
     "several captions": ({"id": "x", "text": ["a", "b"]}, "holds 2 captions"),
 }

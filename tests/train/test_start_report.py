@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from etils import epath
 
 from omni_jax.api.evaluation import Evaluator
+from omni_jax.api.start_report import data_notes
 from omni_jax.api.training import Watcher, run_training
 from omni_jax.cli.config_file import read_config
 from omni_jax.cli.main import main
+from omni_jax.data.sources import open_source
 from omni_jax.train import RunConfig
 from omni_jax.types import ClipError, Features, InputError
 from tests.media_samples import write_clip
@@ -88,6 +91,11 @@ def test_a_manifest_and_a_prepared_folder_hold_the_same_held_out_clips(clips: Pa
         run, said = config(tmp_path, folder, where), []
         return Evaluator(run, epath.Path(tmp_path), None, None, {}, None, said.append, lambda: False)  # type: ignore[arg-type]
 
+    run = config(tmp_path, folder, folder, f"data.media_root={tmp_path}", f"evaluation.media_root={tmp_path}", "batch.micro_batch=2")
+    planner: Any = SimpleNamespace(updates_per_epoch=2, alike=lambda _: [0, 1, 2, 3])
+    notes = list(data_notes(run, open_source(folder, run.data.resolved_preset()), planner, 2))
+    assert [note.partition("=")[0] for note in notes[:2]] == ["data.media_root", "evaluation.media_root"]
+    assert notes[2] == "2 of 4 clips have no sound and are trained with silence" and len(notes) == 3
     prepared, streamed = evaluator(folder), evaluator(held_out)
     assert [r.id for r in prepared.records] == ["h0", "h2"] and [p.id for p in prepared.problems] == ["h1", "h3"]
     assert all("has no audio" in problem.reason for problem in prepared.problems)
