@@ -68,6 +68,7 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
         for packet in container.demux(stream):
             if not packet.size:
                 exact &= packet.dts is None and packet.pts is None  # the end; an empty packet elsewhere repeats a picture
+                packets += packet.dts is not None
                 continue
             if packet.is_corrupt:  # the file ends within it
                 exact = False

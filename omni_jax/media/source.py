@@ -120,10 +120,10 @@ def choose_track(container: av.container.InputContainer, kind: str, number: int,
     # MP4 has no such mark but "enabled", and whoever writes the file enables the first picture, whatever it is.
     unmarked = found[0] if kind == "video" and "mp4" in container.format.name else None
 
-    def merit(stream: Any) -> tuple[bool, bool, int]:
+    def merit(stream: Any) -> tuple[bool, bool, bool, int]:
         context = stream.codec_context
         size = 0 if context is None else context.width * context.height if kind == "video" else context.layout.nb_channels
-        return size > 0, bool(stream.disposition & av.stream.Disposition.default) and stream is not unmarked, size
+        return size > 0, stream.frames > 0, bool(stream.disposition & av.stream.Disposition.default) and stream is not unmarked, size
 
     return max(found, key=merit)
 
@@ -133,30 +133,34 @@ class Decoding:
 
     Attributes:
       packets: packets read whole.
-      lost: those of them that do not decode.
+      leading: those of them that do not decode before the first frame, as where a copy begins inside a group of pictures.
+      lost: those that do not decode after it.
       error: what the decoder, or the container, said last.
     """
 
     def __init__(self, container: av.container.InputContainer, stream: Any) -> None:
         self._container, self._stream = container, stream
         self._whole = stream.type == "audio" and "mp4" in container.format.name
-        self.packets = self.lost = 0
+        self.packets = self.leading = self.lost = 0
         self.error = ""
 
     def __iter__(self) -> Iterator[Any]:
+        begun = False
         for packet in self._packets():
             try:
                 frames = self._stream.decode(packet)
             except AvError as error:
                 self.lost, self.error = self.lost + 1, reason(error)
                 continue
+            if frames and not begun:
+                begun, self.leading, self.lost = True, self.lost, 0
             yield from frames
 
     def _packets(self) -> Iterator[Any]:
         # A container that cannot be read on has ended: `check_complete` says what is missing.
         try:
             for packet in self._container.demux(self._stream):
-                self.packets += packet.size > 0 and not packet.is_corrupt
+                self.packets += not packet.is_corrupt and (packet.size > 0 or packet.dts is not None)
                 if packet.size:  # an empty packet repeats a picture; the decoder would take it for the end
                     if self._whole and packet.has_sidedata("skip_samples"):
                         _keep_end(packet)
@@ -169,7 +173,12 @@ class Decoding:
         """Says why the track is not used, "" where it may be: more than LARGEST_LOSS of the packets do not decode."""
         if self.lost <= max(1, LARGEST_LOSS * self.packets):
             return ""
-        return f"damaged: {self.lost} of {self.packets} packets of the {what} do not decode ({self.error})"
+        return f"damaged: {self.said(what)} ({self.error})"
+
+    def said(self, what: str) -> str:
+        """Says how many packets do not decode, "" where all do."""
+        lost = self.leading + self.lost
+        return f"{lost} of {self.packets} packets of the {what} do not decode" if lost else ""
 
 
 def _keep_end(packet: Any) -> None:
@@ -264,6 +273,9 @@ def _boxes_end(file: IO[bytes], length: int) -> int:
     return at
 
 
+_CHUNKS = frozenset({b"data", b"SSND", b"LIST", b"idx1"})
+
+
 def _chunks_end(file: IO[bytes], length: int, order: Any) -> int:
     """End of the last chunk that starts within a RIFF or FORM file, or within one of the several lists of a long AVI.
 
@@ -277,7 +289,8 @@ def _chunks_end(file: IO[bytes], length: int, order: Any) -> int:
         if head[:4] in (b"RIFF", b"FORM"):
             at += 12
             continue
-        if size == 0 or size >= 0x7FFF_F000 or not head[:4].isascii():
+        # Behind the last chunk there may be anything, a tag of another format for one.
+        if size == 0 or size >= 0x7FFF_F000 or (head[:4] not in _CHUNKS and at + 8 + size > length):
             return length
         at += 8 + size + size % 2
     return at if at > length + 1 else length  # the padding byte of an odd size is often left out

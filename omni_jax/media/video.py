@@ -137,8 +137,8 @@ def _decode_in_order(
         if refusal:
             raise ClipError(f"{path}: {refusal}; re-encode it or leave it out")
         if wanted.issuperset(sample_indices(count, fps, frames, timestamps, path)[0].tolist()):
-            lost = f"{path}: {decoding.lost} of {decoding.packets} packets of the video do not decode; the others are used"
-            return pictures, count, (lost,) if decoding.lost else ()
+            lost = decoding.said("video")
+            return pictures, count, (f"{path}: {lost}; the others are used",) if lost else ()
         guess = count
 
 

@@ -217,6 +217,13 @@ def test_wrong_sizes_in_wav(tmp_path: Path, sizes: str) -> None:
     assert np.array_equal(whole(tmp_path / "b.wav"), whole(tmp_path / "a.wav"))
 
 
+def test_a_tag_behind_wav(tmp_path: Path) -> None:
+    path = write_sound(tmp_path / "a.wav", 2.0)
+    before = whole(path)
+    path.write_bytes(path.read_bytes() + b"TAGa title of thirty characters".ljust(128))
+    assert np.array_equal(whole(path), before)
+
+
 def test_a_quiet_start_says_nothing_of_the_length(tmp_path: Path) -> None:
     """FFmpeg guesses 306 s from the small packets at the start of bare AAC."""
     noise = np.random.default_rng(0).uniform(-0.3, 0.3, (9 * 44_100, 1)).astype(np.float32)

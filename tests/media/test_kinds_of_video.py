@@ -74,6 +74,23 @@ def test_an_open_group_at_the_start(tmp_path: Path, codec: str, options: dict[st
     assert numbers(got.frames) == spread(first, 59, 6)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_a_transport_stream_cut_inside_a_group(tmp_path: Path, share: float) -> None:
+    data = write_video(tmp_path / "whole.ts", "libx264", 96, gop=24, options=X264).read_bytes()
+    (tmp_path / "cut.ts").write_bytes(data[int(len(data) // 188 * share) * 188 :])
+    got = read_frames(tmp_path / "cut.ts", 4)
+    first = frame_number(got.frames[0])
+    assert first % 24 == 0
+    assert got.num_frames == 96 - first
+    assert numbers(got.frames) == spread(first, 95, 4)
+
+
+def test_an_edit_list_behind_the_end(tmp_path: Path) -> None:
+    whole = write_video(tmp_path / "whole.mp4", "libx264", 24, options=X264)
+    with pytest.raises(ClipError, match=r"cut\.mp4: "):
+        read_frames(edit_list(whole, tmp_path / "cut.mp4", 60.0), 4)
+
+
 def test_joined_transport_streams(tmp_path: Path) -> None:
     whole = write_video(tmp_path / "whole.ts", "libx264", 48, options=X264)
     joined = tmp_path / "joined.ts"
