@@ -65,6 +65,27 @@ def test_tables_larger_than_the_chunk_on_a_three_axis_mesh() -> None:
     assert as_dict(backward) == naive.ranks(scores.T, own, own)
 
 
+@pytest.mark.parametrize("shift", [0, 4], ids=["where-it-is-read", "copied"])
+def test_tiles_placed_once_are_their_own_wherever_the_table_starts(shift: int) -> None:
+    rng = np.random.default_rng(5)
+
+    def placed(rows: np.ndarray) -> np.ndarray:
+        """The rows in memory `shift` bytes after a boundary at which a CPU reads an array in place."""
+        room = np.empty(rows.nbytes + 2 * ranks_module.ALIGNMENT, np.uint8)
+        start = -room.ctypes.data % ranks_module.ALIGNMENT + shift
+        room[start : start + rows.nbytes] = np.frombuffer(rows.tobytes(), np.uint8)
+        return room[start : start + rows.nbytes].view(np.float32).reshape(rows.shape)
+
+    a = placed(rng.normal(size=(97, 16)).astype(np.float32))
+    b = placed(a + rng.normal(size=a.shape).astype(np.float32))
+    run = ranks_module._programs(Mesh(np.array(jax.devices()[:1]), ("rows",)))
+    assert run.reads_in_place(a) == (shift == 0) and not ranks_module._programs(make_mesh()).reads_in_place(a)
+    scores = naive.cosines(a, b)
+    forward, backward = rank_pair(prepare(a), prepare(b), chunk=16)  # seven tiles each way, the last one overlaps
+    assert as_dict(forward) == naive.ranks(scores, range(97), range(97))
+    assert as_dict(backward) == naive.ranks(scores.T, range(97), range(97))
+
+
 @pytest.mark.parametrize("width", [1, 3, 8, 64, 100, 515])
 @pytest.mark.parametrize("rows", [8, 16, 48, 240, 272])
 def test_equal_rows_have_equal_products_wherever_they_stand(mesh: Mesh, width: int, rows: int) -> None:
