@@ -42,6 +42,12 @@ CONTRAST = """
 })()
 """
 
+CUT = """
+[...document.querySelectorAll("caption, figcaption, .heat td, .heat th")].filter((e) => e.checkVisibility() &&
+  (e.getBoundingClientRect().right > e.closest(".panel").getBoundingClientRect().right || e.scrollWidth > e.clientWidth + 1))
+  .map((e) => e.textContent.trim().slice(0, 30) || e.className)
+"""
+
 SOUNDS = """
 Promise.all([...document.querySelectorAll("audio")].filter((s) => s.checkVisibility()).slice(0, 4).map((s) => s.readyState > 0 ? "" :
   new Promise((done) => {
@@ -72,8 +78,11 @@ def check(page: Path, out: Path | None) -> list[str]:
         _use(tab, expect)
         tab.open(page, width=390, height=800)
         expect(tab.run("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than a narrow window")
+        cut = tab.run(CUT)
+        expect(not cut, f"cut at the edge of a card of a narrow window: {'; '.join(cut[:3])}")
         if out:
             tab.picture(out / "report-narrow.png")
+            tab.picture(out / "report-narrow-whole.png", whole=True)
         tab.open(page)
         tab.press("Tab")
         expect(tab.run("document.activeElement.className") == "skip", "the first stop of the keyboard is not the skip link")
