@@ -24,16 +24,18 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from conversion.folder import ADAPTER, WEIGHTS, Manifest
 from omni_jax.types import InputError
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 PART_BYTES = 256 * 2**20
 PIECE_BYTES = 64 * 2**20
@@ -126,6 +128,8 @@ class StoreWriter:
         return _digest_of_index(self._index)
 
     def _flush(self) -> None:
+        import orbax.checkpoint as ocp
+
         self._checkpointer.save(_part(self._folder, self._parts), ocp.args.PyTreeSave(self._pending))
         self._pending.clear()
         self._parts += 1
@@ -259,6 +263,8 @@ class Store:
 
     def _read(self, pieces: list[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
         """Yields the pieces' values in order, after one restore of each part they are in."""
+        import orbax.checkpoint as ocp
+
         found: dict[str, np.ndarray] = {}
         for part in dict.fromkeys(piece.part for piece in pieces):
             members = [piece for piece in pieces if piece.part == part]
@@ -358,6 +364,8 @@ def _part(folder: epath.Path, part: int) -> epath.Path:
 
 
 def _checkpointer() -> ocp.Checkpointer:
+    import orbax.checkpoint as ocp  # slow: not before there is something to read or write
+
     # One file per array instead of one database per part: faster, and half the memory. Weights hardly compress.
     logging.getLogger("absl").addFilter(_quiet)
     # Each process reads and writes by itself: one of several may convert while the others wait elsewhere.

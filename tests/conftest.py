@@ -15,6 +15,7 @@ workers.bound_threads()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ[_name] = "1"
+os.environ["OMNI_JAX_CACHE"] = "off"  # tests write nothing into the home folder
 
 import jax  # noqa: E402 (the environment must be set first)
 import pytest  # noqa: E402

@@ -7,10 +7,9 @@ A command is a module of this folder with HELP (one line), EXAMPLE (shown at the
 from __future__ import annotations
 
 import argparse
-import ast
-import contextlib
 import importlib
 import os
+import re
 import select
 import signal
 import sys
@@ -25,11 +24,15 @@ from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import BAD_INPUT, DONE, INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.cli.stopping import second_ctrl_c_leaves
 from omni_jax.config import ConfigError
+from omni_jax.config.compile_cache import use_compile_cache
 from omni_jax.config.libtpu import silence_libtpu
 from omni_jax.types import InputError
 
 # Order of the help; a command without a place here comes after these.
 ORDER = ("demo", "convert", "embed", "eval", "presets", "search", "export", "bench-data", "prepare", "train", "smoke", "compile")
+
+
+UNCACHED = ("compile",)  # compiles for chips that are not there, to look at the programs
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,7 +46,8 @@ def commands() -> dict[str, Path]:
     """Returns command name -> file: the modules of this folder that define `run` and `add_arguments` (bench_data.py is bench-data)."""
     found = {}
     for path in Path(__file__).parent.glob("*.py"):
-        if {"run", "add_arguments"} <= _definitions(path):
+        text = path.read_text(encoding="utf-8")
+        if "\ndef run(" in text and "\ndef add_arguments(" in text:
             found[path.stem.replace("_", "-")] = path
     return dict(sorted(found.items(), key=lambda item: (ORDER.index(item[0]) if item[0] in ORDER else len(ORDER), item[0])))
 
@@ -51,7 +55,7 @@ def commands() -> dict[str, Path]:
 def build_parser(name: str | None = None) -> argparse.ArgumentParser:
     """Returns the parser with the arguments of command `name`, or with none but the list of commands."""
     found = commands()
-    lines = "\n".join(f"  {command:<12}{_constant(path, 'HELP')}" for command, path in found.items())
+    lines = "\n".join(f"  {command:<12}{_help(path)}" for command, path in found.items())
     parser = _Parser(
         prog="omni-jax",
         usage="omni-jax [-h] [--version] [--debug] COMMAND ...",
@@ -84,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _stay_offline()
     silence_libtpu()
+    _clean_up_quietly()
     name = next((a for a in arguments if not a.startswith("-")), None)
     debug = "--debug" in arguments
     try:
@@ -92,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             parser.print_help(sys.stderr)
             return BAD_INPUT
+        if args.command not in UNCACHED:
+            use_compile_cache()
         with second_ctrl_c_leaves():
             status = _load(args.command).run(args)
         sys.stdout.flush()
@@ -143,6 +150,14 @@ def _stay_offline() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+def _clean_up_quietly() -> None:
+    """Keeps Python's tracker of shared memory from saying how much it removed after a run that was stopped: to remove it is its work."""
+    rule = "ignore:resource_tracker:UserWarning"
+    rules = [known for known in os.environ.get("PYTHONWARNINGS", "").split(",") if known]
+    if rule not in rules:
+        os.environ["PYTHONWARNINGS"] = ",".join([*rules, rule])
+
+
 def _reader_left() -> bool:
     """Whether the reader of stdout has closed it; a broken pipe to a worker process is another matter and is reported."""
     try:
@@ -157,16 +172,10 @@ def _load(command: str) -> ModuleType:
     return importlib.import_module(f"omni_jax.cli.{command.replace('-', '_')}")
 
 
-def _definitions(path: Path) -> set[str]:
-    return {node.name for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.FunctionDef)}
-
-
-def _constant(path: Path, name: str) -> str:
-    for node in ast.parse(path.read_bytes()).body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
-            with contextlib.suppress(ValueError):  # not a plain string: the module's own text is used once it is loaded
-                return str(ast.literal_eval(node.value))
-    return ""
+def _help(path: Path) -> str:
+    """HELP of a module, read and not run."""
+    found = re.search(r"^HELP = (\"[^\"\\\n]*\")$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1][1:-1] if found else ""  # not a plain string: the module's own text is used once it is loaded
 
 
 def _indent(text: str) -> str:

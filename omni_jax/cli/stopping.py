@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -45,6 +44,8 @@ def second_ctrl_c_leaves() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    import socket  # slow for `--help`
+
     near, far = socket.socketpair()
 
     def count() -> None:

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from omni_jax.config import ConfigError
 from omni_jax.model.layers import attend, attend_blocks, attend_causal
 from omni_jax.parallel import partition_spec
+
+if TYPE_CHECKING:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
 RowAttention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -128,6 +129,8 @@ def _pad_ids(segment: jax.Array, branch: jax.Array) -> tuple[jax.Array, jax.Arra
 def _splash_rows(
     q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array, key_ids: jax.Array, causal: bool, interpret: bool
 ) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash  # slow, and for TPUs alone
+
     rows, tokens, heads, width = q.shape
     kv_heads, padded = k.shape[2], query_ids.shape[1]
     copies = key_ids.shape[1] // padded
@@ -157,6 +160,9 @@ def _splash_rows(
 
 def _kernel(tokens: int, heads: int, copies: int, causal: bool, interpret: bool) -> splash.SplashAttentionKernel:
     """The splash kernel of G heads that share keys: (G, S, h), (C*S, h), (C*S, h) -> (G, S, h)."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
     earlier = np.tri(tokens, dtype=bool) if causal else np.ones((tokens, tokens), bool)
     mask = splash_mask.MultiHeadMask([splash_mask.NumpyMask(np.tile(earlier, (1, copies)))] * heads)
     tile = next(t for t in TILES if math.gcd(tokens, t) == t)
