@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class InputError(Exception):
@@ -352,11 +353,18 @@ class EmbeddingTable:
       ids: N record ids, in manifest order.
       tables: name -> (N, D) float32.
       own: name -> the ids of a table that lacks some of the records, its rows in their order; a table that is not here has all.
+      named: whether the ids are the records' own; False where a file has none, and they are row numbers.
+      made_with: what the vectors depend on, as `omni_jax.api.made_with.made_with` gives it; None where that is unknown.
+      parts, of: numbers, from 0, of the parts of a set that the records are, and how many parts the set has (`embed --part`).
     """
 
     ids: tuple[str, ...]
     tables: dict[str, np.ndarray]
     own: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict, kw_only=True)
+    named: bool = dataclasses.field(default=True, kw_only=True)
+    made_with: Mapping[str, Any] | None = dataclasses.field(default=None, kw_only=True)
+    parts: tuple[int, ...] = dataclasses.field(default=(0,), kw_only=True)
+    of: int = dataclasses.field(default=1, kw_only=True)
 
     def ids_of(self, table: str) -> tuple[str, ...]:
         """Returns the ids of a table's rows."""

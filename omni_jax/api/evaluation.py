@@ -18,7 +18,7 @@ from omni_jax.data.manifest import Problem, read_manifest
 from omni_jax.data.sources import open_source
 from omni_jax.model import abstract_encoder, with_params
 from omni_jax.retrieval import evaluate
-from omni_jax.retrieval.embedding_pass import assemble
+from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.train import RunConfig
 from omni_jax.train.trainable import TEMPERATURE, Arrays, join
@@ -88,7 +88,7 @@ class Evaluator:
             parts.append(part)
             if jax.process_count() == 1 and self._stopping():
                 return None
-        outcome = assemble(self.records, parts)
+        outcome = one_row_a_prompt(self.records, assemble(self.records, parts))
         if outcome.problems:
             _, reason = outcome.problems[0]
             self._tell(f"evaluation: {len(outcome.problems)} of {len(self.records)} records were set aside; the first: {reason}")

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import jax
 from etils import epath
 
+from omni_jax.config.made_with import flat
 from omni_jax.parallel import all_do, barrier, first_does, texts_of_every_process
 from omni_jax.types import InputError
 
@@ -46,7 +47,7 @@ def check_equal(what: str, values: Mapping[str, Any]) -> None:
     Raises:
       InputError: in all of them, naming what differs first.
     """
-    mine = {name: bool(value) if name in LOCAL else value for name, value in _flat(values)}
+    mine = {name: bool(value) if name in LOCAL else value for name, value in flat(values)}
     said = [json.loads(text) for text in texts_of_every_process(json.dumps(mine, sort_keys=True, default=str))]
     for number, other in enumerate(said):
         for name in sorted({*said[0], *other}):
@@ -102,11 +103,3 @@ def _one_line() -> Iterator[None]:
         yield
     except RuntimeError as e:
         raise InputError(str(e)) from None
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import warnings
@@ -15,14 +16,16 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from omni_jax.api.made_with import made_with
 from omni_jax.api.weights import load_params, open_model, own_preset
 from omni_jax.config import PREFIXES, TABLE_MODALITIES, TABLES, ConfigError, ModelConfig, Preset
 from omni_jax.config import preset as preset_named
+from omni_jax.config.compile_cache import use_compile_cache
 from omni_jax.data.loading import DECODE_LIMIT_S, load_features
 from omni_jax.model import Encoder, abstract_encoder, with_params
 from omni_jax.model.runner import Runner
 from omni_jax.parallel import batch_shards, make_mesh
-from omni_jax.retrieval.embedding_pass import Part, assemble, embedding_pass
+from omni_jax.retrieval.embedding_pass import Part, assemble, embedding_pass, one_row_a_prompt
 from omni_jax.tokens.batching import Planner, build_batches
 from omni_jax.tokens.prompts import build_sequences
 from omni_jax.tokens.tokenizer import Tokenizer
@@ -36,13 +39,17 @@ class OmniRetriever:
       preset: how clips and captions become tokens; assign another one at any time.
     """
 
-    def __init__(self, encoder: Encoder, tokenizer: Tokenizer, preset: Preset, mesh: Mesh | None = None):
+    def __init__(
+        self, encoder: Encoder, tokenizer: Tokenizer, preset: Preset, mesh: Mesh | None = None, origin: Mapping[str, Any] | None = None
+    ):
+        """`origin`: what `omni_jax.api.made_with.made_with` says of the model; None: what it embeds is of unknown making."""
         self.config = encoder.config
         self.preset = preset
         self._tokenizer = tokenizer
         self._runner = Runner(encoder, mesh)
         self._rows = 1 if mesh is None else batch_shards(mesh)
         self._planners: dict[Preset, Planner] = {}
+        self._origin = origin
 
     @classmethod
     def from_pretrained(
@@ -61,6 +68,7 @@ class OmniRetriever:
           InputError: when the folder is not a converted checkpoint, its tokenizer belongs to another model, or its towers take patches
             that the preprocessing does not make.
         """
+        use_compile_cache()
         # Before the weights, which take minutes to read at full size.
         source = open_model(directory, step)
         prompt = source.config.prompt
@@ -73,11 +81,21 @@ class OmniRetriever:
         params = load_params(source, None if dtype == "keep" else dtype, mesh)
         compute = jnp.dtype(dtype) if dtype != "keep" else params["decoder", "layers", "attn", "q", "kernel"].dtype
         encoder = with_params(abstract_encoder(source.config, dtype=compute), params)
-        return cls(encoder, tokenizer, chosen, mesh)
+        return cls(encoder, tokenizer, chosen, mesh, made_with(source, chosen, dtype=dtype))
 
     def assign(self, params: Mapping[tuple[str, ...], jax.Array]) -> None:
         """Embeds with other parameters of the same shapes, types and places from now on; nothing is compiled anew."""
         self._runner.assign(dict(params))
+        self._origin = None
+
+    def made_with(self, *, normalize: bool = True) -> dict[str, Any] | None:
+        """Returns what embeddings by this model depend on under its preset, for `EmbeddingTable.made_with` (see `omni_jax.api.made_with`).
+
+        None for a model that was not read from a folder, or was assigned other parameters.
+        """
+        if self._origin is None:
+            return None
+        return {**self._origin, "preset": dataclasses.asdict(self.preset), "normalize": normalize}
 
     @property
     def programs(self) -> list[str]:
@@ -141,7 +159,7 @@ class OmniRetriever:
         if not records:
             return np.zeros((0, self.config.decoder.hidden_size), np.float32)
         parts = self.embed(records, (table,), batch_size=batch_size, normalize=normalize, workers=workers)
-        outcome = assemble(records, list(parts))
+        outcome = one_row_a_prompt(records, assemble(records, list(parts)))
         if outcome.problems:
             lines = "; ".join(f"item {record.id}: {reason}" for record, reason in outcome.problems[:5])
             raise InputError(f"encode: {len(outcome.problems)} of {count} items cannot be embedded: {lines}")

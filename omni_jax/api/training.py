@@ -18,20 +18,22 @@ from jax.sharding import Mesh
 import conversion
 from conversion.folder import Manifest, read_manifest
 from omni_jax.api.evaluation import Evaluator
+from omni_jax.api.made_with import media_digest
 from omni_jax.api.processes import check_equal, check_shared, first, together
 from omni_jax.api.retriever import check_preprocessing
 from omni_jax.api.start_report import data_notes, trained_too
 from omni_jax.api.weights import base_digests
 from omni_jax.config import ModelConfig, Preset
+from omni_jax.config.compile_cache import use_compile_cache
 from omni_jax.data.augment import AugmentConfig
 from omni_jax.data.clips import ClipSource
 from omni_jax.data.manifest import Problem
 from omni_jax.data.pipeline import TrainPipeline
 from omni_jax.data.plan import BatchConfig
-from omni_jax.data.sources import open_source
+from omni_jax.data.sources import MediaSource, open_source
 from omni_jax.model import param_shardings
 from omni_jax.parallel import batch_axes, batch_shards, make_mesh
-from omni_jax.tokens.tokenizer import Tokenizer
+from omni_jax.tokens.tokenizer import Tokenizer, tokenizer_digest
 from omni_jax.train import RunConfig, TrainState, TrainStep, kinds_of_update, pack_update, report
 from omni_jax.train.checkpoint import Checkpoints, one_line
 from omni_jax.train.lock import run_lock
@@ -39,7 +41,17 @@ from omni_jax.train.loop import Row, Surroundings, train
 from omni_jax.train.lora import fresh_lora
 from omni_jax.train.metrics import collapsed_in_row, evaluated, metrics_writer, write_row
 from omni_jax.train.quarantine import Quarantine
-from omni_jax.train.workdir import BASE, CHECKPOINTS, WorkdirConfig, check_free, claim, read_config
+from omni_jax.train.workdir import (
+    BASE,
+    CHECKPOINTS,
+    MEDIA_FILES,
+    PRESET_FIELDS,
+    TOKENIZER_FILES,
+    WorkdirConfig,
+    check_free,
+    claim,
+    read_config,
+)
 from omni_jax.types import InputError
 
 
@@ -84,6 +96,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
     """
     folder = epath.Path(workdir)
     folder = folder if "://" in str(folder) else epath.Path(folder).absolute()
+    use_compile_cache()
     check_equal("the config", run.to_json())
     mesh = together(lambda: _mesh(run))
     preset = run.data.resolved_preset()
@@ -113,7 +126,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
             watcher.tell(note)
         if manifest.fresh:
             watcher.tell(f"freshly initialised in {base}: {', '.join(manifest.fresh)}")
-        digests = {**base_digests(manifest), "clips": clips_digest(source)}
+        digests = {**base_digests(manifest), "clips": clips_digest(source), **together(lambda: _later_digests(base, preset, source))}
         stored = BASE if not run.model.base else str(base)
         config = WorkdirConfig(run.to_json(), model, stored, digests, total)
         check_equal("what they train", {**digests, "updates": total})
@@ -187,7 +200,9 @@ def _mesh(run: RunConfig) -> Mesh | None:
     try:
         mesh = make_mesh(sizes.data, sizes.fsdp or None, sizes.tensor, slices=sizes.slices)
     except ValueError as e:
-        raise InputError(f"{e}; change --config.mesh.data, fsdp, tensor or slices") from None
+        wanted = sizes.slices * sizes.data * (sizes.fsdp or 1) * sizes.tensor
+        cpu = f"; on a CPU, JAX_NUM_CPU_DEVICES={wanted} in the environment shows as many" if jax.default_backend() == "cpu" else ""
+        raise InputError(f"{e}; change --config.mesh.data, fsdp, tensor or slices{cpu}") from None
     ways = batch_shards(mesh)
     if run.batch.micro_batch % ways:
         raise InputError(
@@ -275,6 +290,18 @@ def _resumed(checkpoints: Checkpoints, state: TrainState, watcher: Watcher) -> T
     watcher.tell(f"going on after update {int(restored.step)}")
     # What a checkpoint gives and what an update gives lie alike: nothing is compiled twice.
     return jax.tree.map(lambda new, old: jax.device_put(jnp.asarray(new), old.sharding), restored, state)
+
+
+def _later_digests(base: epath.Path, preset: Preset, source: ClipSource) -> dict[str, str]:
+    """Digests of what a run depends on besides weights and clips."""
+    # Without what is as usual: a field that a later version adds changes nothing by its default.
+    fields = {
+        field.name: getattr(preset, field.name) for field in dataclasses.fields(preset) if getattr(preset, field.name) != field.default
+    }
+    digest = hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=16).hexdigest()
+    found = {TOKENIZER_FILES: tokenizer_digest(base), PRESET_FIELDS: digest}
+    # Sizes alone: copies of the files on several hosts were written at different times.
+    return found | ({MEDIA_FILES: media_digest(source.records, times=False)} if isinstance(source, MediaSource) else {})
 
 
 def clips_digest(source: ClipSource) -> str:

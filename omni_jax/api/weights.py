@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +17,8 @@ import conversion
 from conversion.folder import Manifest, read_manifest
 from omni_jax.config import ModelConfig, Preset, default_preset
 from omni_jax.model import param_shardings
-from omni_jax.train.workdir import CONFIG, is_workdir, read_config, read_workdir, run_of
+from omni_jax.tokens.tokenizer import tokenizer_digest
+from omni_jax.train.workdir import TOKENIZER_FILES, is_workdir, read_config, read_workdir, run_of
 from omni_jax.types import InputError
 
 Params = dict[tuple[str, ...], jax.Array]
@@ -33,14 +33,14 @@ class ModelSource:
       config: the architecture, LoRA included.
       trained: path -> float32 array of what a run trained; empty for a converted folder.
       step: updates of that run; None likewise.
-      identity: equal for equal weights.
+      digests: of the base and the adapter of the folder, as `base_digests` gives them.
     """
 
     folder: epath.Path
     config: ModelConfig
     trained: Mapping[str, np.ndarray]
     step: int | None
-    identity: tuple[str | None, ...]
+    digests: Mapping[str, str | None]
 
 
 def open_model(directory: str | os.PathLike[str], step: int | None = None) -> ModelSource:
@@ -54,14 +54,15 @@ def open_model(directory: str | os.PathLike[str], step: int | None = None) -> Mo
         if step is not None:
             raise InputError(f"{folder}: a step was asked for, but this is not the workdir of a training run")
         manifest = read_manifest(folder)
-        return ModelSource(folder, manifest.model, {}, None, (manifest.base_digest, manifest.adapter_digest))
+        return ModelSource(folder, manifest.model, {}, None, base_digests(manifest))
     run = read_workdir(folder, step)
     manifest = read_manifest(run.base)
     digests = base_digests(manifest)
     if any(run.digests.get(name) != digest for name, digest in digests.items()):
         raise InputError(f"{run.base}: holds other weights than those {folder} was trained from; put the right ones back")
-    settings = hashlib.blake2b((folder / CONFIG).read_bytes(), digest_size=16).hexdigest()
-    return ModelSource(run.base, run.model, run.trainable, run.step, (*digests.values(), settings, str(run.step)))
+    if run.digests.get(TOKENIZER_FILES, tokenizer_digest(run.base)) != tokenizer_digest(run.base):
+        raise InputError(f"{run.base}: holds another tokenizer than {folder} was trained with; put the right files back")
+    return ModelSource(run.base, run.model, run.trainable, run.step, digests)
 
 
 def prompt_kind(directory: str | os.PathLike[str]) -> str:

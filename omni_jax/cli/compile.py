@@ -58,6 +58,10 @@ def run(args: argparse.Namespace) -> int:
     counts = [int(c) for c in _among(args.kinds, ("0", "1", "2"), "--kinds")]
     if not 0 < args.utilisation <= 1:
         raise ConfigError(f"--utilisation {args.utilisation}: must be above 0 and at most 1")
+    if args.sweep and args.programs != ",".join(PROGRAMS):
+        raise ConfigError(f"--programs {args.programs}: --sweep tries the step of training alone; leave one of them out")
+    if args.sweep and args.price:
+        raise ConfigError(f"--price {args.price:g}: --sweep counts no costs; leave one of them out, and compile what it recommends")
     if args.sweep and args.table:
         raise ConfigError("--table takes plans, and --sweep makes none: leave one out, or write --json")
 

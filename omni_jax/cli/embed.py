@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -15,12 +15,15 @@ from omni_jax.cli.numbers import positive, whole
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE, INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.config import PREFIXES, PRESETS, TABLE_MODALITIES, TABLES, ConfigError, Preset, preset
+from omni_jax.config.made_with import recorded_preset
 from omni_jax.types import InputError, Record
 
 if TYPE_CHECKING:
     from omni_jax.api import OmniRetriever
     from omni_jax.data.manifest import Manifest
     from omni_jax.retrieval.embedding_pass import Outcome, Part
+
+TIMEOUT_S = 120.0
 
 HELP = "embed a manifest of clips and captions"
 EXAMPLE = "omni-jax embed --model omni7b --manifest clips.jsonl --out clips.npz --tables text,video,audio,av,tv,at"
@@ -41,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--official-keys", action="store_true", help="write '{id}__table' arrays, as the published extractor does")
 
 
-def add_preset_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the choice of a preset, for one model."""
-    parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: the one that the model was trained with)")
+def add_preset_arguments(parser: argparse.ArgumentParser, usual: str = "the one that the model was trained with") -> None:
+    """Adds the choice of a preset, for one model; `usual` says what is taken without it."""
+    parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: {usual})")
     add_override_argument(parser)
     parser.add_argument(
         "--prefix", choices=PREFIXES, help="what captions are, for a backbone that is told (a record's own field goes first)"
@@ -54,20 +57,31 @@ def add_override_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help="override a preset field")
 
 
-def choose_preset(args: argparse.Namespace) -> Preset:
+def check_preset(args: argparse.Namespace) -> None:
+    """Raises ConfigError for a preset that is unknown, or a field that is: before anything is looked for."""
+    (preset(args.preset) if args.preset else Preset()).override(args.overrides)
+
+
+def choose_preset(args: argparse.Namespace, made_with: Mapping[str, Any] | None = None) -> Preset:
     """Returns the preset that the arguments of `add_preset_arguments` ask for.
+
+    Args:
+      made_with: of an index that is searched: its preset is taken where the arguments name none.
 
     Raises:
       ConfigError: for one that is unknown, a field that is, or a preset made for another kind of backbone.
       InputError: where the model decides and is no converted folder.
     """
-    # What is wrong with the arguments themselves is said before the model is looked for.
-    (preset(args.preset) if args.preset else Preset()).override(args.overrides)
+    check_preset(args)
 
     from omni_jax.api.weights import own_preset, prompt_kind
 
     prompt = prompt_kind(args.model)
-    chosen = (preset(args.preset) if args.preset else own_preset(args.model)).override(args.overrides)
+    if args.preset:
+        chosen = preset(args.preset)
+    else:
+        chosen = recorded_preset(made_with) if made_with is not None else own_preset(args.model)
+    chosen = chosen.override(args.overrides)
     chosen = dataclasses.replace(chosen, prefix=args.prefix or chosen.prefix)
     chosen.check(prompt)
     return chosen
@@ -93,8 +107,15 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=whole, metavar="N", help="decoding processes (default: one less than the cores)")
     parser.add_argument(
-        "--timeout", type=positive(float), default=120.0, metavar="SECONDS", help="a clip that takes longer is set aside (default: 120)"
+        "--timeout", type=positive(float), metavar="SECONDS", help=f"a clip that takes longer is set aside (default: {TIMEOUT_S:g})"
     )
+
+
+def check_timeout(args: argparse.Namespace) -> None:
+    """Raises InputError for a time limit where no other process decodes, which alone can be stopped; sets it where none was given."""
+    if args.timeout is not None and args.workers == 0:
+        raise InputError(f"--timeout {args.timeout:g}: --workers 0 decodes in this process, which no limit stops; leave one of them out")
+    args.timeout = args.timeout or TIMEOUT_S
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       InputError, ConfigError: for anything in the arguments that cannot be used.
     """
+    check_timeout(args)
     chosen = choose_preset(args)
     tables = parse_tables(args.tables)
     index, count = args.part
@@ -115,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.cli.stopping import Terminated, sigterm_raises
     from omni_jax.data.manifest import read_manifest
     from omni_jax.retrieval.embedding_file import check_place, write_embeddings
-    from omni_jax.retrieval.embedding_pass import assemble
+    from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt
     from omni_jax.retrieval.journal import Journal
 
     check_place(out)
@@ -123,7 +145,8 @@ def run(args: argparse.Namespace) -> int:
     tables = usable_tables(args, whole, tables, out)
     manifest = dataclasses.replace(whole, records=whole.records[index::count], problems=whole.problems[index::count])
     model = load_model(args, chosen)
-    journal = Journal(out.with_name(f".{out.stem}.unfinished"), _settings(args, chosen, tables, manifest))
+    made_with = model.made_with(normalize=not args.no_normalize)
+    journal = Journal(out.with_name(f".{out.stem}.unfinished"), _settings(made_with, tables, manifest))
     finished = journal.finished()
     left = [record for record in manifest.records if record.id not in finished]
     try:
@@ -135,12 +158,12 @@ def run(args: argparse.Namespace) -> int:
         by, status = ("SIGTERM", STOPPED_AND_SAVED) if isinstance(e, Terminated) else ("Ctrl-C", INTERRUPTED)
         print(f"\nstopped by {by}; {kept} are kept: run it again to go on", file=sys.stderr)
         return status
-    outcome = assemble(manifest.records, journal.parts)
+    outcome = one_row_a_prompt(manifest.records, assemble(manifest.records, journal.parts))
     bad = report(out, manifest, outcome)
     if not outcome.table.ids:
         journal.remove()
         raise InputError(f"{args.manifest}: no record could be embedded; {_beside(out, 'errors')} says why")
-    write_embeddings(out, outcome.table, args.official_keys)
+    write_embeddings(out, dataclasses.replace(outcome.table, made_with=made_with, parts=(index,), of=count), args.official_keys)
     journal.remove()
     names = ", ".join(outcome.table.tables)
     print(f"{out}: {len(outcome.table.ids)} records, tables {names}; {outcome.padded_share:.0%} of the tokens were padding")
@@ -223,17 +246,15 @@ def _at_fault(record: Record, reason: str) -> str:
     return next((str(path) for path in (record.video, record.audio) if path and reason.startswith(f"{path}:")), "")
 
 
-def _settings(args: argparse.Namespace, chosen: Preset, tables: tuple[str, ...], manifest: Manifest) -> dict[str, Any]:
+def _settings(made_with: Mapping[str, Any] | None, tables: tuple[str, ...], manifest: Manifest) -> dict[str, Any]:
     """Returns all that the embeddings depend on: an unfinished run goes on only under the same."""
-    from omni_jax.api.weights import open_model
+    from omni_jax.api.made_with import media_digest
 
     return {
+        **(made_with or {}),
         "tables": tables,
-        "preset": dataclasses.asdict(chosen),
-        "weights": open_model(args.model).identity,
-        "dtype": args.dtype,
-        "normalize": not args.no_normalize,
         "records": hashlib.blake2b(repr(manifest.records).encode(), digest_size=16).hexdigest(),
+        "media": media_digest(manifest.records),
     }
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omni_jax.types import InputError
+from omni_jax.config.made_with import listed, made_otherwise
+from omni_jax.types import EmbeddingTable, InputError
+
+if TYPE_CHECKING:
+    from omni_jax.retrieval.metrics import Scores
 
 HELP = "score an embedding file in the 12 directions between text, video, audio and their pairs"
 EXAMPLE = "omni-jax eval bench.npz --ties worst --json bench.json --html bench.html --compare published --compare wave7b.npz"
@@ -33,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ties", choices=TIES, default="optimistic", help="how candidates of equal similarity count (default: %(default)s)"
     )
+    parser.add_argument("--incomplete", action="store_true", help="score some parts of a set (embed --part) without the others")
     parser.add_argument("--json", metavar="OUT", help="also write the result as JSON")
     parser.add_argument(
         "--compare",
@@ -73,28 +80,43 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
     from jax.sharding import Mesh
 
-    from omni_jax.cli.inputs import read_result, read_tables
+    from omni_jax.cli.inputs import read_captioned, read_result, read_tables
     from omni_jax.cli.report import page, records_of
     from omni_jax.retrieval import compare, format_comparison, format_differences, format_table, score
     from omni_jax.retrieval.embedding_file import check_place, replacing
     from omni_jax.retrieval.published import BENCH, published, sources
     from omni_jax.retrieval.report import Other
     from omni_jax.retrieval.storage import changes, format_changes, stored
+    from omni_jax.retrieval.table import format_left_out
 
     for out in filter(None, (args.json, args.html)):
         check_place(out)
     records = records_of(args.manifest, args.media)
     mesh = Mesh(np.array(jax.devices()), ("rows",))
-    embeddings, relevance = read_tables(args.files, args.captions)
-    ids = embeddings.ids if relevance is None else None
-    scores = score(embeddings.tables, ids=ids, relevance=relevance, ties=args.ties, mesh=mesh)
+
+    def scored(table: EmbeddingTable, relevance: dict[str, list[str]] | None = None) -> Scores:
+        # A file without ids has row numbers, which are not held against another file's ids.
+        if relevance is None and table.own:
+            relevance = {name: list(table.ids_of(name)) for name in table.tables}
+        ids = table.ids if relevance is None and table.named else None
+        return score(table.tables, ids=ids, relevance=relevance, ties=args.ties, mesh=mesh)
+
+    embeddings, relevance, left_out = read_captioned(args.files, args.captions, incomplete=args.incomplete)
+    if records and not embeddings.named:
+        raise InputError(f"{args.files[0]}: has no ids, by which --manifest and --media find its records; add ids=FILE, one id a line")
     notes: list[str] = []
+    kept = dataclasses.replace(embeddings, tables=stored(embeddings.tables, args.storage))
+    scores = scored(kept, relevance)
     if args.storage != "float32":
-        kept, whole = stored(embeddings.tables, args.storage), scores.result
-        scores = score(kept, ids=ids, relevance=relevance, ties=args.ties, mesh=mesh)
-        scores.result["storage"] = {"dtype": args.storage, "change": changes(whole, scores.result)}
-        notes.append(format_changes(scores.result["storage"]["change"], args.storage))
+        change = changes(scored(embeddings, relevance).result, scores.result)
+        scores.result["storage"] = {"dtype": args.storage, "change": change}
+        notes.append(format_changes(change, args.storage))
+    if any(left_out.values()):
+        scores.result["left_out"] = {name: len(ids) for name, ids in left_out.items()}
+        notes.append(format_left_out(left_out, captions=len((relevance or {})["text"]), clips=len(embeddings.ids)))
     result = scores.result
+    if embeddings.made_with is not None:
+        result["made_with"] = embeddings.made_with
     columns: dict[str, dict[str, Any]] = {}
     own = _add(columns, args.files[0] if len(args.files) == 1 else f"{args.files[0]} +{len(args.files) - 1}", result)
     asked = [path.partition(":")[2] or BENCH for path in args.compare if path.partition(":")[0] == PUBLISHED]
@@ -107,12 +129,16 @@ def run(args: argparse.Namespace) -> int:
             notes.append(sources(rows))
         elif path.endswith(".json"):
             read = read_result(path)
-            others.append(Other(_add(columns, path, read), read))
+            name = _add(columns, path, read)
+            notes += _made_otherwise(own, result, name, read)
+            others.append(Other(name, read))
         else:
             if args.captions:
                 raise InputError(f"--compare {path}: with --captions, score it alone with --json and compare with that file")
-            theirs = score(read_tables(path.split(",") if "=" in path else [path])[0], ties=args.ties, mesh=mesh)
+            table = read_tables(path.split(",") if "=" in path else [path], incomplete=args.incomplete)
+            theirs = scored(dataclasses.replace(table, tables=stored(table.tables, args.storage)))
             name = _add(columns, path, theirs.result)
+            notes += _made_otherwise(own, result, name, {"made_with": table.made_with, "storage": result.get("storage")})
             try:
                 differences = compare(scores.tally, theirs.tally)
                 result.setdefault("comparisons", {})[name] = {key: found.row() for key, found in differences.items()}
@@ -127,13 +153,28 @@ def run(args: argparse.Namespace) -> int:
         with replacing(args.json) as file:
             file.write(json.dumps(result, indent=2, allow_nan=False).encode() + b"\n")
     if args.html:
-        text = page(own, embeddings, scores, [*known, *others], records, with_media=args.media is not None)
+        text = page(own, kept, scores, [*known, *others], records, with_media=args.media is not None)
         with replacing(args.html) as file:
             file.write(text.encode())
     print(format_table(result))
     for text in ([format_comparison(columns)] if args.compare else []) + notes:
         print("\n" + text)
     return 0
+
+
+def _made_otherwise(own: str, result: Mapping[str, Any], name: str, other: Mapping[str, Any]) -> list[str]:
+    """Lines about what two results that stand side by side do not have in common, besides their vectors."""
+    lines = []
+    ours, theirs = result.get("made_with"), other.get("made_with")
+    if ours is not None and theirs is not None:
+        found = made_otherwise(theirs, ours)
+        lines += [f"Made otherwise: {name} there, {own} here: {listed(found)}."] if found else []
+    elif ours is not None or theirs is not None:
+        lines.append(f"What {own if ours is None else name} was made with is not recorded: whether both were made alike is unknown.")
+    kept, other_kept = ((row.get("storage") or {}).get("dtype", "float32") for row in (result, other))
+    if kept != other_kept:
+        lines.append(f"Note: {own} was scored with tables kept as {kept}, {name} as {other_kept}.")
+    return lines
 
 
 def _add(columns: dict[str, dict[str, Any]], path: str, result: dict[str, Any]) -> str:

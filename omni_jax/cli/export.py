@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
+from omni_jax.cli.numbers import whole
 from omni_jax.types import InputError
 
 HELP = "turn an embedding file into FAISS indexes, .npy files or int8, with the recall that int8 costs"
 EXAMPLE = "omni-jax export clips.npz --to int8 --out clips-int8.npz"
 
+QUERIES = 4096  # that of omni_jax.retrieval.export, which is imported late
 FORMS = ("faiss", "npy", "int8")
 
 
@@ -19,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to", choices=FORMS, required=True, help="faiss and npy write a folder, one file a table and ids.txt; int8 a file"
     )
     parser.add_argument("--out", required=True, metavar="PATH", help="folder, or for int8 an .npz file, to write")
+    parser.add_argument(
+        "--queries", type=whole, metavar="N", help=f"int8: records that ask when the loss is measured (default: {QUERIES}; 0: none)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,17 +35,25 @@ def run(args: argparse.Namespace) -> int:
     if args.to == "int8" and not args.out.endswith(".npz"):
         raise InputError(f"--out {args.out}: int8 tables make an embedding file; its name ends in .npz")
 
+    if args.to != "int8" and args.queries is not None:
+        raise InputError(f"--queries {args.queries}: is for --to int8; --to {args.to} loses nothing that could be measured")
+    args.queries = QUERIES if args.queries is None else args.queries
+
     # Late, so that `--help` and usage errors answer at once.
     from omni_jax.cli.inputs import read_tables
     from omni_jax.retrieval.export import export_faiss, export_int8, export_npy, format_loss, recall_loss
 
-    table = read_tables(args.files)[0]
+    table = read_tables(args.files, incomplete=True)
     if args.to == "int8":
         held = export_int8(table, args.out)
         before, after = (sum(rows.nbytes for rows in table.tables.values()) * share / 1e6 for share in (1, 0.25))
         print(f"{args.out}: {len(table.ids)} records x {len(table.tables)} tables, {before:.1f} MB of float32 became {after:.1f} MB")
+        if not args.queries:
+            return 0
         try:
-            print(format_loss(recall_loss(table, held)))
+            if args.queries < len(table.ids):
+                print(f"Recall with {args.queries} of the records, drawn with seed 0, as queries:")
+            print(format_loss(recall_loss(table, held, queries=args.queries)))
         except InputError as e:
             print(f"the loss of recall was not measured: {e}", file=sys.stderr)
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 from etils import epath
 
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       InputError, ConfigError: for anything in the arguments that cannot be used, or when a preset leaves nothing to score.
     """
+    embed.check_timeout(args)
     Preset().override(args.overrides)  # a wrong one is answered before the model is looked for
 
     from omni_jax.api.weights import prompt_kind
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     # Late, so that `--help` and usage errors answer at once.
     from omni_jax.data.manifest import read_manifest
     from omni_jax.retrieval import evaluate, format_comparison, write_embeddings
-    from omni_jax.retrieval.embedding_pass import assemble
+    from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt
 
     manifest = read_manifest(args.manifest, args.media_root)
     if args.out:
@@ -56,14 +58,15 @@ def run(args: argparse.Namespace) -> int:
     results, bad = {}, 0
     for name, preset in chosen.items():
         model.preset = preset
-        outcome = assemble(manifest.records, list(embed.embed(args, model, manifest.records, tables, name)))
+        parts = list(embed.embed(args, model, manifest.records, tables, name))
+        outcome = one_row_a_prompt(manifest.records, assemble(manifest.records, parts))
         if not outcome.table.ids:
             reason = outcome.problems[0][1] if outcome.problems else manifest.problems[0].reason
             raise InputError(f"{args.manifest}: no record could be embedded under preset {name}; the first: {reason}")
         out = args.out / f"{name}.npz" if args.out else None
         bad = max(bad, embed.report(out, manifest, outcome))
         if out:
-            write_embeddings(out, outcome.table)
+            write_embeddings(out, dataclasses.replace(outcome.table, made_with=model.made_with()))
         results[name] = evaluate(outcome.table, ties=args.ties)
     print(format_comparison(results))
     return 1 if bad else 0

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import sys
 
 from etils import epath
 
-from omni_jax.cli.embed import add_preset_arguments, choose_preset
+from omni_jax.cli.embed import add_preset_arguments, check_preset, choose_preset
 from omni_jax.cli.printing import one_line
-from omni_jax.config import TABLES
-from omni_jax.types import InputError
+from omni_jax.config import TABLES, Preset
+from omni_jax.config.made_with import ROUNDING, listed, made_otherwise
+from omni_jax.types import EmbeddingTable, InputError
 
 HELP = "search an embedding file by text, audio, video or audio and video together"
 EXAMPLE = 'omni-jax search --model omni7b --index clips.npz --text "a whistle over a gradient sky" -k 5'
@@ -37,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--table", choices=TABLES, help="table to search in (default: for a text av, then video, audio; for other queries what they lack)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    add_preset_arguments(parser)
+    add_preset_arguments(parser, "the one that the index was made with, or else the model's")
+    parser.add_argument("--unchecked", action="store_true", help="search an index that was made by another model or preset all the same")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="weights and computation (default: keep)")
 
 
@@ -47,20 +51,24 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       InputError, ConfigError: for an index, a query or a model that cannot be used.
     """
-    chosen = choose_preset(args)
+    check_preset(args)
     kind = next(name for name in ("text", "audio", "video", "av") if getattr(args, name) is not None)
     given = getattr(args, kind)
     if kind == "text" and not given.strip():
         raise InputError("--text: is empty; say what to search for")
+    if kind != "text" and args.prefix:
+        raise InputError(f"--prefix {args.prefix}: says what a text is; leave it away with --{kind}")
 
     # Late, so that `--help` and usage errors answer at once.
     from omni_jax.cli.inputs import read_tables
     from omni_jax.retrieval.search import search, target_table
 
-    index = read_tables(args.index)[0]
-    table = target_table(kind, index.tables, args.table)
+    index = read_tables(args.index, functools.partial(target_table, kind, chosen=args.table), incomplete=True)
+    (table,) = index.tables
     if not index.ids:
         raise InputError(f"{args.index[0]}: holds no records")
+    chosen = choose_preset(args, index.made_with)
+    _check_origin(args, index, chosen)
 
     from omni_jax.api import OmniRetriever
 
@@ -82,6 +90,30 @@ def run(args: argparse.Namespace) -> int:
     for rank, (name, score) in enumerate(found, 1):
         print(f"{rank:4d}  {score:7.4f}  {one_line(name)}")
     return 0
+
+
+def _check_origin(args: argparse.Namespace, index: EmbeddingTable, chosen: Preset) -> None:
+    """Compares what an index was made with and what searches it, before weights are read.
+
+    Raises:
+      InputError: where the model or the preset is another, unless the arguments say that it may be.
+    """
+    if index.made_with is None:
+        print(f"{args.index[0]}: what it was made with is not recorded; search it with the model and preset that made it", file=sys.stderr)
+        return
+    from omni_jax.api.made_with import made_with
+    from omni_jax.api.weights import open_model
+
+    # Cosines do not depend on lengths, and a query may have another prefix than what it looks for.
+    here = made_with(open_model(args.model), chosen, dtype=args.dtype)
+    found = made_otherwise(index.made_with, here, (*ROUNDING, "normalize", "preset.prefix"))
+    if found and not args.unchecked:
+        raise InputError(
+            f"{args.index[0]}: was made otherwise than --model {args.model} embeds: {listed(found)}; search with the model and preset that "
+            f"made it, embed it again, or compare all the same with --unchecked"
+        )
+    if found:
+        print(f"{args.index[0]}: was made otherwise: {listed(found)}", file=sys.stderr)
 
 
 def _count(text: str) -> int:

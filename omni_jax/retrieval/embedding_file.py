@@ -4,70 +4,41 @@ Three forms (SPEC section 9). Ours holds `ids` (N,) and one (N, D) array per tab
 `{table}_ids`; a table may be int8 beside a `{table}_scale` (N,), as
 `omni-jax export --to int8` writes it. The official one holds one (D,) array per record and table under `{id}__text`, `{id}__video`,
 `{id}__audio`, `{id}__av`, `{id}__tv`, `{id}__at`. The published scorer's holds `text_embeds` and `mllm_embeds`, each (N, D).
+
+What the vectors were made with stands as JSON in a member `made_with` of ours; in the official form, whose readers may take every member
+for a vector, in the archive's comment.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import math
+import dataclasses
+import json
 import os
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
 
 import numpy as np
-from etils import epath
 
 from omni_jax.config import TABLES
+from omni_jax.config.made_with import ROUNDING, listed, made_otherwise
+from omni_jax.retrieval.npz import PathLike, check_place, load_arrays, replacing, write_members
 from omni_jax.types import EmbeddingTable, InputError
 
+__all__ = ["check_place", "read_embeddings", "replacing", "write_embeddings"]
+
 IDS = "ids"
+MADE_WITH = "made_with"
 SEPARATOR = "__"
 SCALE = "_scale"
 OWN_IDS = "_ids"
 TEXT_EMBEDS, MEDIA_EMBEDS = "text_embeds", "mllm_embeds"
 MEDIA_TABLE = "av"  # what `mllm_embeds` holds unless it is said otherwise
-ALIGNMENT = 64  # bytes; a CPU backend reads an array that starts so without copying it
-BLOCK = 1 << 20  # bytes read together
 
-PathLike = str | os.PathLike[str]
+_PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 
-
-def check_place(path: PathLike) -> epath.Path:
-    """Returns the path, once it is clear that a file can be put there: to be asked before hours of work, not after.
-
-    Raises:
-      InputError: when the folder is missing or not writable, or the name is that of a folder.
-    """
-    target = epath.Path(path)
-    if not target.parent.is_dir():
-        raise InputError(f"{path}: folder {target.parent} does not exist; create it or choose another output")
-    if target.is_dir():
-        raise InputError(f"{path} is a folder; name a file")
-    if "://" not in str(path) and not os.access(target.parent, os.W_OK):
-        raise InputError(f"{path}: folder {target.parent} cannot be written to; choose another output")
-    return target
-
-
-@contextlib.contextmanager
-def replacing(path: PathLike) -> Iterator[IO[bytes]]:
-    """Yields a binary file that takes the place of `path` when the block ends well, and leaves nothing behind when it does not.
-
-    Raises:
-      InputError: when the folder is missing or cannot be written.
-    """
-    target = check_place(path)
-    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
-    try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(target)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written: {e.strerror or e}") from e
-    finally:
-        partial.unlink(missing_ok=True)
+Choose = Callable[[Collection[str]], str]
 
 
 def write_embeddings(path: PathLike, table: EmbeddingTable, official_keys: bool = False) -> None:
@@ -81,17 +52,14 @@ def write_embeddings(path: PathLike, table: EmbeddingTable, official_keys: bool 
       InputError: for duplicate or empty ids, tables of another shape, or a place that cannot be written.
     """
     _check(table, str(path))
+    tables = {name: np.ascontiguousarray(rows, dtype=np.float32) for name, rows in table.tables.items()}
     if official_keys:
-        arrays = {
-            f"{record}{SEPARATOR}{name}": row
-            for name, rows in table.tables.items()
-            for record, row in zip(table.ids_of(name), rows, strict=True)
+        rows = {
+            f"{record}{SEPARATOR}{name}": row for name, rows in tables.items() for record, row in zip(table.ids_of(name), rows, strict=True)
         }
+        write_members(path, rows, _written_origin(table))
     else:
-        arrays = {IDS: np.array(table.ids, dtype=np.str_), **own_ids(table), **table.tables}
-    write_members(
-        path, {name: array if array.dtype.kind == "U" else np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
-    )
+        write_members(path, {IDS: np.array(table.ids, dtype=np.str_), **own_ids(table), **origin_member(table), **tables})
 
 
 def own_ids(table: EmbeddingTable) -> dict[str, np.ndarray]:
@@ -99,32 +67,28 @@ def own_ids(table: EmbeddingTable) -> dict[str, np.ndarray]:
     return {name + OWN_IDS: np.array(ids, dtype=np.str_) for name, ids in table.own.items()}
 
 
-def write_members(path: PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an `.npz` of these arrays, atomically.
-
-    Raises:
-      InputError: for a place that cannot be written.
-    """
-    # np.savez takes names as keywords and would refuse a record called "file".
-    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
+def origin_member(table: EmbeddingTable) -> dict[str, np.ndarray]:
+    """Returns the member of our form that says what a table was made with, or none."""
+    written = _written_origin(table)
+    return {MADE_WITH: np.array(written)} if written else {}
 
 
-def read_embeddings(path: PathLike | Sequence[PathLike]) -> EmbeddingTable:
+def read_embeddings(path: PathLike | Sequence[PathLike], choose: Choose | None = None) -> EmbeddingTable:
     """Returns the embeddings of one file, or of several parts of one set joined in the order given, as float32.
 
     Tables come in the order of `config.TABLES`.
 
+    Args:
+      choose: picks one table by the names of those there are; only that one is read, mapped into memory where that is possible.
+
     Raises:
       InputError: for a file that is missing, truncated, no `.npz`, or pickled; ids that are missing, doubled (also across parts) or
-        do not fit the tables; parts with different tables or widths.
+        do not fit the tables; parts with different tables or widths, or made with different models or settings.
     """
     paths = [path] if isinstance(path, str | os.PathLike) else list(path)
     if not paths:
         raise InputError("no embedding file was given")
-    parts = [_read_one(p) for p in paths]
+    parts = [_read_one(p, choose) for p in paths]
     first = parts[0]
     home: dict[str, PathLike] = {}
     for p, part in zip(paths, parts, strict=True):
@@ -136,86 +100,92 @@ def read_embeddings(path: PathLike | Sequence[PathLike]) -> EmbeddingTable:
             if rows.shape[1] != first.tables[name].shape[1]:
                 width, other = rows.shape[1], first.tables[name].shape[1]
                 raise InputError(f"{p}: table {name!r} is {width} wide, but {other} in {paths[0]}; parts must come from one model")
+        if part.of != first.of:
+            raise InputError(f"{p}: is of a set of {part.of} parts, {paths[0]} of a set of {first.of}; give the parts of one set")
+        check_alike(p, part.made_with, paths[0], first.made_with, ROUNDING)
         for record in part.ids:
             if record in home:
                 raise InputError(f"id {record!r} stands in {home[record]} and again in {p}; give each part once")
             home[record] = p
     if len(parts) == 1:
         return first
-    whole = {name: all(name not in part.own for part in parts) for name in first.tables}
-    own = {name: tuple(i for part in parts for i in part.ids_of(name)) for name in first.tables if not whole[name]}
-    return EmbeddingTable(tuple(home), {name: np.concatenate([part.tables[name] for part in parts]) for name in first.tables}, own=own)
+    joined = {name: np.concatenate([part.tables[name] for part in parts]) for name in first.tables}
+    own = {name: tuple(i for part in parts for i in part.ids_of(name)) for name in first.tables if any(name in part.own for part in parts)}
+    return EmbeddingTable(
+        tuple(home),
+        joined,
+        own=own,
+        named=all(part.named for part in parts),
+        made_with=first.made_with if all(part.made_with is not None for part in parts) else None,
+        parts=tuple(sorted({n for part in parts for n in part.parts})),
+        of=first.of,
+    )
 
 
-def _read_one(path: PathLike) -> EmbeddingTable:
-    arrays = load_arrays(path)
+def check_alike(
+    path: PathLike, made_with: Mapping[str, Any] | None, other: PathLike, others: Mapping[str, Any] | None, free: Collection[str]
+) -> None:
+    """Raises InputError where two files that are used together were made with different models or settings; unknown ones pass."""
+    if made_with is not None and others is not None and (found := made_otherwise(others, made_with, free)):
+        raise InputError(f"{path}: was made otherwise than {other}: {listed(found)}; embed both with one model and the same settings")
+
+
+def missing_parts(path: PathLike, table: EmbeddingTable) -> str | None:
+    """Returns a line that says which parts of its set (`embed --part`) a table lacks; None where it is whole. `path`: of its first file."""
+    missing = [number for number in range(table.of) if number not in table.parts]
+    if not missing:
+        return None
+    name = f"{_PART.sub('', PurePath(path).stem)}-*-of-{table.of:05}.npz"
+    few = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
+    return f"{path}: is {len(table.parts)} of {table.of} parts of a set, without {few} (counted from 0); give all of them ({name})"
+
+
+def _read_one(path: PathLike, choose: Choose | None) -> EmbeddingTable:
+    def wanted(names: list[str]) -> list[str]:
+        tables = [name for name in TABLES if name in names]
+        if choose is None or IDS not in names or not tables or {MEDIA_EMBEDS, TEXT_EMBEDS} & set(names):
+            return names
+        left_out = set(tables) - {choose(tables)}
+        return [name for name in names if name.removesuffix(SCALE).removesuffix(OWN_IDS) not in left_out]
+
+    arrays, comment = load_arrays(path, wanted, mapped=choose is not None)
+    said = _origin(arrays.pop(MADE_WITH) if IDS in arrays and MADE_WITH in arrays else comment, path)
     if MEDIA_EMBEDS in arrays or TEXT_EMBEDS in arrays:
         table = from_two_arrays(arrays, str(path))
     elif IDS in arrays:
         table = _from_ours(arrays, str(path))
     else:
         table = _from_official(arrays, str(path))
+    if choose is not None:
+        name = choose(table.tables)
+        table = dataclasses.replace(table, ids=table.ids_of(name), tables={name: table.tables[name]}, own={})
     _check(table, str(path))
-    return table
+    return dataclasses.replace(table, **(said | {"named": table.named and said["named"]}))
 
 
-def load_arrays(path: PathLike) -> dict[str, np.ndarray]:
-    """Returns the arrays of an `.npz` file by name, none of them unpickled.
+def _written_origin(table: EmbeddingTable) -> str:
+    said = {"vectors": table.made_with, "parts": table.parts if table.of > 1 else None, "named": None if table.named else False}
+    said = {name: value for name, value in said.items() if value is not None}
+    if "parts" in said:
+        said["of"] = table.of
+    return json.dumps(said, sort_keys=True) if said else ""
 
-    Raises:
-      InputError: for a file that is missing, truncated, no `.npz`, or pickled, or holds a name twice.
-    """
-    file = epath.Path(path)
-    if file.is_dir():
-        raise InputError(f"{path} is a folder; name an .npz file")
-    if not file.exists():
-        raise InputError(f"{path}: no such file")
+
+def _origin(written: np.ndarray | str, path: PathLike) -> dict[str, Any]:
+    """The fields of an `EmbeddingTable` that a file's own record gives; where there is none, its name may tell that it is a part."""
+    text = str(written)
+    if isinstance(written, str) and not text.startswith("{"):  # an archive's comment may be anybody's
+        found = _PART.search(PurePath(path).stem)
+        number, of = map(int, found.groups()) if found else (0, 1)
+        return {"named": True, "parts": (number,), "of": of} if number < of else {"named": True}
     try:
-        with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
-            names = archive.namelist()
-            doubled = [name for name, times in collections.Counter(names).items() if times > 1]
-            if doubled:
-                raise InputError(f"{path}: {', '.join(doubled[:3])} stands more than once; write the file again")
-            arrays = {}
-            for name in names:
-                with archive.open(name) as member:
-                    arrays[name.removesuffix(".npy")] = read_array(member)
-            return arrays
-    except zipfile.BadZipFile as e:
-        raise InputError(f"{path}: truncated or not an .npz file ({e}); write it again") from e
-    except (ValueError, EOFError, MemoryError, RuntimeError, zlib.error) as e:
-        raise InputError(
-            f"{path}: cannot be read as arrays ({' '.join(str(e).split()) or type(e).__name__}); pickled content is never loaded"
-        ) from e
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror or e}") from e
-
-
-def read_array(file: IO[bytes]) -> np.ndarray:
-    """Returns the array of an open `.npy` file, its rows aligned for the CPU backend.
-
-    Raises:
-      ValueError, EOFError: for a file that holds no plain array, or not all of it.
-    """
-    version = np.lib.format.read_magic(file)
-    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-    if header is None:
-        raise ValueError(f"array format {version[0]}.{version[1]}")
-    shape, by_column, dtype = header(file)
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects")
-    size = math.prod(shape) * dtype.itemsize
-    room = np.empty(size + ALIGNMENT, np.uint8)
-    flat = room[-room.ctypes.data % ALIGNMENT :][:size]
-    for start in range(0, size, BLOCK):
-        block = flat[start : start + BLOCK]
-        data = file.read(len(block))
-        if len(data) < len(block):
-            raise EOFError("the array ends early")
-        block[:] = np.frombuffer(data, np.uint8)
-    if file.read(1):  # also makes a zip member check its sum
-        raise ValueError("more values than the header says")
-    return flat.view(dtype).reshape(shape, order="F" if by_column else "C")
+        said = json.loads(text)
+        vectors, parts, of = said.get("vectors"), tuple(map(int, said.get("parts", (0,)))), int(said.get("of", 1))
+        if not (vectors is None or isinstance(vectors, dict)) or not parts or not 0 <= min(parts) <= max(parts) < of < 1 << 20:
+            raise ValueError("no record of embeddings")
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise InputError(f"{path}: what it was made with cannot be read ({e}); write it again") from None
+    return {"named": said.get("named") is not False, "made_with": vectors, "parts": parts, "of": of}
 
 
 def from_two_arrays(arrays: Mapping[str, Any], path: str, media: str = MEDIA_TABLE) -> EmbeddingTable:
@@ -244,7 +214,7 @@ def from_two_arrays(arrays: Mapping[str, Any], path: str, media: str = MEDIA_TAB
             f"{path}: {TEXT_EMBEDS!r} is {a} x {width} and {MEDIA_EMBEDS!r} {b} x {other}; row i of both must be record i, of one model"
         )
     ids = id_names(np.asarray(arrays[IDS]), path) if IDS in arrays else tuple(map(str, range(a)))
-    table = EmbeddingTable(ids, tables)
+    table = EmbeddingTable(ids, tables, named=IDS in arrays)
     _check(table, path)
     return table
 

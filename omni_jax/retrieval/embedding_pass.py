@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from omni_jax.config import TABLE_MODALITIES
 from omni_jax.types import ClipError, EmbeddingTable, EncoderBatch, Record, TokenizedClip
 
 Encode = Callable[[EncoderBatch], Iterator[tuple[int, str, np.ndarray]]]
@@ -163,3 +164,28 @@ def assemble(records: Sequence[Record], parts: Sequence[Part]) -> Outcome:
         total_tokens=sum(part.total_tokens for part in parts),
         truncated=sum(part.truncated for part in parts),
     )
+
+
+def one_row_a_prompt(records: Iterable[Record], outcome: Outcome) -> Outcome:
+    """Returns the outcome with one row for all records that have the same prompt for a table: the first one's.
+
+    In groups of other shapes the same prompt comes out a few times 1e-7 apart: what is level by its nature would be ranked by rounding.
+    """
+    known = {record.id: record for record in records}
+    tables = {
+        name: rows[_first_of_prompt([known[i] for i in outcome.table.ids_of(name)], name)] for name, rows in outcome.table.tables.items()
+    }
+    return dataclasses.replace(outcome, table=dataclasses.replace(outcome.table, tables=tables))
+
+
+def _first_of_prompt(records: Sequence[Record], table: str) -> list[int]:
+    """For each record the first one whose prompt for a table is made of the same: caption, files and interval, as far as they are known."""
+    needed = TABLE_MODALITIES[table]
+    first: dict[tuple, int] = {}
+    found = []
+    for n, record in enumerate(records):
+        fields = {"t": record.text, "v": record.video, "a": record.audio}
+        made_of = tuple(fields[modality] for modality in sorted(needed))
+        prompt = made_of, record.prefix if "t" in needed else None, record.timestamps if needed != {"t"} else None
+        found.append(n if None in made_of else first.setdefault(prompt, n))
+    return found

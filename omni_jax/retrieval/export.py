@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 from collections.abc import Iterable, Sequence
@@ -11,22 +12,30 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from omni_jax.retrieval.embedding_file import IDS, SCALE, check_place, own_ids, replacing, write_members
+from omni_jax.retrieval.directions import possible
+from omni_jax.retrieval.embedding_file import IDS, SCALE, origin_member, own_ids
 from omni_jax.retrieval.inputs import IDS_FILE
-from omni_jax.retrieval.metrics import RECALL_AT, evaluate
+from omni_jax.retrieval.metrics import RECALL_AT, direction_metrics, evaluate
+from omni_jax.retrieval.npz import check_place, replacing, write_members
+from omni_jax.retrieval.ranks import prepare, rank_pair
 from omni_jax.types import EmbeddingTable, InputError
 
 INT8 = 127  # largest value of a row
+QUERIES = 4096  # records that ask when the loss of recall is measured
 
 
 def export_npy(table: EmbeddingTable, folder: str | os.PathLike[str]) -> list[str]:
-    """Writes TABLE.npy (N, D) float32 for every table and ids.txt, one id a line; returns the file names."""
+    """Writes TABLE.npy (N, D) float32 for every table and, where the records have ids, ids.txt, one a line; returns the file names."""
     _check_whole(table, table.tables)
     target = _folder(folder)
     for name, rows in table.tables.items():
         with replacing(target / f"{name}.npy") as file:
             np.lib.format.write_array(file, np.ascontiguousarray(rows, np.float32), allow_pickle=False)
-    return [*(f"{name}.npy" for name in table.tables), _write_ids(table, target)]
+    names = [f"{name}.npy" for name in table.tables]
+    if not table.named:  # row numbers are no ids: beside another table they would be taken for them
+        (target / IDS_FILE).unlink(missing_ok=True)
+        return names
+    return [*names, _write_ids(table, target)]
 
 
 def quantized(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -37,26 +46,53 @@ def quantized(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def export_int8(table: EmbeddingTable, path: str | os.PathLike[str]) -> EmbeddingTable:
     """Writes an embedding file of int8 tables, which `eval` and `search` read like any other, and returns what they will read."""
-    members: dict[str, np.ndarray] = {IDS: np.array(table.ids, dtype=np.str_), **own_ids(table)}
+    members: dict[str, np.ndarray] = {IDS: np.array(table.ids, dtype=np.str_), **own_ids(table), **origin_member(table)}
     held = {}
     for name, rows in table.tables.items():
         members[name], members[name + SCALE] = quantized(rows)
         held[name] = members[name].astype(np.float32) * members[name + SCALE][:, None]
     write_members(path, members)
-    return EmbeddingTable(table.ids, held, own=table.own)
+    return dataclasses.replace(table, tables=held)
 
 
-def recall_loss(before: EmbeddingTable, after: EmbeddingTable, ties: str = "optimistic") -> dict[str, dict[str, tuple[float, float]]]:
+def recall_loss(
+    before: EmbeddingTable, after: EmbeddingTable, ties: str = "optimistic", queries: int = QUERIES, seed: int = 0
+) -> dict[str, dict[str, tuple[float, float]]]:
     """Returns direction -> {"R@1": (before, after), "R@5": ..., "R@10": ...}, in percent.
+
+    Args:
+      queries: records that ask, at most; more are sampled. Every record answers, so that the work grows with the records, not their square.
+      seed: of the sample.
 
     Raises:
       InputError: when the tables allow no direction, or hold NaN or zero vectors.
     """
-    found = [evaluate(tables, ties=ties, resamples=0)["directions"] for tables in (before, after)]
+    if len(before.ids) <= queries:
+        found = [evaluate(tables, ties=ties, resamples=0)["directions"] for tables in (before, after)]
+    else:
+        asking = np.sort(np.random.default_rng(seed).choice(len(before.ids), queries, replace=False))
+        found = [_sampled(tables, asking, ties) for tables in (before, after)]
     return {
         name: {f"R@{k}": (float(metrics[f"R@{k}"]), float(found[1][name][f"R@{k}"])) for k in RECALL_AT}
         for name, metrics in found[0].items()
     }
+
+
+def _sampled(table: EmbeddingTable, asking: np.ndarray, ties: str) -> dict[str, dict[str, float | int]]:
+    """The metrics of every direction that the tables allow, asked by some records alone (their numbers)."""
+    wanted = possible(table.tables)
+    if not wanted:
+        raise InputError(f"the tables {', '.join(table.tables)} allow no direction; two of text, video, audio are needed")
+    held = {name: prepare(table.tables[name], name, table.ids_of(name)) for name in {name for pair in wanted.values() for name in pair}}
+    number = {name: n for n, name in enumerate(table.ids)} if table.own else {}
+    numbers = {name: np.array([number[i] for i in table.own[name]]) if name in table.own else np.arange(len(table.ids)) for name in held}
+    found = {}
+    for direction, (query, gallery) in wanted.items():
+        asked, rows = held[query], np.flatnonzero(np.isin(numbers[query], asking))
+        some = dataclasses.replace(asked, rows=asked.rows[rows], scale=asked.scale[rows], same=asked.same[rows])
+        relevance: Any = numbers[query][rows], numbers[gallery]
+        found[direction] = direction_metrics(rank_pair(some, held[gallery], relevance)[0], ties)
+    return found
 
 
 def format_loss(loss: dict[str, dict[str, tuple[float, float]]]) -> str:

@@ -9,6 +9,7 @@ A file is named `PATH`, or `TABLE=PATH` to say which table it is (or which one o
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,9 @@ import numpy as np
 from etils import epath
 
 from omni_jax.config import TABLES
-from omni_jax.retrieval.embedding_file import IDS, MEDIA_TABLE, float32_rows, from_two_arrays, load_arrays, read_array, read_embeddings
+from omni_jax.config.made_with import ROUNDING
+from omni_jax.retrieval.embedding_file import IDS, MEDIA_TABLE, Choose, check_alike, float32_rows, from_two_arrays, read_embeddings
+from omni_jax.retrieval.npz import load_arrays, read_array
 from omni_jax.types import EmbeddingTable, InputError
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
@@ -29,15 +32,17 @@ IDS_FILE = "ids.txt"
 ReadTorch = Callable[[str], Any]
 
 
-def read_inputs(names: Sequence[str], read_torch: ReadTorch | None = None) -> EmbeddingTable:
+def read_inputs(names: Sequence[str], read_torch: ReadTorch | None = None, choose: Choose | None = None) -> EmbeddingTable:
     """Returns the tables of all files together, rows brought into the order of the first file that has ids.
 
     Args:
       names: `PATH` or `TABLE=PATH`, as the head of this file says.
       read_torch: reads a torch file without running it; None: torch files are refused.
+      choose: picks one table by the names of those there are; of plain embedding files no other is read.
 
     Raises:
-      InputError: for a file that cannot be read, a table given twice or not named, ids or numbers of records that differ, saying how.
+      InputError: for a file that cannot be read, a table given twice or not named, ids or numbers of records that differ, files made with
+        different models, saying how.
     """
     plain, single, ids_from = [], [], None
     for name in names:
@@ -51,34 +56,68 @@ def read_inputs(names: Sequence[str], read_torch: ReadTorch | None = None) -> Em
     if not plain and not single:
         raise InputError("no embedding file was given")
     if not single and ids_from is None:
-        return read_embeddings(plain)
-    parts = [(plain[0], *_known(read_embeddings(plain)))] if plain else []
-    parts += [(path, *_read(table, path, read_torch)) for table, path in single]
-    return _joined(parts, (ids_from, _read_ids(ids_from)) if ids_from is not None else None)
+        return read_embeddings(plain, choose)
+    parts = [(plain[0], read_embeddings(plain))] if plain else []
+    parts += [(path, _read(table, path, read_torch)) for table, path in single]
+    joined = _joined(parts, (ids_from, _read_ids(ids_from)) if ids_from is not None else None)
+    if choose is None:
+        return joined
+    name = choose(joined.tables)
+    origin = next(part.made_with for _, part in parts if name in part.tables)
+    return dataclasses.replace(joined, tables={name: joined.tables[name]}, made_with=origin)
 
 
 def with_captions(clips: EmbeddingTable, captions: EmbeddingTable) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
     """Returns tables and relevance for clips with several captions each, as `evaluate(tables, relevance=...)` takes them.
 
-    The text table is that of `captions`, where the part of an id before its last '#' names the clip; all other tables are those of
-    `clips`. Captions of clips that are not there are left out: they have no right answer.
+    The text table is that of `captions`, all other tables are those of `clips`. Captions of clips that are not there have no right
+    answer and are left out; `captions_left_out` says which.
 
     Raises:
-      InputError: when no caption belongs to a clip, or there is no text table among the captions.
+      InputError: when no caption belongs to a clip, one may belong to two, or there is no text table among the captions.
     """
     if "text" not in captions.tables:
         raise InputError(f"the captions' file holds {', '.join(captions.tables)}, but no text table; embed it with --tables text")
-    owners = [record.rpartition(CAPTION_MARK)[0] or record for record in captions.ids]
-    here = set(clips.ids)
-    kept = [i for i, owner in enumerate(owners) if owner in here]
+    if not captions.named:
+        raise InputError(f"the captions have no ids; give ids CLIP{CAPTION_MARK}NUMBER, as bench-data writes them")
+    owners = owners_of(clips, captions)
+    kept = [i for i, owner in enumerate(owners) if owner is not None]
     if not kept:
+        owner = captions.ids[0].rpartition(CAPTION_MARK)[0] or captions.ids[0]
         raise InputError(
-            f"no caption belongs to a clip: caption {captions.ids[0]!r} is of clip {owners[0]!r}, the first clip is {clips.ids[0]!r}; "
+            f"no caption belongs to a clip: caption {captions.ids[0]!r} is of clip {owner!r}, the first clip is {clips.ids[0]!r}; "
             f"write ids CLIP{CAPTION_MARK}NUMBER, as bench-data does"
         )
     tables = {name: rows for name, rows in clips.tables.items() if name != "text"}
     relevance = {name: list(clips.ids_of(name)) for name in tables}
-    return {"text": captions.tables["text"][kept], **tables}, {"text": [owners[i] for i in kept], **relevance}
+    return {"text": captions.tables["text"][kept], **tables}, {"text": [owner for owner in owners if owner is not None], **relevance}
+
+
+def owners_of(clips: EmbeddingTable, captions: EmbeddingTable) -> list[str | None]:
+    """Returns the clip of each caption, None where it is not there: the part of its id before the last '#', or else its whole id.
+
+    Raises:
+      InputError: for a caption whose id and the part before its '#' are both clips, where nothing tells which is meant.
+    """
+    here = set(clips.ids)
+    owners = []
+    for name in captions.ids:
+        before, mark, _ = name.rpartition(CAPTION_MARK)
+        found = [owner for owner in ((before,) if mark else ()) + (name,) if owner in here]
+        if len(found) > 1:
+            raise InputError(f"caption {name!r} may be of clip {before!r} or of clip {name!r}; rename one of the clips")
+        owners.append(found[0] if found else None)
+    return owners
+
+
+def captions_left_out(clips: EmbeddingTable, captions: EmbeddingTable) -> dict[str, list[str]]:
+    """Returns what `with_captions` does not ask for: "captions" that belong to no clip, and "clips" that have no caption."""
+    owners = owners_of(clips, captions)
+    asked = set(owners)
+    return {
+        "captions": [name for name, owner in zip(captions.ids, owners, strict=True) if owner is None],
+        "clips": [name for name in clips.ids if name not in asked],
+    }
 
 
 def _split(name: str) -> tuple[str | None, str]:
@@ -86,13 +125,8 @@ def _split(name: str) -> tuple[str | None, str]:
     return (table, path) if sign and table in (*TABLES, IDS) else (None, name)
 
 
-def _known(table: EmbeddingTable) -> tuple[dict[str, np.ndarray], tuple[str, ...] | None]:
-    numbered = table.ids == tuple(map(str, range(len(table.ids))))
-    return dict(table.tables), None if numbered else table.ids
-
-
-def _read(table: str | None, path: str, read_torch: ReadTorch | None) -> tuple[dict[str, np.ndarray], tuple[str, ...] | None]:
-    """(tables, ids or None) of one file."""
+def _read(table: str | None, path: str, read_torch: ReadTorch | None) -> EmbeddingTable:
+    """The wanted table of one file, or all of a file that has its own names for them."""
     suffix = PurePath(path).suffix
     if suffix == ".npy":
         return _read_npy(table, path)
@@ -102,17 +136,17 @@ def _read(table: str | None, path: str, read_torch: ReadTorch | None) -> tuple[d
         content = read_torch(path)
         if not isinstance(content, Mapping):
             raise InputError(f"{path}: holds a {type(content).__name__}; expected text_embeds and mllm_embeds by name")
-        return _known(from_two_arrays(content, path, table or MEDIA_TABLE))
-    arrays = load_arrays(path)
+        return from_two_arrays(content, path, table or MEDIA_TABLE)
+    arrays, _ = load_arrays(path)
     if "mllm_embeds" in arrays:
-        return _known(from_two_arrays(arrays, path, table or MEDIA_TABLE))
-    found, ids = _known(read_embeddings(path))
-    if table not in found:
-        raise InputError(f"{path}: has no table {table!r}; it holds {', '.join(found)}")
-    return {table: found[table]}, ids
+        return from_two_arrays(arrays, path, table or MEDIA_TABLE)
+    found = read_embeddings(path)
+    if table not in found.tables:
+        raise InputError(f"{path}: has no table {table!r}; it holds {', '.join(found.tables)}")
+    return dataclasses.replace(found, ids=found.ids_of(table), tables={table: found.tables[table]}, own={})
 
 
-def _read_npy(table: str | None, path: str) -> tuple[dict[str, np.ndarray], tuple[str, ...] | None]:
+def _read_npy(table: str | None, path: str) -> EmbeddingTable:
     if table is None:
         words = re.split(r"[^a-z]+", PurePath(path).stem.lower())
         table = next((word for word in reversed(words) if word in TABLES), None)
@@ -130,8 +164,18 @@ def _read_npy(table: str | None, path: str) -> tuple[dict[str, np.ndarray], tupl
         raise InputError(f"{path}: cannot be read: {e.strerror or e}") from e
     if rows.ndim != 2:
         raise InputError(f"{path}: has shape {rows.shape}; expected (records, width)")
+    tables = {table: float32_rows(rows, table, path)}
     beside = file.parent / IDS_FILE
-    return {table: float32_rows(rows, table, path)}, _read_ids(os.fspath(beside)) if beside.is_file() else None
+    if not beside.is_file():
+        return EmbeddingTable(_numbers(len(rows)), tables, named=False)
+    ids = _read_ids(os.fspath(beside))
+    if len(ids) != len(rows):
+        raise InputError(f"{path}: table {table!r} has {len(rows)} rows, {beside} has {len(ids)} ids; give one id a row, or move the file")
+    return EmbeddingTable(ids, tables)
+
+
+def _numbers(rows: int) -> tuple[str, ...]:
+    return tuple(map(str, range(rows)))
 
 
 def _read_ids(path: str) -> tuple[str, ...]:
@@ -147,34 +191,41 @@ def _read_ids(path: str) -> tuple[str, ...]:
     return ids
 
 
-Part = tuple[str, dict[str, np.ndarray], tuple[str, ...] | None]
-
-
-def _joined(parts: Sequence[Part], given: tuple[str, tuple[str, ...]] | None) -> EmbeddingTable:
-    """All parts as one table set; `given` are (file, ids) for the parts that carry none."""
-    home, ids = given or next(((path, own) for path, _, own in parts if own is not None), (parts[0][0], None))
-    first, first_tables, _ = parts[0]
-    rows = len(ids) if ids is not None else len(next(iter(first_tables.values())))
-    width = next(iter(first_tables.values())).shape[1]
+def _joined(parts: Sequence[tuple[str, EmbeddingTable]], given: tuple[str, tuple[str, ...]] | None) -> EmbeddingTable:
+    """All parts, with the paths they were read from, as one table set; `given` are (file, ids) for the parts that carry none."""
+    first, head = parts[0]
+    home, ids = given or next(((path, part.ids) for path, part in parts if part.named), (first, None))
+    rows = len(ids) if ids is not None else len(head.ids)
+    width = next(iter(head.tables.values())).shape[1]
     tables: dict[str, np.ndarray] = {}
-    for path, found, own in parts:
-        order = _order(path, own, home, ids)
-        for name, table in found.items():
+    for path, part in parts:
+        if part.own:
+            raise InputError(
+                f"{path}: table {next(iter(part.own))!r} lacks some of the records; name the wanted tables (text={path}) instead"
+            )
+        order = _order(path, part, home, ids)
+        for name, table in part.tables.items():
             if name in tables:
                 raise InputError(f"{path}: table {name!r} was given already; name each table once")
-            if order is None and len(table) != rows:
+            if not part.named and len(table) != rows:
                 raise InputError(f"{path}: table {name!r} has {len(table)} rows, {home} has {rows}; row i must be record i in each")
             if table.shape[1] != width:
                 raise InputError(f"{path}: table {name!r} is {table.shape[1]} wide, but {width} in {first}; they must come from one model")
             tables[name] = table if order is None else table[order]
-    names = ids if ids is not None else tuple(map(str, range(rows)))
-    return EmbeddingTable(names, {name: tables[name] for name in TABLES if name in tables})
+        # A preset decides for each table by itself; the model must be one.
+        check_alike(path, part.made_with, first, head.made_with, (*ROUNDING, "preset", "normalize"))
+    # Several parts of a set are joined row by row, not table by table: what one file lacks, all of them lack.
+    known = head.made_with if all(part.made_with == head.made_with for _, part in parts) else None
+    lacking = next((part for _, part in parts if len(part.parts) < part.of), head)
+    ordered = {name: tables[name] for name in TABLES if name in tables}
+    return EmbeddingTable(ids or _numbers(rows), ordered, named=ids is not None, made_with=known, parts=lacking.parts, of=lacking.of)
 
 
-def _order(path: str, own: tuple[str, ...] | None, home: str, ids: tuple[str, ...] | None) -> np.ndarray | None:
+def _order(path: str, part: EmbeddingTable, home: str, ids: tuple[str, ...] | None) -> np.ndarray | None:
     """Rows of a part in the order of `ids`; None where they stand in it already or carry no ids."""
-    if own is None or ids is None or own == ids:
+    if not part.named or ids is None or part.ids == ids:
         return None
+    own = part.ids
     have, want = set(own), set(ids)
     lacking, extra = [i for i in ids if i not in have], [i for i in own if i not in want]
     if lacking or extra:

@@ -16,8 +16,9 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
-from omni_jax.retrieval.embedding_file import replacing
+from omni_jax.config.made_with import listed, made_otherwise
 from omni_jax.retrieval.embedding_pass import Part
+from omni_jax.retrieval.npz import replacing
 from omni_jax.types import InputError
 
 SETTINGS = "settings.json"
@@ -43,9 +44,10 @@ class Journal:
         written = json.dumps(dict(settings), indent=1, sort_keys=True)
         self._lock = _lock(self._folder)
         note, parts = self._folder / SETTINGS, sorted(self._folder.glob("part-*.npz"))
-        if parts and (not note.exists() or note.read_text() != written):
+        if parts and (different := _differences(note, json.loads(written))):
             raise InputError(
-                f"{self._folder}: holds the unfinished work of a run with other settings; run it again as it was, or remove the folder"
+                f"{self._folder}: holds the unfinished work of a run with other settings ({listed(different)}); run it again as it was, or "
+                f"remove the folder"
             )
         self.parts = [_read(path) for path in parts]
         if not parts:
@@ -77,6 +79,14 @@ class Journal:
         with contextlib.suppress(OSError):
             os.rmdir(self._folder)  # epath's looks and then removes the whole tree: what another run wrote in between too
         self._lock.close()
+
+
+def _differences(note: epath.Path, settings: Mapping[str, Any]) -> list[str]:
+    try:
+        there = json.loads(note.read_text())
+    except (OSError, ValueError) as e:
+        return [f"{note.name} cannot be read: {e}"]
+    return made_otherwise(there, settings) if isinstance(there, dict) else [f"{note.name} holds no settings"]
 
 
 def _lock(folder: epath.Path) -> IO[bytes] | None:

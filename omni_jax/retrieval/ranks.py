@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from omni_jax.retrieval.relevance import count_up, relevant_pairs
+from omni_jax.retrieval.rows import as_rows, lengths, parts
 from omni_jax.types import InputError
 
 Item = TypeVar("Item")
@@ -33,10 +34,8 @@ CPU_CHUNK = 640  # rows; a product of this side runs at the full matrix rate of 
 CPU_STREAMS = 3  # tiles in flight on a CPU
 ACCELERATOR_CHUNK = 4096  # rows; an accelerator would otherwise wait for the host
 TILE_STEP = 16  # rows; the side of a tile is a multiple, so that vector instructions leave no tail
-NORMS = (1e-30, 1e30)  # outside, the reciprocal of a norm or a product of two rows leaves float32
 UNSCALED = (1e-9, 1e9)  # rows of such norms are multiplied as they are, without a scaled copy: their products stay far inside float32
 PACKED = 1 << 15  # a tile of fewer candidates has both its counts in the halves of one int32
-PREPARE_ROWS = 32  # rows handled together in float64
 ALIGNMENT = 64  # bytes; the CPU backend reads an array that starts so without copying it
 
 NO_ROW, NO_ITEM = -1, -2  # `same` of a padded row and of an absent relevant item; they differ so that padding matches nothing
@@ -92,21 +91,8 @@ def prepare(rows: np.ndarray, name: str = "embeddings", ids: Sequence[str] | Non
     Raises:
       InputError: for a table that is not (N, D) with N, D >= 1, and for rows with NaN, infinity, or no usable norm, naming them.
     """
-    rows = np.asarray(rows)
-    if rows.ndim != 2 or 0 in rows.shape:
-        raise InputError(f"table {name!r} has shape {rows.shape}; expected (records, width), both at least 1")
-    if rows.dtype.kind not in "fiu" and rows.dtype.name != "bfloat16":
-        raise InputError(f"table {name!r} holds {rows.dtype}; expected floating point numbers")
-    rows = np.ascontiguousarray(rows, dtype=rows.dtype if rows.dtype == jnp.bfloat16 else np.float32)
-    norms = np.empty(len(rows))
-    for part in _parts(len(rows)):
-        wide = rows[part].astype(np.float64)
-        with np.errstate(invalid="ignore", over="ignore"):
-            norms[part] = np.sqrt(np.vecdot(wide, wide))
-    finite = np.isfinite(norms)
-    _refuse(np.flatnonzero(~finite), "NaN or infinity", name, ids)
-    _refuse(np.flatnonzero(norms == 0), "only zeros", name, ids)
-    _refuse(np.flatnonzero((norms < NORMS[0]) | (norms > NORMS[1])), f"vectors whose norm is outside {NORMS}", name, ids)
+    rows = as_rows(rows, name)
+    norms = lengths(rows, name, ids)
     scale = (1 / norms).astype(np.float32)
     return Vectors(rows, scale, _duplicates(rows, scale), bool(norms.min() >= UNSCALED[0] and norms.max() <= UNSCALED[1]))
 
@@ -118,19 +104,15 @@ def _duplicates(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
         return rows[index].astype(np.float32) * scale[index, None] + np.float32(0)  # -0 becomes 0
 
     sums = np.empty(len(rows), np.uint32)
-    for part in _parts(len(rows)):
+    for part in parts(len(rows)):
         sums[part] = unit(part).view(np.uint32).sum(axis=1, dtype=np.uint32)
     _, which, number = np.unique(sums, return_inverse=True, return_counts=True)
     same, seen = np.arange(len(rows), dtype=np.int32), {}
     doubtful = np.flatnonzero(number[which] > 1)
-    for part in _parts(len(doubtful)):
+    for part in parts(len(doubtful)):
         for i, row in zip(doubtful[part].tolist(), unit(doubtful[part]), strict=True):
             same[i] = seen.setdefault(hashlib.blake2b(row, digest_size=16).digest(), i)
     return same
-
-
-def _parts(n: int) -> Iterator[slice]:
-    return (slice(start, start + PREPARE_ROWS) for start in range(0, n, PREPARE_ROWS))
 
 
 def rank_pair(
@@ -441,10 +423,3 @@ def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def _refuse(rows: np.ndarray, what: str, name: str, ids: Sequence[str] | None) -> None:
-    if len(rows):
-        shown = ", ".join(str(i) if ids is None else f"{i} ({ids[i]})" for i in rows[:5])
-        more = ", ..." if len(rows) > 5 else ""
-        raise InputError(f"table {name!r}: {len(rows)} rows hold {what}: {shown}{more}; embed these records again or drop them")

@@ -1,21 +1,22 @@
 """Exact search: the rows of a table nearest to a query, by cosine.
 
-Letters: Q queries, N rows of the table, T rows of a block, D width, k results.
+Letters: Q queries, N rows of the table, D width, k results.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from omni_jax.retrieval.ranks import prepare
+from omni_jax.retrieval.rows import as_rows, lengths, parts
 from omni_jax.types import InputError
 
-BLOCK = 8192  # rows scored together: memory stays O(block), however large the table
+BLOCK = 16384  # rows scored together: memory stays O(block), however large the table
+QUERIES = 256  # queries scored together, likewise
+FEW = 4  # queries for which a product of a matrix and a vector each is faster than one of two matrices
+MARGIN = 2e-5  # beyond the rounding of a cosine in float32
+TINY, HUGE = 1e-15, 1e15  # lengths whose squares float32 holds to full precision
 
 # Query -> tables to search in, best first: what lies furthest from what is already at hand.
 TARGETS = {
@@ -39,47 +40,86 @@ def target_table(query: str, tables: Collection[str], chosen: str | None = None)
     return next(name for name in TARGETS[query] if name in tables)
 
 
-def search(queries: np.ndarray, table: np.ndarray, k: int = 10, *, name: str = "index", ids: Collection[str] | None = None):
-    """Returns cosines (Q, k) float32 and rows (Q, k) int64 of the k nearest rows, nearest first; level ones in the order of the table.
+class Index:
+    """A table checked once, for any number of searches.
 
-    k is cut to the number of rows.
-
-    Args:
-      queries: (Q, D), any length.
-      table: (N, D), any length.
-      name, ids: of the table and its rows, for messages.
-
-    Raises:
-      InputError: for vectors with NaN, infinity or only zeros, widths that differ, or k below 1.
+    Attributes:
+      rows: (N, D) float32, any length; may be mapped into memory.
+      norms: (N,) float32, their lengths.
     """
-    if k < 1:
-        raise InputError(f"{k} results were asked for; ask for at least 1")
-    asked, held = prepare(queries, "query"), prepare(table, name, None if ids is None else tuple(ids))
-    if asked.rows.shape[1] != held.rows.shape[1]:
-        raise InputError(
-            f"the query is {asked.rows.shape[1]} wide, table {name!r} is {held.rows.shape[1]}; embed the index with the model that searches"
-        )
-    k = min(k, len(held.rows))
-    block = min(BLOCK, len(held.rows))
-    unit = jnp.asarray(asked.rows.astype(np.float32) * asked.scale[:, None])
-    best = jnp.full((len(unit), k), -jnp.inf, jnp.float32), jnp.zeros((len(unit), k), jnp.int32)
-    for start in range(0, len(held.rows), block):
-        rows, scale = held.rows[start : start + block], held.scale[start : start + block]
-        if len(rows) < block:  # one program for all blocks
-            rows, scale = np.pad(rows, ((0, block - len(rows)), (0, 0))), np.pad(scale, (0, block - len(scale)))
-        best = _merge(unit, rows, scale, start, len(held.rows), *best, k=k)
-    return np.asarray(best[0]), np.asarray(best[1]).astype(np.int64)
+
+    def __init__(self, table: np.ndarray, name: str = "index", ids: Sequence[str] | None = None):
+        """Takes a table (N, D); `name` and `ids`, of the table and its rows, are for messages.
+
+        Raises:
+          InputError: for rows with NaN, infinity or no usable length, naming them.
+        """
+        self.name = name
+        self.rows = as_rows(table, name)
+        self.norms = np.empty(len(self.rows), np.float32)
+        for part in self._blocks():
+            with np.errstate(invalid="ignore", over="ignore"):
+                self.norms[part] = np.sqrt(np.vecdot(self.rows[part], self.rows[part]))
+        # Lengths that float32 cannot square are measured again, and refused where they are none.
+        odd = np.flatnonzero(~((self.norms > TINY) & (self.norms < HUGE)))
+        if len(odd):
+            self.norms[odd] = lengths(self.rows[odd], name, ids, odd)
+
+    def search(self, queries: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
+        """Returns cosines (Q, k) float32 and rows (Q, k) int64 of the k nearest rows, nearest first; level ones in the order of the table.
+
+        k is cut to the number of rows.
+
+        Raises:
+          InputError: for queries with NaN, infinity or only zeros, of another width than the table, or k below 1.
+        """
+        if k < 1:
+            raise InputError(f"{k} results were asked for; ask for at least 1")
+        asked = as_rows(queries, "query")
+        if asked.shape[1] != self.rows.shape[1]:
+            widths = f"the query is {asked.shape[1]} wide, table {self.name!r} is {self.rows.shape[1]}"
+            raise InputError(f"{widths}; embed the index with the model that searches")
+        asked = (asked / lengths(asked, "query")[:, None]).astype(np.float32)
+        k = min(k, len(self.rows))
+        cosines, rows = np.empty((len(asked), k), np.float32), np.empty((len(asked), k), np.int64)
+        for start in range(0, len(asked), QUERIES):
+            part = slice(start, start + QUERIES)
+            for i, near in enumerate(self._near(asked[part], k), start):
+                cosines[i], rows[i] = self._exact(asked[i], near, k)
+        return cosines, rows
+
+    def _near(self, queries: np.ndarray, k: int) -> list[np.ndarray]:
+        """For each query the rows that may be among its k nearest: all within MARGIN of the k-th best as products of blocks give it."""
+        best = np.full((len(queries), k), -np.inf, np.float32)
+        near: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in queries]
+        for part in self._blocks():
+            few = len(queries) < FEW
+            found = np.stack([self.rows[part] @ query for query in queries]) if few else queries @ self.rows[part].T
+            found /= self.norms[part]
+            for i, (row, so_far) in enumerate(zip(found, best, strict=True)):
+                good = np.flatnonzero(row >= so_far[0] - MARGIN)
+                if len(good):
+                    near[i].append((part.start + good, row[good]))
+                    best[i] = np.sort(np.concatenate([so_far, np.partition(row[good], max(len(good) - k, 0))[-k:]]))[-k:]
+        return [
+            np.concatenate([row[score >= so_far[0] - MARGIN] for row, score in parts]) for parts, so_far in zip(near, best, strict=True)
+        ]
+
+    def _exact(self, query: np.ndarray, near: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest of some rows. Equal rows have equal cosines here: each is a sum of its own, whatever block it stood in."""
+        cosines = np.empty(len(near), np.float32)
+        for part in parts(len(near)):
+            rows = self.rows[near[part]].astype(np.float64)
+            cosines[part] = np.vecdot(rows, query.astype(np.float64)) / np.sqrt(np.vecdot(rows, rows))
+        order = np.lexsort((near, -cosines))[:k]
+        return cosines[order], near[order]
+
+    def _blocks(self) -> Iterator[slice]:
+        return (slice(start, min(start + BLOCK, len(self.rows))) for start in range(0, len(self.rows), BLOCK))
 
 
-@functools.partial(jax.jit, static_argnames="k")
-def _merge(unit, rows, scale, start, end, score, row, *, k: int):
-    """The k best of those so far and of one block. `top_k` keeps the earlier of two level entries, and those so far stand earlier."""
-    found = jax.lax.dot_general(
-        unit, rows * scale[:, None], (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
-    number = start + jnp.arange(rows.shape[0], dtype=jnp.int32)
-    found = jnp.where(number[None, :] < end, found, -jnp.inf)
-    top, at = jax.lax.top_k(found, min(k, rows.shape[0]))
-    score, row = jnp.concatenate([score, top], axis=1), jnp.concatenate([row, number[at]], axis=1)
-    score, at = jax.lax.top_k(score, k)
-    return score, jnp.take_along_axis(row, at, axis=1)
+def search(
+    queries: np.ndarray, table: np.ndarray, k: int = 10, *, name: str = "index", ids: Sequence[str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what `Index(table, name, ids).search(queries, k)` does, which saves checking the table anew for every search."""
+    return Index(table, name, ids).search(queries, k)

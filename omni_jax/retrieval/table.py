@@ -23,7 +23,7 @@ COLUMNS = {
 """Metric -> (heading, format)."""
 
 POLICY = {
-    "optimistic": "a candidate level with the relevant one counts as worse (optimistic, as published)",
+    "optimistic": "ties count in the query's favour (optimistic, as in the published scorer)",
     "average": "a relevant item stands in the middle of the candidates level with it (average)",
     "worst": "a candidate level with the relevant one counts as better (worst)",
 }
@@ -55,9 +55,21 @@ def format_table(result: Mapping[str, Any]) -> str:
     queries = sum(int(metrics.get("queries", result["n"])) for metrics in directions.values())
     tied = sum(int(metrics.get("ties", 0)) for metrics in directions.values())
     share = f"{tied} of {queries} queries are decided by a tie ({100 * tied / max(queries, 1):.1f} %)"
-    lines.append(f"Ties: {share}; {POLICY[policy]}.")
+    sentence = POLICY[policy]
+    lines.append(f"Ties: {share}. {sentence[0].upper()}{sentence[1:]}." if policy == "optimistic" else f"Ties: {share}; {sentence}.")
     if tied and policy == "optimistic":
         lines.append("      The numbers above are the best case; --ties worst shows the other end.")
+    return "\n".join(lines)
+
+
+def format_left_out(left_out: Mapping[str, Sequence[str]], captions: int, clips: int) -> str:
+    """Returns lines on what `captions_left_out` found, given how many captions were asked for and how many clips there are."""
+    lost, bare = left_out["captions"], left_out["clips"]
+    lines = []
+    if lost:
+        lines.append(f"Captions: {len(lost)} of {len(lost) + captions} belong to no clip here and were left out, the first {lost[0]!r}.")
+    if bare:
+        lines.append(f"Clips: {len(bare)} of {clips} have no caption: no query asks for them; the first {bare[0]!r}.")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from omni_jax.types import ClipError, InputError
 
 END = "<|im_end|>"
 START = "<|im_start|>"
+FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
 CONTROL_TOKENS = {
     "pad": "<|endoftext|>",
     "audio": "<|AUDIO|>",
@@ -106,6 +108,16 @@ class Tokenizer:
         except UnicodeEncodeError as e:
             raise ClipError(f"the caption is not valid Unicode at character {e.start}; save the file as UTF-8") from None
         return list(self._plain.encode(text, add_special_tokens=False).ids)
+
+
+def tokenizer_digest(directory: str | PathLike[str]) -> str:
+    """Returns a digest of all files of a checkpoint folder that `Tokenizer.from_pretrained` may read: equal for equal files."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in FILES:
+        file = epath.Path(directory) / name
+        content = file.read_bytes() if file.is_file() else b""
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def _added_tokens(folder: epath.Path) -> dict[str, int]:

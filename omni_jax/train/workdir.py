@@ -14,17 +14,18 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
 
 from omni_jax.config import ConfigError, ModelConfig
-from omni_jax.train.checkpoint import read_trainable, steps_of
+from omni_jax.config.made_with import differences, listed
 from omni_jax.train.lock import LOCK
-from omni_jax.train.run_config import RunConfig
-from omni_jax.train.trainable import TEMPERATURE
 from omni_jax.types import InputError
+
+if TYPE_CHECKING:
+    from omni_jax.train.run_config import RunConfig
 
 CONFIG, BASE, CHECKPOINTS = "config.json", "base", "checkpoints"
 FORMAT = 1
@@ -36,6 +37,10 @@ FREE = (
 )
 """Config fields that may change when a run is gone on with: they do not decide what is computed, or a digest holds what does."""
 
+TOKENIZER_FILES, PRESET_FIELDS, MEDIA_FILES = "tokenizer files", "preset fields", "media files"
+LATER = (TOKENIZER_FILES, PRESET_FIELDS, MEDIA_FILES)
+"""Digests that the `config.json` of older runs lacks."""
+
 
 @dataclasses.dataclass(frozen=True)
 class WorkdirConfig:
@@ -45,7 +50,8 @@ class WorkdirConfig:
       run: the config, as `RunConfig.to_json` gives it.
       model: the architecture, LoRA included.
       base: folder of the base weights; one inside the workdir is relative to it.
-      digests: name -> digest of what the run was started from: "base weights", "adapter weights", "clips".
+      digests: name -> digest of what the run was started from: "base weights", "adapter weights", "clips", and those of LATER; "media
+        files" only where clips are decoded while training.
       total_steps: updates of the whole run.
     """
 
@@ -108,6 +114,9 @@ def read_workdir(folder: epath.PathLike, step: int | None = None) -> Trained:
     Raises:
       InputError: when the folder is no workdir, has no such checkpoint, or its base weights are gone.
     """
+    from omni_jax.train.checkpoint import read_trainable, steps_of  # slow: who looks for a run may find none
+    from omni_jax.train.trainable import TEMPERATURE
+
     folder = epath.Path(folder)
     config = read_config(folder)
     if config is None:
@@ -155,8 +164,7 @@ def claim(folder: epath.PathLike, config: WorkdirConfig) -> None:
     there = read_config(folder)
     if there is not None:
         if different := list(_differences(there, config)):
-            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-            raise InputError(f"{folder}: holds another run: {'; '.join(different[:3])}{more}; choose another --workdir")
+            raise InputError(f"{folder}: holds another run: {listed(different, 3)}; choose another --workdir")
     else:
         check_free(folder)
     write_whole(folder / CONFIG, json.dumps(config.to_json(), indent=1) + "\n")
@@ -178,6 +186,8 @@ def write_whole(path: epath.Path, text: str) -> None:
 
 def run_of(config: WorkdirConfig) -> RunConfig:
     """Returns the config of a workdir's run as a record. Raises ConfigError when this version does not know it."""
+    from omni_jax.train.run_config import RunConfig
+
     try:
         return RunConfig.from_config(config.run)
     except ConfigError as e:
@@ -185,20 +195,11 @@ def run_of(config: WorkdirConfig) -> RunConfig:
 
 
 def _differences(there: WorkdirConfig, here: WorkdirConfig) -> Iterator[str]:
+    # A digest that is recorded only since a later version says nothing about a run that began before it.
     for name in sorted({*there.digests, *here.digests}):
-        if there.digests.get(name) != here.digests.get(name):
+        if there.digests.get(name) != here.digests.get(name) and (name in there.digests or name not in LATER):
             yield f"its {name} are others"
-    old, new = ({**dict(_flat(c.run)), **dict(_flat(c.model.to_json(), "architecture"))} for c in (there, here))
-    for name in sorted({*old, *new}):
-        if old.get(name) != new.get(name) and not any(name == free or name.startswith(f"{free}.") for free in FREE):
-            yield f"{name} is {old.get(name)!r} there, {new.get(name)!r} here"
+    old, new = ({**c.run, "architecture": c.model.to_json()} for c in (there, here))
+    yield from differences(old, new, FREE)
     if there.total_steps != here.total_steps:
         yield f"it has {there.total_steps} updates, here are {here.total_steps}"
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, list(value) if isinstance(value, tuple) else value

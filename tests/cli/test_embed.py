@@ -206,6 +206,7 @@ class TestGoingOn:
         (["--out", "o.txt"], ["o.txt", ".npz"]),
         (["--part", "2/2"], ["2/2", "I/N"]),
         (["--batch-size", "0"], ["--batch-size", "'0'"]),
+        (["--workers", "0", "--timeout", "3"], ["--timeout 3", "--workers 0"]),
     ],
 )
 def test_golden_bad_arguments_are_one_line(golden, converted, settings, tmp_path, monkeypatch, capsys, arguments, words):

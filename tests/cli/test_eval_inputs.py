@@ -62,6 +62,46 @@ def test_eval_in_bfloat16_prints_what_every_metric_loses(tmp_path: Path, capsys:
     assert "Kept as bfloat16, less kept as float32:" in capsys.readouterr().out
 
 
+def test_both_sides_of_a_comparison_are_kept_in_the_same_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(1)
+    text = rng.normal(size=(300, 4)).astype(np.float32)
+    tables = {"text": text, "video": text + rng.normal(size=text.shape).astype(np.float32)}
+    file = str(tmp_path / "e.npz")
+    write_embeddings(file, EmbeddingTable(tuple(f"c{i}" for i in range(300)), tables))
+    out = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
+    assert main(["eval", file, "--storage", "bfloat16", "--compare", file, *out]) == 0
+    differences = json.loads((tmp_path / "r.json").read_text())["comparisons"][file]
+    assert {row["difference"] for row in differences.values()} == {0.0}
+    assert main(["eval", file, "--compare", str(tmp_path / "r.json")]) == 0
+    assert "Note: e.npz was scored with tables kept as float32, r.json as bfloat16." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_captions_that_are_not_asked_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str], own: bool) -> None:
+    """Clip ids with '#' are clips, whatever a caption's number looks like; misspelt owners are said."""
+    ids = tuple(f"a#{i}" for i in range(5))
+    write_embeddings(tmp_path / "c.npz", EmbeddingTable(ids, {"video": VIDEO[:5]}))
+    names = ids if own else (*(f"{name}#0" for name in ids[:3]), "b#3#0", "c#4#0")
+    write_embeddings(tmp_path / "t.npz", EmbeddingTable(names, {"text": TEXT[:5]}))
+    command = ["eval", str(tmp_path / "c.npz"), "--captions", str(tmp_path / "t.npz"), "--json", str(tmp_path / "r.json")]
+    assert main(command) == 0
+    out, result = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
+    assert result["directions"]["t2v"]["queries"] == (5 if own else 3)
+    if own:
+        assert "left_out" not in result and "left out" not in out
+        return
+    assert result["left_out"] == {"captions": 2, "clips": 2}
+    assert "Captions: 2 of 5 belong to no clip here and were left out, the first 'b#3#0'." in out
+    assert "Clips: 2 of 5 have no caption: no query asks for them; the first 'a#3'." in out
+
+
+def test_a_caption_of_two_clips_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_embeddings(tmp_path / "c.npz", EmbeddingTable(("a", "a#1"), {"video": VIDEO[:2]}))
+    write_embeddings(tmp_path / "t.npz", EmbeddingTable(("a#0", "a#1"), {"text": TEXT[:2]}))
+    assert main(["eval", str(tmp_path / "c.npz"), "--captions", str(tmp_path / "t.npz")]) == 2
+    assert "caption 'a#1' may be of clip 'a' or of clip 'a#1'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "cells"), [("clotho", {"t2a": "19.14", "a2t": "16.10"}), ("msvd", {"t2v": "65.60"})])
 def test_published_figures_of_other_benchmarks_stand_beside_ours(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, cells: dict[str, str]

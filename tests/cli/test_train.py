@@ -55,6 +55,7 @@ def fails(capsys: pytest.CaptureFixture[str], workdir: Path, config: str, *chang
         (["--config.steps.deep=1"], "steps has no fields"),
         (["--config.batch.micro_batch=12"], "a micro-batch of 12 clips does not divide over 8 batch shards"),
         (["--config.mesh.data=3"], "needs 6 devices, 8 are here; change --config.mesh.data"),
+        (["--config.mesh.data=3"], "on a CPU, JAX_NUM_CPU_DEVICES=3 in the environment shows as many"),
         (["--config.data.train=nowhere.jsonl"], "nowhere.jsonl"),
         (["--config.batch.micro_batch=64"], "16 clips are fewer than the 64 of an update"),
         (["--config.batch.blocks=8"], "has blocks of one clip; raise batch.micro_batch or lower batch.blocks"),

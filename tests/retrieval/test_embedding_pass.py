@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from omni_jax.retrieval.embedding_pass import Outcome, assemble, embedding_pass
+from omni_jax.retrieval.embedding_pass import Outcome, Part, assemble, embedding_pass, one_row_a_prompt
+from omni_jax.retrieval.metrics import evaluate
 from omni_jax.types import ClipError, EncoderBatch, Features, Record, TokenizedClip
 
 
@@ -99,3 +102,27 @@ def test_warnings_are_kept_by_record():
     stream = [(Record(id="clip0", text="x"), _clip(0, warnings=("clip0.mp4: no audio track, 8 s of silence used",)))]
     (part,) = embedding_pass(stream, ("text",), plan=encoder.plan, encode=encoder.encode, group=2)
     assert part.warnings == (("clip0", "clip0.mp4: no audio track, 8 s of silence used"),)
+
+
+def test_equal_prompts_have_one_row_whatever_their_groups_rounded():
+    """Nine clips of three captions, three files of which two clips cut another part: what is level is counted so, and not by rounding."""
+    rng = np.random.default_rng(0)
+    captions, files = rng.normal(size=(2, 3, 8))
+    records = [
+        Record(f"c{i}", text=f"caption {i % 3}", video=Path(f"{i // 3}.mp4"), timestamps=(0.0, 1.0) if i > 6 else None) for i in range(9)
+    ]
+    text = np.stack([captions[i % 3] + 2e-7 * rng.normal(size=8) for i in range(9)]).astype(np.float32)
+    video = np.stack([files[i // 3] + (i > 6) + 2e-7 * rng.normal(size=8) for i in range(9)]).astype(np.float32)
+    parts = [Part(tuple(r.id for r in records[s]), {"text": text[s], "video": video[s]}) for s in (slice(5, 9), slice(0, 5))]
+    before = assemble(records, parts)
+    after = one_row_a_prompt(records, before)
+    assert after.table.ids == before.table.ids == tuple(r.id for r in records)
+    np.testing.assert_array_equal(after.table.tables["text"], text[[0, 1, 2] * 3])
+    np.testing.assert_array_equal(after.table.tables["video"], video[[0, 0, 0, 3, 3, 3, 6, 7, 7]])
+    found = {ties: evaluate(after.table, ties=ties, resamples=0)["directions"]["v2t"] for ties in ("optimistic", "worst")}
+    assert found["worst"]["R@1"] == 0 and found["optimistic"]["ties"] == 9
+    prefixed = [Record("a", text="x", prefix="query"), Record("b", text="x"), Record("c"), Record("d")]
+    part = Part(tuple("abcd"), {"text": text[:4], "audio": video[:4]})
+    unlike = one_row_a_prompt(prefixed, assemble(prefixed, [part]))  # nothing is known to be the same
+    np.testing.assert_array_equal(unlike.table.tables["text"], text[:4])
+    np.testing.assert_array_equal(unlike.table.tables["audio"], video[:4])

@@ -40,6 +40,23 @@ def test_search_is_sorting(monkeypatch: pytest.MonkeyPatch, n: int, k: int, bloc
     assert_close(scores, np.take_along_axis(want, order, axis=1), "cosine_score")
 
 
+def test_level_rows_come_in_their_order_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_module, "BLOCK", 16)
+    rng = np.random.default_rng(5)
+    rows = rng.normal(size=(101, 33)).astype(np.float32)
+    same = [3, 15, 16, 40, 77, 99, 100]
+    rows[same] = rows[3]
+    for count in (1, 5):
+        cosines, found = search(np.repeat(rows[3:4] * 7, count, axis=0), rows * 1e-3, 5)
+        assert found.tolist() == [same[:5]] * count and np.ptp(cosines) == 0
+
+
+def test_rows_of_any_length_are_found() -> None:
+    rows = np.eye(4, dtype=np.float32) * np.array([[1e-25], [1.0], [1e25], [3.0]], np.float32)
+    _, found = search(np.array([[4.0, 3, 2, 1]]), rows, 4)
+    assert found.tolist() == [[0, 1, 2, 3]]
+
+
 def test_search_refuses_what_it_cannot_rank() -> None:
     rows = np.eye(3, dtype=np.float32)
     with pytest.raises(InputError, match="the query is 4 wide, table 'av' is 3"):
@@ -92,6 +109,28 @@ def test_int8_export_is_an_embedding_file_and_its_loss_is_what_eval_sees(tmp_pat
         assert metrics == {key: (before[name][key], after[name][key]) for key in ("R@1", "R@5", "R@10")}
         assert f"{name} " in printed and f"{metrics['R@1'][1] - metrics['R@1'][0]:+.2f}" in printed
     assert any(metrics[key][0] != metrics[key][1] for metrics in loss.values() for key in metrics), "the fixture must lose something"
+
+
+def test_the_loss_of_a_large_file_is_measured_by_a_sample_of_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    want = table(300, 8)
+    held = export_int8(want, tmp_path / "small.npz")
+    sampled = recall_loss(want, held, queries=120, seed=3)
+    rows = np.sort(np.random.default_rng(3).choice(300, 120, replace=False))
+    for name, (query, gallery) in {"t2v": ("text", "video"), "av2t": ("av", "text")}.items():
+        for side, tables in enumerate((want.tables, held.tables)):
+            places = naive.ranks(naive.cosines(tables[query][rows], tables[gallery]), rows.tolist(), range(300))
+            for k in (1, 5, 10):
+                want_rate = 100 * np.mean([better < k for better, _ in places.values()])
+                assert_close(sampled[name][f"R@{k}"][side], want_rate, "metric")
+    assert recall_loss(want, held, queries=300) == recall_loss(want, held)
+    write_embeddings(tmp_path / "e.npz", want)
+    command = ["export", str(tmp_path / "e.npz"), "--out", str(tmp_path / "o.npz"), "--to", "int8"]
+    assert main([*command, "--queries", "20"]) == 0
+    assert "Recall with 20 of the records, drawn with seed 0, as queries:" in capsys.readouterr().out
+    assert main([*command, "--queries", "0"]) == 0
+    assert "R@1" not in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "e.npz"), "--out", str(tmp_path / "o"), "--to", "npy", "--queries", "20"]) == 2
+    assert "--queries 20: is for --to int8" in capsys.readouterr().err
 
 
 def test_int8_values_by_hand() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from omni_jax.api.training import Outcome, Watcher, clips_digest, run_training
+from omni_jax.api.weights import open_model
 from omni_jax.cli.config_file import read_config
 from omni_jax.cli.main import main
 from omni_jax.config import preset
@@ -88,3 +89,24 @@ def test_the_digest_of_a_clip_is_that_of_other_versions(manifest: Path) -> None:
 def test_what_a_manifest_says_of_a_clip_is_in_the_digest(manifest: Path, changes: dict[str, object]) -> None:
     digest = clips_digest(open_source(manifest, PRESET))
     assert clips_digest(open_source(write_manifest(manifest, **changes), PRESET)) != digest
+
+
+def test_a_run_does_not_go_on_with_other_files_or_another_tokenizer(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(CONFIG.format(shards=manifest, held_out=""))
+    run, workdir = read_config(str(tmp_path / "run.py"), []), tmp_path / "run"
+    assert begin(run, workdir).step == 0
+    kept = (tmp_path / "7.mp4").read_bytes()
+    (tmp_path / "7.mp4").unlink()  # a link to the file of the other clips
+    (tmp_path / "7.mp4").write_bytes(kept + b"\0")
+    with pytest.raises(InputError, match="run: holds another run: its media files are others; choose another --workdir"):
+        begin(run, workdir)
+    (tmp_path / "7.mp4").write_bytes(kept)  # copied back at another time
+    tokenizer = workdir / "base" / "tokenizer.json"
+    record = json.loads(tokenizer.read_text(encoding="utf-8"))
+    words = record["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    tokenizer.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(InputError, match="run: holds another run: its tokenizer files are others; choose another --workdir"):
+        begin(run, workdir)
+    with pytest.raises(InputError, match=r"base: holds another tokenizer than .*run was trained with"):
+        open_model(workdir)

@@ -18,7 +18,7 @@ from configs import tiny
 from omni_jax.train import RunConfig
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.lock import run_lock
-from omni_jax.train.workdir import WorkdirConfig, check_free, claim, is_workdir, read_config, read_workdir, run_of
+from omni_jax.train.workdir import LATER, WorkdirConfig, check_free, claim, is_workdir, read_config, read_workdir, run_of
 from omni_jax.types import InputError
 from tests.train.random_batches import MODEL
 from tests.train.states import state
@@ -63,6 +63,15 @@ def test_another_run_is_refused(tmp_path: Path, other: WorkdirConfig, message: s
     with pytest.raises(InputError, match=rf"holds another run: .*{message}") as caught:
         claim(tmp_path, other)
     assert "\n" not in str(caught.value) and (tmp_path / "config.json").read_bytes() == before
+
+
+def test_digests_that_an_older_run_lacks_are_not_held_against_it(tmp_path: Path) -> None:
+    later = dict.fromkeys(LATER, "d1")
+    claim(tmp_path, CONFIG)
+    claim(tmp_path, dataclasses.replace(CONFIG, digests={**CONFIG.digests, **later}))
+    for name in LATER:
+        with pytest.raises(InputError, match=f"holds another run: its {name} are others"):
+            claim(tmp_path, dataclasses.replace(CONFIG, digests={**CONFIG.digests, **later, name: "d2"}))
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:

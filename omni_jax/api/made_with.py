@@ -1,0 +1,79 @@
+"""What a vector depends on besides its clip and caption: the one place that says it. `omni_jax.config.made_with` compares."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from omni_jax.api.weights import ModelSource
+from omni_jax.config import Preset
+from omni_jax.tokens.tokenizer import tokenizer_digest
+from omni_jax.types import Record
+
+
+def made_with(source: ModelSource, preset: Preset, *, dtype: str = "keep", normalize: bool = True) -> dict[str, Any]:
+    """Returns all that embeddings by a model depend on, ready for JSON: where all is equal, vectors are, but for rounding between machines.
+
+    {"weights": digests of the base, the adapter and what a run trained, "model": the architecture with its scales and constants,
+    "tokenizer": digest of its files, "preset", "normalize", "dtype", "precision": of products, as jax is set, "code": version}
+
+    Args:
+      source: the model on disk.
+      dtype: "keep", "bfloat16" or "float32", of the weights in memory and the computation.
+      normalize: whether rows are scaled to length 1.
+    """
+    return {
+        "weights": {**source.digests, "trained": arrays_digest(source.trained) if source.trained else None},
+        "model": source.config.to_json(),
+        "tokenizer": tokenizer_digest(source.folder),
+        "preset": dataclasses.asdict(preset),
+        "normalize": normalize,
+        "dtype": dtype,
+        "precision": jax.config.jax_default_matmul_precision or "default",  # type: ignore[attr-defined]
+        "code": _version(),
+    }
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("omni-jax")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
+
+
+def arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns a digest of named arrays: names, types, shapes and values."""
+
+    def one(name: str) -> bytes:
+        array = np.ascontiguousarray(arrays[name])
+        digest = hashlib.blake2b(f"{name} {array.dtype} {array.shape}".encode(), digest_size=16)
+        digest.update(array.reshape(-1).view(np.uint8).data)
+        return digest.digest()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        return hashlib.blake2b(b"".join(pool.map(one, sorted(arrays))), digest_size=16).hexdigest()
+
+
+def media_digest(records: Iterable[Record], *, times: bool = True) -> str:
+    """Returns a digest of the sizes of all media files of some records and, with `times`, of when they were changed last.
+
+    Paths are not in it: files may move. A file that is missing has a place, so that one that appears later is noticed.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for record in records:
+        for path in (record.video, record.audio):
+            try:
+                found = os.stat(path) if path is not None else None
+            except (OSError, ValueError):
+                found = None
+            known = (found.st_size, found.st_mtime_ns if times else 0) if found is not None else None
+            digest.update(f"{record.id} {known}\n".encode(errors="surrogatepass"))
+    return digest.hexdigest()

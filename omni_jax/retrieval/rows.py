@@ -1,0 +1,60 @@
+"""What a table must be before its rows can be compared by cosine: numbers in rows, and a direction in each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from omni_jax.types import InputError
+
+NORMS = (1e-30, 1e30)  # outside, the reciprocal of a norm or a product of two rows leaves float32
+TOGETHER = 32  # rows handled together in float64
+
+
+def as_rows(rows: np.ndarray, name: str) -> np.ndarray:
+    """Returns (N, D) float32, or bfloat16 as it was given.
+
+    Raises:
+      InputError: for an array that is not (N, D) with N, D >= 1, or holds no numbers.
+    """
+    rows = np.asarray(rows)
+    if rows.ndim != 2 or 0 in rows.shape:
+        raise InputError(f"table {name!r} has shape {rows.shape}; expected (records, width), both at least 1")
+    if rows.dtype.kind not in "fiu" and rows.dtype.name != "bfloat16":
+        raise InputError(f"table {name!r} holds {rows.dtype}; expected floating point numbers")
+    return np.ascontiguousarray(rows, dtype=rows.dtype if rows.dtype.name == "bfloat16" else np.float32)
+
+
+def lengths(rows: np.ndarray, name: str, ids: Sequence[str] | None = None, numbers: np.ndarray | None = None) -> np.ndarray:
+    """Returns the norms of rows (N, D), float64.
+
+    Args:
+      ids: of all records of the table, for the message.
+      numbers: (N,), where the rows stand in the table; None: from 0.
+
+    Raises:
+      InputError: for rows with NaN, infinity, or no usable norm, naming them.
+    """
+    norms = np.empty(len(rows))
+    for part in parts(len(rows)):
+        wide = rows[part].astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            norms[part] = np.sqrt(np.vecdot(wide, wide))
+    for bad, what in (
+        (~np.isfinite(norms), "NaN or infinity"),
+        (norms == 0, "only zeros"),
+        ((norms < NORMS[0]) | (norms > NORMS[1]), f"vectors whose norm is outside {NORMS}"),
+    ):
+        found = np.flatnonzero(bad)
+        if len(found):
+            places = found[:5] if numbers is None else numbers[found[:5]]
+            shown = ", ".join(str(i) if ids is None else f"{i} ({ids[i]})" for i in places)
+            more = ", ..." if len(found) > 5 else ""
+            raise InputError(f"table {name!r}: {len(found)} rows hold {what}: {shown}{more}; embed these records again or drop them")
+    return norms
+
+
+def parts(n: int) -> Iterator[slice]:
+    """Yields slices of TOGETHER rows."""
+    return (slice(start, start + TOGETHER) for start in range(0, n, TOGETHER))
