@@ -11,6 +11,8 @@ import pytest
 
 from omni_jax.config.compile_cache import cache_folder
 
+pytestmark = pytest.mark.jit  # commands are started
+
 PROGRAM = """
 from omni_jax.config.compile_cache import use_compile_cache
 {first}

@@ -62,6 +62,7 @@ def test_eval_in_bfloat16_prints_what_every_metric_loses(tmp_path: Path, capsys:
     assert "Kept as bfloat16, less kept as float32:" in capsys.readouterr().out
 
 
+@pytest.mark.jit
 def test_both_sides_of_a_comparison_are_kept_in_the_same_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(1)
     text = rng.normal(size=(300, 4)).astype(np.float32)
@@ -76,6 +77,7 @@ def test_both_sides_of_a_comparison_are_kept_in_the_same_type(tmp_path: Path, ca
     assert "Note: e.npz was scored with tables kept as float32, r.json as bfloat16." in capsys.readouterr().out
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("own", [True, False])
 def test_captions_that_are_not_asked_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str], own: bool) -> None:
     """Clip ids with '#' are clips, whatever a caption's number looks like; misspelt owners are said."""
@@ -95,6 +97,7 @@ def test_captions_that_are_not_asked_are_counted(tmp_path: Path, capsys: pytest.
     assert "Clips: 2 of 5 have no caption: no query asks for them; the first 'a#3'." in out
 
 
+@pytest.mark.jit
 def test_a_caption_of_two_clips_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_embeddings(tmp_path / "c.npz", EmbeddingTable(("a", "a#1"), {"video": VIDEO[:2]}))
     write_embeddings(tmp_path / "t.npz", EmbeddingTable(("a#0", "a#1"), {"text": TEXT[:2]}))

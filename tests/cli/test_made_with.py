@@ -22,6 +22,8 @@ from omni_jax.retrieval.embedding_pass import Part
 from omni_jax.retrieval.journal import Journal
 from tests.media_samples import write_clip
 
+pytestmark = pytest.mark.jit
+
 CAPTIONS = ("a red ball", "rain on a tin roof", "two dogs bark")
 
 

@@ -104,6 +104,7 @@ def test_warnings_are_kept_by_record():
     assert part.warnings == (("clip0", "clip0.mp4: no audio track, 8 s of silence used"),)
 
 
+@pytest.mark.jit
 def test_equal_prompts_have_one_row_whatever_their_groups_rounded():
     """Nine clips of three captions, three files of which two clips cut another part: what is level is counted so, and not by rounding."""
     rng = np.random.default_rng(0)

@@ -52,6 +52,7 @@ def r1(names: list[str], out: Path) -> float:
     return json.loads(out.read_text())["directions"]["t2v"]["R@1"]
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("order", [NUMERIC, BY_NAME, NUMERIC[::-1]])
 def test_ids_that_look_like_row_numbers_are_ids(tmp_path: Path, order: tuple[str, ...]) -> None:
     write_embeddings(tmp_path / "a.npz", EmbeddingTable(NUMERIC, {"text": ROWS}))
@@ -65,6 +66,7 @@ def test_ids_that_look_like_row_numbers_are_ids(tmp_path: Path, order: tuple[str
         assert r1([other, f"text={tmp_path / 'a.npz'}"], tmp_path / "r.json") == 100
 
 
+@pytest.mark.jit
 def test_a_file_without_ids_is_not_held_against_ids_that_are_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "two.npz", text_embeds=ROWS, mllm_embeds=ROWS)
     shuffled = ROWS[[int(i) for i in BY_NAME]]
@@ -75,6 +77,7 @@ def test_a_file_without_ids_is_not_held_against_ids_that_are_numbers(tmp_path: P
     assert "No paired test" not in capsys.readouterr().out
 
 
+@pytest.mark.jit
 def test_a_file_without_ids_takes_no_captions_from_ids_that_are_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "two.npz", text_embeds=ROWS, mllm_embeds=ROWS)
     (tmp_path / "m.jsonl").write_text("".join(json.dumps({"id": name, "text": f"caption {name}"}) + "\n" for name in BY_NAME))
@@ -119,6 +122,7 @@ def parts(folder: Path, count: int, **fields: Any) -> list[str]:
     return made
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("kind", ["recorded", "renamed", "by name"])
 def test_some_parts_of_a_set_are_not_scored_as_if_they_were_all(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     files = parts(tmp_path, 4)
@@ -193,6 +197,7 @@ def test_tables_of_two_models_are_not_joined(tmp_path: Path) -> None:
                 read_inputs(files)
 
 
+@pytest.mark.jit
 def test_a_comparison_says_what_the_other_was_made_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tables = {"text": ROWS, "video": ROWS}
     for name, made in (("a", MADE), ("b", remade("preset.frames", 4)), ("old", None)):

@@ -111,6 +111,7 @@ def test_int8_export_is_an_embedding_file_and_its_loss_is_what_eval_sees(tmp_pat
     assert any(metrics[key][0] != metrics[key][1] for metrics in loss.values() for key in metrics), "the fixture must lose something"
 
 
+@pytest.mark.jit
 def test_the_loss_of_a_large_file_is_measured_by_a_sample_of_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     want = table(300, 8)
     held = export_int8(want, tmp_path / "small.npz")

@@ -91,6 +91,7 @@ def test_what_a_manifest_says_of_a_clip_is_in_the_digest(manifest: Path, changes
     assert clips_digest(open_source(write_manifest(manifest, **changes), PRESET)) != digest
 
 
+@pytest.mark.jit
 def test_a_run_does_not_go_on_with_other_files_or_another_tokenizer(manifest: Path, tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(CONFIG.format(shards=manifest, held_out=""))
     run, workdir = read_config(str(tmp_path / "run.py"), []), tmp_path / "run"
