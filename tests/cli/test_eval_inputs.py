@@ -105,6 +105,7 @@ def test_a_caption_of_two_clips_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert "caption 'a#1' may be of clip 'a' or of clip 'a#1'" in capsys.readouterr().err
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize(("name", "cells"), [("clotho", {"t2a": "19.14", "a2t": "16.10"}), ("msvd", {"t2v": "65.60"})])
 def test_published_figures_of_other_benchmarks_stand_beside_ours(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, cells: dict[str, str]
@@ -118,6 +119,7 @@ def test_published_figures_of_other_benchmarks_stand_beside_ours(
     assert "nothing published is known for 'nowhere'" in capsys.readouterr().err
 
 
+@pytest.mark.jit
 def test_published_rows_over_another_gallery_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_embeddings(tmp_path / "e.npz", EmbeddingTable(tuple(map(str, range(40))), {"text": TEXT, "video": VIDEO}))
     assert main(["eval", str(tmp_path / "e.npz"), "--compare", "published"]) == 0
