@@ -225,7 +225,7 @@ def read_config(
     modules, targets = _select(config, base, where, spelled)
     rslora = bool(config.get("use_rslora", False))
     ranks = dict.fromkeys(modules, rank) | by_pattern(config, "rank_pattern", modules, spelled, where)
-    alphas = dict.fromkeys(modules, alpha) | by_pattern(config, "alpha_pattern", modules, spelled, where)
+    alphas: dict[str, Any] = dict.fromkeys(modules, alpha) | by_pattern(config, "alpha_pattern", modules, spelled, where)
     odd = [f"rank_pattern gives {name} the rank {r!r}" for name, r in ranks.items() if type(r) is not int or r < 1]
     odd += [f"alpha_pattern gives {name} {a!r}" for name, a in alphas.items() if isinstance(a, bool) or not isinstance(a, int | float)]
     if odd:

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from omni_jax.types import InputError
 
@@ -94,7 +94,7 @@ def _of_layers(names: set[str], config: Mapping[str, Any], where: str) -> set[st
     return {name for name, number in numbers.items() if number is not None and int(number) in wanted}
 
 
-def _is_names(value: Any) -> bool:
+def _is_names(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
 

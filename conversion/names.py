@@ -94,6 +94,8 @@ def canonical(name: str) -> str:
         elif short.startswith("language_model."):
             short = short.removeprefix("language_model.")
             short = f"model.{short}" if short.startswith(_DECODER) else short
+        elif short.startswith(WRAPPERS):
+            short = _unwrapped(short)
         else:
             return name
     return short

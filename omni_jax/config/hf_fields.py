@@ -62,7 +62,7 @@ _HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path architectures
     attn_implementation auto_map base_model_tp_plan chunk_size_feed_forward dtype finetuning_task id2label initializer_range init_std
-    is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id model_type name_or_path num_labels output_attentions
+    is_decoder keys_to_ignore_at_inference label2id model_type name_or_path num_labels output_attentions
     output_hidden_states problem_type return_dict tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class torch_dtype
     torchscript transformers_version use_bfloat16 use_cache task_specific_params prefix
     activation_dropout attention_dropout dropout encoder_layerdrop layerdrop hidden_dropout
@@ -77,7 +77,7 @@ _HARMLESS = frozenset(
     """.split()
 )
 # Of a base class that could do otherwise; this model has none of it.
-_EMPTY = ("add_cross_attention", "cross_attention_hidden_size", "pruned_heads")
+_EMPTY = ("add_cross_attention", "cross_attention_hidden_size", "is_encoder_decoder", "pruned_heads")
 
 _BEATS_READ = frozenset(
     "encoder_layers encoder_embed_dim encoder_ffn_embed_dim encoder_attention_heads embed_dim input_patch_size conv_pos conv_pos_groups "

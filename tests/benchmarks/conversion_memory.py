@@ -39,7 +39,9 @@ def measure(folder: Path, out: Path) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(gigabytes: Sequence[float] = (3.0, 6.0), shards: int = 6, vocab: int = 151936) -> dict[str, dict[str, float]]:
+def run(
+    gigabytes: Sequence[float] = (3.0, 6.0), shards: int = 6, vocab: int = 151936, file_format: str = "safetensors"
+) -> dict[str, dict[str, float]]:
     """Returns size -> {peak_bytes, seconds, bytes, tensors, mb_per_s}, and prints a line for each."""
     from tests.benchmarks import synthetic_checkpoint
 
@@ -47,14 +49,14 @@ def run(gigabytes: Sequence[float] = (3.0, 6.0), shards: int = 6, vocab: int = 1
     for size in gigabytes:
         scratch = Path(tempfile.mkdtemp(prefix="omni_jax-conversion-"))
         try:
-            synthetic_checkpoint.write(scratch / "source", size, shards, vocab)
+            synthetic_checkpoint.write(scratch / "source", size, shards, vocab, file_format=file_format)
             made = measure(scratch / "source", scratch / "out")
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         made["mb_per_s"] = made["bytes"] / made["seconds"] / 1e6
         results[f"{size:g} GB"] = made
         print(
-            f"convert {made['bytes'] / 1e9:.2f} GB in {shards} shards: peak memory {made['peak_bytes'] / 1e9:.2f} GB, "
+            f"convert {made['bytes'] / 1e9:.2f} GB in {shards} {file_format} shards: peak memory {made['peak_bytes'] / 1e9:.2f} GB, "
             f"{made['mb_per_s']:.0f} MB/s, {made['seconds']:.1f} s"
         )
     return results

@@ -13,6 +13,8 @@ from etils import epath
 
 from conversion import engine
 from conversion.safetensors_io import DTYPES, Writer
+from conversion.torch_writer import TorchWriter
+from conversion.weight_files import in_format
 from omni_jax.config import BeatsConfig, ModelConfig
 
 WIDTH, INNER, HEADS, KV_HEADS = 1536, 8960, 12, 2
@@ -86,8 +88,8 @@ def write_tokenizer(folder: Path, config: Mapping[str, Any]) -> None:
     (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": {"type": "BPE", "vocab": {}, "merges": []}}))
 
 
-def write(folder: Path, gigabytes: float, shards: int = 6, vocab: int = 151936, seed: int = 0) -> int:
-    """Writes a bfloat16 checkpoint of about this size in `shards` files and returns its bytes of weights.
+def write(folder: Path, gigabytes: float, shards: int = 6, vocab: int = 151936, seed: int = 0, file_format: str = "safetensors") -> int:
+    """Writes a bfloat16 checkpoint of about this size in `shards` files, safetensors or "bin", and returns its bytes of weights.
 
     The values are random bits with finite exponents; the vocabulary has its real size unless told otherwise, and so have
     the largest tensors.
@@ -109,8 +111,9 @@ def write(folder: Path, gigabytes: float, shards: int = 6, vocab: int = 151936, 
     table = np.zeros(0)
     placed = {}
     for number, members in enumerate(files, 1):
-        name = f"model-{number:05d}-of-{shards:05d}.safetensors"
-        with Writer(epath.Path(folder / name), members, {"format": "pt"}) as writer:
+        name = in_format(f"model-{number:05d}-of-{shards:05d}.safetensors", file_format)
+        path = epath.Path(folder / name)
+        with TorchWriter(path, members) if file_format == "bin" else Writer(path, members, {"format": "pt"}) as writer:
             for key, _, shape in members:
                 bits = rng.integers(0, 65536, shape, np.uint16)
                 bits &= 0xBFFF  # exponents below 128: finite
@@ -119,7 +122,7 @@ def write(folder: Path, gigabytes: float, shards: int = 6, vocab: int = 151936, 
                 writer.write(key, bits.view(DTYPES["BF16"]))
                 placed[key] = name
     index = {"metadata": {"total_size": total}, "weight_map": placed}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / in_format("model.safetensors.index.json", file_format)).write_text(json.dumps(index))
     return total
 
 

@@ -8,8 +8,9 @@ LIMIT = 1.5e9  # bytes
 
 
 @pytest.mark.slow
-def test_peak_memory_does_not_grow_with_the_checkpoint():
-    results = conversion_memory.run((3.0, 6.0))
-    assert [round(result["bytes"] / 1e9) for result in results.values()] == [3, 6]
+@pytest.mark.parametrize(("sizes", "file_format"), [((3.0, 6.0), "safetensors"), ((3.0,), "bin")])
+def test_peak_memory_does_not_grow_with_the_checkpoint(sizes, file_format):
+    results = conversion_memory.run(sizes, file_format=file_format)
+    assert [round(result["bytes"] / 1e9) for result in results.values()] == [round(size) for size in sizes]
     for size, result in results.items():
         assert result["peak_bytes"] < LIMIT, size

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 import conversion
 from conversion.folder import read_manifest
 from conversion.names import NEW_NORM, OLD_NORM, canonical
+from conversion.safetensors_io import TensorInfo
 from conversion.torch_pickle import open_torch_weights
 from omni_jax.types import InputError
 from tests.conversion import checkpoints
@@ -107,7 +108,16 @@ def test_large_tensors_of_a_bin_file_are_read_in_rows(tmp_path, weights, monkeyp
     from conversion import importer
 
     monkeypatch.setattr(importer, "_BLOCK", 1000)
+    read, sizes = TensorInfo._read, []
+
+    def counted(info, position, shape):
+        array = read(info, position, shape)
+        sizes.append((info.name, array.nbytes))
+        return array
+
+    monkeypatch.setattr(TensorInfo, "_read", counted)
     both_ways(tmp_path, folder_of(tmp_path, weights, write_torch_file))
+    assert [size for name, size in sizes if name == "lm_head.weight"] == [15 * 64, 15 * 64, 10 * 64]
     assert_same_tensors(bins(tmp_path / "out"), weights)
 
 
@@ -140,6 +150,7 @@ SPELLINGS = {
     "module.": lambda name: f"module.{name}",
     "model.": lambda name: f"model.{name}",
     "thinker.": lambda name: f"thinker.{name}",
+    "model.thinker.": lambda name: f"model.thinker.{name}",
     "thinker.model.": lambda name: f"thinker.{nested(name)}",
     "transformers 5": nested,
     "PEFT": lambda name: f"base_model.model.{name}",

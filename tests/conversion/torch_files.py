@@ -95,7 +95,7 @@ def write_legacy_file(path: Path, value: Any) -> None:
 
 def _dtypes(value: Any, assembler: Assembler) -> dict[str, np.dtype]:
     """Returns the type of each storage: every array adds at most one, in order."""
-    found: dict[str, np.dtype] = {}
+    found: dict[str, Any] = {}
     arrays = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
     for item in arrays:
         if isinstance(item, np.ndarray):
