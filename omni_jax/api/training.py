@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from clu.parameter_overview import get_parameter_overview
 from etils import epath
 from jax.sharding import Mesh
 
@@ -39,7 +40,7 @@ from omni_jax.train.checkpoint import Checkpoints, one_line
 from omni_jax.train.lock import run_lock
 from omni_jax.train.loop import Row, Surroundings, train
 from omni_jax.train.lora import fresh_lora
-from omni_jax.train.metrics import collapsed_in_row, evaluated, metrics_writer, write_row
+from omni_jax.train.metrics import MetricsWriter, collapsed_in_row, evaluated
 from omni_jax.train.quarantine import Quarantine
 from omni_jax.train.workdir import (
     BASE,
@@ -138,13 +139,15 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
         state, frozen = step.init(_params(base, model, run, mesh, watcher.tell))
         state = _resumed(checkpoints, state, watcher)
         start = int(state.step)
-        writer = metrics_writer(folder, start) if jax.process_index() == 0 else None
-        if writer is not None:
+        writer = None
+        if jax.process_index() == 0:
+            trainable: dict[str, Any] = dict(state.trainable)
+            writer = MetricsWriter(folder, start, run.to_json(), get_parameter_overview(trainable, include_stats=False))
             held.callback(writer.close)
 
         def row(number: int, values: Row) -> None:
             if writer is not None:
-                write_row(writer, number, values)
+                writer.write(number, values)
 
         evaluator = None
         if run.evaluation.manifest:

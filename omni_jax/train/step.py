@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from clu.metrics import Average, Collection
 from jax.sharding import AbstractMesh, Mesh
 
 from omni_jax.config import ConfigError, ModelConfig
@@ -162,13 +164,15 @@ class TrainStep:
 
     def _micro(
         self, state: TrainState, frozen: Arrays, batch: TrainBatch, place: jax.Array, index: jax.Array, kind: StepKind
-    ) -> tuple[Arrays, Metrics]:
+    ) -> tuple[Arrays, Collection]:
         """Gradient and metrics of the micro-batch at `place` of a batch, number `index` of the update."""
         one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, place, keepdims=False), batch)
-        return self.forward.plain(state.trainable, frozen, one, kind, self._key(state, index))
+        gradients, found = self.forward.plain(state.trainable, frozen, one, kind, self._key(state, index))
+        return gradients, _averages(tuple(found)).single_from_model_output(**found)
 
-    def _apply_mean(self, state: TrainState, total: tuple[Arrays, Metrics], count: jax.Array) -> tuple[TrainState, Metrics]:
-        return self._apply(state, *jax.tree.map(lambda x: x / count, total))
+    def _apply_mean(self, state: TrainState, total: tuple[Arrays, Collection], count: jax.Array) -> tuple[TrainState, Metrics]:
+        gradients, averages = total
+        return self._apply(state, jax.tree.map(lambda x: x / count, gradients), averages.compute())
 
     def _apply(self, state: TrainState, gradients: Arrays, metrics: Metrics) -> tuple[TrainState, Metrics]:
         norm = jnp.asarray(optax.tree.norm(gradients))
@@ -236,5 +240,11 @@ class TrainStep:
             yield
 
 
-def _add(a: tuple[Arrays, Metrics], b: tuple[Arrays, Metrics]) -> tuple[Arrays, Metrics]:
-    return jax.tree.map(jnp.add, a, b)
+@functools.cache
+def _averages(names: tuple[str, ...]) -> type[Collection]:
+    """Returns the means over micro-batches of metrics: one type for the same names, which JAX takes for one structure."""
+    return Collection.create(**{name: Average.from_output(name) for name in names})
+
+
+def _add(a: tuple[Arrays, Collection], b: tuple[Arrays, Collection]) -> tuple[Arrays, Collection]:
+    return jax.tree.map(jnp.add, a[0], b[0]), a[1].merge(b[1])

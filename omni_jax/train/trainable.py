@@ -6,12 +6,12 @@ Paths are written with slashes here ("decoder/layers/attn/q/lora_a"), which is w
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from clu.parameter_overview import count_parameters, make_table
 
 from omni_jax.config import ConfigError, ModelConfig
 from omni_jax.model import abstract_params
@@ -122,19 +122,17 @@ class GroupCount:
 
 def count_groups(config: ModelConfig, names: frozenset[str]) -> tuple[GroupCount, ...]:
     """Returns the start-up report: the counts of each group, in the order of the tree."""
-    counts: dict[str, list[int]] = {}
+    groups: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     for path, leaf in abstract_params(config).items():
         name = "/".join(path)
-        counts.setdefault(group_of(name), [0, 0])[name not in names] += math.prod(leaf.shape)
-    return tuple(GroupCount(group, *both) for group, both in counts.items())
+        groups.setdefault(group_of(name), ({}, {}))[name not in names][name] = leaf
+    return tuple(GroupCount(group, *(int(count_parameters(leaves)) for leaves in both)) for group, both in groups.items())
 
 
 def report(counts: Iterable[GroupCount]) -> str:
     """Returns the counts as a table, a line for each group and one for the total."""
     rows = list(counts)
-    rows.append(GroupCount("total", sum(r.trainable for r in rows), sum(r.frozen for r in rows)))
-    lines = [f"{'parameters':<12}{'trainable':>16}{'frozen':>16}"]
-    return "\n".join([*lines, *(f"{r.group:<12}{r.trainable:>16,}{r.frozen:>16,}" for r in rows)])
+    return make_table([*rows, GroupCount("total", sum(r.trainable for r in rows), sum(r.frozen for r in rows))])
 
 
 def _under(path: str, prefix: str) -> bool:

@@ -8,12 +8,19 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from tensorboard.summary.writer import event_file_writer
 
 from omni_jax.config import ModelConfig
 from omni_jax.train import StepConfig, TrainBatch, TrainStep, step_kind
 from tests.golden_set import GoldenSet
 from tests.train import golden_batches
 from tests.train.random_batches import QUICK
+
+
+@pytest.fixture(autouse=True)
+def event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads the event files of a run by name. Within a second and a process names end in a count, and 10 sorts before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,14 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import tiny
 from omni_jax.train import RunConfig, TrainState
 from omni_jax.train.checkpoint import Checkpoints, steps_of
 from omni_jax.train.loop import COLLAPSED, DIGEST, Row, Surroundings, Watch, digest_of, train
-from omni_jax.train.metrics import collapsed_in_row, evaluated, metrics_writer, write_row
+from omni_jax.train.metrics import MetricsWriter, collapsed_in_row, evaluated
 from omni_jax.types import InputError
 from tests.train.states import assert_equal, state
 
@@ -105,7 +104,7 @@ class World:
     ) -> TrainState:
         checkpoints = Checkpoints(self.folder / "checkpoints", run.checkpoint.keep)
         first = checkpoints.restore(state(0, fill=0.0)) or state(0, fill=0.0)
-        writer = metrics_writer(epath.Path(self.folder), int(first.step))
+        writer = MetricsWriter(self.folder, int(first.step))
 
         def evaluate(number: int, trainable: Any) -> dict[str, float] | None:
             self.evaluated.append(number)
@@ -119,7 +118,7 @@ class World:
             self.seen.append(number)
 
         around = Surroundings(
-            row=lambda n, row: write_row(writer, n, row),
+            row=writer.write,
             tell=self.lines.append,
             update=update,
             replaced=lambda n, name, reason: self.lines.append(f"update {n}: {name}: {reason}"),
@@ -174,7 +173,7 @@ def test_the_counts_of_every_update_stand_in_its_row(tmp_path: Path, monkeypatch
     assert [row["step"] for row in world.rows() if "loss" in row] == [3, 6, 7]
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
-    assert [event.step for event in board.Scalars("used_tokens")] == [3, 6, 7]
+    assert [event.step for event in board.Scalars("data/used_tokens")] == [3, 6, 7]
 
 
 def test_a_run_that_was_stopped_goes_on_and_has_each_row_once(tmp_path: Path) -> None:
@@ -186,7 +185,7 @@ def test_a_run_that_was_stopped_goes_on_and_has_each_row_once(tmp_path: Path) ->
     assert [row["step"] for row in again.rows()] == list(range(1, 8))
     board = EventAccumulator(str(tmp_path / "a" / "tensorboard"))
     board.Reload()
-    assert [event.step for event in board.Scalars("loss")] == list(range(1, 8))
+    assert [event.step for event in board.Scalars("train/loss/total")] == list(range(1, 8))
 
 
 @pytest.mark.jit
