@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 import numpy as np
+from einops import rearrange
 from PIL import Image
 
 from omni_jax.config import Preset
@@ -76,11 +77,8 @@ def patchify(pixels: np.ndarray) -> np.ndarray:
     Args:
       pixels: (F, height, width, 3), F even, height and width multiples of 28.
     """
-    frames, height, width, channels = pixels.shape
-    t, h, w = frames // FRAMES_PER_STEP, height // PATCH, width // PATCH
-    x = pixels.reshape(t, FRAMES_PER_STEP, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, channels)
-    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # t, h/2, w/2, 2, 2, C, pair, 14, 14
-    return np.ascontiguousarray(x.reshape(t * h * w, channels * FRAMES_PER_STEP * PATCH * PATCH))
+    sizes = {"pair": FRAMES_PER_STEP, "a": MERGE, "b": MERGE, "p": PATCH, "q": PATCH}
+    return np.ascontiguousarray(rearrange(pixels, "(t pair) (h a p) (w b q) c -> (t h w a b) (c pair p q)", **sizes))
 
 
 def vision_features(frames: VideoFrames, preset: Preset) -> VisionFeatures:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
@@ -136,8 +137,8 @@ def _splash_rows(
     copies = key_ids.shape[1] // padded
     q, k, v = (jnp.pad(x, ((0, 0), (0, padded - tokens), (0, 0), (0, 0))) for x in (q, k, v))
     # Splash scales nothing; heads lead, query heads grouped by the KV head they share.
-    q = (q * width**-0.5).reshape(rows, padded, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
-    k, v = (jnp.tile(x.transpose(0, 2, 1, 3), (1, 1, copies, 1)) for x in (k, v))
+    q = rearrange(q * width**-0.5, "b s (k g) h -> b k g s h", k=kv_heads)
+    k, v = (jnp.tile(rearrange(x, "b s k h -> b k s h"), (1, 1, copies, 1)) for x in (k, v))
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array, key_ids: jax.Array) -> jax.Array:
         # Made here and not kept: its tables of blocks are constants of this trace.
@@ -155,7 +156,7 @@ def _splash_rows(
         split, ids = PartitionSpec(batch, kv), PartitionSpec(batch)
         local = jax.shard_map(local, in_specs=(split, split, split, ids, ids), out_specs=split, check_vma=False)
     out = local(q, k, v, query_ids, key_ids)
-    return out.transpose(0, 3, 1, 2, 4).reshape(rows, padded, heads * width)[:, :tokens]
+    return rearrange(out, "b k g s h -> b s (k g h)")[:, :tokens]
 
 
 def _kernel(tokens: int, heads: int, copies: int, causal: bool, interpret: bool) -> splash.SplashAttentionKernel:

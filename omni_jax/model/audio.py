@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import reduce
 from flax import nnx
 
 from omni_jax.config import AudioConfig
@@ -108,5 +109,4 @@ class AudioTower(nnx.Module):
         x, _ = scan_layers(self.layers, body, x)
         # Pinned again: left to itself, the compiler lays the last carry out by its reader's weights, and on some meshes gets it wrong.
         x = constrain(x, "batch", "tokens", "features")
-        n, steps, width = x.shape
-        return self.proj(self.norm(x.reshape(n, steps // 2, 2, width).mean(axis=2)))
+        return self.proj(self.norm(reduce(x, "n (t pair) c -> n t c", "mean", pair=2)))

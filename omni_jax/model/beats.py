@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange, reduce
 from flax import nnx
 
 from omni_jax.config import BeatsConfig
@@ -104,9 +105,9 @@ class Attention(nnx.Module):
         """x (N, T, C), position_bias (start, stop) -> (H, stop - start, T) float32, mask (N, T, T) -> (N, T, C)."""
         q = split_heads(self.q(x), self.num_heads)
         gates = self.gate(q)
-        gates = jax.nn.sigmoid(gates.reshape(*gates.shape[:-1], 2, 4).sum(axis=-1).astype(jnp.float32))
+        gates = jax.nn.sigmoid(reduce(gates, "n t h (gate four) -> n t h gate", "sum", four=4).astype(jnp.float32))
         gate = gates[..., 0] * (gates[..., 1] * self.gate_scale[...].astype(jnp.float32) - 1.0) + 2.0
-        gate = jnp.moveaxis(gate, 1, 2)[..., None]
+        gate = rearrange(gate, "n t h -> n h t 1")
         k, v = split_heads(self.k(x), self.num_heads), split_heads(self.v(x), self.num_heads)
         blocks = [
             attend(q[:, i:j], k, v, mask[:, i:j], gate[:, :, i:j] * position_bias(i, j)) for i, j in query_blocks(x.shape[1], LONGEST_BLOCK)
@@ -153,10 +154,8 @@ class Beats(nnx.Module):
           fbank: (N, F, 128) normalised fbank, F a multiple of 16; frames: (N,) int32 valid frames, of which whole patches count.
         """
         side = self.config.patch_size
-        n, length, bins = fbank.shape
-        x = fbank.reshape(n, length // side, side, bins // side, side).swapaxes(2, 3)
-        x = x.reshape(n, (length // side) * (bins // side), side * side).astype(dtype)
-        patches = (frames // side) * (bins // side)
+        x = rearrange(fbank, "n (t p) (f q) -> n (t f) (p q)", p=side, q=side).astype(dtype)
+        patches = (frames // side) * (fbank.shape[2] // side)
         valid = jnp.arange(x.shape[1]) < patches[:, None]
 
         x = self.norm_patches(self.patch_embed(x))
@@ -181,7 +180,7 @@ class Beats(nnx.Module):
 
         def block(start: int, stop: int) -> jax.Array:
             distance = jnp.arange(tokens)[None, :] - jnp.arange(start, stop)[:, None]
-            return jnp.moveaxis(by_distance[distance + tokens - 1], -1, 0)
+            return rearrange(by_distance[distance + tokens - 1], "query key heads -> heads query key")
 
         if tokens > LONGEST_BLOCK:
             return block  # made anew in every layer: all of it at once would be heads x tokens x tokens
@@ -201,5 +200,5 @@ class BeatsBridge(nnx.Module):
         """(N, T, C) -> (N, tokens, D): cut or zero-padded to 2 * tokens rows, neighbours averaged."""
         rows = 2 * tokens
         x = jnp.pad(features[:, :rows], ((0, 0), (0, max(0, rows - features.shape[1])), (0, 0)))
-        x = x.reshape(x.shape[0], tokens, 2, x.shape[2]).mean(axis=2)
+        x = reduce(x, "n (t pair) c -> n t c", "mean", pair=2)
         return self.fc2(gelu(self.fc1(self.norm(x))))

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -36,7 +37,7 @@ class FusionHead(nnx.Module):
         The concatenated states change from rows split over fsdp to widths split over it, as the weight's are: each device sends each other
         its share and none holds them whole (206 MB of 1,024 rows at 7B). Without these constraints the compiler gathers the 686 MiB weight.
         """
-        x = constrain(pooled.reshape(pooled.shape[0], -1), "batch", None)
+        x = constrain(rearrange(pooled, "b layers width -> b (layers width)"), "batch", None)
         x = constrain(x, "batch_data", "fused")
         x = constrain(self.fc1(x), "batch", "features")
         return self.fc2(gelu(x))
@@ -93,11 +94,11 @@ class Encoder(nnx.Module):
           options: `dropout_key`, `remat` and `attention` of the decoder.
         """
         pooled = self.decoder(**rows, media=media, dtype=self.dtype, **options)
-        r, k, layers, width = pooled.shape
         last = pooled[:, :, -1].astype(jnp.float32)
         if self.head is None:
             return last, last
-        return self.head(pooled.reshape(r * k, layers, width)).reshape(r, k, width).astype(jnp.float32), last
+        fused = self.head(rearrange(pooled, "r k layers width -> (r k) layers width"))
+        return rearrange(fused, "(r k) width -> r k width", r=pooled.shape[0]).astype(jnp.float32), last
 
 
 def abstract_encoder(config: ModelConfig, *, param_dtype: Any = jnp.float32, dtype: Any = None) -> Encoder:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from omni_jax.config import LoraConfig
@@ -153,7 +154,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
     """(B, S, H*h) -> (B, S, H, h)."""
-    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+    return rearrange(x, "... (heads width) -> ... heads width", heads=heads)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, bias: jax.Array | None = None) -> jax.Array:
@@ -167,24 +168,23 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, bia
     Returns:
       (B, S, H*h) in the dtype of q.
     """
-    b, s, heads, width = q.shape
-    t, kv_heads = k.shape[1:3]
-    groups = heads // kv_heads
+    s, kv_heads, width = q.shape[1], k.shape[2], q.shape[3]
     # Heads lead in every operand, so that both products are plain batched ones and no S x T array is ever transposed.
-    q = (q * width**-0.5).reshape(b, s, kv_heads, groups, width).transpose(0, 2, 3, 1, 4)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    logits = jnp.einsum("bkqh,bkth->bkqt", q.reshape(b, kv_heads, groups * s, width), k, preferred_element_type=jnp.float32)
-    logits = logits.reshape(b, kv_heads, groups, s, t)
+    q = rearrange(q * width**-0.5, "b s (k g) h -> b k (g s) h", k=kv_heads)
+    k, v = (rearrange(x, "b t k h -> b k t h") for x in (k, v))
+    logits = jnp.einsum("bkqh,bkth->bkqt", q, k, preferred_element_type=jnp.float32)
+    logits = rearrange(logits, "b k (g s) t -> b k g s t", s=s)
     if bias is not None:
-        logits = logits + bias.reshape(logits.shape)
+        logits = logits + rearrange(bias, "b (k g) s t -> b k g s t", k=kv_heads)
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1)[..., None]
-    weights = weights.astype(v.dtype).reshape(b, kv_heads, groups * s, t)
+    weights = rearrange(weights.astype(v.dtype), "b k g s t -> b k (g s) t")
     # Dividing the h values of a query instead of its T weights saves a pass over the largest array.
-    out = jnp.einsum("bkqt,bkth->bkqh", weights, v, preferred_element_type=jnp.float32).reshape(b, kv_heads, groups, s, width)
-    return (out / total).transpose(0, 3, 1, 2, 4).reshape(b, s, heads * width).astype(q.dtype)
+    out = jnp.einsum("bkqt,bkth->bkqh", weights, v, preferred_element_type=jnp.float32)
+    out = rearrange(out, "b k (g s) h -> b k g s h", s=s) / total
+    return rearrange(out, "b k g s h -> b s (k g h)").astype(q.dtype)
 
 
 def query_blocks(tokens: int, block: int) -> list[tuple[int, int]]:

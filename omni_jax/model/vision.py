@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 
 from omni_jax.config import VisionConfig
@@ -71,8 +72,7 @@ class Merger(nnx.Module):
         self.group = config.merge_size**2
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        n, patches, width = x.shape
-        x = self.norm(x).reshape(n, patches // self.group, width * self.group)
+        x = rearrange(self.norm(x), "n (token group) c -> n token (group c)", group=self.group)
         return self.fc2(gelu(self.fc1(x)))
 
 

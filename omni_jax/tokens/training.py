@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from einops import rearrange
 
 from omni_jax.config import ModelConfig
 from omni_jax.tokens.batching import mel_chunks, step_layout, whole_patches
@@ -38,7 +39,7 @@ def clip_media(features: Features, config: ModelConfig) -> ClipMedia:
     whole = whole_patches(segment)
     return ClipMedia(
         vision=VisionBatch(
-            patches=features.vision.patches.reshape(t, h * w, -1),
+            patches=rearrange(features.vision.patches, "(t s) d -> t s d", t=t),
             coords=np.broadcast_to(coords, (t, *coords.shape)),
             window=np.broadcast_to(window, (t, *window.shape)),
         ),

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from omni_jax.model import Encoder
 from omni_jax.parallel import constrain
@@ -58,10 +59,10 @@ def media_table(model: Encoder, features: Features, inputs: TowerInputs) -> jax.
         **({"bridge": jnp.zeros((clips, copies, heard, width), model.dtype)} if model.bridge is not None else {}),
     } | {name: x for name, x in features.items() if name != "beats"}
     if "beats" in features and model.bridge is not None:
-        bridged = model.bridge(features["beats"].reshape(clips * copies, *features["beats"].shape[2:]), heard)
-        parts["bridge"] = bridged.reshape(clips, copies, heard, width)
+        bridged = model.bridge(rearrange(features["beats"], "b c t d -> (b c) t d"), heard)
+        parts["bridge"] = rearrange(bridged, "(b c) t d -> b c t d", c=copies)
     table = jnp.concatenate(list(parts.values()), axis=2)
-    return constrain(table.reshape(clips, -1, width), "batch", "tokens", "features")
+    return constrain(rearrange(table, "b c m d -> b (c m) d"), "batch", "tokens", "features")
 
 
 def shuffle_clips(x: jax.Array, shuffle: jax.Array) -> jax.Array:
@@ -132,11 +133,11 @@ def pool_rows(model: Encoder, rows: Rows, media: jax.Array, dropout_key: jax.Arr
 
     `options` are the decoder's.
     """
-    clips, count, size = rows.ids.shape
-    flat = {name: getattr(rows, name).reshape(clips * count, -1) for name in ("ids", "media_index", "segment", "branch", "pool")}
-    positions = jnp.moveaxis(rows.positions.reshape(clips * count, 3, size), 1, 0)
+    count = rows.ids.shape[1]
+    flat = {name: rearrange(getattr(rows, name), "b r s -> (b r) s") for name in ("ids", "media_index", "segment", "branch", "pool")}
+    positions = rearrange(rows.positions, "b r xyz s -> xyz (b r) s")
     pooled = model.decoder(**flat, positions=positions, media=media, dtype=model.dtype, dropout_key=dropout_key, **options)
-    return pooled.reshape(clips, count, *pooled.shape[1:])
+    return rearrange(pooled, "(b r) ... -> b r ...", r=count)
 
 
 def _fuse(model: Encoder, pooled: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -149,6 +150,6 @@ def _fuse(model: Encoder, pooled: dict[str, jax.Array]) -> dict[str, jax.Array]:
     if model.head is None:
         return {name: x[:, -1].astype(jnp.float32) for name, x in pooled.items()}
     stacked = jnp.stack(list(pooled.values()), axis=1)
-    clips, count, layers, width = stacked.shape
-    fused = model.head(stacked.reshape(clips * count, layers, width)).reshape(clips, count, width).astype(jnp.float32)
+    fused = model.head(rearrange(stacked, "b n layers d -> (b n) layers d"))
+    fused = rearrange(fused, "(b n) d -> b n d", n=len(pooled)).astype(jnp.float32)
     return {name: fused[:, i] for i, name in enumerate(pooled)}
