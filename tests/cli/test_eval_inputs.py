@@ -20,12 +20,13 @@ from tests.golden_set import GoldenSet
 from tests.retrieval import naive
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.jit
+
 RNG = np.random.default_rng(0)
 SHARED = RNG.normal(size=(40, 8))
 TEXT, VIDEO = ((SHARED + 0.7 * RNG.normal(size=SHARED.shape)).astype(np.float32) for _ in range(2))
 
 
-@pytest.mark.jit
 def test_eval_scores_vectors_of_any_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_torch_file(tmp_path / "s.bin", {"text_embeds": TEXT, "mllm_embeds": VIDEO})
     np.save(tmp_path / "a.npy", TEXT)
@@ -42,7 +43,6 @@ def test_eval_scores_vectors_of_any_model(tmp_path: Path, capsys: pytest.Capture
     assert len(set(line.split()[1:3])) == 1
 
 
-@pytest.mark.jit
 def test_eval_in_bfloat16_prints_what_every_metric_loses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(1)
     text = rng.normal(size=(300, 4)).astype(np.float32)
@@ -161,7 +161,6 @@ def test_bench_data_writes_manifest_fetch_list_and_audit(tmp_path: Path, capsys:
     assert "write ROLE=NAME" in capsys.readouterr().err
 
 
-@pytest.mark.jit
 def test_eval_scores_captions_that_stand_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids = tuple(f"clip {i}" for i in range(40))
     captions = EmbeddingTable(tuple(f"{i}#{k}" for i in ids for k in range(2)), {"text": np.stack([TEXT, -TEXT], 1).reshape(80, 8)})
@@ -206,7 +205,6 @@ def test_golden_several_captions_from_annotations_to_scores(
     assert_close(found["directions"]["t2a"]["R@1"], 100 * np.mean([better == 0 for better, _ in ranks.values()]), "metric")
 
 
-@pytest.mark.jit
 @pytest.mark.parametrize(("flag", "given"), [("text", "texts"), ("audio", "audios"), ("video", "videos"), ("av", "videos audios")])
 def test_search_embeds_what_it_is_given(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flag: str, given: str

@@ -18,6 +18,8 @@ from tests.media_samples import write_clip, write_sound
 from tests.retrieval.pages import Page
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.jit
+
 N = 8
 IDS = tuple(f"clip{i}" for i in range(N))
 
@@ -50,7 +52,6 @@ def manifest(folder: Path, broken: str | None = None) -> Path:
     return path
 
 
-@pytest.mark.jit
 def test_html_alone_shows_ids(file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.html"
     assert main(["eval", str(file), "--html", str(out), "--json", str(tmp_path / "out.json")]) == 0
@@ -89,7 +90,6 @@ def test_media_without_a_manifest_are_found_by_name(file: Path, tmp_path: Path) 
     assert set(names) == {"clip1", "clip4"} and "image" not in names["clip4"] and "sound" in names["clip1"]
 
 
-@pytest.mark.jit
 def test_manifest_alone_gives_captions_and_reads_no_media(file: Path, tmp_path: Path) -> None:
     listing, out = manifest(tmp_path), tmp_path / "out.html"
     for clip in (tmp_path / "media").iterdir():
@@ -137,7 +137,6 @@ def test_report_arguments_are_refused_in_one_line(file: Path, tmp_path: Path, ca
     assert not Path(out).exists()
 
 
-@pytest.mark.jit
 def test_several_captions_stand_under_their_clip(tmp_path: Path) -> None:
     clips, captions = tmp_path / "clips.jsonl", tmp_path / "clips.captions.jsonl"
     rng = np.random.default_rng(0)

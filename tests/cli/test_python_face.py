@@ -87,6 +87,7 @@ def test_golden_mended_and_cut_items_are_told_once(model: omni_jax.OmniRetriever
         model.encode(texts=["x"])
 
 
+@pytest.mark.jit
 def test_golden_embed_names_records_and_lines(model: omni_jax.OmniRetriever):
     records = [Record("bare", text="x", line=7), Record("made"), Record("odd", text="\udce9", line=9)]
     outcome = assemble(records, list(model.embed(records, ["text"])))

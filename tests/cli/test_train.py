@@ -127,6 +127,7 @@ def test_a_stop_without_the_last_evaluation_says_so(
     assert wanted in capsys.readouterr().err.splitlines()
 
 
+@pytest.mark.jit
 def test_files_that_are_no_config(tmp_path: Path) -> None:
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "none.py").write_text("def get_config():\n    return None\n")

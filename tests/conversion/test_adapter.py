@@ -193,6 +193,7 @@ def test_merging_folds_in_lora_and_whole_modules(tmp_path, base, rslora):
         conversion.to_jax(base, tmp_path / "none", merge_adapter=True)
 
 
+@pytest.mark.jit
 def test_base_stays_apart_from_the_adapters_modules(tmp_path, base):
     adapter = checkpoints.write_adapter(tmp_path / "adapter", CONFIG)
     conversion.to_jax(base, tmp_path / "model", adapter=adapter)
@@ -204,6 +205,7 @@ def test_base_stays_apart_from_the_adapters_modules(tmp_path, base):
     assert_close(params["bridge", "norm", "scale"], saved["base_model.model.beats_ln.weight"], "round_trip")
 
 
+@pytest.mark.jit
 def test_layers_without_lora_get_zeros_and_are_not_exported(tmp_path, base):
     target = r"model\.layers\.1\.self_attn\.q_proj"
     lora = LoraConfig(rank=3, targets=("decoder/layers/attn/q",), modules_to_save=())

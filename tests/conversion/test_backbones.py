@@ -127,6 +127,7 @@ def test_a_plain_thinker_with_beats_gets_a_fresh_bridge_too(tmp_path: Path):
         conversion.to_jax(base, tmp_path / "other", beats=tmp_path / "BEATs.pt", backbone="nemotron")
 
 
+@pytest.mark.jit
 def test_a_full_checkpoint_is_stripped_and_its_speech_dropped(tmp_path: Path):
     kept = full_checkpoint(tmp_path / "omni")
     made = conversion.to_jax(tmp_path / "omni", tmp_path / "model", backbone="nemotron")

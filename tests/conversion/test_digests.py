@@ -75,6 +75,7 @@ def test_an_index_or_weights_of_another_folder_are_refused(converted, tmp_path):
         conversion.to_torch(model, base_out=tmp_path / "out")
 
 
+@pytest.mark.jit
 def test_a_folder_of_an_earlier_version_is_read_with_a_warning(converted, tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(converted, model)

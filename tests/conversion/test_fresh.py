@@ -76,6 +76,7 @@ def test_a_seed_gives_the_same_weights_and_another_seed_others():
     assert not np.array_equal(one, fresh_value("decoder.embed.embedding", (7, 5), 1))
 
 
+@pytest.mark.jit
 def test_its_tokenizer_fits_its_config_and_knows_the_words(fresh):
     config, _ = conversion.load(fresh)
     tokenizer = Tokenizer.from_pretrained(fresh)
@@ -93,6 +94,7 @@ def test_the_slow_tokenizer_files_say_the_same(fresh, tmp_path):
     assert Tokenizer.from_pretrained(tmp_path).encode_text(text) == Tokenizer.from_pretrained(fresh).encode_text(text)
 
 
+@pytest.mark.jit
 def test_it_goes_to_torch_and_back_bit_for_bit(fresh, tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     conversion.to_torch(fresh, base_out=base, adapter_out=adapter)

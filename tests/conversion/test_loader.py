@@ -45,6 +45,7 @@ def test_dtype_casts_every_leaf(model, dtype):
         assert_close(leaf, stored[path].astype(dtype), "round_trip")
 
 
+@pytest.mark.jit
 def test_leaves_go_where_their_sharding_says(model):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 

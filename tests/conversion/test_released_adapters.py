@@ -75,6 +75,7 @@ def rank_and_alpha(module, settings):
     return of("rank_pattern", 3), of("alpha_pattern", 8.0)
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize(("settings", "rslora"), PATTERNS)
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_ranks_and_alphas_of_single_modules(tmp_path, base, plain, settings, rslora, dtype):
@@ -107,6 +108,7 @@ def test_ranks_and_alphas_of_single_modules(tmp_path, base, plain, settings, rsl
     assert_close(merged["decoder", "layers", "attn", "q", "kernel"][1], expected, "layer")
 
 
+@pytest.mark.jit
 def test_what_a_run_makes_of_such_an_adapter_is_written_at_the_largest_rank(tmp_path, base, plain):
     settings = {"rank_pattern": {"q_proj": 5}}
     adapter = written(tmp_path / "adapter", with_ranks(plain, lambda name: 5 if "q_proj" in name else 3), **settings)
@@ -149,6 +151,7 @@ SPELLINGS = {
 }
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_every_spelling_is_the_same_adapter_and_comes_back(tmp_path, base, plain, spelling):
     renamed = {SPELLINGS[spelling](name): value for name, value in plain.items()}
@@ -206,6 +209,7 @@ def test_lora_of_the_model_is_that_of_the_adapter_where_nothing_is_special(plain
     assert lora_config(default_config(dataclasses.replace(BASE, lora=other)), BASE, "adapter_config.json")[0] == other
 
 
+@pytest.mark.jit
 def test_a_run_goes_on_from_a_released_adapter_where_model_lora_is_unset(tmp_path, base, plain):
     """`--config.model.lora=None`: what the adapter holds is where training starts, and what is exported again."""
     from omni_jax.api import training

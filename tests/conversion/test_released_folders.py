@@ -63,6 +63,7 @@ def both_ways(tmp_path, base, **form):
     return made
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("write", [write_torch_file, write_legacy_file])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_bin_files_come_back_as_bin_or_as_safetensors(tmp_path, weights, write, shards):
@@ -164,6 +165,7 @@ SPELLINGS = {
 }
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_every_spelling_is_the_same_model_and_comes_back(tmp_path, weights, spelling):
     renamed = {SPELLINGS[spelling](name): value for name, value in weights.items()}
@@ -192,6 +194,7 @@ def test_names_that_are_ambiguous_or_unknown_are_refused_by_name(tmp_path, weigh
     assert expected in str(caught.value)
 
 
+@pytest.mark.jit
 def test_what_no_embedding_needs_may_be_absent_or_extra_and_is_reported(tmp_path, weights):
     extra = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32) for n in range(2)}
     extra |= {"visual.rotary_pos_emb.inv_freq": np.ones(2, np.float32), "model.position_ids": np.arange(4)[None]}

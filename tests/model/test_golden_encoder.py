@@ -17,7 +17,7 @@ from tests.model.golden_inputs import COMBINATIONS
 from tests.model.reference import Weights
 from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.exact
+pytestmark = [pytest.mark.jit, pytest.mark.exact]
 
 FUSED = tuple(c for c in COMBINATIONS if c != "label")
 
@@ -62,7 +62,6 @@ def adapted(golden: GoldenSet, golden_adapted: Encoder) -> list[Outputs]:
     return outputs(golden, golden_adapted)
 
 
-@pytest.mark.jit
 def test_golden_sets_hold_every_clip(golden: GoldenSet, base: list[Outputs]):
     assert len(base) == golden.clips == len(golden.records) > 0
 
@@ -79,7 +78,6 @@ def test_golden_embed(golden: GoldenSet, base: list[Outputs], prompt: str):
         assert_close(out.embed[prompt], golden.base[f"{clip}/embed/{prompt}"], "embed")
 
 
-@pytest.mark.jit
 @pytest.mark.parametrize("prompt", COMBINATIONS)
 def test_golden_embed_with_adapter(golden: GoldenSet, adapted: list[Outputs], prompt: str):
     for clip, out in enumerate(adapted):

@@ -15,7 +15,7 @@ from tests.model import builders, golden_inputs, reference_towers
 from tests.model.reference import Weights
 from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.exact
+pytestmark = [pytest.mark.jit, pytest.mark.exact]
 
 
 def each_clip(golden: GoldenSet, name: str, compute: Callable[[int], np.ndarray]) -> None:
@@ -45,7 +45,6 @@ def test_golden_whisper_tokens(golden: GoldenSet, golden_base: Encoder):
     each_clip(golden, "whisper_tokens", compute)
 
 
-@pytest.mark.jit
 def test_golden_beats_features(golden: GoldenSet, golden_base: Encoder):
     def compute(clip: int) -> np.ndarray:
         fbank, frames = golden_inputs.fbank(golden, golden_base.config, clip)
@@ -55,7 +54,6 @@ def test_golden_beats_features(golden: GoldenSet, golden_base: Encoder):
     each_clip(golden, "beats_features", compute)
 
 
-@pytest.mark.jit
 def test_golden_bridge_on_the_reference_features(golden: GoldenSet, golden_base: Encoder):
     def compute(clip: int) -> np.ndarray:
         tokens = int(golden.inputs[f"{clip}/audio_tokens"])

@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding
 
 from omni_jax.parallel import constrain, gather, make_mesh, partition_spec, use_mesh
 
+pytestmark = pytest.mark.jit
+
 AXES = ("embed", "mlp")
 X = np.random.default_rng(0).normal(size=(16, 32)).astype(np.float32)
 W = np.random.default_rng(1).normal(size=(32, 24)).astype(np.float32)

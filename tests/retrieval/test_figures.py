@@ -11,6 +11,8 @@ from omni_jax.retrieval import figures, neighbours, score
 from omni_jax.retrieval.metrics import Places
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.jit
+
 TABLES = ("text", "video", "audio", "av", "tv", "at")
 
 
@@ -58,7 +60,6 @@ def test_rank_histogram_and_recall_by_hand() -> None:
     assert figures.rank_histogram(places_of([1, 2], 2)).labels == ("1", "2")
 
 
-@pytest.mark.jit
 def test_hubness_counts_who_is_returned(tables: dict[str, np.ndarray]) -> None:
     scores = score(tables, resamples=0)
     hubness, _ = figures.look_closer(tables, scores, "v2a")
@@ -102,7 +103,6 @@ def test_sample_of_many_queries_still_holds_the_worst(tables: dict[str, np.ndarr
     assert examples == figures.look_closer(tables, scores, "a2t")[1]
 
 
-@pytest.mark.jit
 def test_small_sets_show_no_query_twice() -> None:
     rng = np.random.default_rng(0)
     for n in (1, 2, 3, 6):
@@ -113,7 +113,6 @@ def test_small_sets_show_no_query_twice() -> None:
         assert np.isfinite(gap.matched_mean) and (n == 1 or np.isfinite(gap.centroids))
 
 
-@pytest.mark.jit
 def test_modality_gap_of_two_clouds() -> None:
     rng = np.random.default_rng(1)
     one = np.array([[1.0, 0, 0]]) + 0.01 * rng.normal(size=(400, 3))

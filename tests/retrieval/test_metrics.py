@@ -156,6 +156,7 @@ def test_devices_and_chunks_do_not_change_the_result(tables: dict[str, np.ndarra
     assert evaluate(tables, chunk=8, mesh=Mesh(np.array(jax.devices()), ("rows",))) == one
 
 
+@pytest.mark.jit
 def test_absent_tables_leave_out_directions_and_averages(tables: dict[str, np.ndarray]) -> None:
     result = evaluate({name: tables[name] for name in ("text", "video", "audio", "av")})
     assert list(result["directions"]) == ["t2v", "v2t", "t2a", "a2t", "v2a", "a2v", "t2av", "av2t"]

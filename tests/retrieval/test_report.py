@@ -19,6 +19,8 @@ from omni_jax.retrieval.report import Clip, Other, build_report, render
 from omni_jax.types import EmbeddingTable
 from tests.retrieval.pages import Page
 
+pytestmark = pytest.mark.jit
+
 TABLES = ("text", "video", "audio", "av", "tv", "at")
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -66,7 +68,6 @@ def page(html: str) -> Page:
     return Page(html)
 
 
-@pytest.mark.jit
 def test_page_is_well_formed(page: Page) -> None:
     assert page.faults == []
     assert [e.text for e in page.all("title") if e.parent is not None and e.parent.tag == "head"] == ["ours.npz: 12-direction retrieval"]
@@ -163,7 +164,6 @@ def test_gallery_holds_every_direction_and_its_media(page: Page) -> None:
         assert media[place.attributes["data-clip"]]["sound"].startswith("data:audio/mpeg;base64,")
 
 
-@pytest.mark.jit
 @pytest.mark.parametrize("where", ["captions", "ids", "name"])
 def test_markup_in_what_people_wrote_is_text(where: str) -> None:
     n = 40
@@ -200,7 +200,6 @@ def test_long_captions_are_cut_and_media_bounded(monkeypatch: pytest.MonkeyPatch
     assert len(html) < 3_000_000
 
 
-@pytest.mark.jit
 def test_page_of_the_benchmark_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "STUDIED", 500)  # the page shows as much of a sample
     names = tuple(f"record-{i:06d}" for i in range(3782))
@@ -212,7 +211,6 @@ def test_page_of_the_benchmark_is_small(monkeypatch: pytest.MonkeyPatch) -> None
     assert Page(html).faults == []
 
 
-@pytest.mark.jit
 def test_some_directions_ties_and_one_record() -> None:
     constant = np.ones((5, 3), np.float32)
     scores = score({"text": constant, "video": constant})

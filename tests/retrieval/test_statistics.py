@@ -195,6 +195,7 @@ def test_result_gains_intervals_around_its_figures() -> None:
     assert "intervals" not in plain and "R@1_interval" not in plain["directions"]["t2v"]
 
 
+@pytest.mark.jit
 def test_several_captions_of_a_clip_are_drawn_together() -> None:
     text = np.array([[1, 0], [2, 0.1], [0.1, 1], [0, 1]], np.float32)
     audio = np.array([[1, 0.02], [0.02, 1]], np.float32)

@@ -45,10 +45,12 @@ AVG-all: no value, needs t2av, av2t, a2tv, tv2a, v2at, at2v.
 Ties: 6 of 18 queries are decided by a tie (33.3 %); a candidate level with the relevant one counts as better (worst)."""
 
 
+@pytest.mark.jit
 def test_table_of_a_case_by_hand() -> None:
     assert format_table(evaluate(SMALL, ties="worst")) == GOLDEN
 
 
+@pytest.mark.jit
 def test_optimistic_table_warns_of_its_ties() -> None:
     text = format_table(evaluate(SMALL))
     assert (
@@ -101,6 +103,7 @@ def test_every_published_row_names_its_source() -> None:
     assert lines[0] == "Published: OmniRetriever-7B: arXiv 2605.26641." and "762ca7d6" in lines[1] and "mteb" in lines[2]
 
 
+@pytest.mark.jit
 def test_eval_says_where_published_figures_stand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "clips.npz"
     write_embeddings(path, EmbeddingTable(("a", "b", "c"), SMALL))
@@ -132,6 +135,7 @@ def test_eval_reads_parts_prints_and_writes_json(files: tuple[Path, Path], tmp_p
     assert_close(result["AVG-single"], 100 * (1 + 1 + 0 + 1 / 3 + 0 + 1 / 3) / 6, "metric")
 
 
+@pytest.mark.jit
 def test_eval_compares_with_files_results_and_the_published_rows(
     files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +154,7 @@ def test_eval_compares_with_files_results_and_the_published_rows(
     assert a2t == ["a2t", "33.33", "33.33", "33.33", "-", "-", "1.48", "11.92"]
 
 
+@pytest.mark.jit
 def test_eval_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad, json_file, out = tmp_path / "nan.npz", tmp_path / "x.json", tmp_path / "out.json"
     write_embeddings(bad, EmbeddingTable(("a", "b", "c"), {**SMALL, "video": VIDEO * np.float32(np.nan)}))

@@ -25,6 +25,8 @@ from tests.full_disk import files_of_at_most
 from tests.house import ROOT
 from tests.train.states import assert_equal, state
 
+pytestmark = pytest.mark.jit
+
 
 def saved(folder: Path, *steps: int, keep: int = 3) -> None:
     checkpoints = Checkpoints(folder, keep)
@@ -34,7 +36,6 @@ def saved(folder: Path, *steps: int, keep: int = 3) -> None:
     checkpoints.close()
 
 
-@pytest.mark.jit
 def test_the_newest_comes_back_and_old_ones_go(tmp_path: Path) -> None:
     saved(tmp_path / "c", 1, 2, 3, 5, keep=2)
     checkpoints = Checkpoints(tmp_path / "c", 2)
@@ -54,7 +55,6 @@ def test_nothing_saved_restores_nothing(tmp_path: Path) -> None:
     checkpoints.close()
 
 
-@pytest.mark.jit
 def test_another_mesh_takes_it(tmp_path: Path) -> None:
     first = Checkpoints(tmp_path / "c", 2)
     first.save(state(4, make_mesh(fsdp=8)))
@@ -70,7 +70,6 @@ def test_another_mesh_takes_it(tmp_path: Path) -> None:
         checkpoints.close()
 
 
-@pytest.mark.jit
 def test_a_saved_state_is_not_the_one_that_is_given_away(tmp_path: Path) -> None:
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
     checkpoints = Checkpoints(tmp_path / "c", 2)
@@ -184,7 +183,6 @@ def test_one_that_cannot_be_reached_is_not_taken_for_damaged(tmp_path: Path, mon
     assert steps_of(tmp_path / "c") == [1, 2]
 
 
-@pytest.mark.jit
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     saved(tmp_path / "c", 1)
     checkpoints = Checkpoints(tmp_path / "c", 3)
@@ -257,7 +255,6 @@ with files_of_at_most(16):
 """
 
 
-@pytest.mark.jit
 def test_nothing_else_is_printed_when_the_disk_is_full(tmp_path: Path) -> None:
     """Orbax, asyncio and TensorStore print hundreds of lines of a write that fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

@@ -21,6 +21,8 @@ from omni_jax.train.metrics import MetricsWriter, collapsed_in_row, evaluated
 from omni_jax.types import InputError
 from tests.train.states import assert_equal, state
 
+pytestmark = pytest.mark.jit
+
 RUN = dataclasses.replace(
     RunConfig.from_config(tiny.get_config().to_dict() | {"checkpoint": {"every": 3, "keep": 9}}),
     stop=dataclasses.replace(RunConfig.from_config(tiny.get_config()).stop, skipped_in_row=3, collapsed_in_row=2),
@@ -145,7 +147,6 @@ def no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omni_jax.train.loop.place_update", lambda batch, mesh: batch)
 
 
-@pytest.mark.jit
 def test_a_run_from_beginning_to_end(tmp_path: Path) -> None:
     run = dataclasses.replace(RUN, evaluation=dataclasses.replace(RUN.evaluation, every=2), log=dataclasses.replace(RUN.log, every=3))
     world = World(tmp_path)
@@ -159,7 +160,6 @@ def test_a_run_from_beginning_to_end(tmp_path: Path) -> None:
     assert world.lines == ["update 2: r7: cannot be read"]
 
 
-@pytest.mark.jit
 def test_the_counts_of_every_update_stand_in_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes with the same counts stand behind each update; the run is stopped and goes on."""
     monkeypatch.setattr("omni_jax.train.loop.total_over_processes", lambda counts: [2 * count for count in counts])
@@ -188,7 +188,6 @@ def test_a_run_that_was_stopped_goes_on_and_has_each_row_once(tmp_path: Path) ->
     assert [event.step for event in board.Scalars("train/loss/total")] == list(range(1, 8))
 
 
-@pytest.mark.jit
 @pytest.mark.parametrize("number", [4, 7])
 def test_an_evaluation_in_which_a_run_was_killed_is_made_when_it_goes_on(tmp_path: Path, number: int) -> None:
     run = dataclasses.replace(RUN, evaluation=dataclasses.replace(RUN.evaluation, every=2))

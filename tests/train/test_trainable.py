@@ -23,6 +23,7 @@ def test_the_adapter_recipe_trains_what_the_release_trained():
     assert sum(g.trainable + g.frozen for g in groups.values()) == 9_417_532_287
 
 
+@pytest.mark.jit
 def test_the_report_names_every_group_and_the_total():
     text = report(count_groups(SEVEN_B, select(SEVEN_B, TrainableConfig())))
     names = [line.split()[1] for line in text.splitlines() if line.startswith("| ")]
@@ -30,6 +31,7 @@ def test_the_report_names_every_group_and_the_total():
     assert names[1:-1] == sorted({group_of("/".join(p)) for p in weights()}, key=text.index)
 
 
+@pytest.mark.jit
 def test_everything_trains_but_what_no_embedding_reads():
     names = select(MODEL, TrainableConfig(recipe="all"))
     left = {"/".join(p) for p in weights()} - names
@@ -64,6 +66,7 @@ def test_the_adapter_recipe_needs_lora():
         select(MODEL, TrainableConfig(freeze=("decoder/layers/attn",)))
 
 
+@pytest.mark.jit
 def test_unknown_names_are_refused():
     with pytest.raises(InputError, match="decoder/layer"):
         select(MODEL, TrainableConfig(freeze=("decoder/layer",)))
@@ -73,6 +76,7 @@ def test_unknown_names_are_refused():
         split(weights(), ["no/such"])
 
 
+@pytest.mark.jit
 def test_split_and_join_are_inverse():
     names = select(MODEL, TrainableConfig())
     trainable, frozen = split(weights(), names)
