@@ -7,6 +7,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from omni_jax.config import preset
 from omni_jax.data.loading import clip_features, load_clip, load_features
 from omni_jax.types import Clip, ClipError, Features, Record
 from tests.golden_set import GoldenSet
+from tests.media.containers import copy_tracks, write_audio, write_video
 from tests.media_samples import cut_file, write_clip, write_sound
 from tests.tolerances import assert_close
 
@@ -89,6 +91,29 @@ def test_sound_is_cut_after_resampling_as_the_reference_does(tmp_path: Path, rat
 
 
 @pytest.mark.jit
+def test_the_preset_chooses_tracks_and_where_sound_starts(tmp_path: Path) -> None:
+    pictures = [write_video(tmp_path / f"{width}.mp4", "libx264", 12, size=(width, 32)) for width in (48, 96)]
+    sounds = [write_audio(tmp_path / f"{i}.m4a", "aac", 1.0, samples=np.full((48_000, 1), i / 4, np.float32)) for i in (1, 2)]
+
+    def later(packet: Any, number: int) -> Any:
+        if packet.time_base.denominator == 48_000:
+            packet.pts, packet.dts = packet.pts + 48_000, packet.dts + 48_000
+        return packet
+
+    path = copy_tracks(tmp_path / "clip.mkv", *((p, 0) for p in pictures), *((s, 0) for s in sounds), change=later, default=(1, 2))
+    record = Record("a", "x", video=path, audio=path)
+    for fields, width, level, late in (
+        ([], 96, 0.25, False),
+        (["video_track=0", "audio_track=1"], 48, 0.5, False),
+        (["audio_start=clip"], 96, 0.25, True),
+    ):
+        clip = load_clip(record, TRAINING.override(fields), ALL)
+        assert clip.video is not None and clip.waveform is not None
+        assert clip.video.frames.shape[2] == width
+        assert clip.waveform[8_000] == pytest.approx(0.0 if late else level, abs=0.06)
+        assert clip.waveform[24_000] == pytest.approx(level if late else 0.0, abs=0.06)
+
+
 def test_one_bad_clip_never_stops_the_others(tmp_path: Path) -> None:
     good = write_clip(tmp_path / "good.mp4", 1.0, faststart=True)
     mute = write_clip(tmp_path / "mute.mp4", 1.0, audio=False)
