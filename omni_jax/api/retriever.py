@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,15 @@ from omni_jax.config import PREFIXES, TABLE_MODALITIES, TABLES, ConfigError, Mod
 from omni_jax.config import preset as preset_named
 from omni_jax.config.compile_cache import use_compile_cache
 from omni_jax.data.loading import DECODE_LIMIT_S, load_features
-from omni_jax.model import Encoder, abstract_encoder, with_params
-from omni_jax.model.runner import Runner
 from omni_jax.parallel import batch_shards, make_mesh
 from omni_jax.retrieval.embedding_pass import Part, assemble, embedding_pass, one_row_a_prompt
 from omni_jax.tokens.batching import Planner, build_batches
 from omni_jax.tokens.prompts import build_sequences
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.types import ClipError, EncoderBatch, Features, InputError, Record, TokenizedClip
+
+if TYPE_CHECKING:
+    from omni_jax.model import Encoder
 
 
 class OmniRetriever:
@@ -43,6 +44,8 @@ class OmniRetriever:
         self, encoder: Encoder, tokenizer: Tokenizer, preset: Preset, mesh: Mesh | None = None, origin: Mapping[str, Any] | None = None
     ):
         """`origin`: what `omni_jax.api.made_with.made_with` says of the model; None: what it embeds is of unknown making."""
+        from omni_jax.model.runner import Runner  # with flax, slow: not before there is a model
+
         self.config = encoder.config
         self.preset = preset
         self._tokenizer = tokenizer
@@ -68,6 +71,8 @@ class OmniRetriever:
           InputError: when the folder is not a converted checkpoint, its tokenizer belongs to another model, or its towers take patches
             that the preprocessing does not make.
         """
+        from omni_jax.model import abstract_encoder, with_params
+
         use_compile_cache()
         # Before the weights, which take minutes to read at full size.
         source = open_model(directory, step)

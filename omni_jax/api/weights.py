@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 import conversion
 from conversion.folder import Manifest, read_manifest
 from omni_jax.config import ModelConfig, Preset, default_preset
-from omni_jax.model import param_shardings
 from omni_jax.tokens.tokenizer import tokenizer_digest
 from omni_jax.train.workdir import TOKENIZER_FILES, is_workdir, read_config, read_workdir, run_of
 from omni_jax.types import InputError
@@ -93,6 +92,8 @@ def base_digests(manifest: Manifest) -> dict[str, str | None]:
 
 def load_params(source: ModelSource, dtype: Any = None, mesh: Mesh | None = None) -> Params:
     """Returns every parameter on the devices, in `dtype` or as the base stores it, what was trained in place of what the base holds."""
+    from omni_jax.model import param_shardings  # with flax, slow: not before there is a model
+
     shardings = param_shardings(source.config, mesh) if mesh is not None else {}
     _, params = conversion.load(source.folder, dtype=dtype, shardings=shardings)
     kinds = {path: x.dtype for path, x in params.items()}
