@@ -1,6 +1,7 @@
-# Every target does its own set-up. A machine needs Python 3.11, make and a package index, nothing else.
+# Every target does its own set-up. A machine needs Python 3.11 (test-newest: 3.13), make and a package index, nothing else.
 # .venv holds requirements.lock and this project; .venv-reference and .venv-tpu lie on top of it and add torch or libtpu alone, so that
-# the plain environment stays what a user installs.
+# the plain environment stays what a user installs. .venv-lowest lies on it too, with the lowest versions that pyproject.toml allows;
+# .venv-newest has the newest ones, for Python 3.13, and stands alone.
 
 PYTHON ?= python3.11
 PYTEST_ARGS ?=
@@ -14,9 +15,20 @@ PIP = -m pip install --quiet --disable-pip-version-check --no-deps
 SETUP = .venv/.installed
 REFERENCE = .venv-reference/.installed
 TPU = .venv-tpu/.installed
+LOWEST = .venv-lowest/.installed
+NEWEST = .venv-newest/.installed
+# The one of PATH, or pyenv's newest where that is a shim without a version.
+PYTHON313 ?= $(shell for p in python3.13 $$(ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.13.*/bin/python3.13 2>/dev/null | sort -rV); \
+	do "$$p" -c "import ensurepip" >/dev/null 2>&1 && { command -v "$$p"; break; }; done)
+# Tests in which each dependency is used for what it is there for.
+STACK = tests/config tests/features tests/media tests/tokens tests/conversion/test_safetensors_io.py tests/conversion/test_round_trip.py \
+	tests/data/test_shards.py tests/data/test_pipeline.py tests/model/test_golden_encoder.py tests/retrieval/test_report.py \
+	tests/retrieval/test_search.py tests/train/test_checkpoint.py tests/train/test_golden_run.py tests/train/test_metrics.py \
+	tests/cli/test_embed.py tests/test_dependencies.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-ablation test-fast test test-slow test-reference test-tpu test-all bench torture report-check pods-table lint format lock clean
+.PHONY: help setup demo demo-ablation test-fast test test-slow test-reference test-tpu test-lowest test-newest python313 test-all bench torture report-check \
+	pods-table lint format lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -47,6 +59,22 @@ $(REFERENCE): requirements-reference.lock $(SETUP)
 $(TPU): requirements-tpu.lock $(SETUP)
 	$(call overlay,.venv-tpu,requirements-tpu.lock)
 
+$(LOWEST): requirements-lowest.lock $(SETUP)
+	$(call overlay,.venv-lowest,requirements-lowest.lock)
+
+$(NEWEST): requirements-newest.lock
+	@$(MAKE) --silent python313 >/dev/null
+	@echo "installing requirements-newest.lock into .venv-newest"
+	@rm -rf .venv-newest
+	@$(PYTHON313) -m venv .venv-newest
+	@.venv-newest/bin/python $(PIP) -r requirements-newest.lock
+	@echo "$(CURDIR)" > .venv-newest/lib/python3.13/site-packages/project.pth
+	@touch $@
+
+python313:  # where Python 3.13 is
+	@test -n "$(PYTHON313)" || { echo "make: no Python 3.13 on PATH or in pyenv; install one or run make PYTHON313=/path/to/python3.13" >&2; exit 2; }
+	@echo $(PYTHON313)
+
 demo: $(SETUP)  ## compare a tiny checkpoint with PyTorch, then train a small model on synthetic clips and score clips it never saw
 	.venv/bin/omni-jax demo
 
@@ -67,6 +95,12 @@ test-reference: $(REFERENCE)  ## against torch, transformers' torch model and PE
 
 test-tpu: $(TPU)  ## compile for TPU, with no TPU attached
 	.venv-tpu/bin/python -m pytest $(FULL) -m "tpu and not reference" $(PYTEST_ARGS)
+
+test-lowest: $(LOWEST)  ## the tests that use each dependency, with the lowest allowed versions
+	.venv-lowest/bin/python -m pytest -m "not slow and not reference and not tpu" $(WORKERS) $(STACK) $(PYTEST_ARGS)
+
+test-newest: $(NEWEST)  ## the same on Python 3.13 with the newest allowed versions
+	.venv-newest/bin/python -m pytest -m "not slow and not reference and not tpu" $(WORKERS) $(STACK) $(PYTEST_ARGS)
 
 test-all: test test-slow test-reference test-tpu  ## all four
 
@@ -95,4 +129,4 @@ lock: $(SETUP)  ## write requirements.lock from .venv with hashes, after an upgr
 	@.venv/bin/python -m tests.locking requirements.lock
 
 clean:  ## remove environments, caches and outputs
-	rm -rf .venv .venv-reference .venv-tpu .pytest_cache .ruff_cache .hypothesis build dist demo_out bench_out
+	rm -rf .venv .venv-reference .venv-tpu .venv-lowest .venv-newest .pytest_cache .ruff_cache .hypothesis build dist demo_out bench_out

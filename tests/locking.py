@@ -19,13 +19,14 @@ PLATFORMS = (
     tuple(f"manylinux{v}_aarch64" for v in ("_2_34", "_2_31", "_2_28", "_2_27", "_2_26", "_2_17", "2014")),
     ("macosx_14_0_arm64", "macosx_12_0_arm64"),
 )
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([A-Za-z0-9_.-]+)", re.MULTILINE)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Rewrites the named lock file from the running environment; its leading comments stay."""
+    """Rewrites the named lock file from the running environment, or from the packages of one folder of it; its leading comments stay."""
     target = Path(arguments[0])
-    frozen = _pip("freeze", "--exclude-editable").stdout
+    frozen = _pip("freeze", "--exclude-editable", *(f"--path={folder}" for folder in arguments[1:])).stdout
     pins = dict(PIN.findall(frozen))
     hashes: dict[str, set[str]] = {name: set() for name in pins}
     for platform in PLATFORMS:
@@ -46,7 +47,7 @@ def _digests(pins: dict[str, str], platform: Sequence[str]) -> list[tuple[str, s
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         for _ in range(len(pins)):
-            foreign = ["--target", folder, "--only-binary=:all:", "--python-version", "3.11"] if platform else []
+            foreign = ["--target", folder, "--only-binary=:all:", "--python-version", PYTHON] if platform else []
             foreign += [part for tag in platform for part in ("--platform", tag)]
             names = [f"{name}=={version}" for name, version in wanted.items()]
             told = _pip("install", "--dry-run", "--ignore-installed", "--no-deps", "--report", str(report), *foreign, *names)

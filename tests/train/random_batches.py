@@ -29,12 +29,13 @@ from omni_jax.train import (
 )
 from omni_jax.types import SOURCE_TEXT, AudioBatch, BeatsBatch, ClipMedia, Example, TokenSequence, VisionBatch
 from tests.model.builders import EVEN, random_value
+from tests.programs import QUICK_OPTIONS
 from tests.train.golden_batches import next_sample
 
 STEPS, CHUNKS, FBANK = 2, 2, 48  # temporal steps, log-mel chunks, fbank frames of a clip
 
 # Tiny programs run for milliseconds and compile for many seconds: the compiler is told to hurry. Matrix products are library calls anyway.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False}
+QUICK = QUICK_OPTIONS
 
 MODEL = dataclasses.replace(EVEN, lora=LoraConfig(rank=3, alpha=7.0, dropout=0.0))
 WITH_DROPOUT = dataclasses.replace(EVEN, lora=LoraConfig(rank=3, alpha=7.0, dropout=0.3))
