@@ -14,7 +14,7 @@ import pytest
 
 from omni_jax.config import preset
 from omni_jax.data.loading import clip_features, load_clip, load_features
-from omni_jax.types import Clip, ClipError, Features, Record
+from omni_jax.types import Clip, ClipError, Features, InputError, Record
 from tests.golden_set import GoldenSet
 from tests.media.containers import copy_tracks, write_audio, write_video
 from tests.media_samples import cut_file, write_clip, write_sound
@@ -54,6 +54,17 @@ def test_only_what_is_asked_for_is_opened(tmp_path: Path) -> None:
 def test_modalities_a_record_lacks_are_left_out() -> None:
     (features,) = load_features([Record("a", "caption")], TRAINING, ALL, 0, 60)
     assert features == Features(Record("a", "caption"))
+
+
+def test_an_argument_that_a_library_has_dropped_is_no_fault_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_without_options(file: str, mode: str) -> None:  # as a new PyAV has it
+        raise AssertionError("called")
+
+    record = Record("a", audio=write_sound(tmp_path / "a.wav"))
+    monkeypatch.setattr("omni_jax.media.source.av.open", open_without_options)
+    with pytest.raises(InputError, match=r"TypeError at source.py:\d+: .*unexpected keyword argument .* not of the files") as said:
+        list(load_features([record] * 9, TRAINING, ALL, 0, 60))
+    assert "\n" not in str(said.value) and "re-encode" not in str(said.value)
 
 
 def test_the_preset_and_the_interval_reach_the_readers(tmp_path: Path) -> None:
