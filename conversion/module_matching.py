@@ -51,6 +51,8 @@ def selected(config: Mapping[str, Any], modules: Mapping[str, bool], spelled: Ca
         raise InputError(f"{where}: target_modules={target!r} is not supported; a regular expression or a list of module names is wanted")
     if config.get("layers_to_transform") not in (None, []):
         kept = _of_layers(kept, config, where)
+    elif config.get("layers_pattern"):
+        raise InputError(f"{where}: layers_pattern={config['layers_pattern']!r} without layers_to_transform is not supported, as in PEFT")
     excluded, saved = config.get("exclude_modules"), config.get("modules_to_save") or ()
     if isinstance(excluded, str):
         kept -= set(_matching([excluded], list(of), where, "exclude_modules"))

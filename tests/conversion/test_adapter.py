@@ -104,6 +104,7 @@ def test_settings_survive_being_written_and_read(lora):
         ({"layers_to_transform": [0]}, "layers_to_transform"),
         ({"layers_to_transform": ["0"], "target_modules": ["q_proj"]}, "layers_to_transform=['0']"),
         ({"layers_to_transform": [0], "layers_pattern": "(", "target_modules": ["q_proj"]}, "layers_pattern=['(']"),
+        ({"layers_pattern": ["layers"], "target_modules": ["q_proj"]}, "layers_pattern=['layers'] without layers_to_transform"),
         ({"exclude_modules": 3}, "exclude_modules=3"),
         ({"exclude_modules": ATTENTION}, "selects no module"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),

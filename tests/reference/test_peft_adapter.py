@@ -58,7 +58,7 @@ def skeleton(config, weights):
     return root.eval()
 
 
-def check_with_peft(base, adapter, model):
+def check_with_peft(base, adapter, model, partly=False):
     """Loads the PyTorch folders with PEFT and compares every adapted projection and whole module with the converted leaves."""
     import torch
     from peft import PeftModel, get_peft_model_state_dict
@@ -92,7 +92,7 @@ def check_with_peft(base, adapter, model):
             expected = expected + _layer(params[*entry.path[:-1], "bias"], entry.layer)
         assert_close(through_peft(key.removesuffix(".weight"), x), expected, "adapter_projection")
         compared += 1
-    assert compared == sum("lora_A" in name for name in exported)
+    assert compared >= (there := sum("lora_A" in name for name in exported)) and (compared > there) == partly
 
     for module, at in (("classify_linear", "head"), ("beats_proj", "bridge")):
         w1, b1, w2, b2 = (np.asarray(params[at, layer, name], np.float64) for layer in ("fc1", "fc2") for name in ("kernel", "bias"))
@@ -137,6 +137,44 @@ def test_adapter_trained_here_loads_in_peft(tmp_path, changes):
     conversion.write_adapter(tmp_path / "adapter", config, params)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["use_rslora"] == lora.rslora
     check_with_peft(base, tmp_path / "adapter", tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("settings", "partly"),
+    [
+        ({"rank_pattern": {"q_proj": 5, r"layers\.1\..*k_proj": 1}, "alpha_pattern": {"v_proj": 3}}, False),
+        ({"rank_pattern": {"^model.layers.0.self_attn.q_proj": 2}, "use_rslora": True}, False),
+        (
+            {"target_modules": ["q_proj", "up_proj", "fc1"], "exclude_modules": r"(audio_tower|visual)\..*", "layers_to_transform": [1]},
+            True,
+        ),
+        ({"target_modules": ["q", "q_proj"], "exclude_modules": ["model.layers.0.self_attn.q_proj"]}, True),
+        ({"target_modules": "all-linear", "exclude_modules": r"(audio_tower|beats)\..*"}, False),
+    ],
+)
+def test_a_released_adapter_computes_in_peft_what_it_does_here(tmp_path, settings, partly):
+    """Patterns and selections: PEFT decides which modules they mean, with which rank and alpha."""
+    from safetensors.numpy import save_file
+
+    from conversion.adapter import adapter_entries, default_config, read_config
+
+    config = default_config(checkpoints.model_config(lora=checkpoints.LORA)) | settings
+    lora, modules, own = read_config(config, checkpoints.model_config(), "adapter_config.json")
+    entries = adapter_entries(dataclasses.replace(checkpoints.model_config(), lora=lora), modules)
+    rng, tensors = np.random.default_rng(2), {}
+    for key, entry in entries.items():
+        shape = list(entry.torch_shape)
+        module = key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
+        if ".lora_" in key and module in own:
+            shape[0 if ".lora_A." in key else 1] = own[module][0]
+        tensors[key] = rng.standard_normal(shape).astype(np.float32)
+    base = checkpoints.write_base(tmp_path / "base", checkpoints.tensors(checkpoints.model_config(), dtype=np.float32))
+    beats_file(base / "BEATs.pt")
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    conversion.to_jax(base, tmp_path / "model", adapter=tmp_path / "adapter")
+    check_with_peft(base, tmp_path / "adapter", tmp_path / "model", partly)
 
 
 def test_torch_saved_files_read_as_torch_reads_them(tmp_path):
