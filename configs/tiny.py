@@ -5,8 +5,8 @@ Clips are a second long, so that a chunk of log-mel is: `n_window` is half of th
     omni-jax train --config configs/tiny.py --workdir runs/tiny \
         --config.data.train=demo_out/shards --config.evaluation.manifest=demo_out/clips/held_out.jsonl
 
-`configs/tiny.py:quick` is what `make demo` runs: towers of one layer, a decoder of two, updates of fewer clips at a higher
-learning rate, and one kind of update, whose hard negatives exchange the sound: one program is compiled instead of three.
+`configs/tiny.py:quick` is what `make demo` runs: towers of one layer, a decoder of two, fewer updates at a higher learning rate, and one
+kind of update, whose hard negatives exchange the sound: one program is compiled instead of three.
 """
 
 import ml_collections
@@ -22,10 +22,9 @@ QUICK = {
             "beats": {"num_layers": 1},
         }
     },
-    "batch": {"micro_batch": 32},
     "losses": {"hn_audio_only": True},
     "optimizer": {"learning_rate": 3e-3, "warmup_steps": 25},
-    "steps": 520,
+    "steps": 360,
 }
 
 
