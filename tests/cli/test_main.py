@@ -222,5 +222,4 @@ def test_top_level_help_and_package_import_load_no_library() -> None:
         "print(sorted({'jax', 'numpy', 'flax', 'transformers', 'av'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    # types.py, which every room shares, brings NumPy; nothing heavier may come with it.
-    assert done.stdout.splitlines()[-1] == "['numpy']"
+    assert done.stdout.splitlines()[-1] == "[]"
