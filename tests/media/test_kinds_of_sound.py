@@ -318,7 +318,7 @@ def test_sound_that_starts_late_keeps_its_place(tmp_path: Path, suffix: str) -> 
     assert np.abs(cut[RATE : RATE + 8000] - placed[3 * RATE // 2 : 3 * RATE // 2 + 8000]).max() < 0.02
 
 
-def test_a_first_channel_silent_alone_is_told(tmp_path: Path) -> None:
+def test_a_warning_where_the_first_channel_alone_is_silent(tmp_path: Path) -> None:
     samples = np.zeros((48_000, 6), np.float32)
     samples[:, 2] = tone(1.0, 48_000, 440)[:, 0]
     path = write_audio(tmp_path / "a.m4a", "aac", 1.0, layout="5.1", channels=6, samples=samples)
