@@ -233,7 +233,7 @@ def read_config(
     first = next((name for name in sorted(modules) if (ranks[name], alphas[name]) == (rank, alpha)), min(modules, key=lambda m: -ranks[m]))
     scales = {name: alphas[name] / (math.sqrt(ranks[name]) if rslora else ranks[name]) for name in modules}
     largest = max(ranks.values())
-    whole = float(alpha or 0) if largest == ranks[first] == rank else scales[first] * (math.sqrt(largest) if rslora else largest)
+    whole = float(alphas[first]) if largest == ranks[first] else scales[first] * (math.sqrt(largest) if rslora else largest)
     lora = LoraConfig(largest, whole, rslora, float(dropout), targets, tuple(saved))  # type: ignore[arg-type]
     own = {
         name: (ranks[name], scales[name] / scales[first] if scales[name] != scales[first] else 1.0)

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import conversion
-from conversion.adapter import default_config, lora_config
+from conversion.adapter import default_config, lora_config, read_config
 from conversion.rules import base_rules
 from omni_jax.types import InputError
 from tests.conversion import checkpoints
@@ -106,6 +106,13 @@ def test_ranks_and_alphas_of_single_modules(tmp_path, base, plain, settings, rsl
     kernel = np.asarray(params["decoder", "layers", "attn", "q", "kernel"][1], np.float64)
     expected = kernel + (up @ down * (alpha / (math.sqrt(rank) if rslora else rank))).T
     assert_close(merged["decoder", "layers", "attn", "q", "kernel"][1], expected, "layer")
+
+
+def test_an_alpha_that_every_module_takes_from_the_pattern():
+    config = default_config(CONFIG) | {"alpha_pattern": {".*": 16}}
+    lora, selected, own = read_config(config, BASE, "adapter_config.json")
+    assert selected and not own
+    assert config["lora_alpha"] != 16 and lora.scale == 16 / config["r"]
 
 
 @pytest.mark.jit
