@@ -36,15 +36,16 @@ def read_torch_file(path: epath.PathLike) -> Any:
     Raises:
       InputError: one line: not a torch file, TorchScript, damaged, or a pickle that asks to run code.
     """
-    whole: dict[int, np.ndarray] = {}
+    whole: dict[tuple[int, int], np.ndarray] = {}
 
     def array(storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> np.ndarray:
         if 0 in size:
             return np.empty(size, storage.dtype)
-        if storage.start not in whole:
+        place = storage.start, storage.nbytes  # both: a part of a storage may begin where the whole does
+        if place not in whole:
             _check(storage)
-            whole[storage.start] = TensorInfo(storage.key, "U8", (storage.nbytes,), storage.path, storage.start).read()
-        flat, width = whole[storage.start][: storage.nbytes].view(storage.dtype), storage.dtype.itemsize
+            whole[place] = TensorInfo(storage.key, "U8", (storage.nbytes,), storage.path, storage.start).read()
+        flat, width = whole[place].view(storage.dtype), storage.dtype.itemsize
         return np.lib.stride_tricks.as_strided(flat[offset:], size, tuple(step * width for step in stride), writeable=False)
 
     return _load(epath.Path(path), array)
@@ -74,8 +75,8 @@ def open_torch_weights(path: epath.PathLike) -> dict[str, TensorInfo]:
     tensors = content if isinstance(content, dict) else {}
     if not tensors or not all(isinstance(name, str) and isinstance(info, TensorInfo) for name, info in tensors.items()):
         inner = [name for name in ("state_dict", "model", "module", "model_state_dict") if isinstance(tensors.get(name), dict)]
-        mend = f"save its {inner[0]!r} alone" if inner else "save a state_dict()"
-        raise InputError(f"{path}: does not hold a dict of tensors; {mend} with torch.save")
+        advice = f"save its {inner[0]!r} alone" if inner else "save a state_dict()"
+        raise InputError(f"{path}: does not hold a dict of tensors; {advice} with torch.save")
     return {name: dataclasses.replace(info, name=name) for name, info in tensors.items()}
 
 
@@ -132,7 +133,7 @@ def _check(storage: Storage) -> None:
         while left and (block := file.read(min(left, _BLOCK))):
             found, left = zlib.crc32(block, found), left - len(block)
     if found != storage.crc:
-        why = "was torch told to write no sums (set_crc32_options), write it again" if not left else _AGAIN
+        why = "if torch wrote it without sums (set_crc32_options), write it again; else copy or download it again" if not left else _AGAIN
         raise InputError(f"{storage.path}: damaged or truncated torch file (Bad CRC-32 of storage {storage.key}); {why}")
 
 

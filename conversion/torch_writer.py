@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import struct
 import zipfile
@@ -72,6 +73,9 @@ class TorchWriter:
                 self._archive.close()
         finally:
             self._file.close()
+        if kind is not None:
+            with contextlib.suppress(ValueError):  # of the closed file; left open, the archive would write to it when it is collected
+                self._archive.close()
         if kind is None and self._missing:
             raise RuntimeError(f"{len(self._missing)} tensors were announced and never written: {sorted(self._missing)[:3]}")
 

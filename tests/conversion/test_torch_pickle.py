@@ -1,5 +1,6 @@
 """The reader of `.pt` files: values and tensors come out, nothing is ever run."""
 
+import gc
 import os
 import pickle
 import struct
@@ -12,6 +13,7 @@ from etils import epath
 
 from conversion import read_torch_file
 from conversion.torch_pickle import open_torch_weights
+from conversion.torch_writer import TorchWriter
 from omni_jax.types import InputError
 from tests.conversion.torch_files import Assembler, write_legacy_file, write_program, write_torch_file
 from tests.tolerances import assert_close
@@ -101,6 +103,20 @@ def test_both_formats_are_read_whole_and_placed(tmp_path, write):
         assert (placed[name].stride is None) == expected.flags.c_contiguous
     assert np.shares_memory(found["whole"], found["inner"])
     np.testing.assert_array_equal(placed["whole"].rows(1, 3), views()["whole"][1:])
+
+
+def test_a_part_of_a_storage_that_begins_where_the_whole_does(tmp_path):
+    flat = np.arange(1, 13, dtype=np.float32)
+    write_legacy_file(tmp_path / "file.bin", {"part": flat[:2], "whole": flat})
+    view = Assembler().value(("0", 0, 2))  # key, first value, number of values: the sixth part of a storage's id
+    data = (tmp_path / "file.bin").read_bytes()
+    (tmp_path / "file.bin").write_bytes(data.replace(b"NtQ", view + b"tQ", 1))
+    for found in (
+        read_torch_file(tmp_path / "file.bin"),
+        {name: info.read() for name, info in open_torch_weights(epath.Path(tmp_path / "file.bin")).items()},
+    ):
+        np.testing.assert_array_equal(found["part"], flat[:2], strict=True)
+        np.testing.assert_array_equal(found["whole"], flat, strict=True)
 
 
 @pytest.mark.parametrize("write", [write_torch_file, write_legacy_file])
@@ -297,3 +313,12 @@ def test_odd_archives(tmp_path):
         archive.writestr("a/data.pkl", program)
     with pytest.raises(InputError, match="compressed"):
         read_torch_file(tmp_path / "small.pt")
+
+
+def test_a_file_that_cannot_be_written_whole_ends_with_its_own_error_alone(tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr("sys.unraisablehook", heard.append)
+    with pytest.raises(OSError, match="disk full"), TorchWriter(epath.Path(tmp_path / "file.bin"), [("a", "F32", (2,))]):
+        raise OSError("disk full")
+    gc.collect()
+    assert not heard
