@@ -121,7 +121,7 @@ lint: $(SETUP)  ## ruff (rules and format) and pyright
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 
-format: $(SETUP)  ## format and mend what ruff can mend
+format: $(SETUP)  ## format, and fix what ruff can fix
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 

@@ -82,7 +82,7 @@ def to_jax(
       progress: called with (bytes done, bytes in all).
 
     Raises:
-      InputError: one line naming the file and the mend; nothing is left under `out`.
+      InputError: one line naming the file and how to fix it; nothing is left under `out`.
     """
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")

@@ -2,7 +2,7 @@
 
     checkpoints/500/trainable/    path -> float32 array, what an adapter is made from
     checkpoints/500/rest/         moments, step, skipped updates, key
-    checkpoints/500/digests/      name -> fingerprint of every array of the two: values that storage changed are not gone on from
+    checkpoints/500/digests/      name -> fingerprint of every array of the two: values that storage changed are never resumed from
 
 Arrays are stored by name, so that they can be restored onto another mesh or number of processes. A step appears under its number when it
 is whole; what a killed process left has another name and is removed by the next run.
