@@ -83,9 +83,10 @@ def with_captions(clips: EmbeddingTable, captions: EmbeddingTable) -> tuple[dict
     owners = owners_of(clips, captions)
     kept = [i for i, owner in enumerate(owners) if owner is not None]
     if not kept:
-        owner = captions.ids[0].rpartition(CAPTION_MARK)[0] or captions.ids[0]
+        name = captions.ids_of("text")[0]
+        owner = name.rpartition(CAPTION_MARK)[0] or name
         raise InputError(
-            f"no caption belongs to a clip: caption {captions.ids[0]!r} is of clip {owner!r}, the first clip is {clips.ids[0]!r}; "
+            f"no caption belongs to a clip: caption {name!r} is of clip {owner!r}, the first clip is {clips.ids[0]!r}; "
             f"write ids CLIP{CAPTION_MARK}NUMBER, as bench-data does"
         )
     tables = {name: rows for name, rows in clips.tables.items() if name != "text"}
@@ -94,14 +95,15 @@ def with_captions(clips: EmbeddingTable, captions: EmbeddingTable) -> tuple[dict
 
 
 def owners_of(clips: EmbeddingTable, captions: EmbeddingTable) -> list[str | None]:
-    """Returns the clip of each caption, None where it is not there: the part of its id before the last '#', or else its whole id.
+    """Returns the clip of each row of the captions' text table, None where it is not there: the part of its id before the last '#', or else
+    its whole id.
 
     Raises:
       InputError: for a caption whose id and the part before its '#' are both clips, where nothing tells which is meant.
     """
     here = set(clips.ids)
     owners = []
-    for name in captions.ids:
+    for name in captions.ids_of("text"):
         before, mark, _ = name.rpartition(CAPTION_MARK)
         found = [owner for owner in ((before,) if mark else ()) + (name,) if owner in here]
         if len(found) > 1:
@@ -115,7 +117,7 @@ def captions_left_out(clips: EmbeddingTable, captions: EmbeddingTable) -> dict[s
     owners = owners_of(clips, captions)
     asked = set(owners)
     return {
-        "captions": [name for name, owner in zip(captions.ids, owners, strict=True) if owner is None],
+        "captions": [name for name, owner in zip(captions.ids_of("text"), owners, strict=True) if owner is None],
         "clips": [name for name in clips.ids if name not in asked],
     }
 

@@ -9,7 +9,7 @@ import pytest
 
 from conversion.torch_pickle import read_torch_file
 from omni_jax.retrieval import evaluate, write_embeddings
-from omni_jax.retrieval.inputs import read_inputs, with_captions
+from omni_jax.retrieval.inputs import captions_left_out, read_inputs, with_captions
 from omni_jax.types import EmbeddingTable, InputError
 from tests.conversion.torch_files import write_torch_file
 from tests.tolerances import assert_close
@@ -143,6 +143,17 @@ def test_captions_apart_from_clips_are_scored_many_to_many() -> None:
     found = evaluate(tables, relevance=relevance)["directions"]
     assert (found["t2a"]["R@1"], found["t2a"]["queries"], found["t2a"]["gallery"]) == (75.0, 4, 2)
     assert (found["a2t"]["R@1"], found["a2t"]["queries"], found["a2t"]["gallery"]) == (100.0, 2, 4)
+
+
+def test_records_without_a_caption_move_no_other_captions_row() -> None:
+    clips = EmbeddingTable(("a", "b"), {"video": np.eye(2, 4, dtype=np.float32)})
+    rows = {"text": np.eye(2, 4, dtype=np.float32), "video": np.eye(3, 4, dtype=np.float32)}
+    for ids, own, owner in ((("a#1", "b#0", "z"), ("b#0", "z"), "b"), (("z", "y", "a#0"), ("z", "a#0"), "a")):
+        captions = EmbeddingTable(ids, rows, own={"text": own})
+        tables, relevance = with_captions(clips, captions)
+        assert relevance["text"] == [owner]
+        np.testing.assert_array_equal(tables["text"], rows["text"][[own.index(f"{owner}#0")]])
+        assert captions_left_out(clips, captions) == {"captions": ["z"], "clips": ["ab".replace(owner, "")]}
 
 
 def test_captions_without_clips_are_explained() -> None:
