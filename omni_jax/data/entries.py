@@ -1,6 +1,6 @@
 """One entry of a manifest: its fields to a record (SPEC section 9).
 
-Two forms are known, told apart entry by entry:
+Two forms are known; each entry shows which it has:
   plain     {"id", "text", "video", "audio", "timestamps", "prefix"}, every field but `id` optional
   official  {"id", "conversations": [{"from": "human", ...}, {"from": "gpt", "value": CAPTION}], "video", "audio", "timestamps"}, as
             OmniRetriever and WAVE train on: the id may be missing, a system turn may come first, a file may stand in a list of its own, and
@@ -64,7 +64,7 @@ def name_of(fields: Mapping[str, Any]) -> tuple[str, bool]:
       BadEntry: for an id that cannot be used, or a plain entry without one.
     """
     value = fields.get("id")
-    if value is None and "conversations" in fields:
+    if value is None and fields.get("conversations") is not None:
         held = {name: fields.get(name) for name in OFFICIAL if name not in ("id", "prefix")}
         try:
             digest = hashlib.blake2b(json.dumps(held, sort_keys=True).encode(), digest_size=4).hexdigest()
@@ -101,8 +101,8 @@ def record_of(fields: Mapping[str, Any], name: str, line: int, root: Any, confin
         text = known.get("text")
     if text is not None:
         if not isinstance(text, str):
-            told = f"; it holds {len(text)} captions: give each a record of its own" if isinstance(text, list) else "; make it a string"
-            raise BadEntry(f"record {name!r}: text is {kind(text)}{told}")
+            advice = f"; it holds {len(text)} captions: give each a record of its own" if isinstance(text, list) else "; make it a string"
+            raise BadEntry(f"record {name!r}: text is {kind(text)}{advice}")
         if not text.strip():
             raise BadEntry(f"record {name!r}: the caption is empty; write one, or leave the field out to use the media alone")
         _encodable(text, "the caption")
@@ -133,8 +133,8 @@ def question(fields: Mapping[str, Any]) -> str | None:
 
 def _sorted_out(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the fields that are read and those that are carried along; null means absent."""
-    allowed = OFFICIAL if "conversations" in fields else PLAIN
     present = {name: value for name, value in fields.items() if value is not None}
+    allowed = OFFICIAL if "conversations" in present else PLAIN
     for name, value in present.items():
         if name in allowed:
             continue

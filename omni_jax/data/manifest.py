@@ -219,6 +219,10 @@ def _array(data: bytes) -> Iterator[tuple[int, str, dict[str, Any] | BadEntry]]:
         yield line, where, BadEntry(f"{wrong}; correct the entry") if wrong else value
         if text[place] == ",":
             place = _past_space(text, place + 1)
+    place = _past_space(text, place + 1)
+    if place < len(text):
+        line += text.count("\n", counted, place)
+        yield line, str(line), BadEntry("text stands behind the end of the array, which is not read; write one array, or one record a line")
 
 
 def _past_space(text: str, place: int) -> int:

@@ -303,6 +303,26 @@ def test_a_damaged_array_keeps_the_entries_before_the_damage(tmp_path: Path) -> 
         read_manifest(path)
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_what_stands_behind_an_array_is_a_problem(tmp_path: Path, indent: int | None) -> None:
+    path = as_array(tmp_path, {"id": "a", "text": "t"}, indent=indent)
+    whole = path.read_text()
+    path.write_text(f"{whole} \n\n")
+    assert read_manifest(path).problems == ()
+    path.write_text(f"{whole} {whole}")
+    got = read_manifest(path)
+    assert [r.id for r in got.records] == ["a"]
+    (problem,) = got.problems
+    assert problem.line == whole.count("\n") + 1 and "behind the end of the array" in problem.reason
+
+
+def test_conversations_of_null_are_absent(tmp_path: Path) -> None:
+    got = read_manifest(write(tmp_path, {"id": "a", "text": "t", "conversations": None}, {"text": "t", "conversations": None}))
+    assert [(r.id, r.text) for r in got.records] == [("a", "t")]
+    (problem,) = got.problems
+    assert "has no id" in problem.reason
+
+
 def test_a_line_that_is_an_array_is_one_bad_line_among_others(tmp_path: Path) -> None:
     got = read_manifest(write(tmp_path, b"[1, 2]", GOOD))
     assert [r.line for r in got.records] == [2] and [p.line for p in got.problems] == [1]
