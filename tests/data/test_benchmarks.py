@@ -206,6 +206,12 @@ def test_audiocaps_gathers_the_captions_of_a_clip(tmp_path: Path) -> None:
         assert [(item.id, cut) for item, _, cut in look_for(found.items, folder, ("audio",)).found] == [(first.id, whole)]
 
 
+def test_audiocaps_names_late_clips_in_whole_milliseconds(tmp_path: Path) -> None:
+    rows = [["youtube_id", "start_time", "caption"], ["abcdefghijk", "995.5", "A dog."]]
+    (item,) = read("audiocaps", write_csv(tmp_path / "t.csv", rows)).items
+    assert item.files[1] == "abcdefghijk_995500_1005500"
+
+
 @pytest.mark.parametrize("name", ["abc", "abc.mp4"])
 def test_an_id_equal_to_its_source_keeps_the_interval(tmp_path: Path, name: str) -> None:
     rows = [["id", "url", "start", "end", "caption"], [name, "https://e.org/abc.mp4", "1", "3", "A dog."]]
@@ -246,6 +252,12 @@ def test_coverage_finds_clips_by_name_stem_and_source(tmp_path: Path) -> None:
     assert [i.id for i in got.missing] == ["empty", "gone"] and [p.name for p in got.empty] == ["empty.mp4"]
     assert got.doubtful == ("c",) and got.unused == 2 and got.whole == 1
     assert "a.wav" not in {i.id for i, _, _ in look_for(items, tmp_path, ("video", "audio")).found}
+    (tmp_path / "gone.mp4").symlink_to(tmp_path / "nowhere")
+    reasons = look_for(items, tmp_path, ("audio",)).reasons
+    assert reasons == {
+        "empty": f"{tmp_path / 'empty.mp4'} is empty",
+        "gone": f"{tmp_path / 'gone.mp4'} is a link to a file that is not there",
+    }
     with pytest.raises(InputError, match="no such folder"):
         look_for(items, tmp_path / "none", ("audio",))
 

@@ -74,7 +74,7 @@ def audiocaps(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotati
 
     def item(given: Item) -> Item:
         source, start = starts[given.id]
-        milliseconds = f"{source}_{start * 1000:g}_{(start + AUDIOCAPS_SECONDS) * 1000:g}"
+        milliseconds = f"{source}_{round(start * 1000)}_{round((start + AUDIOCAPS_SECONDS) * 1000)}"
         files = (given.id, milliseconds, f"Y{given.id}", f"Y{source}", *numbers[given.id])
         return Item(given.id, given.captions, files, (source,), (start, start + AUDIOCAPS_SECONDS), YOUTUBE + source)
 

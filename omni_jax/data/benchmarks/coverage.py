@@ -30,7 +30,7 @@ class Coverage:
       found: (clip, file, whether the file is the whole source) in the order of the benchmark.
       missing: clips without a file, or with several that differ.
       reasons: by clip id, why each of these is missing.
-      empty: files of no bytes; their clips are among the missing.
+      empty: files of no bytes, and links to files that are not there; their clips are among the missing.
       doubtful: names that several files of the same content share; the first in alphabetical order was taken.
       unused: media files that belong to no clip.
     """
@@ -71,8 +71,10 @@ def look_for(items: Sequence[Item], folder: str | os.PathLike[str], media: Seque
                 files.append(path)
                 for key in {name, path.stem}:
                     by_name[key].append(path)
-    empty = [path for path in files if path.stat().st_size == 0]
-    usable = {name: good for name, paths in by_name.items() if (good := sorted(path for path in paths if path not in set(empty)))}
+    # A link without its file, as git-annex leaves it, is as good as an empty file.
+    empty = [path for path in files if not path.exists() or path.stat().st_size == 0]
+    hollows = set(empty)
+    usable = {name: good for name, paths in by_name.items() if (good := sorted(path for path in paths if path not in hollows))}
     found, missing, doubtful, used = [], [], [], set()
     reasons: dict[str, str] = {}
     for item in items:
@@ -82,7 +84,10 @@ def look_for(items: Sequence[Item], folder: str | os.PathLike[str], media: Seque
         if hit is None:
             missing.append(item)
             hollow = next((path for path in empty if path.name in names or path.stem in names), None) if empty else None
-            reasons[item.id] = f"{hollow} is empty" if hollow else f"no file called {(item.files or item.sources)[0]!r} in {folder}"
+            if hollow is None:
+                reasons[item.id] = f"no file called {(item.files or item.sources)[0]!r} in {folder}"
+            else:
+                reasons[item.id] = f"{hollow} is {'empty' if hollow.exists() else 'a link to a file that is not there'}"
             continue
         name, whole = hit
         paths = usable[name]
@@ -95,7 +100,7 @@ def look_for(items: Sequence[Item], folder: str | os.PathLike[str], media: Seque
             doubtful.append(name)
         found.append((item, paths[0], whole))
         used.add(paths[0])
-    unused = len(set(files) - used - set(empty))
+    unused = len(set(files) - used - hollows)
     return Coverage(tuple(found), tuple(missing), reasons, tuple(empty), tuple(dict.fromkeys(doubtful)), unused)
 
 
