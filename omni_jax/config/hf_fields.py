@@ -112,7 +112,7 @@ def thinker_config(config: Mapping[str, Any]) -> dict[str, Any]:
     _refuse_unknown("", config, allowed={"thinker_config"})
     kind = config.get("model_type")
     # An embedder that wraps a whole model is named outside; a thinker's own name says nothing more.
-    return {**outer, **inner, **({"model_type": kind} if kind and not str(kind).startswith("qwen2_5_omni") else {})}
+    return {**inner, **outer, **({"model_type": kind} if kind and not str(kind).startswith("qwen2_5_omni") else {})}
 
 
 def check_fields(config: Mapping[str, Any]) -> None:
@@ -205,7 +205,7 @@ def _check_attention(text: Mapping[str, Any]) -> None:
     if kinds is not None and (list(kinds) != ["full_attention"] * layers):
         raise ConfigError(f"config.json: text_config.layer_types is supported for {layers} layers of 'full_attention' only")
     windowed = text.get("use_sliding_window") and text.get("sliding_window") is not None
-    if windowed and kinds is None and text.get("max_window_layers", 0) < layers:
+    if windowed and kinds is None and (text.get("max_window_layers") or 0) < layers:
         raise ConfigError("config.json: text_config.use_sliding_window is not supported, only false")
     if text.get("head_dim") is not None and text["head_dim"] * heads != text["hidden_size"]:
         raise ConfigError(

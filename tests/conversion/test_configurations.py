@@ -91,6 +91,7 @@ SAME = {
     "nested": nested(checkpoints.tiny_config()),
     "nested, transformers 5": nested(transformers_5()),
     "partly nested": nested({k: v for k, v in checkpoints.tiny_config().items() if k != "pad_token_id"}) | {"pad_token_id": 0},
+    "partly nested, null inside": nested(checkpoints.tiny_config() | {"pad_token_id": None}) | {"pad_token_id": 0},
     "both ropes alike": changed("text_config.rope_parameters", {"mrope_section": [2, 3, 3], "rope_theta": 1e6, "rope_type": "mrope"}),
     "token ids": with_token_ids(),
     "inlined BEATs": changed("audio_config.beats_cfg", BEATS_CFG),
