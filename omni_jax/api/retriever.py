@@ -89,7 +89,7 @@ class OmniRetriever:
         return cls(encoder, tokenizer, chosen, mesh, made_with(source, chosen, dtype=dtype))
 
     def assign(self, params: Mapping[tuple[str, ...], jax.Array]) -> None:
-        """Embeds with other parameters of the same shapes, types and places from now on; nothing is compiled anew."""
+        """Embeds with other parameters of the same shapes, types and places from now on; nothing is compiled again."""
         self._runner.assign(dict(params))
         self._origin = None
 
@@ -134,7 +134,7 @@ class OmniRetriever:
             paths, and naming the items that cannot be read.
 
         Warns:
-          UserWarning: once, where media were mended (silence for a missing audio track) or captions cut.
+          UserWarning: once, where something of the media was replaced (silence for a missing audio track) or captions cut.
         """
         _check_batch_size(batch_size)
         if prefix is not None and (prefix not in PREFIXES or self.config.prompt == "plain"):

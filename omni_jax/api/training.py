@@ -90,7 +90,7 @@ class Outcome:
 def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> Outcome:
     """Trains until the end or until the watcher wants to stop, and returns where the run stands; the workdir then holds a checkpoint of it.
 
-    A workdir in which the same run was stopped is gone on with. Every process of a run calls it with the same arguments.
+    A run that was stopped in this workdir continues. Every process of a run calls it with the same arguments.
 
     Raises:
       InputError, ConfigError: for anything in the config, the data or the workdir that cannot be used.

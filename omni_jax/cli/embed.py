@@ -49,7 +49,7 @@ def add_preset_arguments(parser: argparse.ArgumentParser, usual: str = "the one 
     parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: {usual})")
     add_override_argument(parser)
     parser.add_argument(
-        "--prefix", choices=PREFIXES, help="what captions are, for a backbone that is told (a record's own field goes first)"
+        "--prefix", choices=PREFIXES, help="what captions are, for a backbone trained with prefixes (a record's own field goes first)"
     )
 
 

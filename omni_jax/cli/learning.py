@@ -197,7 +197,7 @@ def _variant(name: str, folder: Path, scale: Scale, signals: Signals, changes: d
         return json.loads(kept.read_text())
     stages = Stages(signals)
     with stages(f"train with {name}"):
-        # A run that was stopped is begun anew: its seconds could not be told.
+        # A run that was stopped begins again: how many seconds it took is not known.
         if workdir.exists():
             shutil.rmtree(workdir)
         _train(folder, workdir, ours)

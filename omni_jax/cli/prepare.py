@@ -18,7 +18,7 @@ EXAMPLE = "omni-jax prepare --manifest clips.jsonl --out shards --workers 16"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--manifest", required=True, metavar="FILE.jsonl", help="plain or official manifest, one JSON record a line")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; an interrupted one is gone on with")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; an interrupted preparation continues")
     parser.add_argument("--shards", type=positive(int), metavar="N", help="files to write (default: one for every 256 clips)")
     parser.add_argument("--preset", default="training", help=f"one of {', '.join(PRESETS)} (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help="override a preset field")

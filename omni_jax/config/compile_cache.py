@@ -21,7 +21,7 @@ SHORTEST_S = 0.2  # seconds; what compiles faster is not kept
 
 
 def use_compile_cache() -> None:
-    """Makes jax keep compiled programs, unless it was told where to already; does not import it.
+    """Makes jax keep compiled programs, unless a folder is set already; does not import it.
 
     A folder that cannot be written, or is full, is done without: nothing depends on it.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the field and the mend."""
+    """A configuration that cannot be used; the message names the field and the remedy."""
 
 
 def check_divides(name: str, divisor: int, of_name: str, value: int) -> None:

@@ -48,7 +48,7 @@ class Limits:
 
 
 class ClipSource(Protocol):
-    """N clips by number. Sources can be pickled; a copy opens its files anew."""
+    """N clips by number. Sources can be pickled; a copy opens its files again."""
 
     @property
     def preset(self) -> Preset:

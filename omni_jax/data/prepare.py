@@ -55,7 +55,7 @@ class Summary:
       clips: in the shards.
       silent: of them with silence in place of a missing audio track.
       errors: problems in the order of the manifest.
-      warnings: one line for each clip that was mended.
+      warnings: one line for each clip in which something was replaced or left out.
     """
 
     clips: int
@@ -140,7 +140,7 @@ class Preparation:
                 earlier = json.loads(state.read_text(encoding="utf-8"))
                 earlier["preset"] = stored_fields(earlier["preset"])
             except (OSError, ValueError, KeyError, TypeError):
-                raise InputError(f"{state}: cannot be read; remove the folder and prepare it anew") from None
+                raise InputError(f"{state}: cannot be read; remove the folder and prepare it again") from None
             if earlier != settings:
                 differing = next((name for name in settings if earlier.get(name) != settings[name]), "settings")
                 raise InputError(f"{self._out}: was prepared with other {differing}; give the same, or another --out")

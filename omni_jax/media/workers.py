@@ -232,7 +232,7 @@ def _guarded_call(
         except (EOFError, OSError):
             ending = child.ending() if child else "did not start"
             why = f"the decoding process {ending}; the file is damaged or needs more memory than there is: re-encode it"
-            # No file sends SIGKILL: somebody did, or the kernel for want of memory, perhaps another process's. Once more, then.
+            # No file sends SIGKILL: somebody did, or the kernel when memory ran out, perhaps another process's. Once more, then.
             again = child is not None and child.process.returncode == -signal.SIGKILL
         end(child)
         child = None

@@ -26,7 +26,7 @@ class Part:
       rows: table name -> (N, D) float32, or fewer rows where `own` says whose they are.
       own: table name -> ids of the records that have it, for a table that some record lacks what it needs for.
       problems: (record id, reason) of records set aside.
-      warnings: (record id, line): what was mended so that the record could be used.
+      warnings: (record id, line): what was replaced or left out so that the record could be used.
       used_tokens, total_tokens: tokens encoded without and with padding.
       truncated: captions that were cut.
     """

@@ -121,5 +121,5 @@ class Index:
 def search(
     queries: np.ndarray, table: np.ndarray, k: int = 10, *, name: str = "index", ids: Sequence[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what `Index(table, name, ids).search(queries, k)` does, which saves checking the table anew for every search."""
+    """Returns what `Index(table, name, ids).search(queries, k)` does, which checks the table once for all its searches."""
     return Index(table, name, ids).search(queries, k)
