@@ -151,7 +151,7 @@ def _splash_rows(
 
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
-        # A kernel is opaque to the partitioner: each device is told its rows and heads.
+        # A kernel is opaque to the partitioner: each device gets its rows and heads.
         batch, kv = partition_spec(("batch", "heads"), (rows, kv_heads), mesh)
         split, ids = PartitionSpec(batch, kv), PartitionSpec(batch)
         local = jax.shard_map(local, in_specs=(split, split, split, ids, ids), out_specs=split, check_vma=False)

@@ -183,7 +183,7 @@ class Beats(nnx.Module):
             return rearrange(by_distance[distance + tokens - 1], "query key heads -> heads query key")
 
         if tokens > LONGEST_BLOCK:
-            return block  # made anew in every layer: all of it at once would be heads x tokens x tokens
+            return block  # made again in every layer: all of it at once would be heads x tokens x tokens
         whole = block(0, tokens)
         return lambda start, stop: whole[:, start:stop]
 

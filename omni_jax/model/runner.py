@@ -78,7 +78,7 @@ class Runner:
         self._rows = program("rows", rows)
 
     def assign(self, params: dict[tuple[str, ...], jax.Array]) -> None:
-        """Takes other parameters of the same shapes, types and places; nothing is compiled anew."""
+        """Takes other parameters of the same shapes, types and places; nothing is compiled again."""
         flat = nnx.to_flat_state(self._params)
         self._params = nnx.from_flat_state([(path, slot.replace(params[path])) for path, slot in flat])
 
@@ -162,7 +162,7 @@ class Runner:
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
-        """Float32 means float32 on every backend (TPU and GPU multiply at lower precision unless told); the mesh, where there is one."""
+        """Float32 means float32 on every backend (TPU and GPU multiply at lower precision by default); the mesh, where there is one."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.default_matmul_precision("highest" if self._dtype == jnp.float32 else "default"))
             if self._mesh is not None:

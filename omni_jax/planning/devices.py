@@ -49,7 +49,7 @@ def topology_devices(topology: Topology) -> list[Any]:
     if topology.chip.dimensions == 3 and topology.chips // topology.slices >= 64:
         options["wrap"] = [True] * 3
     if any(length % 2 for length in topology.grid[:2]) and math.prod(topology.grid) <= topology.chip.host:
-        # Part of one host: libtpu takes a host to be 2 x 2 unless told.
+        # Part of one host: libtpu takes a host to be 2 x 2 by default.
         options["chips_per_host_bounds"] = [*topology.grid, 1][:3]
     if topology.slices > 1:
         options["num_slices"] = topology.slices

@@ -178,7 +178,7 @@ def command(request: Request, programs: Sequence[str], counts: Sequence[int]) ->
 
 
 def _compiler_note(setting: Setting) -> list[str]:
-    """What a run on this chip must be told as the compiler was here."""
+    """The compiler options that a run on this chip needs, as they were set here."""
     if not (options := setting.topology.chip.compiler):
         return []
     text = " ".join(f"--{name}={str(value).lower()}" for name, value in options)

@@ -150,7 +150,7 @@ class Checkpoints:
         return f"checkpoint {whole[-1]} is whole" if whole else "there is no checkpoint yet"
 
     def close(self) -> None:
-        """Waits and frees the threads. Prints a line where something could not be written that neither `save` nor `wait` has told."""
+        """Waits and frees the threads. Prints a line where something could not be written that neither `save` nor `wait` has reported."""
         told = self._told
         try:
             self.wait()

@@ -41,7 +41,7 @@ REMAT: dict[str, Callable | None] = {
 def loss_of(
     embeddings: Embeddings, log_inverse_temperature: jax.Array | None, losses: LossConfig, kind: StepKind, blocks: int
 ) -> tuple[jax.Array, Metrics]:
-    """Returns the weighted sum of the losses in play and each of them, float32 scalars.
+    """Returns the weighted sum of the active losses and each of them, float32 scalars.
 
     Args:
       embeddings: (B, D) of the whole pool, as `embed_streams` names them.

@@ -210,7 +210,7 @@ class Watch:
             )
         count = row[COLLAPSED]
         self._warned = self._warned and count > 0
-        # Beyond the limit, too: a run may have gone on with a higher count, or with a lower limit.
+        # Beyond the limit, too: a run may have resumed with a higher count, or with a lower limit.
         if count >= limits.collapsed_in_row and not self._warned:
             figures = f"mean cosine {row['mean_cosine']:.3f}, effective rank {row['effective_rank']:.2f}"
             text = f"embeddings have been collapsed for {count} updates up to update {number} ({figures})"

@@ -1,4 +1,4 @@
-"""The list of records that a run could not use, each with its reason once, however often the run was gone on with."""
+"""The list of records that a run could not use, each with its reason once, however often the run was resumed."""
 
 from __future__ import annotations
 

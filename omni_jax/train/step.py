@@ -109,7 +109,7 @@ class TrainStep:
     def __call__(self, state: TrainState, frozen: Arrays, update: UpdateBatch) -> tuple[TrainState, Metrics]:
         """Returns the next state and the metrics, scalars on the devices; `state` is given away.
 
-        Metrics are the mean over micro-batches of "loss", the losses in play, "temperature", "mean_cosine" and "effective_rank"; then
+        Metrics are the mean over micro-batches of "loss", the active losses, "temperature", "mean_cosine" and "effective_rank"; then
         "grad_norm" (before clipping, also by group as "grad_norm/lora"), "learning_rate", "skipped" and "skipped_in_row".
 
         Raises:
@@ -123,7 +123,7 @@ class TrainStep:
         pooled = self.config.losses.negatives == "global"
         if pooled and (len(batches) > 1 or len(set(kinds)) > 1):
             raise InputError("with negatives='global' every micro-batch of an update plays the same kind; use kinds_of_update")
-        # The programs see no kinds in the batch, so that the order of kinds compiles nothing anew.
+        # The programs see no kinds in the batch, so that the order of kinds causes no recompilation.
         arrays = [dataclasses.replace(batch, kinds=()) for batch in batches]
         with self._context():
             if pooled or len(kinds) == 1:
@@ -224,7 +224,7 @@ class TrainStep:
         return self._compiled[name]
 
     def _pinned(self, out: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-        """Keeps the state where it was: another sharding would compile the next step anew."""
+        """Keeps the state where it was: another sharding would compile the next step again."""
         if self.mesh is None:
             return out
         state, metrics = out

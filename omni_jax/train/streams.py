@@ -47,7 +47,7 @@ def run_towers(model: Encoder, clips: TowerInputs, towers: Collection[str]) -> F
 
 
 def media_table(model: Encoder, features: Features, inputs: TowerInputs) -> jax.Array:
-    """Returns (B, C * M, D): video tokens, Whisper tokens, BEATs tokens of each copy, zeros where a tower was not in play."""
+    """Returns (B, C * M, D): video tokens, Whisper tokens, BEATs tokens of each copy, zeros where a tower did not run."""
     clips, _, chunks = inputs.mel.shape[:3]
     copies = next(iter(features.values())).shape[1] if features else 1
     steps, patches = inputs.patches.shape[2:4]
@@ -85,7 +85,7 @@ def embed_streams(
 ) -> dict[str, jax.Array]:
     """Returns the embeddings of the rows that take a gradient, (B, D) float32 each, not normalised.
 
-    Names are "anchor", "positive", each modality in play, and "hard" (without gradient) where it shares the anchor's row. Text alone is
+    Names are "anchor", "positive", each active modality, and "hard" (without gradient) where it shares the anchor's row. Text alone is
     read from the last layer (SPEC section 6) unless `text_head` is "fused", everything else through the fusion head. `remat`, `attention`
     and `frozen` are the decoder's.
     """

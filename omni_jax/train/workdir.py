@@ -35,7 +35,7 @@ FREE = (
     *("mesh", "remat", "checkpoint", "evaluation", "log", "stop", "model.base"),
     *("data.train", "data.media_root", "data.workers", "data.timeout"),
 )
-"""Config fields that may change when a run is gone on with: they do not decide what is computed, or a digest holds what does."""
+"""Config fields that may change when a run is resumed: they do not decide what is computed, or a digest holds what does."""
 
 TOKENIZER_FILES, PRESET_FIELDS, MEDIA_FILES = "tokenizer files", "preset fields", "media files"
 LATER = (TOKENIZER_FILES, PRESET_FIELDS, MEDIA_FILES)
