@@ -15,7 +15,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -90,6 +90,7 @@ def read_embeddings(path: PathLike | Sequence[PathLike], choose: Choose | None =
         raise InputError("no embedding file was given")
     parts = [_read_one(p, choose) for p in paths]
     first = parts[0]
+    other, others = first_known(zip(paths, parts, strict=True))
     home: dict[str, PathLike] = {}
     for p, part in zip(paths, parts, strict=True):
         if part.tables.keys() != first.tables.keys():
@@ -102,7 +103,7 @@ def read_embeddings(path: PathLike | Sequence[PathLike], choose: Choose | None =
                 raise InputError(f"{p}: table {name!r} is {width} wide, but {other} in {paths[0]}; parts must come from one model")
         if part.of != first.of:
             raise InputError(f"{p}: is of a set of {part.of} parts, {paths[0]} of a set of {first.of}; give the parts of one set")
-        check_alike(p, part.made_with, paths[0], first.made_with, ROUNDING)
+        check_alike(p, part.made_with, other, others, ROUNDING)
         for record in part.ids:
             if record in home:
                 raise InputError(f"id {record!r} stands in {home[record]} and again in {p}; give each part once")
@@ -120,6 +121,11 @@ def read_embeddings(path: PathLike | Sequence[PathLike], choose: Choose | None =
         parts=tuple(sorted({n for part in parts for n in part.parts})),
         of=first.of,
     )
+
+
+def first_known(files: Iterable[tuple[PathLike, EmbeddingTable]]) -> tuple[PathLike, Mapping[str, Any] | None]:
+    """Returns the first file that says what it was made with, and what that is; ("", None) where none does."""
+    return next(((path, table.made_with) for path, table in files if table.made_with is not None), ("", None))
 
 
 def check_alike(

@@ -21,7 +21,16 @@ from etils import epath
 
 from omni_jax.config import TABLES
 from omni_jax.config.made_with import ROUNDING
-from omni_jax.retrieval.embedding_file import IDS, MEDIA_TABLE, Choose, check_alike, float32_rows, from_two_arrays, read_embeddings
+from omni_jax.retrieval.embedding_file import (
+    IDS,
+    MEDIA_TABLE,
+    Choose,
+    check_alike,
+    first_known,
+    float32_rows,
+    from_two_arrays,
+    read_embeddings,
+)
 from omni_jax.retrieval.npz import load_arrays, read_array
 from omni_jax.types import EmbeddingTable, InputError
 
@@ -196,6 +205,7 @@ def _read_ids(path: str) -> tuple[str, ...]:
 def _joined(parts: Sequence[tuple[str, EmbeddingTable]], given: tuple[str, tuple[str, ...]] | None) -> EmbeddingTable:
     """All parts, with the paths they were read from, as one table set; `given` are (file, ids) for the parts that carry none."""
     first, head = parts[0]
+    other, others = first_known(parts)
     home, ids = given or next(((path, part.ids) for path, part in parts if part.named), (first, None))
     rows = len(ids) if ids is not None else len(head.ids)
     width = next(iter(head.tables.values())).shape[1]
@@ -215,7 +225,7 @@ def _joined(parts: Sequence[tuple[str, EmbeddingTable]], given: tuple[str, tuple
                 raise InputError(f"{path}: table {name!r} is {table.shape[1]} wide, but {width} in {first}; they must come from one model")
             tables[name] = table if order is None else table[order]
         # A preset decides for each table by itself; the model must be one.
-        check_alike(path, part.made_with, first, head.made_with, (*ROUNDING, "preset", "normalize"))
+        check_alike(path, part.made_with, other, others, (*ROUNDING, "preset", "normalize"))
     # Several parts of a set are joined row by row, not table by table: what one file lacks, all of them lack.
     known = head.made_with if all(part.made_with == head.made_with for _, part in parts) else None
     lacking = next((part for _, part in parts if len(part.parts) < part.of), head)

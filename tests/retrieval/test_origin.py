@@ -178,6 +178,19 @@ def test_parts_made_otherwise_are_refused(tmp_path: Path, head: str, value: Any,
         read_embeddings([tmp_path / "a.npz", tmp_path / "b.npz"])
 
 
+def test_a_first_file_of_unknown_origin_hides_no_difference_of_the_others(tmp_path: Path) -> None:
+    made = {"a": None, "b": MADE, "c": remade("weights.base", "ef" * 16)}
+    for name, rows in (("a", ROWS[:1]), ("b", ROWS[1:2]), ("c", ROWS[2:3])):
+        write_embeddings(tmp_path / f"{name}.npz", EmbeddingTable((name,), {"text": rows}, made_with=made[name]))
+    assert read_embeddings([tmp_path / "a.npz", tmp_path / "b.npz"]).made_with is None
+    with pytest.raises(InputError, match=r"c\.npz: was made otherwise than .*b\.npz: weights\.base differs"):
+        read_embeddings([tmp_path / f"{name}.npz" for name in "abc"])
+    for name, table in (("a", "text"), ("b", "video"), ("c", "audio")):
+        write_embeddings(tmp_path / f"{name}.npz", EmbeddingTable(("x",), {table: ROWS[:1]}, made_with=made[name]))
+    with pytest.raises(InputError, match=r"c\.npz: was made otherwise than .*b\.npz: weights\.base differs"):
+        read_inputs([f"{table}={tmp_path / name}.npz" for name, table in (("a", "text"), ("b", "video"), ("c", "audio"))])
+
+
 @pytest.mark.parametrize(("head", "value"), [("code", "0.2.0"), ("dtype", "float32"), ("precision", "highest")])
 def test_parts_that_differ_by_rounding_are_read_together(tmp_path: Path, head: str, value: str) -> None:
     write_embeddings(tmp_path / "a.npz", EmbeddingTable(("a",), {"text": ROWS[:1]}, made_with=MADE))
