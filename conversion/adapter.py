@@ -217,8 +217,8 @@ def read_config(
     if type(rank) is not int or rank < 1:
         raise InputError(f"{where}: r={rank!r} is not a rank; a whole number above 0 is wanted")
     for field, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{where}: {field}={value!r} is not a number")
+        if not _is_number(value):
+            raise InputError(f"{where}: {field}={value!r} is not a finite number")
     saved = config.get("modules_to_save") or ()
     if isinstance(saved, str) or not all(isinstance(name, str) for name in saved):
         raise InputError(f"{where}: modules_to_save={saved!r} is not a list of names")
@@ -227,7 +227,7 @@ def read_config(
     ranks = dict.fromkeys(modules, rank) | by_pattern(config, "rank_pattern", modules, spelled, where)
     alphas: dict[str, Any] = dict.fromkeys(modules, alpha) | by_pattern(config, "alpha_pattern", modules, spelled, where)
     odd = [f"rank_pattern gives {name} the rank {r!r}" for name, r in ranks.items() if type(r) is not int or r < 1]
-    odd += [f"alpha_pattern gives {name} {a!r}" for name, a in alphas.items() if isinstance(a, bool) or not isinstance(a, int | float)]
+    odd += [f"alpha_pattern gives {name} {a!r}" for name, a in alphas.items() if not _is_number(a)]
     if odd:
         raise InputError(f"{where}: {odd[0]}; use the file as PEFT wrote it")
     first = next((name for name in sorted(modules) if (ranks[name], alphas[name]) == (rank, alpha)), min(modules, key=lambda m: -ranks[m]))
@@ -247,6 +247,10 @@ def read_config(
     if absent:
         raise InputError(f"{where}: modules_to_save names {absent}, which this model does not have")
     return lora, modules, own
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < math.inf
 
 
 def _select(

@@ -98,6 +98,8 @@ def test_settings_survive_being_written_and_read(lora):
         ({"rank_pattern": ["q_proj"]}, "rank_pattern=['q_proj'] is not a table"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern '(.*\\\\.)?(()' is not a regular expression"),
         ({"alpha_pattern": {"q_proj": "two"}}, "alpha_pattern gives model.layers"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern gives model.layers"),
+        ({"lora_alpha": float("inf")}, "lora_alpha=inf is not a finite number"),
         ({"bias": "all"}, "bias='all'"),
         ({"lora_bias": True}, "lora_bias"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
