@@ -139,6 +139,9 @@ def _read_index(folder: epath.Path, name: str) -> tuple[dict[str, Any], list[str
     placed = index.get("weight_map") if isinstance(index, dict) else None
     if not (isinstance(placed, dict) and placed and all(isinstance(file, str) for file in placed.values())):
         raise InputError(f"{folder / name}: has no weight_map; download it again")
+    metadata = index.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise InputError(f"{folder / name}: its metadata is {repr(metadata)[:80]}, an object is wanted; download it again")
     files = sorted(set(placed.values()))
     outside = [file for file in files if "/" in file or "\\" in file or file in ("", ".", "..")]
     if outside:
@@ -146,7 +149,7 @@ def _read_index(folder: epath.Path, name: str) -> tuple[dict[str, Any], list[str
     absent = [file for file in files if not (folder / file).exists()]
     if absent:
         raise InputError(f"{folder / name}: {len(absent)} of {len(files)} weight files are absent ({_some(absent)}); download them")
-    return index.get("metadata") or {}, files, placed
+    return metadata, files, placed
 
 
 def _refuse_absent(folder: epath.Path, files: list[str]) -> None:
