@@ -42,7 +42,12 @@ def run(args: argparse.Namespace) -> int:
     names = [name.strip() for name in args.presets.split(",")] if args.presets else list(known)
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"--presets {args.presets}: {unknown[0]!r} is no preset of this backbone; choose among {', '.join(known)}")
-    chosen = {name: known[name].override(args.overrides) for name in names}
+    chosen = {}
+    for name in names:
+        try:
+            chosen[name] = known[name].override(args.overrides)
+        except ConfigError as e:
+            raise ConfigError(f"preset {name}: {e}, or leave it out with --presets") from None
     tables = embed.parse_tables(args.tables)
 
     # Late, so that `--help` and usage errors answer at once.

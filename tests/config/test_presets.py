@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from omni_jax.cli.main import main
 from omni_jax.config import PRESETS, ConfigError, Preset, presets_for
 from omni_jax.data.shards import MEDIA_FIELDS, TEXT_FIELDS
 from omni_jax.train.run_config import DataSection
@@ -71,6 +72,15 @@ def test_a_setting_without_effect_or_out_of_range_is_refused(name: str, assignme
     typed = {k: v == "true" if kinds[k] is bool else kinds[k](v) for k, v in (text.split("=") for text in assignments)}
     with pytest.raises(ConfigError, match=words):
         DataSection("x", preset=name, preset_fields=typed)
+
+
+def test_of_several_presets_the_one_that_a_setting_does_not_fit_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("omni_jax.api.weights.prompt_kind", lambda folder: "plain")
+    assert main(["presets", "--model", "m", "--manifest", "c.jsonl", "--set", "audio_crop=center"]) == 2
+    error = capsys.readouterr().err
+    assert "preset wave: preset field audio_crop='center' has no effect" in error and error.endswith("or leave it out with --presets\n")
 
 
 def test_a_backbone_without_fusion_head_takes_none() -> None:
