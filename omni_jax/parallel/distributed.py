@@ -72,7 +72,7 @@ def _within(seconds: int, coordinator: str, who: str) -> Iterator[None]:
             try:
                 socket.create_connection((host, int(port)), timeout=5).close()
             except (OSError, ValueError) as e:
-                why = f"nothing answers at {coordinator} ({e}); start process 0 there, or mend {COORDINATOR}"
+                why = f"nothing answers at {coordinator} ({e}); start process 0 there, or correct {COORDINATOR}"
         os.write(2, f"omni-jax: the processes did not come together in {seconds} s: {why}\n".encode())
         os._exit(LATE)
 

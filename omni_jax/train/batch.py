@@ -1,6 +1,6 @@
 """The training batch: arrays of static shape for the micro-batches of one update, and their making from clips and prompts.
 
-Letters: n micro-batches, B clips of a micro-batch, C copies of a clip (2 where an augmented one is in play), t temporal steps, P patches,
+Letters: n micro-batches, B clips of a micro-batch, C copies of a clip (2 with an augmented one), t temporal steps, P patches,
 c log-mel chunks, F fbank frames, R rows, S tokens, K prompts per row, G blocks of clips that exchange features, M media tokens of a copy.
 """
 
@@ -34,7 +34,7 @@ from omni_jax.types import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TowerInputs:
-    """What the towers read: the clip first, then its augmented copy where a positive is in play.
+    """What the towers read: the clip first, then its augmented copy where there is a positive.
 
     Attributes:
       patches: (n, B, C, t, P, 1176) float32; coords: (n, B, C, t, P, 2) int32; window: (n, B, C, t, P) int32, -1 for padding.

@@ -281,7 +281,7 @@ def released_load(config: ModelConfig, kind: StepKind, sizes: ClipSizes) -> Load
     """Returns the load of a clip in the released program, which makes six forwards in every step (SPEC section 6).
 
     The three tuples and all three single modalities are each embedded on their own, the hard negative without gradient; a modality that
-    is not in play is embedded too, and no gradient comes back to it. The clip's tower outputs are kept for all streams but the augmented
+    has no loss is embedded too, and no gradient comes back to it. The clip's tower outputs are kept for all streams but the augmented
     tuple, which runs towers and bridge again.
     """
     idle = [name for name in ("text", "audio", "video") if name not in kind.singles]

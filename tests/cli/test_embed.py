@@ -126,7 +126,7 @@ def test_golden_run_with_nothing_usable_says_so_and_writes_no_embeddings(convert
 
 
 class TestGoingOn:
-    """A run that ends half-way is gone on with, and gives what an uninterrupted one gives."""
+    """A run that ends half-way is resumed, and gives what an uninterrupted one gives."""
 
     @pytest.fixture
     def arguments(self, golden: GoldenSet, converted: Path, settings: list[str], tmp_path: Path) -> list[str]:
