@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 START_LIMIT_S = 300.0  # a child imports NumPy and PyAV first, which a busy network disk can make slow
 ALIKE = 5
-"""First items that fail alike, unexpectedly, after which the fault is taken for ours and not for theirs."""
+"""First items that fail alike, by an error of `_OURS`, after which the run stops."""
 
 _OURS = (TypeError, AttributeError, NameError, ImportError, NotImplementedError, AssertionError, RecursionError)  # no file raises these
 _JOIN_LIMIT_S = 10.0
@@ -45,8 +45,8 @@ _ORPHAN_GRACE_S = 2.0  # a hung child ends itself this long after its parent sho
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from omni_jax.media.workers import _serve; _serve(int(sys.argv[1]))"
 
 
-class UnexpectedError(ClipError):
-    """No result for a reason that the code does not know. `cause` says what was raised where."""
+class OwnFault(ClipError):
+    """No result because of an error that no file raises. `cause` says what was raised where."""
 
     cause = ""
 
@@ -75,8 +75,8 @@ def run_guarded(
       in_flight: items handed out or finished and not yet yielded, at most; default 4 per worker. Bounds memory.
 
     Raises:
-      InputError: for arguments out of range, and when the first `ALIKE` items, or all of fewer, fail with the same unexpected error: the
-        fault is then one of this project or of a library below it.
+      InputError: for arguments out of range, and when the first `ALIKE` items, or all of fewer, fail with the same error that no file
+        raises: the fault is then one of this project or of a library below it.
       RuntimeError: when children cannot start at all.
     """
     if workers < 0:
@@ -89,12 +89,12 @@ def run_guarded(
 
 
 def _stop_at_our_fault(outcomes: Generator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-    """Yields the outcomes. Raises InputError where they begin with `ALIKE` equal unexpected errors, or are two or more of those alone."""
+    """Yields the outcomes. Raises InputError where they begin with `ALIKE` equal faults of our own, or are two or more of those alone."""
     alike, first = 0, ""
     with contextlib.closing(outcomes):
         for item, outcome in outcomes:
             if alike >= 0:
-                cause = outcome.cause if isinstance(outcome, UnexpectedError) else ""
+                cause = outcome.cause if isinstance(outcome, OwnFault) else ""
                 first = first or cause
                 alike = alike + 1 if cause and cause == first else -1
                 if alike == ALIKE:
@@ -357,10 +357,11 @@ def _attempt(function: Any, item: Any, name: str) -> Any:
     except Exception as error:  # one bad clip never stops the others, however it is bad
         frame = traceback.extract_tb(error.__traceback__)[-1]
         cause = f"{type(error).__name__} at {os.path.basename(frame.filename)}:{frame.lineno}: {' '.join(str(error).split())}"
-        advice = "this is a fault of omni-jax or of a library below it: report it" if isinstance(error, _OURS) else "re-encode the file"
-        unexpected = UnexpectedError(f"{name}: cannot be used ({cause}); {advice}")
-        unexpected.cause = cause
-        return unexpected
+        if not isinstance(error, _OURS):
+            return ClipError(f"{name}: cannot be used ({cause}); re-encode the file")
+        fault = OwnFault(f"{name}: cannot be used ({cause}); this is a fault of omni-jax or of a library below it: report it")
+        fault.cause = cause
+        return fault
 
 
 _HEAD = struct.Struct("<QI")  # bytes of the pickle, number of arrays sent after it

@@ -129,6 +129,11 @@ def test_files_that_fail_unlike_or_later_are_reported_each(start: list[str]) -> 
     assert len(got) == len(items) and all("fault of omni-jax" in str(error) for error in got[1:])
 
 
+def test_files_of_one_odd_kind_at_the_start_do_not_stop_the_others() -> None:
+    got = [result for _, result in run_guarded(functions.misbehave, ["bug"] * (ALIKE + 1) + ["fine"], 0, 60)]
+    assert all("re-encode the file" in str(error) for error in got[:-1]) and got[-1] == "fine"
+
+
 def test_a_single_record_says_whose_fault_it_is() -> None:
     ((_, got),) = run_guarded(functions.misbehave, ["own bug"], 0, 60)
     assert isinstance(got, ClipError) and str(got).endswith("a fault of omni-jax or of a library below it: report it")
