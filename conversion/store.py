@@ -352,6 +352,8 @@ def _digest_of_index(arrays: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _stored(name: str, at: Mapping[str, Any]) -> Stored:
     dtype, shape, rows, digests = jnp.dtype(at["dtype"]), tuple(at["shape"]), at.get("rows", 1), tuple(at.get("digests", ()))
+    if type(rows) is not int or rows < 1:
+        raise ValueError(f"{name} has a digest for each {rows!r} rows")
     pieces = [Piece(name, part, start, stop, (stop - start, *shape[1:]) if shape else (), dtype) for part, start, stop in at["pieces"]]
     wanted = -(-max(shape[0], 1) // rows) if shape else 1
     if digests and (len(digests) != wanted or any(piece.start % rows for piece in pieces)):

@@ -196,6 +196,8 @@ class _Archive:
         except KeyError:
             what = f"storage {member.removeprefix('data/')}: {member}" if member.startswith("data/") else f"member {member}"
             raise Refused(f"{what} is missing; the file is damaged, {_AGAIN}") from None
+        if info.flag_bits & 1:
+            raise Refused(f"member {member} is encrypted, which torch.save never does; {_AGAIN}")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise Refused(f"member {member} is compressed, which torch.save never does; {_RESAVE}")
         if info.file_size > limit:

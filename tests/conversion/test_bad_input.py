@@ -222,9 +222,10 @@ def test_loading_and_exporting_what_is_not_a_finished_conversion(tmp_path, base)
     (tmp_path / "model" / "omni_jax.json").write_text(json.dumps(manifest | {"format": 99}))
     with pytest.raises(InputError, match="format 99"):
         conversion.load(tmp_path / "model")
-    (tmp_path / "model" / "omni_jax.json").write_text("{}")
-    with pytest.raises(InputError, match=r"omni_jax\.json: cannot be read"):
-        conversion.load(tmp_path / "model")
+    for damaged in ({}, manifest | {"names": ["lm_head"]}):
+        (tmp_path / "model" / "omni_jax.json").write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match=r"omni_jax\.json: cannot be read"):
+            conversion.to_torch(tmp_path / "model", base_out=tmp_path / "x")
     (tmp_path / "model" / "omni_jax.json").write_text(json.dumps(manifest))
     shutil.rmtree(tmp_path / "model" / "weights" / "part-00000")
     for action in (lambda: conversion.load(tmp_path / "model"), lambda: conversion.to_torch(tmp_path / "model", base_out=tmp_path / "x")):

@@ -69,6 +69,10 @@ def test_an_index_or_weights_of_another_folder_are_refused(converted, tmp_path):
     path.write_text(json.dumps(index))
     with pytest.raises(InputError, match=r"index\.json: does not belong to this folder"):
         conversion.load(model)
+    index["arrays"]["bridge.norm.scale"]["rows"] = 0
+    path.write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"index\.json: cannot be read \(bridge.norm.scale has a digest for each 0 rows\)"):
+        conversion.load(model)
     shutil.rmtree(model / "weights")
     shutil.copytree(converted / "adapter", model / "weights")
     with pytest.raises(InputError, match="does not belong to this folder"):

@@ -313,6 +313,14 @@ def test_odd_archives(tmp_path):
         archive.writestr("a/data.pkl", program)
     with pytest.raises(InputError, match="compressed"):
         read_torch_file(tmp_path / "small.pt")
+    write_program(tmp_path / "locked.pt", program, {"0": b"\0" * 16})
+    data = (tmp_path / "locked.pt").read_bytes()
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # of the first member, in its header and in the directory
+        at = data.index(mark) + flags
+        data = data[:at] + b"\x01" + data[at + 1 :]
+    (tmp_path / "locked.pt").write_bytes(data)
+    with pytest.raises(InputError, match=r"data\.pkl is encrypted"):
+        read_torch_file(tmp_path / "locked.pt")
 
 
 def test_a_file_that_cannot_be_written_whole_ends_with_its_own_error_alone(tmp_path, monkeypatch):
