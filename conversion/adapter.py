@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -220,7 +221,7 @@ def read_config(
         if not _is_number(value):
             raise InputError(f"{where}: {field}={value!r} is not a finite number")
     saved = config.get("modules_to_save") or ()
-    if isinstance(saved, str) or not all(isinstance(name, str) for name in saved):
+    if not isinstance(saved, list | tuple) or not all(isinstance(name, str) for name in saved):
         raise InputError(f"{where}: modules_to_save={saved!r} is not a list of names")
     modules, targets = _select(config, base, where, spelled)
     rslora = bool(config.get("use_rslora", False))
@@ -250,7 +251,7 @@ def read_config(
 
 
 def _is_number(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < math.inf
+    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _select(
