@@ -112,7 +112,7 @@ def test_an_alpha_that_every_module_takes_from_the_pattern():
     config = default_config(CONFIG) | {"alpha_pattern": {".*": 16}}
     lora, selected, own = read_config(config, BASE, "adapter_config.json")
     assert selected and not own
-    assert config["lora_alpha"] != 16 and lora.scale == 16 / config["r"]
+    assert checkpoints.LORA.alpha != 16 and lora.scale == 16 / checkpoints.LORA.rank
 
 
 @pytest.mark.jit
