@@ -136,7 +136,7 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
     wrong = {
         tmp_path / "absent.py": "no such config",
         tmp_path / "empty.py": "defines no get_config",
-        f"{TINY}:x": "0 positional",
+        f"{tmp_path / 'none.py'}:x": "0 positional",
         tmp_path / "none.py": "gave NoneType; it must give a ConfigDict",
         tmp_path / "raises.py": "raises.py: ValueError: two",
         tmp_path / "imports.py": "imports.py: ModuleNotFoundError: No module named",
@@ -145,6 +145,11 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message) as caught:
             read_config(str(file))
         assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_a_config_does_not_have() -> None:
+    with pytest.raises(ConfigError, match=r"tiny\.py:x: write configs/tiny\.py, or configs/tiny\.py:quick"):
+        read_config(f"{TINY}:x")
 
 
 def test_a_config_takes_an_argument_and_changes() -> None:

@@ -88,6 +88,7 @@ def one_device(even: Encoder, features: list[Features]) -> batches.Embeddings:
     return embed(even, features, None)
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("sizes", [m if m == (2, 2, 2) else pytest.param(m, marks=pytest.mark.slow) for m in MESHES])
 def test_eight_devices_agree_with_one(even: Encoder, features: list[Features], one_device: batches.Embeddings, sizes: tuple[int, int, int]):
     got = embed(even, features, sizes)

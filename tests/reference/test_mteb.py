@@ -7,6 +7,7 @@ import ast
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def frame_indices() -> Callable[[int, int], list[int]]:
     path = next(file for file in importlib.metadata.files("mteb") or () if str(file) == "mteb/models/modality_collators.py").locate()
     tree = ast.parse(Path(str(path)).read_text(encoding="utf-8"))
     tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "frame_indices"]
-    space = {"np": np}
+    space: dict[str, Any] = {"np": np}
     exec(compile(tree, str(path), "exec"), space)
     return space["frame_indices"]
 
