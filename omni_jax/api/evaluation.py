@@ -61,9 +61,10 @@ class Evaluator:
             manifest = read_manifest(clips, self._settings.media_root or None)
             records, problems = manifest.records, manifest.problems
         else:
-            # Silence would be found by nothing: a clip without sound is one without audio.
+            # Silence would be found by nothing: a clip without sound is one without audio. Each clip has a name of its own, since
+            # records of the same files are one prompt.
             infos = (self._source.record(n) for n in range(len(self._source)))
-            records = [Record(at.id, at.caption, video=clips, audio=None if at.silent else clips) for at in infos]
+            records = [Record(at.id, at.caption, video=clips / at.id, audio=None if at.silent else clips / at.id) for at in infos]
         self.records = [record for record in records if record.modalities == {"t", "v", "a"}]
         self.problems: Sequence[Problem] = (*problems, *(_lacking(record) for record in records if record.modalities != {"t", "v", "a"}))
         if not self.records:

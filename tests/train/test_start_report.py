@@ -99,6 +99,7 @@ def test_a_manifest_and_a_prepared_folder_hold_the_same_held_out_clips(clips: Pa
     prepared, streamed = evaluator(folder), evaluator(held_out)
     assert [r.id for r in prepared.records] == ["h0", "h2"] and [p.id for p in prepared.problems] == ["h1", "h3"]
     assert all("has no audio" in problem.reason for problem in prepared.problems)
+    assert len({(r.video, r.audio) for r in prepared.records}) == 2  # clips of the same files would share one embedding
     found = list(streamed._decoded(streamed.records))
     assert [r.id for r, f in zip(streamed.records, found, strict=True) if isinstance(f, Features)] == ["h0", "h2"]
     assert all("has no sound that can be read" in str(f) for f in found if isinstance(f, ClipError))
