@@ -103,7 +103,8 @@ def test_ctrl_c_in_any_stage_says_what_stays_and_leaves_no_process(tmp_path):
                 os.killpg(run.pid, signal.SIGINT)  # as a terminal does
             said.append(line)
         assert run.wait(timeout=300) == 130, "".join(said)
-        assert f"{out / stays}" in said[-1] and "run it again to go on" in said[-1]
+        kept = str(out / stays) if (out / stays).exists() else "nothing yet"  # the first stop may come before the first clip
+        assert kept in said[-1] and "run it again to go on" in said[-1]
         assert _of_group(run.pid) == []
     assert (out / "run" / "checkpoints").is_dir()
 
