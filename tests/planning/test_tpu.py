@@ -51,7 +51,8 @@ def test_a_step_compiles_for_every_kind_of_chip(topology: str, remat: str):
     assert {c["kind"] for c in found} >= {"all-gather", "all-to-all"} and {c["group"] for c in found} <= set(range(2, 9))
     assert not any(c["across"] for c in found)
     assert step["seconds"]["network"] == 0 < step["seconds"]["interconnect"]
-    assert bool(made["notes"]) == topology.startswith("tpu7x")  # says with which options
+    notes = [note for note in made["notes"] if not note.startswith("compiled quickly")]
+    assert bool(notes) == topology.startswith("tpu7x")  # says with which options
 
 
 def test_gradients_cross_slices_and_weights_do_not():
