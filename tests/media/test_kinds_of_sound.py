@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import soxr
@@ -114,6 +115,17 @@ def test_files_without_loss(tmp_path: Path, name: str, codec: str, sample_format
     assert np.abs(got - want).max() <= 2**-15
 
 
+def _writes(codec: str) -> bool:
+    try:
+        av.codec.Codec(codec, "w")
+    except av.codec.codec.UnknownCodecError:
+        return False
+    return True
+
+
+AMR = [("a.amr", "libopencore_amrnb", "s16", 8_000)] if _writes("libopencore_amrnb") else []  # PyAV 19's wheels read AMR alone
+
+
 @pytest.mark.parametrize(
     ("name", "codec", "sample_format", "rate"),
     [
@@ -123,7 +135,7 @@ def test_files_without_loss(tmp_path: Path, name: str, codec: str, sample_format
         ("a.mp3", "libmp3lame", "fltp", 44_100),
         ("a.opus", "libopus", "flt", 48_000),
         ("a.wma", "wmav2", "fltp", 44_100),
-        ("a.amr", "libopencore_amrnb", "s16", 8_000),
+        *AMR,
         ("a.mpg", "mp2", "s16", 48_000),
         ("a.ts", "aac", "fltp", 48_000),
         ("a.webm", "libopus", "flt", 48_000),
