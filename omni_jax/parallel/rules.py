@@ -77,14 +77,18 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
 
 
+_LEFT_TO_THE_PARTITIONER = ("TPU v5", "TPU v5p")
+"""Kinds of device on which libtpu 0.0.42 does not finish compiling a step with gathered weights: its memory grows without end."""
+
+
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
     """Returns a weight whole along "embed", with its split over tensor kept: what a product reads, brought together once.
 
     Left to itself, the partitioner makes of each product with such a weight a ring of small ones. The gradient goes back to the weight's
-    own shards. x itself where no mesh is set, or nothing of it is split along "embed".
+    own shards. x itself where no mesh is set, nothing of it is split along "embed", or the devices are v5p.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or mesh.size == 1 or (mesh.abstract_device and mesh.abstract_device.device_kind in _LEFT_TO_THE_PARTITIONER):
         return x
     split = partition_spec(axes, x.shape, mesh)
     whole = PartitionSpec(*(None if name == "embed" else target for name, target in zip(axes, split, strict=True)))
