@@ -6,10 +6,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import soxr
+from av.codec.codec import Codec, UnknownCodecError
 
 from omni_jax.media.audio import read_waveform
 from omni_jax.types import ClipError
@@ -117,8 +117,8 @@ def test_files_without_loss(tmp_path: Path, name: str, codec: str, sample_format
 
 def _writes(codec: str) -> bool:
     try:
-        av.codec.Codec(codec, "w")
-    except av.codec.codec.UnknownCodecError:
+        Codec(codec, "w")
+    except UnknownCodecError:
         return False
     return True
 
