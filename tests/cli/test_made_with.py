@@ -48,7 +48,7 @@ def respell(folder: Path) -> None:
 
 
 def later(file: Path) -> None:
-    """Makes a file look written anew."""
+    """Gives a file a later modification time."""
     known = file.stat()
     os.utime(file, ns=(known.st_atime_ns, known.st_mtime_ns + 1_000_000_000))
 
