@@ -107,13 +107,13 @@ test-all: test test-slow test-reference test-tpu  ## all four
 bench: $(REFERENCE)  ## speed and memory, as ratios with the torch model
 	.venv-reference/bin/python -m tests.benchmarks $(BENCH_ARGS)
 
-torture: $(SETUP)  ## try to break everything, at most 75 minutes; results go to docs/reliability.md
+torture: $(SETUP)  ## try to break everything, at most 75 minutes; results go to docs/reports/reliability.md
 	.venv/bin/python -m tests.torture $(TORTURE_ARGS)
 
 report-check: $(SETUP)  ## use a report in a headless Chromium (needs one on PATH; REPORT_ARGS="page.html --out shots")
 	.venv/bin/python -m tests.browser.check_report $(REPORT_ARGS)
 
-pods-table: $(TPU)  ## compile the 7B programs for TPU pods at full effort, some hours; the table goes to docs/pods_table.json
+pods-table: $(TPU)  ## compile the 7B programs for TPU pods at full effort, some hours; the table goes to docs/reports/pods_table.json
 	.venv-tpu/bin/python -m tests.planning.pods_table $(PODS_ARGS)
 
 lint: $(SETUP)  ## ruff (rules and format) and pyright

@@ -3,8 +3,8 @@
     omni-jax train --config configs/omni_embed_nemotron_3b.py --workdir runs/nemotron3b \\
         --config.model.base=omni_embed_nemotron_3b --config.data.train=shards --config.evaluation.manifest=held_out.jsonl
 
-`omni_embed_nemotron_3b` is what `omni-jax convert to-jax` wrote (docs/backbones.md). Clips are cut to 8 s as in the recipe; the backbone
-itself was used with whole tracks.
+`omni_embed_nemotron_3b` is what `omni-jax convert to-jax` wrote (docs/guides/backbones.md). Clips are cut to 8 s as in the recipe; the
+backbone itself was used with whole tracks.
 """
 
 import ml_collections

@@ -25,7 +25,7 @@ ROOMS = {
     "omni_jax.api",
 }
 
-# Room -> the rooms it may import; a room may always import itself. docs/architecture.md shows the same table to people.
+# Room -> the rooms it may import; a room may always import itself. docs/development/architecture.md shows the same table to people.
 MAY_IMPORT: dict[str, set[str]] = {
     "omni_jax": {"omni_jax.api", "omni_jax.objectives", "omni_jax.retrieval"},  # lazily: the public names
     "omni_jax.config": set(),

@@ -1,7 +1,7 @@
 """The licences of every pinned package, from what the packages say of themselves: python -m tests.licences [--check].
 
-Writes docs/licences.md from requirements.lock and what is installed here; packages of the other lock files are listed by name, since their
-environments are laid over this one. `--check` writes nothing and fails where the page differs.
+Writes docs/reports/licences.md from requirements.lock and what is installed here; packages of the other lock files are listed by name,
+since their environments are laid over this one. `--check` writes nothing and fails where the page differs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "licences.md"
+PAGE = ROOT / "docs/reports/licences.md"
 LOCK = "requirements.lock"
 HEAD = """# Licences of the dependencies
 
@@ -71,7 +71,7 @@ def licence(package: str) -> str:
 
 
 def page() -> str:
-    """Returns docs/licences.md."""
+    """Returns docs/reports/licences.md."""
     return HEAD + "".join(
         f"| {name} | {version} | {licence(name)} |\n" for name, version in sorted(pins().items(), key=lambda p: p[0].lower())
     )
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = page()
     if chosen.check:
         same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
-        print("docs/licences.md is up to date" if same else "docs/licences.md differs; run python -m tests.licences", file=sys.stderr)
+        print(f"{PAGE.name} is up to date" if same else f"{PAGE.name} differs; run python -m tests.licences", file=sys.stderr)
         return 0 if same else 1
     PAGE.write_text(text, encoding="utf-8")
     return 0

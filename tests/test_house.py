@@ -210,14 +210,14 @@ def test_readme_tree_matches_the_folders() -> None:
 
 
 def test_architecture_page_shows_the_import_table() -> None:
-    page = (house.ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = (house.ROOT / "docs/development/architecture.md").read_text(encoding="utf-8")
     cells = [line.strip("| ").split("|") for line in page.splitlines()]
     rows = {row[0].strip(" `"): row[-1] for row in cells if len(row) == 3}
     short = {name: name.removeprefix("omni_jax.") for name in house.MAY_IMPORT}
     for name, allowed in house.MAY_IMPORT.items():
-        assert short[name] in rows, f"docs/architecture.md has no row for {short[name]}"
+        assert short[name] in rows, f"docs/development/architecture.md has no row for {short[name]}"
         shown = set(re.findall(r"`(\w+)`", rows[short[name]]))
-        assert shown == {short[other] for other in allowed}, f"docs/architecture.md, row {short[name]}"
+        assert shown == {short[other] for other in allowed}, f"docs/development/architecture.md, row {short[name]}"
 
 
 def test_readme_memory_table_follows_from_the_parameter_counts() -> None:

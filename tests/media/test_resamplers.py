@@ -1,4 +1,4 @@
-"""How far our resampler (soxr HQ, as librosa's) is from torchaudio's default, which mteb uses: the figures of docs/evaluation.md.
+"""How far our resampler (soxr HQ, as librosa's) is from torchaudio's default, which mteb uses: the figures of docs/guides/evaluation.md.
 
 torchaudio's wheels want a CUDA build of torch, so its published formula stands here: windowed sinc, width 6, roll-off 0.99, Hann. It was
 compared with `torchaudio.functional.resample` of 2.11 once: 7e-6 of full scale apart, at 8, 22.05, 32, 44.1 and 48 kHz.

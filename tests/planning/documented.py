@@ -7,7 +7,7 @@ import shlex
 from omni_jax.cli import compile as command
 from tests.house import ROOT
 
-PAGES = ("README.md", "launch/README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md")))
+PAGES = ("README.md", "launch/README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md")))
 CALL = ["omni-jax", "compile"]
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/pods_table.json and .md: the 7B programs compiled for the topologies that docs/pods.md speaks of (make pods-table).
+"""Writes docs/reports/pods_table.json and .md: the 7B programs compiled for the topologies in docs/guides/pods.md (make pods-table).
 
 At full effort, which predicts time: some hours on two cores. `make pods-table PODS_ARGS="v5p tpu7x"` compiles those whose arguments contain
 one of the words anew and leaves the others.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from omni_jax.planning.chips import read_topology
 from tests.house import ROOT
 
-TABLE = ROOT / "docs/pods_table.json"
+TABLE = ROOT / "docs/reports/pods_table.json"
 BLOCK = 8  # clips of a block, as released; fewer where a host has fewer
 
 

@@ -64,7 +64,7 @@ def test_every_host_has_whole_blocks(table: list[dict[str, Any]]) -> None:
 def test_the_page_says_what_an_epoch_costs(table: list[dict[str, Any]]) -> None:
     (entry,) = [e for e in table if e["topology"] == "v5e:4x4" and fits(e)]
     million = sum(program["expected"]["chip_hours_per_million_triples"] for program in trained(entry)) / 3
-    page = (ROOT / "docs" / "pods.md").read_text()
+    page = (ROOT / "docs/guides/pods.md").read_text()
     assert f"an epoch of 100,000 triples on 16 v5e chips is {million / 10:.0f} chip-hours, or {million / 160:.1f} hours" in page
     peak = max(program["memory_gib"]["peak"] for program in trained(entry))
     assert f"with gradient caching: {peak:.1f} of 15.75 GiB" in page
@@ -90,7 +90,7 @@ def test_the_embedding_pass_fits_4_v5e(table: list[dict[str, Any]]) -> None:
 
 
 def test_the_page_shows_the_table() -> None:
-    shown = (ROOT / "docs" / "pods.md").read_text().split("<!-- pods_table.md -->\n")[1].split("\n<!-- end -->")[0]
+    shown = (ROOT / "docs/guides/pods.md").read_text().split("<!-- pods_table.md -->\n")[1].split("\n<!-- end -->")[0]
     written = pods_table.TABLE.with_suffix(".md").read_text().strip()
     assert shown == written
     entries = json.loads(pods_table.TABLE.read_text())

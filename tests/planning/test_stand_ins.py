@@ -22,7 +22,7 @@ def test_a_stand_in_is_as_large_as_its_name_says(case: StandIn):
 
 
 def test_the_page_shows_published_shares_beside_predicted_ones_with_their_error():
-    page = (ROOT / "docs" / "pods.md").read_text()
+    page = (ROOT / "docs/guides/pods.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| MaxText ")]
     published = {case.name: case.published for case in CASES}
     assert rows

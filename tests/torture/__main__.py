@@ -1,7 +1,7 @@
 """Tries to break what is built: python -m tests.torture [--part NAME] [--minutes N] [--seed N] [--scale X].
 
-Each part says what was tried, how many times, and what was lost; the results go into docs/reliability.md with the date and the machine, and
-the parts that were not run keep theirs. Ends with status 1 where anything was lost.
+Each part says what was tried, how many times, and what was lost; the results go into docs/reports/reliability.md with the date and the
+machine, and the parts that were not run keep theirs. Ends with status 1 where anything was lost.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PARTS: dict[str, tuple[str, float, str]] = {
     "supply": ("supply", 3, "Pinned hashes, licences, nothing of a download run as code, no network at run time"),
 }
 MINUTES = 75.0
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/reports/reliability.md"
 HEAD = """# Reliability
 
 What was done to break this software, how often, and what was lost. Written by `make torture` (`python -m tests.torture [--part NAME]
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together (default: %(default)g)")
     parser.add_argument("--seed", type=int, default=None, help="default: another one every time")
     parser.add_argument("--scale", type=float, default=1.0, help="of the counts of a part (kills, files, updates), for a busy machine")
-    parser.add_argument("--page", type=Path, default=PAGE, help="where the results go (default: docs/reliability.md)")
+    parser.add_argument("--page", type=Path, default=PAGE, help="where the results go (default: docs/reports/reliability.md)")
     chosen = parser.parse_args(arguments)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         # As a shell starts what runs in the background: every command below would ignore Ctrl-C, too.

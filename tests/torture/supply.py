@@ -53,8 +53,8 @@ def locks(outcome: Outcome) -> None:
     outcome.tried.append(("pins with the hashes of their files", len(pinned)))
     unknown = [name for name in licences.pins() if licences.licence(name) == "not stated"]
     outcome.expect(not unknown, f"packages without a stated licence: {unknown}")
-    outcome.expect(licences.PAGE.read_text(encoding="utf-8") == licences.page(), "docs/licences.md differs; run python -m tests.licences")
-    outcome.tried.append(("licences listed in docs/licences.md", len(licences.pins())))
+    outcome.expect(licences.PAGE.read_text(encoding="utf-8") == licences.page(), "licences.md differs; run python -m tests.licences")
+    outcome.tried.append(("licences listed in docs/reports/licences.md", len(licences.pins())))
 
 
 def sources(outcome: Outcome) -> None:

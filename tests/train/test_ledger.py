@@ -96,7 +96,7 @@ def test_the_ledger_is_what_xla_counts(update: int, micro: int, remat: str, choi
 
 
 def test_a_step_at_7b_equals_a_count_by_hand() -> None:
-    """docs/training_cost.md goes through the same count."""
+    """docs/reports/training_cost.md goes through the same count."""
     sizes = ClipSizes()
     layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
     lora = 3 * 3584 * 16 + 16 * (3584 + 512 + 512)

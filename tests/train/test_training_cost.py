@@ -1,4 +1,4 @@
-"""docs/training_cost.md: every figure counted by hand there, read out of the page, against the ledger. Valid tokens only."""
+"""docs/reports/training_cost.md: every figure counted by hand there, read out of the page, against the ledger. Valid tokens only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.house import ROOT
 from tests.model.builders import SEVEN_B
 from tests.tolerances import assert_close
 
-PAGE = (ROOT / "docs/training_cost.md").read_text()
+PAGE = (ROOT / "docs/reports/training_cost.md").read_text()
 BY_HAND = PAGE.split("## By hand, at 7B\n")[1].split("\n## ")[0]
 SIZES, LOSSES = ClipSizes(), LossConfig()
 MEDIA = {"a tuple": "anchor", "audio alone": "audio", "video alone": "video", "text alone": "text"}
