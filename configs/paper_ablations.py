@@ -15,7 +15,7 @@ WEIGHTS = {"L_A": (0.0, 0.0, 1.0), "L_A+L_D": (0.0, 1.0, 1.0), "all": (1.0, 1.0,
 
 
 def get_config(losses: str = "all") -> ml_collections.ConfigDict:
-    """Returns the recipe with the named losses in play."""
+    """Returns the recipe with the named losses active."""
     if losses not in WEIGHTS:
         raise ConfigError(f"configs/paper_ablations.py:{losses}: choose one of {', '.join(WEIGHTS)}")
     config = omniretriever_7b.get_config()

@@ -152,8 +152,8 @@ def open_adapter(folder: epath.PathLike, base: ModelConfig) -> Adapter:
         key: dataclasses.replace(entry, torch_shape=_own_shape(key, entry.torch_shape, own.get(_module(key))))
         for key, entry in entries.items()
     }
-    mend = "use the adapter_config.json and the base model it was trained with"
-    engine.check(ours, {name: info.shape for name, info in tensors.items()}, f"{folder / file} against {CONFIG}", mend)
+    remedy = "use the adapter_config.json and the base model it was trained with"
+    engine.check(ours, {name: info.shape for name, info in tensors.items()}, f"{folder / file} against {CONFIG}", remedy)
     side_files = source.list_files(folder, leave_out={file})
     renamed = {key: name for name, key in names.sources.items() if key != name}
     notes = (f"{folder}: {len(names.copies)} copies of the base's modules are left out ({names.copies[0]})",) if names.copies else ()

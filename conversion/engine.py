@@ -103,14 +103,14 @@ def tree_shapes(config: ModelConfig) -> Mapping[TreePath, Shape]:
     return types.MappingProxyType({path: tuple(leaf.shape) for path, leaf in abstract_params(config).items()})
 
 
-def check(entries: Mapping[str, Entry], found: Mapping[str, Shape], where: str, mend: str, optional: Container[str] = ()) -> None:
+def check(entries: Mapping[str, Entry], found: Mapping[str, Shape], where: str, remedy: str, optional: Container[str] = ()) -> None:
     """Compares the tensors of a checkpoint with those its configuration asks for. Of shared tensors one suffices.
 
     Args:
       entries: what is wanted.
       found: name -> shape of what is there.
       where: file or folder for the message.
-      mend: what to do, for the message.
+      remedy: what to do, for the message.
       optional: names that may be missing.
 
     Raises:
@@ -130,7 +130,7 @@ def check(entries: Mapping[str, Entry], found: Mapping[str, Shape], where: str, 
         if names
     ]
     if parts:
-        raise InputError(f"{where}: tensors do not fit: {'; '.join(parts)}; {mend}")
+        raise InputError(f"{where}: tensors do not fit: {'; '.join(parts)}; {remedy}")
 
 
 def stacks(entries: Iterable[Entry]) -> dict[TreePath, list[Entry]]:

@@ -166,19 +166,19 @@ class _Job:
         guessed = ("beats_ln.", "beats_proj.") if self.beats is None and not source.has_beats_settings(self.checkpoint) else ()
         group = ("beats.", *guessed)
         ours = {name: entry for name, entry in self.entries.items() if name.startswith(group)}
-        where, mend = str(self.checkpoint.folder), source.beats_mend(self.checkpoint)
+        where, remedy = str(self.checkpoint.folder), source.beats_remedy(self.checkpoint)
         theirs = {name: shape for name, shape in shapes.items() if name.startswith(group)}
         if self.beats is not None:
-            where, mend = str(self._beats_path), "use the .pt file as published, with the cfg that belongs to its weights"
+            where, remedy = str(self._beats_path), "use the .pt file as published, with the cfg that belongs to its weights"
             theirs = {name: value.shape for name, value in self.beats.tensors.items()}
-            engine.check(ours, theirs, where, mend)
+            engine.check(ours, theirs, where, remedy)
         elif self.config.beats is not None and not any(name.startswith("beats.") for name in theirs):
             raise InputError(f"{where}: the BEATs weights (beats.*) are missing; this is no WAVE checkpoint, name the WAVE-7B folder")
         rest = {name: entry for name, entry in self.entries.items() if name not in ours and name not in self._made}
         others = {name: shape for name, shape in shapes.items() if not name.startswith(group)}
         engine.check(rest, others, str(self.checkpoint.folder), "use the config.json that belongs to these weights", OPTIONAL)
         self.absent = tuple(name for name in OPTIONAL if name in rest and name not in others)
-        engine.check(ours, theirs, where, mend)
+        engine.check(ours, theirs, where, remedy)
 
     def _replaced(self, name: str) -> bool:
         return self.beats is not None and name.startswith("beats.")

@@ -29,7 +29,7 @@ def load(
     *,
     dtype: Any = None,
     shardings: Shardings | Callable[[ModelConfig], Shardings] | None = None,
-    told: Callable[[int, int], None] | None = None,
+    report_bytes: Callable[[int, int], None] | None = None,
 ) -> tuple[ModelConfig, Params]:
     """Returns the configuration and every parameter of a converted folder, layer stacks with their leading axis.
 
@@ -42,7 +42,7 @@ def load(
       dtype: type of every parameter; None keeps each as stored.
       shardings: where each leaf goes (of the stacked shape), or a function of the configuration that says so; a leaf without one goes to
         the default device.
-      told: called at the end with the bytes that this process read and those that it would read alone.
+      report_bytes: called at the end with the bytes that this process read and those that it would read alone.
 
     Raises:
       InputError: not a converted folder, or one whose parts do not hold what its configuration asks for.
@@ -59,9 +59,9 @@ def load(
     # What no embedding needs and the checkpoint lacks: zeros, in the type of the rest.
     kind = params["decoder", "embed", "embedding"].dtype
     params |= {path: jnp.zeros(_shape(group), kind, device=places.get(path)) for path, group in absent.items()}
-    if told is not None:
+    if report_bytes is not None:
         held = [(store, entry) for group in leaves.values() for entry in group if (store := _holder(entry, stores)) is not None]
-        told(sum(store.bytes_read for store in stores), sum(store.arrays[entry.stored].nbytes for store, entry in held))
+        report_bytes(sum(store.bytes_read for store in stores), sum(store.arrays[entry.stored].nbytes for store, entry in held))
     return manifest.model, params
 
 

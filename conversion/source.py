@@ -291,7 +291,7 @@ def has_beats_settings(checkpoint: Checkpoint) -> bool:
     return _inlined_beats(checkpoint) is not None or (path is not None and path.exists())
 
 
-def beats_mend(checkpoint: Checkpoint) -> str:
+def beats_remedy(checkpoint: Checkpoint) -> str:
     """Returns what to do where BEATs' weights and settings differ, by where `model_config` took the settings from."""
     path = _beats_path(checkpoint)
     if _inlined_beats(checkpoint) is not None:

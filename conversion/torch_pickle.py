@@ -218,7 +218,7 @@ class _Archive:
         header = file.read(30)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise Refused(f"member data/{key} is not where the file says; {_AGAIN}")
-        # The header's own name and padding: torch aligns the values, which its directory does not tell.
+        # The header's own name and padding: torch aligns the values, which its directory does not say.
         start = info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         return Storage(key, self._path, dtype, numel, start, info.CRC)
 

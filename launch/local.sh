@@ -39,7 +39,7 @@ done
 read -ra command <<< "${OMNI_JAX:-omni-jax}"
 command+=("$@")
 
-# variables PROCESS ATTEMPT: what that process is told, one NAME=VALUE a line.
+# variables PROCESS ATTEMPT: the environment of that process, one NAME=VALUE a line.
 variables() {
   echo "OMNI_JAX_COORDINATOR=127.0.0.1:$((port + $2))"
   echo "OMNI_JAX_PROCESSES=$processes"
@@ -49,8 +49,8 @@ variables() {
 
 if [[ -n $dry ]]; then
   for ((i = 0; i < processes; i++)); do
-    mapfile -t told < <(variables "$i" 0)
-    echo env "${told[@]}" "${command[@]@Q}"
+    mapfile -t assigned < <(variables "$i" 0)
+    echo env "${assigned[@]}" "${command[@]@Q}"
   done
   exit 0
 fi
@@ -81,8 +81,8 @@ attempt() {
   local i ends
   worst=0
   for ((i = 0; i < processes; i++)); do
-    mapfile -t told < <(variables "$i" "$1")
-    env "${told[@]}" "${command[@]}" < /dev/null &
+    mapfile -t assigned < <(variables "$i" "$1")
+    env "${assigned[@]}" "${command[@]}" < /dev/null &
     running[$!]=1
   done
   # Those that are asked to leave save first, however long that takes.
@@ -105,7 +105,7 @@ for ((number = 0; ; number++)); do
   case $worst in 0 | 2 | 75 | 130) exit "$worst" ;; esac  # done, bad input, or asked to leave: another start would end the same way
   [[ -z $asked ]] || exit "$worst"
   if ((number == restarts)); then
-    echo "launch/local.sh: a process was lost (status $worst); run it again to go on from the newest whole checkpoint" >&2
+    echo "launch/local.sh: a process was lost (status $worst); run it again to resume from the newest whole checkpoint" >&2
     exit "$worst"
   fi
   echo "launch/local.sh: a process was lost (status $worst); starting all again ($((number + 1)) of $restarts)" >&2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on Cloud TPU VMs: asks for a queued resource, waits for it, installs the project on every host, runs the smoke job, then omni-jax.
-# A slice that is taken away is asked for again, and the run goes on from the newest whole checkpoint. Needs gcloud, signed in.
+# A preempted slice is requested again, and the run resumes from the newest whole checkpoint. Needs gcloud, signed in.
 #
 #   launch/tpu_vm.sh --name omni --zone ZONE --type v5litepod-16 --version v2-alpha-tpuv5-lite --source gs://BUCKET/omni_jax.tar.gz \
 #     --workdir gs://BUCKET/runs/omni7b --before 'gcloud storage cp -r gs://BUCKET/shards .' -- \
@@ -108,6 +108,6 @@ for ((number = 0; ; number++)); do
   [[ -z $dry ]] || exit "$status"
   # 2 is bad input, which another slice would refuse too. ssh says 255 for a host that is gone; 75 is a run that saved and left.
   ((status != 2 && number < restarts)) || exit "$status"
-  echo "launch/tpu_vm.sh: the run ended with status $status; going on ($((number + 1)) of $restarts)" >&2
+  echo "launch/tpu_vm.sh: the run ended with status $status; resuming ($((number + 1)) of $restarts)" >&2
   sleep 60
 done

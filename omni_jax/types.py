@@ -19,7 +19,7 @@ class InputError(Exception):
 
 
 class ClipError(InputError):
-    """One record cannot be used; the run goes on without it."""
+    """One record cannot be used; the run continues without it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Record:
     audio: Path | None = None
     timestamps: tuple[float, float] | None = None  # seconds, [start, end)
     line: int = 0  # line of the manifest, from 1; 0 where it did not come from a file
-    prefix: str | None = None  # what the caption is, "passage" or "query", for backbones that are told; None: as the preset says
+    prefix: str | None = None  # what the caption is, "passage" or "query", for models trained with one; None: the preset's
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)  # other fields, carried along
 
     @property
@@ -68,7 +68,7 @@ class Clip:
     record: Record
     video: VideoFrames | None = None
     waveform: np.ndarray | None = None
-    warnings: tuple[str, ...] = ()  # one line each: what was mended so that the clip could be used
+    warnings: tuple[str, ...] = ()  # one line each: what was repaired so that the clip could be used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +238,7 @@ class StepKind:
     """The streams of one micro-batch; hashable, so that each kind compiles once.
 
     Attributes:
-      anchor, positive: whether z_TVA and z_T'V'A' are in play.
+      anchor, positive: whether z_TVA and z_T'V'A' are active.
       hard: modality that the hard negative exchanges, None for no hard negative.
       singles: modalities embedded alone, in the order they stand in their row.
       pairs: pairs of L_A.
@@ -300,8 +300,8 @@ class Example:
 
     Attributes:
       media: the clip.
-      augmented: its augmented copy; None where no positive is in play.
-      prompts: "anchor", "positive", "hard", and each modality in play. For a hard negative with exchanged video, its prompt has the
+      augmented: its augmented copy; None where no positive is active.
+      prompts: "anchor", "positive", "hard", and each active modality. For a hard negative with exchanged video, its prompt has the
         layout of the video it takes.
     """
 
@@ -336,7 +336,7 @@ class MicroBatch:
 
     Attributes:
       examples: b clips.
-      kind: the streams in play.
+      kind: the active streams.
       shuffle: (G, b / G) int32, for each place of a block the place in that block whose features it takes.
     """
 

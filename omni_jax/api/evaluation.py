@@ -34,7 +34,7 @@ class Evaluator:
 
     Attributes:
       problems: lines of the manifest that cannot be used, and records that lack text, video or sound.
-      records: those that are embedded; some may turn out to be silent when they are decoded, and are set aside then.
+      records: those that are embedded; some turn out to be silent when they are decoded, and are skipped.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Evaluator:
         model: ModelConfig,
         frozen: Arrays,
         mesh: Mesh | None,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
         stopping: Callable[[], bool],
     ):
         """Reads the manifest, or the index of the folder.
@@ -53,7 +53,7 @@ class Evaluator:
         Raises:
           InputError: when it cannot be read, was prepared under another preset, or has no record with text, video and audio.
         """
-        self._settings, self._workdir, self._tell, self._stopping = run.evaluation, workdir, tell, stopping
+        self._settings, self._workdir, self._log, self._stopping = run.evaluation, workdir, log, stopping
         self._preset, clips = run.data.resolved_preset(), Path(self._settings.manifest)
         self._source = open_source(clips, self._preset) if clips.is_dir() else None
         problems: Sequence[Problem] = ()
@@ -92,23 +92,23 @@ class Evaluator:
         outcome = one_row_a_prompt(self.records, assemble(self.records, parts))
         if outcome.problems:
             _, reason = outcome.problems[0]
-            self._tell(f"evaluation: {len(outcome.problems)} of {len(self.records)} records were set aside; the first: {reason}")
+            self._log(f"evaluation: {len(outcome.problems)} of {len(self.records)} records were skipped; the first: {reason}")
         try:
             result = evaluate(outcome.table, resamples=0)
         except InputError as e:
-            self._tell(f"evaluation after update {number} gave nothing: {e}")
+            self._log(f"evaluation after step {number} gave nothing: {e}")
             return {}
         if jax.process_index() == 0:
             (self._workdir / FOLDER).mkdir(exist_ok=True)
             write_whole(self._workdir / FOLDER / f"{number}.json", json.dumps(result, indent=1) + "\n")
         averages = {name: result[name] for name in ("AVG-single", "AVG-dual", "AVG-all") if result[name] is not None}
         tied = max((metrics["ties"] for metrics in result["directions"].values()), default=0)
-        told = f"; up to {tied} of {result['n']} queries a direction are decided by a tie, which counts as a hit" if tied else ""
-        self._tell(f"held-out R@1 after update {number}: " + ", ".join(f"{name} {value:.1f}" for name, value in averages.items()) + told)
+        note = f"; up to {tied} of {result['n']} queries of a direction are decided by a tie, which counts as a hit" if tied else ""
+        self._log(f"held-out R@1 after step {number}: " + ", ".join(f"{name} {value:.1f}" for name, value in averages.items()) + note)
         return averages | {name: metrics["R@1"] for name, metrics in result["directions"].items()}
 
     def _decoded(self, records: Sequence[Record]) -> Iterator[Features | ClipError]:
-        """Yields the features of clips of the manifest; one without sound is set aside, as in a prepared folder."""
+        """Yields the features of clips of the manifest; one without sound is skipped, as in a prepared folder."""
         found = load_features(records, self._preset, "tva", workers=self._workers, timeout_s=self._timeout)
         for record, features in zip(records, found, strict=True):
             if isinstance(features, Features) and any("silence is used" in line for line in features.warnings):

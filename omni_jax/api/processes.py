@@ -22,7 +22,7 @@ from omni_jax.types import InputError
 T = TypeVar("T")
 
 LOCAL = ("data.train", "data.media_root", "data.workers", "data.timeout", "model.base", "evaluation.manifest", "evaluation.media_root")
-"""Config fields that may differ between hosts, but for being empty or not: digests tell whether the same things lie there."""
+"""Config fields that may differ between hosts, but for being empty or not: digests show whether the contents are the same."""
 
 MARK = ".seen-by-"
 PATIENCE_S = 10.0  # a network file system shows a new file to other hosts after a while

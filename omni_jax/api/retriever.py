@@ -168,15 +168,15 @@ class OmniRetriever:
         if outcome.problems:
             lines = "; ".join(f"item {record.id}: {reason}" for record, reason in outcome.problems[:5])
             raise InputError(f"encode: {len(outcome.problems)} of {count} items cannot be embedded: {lines}")
-        told = []
+        notes = []
         if outcome.warnings:
             item, line = outcome.warnings[0]
-            mended = len({item for item, _ in outcome.warnings})
-            told.append(f"{mended} of {count} items were mended, the first: item {item}: {line}")
+            repaired = len({item for item, _ in outcome.warnings})
+            notes.append(f"{repaired} of {count} items were repaired, the first: item {item}: {line}")
         if outcome.truncated:
-            told.append(f"{outcome.truncated} of {count} captions were cut to max_text_tokens={self.preset.max_text_tokens}")
-        if told:
-            warnings.warn(f"encode: {'; '.join(told)}", stacklevel=2)
+            notes.append(f"{outcome.truncated} of {count} captions were cut to max_text_tokens={self.preset.max_text_tokens}")
+        if notes:
+            warnings.warn(f"encode: {'; '.join(notes)}", stacklevel=2)
         return outcome.table.tables[table]
 
     def embed(

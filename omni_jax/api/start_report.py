@@ -26,10 +26,10 @@ def data_notes(run: RunConfig, source: ClipSource, planner: Planner, total: int)
         if section.media_root and Path(path).is_dir():
             yield f"{name}.media_root={section.media_root} is not used: {path} is a prepared folder, which holds its media"
     if total <= per_epoch and total * size < clips:
-        yield f"{total} updates of {size} clips take {total * size} of the {clips} clips; {clips - total * size} are never trained on"
+        yield f"{total} steps of {size} clips take {total * size} of the {clips} clips; {clips - total * size} are never trained on"
     elif per_epoch * size < clips:
         left = clips - per_epoch * size
-        yield f"an epoch of {per_epoch} updates of {size} clips leaves {left} of the {clips} clips out, other ones in each"
+        yield f"an epoch of {per_epoch} steps of {size} clips leaves {left} of the {clips} clips out, other ones in each"
     silent = sum(source.record(number).silent for number in range(clips))
     if silent:
         why = "no audio field" if isinstance(source, MediaSource) else "no sound"

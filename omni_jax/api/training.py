@@ -38,10 +38,10 @@ from omni_jax.tokens.tokenizer import Tokenizer, tokenizer_digest
 from omni_jax.train import RunConfig, TrainState, TrainStep, kinds_of_update, pack_update, report
 from omni_jax.train.checkpoint import Checkpoints, one_line
 from omni_jax.train.lock import run_lock
-from omni_jax.train.loop import Row, Surroundings, train
+from omni_jax.train.loop import LoopCallbacks, Row, train
 from omni_jax.train.lora import fresh_lora
 from omni_jax.train.metrics import MetricsWriter, collapsed_in_row, evaluated
-from omni_jax.train.quarantine import Quarantine
+from omni_jax.train.skipped_records import SkippedRecords
 from omni_jax.train.workdir import (
     BASE,
     CHECKPOINTS,
@@ -57,17 +57,17 @@ from omni_jax.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Watcher:
-    """Who watches a run.
+class TrainCallbacks:
+    """What a run reports to its caller, and asks of it.
 
     Attributes:
-      tell: a line to read.
-      begin: called with (updates made before, updates in all, clips of an update) when the loop begins.
-      update: called with (updates made, metrics).
-      stopping: whether to save and leave.
+      log: called with each message for the user, one line.
+      begin: called with (first step, total steps, clips per step) when the loop begins.
+      update: called with (step, metrics) after every step.
+      stopping: whether to save a checkpoint and return.
     """
 
-    tell: Callable[[str], None]
+    log: Callable[[str], None]
     begin: Callable[[int, int, int], None]
     update: Callable[[int, Row], None]
     stopping: Callable[[], bool]
@@ -87,8 +87,8 @@ class Outcome:
     finished: bool
 
 
-def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> Outcome:
-    """Trains until the end or until the watcher wants to stop, and returns where the run stands; the workdir then holds a checkpoint of it.
+def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallbacks) -> Outcome:
+    """Trains to the last step, or until `callbacks.stopping()`, saves a checkpoint and returns where the run stands.
 
     A run that was stopped in this workdir continues. Every process of a run calls it with the same arguments.
 
@@ -107,14 +107,14 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
         first(lambda: check_free(folder))
         first(lambda: held.enter_context(run_lock(folder)))
         check_shared(folder)
-        quarantine = together(lambda: Quarantine(folder, jax.process_index()))
-        listed = f"listed in {quarantine.path}; the first"
+        skipped = together(lambda: SkippedRecords(folder, jax.process_index()))
+        listed = f"listed in {skipped.path}; the first"
 
         def keep(problems: Sequence[Problem]) -> None:
-            first(lambda: [quarantine.add(problem.row()) for problem in problems])
+            first(lambda: [skipped.add(problem.row()) for problem in problems])
 
         if problems:
-            watcher.tell(f"{run.data.train}: {len(problems)} records cannot be trained on, {listed}: {problems[0].reason}")
+            callbacks.log(f"{run.data.train}: {len(problems)} records cannot be trained on, {listed}: {problems[0].reason}")
         # At once, for a start that fails; in the workdir of a run not before it is known to be this one.
         keep(problems if read_config(folder) is None else ())
         base = _base(run, folder, source.captions)
@@ -122,11 +122,11 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
         data = together(lambda: _pipeline(run, source, tokenizer, model))
         total = run.total_steps(data.planner.updates_per_epoch)
         step = TrainStep(model, run.step_config(total), dtype=run.model.dtype, mesh=mesh)
-        watcher.tell(report(step.groups))
+        callbacks.log(report(step.groups))
         for note in data_notes(run, source, data.planner, total):
-            watcher.tell(note)
+            callbacks.log(note)
         if manifest.fresh:
-            watcher.tell(f"freshly initialised in {base}: {', '.join(manifest.fresh)}")
+            callbacks.log(f"freshly initialised in {base}: {', '.join(manifest.fresh)}")
         digests = {**base_digests(manifest), "clips": clips_digest(source), **together(lambda: _later_digests(base, preset, source))}
         stored = BASE if not run.model.base else str(base)
         config = WorkdirConfig(run.to_json(), model, stored, digests, total)
@@ -136,8 +136,8 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
         checkpoints = together(lambda: Checkpoints(folder / CHECKPOINTS, run.checkpoint.keep))
         held.callback(checkpoints.close)
         check_equal("where the run stands", {"the newest checkpoint": checkpoints.newest()})
-        state, frozen = step.init(_params(base, model, run, mesh, watcher.tell))
-        state = _resumed(checkpoints, state, watcher)
+        state, frozen = step.init(_params(base, model, run, mesh, callbacks.log))
+        state = _resumed(checkpoints, state, callbacks)
         start = int(state.step)
         writer = None
         if jax.process_index() == 0:
@@ -151,36 +151,38 @@ def run_training(run: RunConfig, workdir: epath.PathLike, watcher: Watcher) -> O
 
         evaluator = None
         if run.evaluation.manifest:
-            evaluator = together(lambda: Evaluator(run, folder, tokenizer, model, frozen, mesh, watcher.tell, watcher.stopping))
+            evaluator = together(lambda: Evaluator(run, folder, tokenizer, model, frozen, mesh, callbacks.log, callbacks.stopping))
             found = evaluator.problems
             keep(found)
             if found:
-                watcher.tell(f"{run.evaluation.manifest}: {len(found)} records cannot be evaluated, {listed}: {found[0].reason}")
+                callbacks.log(f"{run.evaluation.manifest}: {len(found)} records cannot be evaluated, {listed}: {found[0].reason}")
             if both := trained_too(source, evaluator.records):
-                told = f"{len(both)} of {len(evaluator.records)} held-out clips are trained on as well, the first: {both[0]!r}"
-                watcher.tell(f"{run.evaluation.manifest}: {told}; its figures say little of clips that the run never saw")
+                note = f"{len(both)} of {len(evaluator.records)} held-out clips are trained on as well, the first: {both[0]!r}"
+                callbacks.log(f"{run.evaluation.manifest}: {note}; its figures do not measure generalisation")
 
         def replaced(number: int, name: str, reason: str) -> None:
-            if quarantine.add({"id": name, "update": number, "reason": reason}):
-                watcher.tell(f"update {number}: record {name!r} was replaced by another: {reason} ({quarantine.path.name} lists it)")
+            if skipped.add({"id": name, "update": number, "reason": reason}):
+                callbacks.log(f"step {number}: record {name!r} was replaced by another: {reason} (listed in {skipped.path.name})")
 
-        watcher.begin(start, total, run.batch.clips)
-        around = Surroundings(
+        callbacks.begin(start, total, run.batch.clips)
+        loop_callbacks = LoopCallbacks(
             row=row,
-            tell=watcher.tell,
-            update=watcher.update,
+            log=callbacks.log,
+            update=callbacks.update,
             replaced=replaced,
-            stopping=watcher.stopping,
+            stopping=callbacks.stopping,
             evaluate=evaluator,
             evaluated=lambda number: writer is not None and evaluated(folder, number),  # process 0 says it for all
             collapsed=lambda number: collapsed_in_row(folder, number),
         )
         try:
-            state, done = train(step, state, frozen, mesh=mesh, run=run, total=total, data=data, checkpoints=checkpoints, around=around)
+            state, done = train(
+                step, state, frozen, mesh=mesh, run=run, total=total, data=data, checkpoints=checkpoints, callbacks=loop_callbacks
+            )
         except jax.errors.JaxRuntimeError as e:
             if jax.process_count() == 1:
                 raise
-            raise InputError(f"another process was lost ({one_line(e)}); {checkpoints.kept()}: start all processes again to go on") from e
+            raise InputError(f"another process was lost ({one_line(e)}); {checkpoints.kept()}; start all processes again to resume") from e
         return Outcome(int(state.step), total, done)
 
 
@@ -245,23 +247,23 @@ def _with_lora(model: ModelConfig, run: RunConfig) -> ModelConfig:
     if model.lora is not None:
         raise InputError(
             f"{run.model.base or 'the base of this workdir'}: has an adapter of rank {model.lora.rank} already, and model.lora asks for "
-            f"another; set model.lora to None to go on with it, or "
+            f"another; set model.lora to None to continue training it, or "
             + ("convert the base with --merge-adapter" if run.model.base else "choose another --workdir")
         )
     return dataclasses.replace(model, lora=wanted)
 
 
 def _params(
-    base: epath.Path, model: ModelConfig, run: RunConfig, mesh: Mesh | None, tell: Callable[[str], None]
+    base: epath.Path, model: ModelConfig, run: RunConfig, mesh: Mesh | None, log: Callable[[str], None]
 ) -> dict[tuple[str, ...], jax.Array]:
     """Returns every parameter on the devices; LoRA matrices that the base does not have are drawn."""
     shardings: Mapping[Any, Any] = param_shardings(model, mesh) if mesh is not None else {}
 
-    def told(read: int, whole: int) -> None:
+    def report_bytes(read: int, whole: int) -> None:
         if jax.process_count() > 1:
-            tell(f"weights: this process reads {read / 2**20:.2f} of {whole / 2**20:.2f} MiB")
+            log(f"weights: this process reads {read / 2**20:.2f} of {whole / 2**20:.2f} MiB")
 
-    found, params = conversion.load(base, shardings=shardings, told=told)
+    found, params = conversion.load(base, shardings=shardings, report_bytes=report_bytes)
     if model.lora is not None and found.lora is None:
         params |= fresh_lora(model, run.seed, shardings)
     return params
@@ -284,13 +286,13 @@ def _pipeline(run: RunConfig, source: ClipSource, tokenizer: Tokenizer, model: M
     )
 
 
-def _resumed(checkpoints: Checkpoints, state: TrainState, watcher: Watcher) -> TrainState:
+def _resumed(checkpoints: Checkpoints, state: TrainState, callbacks: TrainCallbacks) -> TrainState:
     restored = checkpoints.restore(state)
     for note in checkpoints.notes:
-        watcher.tell(note)
+        callbacks.log(note)
     if restored is None:
         return state
-    watcher.tell(f"going on after update {int(restored.step)}")
+    callbacks.log(f"resuming from step {int(restored.step)}")
     # What a checkpoint gives and what an update gives lie alike: nothing is compiled twice.
     return jax.tree.map(lambda new, old: jax.device_put(jnp.asarray(new), old.sharding), restored, state)
 
@@ -310,7 +312,7 @@ def _later_digests(base: epath.Path, preset: Preset, source: ClipSource) -> dict
 def clips_digest(source: ClipSource) -> str:
     """Returns a digest of all that is known of the clips before one is read: the same in every process and at every start.
 
-    What only decoding tells of streamed media is not in it, and paths are not: files may move.
+    Paths are not in it, since files may move; nor is what only decoding streamed media shows.
     """
     digest = hashlib.blake2b(digest_size=16)
     for number in range(len(source)):

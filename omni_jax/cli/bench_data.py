@@ -97,8 +97,8 @@ def _write_manifests(out: Path, folder: str, media: tuple[str, ...], found: Anno
         path.unlink(missing_ok=True)
         if rows:
             write_jsonl_atomic(path, rows)
-    told = f", {len(captions)} captions in {beside['captions']}" if captions else ""
-    print(f"{out}: {len(clips)} of {len(found.items)} clips{told}")
+    rest = f", {len(captions)} captions in {beside['captions']}" if captions else ""
+    print(f"{out}: {len(clips)} of {len(found.items)} clips{rest}")
     if missing:
         print(f"not in it: {len(missing)}, listed in {beside['missing']}", file=sys.stderr)
 
@@ -113,8 +113,8 @@ def _write_fetch_list(path: str, coverage: Coverage) -> None:
     with replacing(path) as file:
         file.write("".join("\t".join(row) + "\n" for row in (("id", "url", "start", "end"), *rows)).encode())
     without = len(coverage.missing) - len(rows)
-    told = f"; of {without} more the annotations do not say where they are to be had" if without else ""
-    print(f"{path}: {len(rows)} clips of {len({row[1] for row in rows})} sources to fetch{told}")
+    rest = f"; of {without} more the annotations do not say where they are to be had" if without else ""
+    print(f"{path}: {len(rows)} clips of {len({row[1] for row in rows})} sources to fetch{rest}")
 
 
 def _audit(name: str, annotations: str, found: Annotations, coverage: Coverage) -> str:

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_torch.add_argument(
         "--model", required=True, metavar="DIR", help="folder written by 'omni-jax convert to-jax', or workdir of 'omni-jax train'"
     )
-    to_torch.add_argument("--step", type=int, metavar="N", help="of a workdir, the checkpoint after N updates (default: the newest)")
+    to_torch.add_argument("--step", type=int, metavar="N", help="of a workdir, the checkpoint at step N (default: the newest)")
     to_torch.add_argument("--base-out", metavar="DIR", help="new folder for the base checkpoint, split and typed as the source was")
     to_torch.add_argument(
         "--format",
@@ -104,7 +104,7 @@ def _convert(args: argparse.Namespace) -> int:
         else:
             made, step = _to_torch(args, progress)
             what = " and ".join(out for out in (args.base_out, args.adapter_out) if out)
-            what += f" (after {step} updates)" if step is not None else ""
+            what += f" (step {step})" if step is not None else ""
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     if made.left_out:
@@ -123,7 +123,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _to_torch(args: argparse.Namespace, progress: Callable[[int, int], None]) -> tuple[Summary, int | None]:
-    """Writes a converted folder or what a run trained; returns the counts and, of a run, its updates."""
+    """Writes a converted folder or what a run trained; returns the counts and, of a run, its step."""
     import conversion
     from omni_jax.api.weights import open_model
 

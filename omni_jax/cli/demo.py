@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
             status = INTERRUPTED
     if status in (INTERRUPTED, STOPPED_AND_SAVED):
         kept = ", ".join(sorted(str(path) for path in args.out.iterdir() if not path.name.startswith("."))) or "nothing yet"
-        print(f"the demo was stopped; what is finished stays ({kept}): run it again to go on", file=sys.stderr)
+        print(f"the demo was stopped; what is finished stays ({kept}): run it again to resume", file=sys.stderr)
     return status
 
 

@@ -107,7 +107,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=whole, metavar="N", help="decoding processes (default: one less than the cores)")
     parser.add_argument(
-        "--timeout", type=positive(float), metavar="SECONDS", help=f"a clip that takes longer is set aside (default: {TIMEOUT_S:g})"
+        "--timeout", type=positive(float), metavar="SECONDS", help=f"a clip that takes longer is skipped (default: {TIMEOUT_S:g})"
     )
 
 
@@ -119,7 +119,7 @@ def check_timeout(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Embeds and returns the exit status: 0, 1 when records were set aside, 75 when SIGTERM and 130 when Ctrl-C stopped it; what was
+    """Embeds and returns the exit status: 0, 1 when records were skipped, 75 when SIGTERM and 130 when Ctrl-C stopped it; what was
     finished is kept then.
 
     Raises:
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     except (Terminated, KeyboardInterrupt) as e:
         kept = f"{len(journal.finished())} of {len(manifest.records)} records"
         by, status = ("SIGTERM", STOPPED_AND_SAVED) if isinstance(e, Terminated) else ("Ctrl-C", INTERRUPTED)
-        print(f"\nstopped by {by}; {kept} are kept: run it again to go on", file=sys.stderr)
+        print(f"\nstopped by {by}; {kept} are kept: run it again to resume", file=sys.stderr)
         return status
     outcome = one_row_a_prompt(manifest.records, assemble(manifest.records, journal.parts))
     bad = report(out, manifest, outcome)
@@ -217,7 +217,7 @@ def embed(
 
 
 def report(out: epath.Path | None, manifest: Manifest, outcome: Outcome) -> int:
-    """Says what was set aside or mended and returns the number of records set aside.
+    """Prints the skipped and the repaired records and returns the number of skipped ones.
 
     With `out` the lists go to OUT.errors.jsonl and OUT.warnings.jsonl, and those of an earlier run are removed.
     """
@@ -226,7 +226,7 @@ def report(out: epath.Path | None, manifest: Manifest, outcome: Outcome) -> int:
     failed = [Problem(r.id, r.line, _at_fault(r, reason), reason) for r, reason in outcome.problems]
     errors = [p.row() for p in sorted([*manifest.problems, *failed], key=lambda p: p.line)]
     warnings = [{"id": name, "reason": line} for name, line in outcome.warnings]
-    for kind, rows, what in (("errors", errors, "records set aside"), ("warnings", warnings, "records mended")):
+    for kind, rows, what in (("errors", errors, "skipped records"), ("warnings", warnings, "repaired records")):
         listed = ""
         if out is not None:
             path = _beside(out, kind)
@@ -247,7 +247,7 @@ def _at_fault(record: Record, reason: str) -> str:
 
 
 def _settings(made_with: Mapping[str, Any] | None, tables: tuple[str, ...], manifest: Manifest) -> dict[str, Any]:
-    """Returns all that the embeddings depend on: an unfinished run goes on only under the same."""
+    """Returns all that the embeddings depend on: an unfinished run resumes only under the same."""
     from omni_jax.api.made_with import media_digest
 
     return {

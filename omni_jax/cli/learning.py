@@ -156,10 +156,10 @@ def _announced(out: Path, scale: Scale) -> str:
     clips, run, seconds = plan_clips(scale.clips), _settings(scale), sum(SECONDS.values())
     held = sum(clip.held_out for clip in clips)
     return (
-        f"Next, a small model learns: {len(clips) - held} mp4 files are made and prepared, {run.steps} updates of {run.batch.clips} clips "
+        f"Next, a small model learns: {len(clips) - held} mp4 files are made and prepared, {run.steps} steps of {run.batch.clips} clips "
         f"train it with all three losses,\nthe 12 directions of {held} clips that it never saw are scored, and PyTorch files are written. "
         f"That takes about {duration(seconds)} on two free cores,\n{duration(SECONDS[TRAIN])} of it training; twice that on slower ones. "
-        f"Ctrl-C leaves what is finished in {out}, and the same command goes on."
+        f"Ctrl-C leaves what is finished in {out}, and the same command resumes."
     )
 
 
@@ -262,7 +262,7 @@ def _command(arguments: list[str]) -> None:
     if status in (INTERRUPTED, STOPPED_AND_SAVED):
         raise Stopped(status)
     if status:
-        raise InputError(f"the demo stopped: omni-jax {arguments[0]} ended with status {status}; run the demo again to go on")
+        raise InputError(f"the demo stopped: omni-jax {arguments[0]} ended with status {status}; run the demo again to resume")
 
 
 # ----------------------------------------------------------------------------------------------------------------- settings and results

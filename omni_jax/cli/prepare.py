@@ -25,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--media-root", metavar="DIR", help="folder that media paths start from (default: the manifest's)")
     parser.add_argument("--workers", type=whole, metavar="N", help="decoding processes (default: one less than the cores)")
     parser.add_argument(
-        "--timeout", type=positive(float), default=120.0, metavar="SECONDS", help="a clip that takes longer is set aside (default: 120)"
+        "--timeout", type=positive(float), default=120.0, metavar="SECONDS", help="a clip that takes longer is skipped (default: 120)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepares and returns the exit status: 0, 1 when records were set aside, 75 when SIGTERM stopped it after saving.
+    """Prepares and returns the exit status: 0, 1 when records were skipped, 75 when SIGTERM stopped it after saving.
 
     Raises:
       InputError, ConfigError: for anything in the arguments that cannot be used.
@@ -65,14 +65,14 @@ def run(args: argparse.Namespace) -> int:
             for count in work.run(workers, args.timeout):
                 progress.update(count)
     except Terminated:
-        print(f"stopped by SIGTERM; finished shards in {args.out} are kept: run it again to go on", file=sys.stderr)
+        print(f"stopped by SIGTERM; finished shards in {args.out} are kept: run it again to resume", file=sys.stderr)
         return STOPPED_AND_SAVED
     summary = work.finish()
     if summary.errors:
         listed = args.out / ERRORS
-        print(f"records set aside: {len(summary.errors)}, listed in {listed}; the first: {summary.errors[0].reason}", file=sys.stderr)
+        print(f"skipped records: {len(summary.errors)}, listed in {listed}; the first: {summary.errors[0].reason}", file=sys.stderr)
     if summary.warnings:
-        print(f"records mended: {len(summary.warnings)}; the first: {summary.warnings[0]}", file=sys.stderr)
+        print(f"repaired records: {len(summary.warnings)}; the first: {summary.warnings[0]}", file=sys.stderr)
     if not summary.clips:
         raise InputError(f"{args.manifest}: no record could be prepared; {args.out / ERRORS} says why")
     silent = f", {summary.silent} of them with silence for a missing audio track" if summary.silent else ""

@@ -21,7 +21,7 @@ VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 
 
 def records_of(manifests: Sequence[str], media: str | None) -> dict[str, Record]:
-    """Returns records by id: those of the manifests, or those that the names of the files in folder `media` tell (clip7.mp4 is clip7).
+    """Returns records by id: those of the manifests, or those named by the files in folder `media` (clip7.mp4 is clip7).
 
     Raises:
       InputError: for a manifest that cannot be read, or a folder that is not there.

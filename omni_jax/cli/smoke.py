@@ -1,4 +1,4 @@
-"""`omni-jax smoke`: the devices, the mesh, one update of a small config and one checkpoint, before hours are spent on them."""
+"""`omni-jax smoke`: the devices, the mesh, one step of a small config and one checkpoint, before hours are spent on them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from omni_jax.types import InputError
 if TYPE_CHECKING:
     from omni_jax.data.synthetic import SyntheticConfig
 
-HELP = "try the devices, the processes and the storage with one update of a small model"
+HELP = "try the devices, the processes and the storage with one step of a small model"
 EXAMPLE = "omni-jax smoke --workdir gs://bucket/runs/omni7b --coordinator auto"
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"
 FOLDER = "smoke"  # in the workdir; removed again
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Makes one update and one checkpoint in a folder of the workdir, says what was seen, removes the folder, and returns 0.
+    """Makes one step and one checkpoint in a folder of the workdir, says what was seen, removes the folder, and returns 0.
 
     Raises:
       InputError, ConfigError: when something is not as a run needs it: processes that do not meet, devices that make no mesh, a workdir
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     import jax
 
-    from omni_jax.api.training import Watcher, run_training
+    from omni_jax.api.training import TrainCallbacks, run_training
     from omni_jax.data.synthetic import write_set
     from omni_jax.parallel import any_process, barrier, first_does
     from omni_jax.train.checkpoint import steps_of
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     workdir = args.workdir / FOLDER
     losses: list[float] = []
 
-    def tell(line: str) -> None:
+    def log(line: str) -> None:
         if here == 0:
             print(line, file=sys.stderr)
 
@@ -86,18 +86,18 @@ def run(args: argparse.Namespace) -> int:
         workdir.rmtree(missing_ok=True)
 
     _together(first_does(remove))
-    run_training(config, workdir, Watcher(tell, lambda *_: None, lambda _, row: losses.append(row["loss"]), lambda: False))
+    run_training(config, workdir, TrainCallbacks(log, lambda *_: None, lambda _, row: losses.append(row["loss"]), lambda: False))
     blind = steps_of(workdir / CHECKPOINTS) != [1]
     if any_process(blind):
         who = f"process {here} on {socket.gethostname()} does not see" if blind else "another process does not see"
         raise InputError(f"{args.workdir}: {who} the checkpoint that was written there; name a folder on storage that every host shares")
     if any_process(not all(map(math.isfinite, losses))):
-        raise InputError(f"the update gave a loss of {losses}: the devices do not compute as they should")
+        raise InputError(f"the step gave a loss of {losses}: the devices do not compute as they should")
     barrier("smoke")
     _together(first_does(remove))
     if here == 0:
         mesh = " x ".join(f"{name}={size}" for name, size in config.mesh.__dict__.items())
-        print(f"smoke: passed: {processes} processes, {devices} devices, mesh {mesh}; one update, loss {losses[0]:.3f}; ", end="")
+        print(f"smoke: passed: {processes} processes, {devices} devices, mesh {mesh}; one step, loss {losses[0]:.3f}; ", end="")
         print(f"a checkpoint that every process sees in {args.workdir}; {time.monotonic() - began:.0f} s")
     return DONE
 

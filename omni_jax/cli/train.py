@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from omni_jax.cli.progress import Progress
     from omni_jax.cli.stopping import Signals
 
-HELP = "train from a config, or go on with a run that was stopped"
+HELP = "train from a config, or resume a run"
 EXAMPLE = "omni-jax train --config configs/omniretriever_7b.py --config.data.train=shards --workdir runs/omni7b"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
-    parser.add_argument("--workdir", type=epath.Path, required=True, metavar="DIR", help="checkpoints and metrics; an earlier run goes on")
+    parser.add_argument("--workdir", type=epath.Path, required=True, metavar="DIR", help="output directory; a run that it holds is resumed")
     add_process_arguments(parser)
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what tells a process of a run about the others."""
+    """Adds the options by which the processes of a run find each other."""
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="process 0 of several, 'auto' on a pod (default: $OMNI_JAX_COORDINATOR)")
     parser.add_argument("--processes", type=int, metavar="N", help="how many there are (default: $OMNI_JAX_PROCESSES)")
     parser.add_argument("--process", type=int, metavar="I", help="number of this one, from 0 (default: $OMNI_JAX_PROCESS)")
@@ -69,27 +69,27 @@ def _train(args: argparse.Namespace, signals: Signals, display: _Display) -> int
 
     import jax
 
-    from omni_jax.api.training import Watcher, run_training
+    from omni_jax.api.training import TrainCallbacks, run_training
 
     first = jax.process_index() == 0
 
-    def tell(line: str) -> None:
+    def log(line: str) -> None:
         if first:
             display.note(line)
 
     def begin(done: int, total: int, clips: int) -> None:
         if first:
-            display.start(Progress(total, "train", unit="updates", done=done))
+            display.start(Progress(total, "train", unit="steps", done=done))
 
-    outcome = run_training(config, args.workdir, Watcher(tell, begin, display.update, lambda: bool(signals.seen)))
+    outcome = run_training(config, args.workdir, TrainCallbacks(log, begin, display.update, lambda: bool(signals.seen)))
     if not outcome.finished:
-        where = f"{outcome.step} of {outcome.total} updates are saved in {args.workdir}: run it again to go on"
+        where = f"{outcome.step} of {outcome.total} steps are saved in {args.workdir}: run it again to resume"
         if outcome.step == outcome.total:
-            where = f"all {outcome.total} updates are saved in {args.workdir}, the last evaluation is missing: run it again to make it"
+            where = f"all {outcome.total} steps are saved in {args.workdir}, the last evaluation is missing: run it again for it"
         print(f"stopped by {signals.name}; {where}", file=sys.stderr)
         return INTERRUPTED if signals.interrupted else STOPPED_AND_SAVED
     if first:
-        print(f"{args.workdir}: {outcome.step} updates; use it as --model, or write PyTorch files with omni-jax convert to-torch")
+        print(f"{args.workdir}: {outcome.step} steps; use it as --model, or write PyTorch files with omni-jax convert to-torch")
     return DONE
 
 

@@ -208,11 +208,11 @@ def _array(data: bytes) -> Iterator[tuple[int, str, dict[str, Any] | BadEntry]]:
             if text[place : place + 1] not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
         except (ValueError, RecursionError) as error:
-            told = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             yield (
                 line,
                 where,
-                BadEntry(f"malformed JSON ({told}); nothing from here on can be read: correct it, or write one record a line"),
+                BadEntry(f"malformed JSON ({reason}); nothing from here on can be read: correct it, or write one record a line"),
             )
             return
         wrong = faults[0] if faults else f"{kind(value)} where a record belongs" if not isinstance(value, dict) else ""

@@ -65,7 +65,7 @@ class PipelineBatch:
       ids: M of b record ids.
       errors: (id, reason) of each clip that could not be used and was replaced by another.
       silent: clips whose sound is silence because they have no audio track.
-      mended: clips of which something else was mended while they were decoded.
+      repaired: clips of which something else was repaired while decoding.
       truncated: captions cut to the preset's length.
       equal_hard: hard negatives that equal their anchor: the clip they take sound or picture from has the same (one file, or no sound).
       used_tokens, total_tokens: tower and decoder tokens that are not padding, and all.
@@ -76,7 +76,7 @@ class PipelineBatch:
     ids: tuple[tuple[str, ...], ...]
     errors: tuple[tuple[str, str], ...]
     silent: int
-    mended: int
+    repaired: int
     truncated: int
     equal_hard: int
     used_tokens: int
@@ -204,7 +204,7 @@ class TrainPipeline:
         plan = self.planner.plan(update)
         parts, ids, errors = [], [], []
         stood_in: set[int] = set()
-        silent = mended = truncated = equal = used = total = 0
+        silent = repaired = truncated = equal = used = total = 0
         for micro, kind in enumerate(plan.kinds):
             loaded = [self._load(plan, micro, place, errors, stood_in) for place in range(*self._slice.indices(plan.clips.shape[1]))]
             shuffle = plan.shuffles[micro][self._local_blocks]
@@ -217,7 +217,7 @@ class TrainPipeline:
             equal += sum(self._equal(kind, loaded, without, n, int(taken[n])) for n in range(len(loaded)))
             for got, example, quiet in zip(loaded, examples, without, strict=True):
                 silent += quiet
-                mended += bool(got.features.warnings) and not quiet
+                repaired += bool(got.features.warnings) and not quiet
                 truncated += any(p.truncated for p in example.prompts.values())
                 one, whole = _tokens(example, kind, plan.shapes[micro], self._config)
                 used, total = used + one, total + whole
@@ -227,7 +227,7 @@ class TrainPipeline:
             "ids": tuple(ids),
             "errors": tuple(errors),
             "silent": silent,
-            "mended": mended,
+            "repaired": repaired,
             "truncated": truncated,
             "equal_hard": equal,
             "used_tokens": used,

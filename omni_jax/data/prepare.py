@@ -74,7 +74,7 @@ class Preparation:
     def __init__(
         self, out: Path, records: Sequence[Record], problems: Sequence[Problem], preset: Preset, shards: int | None = None
     ) -> None:
-        """Begins, or goes on where an earlier preparation of the same records stopped.
+        """Begins, or resumes an earlier preparation of the same records.
 
         Args:
           shards: files to write; default one for every 256 clips.

@@ -4,7 +4,7 @@ A folder that `omni-jax prepare` wrote holds
   clips-train.array_record-00000-of-00004  one tf.train.Example a clip, no pickle: see `example_features`
   index.json                               what is known of each clip without reading it, the preset, the number of clips in each shard
   dataset_info.json, features.json         the same for `tfds.builder_from_directory(DIR).as_data_source("train")`
-  parts/, preparation.json                 the state from which an interrupted preparation goes on
+  parts/, preparation.json                 the state from which an interrupted preparation resumes
 
 Frames are kept at training size as uint8 and the waveform as float32: their features are, bit for bit, those of the media file.
 

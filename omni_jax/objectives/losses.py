@@ -39,7 +39,7 @@ def distillation_loss(
 
     Args:
       teacher: (B, D), z_TVA.
-      students: the single-modal embeddings in play (SPEC: two under the cycle, three under all pairs).
+      students: the active single-modal embeddings (SPEC: two under the cycle, three under all pairs).
     """
     fixed = jax.lax.stop_gradient(teacher)
     rows = students.values() if isinstance(students, Mapping) else students

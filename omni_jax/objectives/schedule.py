@@ -1,4 +1,4 @@
-"""What a step plays: the pairs of L_A (with the students of L_D) and the kind of hard negative of L_T. Both cycles have period 3."""
+"""The per-step schedule: the pairs of L_A (with the students of L_D) and the hard negative of L_T. Both cycles have period 3."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pairs_in_play(step: int, pairs: str = "cycle") -> tuple[tuple[str, str], ...
 
 
 def students_in_play(step: int, pairs: str = "cycle") -> tuple[str, ...]:
-    """Returns the modalities that L_D teaches at `step`: those of the pairs in play, text before audio before video."""
+    """Returns the modalities that L_D teaches at `step`: those of the active pairs, text before audio before video."""
     playing = {name for pair in pairs_in_play(step, pairs) for name in pair}
     return tuple(name for name in HARD_NEGATIVES if name in playing)
 

@@ -128,7 +128,7 @@ def first_does(work: Callable[[], Any]) -> Exception | None:
         except Exception as e:
             error = e
     if any_process(error is not None) and error is None:
-        error = RuntimeError("process 0 could not go on; its own message says why")
+        error = RuntimeError("process 0 failed; see its own message")
     return error
 
 
@@ -145,7 +145,7 @@ def all_do(work: Callable[[], T]) -> T:
     except Exception as e:
         error = e
     if any_process(error is not None):
-        raise error or RuntimeError("another process could not go on; its own message says why")
+        raise error or RuntimeError("another process failed; see its own message")
     return cast(T, result)
 
 

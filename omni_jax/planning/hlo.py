@@ -86,7 +86,7 @@ def collectives(text: str, devices_per_slice: int = 0) -> list[Collective]:
     """Returns the collectives of an optimised HLO module with those alike added up, the most bytes first; of groups of one device none.
 
     Args:
-      devices_per_slice: tells which cross slices; 0 where there is one.
+      devices_per_slice: decides which cross slices; 0 where there is one.
     """
     computations, entry = parse(text)
     found: dict[tuple, list[Collective]] = {}

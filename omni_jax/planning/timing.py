@@ -92,7 +92,7 @@ def read_timing(text: str, chip: Chip, devices_per_slice: int = 0, causal: bool 
     """Returns the time of an optimised HLO module, None where it carries no estimates.
 
     Args:
-      devices_per_slice: tells which collectives cross slices; 0 where there is one.
+      devices_per_slice: decides which collectives cross slices; 0 where there is one.
       causal: whether attention kernels skip the blocks above the diagonal.
 
     Raises:

@@ -178,7 +178,7 @@ def _written_origin(table: EmbeddingTable) -> str:
 
 
 def _origin(written: np.ndarray | str, path: PathLike) -> dict[str, Any]:
-    """The fields of an `EmbeddingTable` that a file's own record gives; where there is none, its name may tell that it is a part."""
+    """The fields of an `EmbeddingTable` that a file's own record gives; without one, its name may show that it is a part."""
     text = str(written)
     if isinstance(written, str) and not text.startswith("{"):  # an archive's comment may be anybody's
         found = _PART.search(PurePath(path).stem)

@@ -25,7 +25,7 @@ class Part:
       ids: embedded records, in the order they came.
       rows: table name -> (N, D) float32, or fewer rows where `own` says whose they are.
       own: table name -> ids of the records that have it, for a table that some record lacks what it needs for.
-      problems: (record id, reason) of records set aside.
+      problems: (record id, reason) of skipped records.
       warnings: (record id, line): what was replaced or left out so that the record could be used.
       used_tokens, total_tokens: tokens encoded without and with padding.
       truncated: captions that were cut.
@@ -42,7 +42,7 @@ class Part:
 
     @property
     def records(self) -> int:
-        """Records embedded or set aside."""
+        """Records embedded or skipped."""
         return len(self.ids) + len(self.problems)
 
 
@@ -55,7 +55,7 @@ def embedding_pass(
     group: int,
     normalize: bool = True,
 ) -> Iterator[Part]:
-    """Yields one part for every `group` clips embedded; records set aside in between come with the next part.
+    """Yields one part for every `group` clips embedded; records skipped in between come with the next part.
 
     One group is prepared on the host while the devices work on the one before it. A caller that stops early has every part it was given.
 

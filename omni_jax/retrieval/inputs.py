@@ -3,7 +3,7 @@
 A file is named `PATH`, or `TABLE=PATH` to say which table it is (or which one of a larger file is wanted):
   clips.npz              an embedding file; several are parts of one set
   scores.bin, x.npz      the published scorer's two arrays; `video=x.npz` says that `mllm_embeds` is the video table (default: av)
-  text=a.npy video=b.npy one table each; without a name the file's own tells: `text.npy`, `bench-text.npy`
+  text=a.npy video=b.npy one table each; without a name the file's own is used: `text.npy`, `bench-text.npy`
   ids=ids.txt            record ids for tables that carry none, one a line; an `ids.txt` beside an `.npy` file is found by itself
 """
 
@@ -108,7 +108,7 @@ def owners_of(clips: EmbeddingTable, captions: EmbeddingTable) -> list[str | Non
     its whole id.
 
     Raises:
-      InputError: for a caption whose id and the part before its '#' are both clips, where nothing tells which is meant.
+      InputError: for a caption whose id and the part before its '#' are both clips, where it is ambiguous which is meant.
     """
     here = set(clips.ids)
     owners = []
@@ -241,8 +241,8 @@ def _order(path: str, part: EmbeddingTable, home: str, ids: tuple[str, ...] | No
     have, want = set(own), set(ids)
     lacking, extra = [i for i in ids if i not in have], [i for i in own if i not in want]
     if lacking or extra:
-        told = [f"lacks {len(lacking)} ({', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''})"] if lacking else []
-        told += [f"adds {len(extra)} ({', '.join(extra[:3])}{', ...' if len(extra) > 3 else ''})"] if extra else []
-        raise InputError(f"{path}: its ids are not those of {home}: it {' and '.join(told)}; score files of the same records")
+        differences = [f"lacks {len(lacking)} ({', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''})"] if lacking else []
+        differences += [f"adds {len(extra)} ({', '.join(extra[:3])}{', ...' if len(extra) > 3 else ''})"] if extra else []
+        raise InputError(f"{path}: its ids are not those of {home}: it {' and '.join(differences)}; score files of the same records")
     place = {name: i for i, name in enumerate(own)}
     return np.array([place[name] for name in ids])

@@ -55,7 +55,7 @@ class Journal:
                 file.write(written.encode())
 
     def finished(self) -> frozenset[str]:
-        """Ids of the records that are embedded or set aside."""
+        """Ids of the records that are embedded or skipped."""
         return frozenset(i for part in self.parts for i in (*part.ids, *(name for name, _ in part.problems)))
 
     def add(self, part: Part) -> None:

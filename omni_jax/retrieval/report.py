@@ -80,7 +80,7 @@ class Report:
 
     @property
     def records(self) -> tuple[str, ...]:
-        """Records that the page shows, the most telling first: queries from the outermost in, then what they found."""
+        """Records that the page shows, the most informative first: queries from the outermost in, then what they found."""
         queries = [example.record for example in self.examples]
         number = max((sum(e.direction == d and e.kind == "worst" for e in self.examples) for d in DIRECTIONS), default=1) or 1
         outermost = [queries[i] for start in range(number) for i in range(start, len(queries), number)]

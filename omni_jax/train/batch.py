@@ -84,7 +84,7 @@ class TrainBatch:
       hard: the hard negatives, a row each. None where there is none, or where it shares the anchor's row: then it is the last prompt
         pooled there, with the anchor's media as its prefix.
       shuffle: (n, G, B / G) int32: within each block of consecutive clips, whose features a clip's hard negative takes.
-      kinds: what each micro-batch plays.
+      kinds: the kind of each micro-batch.
     """
 
     clips: TowerInputs

@@ -47,7 +47,7 @@ CURVES = {
     "skipped": ("train/skipped/total", "Updates so far without a finite loss and gradient, which changed nothing."),
     "skipped_in_row": ("train/skipped/in_row", "Skipped updates in a row, up to this one."),
     "silent": ("data/silent", "Clips of the update with silence in place of a missing audio track."),
-    "mended": ("data/mended", "Clips of the update that were repaired so that they could be used."),
+    "repaired": ("data/repaired", "Clips of the step that were repaired while decoding."),
     "truncated": ("data/truncated", "Captions of the update that were cut."),
     "equal_hard": ("data/equal_hard", "Hard negatives of the update that equal their anchor."),
     "replaced": ("data/replaced", "Clips of the update that could not be used and were replaced by others."),

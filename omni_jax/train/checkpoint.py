@@ -55,7 +55,7 @@ class Checkpoints:
         """
         self._folder = epath.Path(folder).absolute()
         self.notes: list[str] = []
-        self._told = False
+        self._reported = False
         _quieten()
         _quieten_failures()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
@@ -145,17 +145,17 @@ class Checkpoints:
         return None
 
     def kept(self) -> str:
-        """Returns which checkpoint a run can go on from, in words."""
+        """Returns which checkpoint a run can resume from, in words."""
         whole = steps_of(self._folder)
         return f"checkpoint {whole[-1]} is whole" if whole else "there is no checkpoint yet"
 
     def close(self) -> None:
         """Waits and frees the threads. Prints a line where something could not be written that neither `save` nor `wait` has reported."""
-        told = self._told
+        reported = self._reported
         try:
             self.wait()
         except InputError as e:
-            if not told:
+            if not reported:
                 print(f"warning: {e}", file=sys.stderr)
         with contextlib.suppress(Exception):
             self._manager.close()
@@ -177,14 +177,14 @@ class Checkpoints:
         barrier(f"damaged {step}")
         if jax.process_index() == 0:
             (self._folder / str(step)).rename(self._folder / f"{step}.damaged")
-        barrier(f"set aside {step}")
+        barrier(f"rename damaged {step}")
         self._manager.reload()
 
     def _failure(self, step: int | None, error: Exception) -> InputError:
-        self._told = True
+        self._reported = True
         what = "a checkpoint" if step is None else f"checkpoint {step}"
-        mend = "see to space and permissions" + (", or what the other processes say," if jax.process_count() > 1 else "")
-        return InputError(f"{self._folder}: {what} could not be written ({one_line(error)}); {self.kept()}; {mend} and run it again")
+        remedy = "check disk space and permissions" + (", and the messages of the other processes," if jax.process_count() > 1 else "")
+        return InputError(f"{self._folder}: {what} could not be written ({one_line(error)}); {self.kept()}; {remedy} and run it again")
 
 
 def steps_of(folder: epath.PathLike) -> list[int]:
@@ -215,7 +215,7 @@ def read_trainable(folder: epath.PathLike, step: int) -> dict[str, np.ndarray]:
 
 
 def _verify(step: epath.Path, item: str, arrays: Mapping[str, Any]) -> None:
-    """Raises ValueError where arrays of a checkpoint are not those that were saved. One of an earlier version has no digests to tell."""
+    """Raises ValueError where arrays of a checkpoint are not those that were saved. One of an earlier version has no digests to compare."""
     file = step / DIGESTS / "metadata"
     if not file.exists():
         return
@@ -286,7 +286,7 @@ def _quieten() -> None:
 
 
 def _quieten_failures() -> None:
-    """Keeps asyncio and TensorStore from telling in thousands of lines of a write that fails what `Checkpoints` tells in one."""
+    """Keeps asyncio and TensorStore from logging thousands of lines about a failed write that `Checkpoints` reports in one."""
     logging.getLogger("asyncio").addFilter(_tells_of_others)
     warnings.filterwarnings("ignore", "coroutine '.*([Ss]erialize|Checkpoint).*' was never awaited", RuntimeWarning)
     if not isinstance(sys.unraisablehook, _Unraisable):

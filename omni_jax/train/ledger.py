@@ -141,7 +141,7 @@ def update_ledger(config: ModelConfig, recipe: StepConfig, micro_batches: Sequen
     """Returns what the compiled programs of one update multiply, padding included.
 
     Args:
-      micro_batches: what each plays, with the layout of its rows, and its sizes.
+      micro_batches: the kind of each, with the layout of its rows, and its sizes.
       clips: clips of a micro-batch, all processes together.
     """
     cached = recipe.losses.negatives == "global" and len(micro_batches) > 1

@@ -28,11 +28,11 @@ Row = dict[str, float]
 DIGEST = "batch_digest"
 """Name in a row: a number of 48 bits that stands for the record ids of the update's global batch, in order. Every update has it."""
 
-COUNTS = ("silent", "mended", "truncated", "equal_hard", "used_tokens", "total_tokens")
+COUNTS = ("silent", "repaired", "truncated", "equal_hard", "used_tokens", "total_tokens")
 """Numbers of an update's data, in rows beside "replaced", the records of `errors`; summed over processes."""
 
 COLLAPSED = "collapsed_in_row"
-"""Name in a row: updates in a row, up to this one, whose embeddings had collapsed. A run that goes on counts on from it."""
+"""Name in a row: updates in a row, up to this one, whose embeddings had collapsed. A resumed run continues the count."""
 
 ALWAYS = (DIGEST, *COUNTS, "replaced", COLLAPSED)
 """What the row of every update has, logged or not."""
@@ -45,7 +45,7 @@ class Update(Protocol):
     ids: tuple[tuple[str, ...], ...]
     errors: tuple[tuple[str, str], ...]
     silent: int
-    mended: int
+    repaired: int
     truncated: int
     equal_hard: int
     used_tokens: int
@@ -61,23 +61,23 @@ class Data(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Surroundings:
-    """What a loop tells and asks.
+class LoopCallbacks:
+    """What the training loop reports, and asks.
 
     Attributes:
       row: called with (updates made, metrics) for each row to keep.
-      tell: called with a line for the person who watches.
+      log: called with each message for the user, one line.
       update: called with (updates made, metrics) after every update, for a progress display.
       replaced: called with (updates made, record id, reason) for each clip of this process that could not be used.
       stopping: whether the run should save and leave.
       evaluate: (updates made, trainable arrays) -> figures by name, none where no record is usable; None where it was
         stopped meanwhile. Without it nothing is evaluated.
-      evaluated: whether the figures after so many updates are there already; asked for the update where a run that goes on begins.
+      evaluated: whether the figures after so many updates are there already; asked for the step from which a run resumes.
       collapsed: what the row of that update says under COLLAPSED; of several processes the first one's word counts.
     """
 
     row: Callable[[int, Row], None]
-    tell: Callable[[str], None]
+    log: Callable[[str], None]
     update: Callable[[int, Row], None]
     replaced: Callable[[int, str, str], None]
     stopping: Callable[[], bool]
@@ -96,11 +96,11 @@ def train(
     total: int,
     data: Data,
     checkpoints: Checkpoints,
-    around: Surroundings,
+    callbacks: LoopCallbacks,
 ) -> tuple[TrainState, bool]:
     """Makes the updates that are left of `total`, saving on the way and at the end.
 
-    When `around.stopping()` says so it saves and returns early. Where the data of one process fail, all of them save before they raise.
+    When `callbacks.stopping()` says so it saves and returns early. Where the data of one process fail, all of them save before they raise.
 
     Returns:
       The last state, which is saved, and whether everything is done: all updates, and the evaluation after the last one.
@@ -110,15 +110,15 @@ def train(
     """
     start = int(state.step)
     # Of several processes one reads it: they must stop at the same update.
-    collapsed = around.collapsed(start) if start and jax.process_index() == 0 else 0
-    watch = Watch(run.stop, around.tell, total_over_processes([collapsed])[0])
+    collapsed = callbacks.collapsed(start) if start and jax.process_index() == 0 else 0
+    watch = Watch(run.stop, callbacks.log, total_over_processes([collapsed])[0])
     pending: _Pending | None = None
     began = time.monotonic()
-    stopped = any_process(around.stopping())
+    stopped = any_process(callbacks.stopping())
     due = start > 0 and (start == total or (run.evaluation.every > 0 and start % run.evaluation.every == 0))
-    missing = due and around.evaluate is not None and not any_process(around.evaluated(start))
+    missing = due and callbacks.evaluate is not None and not any_process(callbacks.evaluated(start))
     if missing and not stopped:
-        missing = not _evaluate(start, state, around)  # a run that was killed in the midst of it had saved before
+        missing = not _evaluate(start, state, callbacks)  # a run that was killed in the midst of it had saved before
         began = time.monotonic()
     if start == total or stopped:
         checkpoints.save(state)
@@ -128,31 +128,29 @@ def train(
         for number in range(start + 1, total + 1):
             update, failure = _next(made)
             # All processes leave together: the others would wait for this one's part of the update.
-            stopped, failed = np.any(of_every_process(np.array([around.stopping(), failure is not None])), axis=0)
+            stopped, failed = np.any(of_every_process(np.array([callbacks.stopping(), failure is not None])), axis=0)
             if stopped or failed:
                 if pending is not None:
-                    pending.settle(watch, around)
+                    pending.settle(watch, callbacks)
                 checkpoints.save(state)
                 checkpoints.wait()
                 if failed:
-                    raise failure or InputError(
-                        f"the data of another process failed, whose own message says why; update {number - 1} is saved"
-                    )
+                    raise failure or InputError(f"the data of another process failed, see its own message; step {number - 1} is saved")
                 return state, False
             state, metrics = step(state, frozen, place_update(update.batch, mesh))
             if pending is not None:
-                pending.settle(watch, around)
+                pending.settle(watch, callbacks)
             elapsed, began = time.monotonic() - began, time.monotonic()
             pending = _Pending(
                 number, metrics, update, run.batch.clips / max(elapsed, 1e-9), number % run.log.every == 0 or number == total
             )
             due = number == total or (run.evaluation.every > 0 and number % run.evaluation.every == 0)
             if due or number % run.checkpoint.every == 0:
-                pending = pending.settle(watch, around)
+                pending = pending.settle(watch, callbacks)
                 checkpoints.save(state)
-            missing = due and around.evaluate is not None
-            if missing and not any_process(around.stopping()):
-                missing = not _evaluate(number, state, around)
+            missing = due and callbacks.evaluate is not None
+            if missing and not any_process(callbacks.stopping()):
+                missing = not _evaluate(number, state, callbacks)
                 began = time.monotonic()
     checkpoints.wait()
     return state, not missing
@@ -168,23 +166,23 @@ class _Pending:
     clips_per_second: float
     logged: bool
 
-    def settle(self, watch: Watch, around: Surroundings) -> None:
+    def settle(self, watch: Watch, callbacks: LoopCallbacks) -> None:
         row: Row = {name: np.asarray(value).item() for name, value in jax.device_get(dict(self.metrics)).items()}
         counts = {name: getattr(self.update, name) for name in COUNTS} | {"replaced": len(self.update.errors)}
         counts = dict(zip(counts, total_over_processes(list(counts.values())), strict=True))
         row |= counts | {"clips_per_second": self.clips_per_second, DIGEST: digest_of(self.update.ids), COLLAPSED: watch.count(row)}
         for name, reason in self.update.errors:
-            around.replaced(self.number, name, reason)
-        around.row(self.number, row if self.logged else {name: row[name] for name in ALWAYS})
-        around.update(self.number, row)
+            callbacks.replaced(self.number, name, reason)
+        callbacks.row(self.number, row if self.logged else {name: row[name] for name in ALWAYS})
+        callbacks.update(self.number, row)
         watch(self.number, row)
 
 
 class Watch:
     """Looks for updates that were skipped and embeddings that have collapsed, in a row; `collapsed` of them before the first it sees."""
 
-    def __init__(self, limits: StopSection, tell: Callable[[str], None], collapsed: int = 0):
-        self._limits, self._tell, self._collapsed, self._warned = limits, tell, collapsed, False
+    def __init__(self, limits: StopSection, log: Callable[[str], None], collapsed: int = 0):
+        self._limits, self._log, self._collapsed, self._warned = limits, log, collapsed, False
 
     def count(self, row: Row) -> int:
         """Returns the updates in a row whose embeddings have collapsed, the one of these metrics included."""
@@ -197,15 +195,15 @@ class Watch:
         """Warns of the metrics of update `number`, COLLAPSED among them.
 
         Raises:
-          InputError: when the run is not worth going on with.
+          InputError: when a limit of `StopSection` is reached.
         """
         limits = self._limits
         if row["skipped_in_row"]:
             reason = f"loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
-            self._tell(f"update {number} was skipped: {reason}; {row['skipped']:.0f} in all, {row['skipped_in_row']:.0f} in a row")
+            self._log(f"step {number} was skipped: {reason}; {row['skipped']:.0f} in all, {row['skipped_in_row']:.0f} in a row")
         if row["skipped_in_row"] >= limits.skipped_in_row:
             raise InputError(
-                f"{limits.skipped_in_row} updates in a row up to update {number} had no finite loss and gradient and were skipped; lower "
+                f"{limits.skipped_in_row} steps in a row, up to step {number}, had no finite loss and gradient and were skipped; lower "
                 f"optimizer.learning_rate, or look for broken clips; the last checkpoint is as it was"
             )
         count = row[COLLAPSED]
@@ -213,19 +211,19 @@ class Watch:
         # Beyond the limit, too: a run may have resumed with a higher count, or with a lower limit.
         if count >= limits.collapsed_in_row and not self._warned:
             figures = f"mean cosine {row['mean_cosine']:.3f}, effective rank {row['effective_rank']:.2f}"
-            text = f"embeddings have been collapsed for {count} updates up to update {number} ({figures})"
+            text = f"embeddings have been collapsed for {count} steps, up to step {number} ({figures})"
             if limits.collapse == "stop":
-                raise InputError(f"{text}; lower optimizer.learning_rate or raise losses.temperature, or stop.collapse=warn goes on")
-            self._tell(f"warning: {text}")
+                raise InputError(f"{text}; lower optimizer.learning_rate or raise losses.temperature, or set stop.collapse=warn")
+            self._log(f"warning: {text}")
             self._warned = True
 
 
-def _evaluate(number: int, state: TrainState, around: Surroundings) -> bool:
+def _evaluate(number: int, state: TrainState, callbacks: LoopCallbacks) -> bool:
     """Keeps the figures of an evaluation; returns whether it came to its end, with figures or without, in every process."""
-    assert around.evaluate is not None
-    figures = around.evaluate(number, state.trainable)
+    assert callbacks.evaluate is not None
+    figures = callbacks.evaluate(number, state.trainable)
     if figures is not None:
-        around.row(number, {f"eval/{name}": value for name, value in figures.items()})
+        callbacks.row(number, {f"eval/{name}": value for name, value in figures.items()})
     return not any_process(figures is None)
 
 

@@ -17,6 +17,8 @@ from omni_jax.train.workdir import write_whole
 from omni_jax.types import InputError
 
 JSONL, TENSORBOARD = "metrics.jsonl", "tensorboard"
+EARLIER = {"repaired": "mended"}
+"""Key in metrics.jsonl -> its earlier name, which is still written in this version."""
 
 
 class MetricsWriter:
@@ -45,14 +47,16 @@ class MetricsWriter:
           InputError: when they cannot be written.
         """
         try:
-            self._file.write(json.dumps({"step": number, **{name: _finite(value) for name, value in values.items()}}) + "\n")
+            row = {"step": number, **{name: _finite(value) for name, value in values.items()}}
+            row |= {earlier: row[name] for name, earlier in EARLIER.items() if name in row}
+            self._file.write(json.dumps(row) + "\n")
             self._file.flush()
             if not set(values) <= set(ALWAYS):  # which is all that an update has that is not logged
                 self._board.write(number, values)
         except OSError as e:
             raise InputError(
-                f"the metrics of update {number} cannot be written: {e.strerror or e}; look at the space and the permissions of the "
-                f"workdir, then start the run again: it goes on from its newest checkpoint"
+                f"the metrics of step {number} cannot be written: {e.strerror or e}; look at the space and the permissions of the "
+                f"workdir, then start the run again: it resumes from its newest checkpoint"
             ) from e
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a step plays: the losses with their settings, and the kind of each micro-batch. Source: SPEC section 6."""
+"""Loss configuration and the kind of each micro-batch. Source: SPEC section 6."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LossConfig:
       tuple_weight, distillation_weight, pairwise_weight: factors of L_T, L_D and L_A; what only a loss of weight 0 needs is not computed.
       temperature: tau; the starting value where it is learned.
       learn_temperature: whether log(1 / tau) trains.
-      pairs: "cycle" plays one pair per step, as released, "all" the three.
+      pairs: "cycle" takes one pair per step, as released, "all" takes the three.
       hard_scope: "local": a row sees the hard negatives of its own block, as released; "global": all of them.
       hn_audio_only: the hard negative always exchanges the audio.
       negatives: "micro": each micro-batch is its own pool and gradients are averaged, as released; "global": one pool for all micro-batches

@@ -177,7 +177,7 @@ class LogSection:
 
 @dataclasses.dataclass(frozen=True)
 class StopSection:
-    """When a run is not worth going on with. What is counted in a row is counted on after a resume.
+    """Early-stopping thresholds. Consecutive counters are restored on resume.
 
     Attributes:
       skipped_in_row: updates in a row without a finite loss and gradient that stop it.

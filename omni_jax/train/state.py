@@ -19,7 +19,7 @@ from omni_jax.train.trainable import Arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a run needs to go on, apart from the frozen weights and the data.
+    """All that a run needs to resume, apart from the frozen weights and the data.
 
     Attributes:
       step: () int32, updates attempted.

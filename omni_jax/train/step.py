@@ -122,7 +122,7 @@ class TrainStep:
         kinds = [kind for batch in batches for kind in batch.kinds]
         pooled = self.config.losses.negatives == "global"
         if pooled and (len(batches) > 1 or len(set(kinds)) > 1):
-            raise InputError("with negatives='global' every micro-batch of an update plays the same kind; use kinds_of_update")
+            raise InputError("with negatives='global' every micro-batch of a step has the same kind; use kinds_of_update")
         # The programs see no kinds in the batch, so that the order of kinds causes no recompilation.
         arrays = [dataclasses.replace(batch, kinds=()) for batch in batches]
         with self._context():

@@ -4,7 +4,7 @@ config.json      the run's config, the architecture, which base weights and clip
 base/            base weights, where they were drawn afresh; otherwise they stay where they were
 checkpoints/N/   see checkpoint.py
 metrics.jsonl, tensorboard/, run.lock
-quarantine.jsonl  records that could not be used; quarantine.N.jsonl those of process N
+skipped_records.jsonl  records that could not be used; skipped_records.N.jsonl those of process N
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 CONFIG, BASE, CHECKPOINTS = "config.json", "base", "checkpoints"
 FORMAT = 1
-_QUARANTINE = re.compile(r"quarantine(\.\d+)?\.jsonl")  # what `quarantine_name` gives
+_SKIPPED = re.compile(r"(skipped_records|quarantine)(\.\d+)?\.jsonl")  # what `skipped_records_name` gives
 
 FREE = (
     *("mesh", "remat", "checkpoint", "evaluation", "log", "stop", "model.base"),
@@ -109,7 +109,7 @@ def read_config(folder: epath.PathLike) -> WorkdirConfig | None:
 
 
 def read_workdir(folder: epath.PathLike, step: int | None = None) -> Trained:
-    """Returns the model of a run's newest whole checkpoint, or of the one after `step` updates.
+    """Returns the model of a run's newest whole checkpoint, or of the one at `step`.
 
     Raises:
       InputError: when the folder is no workdir, has no such checkpoint, or its base weights are gone.
@@ -139,9 +139,10 @@ def base_folder(folder: epath.PathLike, config: WorkdirConfig) -> epath.Path:
     return epath.Path(folder) / config.base
 
 
-def quarantine_name(process: int) -> str:
-    """Returns the name of the list of records that a process could not use."""
-    return f"quarantine.{process}.jsonl" if process else "quarantine.jsonl"
+def skipped_records_name(folder: epath.Path, process: int) -> str:
+    """Returns the name of the list of records that a process could not use. A run that began under the earlier name keeps it."""
+    end = f".{process}.jsonl" if process else ".jsonl"
+    return f"quarantine{end}" if (folder / f"quarantine{end}").exists() else f"skipped_records{end}"
 
 
 def check_free(folder: epath.PathLike) -> None:
@@ -149,7 +150,7 @@ def check_free(folder: epath.PathLike) -> None:
     folder = epath.Path(folder)
     if folder.exists() and read_config(folder) is None:
         names = sorted(p.name for p in folder.iterdir() if p.name not in (LOCK, BASE) and not p.name.startswith("."))
-        strange = [name for name in names if not _QUARANTINE.fullmatch(name)]  # a start that failed lists records, too
+        strange = [name for name in names if not _SKIPPED.fullmatch(name)]  # a start that failed lists records, too
         if strange:
             raise InputError(f"{folder}: is not empty ({strange[0]}) and not the workdir of a run; choose another --workdir")
 
@@ -198,8 +199,8 @@ def _differences(there: WorkdirConfig, here: WorkdirConfig) -> Iterator[str]:
     # A digest that is recorded only since a later version says nothing about a run that began before it.
     for name in sorted({*there.digests, *here.digests}):
         if there.digests.get(name) != here.digests.get(name) and (name in there.digests or name not in LATER):
-            yield f"its {name} are others"
+            yield f"its {name} differ (digest mismatch)"
     old, new = ({**c.run, "architecture": c.model.to_json()} for c in (there, here))
     yield from differences(old, new, FREE)
     if there.total_steps != here.total_steps:
-        yield f"it has {there.total_steps} updates, here are {here.total_steps}"
+        yield f"it has {there.total_steps} steps, this one has {here.total_steps}"

@@ -59,7 +59,7 @@ def test_a_run_becomes_an_adapter_and_comes_back(tmp_path: Path, capsys: pytest.
         out = tmp_path / f"adapter{step}"
         assert main(["convert", "to-torch", "--model", str(run), "--adapter-out", str(out), *options]) == 0
         printed = capsys.readouterr().out.splitlines()
-        assert len(printed) == 1 and f"adapter{step} (after {step} updates): " in printed[0]
+        assert len(printed) == 1 and f"adapter{step} (step {step}): " in printed[0]
         back = ["--base", str(tmp_path / "source"), "--adapter", str(out), "--out", str(tmp_path / f"back{step}")]
         assert main(["convert", "to-jax", *back]) == 0
         capsys.readouterr()

@@ -61,7 +61,7 @@ def test_the_small_model_learns_is_scored_and_written_for_pytorch(tmp_path):
     assert announced[0] < announced[1] < said.index("== make clips")
     # One bar: what a part does stands in the line of the whole.
     lines = said.splitlines()
-    assert any(line.startswith("demo: ") and "; train: 0/15 updates" in line for line in lines)
+    assert any(line.startswith("demo: ") and "; train: 0/15 steps" in line for line in lines)
     assert not [line for line in lines if line.startswith(("clips: ", "prepare: ", "train: ", "embed: ", "previews: "))]
     assert lines[-3:] == learning.NEXT.splitlines()
     assert f"report {tmp_path / 'held_out.html'}" in said
@@ -93,7 +93,7 @@ def test_the_small_model_learns_is_scored_and_written_for_pytorch(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_in_any_stage_says_what_stays_and_leaves_no_process(tmp_path):
     out = tmp_path / "demo_out"
-    # Each run goes on where the one before was stopped. The last is stopped before the step is compiled.
+    # Each run resumes where the one before was stopped. The last is stopped before the step is compiled.
     for seen, stays in (("demo: ", "clips"), ("== prepare shards", "clips"), ("train: 0/15", "run")):
         run = _start(out, workers=1)
         assert run.stdout is not None
@@ -104,7 +104,7 @@ def test_ctrl_c_in_any_stage_says_what_stays_and_leaves_no_process(tmp_path):
             said.append(line)
         assert run.wait(timeout=300) == 130, "".join(said)
         kept = str(out / stays) if (out / stays).exists() else "nothing yet"  # the first stop may come before the first clip
-        assert kept in said[-1] and "run it again to go on" in said[-1]
+        assert kept in said[-1] and "run it again to resume" in said[-1]
         assert _of_group(run.pid) == []
     assert (out / "run" / "checkpoints").is_dir()
 
@@ -144,7 +144,7 @@ def test_a_stopped_demo_says_what_stays_and_returns_the_status_of_the_stop(tmp_p
     assert main(["demo", "--out", str(tmp_path / "demo"), *ablation]) == getattr(stop, "status", 130)
     last = capsys.readouterr().err.splitlines()[-1]
     kept = tmp_path / "demo" / ("ablation" if ablation else "clips")
-    assert last.startswith(f"the demo was stopped; what is finished stays ({kept}") and last.endswith("run it again to go on")
+    assert last.startswith(f"the demo was stopped; what is finished stays ({kept}") and last.endswith("run it again to resume")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -169,7 +169,7 @@ def test_ctrl_c_that_python_drops_stops_the_demo_after_the_stage(tmp_path, capfd
 
 def test_a_command_that_a_signal_ended_stops_the_demo_and_one_that_failed_is_named(tmp_path):
     missing = ["eval", str(tmp_path / "none.npz")]
-    with pytest.raises(InputError, match="omni-jax eval ended with status 2; run the demo again to go on"):
+    with pytest.raises(InputError, match="omni-jax eval ended with status 2; run the demo again to resume"):
         learning._command(missing)
 
 

@@ -110,8 +110,8 @@ def test_golden_bad_records_are_listed_and_the_good_ones_embedded(rough: Path, c
     assert [w["id"] for w in warnings] == ["silent"] and "silence" in warnings[0]["reason"]
     shown = capsys.readouterr().err
     assert (
-        "records set aside: 8, listed in" in shown
-        and "records mended: 1, listed in" in shown
+        "skipped records: 8, listed in" in shown
+        and "repaired records: 1, listed in" in shown
         and "captions cut to max_text_tokens: 1" in shown
     )
     assert not list(rough.parent.glob(".*")), "something half-written was left"
@@ -171,7 +171,7 @@ class TestGoingOn:
         kept = len(list(parts.glob("part-*.npz")))
         if sign == signal.SIGTERM:
             assert process.returncode == 75, shown
-            assert "run it again to go on" in shown
+            assert "run it again to resume" in shown
         else:
             assert process.returncode == -signal.SIGKILL, shown
         assert 1 <= kept < golden.clips, "the run was over before the signal came"

@@ -80,7 +80,7 @@ def test_golden_mended_and_cut_items_are_told_once(model: omni_jax.OmniRetriever
     (one,) = told
     assert Path(one.filename) == Path(__file__)
     line = str(one.message)
-    assert line.startswith(f"encode: 2 of 3 items were mended, the first: item 1: {mute}: no audio track; silence is used instead")
+    assert line.startswith(f"encode: 2 of 3 items were repaired, the first: item 1: {mute}: no audio track; silence is used instead")
     assert line.endswith("; 1 of 3 captions were cut to max_text_tokens=3")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

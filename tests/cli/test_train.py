@@ -102,7 +102,7 @@ def test_weights_of_a_start_that_failed_are_drawn_again(capsys: pytest.CaptureFi
 def test_records_that_cannot_be_trained_on_are_told(capsys: pytest.CaptureFixture[str], tmp_path: Path, config: str) -> None:
     with (tmp_path / "clips.jsonl").open("a") as file:
         file.write('{"id": "text-only", "text": "no picture"}\nnot JSON\n')
-    listed = tmp_path / "run" / "quarantine.jsonl"
+    listed = tmp_path / "run" / "skipped_records.jsonl"
     for _ in range(2):  # a start that fails lists them, and is no obstacle to the next one
         capsys.readouterr()
         assert main(["train", "--config", config, "--workdir", str(tmp_path / "run"), "--config.batch.micro_batch=64"]) == BAD_INPUT
@@ -123,7 +123,7 @@ def test_a_stop_without_the_last_evaluation_says_so(
 
     monkeypatch.setattr("omni_jax.api.training.run_training", stopped)
     assert main(["train", "--config", config, "--workdir", "run"]) == status
-    wanted = f"stopped by {name}; all 6 updates are saved in run, the last evaluation is missing: run it again to make it"
+    wanted = f"stopped by {name}; all 6 steps are saved in run, the last evaluation is missing: run it again for it"
     assert wanted in capsys.readouterr().err.splitlines()
 
 

@@ -21,7 +21,9 @@ def main(address: str, count: str, index: str, model: str, meshes: str, out: str
     counts: list[tuple[int, int]] = []
     for data, fsdp, tensor in json.loads(meshes):
         mesh = make_mesh(data, fsdp, tensor)
-        _, params = conversion.load(model, shardings=functools.partial(param_shardings, mesh=mesh), told=lambda *n: counts.append(n))
+        _, params = conversion.load(
+            model, shardings=functools.partial(param_shardings, mesh=mesh), report_bytes=lambda *n: counts.append(n)
+        )
         assert params.keys() == whole.keys()
         for path, leaf in params.items():
             for shard in leaf.addressable_shards:

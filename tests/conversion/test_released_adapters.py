@@ -229,7 +229,7 @@ def test_a_run_goes_on_from_a_released_adapter_where_model_lora_is_unset(tmp_pat
     found, _ = conversion.load(tmp_path / "model")
     model = training._with_lora(found, unset)
     assert model == found and model.lora == checkpoints.LORA
-    with pytest.raises(InputError, match=r"has an adapter of rank 3 already, .* set model.lora to None to go on with it"):
+    with pytest.raises(InputError, match=r"has an adapter of rank 3 already, .* set model.lora to None to continue training it"):
         training._with_lora(found, read_config(str(ROOT / "configs" / "omniretriever_7b.py"), changes))
     params = training._params(tmp_path / "model", model, unset, None, lambda _: None)
     names = [tuple(name.split("/")) for name in select(model, unset.trainable)]

@@ -109,7 +109,7 @@ def test_what_was_set_aside_is_listed_and_silence_is_counted(manifest: Path, sha
     assert main(_arguments(manifest, shards, "--shards", "3", "--workers", "0")) == 1  # all is there: nothing is decoded again
     said = capsys.readouterr()
     assert "6 clips, 2 of them with silence for a missing audio track" in said.out
-    assert "records set aside: 2" in said.err
+    assert "skipped records: 2" in said.err
 
 
 def test_tensorflow_datasets_reads_the_same_clips(shards: Path):

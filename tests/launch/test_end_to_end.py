@@ -53,7 +53,7 @@ def test_a_run_that_loses_a_process_starts_again_and_ends_with_the_same_adapter(
     finally:
         process.terminate()
     assert process.returncode == 0, said
-    assert "a process was lost" in said and "going on after update" in said
+    assert "a process was lost" in said and "resuming from step" in said
     assert rows(broken) == rows(whole)
     expected, found = arrays(whole, STEPS), arrays(broken, STEPS)
     assert found.keys() == expected.keys()

@@ -1,4 +1,4 @@
-"""The embedding pass: order, grouping, overlap of host and devices, records set aside."""
+"""The embedding pass: order, grouping, overlap of host and devices, skipped records."""
 
 from __future__ import annotations
 

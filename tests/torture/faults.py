@@ -99,18 +99,18 @@ def _until_two_checkpoints(process: subprocess.Popen[str], workdir: Path) -> Non
 def _refused_and_gone_on_with(
     outcome: Outcome, what: str, process: subprocess.Popen[str], workdir: Path, command: list[str], around: dict[str, str]
 ) -> None:
-    """Expects one clear line of a run that cannot save, the checkpoint before it, and that the run goes on once it can."""
+    """Expects one clear line of a run that cannot save, the checkpoint before it, and that the run resumes once it can."""
     folder = workdir / "checkpoints"
     before = steps_of(folder)
     said = process.communicate(timeout=commands.LIMIT_S)[0]
     last = said.strip().splitlines()[-1] if said.strip() else ""
-    told = re.match(r"omni-jax: .*checkpoint.* could not be written", last) and "Traceback" not in said
-    outcome.expect(process.returncode == 2 and bool(told), f"{what}: status {process.returncode}, {said[-400:]!r}")
+    reported = re.match(r"omni-jax: .*checkpoint.* could not be written", last) and "Traceback" not in said
+    outcome.expect(process.returncode == 2 and bool(reported), f"{what}: status {process.returncode}, {said[-400:]!r}")
     outcome.expect(steps_of(folder)[-1:] >= before[-1:], f"{what}: the checkpoint before it is gone")
     folder.chmod(0o755)
     again = tiny_run.start(command, around)
     said = again.communicate(timeout=commands.LIMIT_S)[0]
-    outcome.expect(again.returncode == 0 and "going on after update" in said, f"after a {what}: status {again.returncode}, {said[-300:]!r}")
+    outcome.expect(again.returncode == 0 and "resuming from step" in said, f"after a {what}: status {again.returncode}, {said[-300:]!r}")
     outcome.notes.append(f"a {what} says: {last.replace(os.fspath(workdir), 'WORKDIR')}")
 
 

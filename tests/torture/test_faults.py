@@ -35,7 +35,7 @@ def test_a_run_that_cannot_save_says_one_line_and_is_gone_on_with(
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     outcome = Outcome("faults", 0)
     process = subprocess.Popen(_script(said, status), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    faults._refused_and_gone_on_with(outcome, "full disk", process, tmp_path, _script("going on after update 2", again), dict(os.environ))
+    faults._refused_and_gone_on_with(outcome, "full disk", process, tmp_path, _script("resuming from step 2", again), dict(os.environ))
     assert [line.split(",")[0] for line in outcome.lost] == lost
 
 
@@ -47,5 +47,5 @@ def test_a_checkpoint_that_is_gone_is_a_loss(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", f"import time; time.sleep(1); {code}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    faults._refused_and_gone_on_with(outcome, "full disk", process, tmp_path, _script("going on after update 2", 0), dict(os.environ))
+    faults._refused_and_gone_on_with(outcome, "full disk", process, tmp_path, _script("resuming from step 2", 0), dict(os.environ))
     assert outcome.lost == ["full disk: the checkpoint before it is gone"]

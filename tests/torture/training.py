@@ -187,7 +187,7 @@ class _Run:
             outcome.expect(time.monotonic() - signalled < LEAVE_S, f"Ctrl-C twice: it took {time.monotonic() - signalled:.1f} s to leave")
         elif process.returncode:
             kept = steps_of(self._workdir / "checkpoints")
-            saved = f"{kept[-1] if kept else 0} of {self._steps} updates are saved"
+            saved = f"{kept[-1] if kept else 0} of {self._steps} steps are saved"
             outcome.expect(saved in said, f"{what}: it does not say {saved!r}: {said[-300:]}")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from omni_jax.api.training import Outcome, Watcher, clips_digest, run_training
+from omni_jax.api.training import Outcome, TrainCallbacks, clips_digest, run_training
 from omni_jax.api.weights import open_model
 from omni_jax.cli.config_file import read_config
 from omni_jax.cli.main import main
@@ -52,8 +52,8 @@ def prepare(manifest: Path, out: Path) -> Path:
 
 def begin(run: RunConfig, workdir: Path) -> Outcome:
     """Starts a run that is stopped before its first update: it claims its workdir, and saves."""
-    watcher = Watcher(tell=lambda _: None, begin=lambda *_: None, update=lambda *_: None, stopping=lambda: True)
-    return run_training(run, workdir, watcher)
+    callbacks = TrainCallbacks(log=lambda _: None, begin=lambda *_: None, update=lambda *_: None, stopping=lambda: True)
+    return run_training(run, workdir, callbacks)
 
 
 @pytest.mark.jit
@@ -67,7 +67,7 @@ def test_a_run_does_not_go_on_with_a_clip_of_another_length(manifest: Path, tmp_
     runs = {folder: read_config(str(tmp_path / "run.py"), [f"data.train={folder}"]) for folder in (before, moved, after)}
     for folder in (before, moved):
         assert begin(runs[folder], tmp_path / "run").step == 0
-    with pytest.raises(InputError, match="run: holds another run: its clips are others; choose another --workdir"):
+    with pytest.raises(InputError, match=r"run: holds another run: its clips differ \(digest mismatch\); choose another --workdir"):
         begin(runs[after], tmp_path / "run")
 
 
@@ -99,7 +99,7 @@ def test_a_run_does_not_go_on_with_other_files_or_another_tokenizer(manifest: Pa
     kept = (tmp_path / "7.mp4").read_bytes()
     (tmp_path / "7.mp4").unlink()  # a link to the file of the other clips
     (tmp_path / "7.mp4").write_bytes(kept + b"\0")
-    with pytest.raises(InputError, match="run: holds another run: its media files are others; choose another --workdir"):
+    with pytest.raises(InputError, match=r"run: holds another run: its media files differ \(digest mismatch\); choose another --workdir"):
         begin(run, workdir)
     (tmp_path / "7.mp4").write_bytes(kept)  # copied back at another time
     tokenizer = workdir / "base" / "tokenizer.json"
@@ -107,7 +107,9 @@ def test_a_run_does_not_go_on_with_other_files_or_another_tokenizer(manifest: Pa
     words = record["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
     tokenizer.write_text(json.dumps(record), encoding="utf-8")
-    with pytest.raises(InputError, match="run: holds another run: its tokenizer files are others; choose another --workdir"):
+    with pytest.raises(
+        InputError, match=r"run: holds another run: its tokenizer files differ \(digest mismatch\); choose another --workdir"
+    ):
         begin(run, workdir)
     with pytest.raises(InputError, match=r"base: holds another tokenizer than .*run was trained with"):
         open_model(workdir)

@@ -195,7 +195,7 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_stops_with_one_line_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     saved(tmp_path / "c", 1)
     checkpoints = Checkpoints(tmp_path / "c", 3)
-    told = r"could not be written .*; checkpoint 1 is whole; see to space and permissions"
+    told = r"could not be written .*; checkpoint 1 is whole; check disk space and permissions"
     with files_of_at_most(16), pytest.raises(InputError, match=told) as caught:
         checkpoints.save(state(2))
         checkpoints.wait()
@@ -259,7 +259,7 @@ def test_nothing_else_is_printed_when_the_disk_is_full(tmp_path: Path) -> None:
     """Orbax, asyncio and TensorStore print hundreds of lines of a write that fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     ended = subprocess.run([sys.executable, "-c", _FULL, str(tmp_path / "c")], env=environment, capture_output=True, text=True, timeout=300)
-    told = "a checkpoint could not be written (File too large); checkpoint 1 is whole; see to space and permissions and run it again"
+    told = "a checkpoint could not be written (File too large); checkpoint 1 is whole; check disk space and permissions and run it again"
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"{tmp_path / 'c'}: {told}\n", "")
 
 

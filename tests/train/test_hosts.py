@@ -95,11 +95,11 @@ def test_two_hosts_that_do_not_fit_together_both_say_so(config: Path, cache: Pat
     assert "process 0 does not see what process 1 writes there; give all processes one --workdir on storage" in lines[0]
     assert "process 1 does not see what process 0 writes there" in lines[1]
     lines = ended(pair_of(config, cache, [first, file / "below"]))
-    assert "another process could not go on; its own message says why" in lines[0]
+    assert "another process failed; see its own message" in lines[0]
     assert "process 1 cannot write there (Not a directory); give all processes one --workdir" in lines[1]
     # A host whose clips cannot be opened takes the others with it.
     lines = ended(pair_of(config, cache, [first, first], {}, {"data__train": tmp_path / "nowhere.jsonl"}))
-    assert "another process could not go on" in lines[0] and "nowhere.jsonl" in lines[1]
+    assert "another process failed" in lines[0] and "nowhere.jsonl" in lines[1]
     assert [p.name for p in first.iterdir()] == ["run.lock"] and list(second.iterdir()) == []
 
 
@@ -124,5 +124,5 @@ def test_one_of_two_hosts_killed_within_a_save_leaves_the_checkpoint_before(conf
     again = pair_of(config, cache, [broken, broken])
     told = [process.communicate(timeout=300)[0] for process in again]
     assert [process.returncode for process in again] == [0, 0], told
-    assert f"going on after update {left}" in told[0]
+    assert f"resuming from step {left}" in told[0]
     assert [(row["step"], row[DIGEST]) for row in rows(broken)] == [(row["step"], row[DIGEST]) for row in rows(whole)]

@@ -131,7 +131,7 @@ def test_killed_ten_times_equals_never_killed_to_the_bit(
 
 @pytest.mark.slow
 def test_two_processes_of_four_devices_go_on_as_one_of_eight(config: Path, cache: Path, tmp_path: Path) -> None:
-    """SIGTERM to one of two processes stops both after saving; one process with all devices goes on with the same batches."""
+    """SIGTERM to one of two processes stops both after saving; one process with all devices continues with the same batches."""
     steps = 6
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     finish(command(config, whole, steps=steps, **PLAIN), environment(cache, devices=8))
@@ -219,7 +219,7 @@ def test_where_the_data_of_one_process_fail_both_save_and_end(config: Path, cach
 
 @pytest.mark.slow
 def test_from_shards_to_the_12_directions_with_stops_on_the_way(config: Path, cache: Path, tmp_path: Path) -> None:
-    """Ctrl-C and SIGTERM save; the run goes on; its workdir is a model that gives what was measured while training."""
+    """Ctrl-C and SIGTERM save; the run resumes; its workdir is a model that gives what was measured while training."""
     around, workdir = environment(cache, devices=2), tmp_path / "run"
     settings = {**PLAIN, "evaluation__manifest": config.parent / "clips" / "held_out.jsonl", "steps": 40}
     for name, status in ((signal.SIGINT, INTERRUPTED), (signal.SIGTERM, STOPPED_AND_SAVED)):
@@ -229,11 +229,11 @@ def test_from_shards_to_the_12_directions_with_stops_on_the_way(config: Path, ca
         process.send_signal(name)
         said = process.communicate(timeout=300)[0]
         assert process.returncode == status, said
-        assert f"{newest(workdir)} of 40 updates are saved" in said
+        assert f"{newest(workdir)} of 40 steps are saved" in said
     other = finish(command(config, workdir, **{**settings, "optimizer__learning_rate": 0.5}), around, status=2)
     assert "holds another run: optimizer.learning_rate is 0.003 there, 0.5 here" in other.splitlines()[-1]
     said = finish(command(config, workdir, **settings), around)
-    assert "going on after update" in said and "held-out R@1 after update 40" in said
+    assert "resuming from step" in said and "held-out R@1 after step 40" in said
     table, result = tmp_path / "t.npz", tmp_path / "t.json"
     manifest = ["--manifest", str(settings["evaluation__manifest"]), "--workers", "0", "--batch-size", "4"]
     finish(omni_jax("embed", "--model", str(workdir), "--out", str(table), *manifest), around)  # as it was trained

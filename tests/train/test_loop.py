@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from configs import tiny
 from omni_jax.train import RunConfig, TrainState
 from omni_jax.train.checkpoint import Checkpoints, steps_of
-from omni_jax.train.loop import COLLAPSED, DIGEST, Row, Surroundings, Watch, digest_of, train
+from omni_jax.train.loop import COLLAPSED, DIGEST, LoopCallbacks, Row, Watch, digest_of, train
 from omni_jax.train.metrics import MetricsWriter, collapsed_in_row, evaluated
 from omni_jax.types import InputError
 from tests.train.states import assert_equal, state
@@ -37,7 +37,7 @@ class Update:
     ids: tuple[tuple[str, ...], ...]
     errors: tuple[tuple[str, str], ...] = ()
     silent: int = 0
-    mended: int = 0
+    repaired: int = 0
     truncated: int = 0
     equal_hard: int = 0
     used_tokens: int = 3
@@ -119,9 +119,9 @@ class World:
         def update(number: int, row: Row) -> None:
             self.seen.append(number)
 
-        around = Surroundings(
+        callbacks = LoopCallbacks(
             row=writer.write,
-            tell=self.lines.append,
+            log=self.lines.append,
             update=update,
             replaced=lambda n, name, reason: self.lines.append(f"update {n}: {name}: {reason}"),
             stopping=lambda: self._stop_after is not None and len(self.seen) >= self._stop_after,
@@ -131,7 +131,7 @@ class World:
         )
         try:
             data = data or Numbers()
-            settings = {"mesh": None, "run": run, "total": total, "data": data, "checkpoints": checkpoints, "around": around}
+            settings = {"mesh": None, "run": run, "total": total, "data": data, "checkpoints": checkpoints, "callbacks": callbacks}
             last, self.done = train(step, first, {}, **settings)  # type: ignore[arg-type]
             return last
         finally:
@@ -167,7 +167,7 @@ def test_the_counts_of_every_update_stand_in_its_row(tmp_path: Path, monkeypatch
     World(tmp_path, stop_after=3).run(Step(), run=run)
     world = World(tmp_path)
     world.run(Step(), run=run)
-    counts = {"silent": 0, "mended": 0, "truncated": 0, "used_tokens": 6, "total_tokens": 8}
+    counts = {"silent": 0, "repaired": 0, "truncated": 0, "used_tokens": 6, "total_tokens": 8}
     assert [{name: row[name] for name in counts} for row in world.rows()] == [counts] * 7
     assert [row["replaced"] for row in world.rows()] == [0, 2, 0, 0, 0, 0, 0]
     assert [row["step"] for row in world.rows() if "loss" in row] == [3, 6, 7]
@@ -233,11 +233,11 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
 
 def test_updates_that_are_not_finite_are_told_and_stop_the_run(tmp_path: Path) -> None:
     world = World(tmp_path)
-    with pytest.raises(InputError, match="3 updates in a row up to update 7 had no finite loss and gradient") as caught:
+    with pytest.raises(InputError, match="3 steps in a row, up to step 7, had no finite loss and gradient") as caught:
         world.run(Step(bad=4), total=20)
     assert "\n" not in str(caught.value)
-    told = [f"update {n} was skipped: loss nan, gradient norm 1; {n - 4} in all, {n - 4} in a row" for n in (5, 6, 7)]
-    assert world.lines[1:] == told
+    note = [f"step {n} was skipped: loss nan, gradient norm 1; {n - 4} in all, {n - 4} in a row" for n in (5, 6, 7)]
+    assert world.lines[1:] == note
     assert [row["loss"] for row in world.rows()][-1] is None  # JSON has no NaN
     restored = Checkpoints(tmp_path / "checkpoints", 9).restore(state(0))
     assert restored is not None and float(restored.trainable["bridge/norm/scale"][0]) == 6.0
@@ -247,10 +247,10 @@ def test_collapsed_embeddings_warn_or_stop(tmp_path: Path) -> None:
     world = World(tmp_path / "warn")
     world.run(Step(flat=2))
     assert [line for line in world.lines if "warning" in line] == [
-        "warning: embeddings have been collapsed for 2 updates up to update 4 (mean cosine 1.000, effective rank 5.00)"
+        "warning: embeddings have been collapsed for 2 steps, up to step 4 (mean cosine 1.000, effective rank 5.00)"
     ]
     strict = dataclasses.replace(RUN, stop=dataclasses.replace(RUN.stop, collapse="stop"))
-    with pytest.raises(InputError, match="embeddings have been collapsed for 2 updates up to update 4"):
+    with pytest.raises(InputError, match="embeddings have been collapsed for 2 steps, up to step 4"):
         World(tmp_path / "stop").run(Step(flat=2), run=strict)
 
 
@@ -261,11 +261,11 @@ def test_counts_in_a_row_go_on_with_a_run(tmp_path: Path, every: int) -> None:
     flat, bad = tmp_path / "flat", tmp_path / "bad"
     assert int(World(flat, stop_after=4).run(Step(flat=4), run=run).step) == 5
     for _ in range(2):  # nothing is saved when it stops: it goes on from the same checkpoint
-        with pytest.raises(InputError, match="embeddings have been collapsed for 2 updates up to update 6"):
+        with pytest.raises(InputError, match="embeddings have been collapsed for 2 steps, up to step 6"):
             World(flat).run(Step(flat=4), run=run)
     assert [row[COLLAPSED] for row in World(flat).rows()] == [0, 0, 0, 0, 1, 2]
     assert int(World(bad, stop_after=4).run(Step(bad=3), run=run).step) == 5
-    with pytest.raises(InputError, match="3 updates in a row up to update 6 had no finite loss"):
+    with pytest.raises(InputError, match="3 steps in a row, up to step 6, had no finite loss"):
         World(bad).run(Step(bad=3), run=run)
 
 
@@ -274,19 +274,19 @@ def test_a_run_that_goes_on_collapsed_is_warned_once_more(tmp_path: Path) -> Non
     world = World(tmp_path)
     world.run(Step(flat=2), total=9)
     assert [line for line in world.lines if "warning" in line] == [
-        "warning: embeddings have been collapsed for 4 updates up to update 6 (mean cosine 1.000, effective rank 5.00)"
+        "warning: embeddings have been collapsed for 4 steps, up to step 6 (mean cosine 1.000, effective rank 5.00)"
     ]
     assert [row[COLLAPSED] for row in world.rows()] == [0, 0, *range(1, 8)]
 
 
 def test_embeddings_that_collapse_again_are_told_again(tmp_path: Path) -> None:
-    told: list[str] = []
-    watch = Watch(RUN.stop, told.append)
+    note: list[str] = []
+    watch = Watch(RUN.stop, note.append)
     for number, cosine in enumerate((1, 1, 1, 0, 1, 1), 1):
         row: Row = {"loss": 2.0, "mean_cosine": cosine, "effective_rank": 5.0, "skipped_in_row": 0}
         watch(number, row | {COLLAPSED: watch.count(row)})
-    assert [line.split(" (")[0] for line in told] == [
-        f"warning: embeddings have been collapsed for 2 updates up to update {number}" for number in (2, 6)
+    assert [line.split(" (")[0] for line in note] == [
+        f"warning: embeddings have been collapsed for 2 steps, up to step {number}" for number in (2, 6)
     ]
 
 

@@ -63,7 +63,7 @@ def test_curves_stand_in_groups_with_what_they_mean(tmp_path: Path) -> None:
     assert read.Scalars("eval/R@1/t2av")[0].value == 25.0 and read.Scalars("eval/AVG-all")[0].step == 2
     assert len([tag for tag in read.Tags()["scalars"] if not read.SummaryMetadata(tag).summary_description]) == 0
     assert not any("digest" in tag for tag in read.Tags()["scalars"])
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0]) == {"step": 1, **UPDATE}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0]) == {"mended": UPDATE["repaired"], "step": 1, **UPDATE}
 
 
 def test_an_evaluation_is_drawn_as_a_heat_map_of_queries_against_galleries(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_no_module_of_clu_is_replaced() -> None:
 
 
 def test_metrics_on_a_full_disk_stop_a_run_with_one_line(tmp_path: Path) -> None:
-    told = r"^the metrics of update 2 cannot be written: File too large; .* start the run again"
+    told = r"^the metrics of step 2 cannot be written: File too large; .* start the run again"
     with pytest.raises(InputError, match=told) as said, contextlib.ExitStack() as held:
         writer = MetricsWriter(tmp_path, 0)
         writer.write(1, {"loss": 2.0})

@@ -12,7 +12,7 @@ from etils import epath
 
 from omni_jax.api.evaluation import Evaluator
 from omni_jax.api.start_report import data_notes
-from omni_jax.api.training import Watcher, run_training
+from omni_jax.api.training import TrainCallbacks, run_training
 from omni_jax.cli.config_file import read_config
 from omni_jax.cli.main import main
 from omni_jax.data.sources import open_source
@@ -43,7 +43,7 @@ def config(folder: Path, train: Path, held_out: Path | str, *changes: str) -> Ru
 def begun(run: RunConfig, workdir: Path) -> list[str]:
     """Returns what a run that is stopped before its first update has said."""
     said: list[str] = []
-    run_training(run, workdir, Watcher(said.append, lambda *_: None, lambda *_: None, lambda: True))
+    run_training(run, workdir, TrainCallbacks(said.append, lambda *_: None, lambda *_: None, lambda: True))
     return said
 
 
@@ -59,7 +59,7 @@ def test_a_run_says_what_it_will_not_use(clips: Path, tmp_path: Path) -> None:
     for words in (
         "1 records cannot be trained on",
         f"{train}: fields that are carried along and not used: duration (19 records)",
-        "2 updates of 8 clips take 16 of the 19 clips; 3 are never trained on",
+        "2 steps of 8 clips take 16 of the 19 clips; 3 are never trained on",
         "19 of 19 clips have no audio field and are trained with silence; nothing is learned of sound",
         "19 of 19 clips have the same audio: where such clips fill more than half of a block",
     ):
@@ -76,7 +76,7 @@ def test_a_run_says_that_it_is_evaluated_on_what_it_trains_on(clips: Path, tmp_p
     said = "\n".join(begun(config(tmp_path, train, held_out, "steps=0", "epochs=2."), tmp_path / "run"))
     assert f"{held_out}: 2 of 3 held-out clips are trained on as well, the first: 'c0-0'" in said
     assert f"{held_out}: 1 records cannot be evaluated" in said and "'y': has no text and no audio, which the 12 directions need" in said
-    assert "an epoch of 1 updates of 8 clips leaves 1 of the 9 clips out" in said and "silence" not in said
+    assert "an epoch of 1 steps of 8 clips leaves 1 of the 9 clips out" in said and "silence" not in said
 
 
 def test_a_manifest_and_a_prepared_folder_hold_the_same_held_out_clips(clips: Path, tmp_path: Path) -> None:

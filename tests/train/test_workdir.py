@@ -51,9 +51,9 @@ def test_the_same_run_goes_on(tmp_path: Path) -> None:
     [
         (changed(optimizer__learning_rate=0.5), r"optimizer\.learning_rate is 0\.002 there, 0\.5 here"),
         (changed(seed=3, batch__micro_batch=4), r"batch\.micro_batch is 48 there, 4 here; seed is 0 there, 3 here"),
-        (dataclasses.replace(CONFIG, digests={**CONFIG.digests, "base weights": "b2"}), "its base weights are others"),
-        (dataclasses.replace(CONFIG, digests={**CONFIG.digests, "clips": "c2"}), "its clips are others"),
-        (dataclasses.replace(CONFIG, total_steps=9), "it has 200 updates, here are 9"),
+        (dataclasses.replace(CONFIG, digests={**CONFIG.digests, "base weights": "b2"}), "its base weights differ"),
+        (dataclasses.replace(CONFIG, digests={**CONFIG.digests, "clips": "c2"}), "its clips differ"),
+        (dataclasses.replace(CONFIG, total_steps=9), "it has 200 steps, this one has 9"),
         (dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, lora=None)), r"architecture\.lora"),
     ],
 )
@@ -70,7 +70,7 @@ def test_digests_that_an_older_run_lacks_are_not_held_against_it(tmp_path: Path)
     claim(tmp_path, CONFIG)
     claim(tmp_path, dataclasses.replace(CONFIG, digests={**CONFIG.digests, **later}))
     for name in LATER:
-        with pytest.raises(InputError, match=f"holds another run: its {name} are others"):
+        with pytest.raises(InputError, match=f"holds another run: its {name} differ"):
             claim(tmp_path, dataclasses.replace(CONFIG, digests={**CONFIG.digests, **later, name: "d2"}))
 
 
@@ -82,11 +82,11 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
 
 def test_what_a_start_that_failed_left_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
-    for name in ("run.lock", "quarantine.jsonl", "quarantine.3.jsonl"):
+    for name in ("run.lock", "skipped_records.jsonl", "skipped_records.3.jsonl", "quarantine.jsonl"):
         (tmp_path / name).write_text("")
     check_free(tmp_path)
-    (tmp_path / "quarantine.txt").write_text("")
-    with pytest.raises(InputError, match=r"not empty \(quarantine\.txt\)"):
+    (tmp_path / "skipped.txt").write_text("")
+    with pytest.raises(InputError, match=r"not empty \(skipped\.txt\)"):
         check_free(tmp_path)
 
 

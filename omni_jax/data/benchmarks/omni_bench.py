@@ -47,8 +47,8 @@ def omni_bench(path: PathLike, columns: Mapping[str, str] | None = None) -> Anno
     wanted = ["source", "caption", *([] if "interval" in roles else ["start", "end"])]
     absent = [role for role in wanted if role not in roles]
     if absent:
-        told = "; ".join(f"{role} ({', '.join(ALIASES[role][:6])}, ...)" for role in absent)
-        raise InputError(f"{path}: no column for {told}; its columns are {', '.join(names)}; say --column {absent[0]}=NAME")
+        missing = "; ".join(f"{role} ({', '.join(ALIASES[role][:6])}, ...)" for role in absent)
+        raise InputError(f"{path}: no column for {missing}; its columns are {', '.join(names)}; say --column {absent[0]}=NAME")
     items: dict[str, Item] = {}
     problems = list(table.problems)
     for place, row in table.rows:

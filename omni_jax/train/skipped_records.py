@@ -8,12 +8,12 @@ from typing import Any
 
 from etils import epath
 
-from omni_jax.train.workdir import quarantine_name, write_whole
+from omni_jax.train.workdir import skipped_records_name, write_whole
 from omni_jax.types import InputError
 
 
-class Quarantine:
-    """A JSONL file in a workdir, one for each process: `quarantine.jsonl` of the first, `quarantine.N.jsonl` of process N.
+class SkippedRecords:
+    """A JSONL file in a workdir, one for each process: `skipped_records.jsonl` of the first, `skipped_records.N.jsonl` of process N.
 
     Attributes:
       path: the file; it is there from the first record on.
@@ -25,7 +25,7 @@ class Quarantine:
         Raises:
           InputError: when the file cannot be read.
         """
-        self.path = workdir / quarantine_name(process)
+        self.path = workdir / skipped_records_name(workdir, process)
         try:
             text = self.path.read_text() if self.path.exists() else ""
         except (OSError, UnicodeDecodeError) as e:

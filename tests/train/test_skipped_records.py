@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from omni_jax.train.quarantine import Quarantine
+from omni_jax.train.skipped_records import SkippedRecords
 from omni_jax.types import InputError
 
 BAD = {"id": "a", "update": 3, "reason": "cannot be read"}
@@ -19,24 +19,24 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_each_record_and_reason_is_listed_once_over_starts(tmp_path: Path) -> None:
-    first = Quarantine(epath.Path(tmp_path), 0)
+    first = SkippedRecords(epath.Path(tmp_path), 0)
     assert not first.path.exists()
     assert first.add(BAD) and not first.add({**BAD, "update": 9})
     assert first.add({**BAD, "reason": "is empty"}) and first.add({"id": None, "line": 2, "file": "m.jsonl", "reason": "not JSON"})
-    with (tmp_path / "quarantine.jsonl").open("a") as file:
+    with (tmp_path / "skipped_records.jsonl").open("a") as file:
         file.write('{"id": "cut o')  # as a killed run leaves it
-    again = Quarantine(epath.Path(tmp_path), 0)
+    again = SkippedRecords(epath.Path(tmp_path), 0)
     assert not again.add(BAD) and again.add({**BAD, "id": "b"})
-    assert [row["id"] for row in lines(tmp_path / "quarantine.jsonl")] == ["a", "a", None, "b"]
+    assert [row["id"] for row in lines(tmp_path / "skipped_records.jsonl")] == ["a", "a", None, "b"]
 
 
 def test_processes_have_files_of_their_own(tmp_path: Path) -> None:
     for process in (0, 1):
-        Quarantine(epath.Path(tmp_path), process).add({**BAD, "id": str(process)})
-    assert lines(tmp_path / "quarantine.jsonl")[0]["id"] == "0" and lines(tmp_path / "quarantine.1.jsonl")[0]["id"] == "1"
+        SkippedRecords(epath.Path(tmp_path), process).add({**BAD, "id": str(process)})
+    assert lines(tmp_path / "skipped_records.jsonl")[0]["id"] == "0" and lines(tmp_path / "skipped_records.1.jsonl")[0]["id"] == "1"
 
 
 def test_a_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "quarantine.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match=r"quarantine.jsonl: cannot be read .* move it away"):
-        Quarantine(epath.Path(tmp_path), 0)
+    (tmp_path / "skipped_records.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"skipped_records.jsonl: cannot be read .* move it away"):
+        SkippedRecords(epath.Path(tmp_path), 0)
