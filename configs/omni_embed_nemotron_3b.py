@@ -9,7 +9,7 @@ backbone itself was used with whole tracks.
 
 import ml_collections
 
-from configs import omniretriever_7b
+from omni_jax.configs import omniretriever_7b
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -8,8 +8,8 @@ After the colon stands `L_A`, `L_A+L_D` or `all`.
 
 import ml_collections
 
-from configs import omniretriever_7b
 from omni_jax.config import ConfigError
+from omni_jax.configs import omniretriever_7b
 
 WEIGHTS = {"L_A": (0.0, 0.0, 1.0), "L_A+L_D": (0.0, 1.0, 1.0), "all": (1.0, 1.0, 1.0)}
 

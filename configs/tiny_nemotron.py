@@ -6,7 +6,7 @@
 
 import ml_collections
 
-from configs import tiny
+from omni_jax.configs import tiny
 
 
 def get_config() -> ml_collections.ConfigDict:

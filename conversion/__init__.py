@@ -13,10 +13,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from conversion.exporter import to_torch, write_adapter, write_trained
-    from conversion.importer import Summary, to_jax
-    from conversion.loader import load
-    from conversion.torch_pickle import read_torch_file
+    from omni_jax.conversion.exporter import to_torch, write_adapter, write_trained
+    from omni_jax.conversion.importer import Summary, to_jax
+    from omni_jax.conversion.loader import load
+    from omni_jax.conversion.torch_pickle import read_torch_file
 
 __all__ = ["Summary", "load", "read_torch_file", "to_jax", "to_torch", "write_adapter", "write_trained"]
 
@@ -33,5 +33,5 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module 'conversion' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"conversion.{_HOME[name]}"), name)
+        raise AttributeError(f"module 'omni_jax.conversion' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"omni_jax.conversion.{_HOME[name]}"), name)

@@ -10,8 +10,8 @@ from typing import Any
 
 from etils import epath
 
-from conversion.source import Checkpoint, read_json
 from omni_jax.config import ModelConfig
+from omni_jax.conversion.source import Checkpoint, read_json
 from omni_jax.types import InputError
 
 # Field of `SpecialTokens` -> (field of config.json, token); the padding token is the one the tokenizer's own files name.

@@ -12,9 +12,9 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from conversion.rules import PEFT_PREFIX, Rule, TreePath, base_rules, lora_rules
-from conversion.transforms import Identity, Shape, Transform
 from omni_jax.config import ModelConfig
+from omni_jax.conversion.rules import PEFT_PREFIX, Rule, TreePath, base_rules, lora_rules
+from omni_jax.conversion.transforms import Identity, Shape, Transform
 from omni_jax.types import InputError
 
 _SHOWN = 3  # names listed in an error

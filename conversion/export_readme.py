@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from conversion.names import NEW_NORM, OLD_NORM
+from omni_jax.conversion.names import NEW_NORM, OLD_NORM
 
 README = "README.omni_jax.md"
 

@@ -16,19 +16,19 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from conversion import engine, folder
-from conversion.adapter import CONFIG, WEIGHTS, adapter_entries, default_config, write_config
-from conversion.engine import Entry
-from conversion.export_readme import README, readme
-from conversion.folder import Manifest, TensorFile
-from conversion.importer import Summary
-from conversion.names import with_norm
-from conversion.rules import TreePath
-from conversion.safetensors_io import Writer, dtype_name
-from conversion.store import Store, open_stores
-from conversion.torch_writer import TorchWriter
-from conversion.weight_files import INDEX, TORCH_INDEX, in_format
 from omni_jax.config import ModelConfig
+from omni_jax.conversion import engine, folder
+from omni_jax.conversion.adapter import CONFIG, WEIGHTS, adapter_entries, default_config, write_config
+from omni_jax.conversion.engine import Entry
+from omni_jax.conversion.export_readme import README, readme
+from omni_jax.conversion.folder import Manifest, TensorFile
+from omni_jax.conversion.importer import Summary
+from omni_jax.conversion.names import with_norm
+from omni_jax.conversion.rules import TreePath
+from omni_jax.conversion.safetensors_io import Writer, dtype_name
+from omni_jax.conversion.store import Store, open_stores
+from omni_jax.conversion.torch_writer import TorchWriter
+from omni_jax.conversion.weight_files import INDEX, TORCH_INDEX, in_format
 from omni_jax.types import InputError
 
 FORMATS = ("keep", "safetensors", "bin")

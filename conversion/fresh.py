@@ -20,14 +20,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from conversion import engine, folder
-from conversion.adapter import CONFIG, WEIGHTS, adapter_entries, default_config, write_config
-from conversion.engine import Entry
-from conversion.folder import Manifest, TensorFile
-from conversion.fresh_tokenizer import SPECIAL, copy_tokenizer, train_tokenizer
-from conversion.importer import Summary
-from conversion.store import StoreWriter
-from conversion.weight_files import SINGLE
 from omni_jax.config import (
     EMBED_MODEL_TYPE,
     EMBED_STYLE,
@@ -40,6 +32,14 @@ from omni_jax.config import (
     SpecialTokens,
     VisionConfig,
 )
+from omni_jax.conversion import engine, folder
+from omni_jax.conversion.adapter import CONFIG, WEIGHTS, adapter_entries, default_config, write_config
+from omni_jax.conversion.engine import Entry
+from omni_jax.conversion.folder import Manifest, TensorFile
+from omni_jax.conversion.fresh_tokenizer import SPECIAL, copy_tokenizer, train_tokenizer
+from omni_jax.conversion.importer import Summary
+from omni_jax.conversion.store import StoreWriter
+from omni_jax.conversion.weight_files import SINGLE
 from omni_jax.types import InputError
 
 BEATS_FILE = "BEATs.pt"

@@ -10,7 +10,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from conversion.folder import copy_files
+from omni_jax.conversion.folder import copy_files
 from omni_jax.types import InputError
 
 SPECIAL = {

@@ -14,16 +14,16 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from conversion import control_tokens, engine, folder, source
-from conversion.adapter import Adapter, open_adapter
-from conversion.engine import Entry
-from conversion.folder import Manifest, TensorFile
-from conversion.names import OPTIONAL
-from conversion.rules import PEFT_PREFIX
-from conversion.safetensors_io import DTYPES as DTYPE_OF
-from conversion.safetensors_io import dtype_name
-from conversion.source import BeatsFile, Checkpoint
-from conversion.store import PART_BYTES, StoreWriter
+from omni_jax.conversion import control_tokens, engine, folder, source
+from omni_jax.conversion.adapter import Adapter, open_adapter
+from omni_jax.conversion.engine import Entry
+from omni_jax.conversion.folder import Manifest, TensorFile
+from omni_jax.conversion.names import OPTIONAL
+from omni_jax.conversion.rules import PEFT_PREFIX
+from omni_jax.conversion.safetensors_io import DTYPES as DTYPE_OF
+from omni_jax.conversion.safetensors_io import dtype_name
+from omni_jax.conversion.source import BeatsFile, Checkpoint
+from omni_jax.conversion.store import PART_BYTES, StoreWriter
 from omni_jax.types import InputError
 
 DTYPES: dict[str, Any] = {"keep": None, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from conversion import engine, folder
-from conversion.engine import Entry
-from conversion.names import OPTIONAL
-from conversion.rules import TreePath
-from conversion.store import Store, open_stores
 from omni_jax.config import ModelConfig
+from omni_jax.conversion import engine, folder
+from omni_jax.conversion.engine import Entry
+from omni_jax.conversion.names import OPTIONAL
+from omni_jax.conversion.rules import TreePath
+from omni_jax.conversion.store import Store, open_stores
 from omni_jax.types import InputError
 
 Params = dict[TreePath, jax.Array]

@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable
 
-from conversion.rules import DROPPED_PREFIXES, PEFT_PREFIX, THINKER_PREFIX
+from omni_jax.conversion.rules import DROPPED_PREFIXES, PEFT_PREFIX, THINKER_PREFIX
 from omni_jax.types import InputError
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", PEFT_PREFIX, THINKER_PREFIX)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from conversion.transforms import Identity, KeepAxis, PatchKernel, ReverseAxes, Transform
 from omni_jax.config import BeatsConfig, ModelConfig, VisionConfig
+from omni_jax.conversion.transforms import Identity, KeepAxis, PatchKernel, ReverseAxes, Transform
 
 TreePath = tuple[str, ...]
 

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from conversion import safetensors_io
-from conversion.names import read_names
-from conversion.safetensors_io import TensorInfo
-from conversion.torch_pickle import read_torch_file
-from conversion.weight_files import Shard, open_weights
 from omni_jax.config import EMBED_STYLE, WAVE_STYLE, BeatsConfig, ConfigError, ModelConfig
 from omni_jax.config.hf_fields import thinker_config
+from omni_jax.conversion import safetensors_io
+from omni_jax.conversion.names import read_names
+from omni_jax.conversion.safetensors_io import TensorInfo
+from omni_jax.conversion.torch_pickle import read_torch_file
+from omni_jax.conversion.weight_files import Shard, open_weights
 from omni_jax.types import InputError
 
 _SKIPPED_FOLDERS = (".git", ".cache")  # version control and download bookkeeping, not part of a checkpoint

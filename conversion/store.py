@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from conversion.folder import ADAPTER, WEIGHTS, Manifest
+from omni_jax.conversion.folder import ADAPTER, WEIGHTS, Manifest
 from omni_jax.types import InputError
 
 if TYPE_CHECKING:

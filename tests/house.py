@@ -47,10 +47,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "omni_jax.retrieval",
         "omni_jax.train",
     },
-    "omni_jax.api": {*ROOMS - {"omni_jax.api"}, "conversion"},
-    "omni_jax.cli": {"omni_jax", *ROOMS, "conversion"},
-    "conversion": {*BASE, "omni_jax.model"},
-    "configs": {"omni_jax.config"},
+    "omni_jax.api": {*ROOMS - {"omni_jax.api"}, "omni_jax.conversion"},
+    "omni_jax.cli": {"omni_jax", *ROOMS, "omni_jax.conversion", "omni_jax.configs"},
+    "omni_jax.conversion": {*BASE, "omni_jax.model"},
+    "omni_jax.configs": {"omni_jax.config"},
     "launch": set(),
 }
 
@@ -69,6 +69,8 @@ FORBIDDEN_PACKAGES = {
 FORBIDDEN_NAMES = {"utils.py", "util.py", "helpers.py", "helper.py", "common.py", "misc.py"}
 PRODUCT = ("omni_jax", "conversion", "configs", "launch")
 MAX_LINES = 450
+# Folders of the top level that are imported as parts of omni_jax; there a link stands for each.
+LINKED = {"conversion", "configs"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +105,14 @@ def tree(file: Path) -> ast.Module:
 
 
 def module_name(file: Path) -> str:
-    """Returns the dotted name: omni_jax/model/__init__.py is omni_jax.model."""
+    """Returns the dotted name: omni_jax/model/__init__.py is omni_jax.model, conversion/rules.py is omni_jax.conversion.rules."""
     parts = file.relative_to(ROOT).with_suffix("").parts
+    parts = ("omni_jax", *parts) if parts[0] in LINKED else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def room(module: str) -> str:
-    """Returns the room a dotted name belongs to: omni_jax.model.layers is in omni_jax.model, conversion.rules in conversion."""
+    """Returns the room a dotted name belongs to: omni_jax.model.layers is in omni_jax.model."""
     parts = module.split(".")
     return ".".join(parts[: 2 if parts[0] == "omni_jax" else 1])
 

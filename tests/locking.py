@@ -26,7 +26,7 @@ PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([A-Za-z0-9_.-]+)", re.MULTILINE)
 def main(arguments: Sequence[str]) -> int:
     """Rewrites the named lock file from the running environment, or from the packages of one folder of it; its leading comments stay."""
     target = Path(arguments[0])
-    frozen = _pip("freeze", "--exclude-editable", *(f"--path={folder}" for folder in arguments[1:])).stdout
+    frozen = _pip("freeze", "--all", "--exclude=pip", "--exclude-editable", *(f"--path={folder}" for folder in arguments[1:])).stdout
     pins = dict(PIN.findall(frozen))
     hashes: dict[str, set[str]] = {name: set() for name in pins}
     for platform in PLATFORMS:

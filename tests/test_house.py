@@ -251,7 +251,7 @@ def test_lock_files_hold_pins_that_satisfy_pyproject() -> None:
                 match = re.fullmatch(r"([A-Za-z0-9_.\-]+)==([A-Za-z0-9_.\-]+)((?: +--hash=sha256:[0-9a-f]{64})*)", line)
                 assert match, f"{name}: {line!r} is not a pin"
                 assert bool(match[3]) == hashed, f"{name}: {match[1]} has {'no' if hashed else 'a'} hash"
-                assert canonicalize_name(match[1]) not in pins, f"{name}: {match[1]} is pinned twice"
+                assert pins.get(canonicalize_name(match[1]), match[2]) == match[2], f"{name}: {match[1]} has two versions"
                 pins[canonicalize_name(match[1])] = match[2]
     project = tomllib.loads((house.ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]

@@ -16,8 +16,7 @@ from clu.parameter_overview import get_parameter_overview
 from etils import epath
 from jax.sharding import Mesh
 
-import conversion
-from conversion.folder import Manifest, read_manifest
+from omni_jax import conversion
 from omni_jax.api.evaluation import Evaluator
 from omni_jax.api.made_with import media_digest
 from omni_jax.api.processes import check_equal, check_shared, first, together
@@ -26,6 +25,7 @@ from omni_jax.api.start_report import data_notes, trained_too
 from omni_jax.api.weights import base_digests
 from omni_jax.config import ModelConfig, Preset
 from omni_jax.config.compile_cache import use_compile_cache
+from omni_jax.conversion.folder import Manifest, read_manifest
 from omni_jax.data.augment import AugmentConfig
 from omni_jax.data.clips import ClipSource
 from omni_jax.data.manifest import Problem
@@ -225,7 +225,7 @@ def _base(run: RunConfig, workdir: epath.Path, captions: Sequence[str]) -> epath
     base = workdir / BASE
 
     def draw() -> None:
-        from conversion.fresh import write_fresh
+        from omni_jax.conversion.fresh import write_fresh
 
         started = read_config(workdir)
         if started is not None and started.base != BASE:

@@ -13,9 +13,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-import conversion
-from conversion.folder import Manifest, read_manifest
+from omni_jax import conversion
 from omni_jax.config import ModelConfig, Preset, default_preset
+from omni_jax.conversion.folder import Manifest, read_manifest
 from omni_jax.tokens.tokenizer import tokenizer_digest
 from omni_jax.train.workdir import TOKENIZER_FILES, is_workdir, read_config, read_workdir, run_of
 from omni_jax.types import InputError

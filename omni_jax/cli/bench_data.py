@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     columns = dict(_role(text) for text in args.column)
 
     # Late, so that `--help` and usage errors answer at once.
-    from conversion.torch_pickle import read_pickle
+    from omni_jax.conversion.torch_pickle import read_pickle
     from omni_jax.data.benchmarks import BENCHMARKS, look_for, read_annotations
 
     found = read_annotations(args.name, args.annotations, split=args.split, columns=columns, read_pickle=read_pickle)

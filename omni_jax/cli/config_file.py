@@ -85,15 +85,15 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> RunConfig:
 def planned_model(section: ModelSection) -> tuple[ModelConfig, str | None]:
     """Returns the architecture of a run without reading weights, and a note where it had to be assumed."""
     if section.architecture:
-        from conversion.fresh import model_config
-        from conversion.fresh_tokenizer import SPECIAL
+        from omni_jax.conversion.fresh import model_config
+        from omni_jax.conversion.fresh_tokenizer import SPECIAL
 
         names = dict(zip(SPECIAL.values(), range(len(SPECIAL)), strict=True))
         return model_config(section.architecture, names, 1024, section.lora), None
     from omni_jax.planning.published import WAVE_7B
 
     if (epath.Path(section.base) / "omni_jax.json").exists():
-        from conversion.folder import read_manifest
+        from omni_jax.conversion.folder import read_manifest
 
         model = read_manifest(epath.Path(section.base)).model
         return _with_lora(model, section), None

@@ -12,7 +12,7 @@ from omni_jax.cli import stopping
 from omni_jax.cli.status import TERMINATED
 
 if TYPE_CHECKING:
-    from conversion import Summary
+    from omni_jax.conversion import Summary
 
 HELP = "convert PyTorch weights to JAX and back"
 EXAMPLE = """omni-jax convert to-jax --base WAVE-7B --adapter OmniRetriever-7B --out omni7b
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     # Late, so that `--help` answers at once.
-    import conversion
+    from omni_jax import conversion
     from omni_jax.cli.progress import Progress
 
     with contextlib.ExitStack() as stack:
@@ -124,7 +124,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _to_torch(args: argparse.Namespace, progress: Callable[[int, int], None]) -> tuple[Summary, int | None]:
     """Writes a converted folder or what a run trained; returns the counts and, of a run, its step."""
-    import conversion
+    from omni_jax import conversion
     from omni_jax.api.weights import open_model
 
     source = open_model(args.model, args.step)

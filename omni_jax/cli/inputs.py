@@ -10,8 +10,8 @@ from typing import Any
 
 from etils import epath
 
-from conversion.torch_pickle import read_torch_file
 from omni_jax.config.made_with import ROUNDING
+from omni_jax.conversion.torch_pickle import read_torch_file
 from omni_jax.retrieval.embedding_file import Choose, check_alike, missing_parts
 from omni_jax.retrieval.inputs import captions_left_out, read_inputs, with_captions
 from omni_jax.types import EmbeddingTable, InputError

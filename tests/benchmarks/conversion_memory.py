@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # VmHWM is this process's own peak; ru_maxrss, on Linux, starts at that of the process that started it.
 _CHILD = """
-import json, resource, sys, conversion
+import json, resource, sys
+from omni_jax import conversion
 made = conversion.to_jax(sys.argv[1], sys.argv[2])
 try:
     lines = open("/proc/self/status").read().splitlines()

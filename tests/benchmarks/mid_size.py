@@ -51,7 +51,7 @@ def random_encoder(config: ModelConfig, seed: int = 0) -> Encoder:
 
 def checkpoint_weights(encoder: Encoder) -> dict[str, np.ndarray]:
     """Returns the weights under the names and in the layouts of a released checkpoint."""
-    from conversion.engine import base_entries
+    from omni_jax.conversion.engine import base_entries
 
     leaves = {tuple(map(str, path)): np.asarray(p[...]) for path, p in nnx.to_flat_state(nnx.state(encoder, nnx.Param))}
     weights = {}

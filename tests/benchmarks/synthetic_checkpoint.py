@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from conversion import engine
-from conversion.safetensors_io import DTYPES, Writer
-from conversion.torch_writer import TorchWriter
-from conversion.weight_files import in_format
 from omni_jax.config import BeatsConfig, ModelConfig
+from omni_jax.conversion import engine
+from omni_jax.conversion.safetensors_io import DTYPES, Writer
+from omni_jax.conversion.torch_writer import TorchWriter
+from omni_jax.conversion.weight_files import in_format
 
 WIDTH, INNER, HEADS, KV_HEADS = 1536, 8960, 12, 2
 

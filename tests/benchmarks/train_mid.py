@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import conversion
+from omni_jax import conversion
 from omni_jax.config import LoraConfig, ModelConfig
 from omni_jax.model import Encoder
 from omni_jax.tokens.batching import attention_cost, step_layout

@@ -10,13 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-import conversion
-from configs import tiny
-from conversion.folder import read_manifest
+from omni_jax import conversion
 from omni_jax.api.weights import base_digests, own_preset
 from omni_jax.cli.embed import choose_preset
 from omni_jax.cli.main import build_parser, main
 from omni_jax.config import ModelConfig, preset
+from omni_jax.configs import tiny
+from omni_jax.conversion.folder import read_manifest
 from omni_jax.train import RunConfig, TrainableConfig
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.state import new_state

@@ -45,8 +45,8 @@ def test_who_embeds_imports_no_exporter_no_checkpoints_and_no_kernels_of_tpus() 
     unwanted = (
         "orbax",
         "tensorstore",
-        "conversion.exporter",
-        "conversion.importer",
+        "omni_jax.conversion.exporter",
+        "omni_jax.conversion.importer",
         "omni_jax.train.step",
         "jax.experimental.pallas",
         "flax",

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conversion.source import model_config, open_checkpoint
 from omni_jax.cli import learning, parity
 from omni_jax.cli.main import main
 from omni_jax.cli.stopping import Signals
+from omni_jax.conversion.source import model_config, open_checkpoint
 from omni_jax.data.synthetic import SyntheticConfig, SyntheticSet
 from omni_jax.train.curves import read_rows
 from omni_jax.types import InputError

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from conversion.folder import read_manifest
-from conversion.fresh import write_fresh
 from omni_jax.cli.config_file import read_config
 from omni_jax.cli.learning import DEMO
+from omni_jax.conversion.folder import read_manifest
+from omni_jax.conversion.fresh import write_fresh
 from omni_jax.data.pipeline import TrainPipeline
 from omni_jax.data.plan import BatchConfig
 from omni_jax.data.sources import open_source

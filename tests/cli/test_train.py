@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from conversion.folder import read_manifest
 from omni_jax.api.training import Outcome
 from omni_jax.cli.config_file import read_config
 from omni_jax.cli.main import main
 from omni_jax.cli.status import BAD_INPUT, INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.config import ConfigError
+from omni_jax.conversion.folder import read_manifest
 from omni_jax.types import InputError
 from tests.house import ROOT
 from tests.train.tiny_run import CONFIG

@@ -11,10 +11,10 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from conversion import engine
-from conversion.adapter import adapter_entries, default_config
-from conversion.export_readme import README
 from omni_jax.config import BeatsConfig, LoraConfig, ModelConfig
+from omni_jax.conversion import engine
+from omni_jax.conversion.adapter import adapter_entries, default_config
+from omni_jax.conversion.export_readme import README
 from tests.benchmarks.synthetic_checkpoint import hf_config, write_tokenizer
 
 BEATS = BeatsConfig(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-import conversion
+from omni_jax import conversion
 from omni_jax.model import param_shardings
 from omni_jax.parallel import barrier, make_mesh, start
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import conversion
-from conversion.adapter import _HARMLESS, _READ, _UNUSED, default_config, lora_config
+from omni_jax import conversion
 from omni_jax.config import LoraConfig
+from omni_jax.conversion.adapter import _HARMLESS, _READ, _UNUSED, default_config, lora_config
 from omni_jax.types import InputError
 from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import assert_same_tensors, beats_file
@@ -63,7 +63,7 @@ ENDLESS = [r"(\w+\.?)+$x", r"(([a-z]+)*(\.|_|\d)*)*-", r"(.*)*(.*)*(.*)*[^\w.]"]
 
 @pytest.mark.parametrize("pattern", ENDLESS)
 def test_a_pattern_that_takes_for_ever_is_refused(monkeypatch, pattern):
-    monkeypatch.setattr("conversion.module_matching.MATCH_LIMIT_S", 0.5)
+    monkeypatch.setattr("omni_jax.conversion.module_matching.MATCH_LIMIT_S", 0.5)
     with pytest.raises(InputError, match=r"takes over 0\.5 s to match; list the module names instead"):
         lora_config(settings(target_modules=pattern), BASE, "adapter_config.json")
 

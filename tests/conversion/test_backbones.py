@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import conversion
-from conversion import engine
-from conversion.adapter import default_config
-from conversion.folder import read_manifest
+from omni_jax import conversion
 from omni_jax.cli.main import main
 from omni_jax.config import BACKBONES, EMBED_STYLE, LoraConfig, ModelConfig
+from omni_jax.conversion import engine
+from omni_jax.conversion.adapter import default_config
+from omni_jax.conversion.folder import read_manifest
 from omni_jax.types import InputError
 from tests import golden_set
 from tests.conversion import checkpoints

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-import conversion
+from omni_jax import conversion
 from omni_jax.types import InputError
 from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import beats_file
@@ -399,7 +399,7 @@ def test_leftovers_of_dead_processes_are_swept(tmp_path, base):
 
 def test_an_interrupted_folder_is_removed_though_threads_still_write_into_it(tmp_path):
     """Orbax writes in threads of its own, which an interruption does not stop at once."""
-    from conversion.folder import new_folder
+    from omni_jax.conversion.folder import new_folder
 
     done = threading.Event()
 

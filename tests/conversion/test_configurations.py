@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from conversion.source import model_config, open_checkpoint
 from omni_jax.config import ModelConfig
+from omni_jax.conversion.source import model_config, open_checkpoint
 from omni_jax.types import InputError
 from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import beats_file

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-import conversion
-from conversion import store as store_module
-from conversion.folder import read_manifest
-from conversion.store import Store, StoreWriter, open_stores
+from omni_jax import conversion
+from omni_jax.conversion import store as store_module
+from omni_jax.conversion.folder import read_manifest
+from omni_jax.conversion.store import Store, StoreWriter, open_stores
 from omni_jax.types import InputError
 from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import beats_file

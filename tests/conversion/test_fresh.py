@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-import conversion
-from conversion import engine
-from conversion.adapter import adapter_entries
-from conversion.fresh import fresh_value, write_fresh
-from conversion.safetensors_io import read_header
-from conversion.source import model_config, open_checkpoint
+from omni_jax import conversion
 from omni_jax.config import LoraConfig
+from omni_jax.conversion import engine
+from omni_jax.conversion.adapter import adapter_entries
+from omni_jax.conversion.fresh import fresh_value, write_fresh
+from omni_jax.conversion.safetensors_io import read_header
+from omni_jax.conversion.source import model_config, open_checkpoint
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.types import InputError
 

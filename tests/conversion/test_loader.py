@@ -8,9 +8,9 @@ import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-import conversion
-from conversion.engine import tree_shapes
-from conversion.store import Store, StoreWriter, fetch_raw, raw_file, read_raw
+from omni_jax import conversion
+from omni_jax.conversion.engine import tree_shapes
+from omni_jax.conversion.store import Store, StoreWriter, fetch_raw, raw_file, read_raw
 from omni_jax.planning.chips import CHIPS, Topology
 from omni_jax.planning.load_plan import load_plan
 from tests.conversion import checkpoints

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import conversion
-from conversion.adapter import default_config, lora_config, read_config
-from conversion.rules import base_rules
+from omni_jax import conversion
+from omni_jax.conversion.adapter import default_config, lora_config, read_config
+from omni_jax.conversion.rules import base_rules
 from omni_jax.types import InputError
 from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import assert_same_tensors, beats_file

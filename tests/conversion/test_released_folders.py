@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import conversion
-from conversion.folder import read_manifest
-from conversion.names import NEW_NORM, OLD_NORM, canonical
-from conversion.safetensors_io import TensorInfo
-from conversion.torch_pickle import open_torch_weights
+from omni_jax import conversion
+from omni_jax.conversion.folder import read_manifest
+from omni_jax.conversion.names import NEW_NORM, OLD_NORM, canonical
+from omni_jax.conversion.safetensors_io import TensorInfo
+from omni_jax.conversion.torch_pickle import open_torch_weights
 from omni_jax.types import InputError
 from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import assert_same_tensors, beats_file
@@ -106,7 +106,7 @@ def test_transposed_tensors_of_a_bin_file_are_read_in_order(tmp_path, weights):
 
 
 def test_large_tensors_of_a_bin_file_are_read_in_rows(tmp_path, weights, monkeypatch):
-    from conversion import importer
+    from omni_jax.conversion import importer
 
     monkeypatch.setattr(importer, "_BLOCK", 1000)
     read, sizes = TensorInfo._read, []

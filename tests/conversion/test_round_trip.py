@@ -7,9 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import conversion
-from conversion import engine
-from conversion.folder import read_manifest
+from omni_jax import conversion
+from omni_jax.conversion import engine
+from omni_jax.conversion.folder import read_manifest
 from tests.conversion import checkpoints
 from tests.tolerances import assert_close
 
@@ -110,7 +110,7 @@ def test_an_index_comes_back_as_it_was_written(tmp_path, indent):
 
 
 def test_large_tensors_are_read_in_rows_and_stored_in_pieces(tmp_path, monkeypatch):
-    from conversion import importer, store
+    from omni_jax.conversion import importer, store
 
     monkeypatch.setattr(importer, "_BLOCK", 1000)
     monkeypatch.setattr(store, "PIECE_BYTES", 700)
@@ -153,8 +153,8 @@ def test_beats_override_replaces_weights_and_settings(tmp_path, predictor):
 
 
 def test_beats_settings_default_to_the_published_ones(tmp_path):
-    from conversion.source import model_config, open_checkpoint
     from omni_jax.config import BeatsConfig
+    from omni_jax.conversion.source import model_config, open_checkpoint
 
     published = BeatsConfig(predictor_classes=0)
     weights = {"beats.encoder.layer_norm.weight": np.zeros(4, np.float32)}

@@ -3,10 +3,10 @@ import math
 
 import pytest
 
-from conversion import engine
-from conversion.adapter import adapter_entries
-from conversion.rules import base_rules
 from omni_jax.config import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, ModelConfig, SpecialTokens, VisionConfig
+from omni_jax.conversion import engine
+from omni_jax.conversion.adapter import adapter_entries
+from omni_jax.conversion.rules import base_rules
 from tests import golden_set
 from tests.conversion import checkpoints
 

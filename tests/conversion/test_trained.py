@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import conversion
-from conversion.engine import tree_shapes
+from omni_jax import conversion
 from omni_jax.config import ModelConfig
+from omni_jax.conversion.engine import tree_shapes
 from omni_jax.train import TrainableConfig
 from omni_jax.train.trainable import is_lora, select
 from omni_jax.types import InputError

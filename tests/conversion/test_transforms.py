@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conversion.transforms import Identity, KeepAxis, PatchKernel, ReverseAxes
+from omni_jax.conversion.transforms import Identity, KeepAxis, PatchKernel, ReverseAxes
 from tests.tolerances import assert_close
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)

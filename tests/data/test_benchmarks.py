@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conversion.torch_pickle import read_pickle
+from omni_jax.conversion.torch_pickle import read_pickle
 from omni_jax.data.benchmarks import BENCHMARKS, Annotations, Item, fetch_rows, look_for, manifest_rows, read_annotations
 from omni_jax.data.manifest import read_manifest, write_jsonl_atomic
 from omni_jax.types import InputError

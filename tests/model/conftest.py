@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import conversion
+from omni_jax import conversion
 from omni_jax.model import Encoder, abstract_encoder, with_params
 from tests.golden_set import GoldenSet
 from tests.model import builders

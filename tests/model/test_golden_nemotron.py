@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-import conversion
+from omni_jax import conversion
 from omni_jax.config import TABLES, ConfigError, ModelConfig
 from omni_jax.features import audio_tokens
 from omni_jax.model import Encoder, abstract_encoder, with_params

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-import conversion
-from conversion import engine
-from conversion.rules import base_rules
+from omni_jax import conversion
+from omni_jax.conversion import engine
+from omni_jax.conversion.rules import base_rules
 from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import beats_file
 from tests.tolerances import assert_close
@@ -156,7 +156,7 @@ def test_a_released_adapter_computes_in_peft_what_it_does_here(tmp_path, setting
     """Patterns and selections: PEFT decides which modules they mean, with which rank and alpha."""
     from safetensors.numpy import save_file
 
-    from conversion.adapter import adapter_entries, default_config, read_config
+    from omni_jax.conversion.adapter import adapter_entries, default_config, read_config
 
     config = default_config(checkpoints.model_config(lora=checkpoints.LORA)) | settings
     lora, modules, own = read_config(config, checkpoints.model_config(), "adapter_config.json")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import conversion
+from omni_jax import conversion
 from omni_jax.train import TrainStep, step_kind
 from tests.conversion import checkpoints
 from tests.reference.test_peft_adapter import check_with_peft

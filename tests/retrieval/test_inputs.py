@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conversion.torch_pickle import read_torch_file
+from omni_jax.conversion.torch_pickle import read_torch_file
 from omni_jax.retrieval import evaluate, write_embeddings
 from omni_jax.retrieval.inputs import captions_left_out, read_inputs, with_captions
 from omni_jax.types import EmbeddingTable, InputError

@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     import atheris  # type: ignore[import-not-found] - installed for this part alone
 
     instrument: Any = atheris.instrument_imports  # type: ignore[attr-defined]
-    with instrument(include=["omni_jax", "conversion"]):
+    with instrument(include=["omni_jax"]):
         from tests.torture.fuzz_targets import TARGETS
     options = [
         f"-max_total_time={chosen.seconds}",

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from conversion.safetensors_io import read_header
-from conversion.torch_pickle import read_torch_file
 from omni_jax.config import ModelConfig
+from omni_jax.conversion.safetensors_io import read_header
+from omni_jax.conversion.torch_pickle import read_torch_file
 from omni_jax.data.manifest import read_manifest
 from omni_jax.tokens.prompts import build_sequences
 from omni_jax.tokens.tokenizer import CONTROL_TOKENS, Tokenizer
@@ -152,7 +152,7 @@ def _plain(value: Any, seen: set[int]) -> None:
 
 @functools.cache
 def _model() -> tuple[Tokenizer, ModelConfig, frozenset[int]]:
-    from conversion.source import model_config, open_checkpoint
+    from omni_jax.conversion.source import model_config, open_checkpoint
 
     config = model_config(open_checkpoint(golden().checkpoint))
     tokenizer = Tokenizer.from_pretrained(golden().checkpoint)

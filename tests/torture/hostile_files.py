@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from conversion.adapter import lora_config
-from conversion.safetensors_io import read_header
-from conversion.source import model_config, open_checkpoint
 from omni_jax.cli.main import main
+from omni_jax.conversion.adapter import lora_config
+from omni_jax.conversion.safetensors_io import read_header
+from omni_jax.conversion.source import model_config, open_checkpoint
 from omni_jax.data.manifest import read_manifest
 from omni_jax.types import InputError
 from tests.conversion.torch_files import write_program
@@ -250,10 +250,10 @@ LIES = (_huge_shape, _overlap, _past_the_end, _shifted, _odd_values, _length_of_
 
 def _patterns(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: int, clock: Clock) -> None:
     """Random regular expressions with nested repeats, as `target_modules`."""
-    import conversion.module_matching
+    from omni_jax.conversion import module_matching
 
     base = model_config(open_checkpoint(commands.golden().checkpoint))
-    limit, conversion.module_matching.MATCH_LIMIT_S = conversion.module_matching.MATCH_LIMIT_S, 1.0
+    limit, module_matching.MATCH_LIMIT_S = module_matching.MATCH_LIMIT_S, 1.0
     atoms = (r"\w", r".", r"[a-z_.]", r"\d", r"layers", r"(q|k|v)_proj", r"model\.", r"(?=.)", r"\b", r"(?:a|ab|b)", r"\x00", "雨", r"\Z")
     repeats = ("*", "+", "?", "{2,}", "{1,9}", "*?", "+?", "", "")
     tried = 0
@@ -273,7 +273,7 @@ def _patterns(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: 
             tried += 1
             outcome.expect(taken.left > 0, f"target_modules {pattern!r} took {taken.spent:.0f} s")
     finally:
-        conversion.module_matching.MATCH_LIMIT_S = limit
+        module_matching.MATCH_LIMIT_S = limit
     outcome.tried.append(("regular expressions as target_modules", tried))
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-import conversion
-from conversion.adapter import adapter_entries
+from omni_jax import conversion
 from omni_jax.config import ModelConfig
+from omni_jax.conversion.adapter import adapter_entries
 from omni_jax.features.audio import kaldi_fbank
 from omni_jax.tokens.batching import step_layout
 from omni_jax.tokens.interleave import VideoSpan

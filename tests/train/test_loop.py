@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from configs import tiny
+from omni_jax.configs import tiny
 from omni_jax.train import RunConfig, TrainState
 from omni_jax.train.checkpoint import Checkpoints, steps_of
 from omni_jax.train.loop import COLLAPSED, DIGEST, LoopCallbacks, Row, Watch, digest_of, train

@@ -14,7 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata as hparams
 
-from configs import tiny
+from omni_jax.configs import tiny
 from omni_jax.train import RunConfig
 from omni_jax.train.loop import ALWAYS, DIGEST
 from omni_jax.train.metrics import MetricsWriter

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from configs import omniretriever_7b, paper_ablations, tiny
 from omni_jax.config import ConfigError
+from omni_jax.configs import omniretriever_7b, paper_ablations, tiny
 from omni_jax.train import run_config
 from omni_jax.train.run_config import RunConfig
 from tests import house

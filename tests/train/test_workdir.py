@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import tiny
+from omni_jax.configs import tiny
 from omni_jax.train import RunConfig
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.lock import run_lock
