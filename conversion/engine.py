@@ -96,11 +96,12 @@ def saved_entries(config: ModelConfig, base: Mapping[str, Entry]) -> dict[str, E
 
 @functools.lru_cache(maxsize=8)
 def tree_shapes(config: ModelConfig) -> Mapping[TreePath, Shape]:
-    """Returns the shape of every leaf of the model's parameter tree, layer stacks with their leading axis."""
+    """Returns the shape of every leaf that a checkpoint has, layer stacks with their leading axis: the model's, and what is carried."""
     # Here, so that reading a header or a `.pt` file does not import the model.
-    from omni_jax.model import abstract_params
+    from omni_jax.model import abstract_params, carried_shapes
 
-    return types.MappingProxyType({path: tuple(leaf.shape) for path, leaf in abstract_params(config).items()})
+    model = {path: tuple(leaf.shape) for path, leaf in abstract_params(config).items()}
+    return types.MappingProxyType(model | carried_shapes(config))
 
 
 def check(entries: Mapping[str, Entry], found: Mapping[str, Shape], where: str, remedy: str, optional: Container[str] = ()) -> None:

@@ -15,9 +15,9 @@ from etils import epath
 from omni_jax.config import ModelConfig
 from omni_jax.conversion import engine, folder
 from omni_jax.conversion.engine import Entry
-from omni_jax.conversion.names import OPTIONAL
 from omni_jax.conversion.rules import TreePath
 from omni_jax.conversion.store import Store, open_stores
+from omni_jax.model import carried_shapes
 from omni_jax.types import InputError
 
 Params = dict[TreePath, jax.Array]
@@ -31,7 +31,7 @@ def load(
     shardings: Shardings | Callable[[ModelConfig], Shardings] | None = None,
     report_bytes: Callable[[int, int], None] | None = None,
 ) -> tuple[ModelConfig, Params]:
-    """Returns the configuration and every parameter of a converted folder, layer stacks with their leading axis.
+    """Returns the configuration and every parameter of the model in a converted folder, layer stacks with their leading axis.
 
     Modules that the adapter trained whole replace those of the base. Layers that the adapter does not touch get LoRA matrices of zero,
     which add nothing and, their gradients being zero, stay so. Memory peaks at the model and one more stack. Where a leaf's sharding
@@ -51,14 +51,11 @@ def load(
     manifest = folder.read_manifest(source)
     stores = open_stores(source, manifest)
     entries = [*engine.base_entries(manifest.model).values(), *engine.lora_entries(manifest.model).values()]
-    leaves = dict(_leaves(entries))
-    _check(leaves, stores, source)
+    stored = dict(_leaves(entries))
+    leaves = {path: group for path, group in stored.items() if path not in carried_shapes(manifest.model)}
+    _check(stored, leaves, stores, source)
     places = (shardings(manifest.model) if callable(shardings) else shardings) or {}
-    absent = {path: leaves.pop(path) for path in list(leaves) if all(_holder(entry, stores) is None for entry in leaves[path])}
     params = dict(_read(leaves, stores, dtype, places))
-    # What no embedding needs and the checkpoint lacks: zeros, in the type of the rest.
-    kind = params["decoder", "embed", "embedding"].dtype
-    params |= {path: jnp.zeros(_shape(group), kind, device=places.get(path)) for path, group in absent.items()}
     if report_bytes is not None:
         held = [(store, entry) for group in leaves.values() for entry in group if (store := _holder(entry, stores)) is not None]
         report_bytes(sum(store.bytes_read for store in stores), sum(store.arrays[entry.stored].nbytes for store, entry in held))
@@ -133,14 +130,15 @@ def _leaves(entries: list[Entry]) -> Iterator[tuple[TreePath, list[Entry]]]:
         yield path, group[:1] if group[0].shared else group
 
 
-def _check(leaves: Mapping[TreePath, list[Entry]], stores: list[Store], source: epath.Path) -> None:
+def _check(stored: Mapping[TreePath, list[Entry]], leaves: Mapping[TreePath, list[Entry]], stores: list[Store], source: epath.Path) -> None:
+    """Raises InputError where one of the leaves is missing, or the folder holds what is not among all that may be stored."""
     missing: list[str] = []
     for path, group in leaves.items():
         absent = [entry.stored for entry in group if _holder(entry, stores) is None]
-        # LoRA may touch some layers only; of everything else each layer must be there, but for what no embedding needs.
-        if absent and not all(entry.key in OPTIONAL for entry in group) and (not _is_lora(path) or len(absent) == len(group)):
+        # LoRA may touch some layers only; of everything else each layer must be there.
+        if absent and (not _is_lora(path) or len(absent) == len(group)):
             missing += absent
-    known = {entry.stored: entry.tree_shape for group in leaves.values() for entry in group}
+    known = {entry.stored: entry.tree_shape for group in stored.values() for entry in group}
     found = {name: at.shape for store in stores for name, at in store.arrays.items() if not name.startswith(f"{engine.ORIGINAL}.")}
     wrong = [f"{name} is {shape}" for name, shape in found.items() if known.get(name) != shape]
     if missing or wrong:

@@ -222,7 +222,11 @@ def test_architecture_page_shows_the_import_table() -> None:
 
 def test_readme_memory_table_follows_from_the_parameter_counts() -> None:
     """One GiB figure a device: bfloat16 weights; and for training float32 weights, two moments and a gradient of what is trained."""
-    sizes = {name: sum(math.prod(shape) for shape in manifest_7b(name).values()) for name in ("wave7b", "adapter7b")}
+    carried = ("lm_head.", "audio_tower.audio_bos_eos_token.", "beats.predictor.")
+    sizes = {
+        name: sum(math.prod(shape) for key, shape in manifest_7b(name).items() if not key.startswith(carried))
+        for name in ("wave7b", "adapter7b")
+    }
     lora = sum(math.prod(shape) for key, shape in manifest_7b("adapter7b").items() if "lora_" in key)
     weights = 2 * (sizes["wave7b"] + lora) / 2**30
     training = weights + (4 + 8 + 4 - 2) * sizes["adapter7b"] / 2**30

@@ -1,5 +1,13 @@
 """The encoder in Flax NNX."""
 
-from omni_jax.model.encoder import Encoder, abstract_encoder, abstract_params, param_axes, param_shardings, with_params
+from omni_jax.model.encoder import (
+    Encoder,
+    abstract_encoder,
+    abstract_params,
+    carried_shapes,
+    param_axes,
+    param_shardings,
+    with_params,
+)
 
-__all__ = ["Encoder", "abstract_encoder", "abstract_params", "param_axes", "param_shardings", "with_params"]
+__all__ = ["Encoder", "abstract_encoder", "abstract_params", "carried_shapes", "param_axes", "param_shardings", "with_params"]

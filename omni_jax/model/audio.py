@@ -12,7 +12,6 @@ from einops import reduce
 from flax import nnx
 
 from omni_jax.config import AudioConfig
-from omni_jax.model.decoder import Embed
 from omni_jax.model.layers import WEIGHT_INIT, ZEROS, LayerNorm, Linear, Maker, attend, gelu, scan_layers, split_heads
 from omni_jax.parallel import constrain
 
@@ -83,8 +82,6 @@ class AudioTower(nnx.Module):
         self.layers = Block((make / "layers").stack(config.num_layers), config)
         self.norm = LayerNorm(make, width, config.norm_eps)
         self.proj = Linear(make / "proj", width, config.output_size, ("mlp", "embed"))
-        # Carried for export; embeddings do not use it.
-        self.bos_eos = Embed(make, 2, config.output_size, ("table", "embed"))
         self.config = config
 
     def __call__(self, mel: jax.Array, frames: jax.Array, *, dtype: jnp.dtype) -> jax.Array:

@@ -137,14 +137,12 @@ class Beats(nnx.Module):
     def __init__(self, make: Maker, config: BeatsConfig):
         self.patch_embed = Linear(make / "patch_embed", config.patch_size**2, config.embed_dim, ("patch", "embed"), bias=config.conv_bias)
         self.norm_patches = LayerNorm(make, config.embed_dim, config.norm_eps)
-        project, classes = config.has_input_projection, config.predictor_classes
+        project = config.has_input_projection
         self.input_proj = Linear(make / "input_proj", config.embed_dim, config.hidden_size, ("mlp", "embed")) if project else None
         self.pos_conv = PositionConv(make, config)
         self.norm = LayerNorm(make, config.hidden_size, config.norm_eps)
         self.relative_bias = Embed(make, config.num_buckets, config.num_heads, ("table", "norm"))
         self.layers = Block((make / "layers").stack(config.num_layers), config)
-        # Carried for export; embeddings do not use it.
-        self.predictor = Linear(make / "predictor", config.hidden_size, classes, ("embed", None)) if classes else None
         self.config = config
 
     def __call__(self, fbank: jax.Array, frames: jax.Array, *, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

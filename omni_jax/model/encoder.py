@@ -19,7 +19,7 @@ from omni_jax.config import ModelConfig
 from omni_jax.model.audio import AudioTower
 from omni_jax.model.beats import Beats, BeatsBridge
 from omni_jax.model.decoder import Decoder
-from omni_jax.model.layers import WEIGHT_INIT, Linear, Maker, gelu
+from omni_jax.model.layers import Linear, Maker, gelu
 from omni_jax.model.vision import VisionTower
 from omni_jax.parallel import constrain, sharding
 
@@ -43,17 +43,10 @@ class FusionHead(nnx.Module):
         return self.fc2(gelu(x))
 
 
-class Unembed(nnx.Module):
-    """Language-model head, carried for export only."""
-
-    def __init__(self, make: Maker, width: int, vocabulary: int):
-        self.kernel = make.param((width, vocabulary), ("embed", "vocab"), WEIGHT_INIT)
-
-
 class Encoder(nnx.Module):
     """A backbone with an optional LoRA adapter; BEATs and the fusion head where its configuration has them.
 
-    `dtype` is that of activations; weights keep the dtype they are stored in.
+    `dtype` is that of activations; weights keep the dtype they are stored in. What else a checkpoint has, `carried_shapes` lists.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, param_dtype: Any = jnp.float32, dtype: Any = None):
@@ -65,7 +58,6 @@ class Encoder(nnx.Module):
         self.bridge = BeatsBridge(make / "bridge", config.beats.hidden_size, width) if config.beats else None
         self.decoder = Decoder(make / "decoder", config.decoder, causal=config.attention == "causal", mean=not config.has_head)
         self.head = FusionHead(make / "head", config.decoder.num_layers, width) if config.has_head else None
-        self.lm_head = Unembed(make, width, config.decoder.vocab_size)
         self.config = config
         self.dtype = jnp.dtype(dtype or param_dtype)
 
@@ -109,6 +101,21 @@ def abstract_encoder(config: ModelConfig, *, param_dtype: Any = jnp.float32, dty
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """Returns path -> shape and dtype of every parameter."""
     return {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, _) in _leaves(config).items()}
+
+
+def carried_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Returns path -> shape of what a checkpoint has besides the model and no embedding depends on: kept for the way back, never loaded."""
+    shapes: dict[tuple[str, ...], tuple[int, ...]] = {
+        ("lm_head", "kernel"): (config.decoder.hidden_size, config.decoder.vocab_size),
+        ("audio", "bos_eos", "embedding"): (2, config.audio.output_size),
+    }
+    if config.beats is not None and (classes := config.beats.predictor_classes):
+        width = config.beats.hidden_size
+        shapes |= {("beats", "predictor", "kernel"): (width, classes), ("beats", "predictor", "bias"): (classes,)}
+        if config.lora and "beats/predictor" in config.lora.targets:
+            rank = config.lora.rank
+            shapes |= {("beats", "predictor", "lora_a"): (width, rank), ("beats", "predictor", "lora_b"): (rank, classes)}
+    return shapes
 
 
 def param_axes(config: ModelConfig) -> dict[tuple[str, ...], tuple[str | None, ...]]:

@@ -14,16 +14,13 @@ import jax.numpy as jnp
 from clu.parameter_overview import count_parameters, make_table
 
 from omni_jax.config import ConfigError, ModelConfig
-from omni_jax.model import abstract_params
+from omni_jax.model import abstract_params, carried_shapes
 from omni_jax.types import InputError
 
 Arrays = dict[str, jax.Array]
 
 TEMPERATURE = "loss/log_inverse_temperature"
 """The one parameter that is not the encoder's."""
-
-CARRIED = ("lm_head/", "audio/bos_eos/", "beats/predictor/")
-"""Parts no embedding depends on: weight decay alone would change them."""
 
 HEADS = {"classify_linear": "head/", "beats_ln": "bridge/norm/", "beats_proj": "bridge/fc"}
 """Modules that every recipe trains, by their names in a PEFT adapter, and where they stand."""
@@ -37,7 +34,7 @@ class TrainableConfig:
 
     Attributes:
       recipe: "adapter": LoRA, and of the fusion head and the BEATs bridge what the backbone has, as OmniRetriever-7B was trained; "all":
-        every parameter that an embedding depends on.
+        every parameter.
       freeze: path prefixes that stay as they are all the same ("vision", "decoder/embed").
     """
 
@@ -67,13 +64,14 @@ def select(config: ModelConfig, choice: TrainableConfig) -> frozenset[str]:
     """
     paths = ["/".join(path) for path in abstract_params(config)]
     targets = config.lora.targets if config.lora else ()
-    if missed := [target for target in targets if f"{target}/lora_a" not in paths]:
+    known = {*paths, *("/".join(path) for path in carried_shapes(config))}
+    if missed := [target for target in targets if f"{target}/lora_a" not in known]:
         maps = [p.removesuffix("/kernel") for p in paths if p.startswith("decoder/layers/") and p.endswith("/kernel")]
         raise InputError(f"lora.targets names {', '.join(missed)}, no linear map of this model; choose among {', '.join(sorted(maps))} ...")
     frozen = [p for p in choice.freeze if not any(_under(path, p) for path in paths)]
     if frozen:
         raise InputError(f"trainable.freeze names {', '.join(frozen)}, which no parameter path starts with")
-    kept = [p for p in paths if not p.startswith(CARRIED) and not any(_under(p, prefix) for prefix in choice.freeze)]
+    kept = [p for p in paths if not any(_under(p, prefix) for prefix in choice.freeze)]
     if choice.recipe == "adapter":
         if not any(map(is_lora, kept)):
             raise InputError("trainable recipe 'adapter' trains LoRA, but no LoRA parameter would train; set lora.rank and lora.targets")

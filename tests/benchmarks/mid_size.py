@@ -106,5 +106,5 @@ def batch(clips: Sequence[Features], tables: Sequence[str], config: ModelConfig,
 
 
 def parameter_count(encoder: Encoder) -> int:
-    """Returns how many parameters an embedding uses: all but the language-model head."""
-    return sum(x.size for x in jax.tree.leaves(nnx.state(encoder, nnx.Param))) - encoder.lm_head.kernel.size
+    """Returns how many parameters an embedding uses."""
+    return sum(x.size for x in jax.tree.leaves(nnx.state(encoder, nnx.Param)))

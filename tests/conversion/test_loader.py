@@ -10,7 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from omni_jax import conversion
 from omni_jax.conversion.engine import tree_shapes
-from omni_jax.conversion.store import Store, StoreWriter, fetch_raw, raw_file, read_raw
+from omni_jax.conversion.folder import read_manifest
+from omni_jax.conversion.store import Store, StoreWriter, fetch_raw, open_stores, raw_file, read_raw
+from omni_jax.model import carried_shapes
 from omni_jax.planning.chips import CHIPS, Topology
 from omni_jax.planning.load_plan import load_plan
 from tests.conversion import checkpoints
@@ -32,9 +34,20 @@ def model(tmp_path_factory):
 @pytest.mark.jit
 def test_leaves_have_the_models_shapes_and_stored_types(model):
     config, params = conversion.load(model)
-    assert {path: leaf.shape for path, leaf in params.items()} == tree_shapes(config)
+    assert {path: leaf.shape for path, leaf in params.items()} | carried_shapes(config) == tree_shapes(config)
     assert params["decoder", "embed", "embedding"].dtype == jnp.bfloat16
     assert params["head", "fc1", "kernel"].dtype == jnp.float32  # the adapter's version
+
+
+@pytest.mark.jit
+def test_what_no_embedding_depends_on_is_stored_and_not_read(model):
+    counts = []
+    config, params = conversion.load(model, report_bytes=lambda *found: counts.append(found))
+    carried = carried_shapes(config)
+    assert len(carried) == 4 and not carried.keys() & params.keys()
+    (store,) = (s for s in open_stores(epath.Path(model), read_manifest(model)) if "lm_head.kernel" in s.arrays)
+    assert {".".join(path) for path in carried} <= store.arrays.keys()
+    assert counts == [(sum(x.nbytes for x in params.values()),) * 2]
 
 
 @pytest.mark.jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from omni_jax.model import abstract_params
+from omni_jax.conversion.engine import tree_shapes
 from tests.golden_set import manifest_7b
 from tests.model import builders
 
@@ -25,9 +25,9 @@ SHARED_TABLES = 11 * 320 * 12  # BEATs layers 1..11 share the table of layer 0
 def counts() -> dict[str, int]:
     """Values of each part; those of the adapter apart."""
     found: dict[str, int] = {}
-    for path, shape in abstract_params(builders.SEVEN_B).items():
+    for path, shape in tree_shapes(builders.SEVEN_B).items():
         part = "lora" if path[-1].startswith("lora_") else path[0]
-        found[part] = found.get(part, 0) + math.prod(shape.shape)
+        found[part] = found.get(part, 0) + math.prod(shape)
     return found
 
 

@@ -119,7 +119,7 @@ def test_dropout_is_drawn_from_seed_and_step_alone():
     assert len(step.programs) == 1
 
 
-def test_everything_trains_but_carried_parts_and_the_temperature_is_learned():
+def test_everything_trains_and_the_temperature_is_learned():
     config = recipe(trainable=TrainableConfig(recipe="all"), learn_temperature=True, negatives="micro")
     step = make(config)
     state, frozen = step.init(weights())
@@ -127,7 +127,7 @@ def test_everything_trains_but_carried_parts_and_the_temperature_is_learned():
     assert_close(np.exp(-before[TEMPERATURE]), 0.2, "update_loss")
     after, metrics = step(state, frozen, batch(config.losses, 1, clips=4))
     moved = {name for name, x in jax.device_get(after.trainable).items() if not np.array_equal(x, before[name])}
-    assert TEMPERATURE in moved and {"lm_head/kernel", "beats/predictor/kernel"} <= frozen.keys()
+    assert TEMPERATURE in moved and not frozen
     assert {name.partition("/")[0] for name in moved} == {"vision", "audio", "beats", "bridge", "decoder", "head", "loss"}
     assert float(metrics["grad_norm/loss"]) > 0
 
