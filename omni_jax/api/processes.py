@@ -16,7 +16,7 @@ import jax
 from etils import epath
 
 from omni_jax.config.made_with import flat
-from omni_jax.parallel import all_do, barrier, first_does, texts_of_every_process
+from omni_jax.parallel import barrier, process_allgather_str, run_on_all_processes, run_on_process_0
 from omni_jax.types import InputError
 
 T = TypeVar("T")
@@ -28,16 +28,16 @@ MARK = ".seen-by-"
 PATIENCE_S = 10.0  # a network file system shows a new file to other hosts after a while
 
 
-def together(work: Callable[[], T]) -> T:
+def on_all_processes(work: Callable[[], T]) -> T:
     """Returns what `work` gives here, done by every process; all fail where one does. Raises InputError in those where it did not."""
     with _one_line():
-        return all_do(work)
+        return run_on_all_processes(work)
 
 
-def first(work: Callable[[], Any]) -> None:
+def on_process_0(work: Callable[[], Any]) -> None:
     """Does something in process 0 alone; all of them fail where it fails."""
     with _one_line():
-        if error := first_does(work):
+        if error := run_on_process_0(work):
             raise error
 
 
@@ -48,7 +48,7 @@ def check_equal(what: str, values: Mapping[str, Any]) -> None:
       InputError: in all of them, naming what differs first.
     """
     mine = {name: bool(value) if name in LOCAL else value for name, value in flat(values)}
-    said = [json.loads(text) for text in texts_of_every_process(json.dumps(mine, sort_keys=True, default=str))]
+    said = [json.loads(text) for text in process_allgather_str(json.dumps(mine, sort_keys=True, default=str))]
     for number, other in enumerate(said):
         for name in sorted({*said[0], *other}):
             here, there = (values.get(name, "absent") for values in (said[0], other))
@@ -68,7 +68,7 @@ def check_shared(folder: epath.Path) -> None:
     count, me = jax.process_count(), jax.process_index()
     if count == 1:
         return
-    run = texts_of_every_process(f"{os.getpid()}-{time.time_ns()}")[0]
+    run = process_allgather_str(f"{os.getpid()}-{time.time_ns()}")[0]
     marks = [folder / f"{MARK}{number}-{run}" for number in range(count)]
 
     def write() -> None:
@@ -86,8 +86,8 @@ def check_shared(folder: epath.Path) -> None:
             time.sleep(0.1)
 
     try:
-        together(write)
-        together(look)
+        on_all_processes(write)
+        on_all_processes(look)
     finally:
         with contextlib.suppress(OSError):
             marks[me].unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from omni_jax import conversion
 from omni_jax.api.evaluation import Evaluator
 from omni_jax.api.made_with import media_digest
-from omni_jax.api.processes import check_equal, check_shared, first, together
+from omni_jax.api.processes import check_equal, check_shared, on_all_processes, on_process_0
 from omni_jax.api.retriever import check_preprocessing
 from omni_jax.api.start_report import data_notes, trained_too
 from omni_jax.api.weights import base_digests
@@ -99,27 +99,27 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
     folder = folder if "://" in str(folder) else epath.Path(folder).absolute()
     use_compile_cache()
     check_equal("the config", run.to_json())
-    mesh = together(lambda: _mesh(run))
+    mesh = on_all_processes(lambda: _mesh(run))
     preset = run.data.resolved_preset()
-    source = together(lambda: open_source(run.data.train, preset, run.data.media_root or None, timeout_s=run.data.timeout))
+    source = on_all_processes(lambda: open_source(run.data.train, preset, run.data.media_root or None, timeout_s=run.data.timeout))
     problems: Sequence[Problem] = getattr(source, "problems", ())
     with contextlib.ExitStack() as held:
-        first(lambda: check_free(folder))
-        first(lambda: held.enter_context(run_lock(folder)))
+        on_process_0(lambda: check_free(folder))
+        on_process_0(lambda: held.enter_context(run_lock(folder)))
         check_shared(folder)
-        skipped = together(lambda: SkippedRecords(folder, jax.process_index()))
+        skipped = on_all_processes(lambda: SkippedRecords(folder, jax.process_index()))
         listed = f"listed in {skipped.path}; the first"
 
         def keep(problems: Sequence[Problem]) -> None:
-            first(lambda: [skipped.add(problem.row()) for problem in problems])
+            on_process_0(lambda: [skipped.add(problem.row()) for problem in problems])
 
         if problems:
             callbacks.log(f"{run.data.train}: {len(problems)} records cannot be trained on, {listed}: {problems[0].reason}")
         # At once, for a start that fails; in the workdir of a run not before it is known to be this one.
         keep(problems if read_config(folder) is None else ())
         base = _base(run, folder, source.captions)
-        manifest, model, tokenizer = together(lambda: _model(base, run, preset))
-        data = together(lambda: _pipeline(run, source, tokenizer, model))
+        manifest, model, tokenizer = on_all_processes(lambda: _model(base, run, preset))
+        data = on_all_processes(lambda: _pipeline(run, source, tokenizer, model))
         total = run.total_steps(data.planner.updates_per_epoch)
         step = TrainStep(model, run.step_config(total), dtype=run.model.dtype, mesh=mesh)
         callbacks.log(report(step.groups))
@@ -127,13 +127,17 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
             callbacks.log(note)
         if manifest.fresh:
             callbacks.log(f"freshly initialised in {base}: {', '.join(manifest.fresh)}")
-        digests = {**base_digests(manifest), "clips": clips_digest(source), **together(lambda: _later_digests(base, preset, source))}
+        digests = {
+            **base_digests(manifest),
+            "clips": clips_digest(source),
+            **on_all_processes(lambda: _later_digests(base, preset, source)),
+        }
         stored = BASE if not run.model.base else str(base)
         config = WorkdirConfig(run.to_json(), model, stored, digests, total)
         check_equal("what they train", {**digests, "updates": total})
-        first(lambda: claim(folder, config))
+        on_process_0(lambda: claim(folder, config))
         keep(problems)
-        checkpoints = together(lambda: Checkpoints(folder / CHECKPOINTS, run.checkpoint.keep))
+        checkpoints = on_all_processes(lambda: Checkpoints(folder / CHECKPOINTS, run.checkpoint.keep))
         held.callback(checkpoints.close)
         check_equal("where the run stands", {"the newest checkpoint": checkpoints.newest()})
         state, frozen = step.init(_params(base, model, run, mesh, callbacks.log))
@@ -151,7 +155,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
 
         evaluator = None
         if run.evaluation.manifest:
-            evaluator = together(lambda: Evaluator(run, folder, tokenizer, model, frozen, mesh, callbacks.log, callbacks.stopping))
+            evaluator = on_all_processes(lambda: Evaluator(run, folder, tokenizer, model, frozen, mesh, callbacks.log, callbacks.stopping))
             found = evaluator.problems
             keep(found)
             if found:
@@ -235,7 +239,7 @@ def _base(run: RunConfig, workdir: epath.Path, captions: Sequence[str]) -> epath
         if not base.exists():
             write_fresh(base, run.model.architecture or {}, seed=run.seed, captions=captions, lora=run.model.lora)
 
-    first(draw)
+    on_process_0(draw)
     return base
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from etils import epath
 
+from omni_jax.cli.argtypes import positive
 from omni_jax.cli.config_file import add_config_arguments, planned_model, read_config
-from omni_jax.cli.numbers import positive
 from omni_jax.cli.progress import Waiting
 from omni_jax.cli.status import BAD_INPUT, DONE
 from omni_jax.config import ConfigError

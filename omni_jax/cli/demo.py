@@ -44,16 +44,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _parts(args: argparse.Namespace, signals: Signals) -> int:
-    from omni_jax.cli import learning, parity
+    from omni_jax.cli import demo_training, parity
 
     try:
         if args.ablation:
-            return learning.ablate(args.out, learning.FULL, signals)
+            return demo_training.ablate(args.out, demo_training.FULL, signals)
         status = parity.compare_with_reference(args.out)
         if signals.seen:
             return INTERRUPTED
-        return status if status or args.parity else learning.learn(args.out, learning.DEMO, signals)
-    except learning.Stopped as stop:
+        return status if status or args.parity else demo_training.learn(args.out, demo_training.DEMO, signals)
+    except demo_training.Stopped as stop:
         return stop.status
 
 

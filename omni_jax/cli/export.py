@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from omni_jax.cli.numbers import whole
+from omni_jax.cli.argtypes import whole
 from omni_jax.types import InputError
 
 HELP = "turn an embedding file into FAISS indexes, .npy files or int8, with the recall that int8 costs"

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from omni_jax.cli.numbers import positive, whole
+from omni_jax.cli.argtypes import positive, whole
 from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE, STOPPED_AND_SAVED
 from omni_jax.config import PRESETS, preset
 from omni_jax.types import InputError

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     from omni_jax.api.training import TrainCallbacks, run_training
     from omni_jax.data.synthetic import write_set
-    from omni_jax.parallel import any_process, barrier, first_does
+    from omni_jax.parallel import any_process, barrier, run_on_process_0
     from omni_jax.train.checkpoint import steps_of
     from omni_jax.train.workdir import CHECKPOINTS
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     def remove() -> None:
         workdir.rmtree(missing_ok=True)
 
-    _together(first_does(remove))
+    _together(run_on_process_0(remove))
     run_training(config, workdir, TrainCallbacks(log, lambda *_: None, lambda _, row: losses.append(row["loss"]), lambda: False))
     blind = steps_of(workdir / CHECKPOINTS) != [1]
     if any_process(blind):
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if any_process(not all(map(math.isfinite, losses))):
         raise InputError(f"the step gave a loss of {losses}: the devices do not compute as they should")
     barrier("smoke")
-    _together(first_does(remove))
+    _together(run_on_process_0(remove))
     if here == 0:
         mesh = " x ".join(f"{name}={size}" for name, size in config.mesh.__dict__.items())
         print(f"smoke: passed: {processes} processes, {devices} devices, mesh {mesh}; one step, loss {losses[0]:.3f}; ", end="")

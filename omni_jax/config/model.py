@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from omni_jax.config.components import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, SpecialTokens, VisionConfig
 from omni_jax.config.errors import ConfigError
 from omni_jax.config.hf_fields import check_fields, rope_of, thinker_config, token_id
-from omni_jax.config.parts import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, SpecialTokens, VisionConfig
 
 ATTENTIONS = ("causal", "bidirectional")
 POOLINGS = ("last_all_layers", "mean")

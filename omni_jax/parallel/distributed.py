@@ -87,10 +87,10 @@ def _within(seconds: int, coordinator: str, who: str) -> Iterator[None]:
 
 def any_process(here: bool) -> bool:
     """Returns whether `here` is true in some process. All of them must call it, in the same order."""
-    return bool(np.any(of_every_process(np.asarray(here))))
+    return bool(np.any(process_allgather(np.asarray(here))))
 
 
-def of_every_process(here: np.ndarray) -> np.ndarray:
+def process_allgather(here: np.ndarray) -> np.ndarray:
     """Returns the arrays of all processes, which all must call it with equal shapes, stacked in the order of their numbers.
 
     Types of 64 bits would lose half of them on the way.
@@ -98,18 +98,18 @@ def of_every_process(here: np.ndarray) -> np.ndarray:
     return here[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(here))
 
 
-def total_over_processes(here: Sequence[int]) -> list[int]:
+def process_sum(here: Sequence[int]) -> list[int]:
     """Returns the sums of these counts over all processes, which all must call it, in the same order."""
     if jax.process_count() == 1:
         return list(here)
     return np.sum(multihost_utils.process_allgather(np.asarray(here, np.int64)), axis=0).tolist()
 
 
-def texts_of_every_process(here: str) -> list[str]:
+def process_allgather_str(here: str) -> list[str]:
     """Returns the texts of all processes, which all must call it, in the order of their numbers."""
     data = np.frombuffer(here.encode(), np.uint8)
-    lengths = of_every_process(np.array(data.size, np.int32))
-    rows = of_every_process(np.pad(data, (0, int(lengths.max()) - data.size)))
+    lengths = process_allgather(np.array(data.size, np.int32))
+    rows = process_allgather(np.pad(data, (0, int(lengths.max()) - data.size)))
     return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
 
 
@@ -119,7 +119,7 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def first_does(work: Callable[[], Any]) -> Exception | None:
+def run_on_process_0(work: Callable[[], Any]) -> Exception | None:
     """Runs `work` in process 0 while the others wait; returns None, or its exception in process 0 and a RuntimeError in the others."""
     error: Exception | None = None
     if jax.process_index() == 0:
@@ -132,7 +132,7 @@ def first_does(work: Callable[[], Any]) -> Exception | None:
     return error
 
 
-def all_do(work: Callable[[], T]) -> T:
+def run_on_all_processes(work: Callable[[], T]) -> T:
     """Returns what `work` gives in this process, once all processes have done theirs.
 
     Raises:

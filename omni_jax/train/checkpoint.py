@@ -28,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from omni_jax.parallel import barrier, first_does
+from omni_jax.parallel import barrier, run_on_process_0
 from omni_jax.train.fingerprint import fingerprints
 from omni_jax.train.state import TrainState
 from omni_jax.train.trainable import Arrays
@@ -85,7 +85,7 @@ class Checkpoints:
         try:
             if step in self._manager.all_steps():
                 return
-            if error := first_does(self._try):
+            if error := run_on_process_0(self._try):
                 raise error
             digests = {TRAINABLE: fingerprints(trainable), REST: fingerprints(rest)}
             items: dict[str, Any] = {TRAINABLE: ocp.args.PyTreeSave(trainable), REST: ocp.args.PyTreeSave(rest)}

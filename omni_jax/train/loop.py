@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from omni_jax.parallel import any_process, of_every_process, total_over_processes
+from omni_jax.parallel import any_process, process_allgather, process_sum
 from omni_jax.train.batch import UpdateBatch, place_update
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.run_config import RunConfig, StopSection
@@ -111,7 +111,7 @@ def train(
     start = int(state.step)
     # Of several processes one reads it: they must stop at the same update.
     collapsed = callbacks.collapsed(start) if start and jax.process_index() == 0 else 0
-    watch = Watch(run.stop, callbacks.log, total_over_processes([collapsed])[0])
+    watch = Watch(run.stop, callbacks.log, process_sum([collapsed])[0])
     pending: _Pending | None = None
     began = time.monotonic()
     stopped = any_process(callbacks.stopping())
@@ -128,7 +128,7 @@ def train(
         for number in range(start + 1, total + 1):
             update, failure = _next(made)
             # All processes leave together: the others would wait for this one's part of the update.
-            stopped, failed = np.any(of_every_process(np.array([callbacks.stopping(), failure is not None])), axis=0)
+            stopped, failed = np.any(process_allgather(np.array([callbacks.stopping(), failure is not None])), axis=0)
             if stopped or failed:
                 if pending is not None:
                     pending.settle(watch, callbacks)
@@ -169,7 +169,7 @@ class _Pending:
     def settle(self, watch: Watch, callbacks: LoopCallbacks) -> None:
         row: Row = {name: np.asarray(value).item() for name, value in jax.device_get(dict(self.metrics)).items()}
         counts = {name: getattr(self.update, name) for name in COUNTS} | {"replaced": len(self.update.errors)}
-        counts = dict(zip(counts, total_over_processes(list(counts.values())), strict=True))
+        counts = dict(zip(counts, process_sum(list(counts.values())), strict=True))
         row |= counts | {"clips_per_second": self.clips_per_second, DIGEST: digest_of(self.update.ids), COLLAPSED: watch.count(row)}
         for name, reason in self.update.errors:
             callbacks.replaced(self.number, name, reason)
@@ -242,5 +242,5 @@ def digest_of(ids: Sequence[Sequence[str]]) -> int:
       ids: of this process: micro-batches of clips. All processes must call it, in the same order.
     """
     each = [[np.frombuffer(hashlib.blake2b(name.encode(), digest_size=8).digest(), np.uint32) for name in micro] for micro in ids]
-    whole = np.moveaxis(of_every_process(np.array(each)), 0, 1)  # (micro-batch, process, clip, 2): the processes' slices in order
+    whole = np.moveaxis(process_allgather(np.array(each)), 0, 1)  # (micro-batch, process, clip, 2): the processes' slices in order
     return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(whole).tobytes(), digest_size=6).digest(), "big")

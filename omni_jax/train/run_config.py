@@ -10,11 +10,11 @@ from typing import Any
 
 from omni_jax.config import ConfigError, LoraConfig, Preset
 from omni_jax.config import preset as preset_named
+from omni_jax.train.config_parsing import record_of
 from omni_jax.train.optimizer import OptimizerConfig
 from omni_jax.train.plan import LossConfig
 from omni_jax.train.step import StepConfig
 from omni_jax.train.trainable import TrainableConfig
-from omni_jax.train.typed import record_of
 
 DTYPES = ("bfloat16", "float32")
 COLLAPSE = ("warn", "stop")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from omni_jax.cli import learning, parity
+from omni_jax.cli import demo_training, parity
 from omni_jax.cli.main import main
 from omni_jax.cli.stopping import Signals
 from omni_jax.conversion.source import model_config, open_checkpoint
@@ -24,13 +24,13 @@ from omni_jax.types import InputError
 # The learning part alone, as the demo's command runs it. Data workers start as fresh interpreters, which import this script again.
 SMALL = """
 import sys
-from omni_jax.cli import learning, main, parity
+from omni_jax.cli import demo_training, main, parity
 from omni_jax.data.synthetic import SyntheticConfig
 if __name__ == "__main__":
     clips = SyntheticConfig(clips=1, held_out=4, combinations=28, seconds=1.0)
     changes = {"steps": 15, "batch.micro_batch": 8, "optimizer.warmup_steps": 2, "data.workers": int(sys.argv[2])}
-    learning.DEMO = learning.Scale(clips, f"{learning.CONFIG}:quick", tuple(changes.items()))
-    learning.AVG_ALL = learning.DIRECTION = 0.0
+    demo_training.DEMO = demo_training.Scale(clips, f"{demo_training.CONFIG}:quick", tuple(changes.items()))
+    demo_training.AVG_ALL = demo_training.DIRECTION = 0.0
     parity.compare_with_reference = lambda out: 0
     sys.argv[:] = ["omni-jax", "demo", "--out", sys.argv[1]]
     main.entry()
@@ -63,7 +63,7 @@ def test_the_small_model_learns_is_scored_and_written_for_pytorch(tmp_path):
     lines = said.splitlines()
     assert any(line.startswith("demo: ") and "; train: 0/15 steps" in line for line in lines)
     assert not [line for line in lines if line.startswith(("clips: ", "prepare: ", "train: ", "embed: ", "previews: "))]
-    assert lines[-3:] == learning.NEXT.splitlines()
+    assert lines[-3:] == demo_training.NEXT.splitlines()
     assert f"report {tmp_path / 'held_out.html'}" in said
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 16))
@@ -133,14 +133,14 @@ def test_an_output_that_cannot_be_written_is_said_at_once(tmp_path, capsys, plac
 
 
 @pytest.mark.parametrize("ablation", [[], ["--ablation"]])
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), learning.Stopped(130), learning.Stopped(75)])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), demo_training.Stopped(130), demo_training.Stopped(75)])
 def test_a_stopped_demo_says_what_stays_and_returns_the_status_of_the_stop(tmp_path, capsys, monkeypatch, stop, ablation):
     def stopped(out, scale, stages):
         (out / "clips").mkdir(parents=True)
         raise stop
 
     monkeypatch.setattr(parity, "compare_with_reference", lambda out: 0)
-    monkeypatch.setattr(learning, "_make_data", stopped)
+    monkeypatch.setattr(demo_training, "_make_data", stopped)
     assert main(["demo", "--out", str(tmp_path / "demo"), *ablation]) == getattr(stop, "status", 130)
     last = capsys.readouterr().err.splitlines()[-1]
     kept = tmp_path / "demo" / ("ablation" if ablation else "clips")
@@ -158,7 +158,7 @@ def test_ctrl_c_that_python_drops_stops_the_demo_after_the_stage(tmp_path, capfd
         return SyntheticSet(folder / "train.jsonl", folder / "held_out.jsonl", written=1)
 
     monkeypatch.setattr(parity, "compare_with_reference", lambda out: 0)
-    monkeypatch.setattr(learning, "write_set", make)
+    monkeypatch.setattr(demo_training, "write_set", make)
     before = signal.getsignal(signal.SIGINT)
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 130
     said = capfd.readouterr()
@@ -170,11 +170,11 @@ def test_ctrl_c_that_python_drops_stops_the_demo_after_the_stage(tmp_path, capfd
 def test_a_command_that_a_signal_ended_stops_the_demo_and_one_that_failed_is_named(tmp_path):
     missing = ["eval", str(tmp_path / "none.npz")]
     with pytest.raises(InputError, match="omni-jax eval ended with status 2; run the demo again to resume"):
-        learning._command(missing)
+        demo_training._command(missing)
 
 
 def test_a_demo_goes_on_under_its_settings_and_starts_over_under_others(tmp_path):
-    scale = learning.Scale(SyntheticConfig(clips=1), f"{learning.CONFIG}:quick")
+    scale = demo_training.Scale(SyntheticConfig(clips=1), f"{demo_training.CONFIG}:quick")
     marks = {"clips": "synthetic.json", "shards": "preparation.json", "run": "config.json"}
 
     def fill():
@@ -186,12 +186,12 @@ def test_a_demo_goes_on_under_its_settings_and_starts_over_under_others(tmp_path
         return [folder for folder in marks if (tmp_path / folder).exists()]
 
     fill()  # by a version that noted no settings
-    learning._begin(tmp_path, scale)
+    demo_training._begin(tmp_path, scale)
     assert there() == []
     fill()
-    learning._begin(tmp_path, scale)
+    demo_training._begin(tmp_path, scale)
     assert there() == list(marks)
-    learning._begin(tmp_path, dataclasses.replace(scale, changes=(("steps", 3),)))
+    demo_training._begin(tmp_path, dataclasses.replace(scale, changes=(("steps", 3),)))
     assert there() == []
 
 
@@ -200,17 +200,17 @@ def test_an_earlier_folder_is_replaced_and_another_is_refused(tmp_path):
     for folder, name in ((ours, "config.json"), (theirs, "notes.txt")):
         folder.mkdir()
         (folder / name).write_text("{}")
-    learning._remove_earlier(ours)
+    demo_training._remove_earlier(ours)
     assert not ours.exists()
     with pytest.raises(InputError, match="is not a folder of an earlier demo"):
-        learning._remove_earlier(theirs)
+        demo_training._remove_earlier(theirs)
 
 
 def test_the_demo_reads_clips_as_its_config_trains_them():
-    scale = learning.Scale(changes=(("steps", 3), ("batch.micro_batch", 4)))
-    assert learning._settings(scale).steps == 3
-    arguments = learning._preset(scale)
-    fields = learning._settings(scale).data.preset_fields
+    scale = demo_training.Scale(changes=(("steps", 3), ("batch.micro_batch", 4)))
+    assert demo_training._settings(scale).steps == 3
+    arguments = demo_training._preset(scale)
+    fields = demo_training._settings(scale).data.preset_fields
     assert arguments[:2] == ["--preset", "training"]
     assert f"audio_seconds={fields['audio_seconds']}" in arguments
 
@@ -219,13 +219,15 @@ def test_the_chance_and_the_weakest_direction_are_said(tmp_path):
     rates = {"t2v": 50.0, "v2t": 12.5}
     scored = {"directions": {d: {"R@1": r, "R@5": 99.0} for d, r in rates.items()}, "AVG-all": 31.25, "n": 8}
     (tmp_path / "scores.json").write_text(json.dumps(scored))
-    result = learning._result(tmp_path / "scores.json")
+    result = demo_training._result(tmp_path / "scores.json")
     assert result == {"directions": rates, "AVG-all": 31.25, "n": 8, "chance": 12.5}
-    said = learning._said(result, learning._padding([{"used_tokens": 6, "total_tokens": 8}, {"used_tokens": 9, "total_tokens": 12}]))
+    said = demo_training._said(
+        result, demo_training._padding([{"used_tokens": 6, "total_tokens": 8}, {"used_tokens": 9, "total_tokens": 12}])
+    )
     assert said == (
         "held-out clips, gallery of 8: AVG-all 31.2 % (chance 12.5 %), weakest v2t 12.5 %; 25.0 % of the training tokens were padding"
     )
-    assert "padding" not in learning._said(result, learning._padding([{"loss": 1.0}]))
+    assert "padding" not in demo_training._said(result, demo_training._padding([{"loss": 1.0}]))
 
 
 def test_the_ablation_gives_one_loss_the_time_of_three_and_keeps_what_was_run(tmp_path, monkeypatch, capsys):
@@ -240,12 +242,12 @@ def test_the_ablation_gives_one_loss_the_time_of_three_and_keeps_what_was_run(tm
         rate = 10.0 * len(trained)
         Path(f"{name}.json").write_text(json.dumps({"directions": {"t2v": {"R@1": rate}}, "AVG-all": rate, "n": 50}))
 
-    monkeypatch.setattr(learning, "_make_data", lambda *_: None)
-    monkeypatch.setattr(learning, "_train", train)
-    monkeypatch.setattr(learning, "_score", score)
-    monkeypatch.setattr(learning, "_cpu_seconds", lambda: clock[0])
-    scale = learning.Scale(changes=(("steps", 10),))
-    assert learning.ablate(tmp_path, scale, Signals()) == 0
+    monkeypatch.setattr(demo_training, "_make_data", lambda *_: None)
+    monkeypatch.setattr(demo_training, "_train", train)
+    monkeypatch.setattr(demo_training, "_score", score)
+    monkeypatch.setattr(demo_training, "_cpu_seconds", lambda: clock[0])
+    scale = demo_training.Scale(changes=(("steps", 10),))
+    assert demo_training.ablate(tmp_path, scale, Signals()) == 0
     assert [name for name, _ in trained] == ["L_A", "L_A___L_D", "L_A___L_D___L_T", "L_A__equal_CPU_time"]
     assert [changes["losses.distillation_weight"] for _, changes in trained] == [0.0, 1.0, 1.0, 0.0]
     assert [changes["steps"] for _, changes in trained] == [10, 10, 10, 20]
@@ -253,5 +255,5 @@ def test_the_ablation_gives_one_loss_the_time_of_three_and_keeps_what_was_run(tm
     assert [(row["steps"], row["cpu"], row["AVG-all"]) for row in kept.values()] == [(10, 10, 10), (10, 10, 20), (10, 20, 30), (20, 20, 40)]
     said = capsys.readouterr().out
     assert "Equal steps are not equal compute" in said and "nothing has converged" in said and "chance 2.0 %" in said
-    learning.ablate(tmp_path, scale, Signals())
+    demo_training.ablate(tmp_path, scale, Signals())
     assert len(trained) == 4

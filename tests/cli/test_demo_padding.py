@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from omni_jax.cli.config_file import read_config
-from omni_jax.cli.learning import DEMO
+from omni_jax.cli.demo_training import DEMO
 from omni_jax.conversion.folder import read_manifest
 from omni_jax.conversion.fresh import write_fresh
 from omni_jax.data.pipeline import TrainPipeline

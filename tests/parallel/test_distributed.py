@@ -60,11 +60,11 @@ def test_processes_that_do_not_come_together_end_in_time_with_one_line(index: in
 
 
 def test_alone_a_process_agrees_with_itself() -> None:
-    assert distributed.texts_of_every_process("grüße") == ["grüße"] and distributed.texts_of_every_process("") == [""]
-    assert distributed.all_do(lambda: 7) == 7
+    assert distributed.process_allgather_str("grüße") == ["grüße"] and distributed.process_allgather_str("") == [""]
+    assert distributed.run_on_all_processes(lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
-        distributed.all_do(lambda: 1 / 0)
+        distributed.run_on_all_processes(lambda: 1 / 0)
     assert distributed.any_process(True) and not distributed.any_process(False)
-    error = distributed.first_does(lambda: 1 / 0)
+    error = distributed.run_on_process_0(lambda: 1 / 0)
     assert isinstance(error, ZeroDivisionError)
-    assert distributed.first_does(lambda: None) is None
+    assert distributed.run_on_process_0(lambda: None) is None

@@ -25,7 +25,7 @@ FIELDS = {"steps": 3, "data": {"train": "here", "distinct": "caption"}}
 
 def others_say(monkeypatch: pytest.MonkeyPatch, *others: Any) -> None:
     """Lets further processes stand beside this one, which is process 0."""
-    monkeypatch.setattr(processes, "texts_of_every_process", lambda here: [here, *map(json.dumps, others)])
+    monkeypatch.setattr(processes, "process_allgather_str", lambda here: [here, *map(json.dumps, others)])
 
 
 def test_settings_that_differ_are_named_with_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,7 @@ def test_a_run_from_beginning_to_end(tmp_path: Path) -> None:
 
 def test_the_counts_of_every_update_stand_in_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes with the same counts stand behind each update; the run is stopped and goes on."""
-    monkeypatch.setattr("omni_jax.train.loop.total_over_processes", lambda counts: [2 * count for count in counts])
+    monkeypatch.setattr("omni_jax.train.loop.process_sum", lambda counts: [2 * count for count in counts])
     run = dataclasses.replace(RUN, log=dataclasses.replace(RUN.log, every=3))
     World(tmp_path, stop_after=3).run(Step(), run=run)
     world = World(tmp_path)

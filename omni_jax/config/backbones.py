@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from omni_jax.config.components import AudioConfig, BeatsConfig, DecoderConfig, SpecialTokens, VisionConfig
 from omni_jax.config.model import EMBED_STYLE, ModelConfig
-from omni_jax.config.parts import AudioConfig, BeatsConfig, DecoderConfig, SpecialTokens, VisionConfig
 
 
 def _omni(decoder: DecoderConfig, beats: BeatsConfig | None) -> ModelConfig:
