@@ -216,7 +216,7 @@ def read_config(
         )
     rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
     if type(rank) is not int or rank < 1:
-        raise InputError(f"{where}: r={rank!r} is not a rank; a whole number above 0 is wanted")
+        raise InputError(f"{where}: r={rank!r} is not a rank; expected a whole number above 0")
     for field, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
         if not _is_number(value):
             raise InputError(f"{where}: {field}={value!r} is not a finite number")

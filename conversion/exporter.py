@@ -66,7 +66,7 @@ def to_torch(
     manifest = folder.read_manifest(source)
     if adapter_out is not None and manifest.adapter is None:
         why = "its adapter was merged into the base" if manifest.merged else "it was converted without one"
-        raise InputError(f"{source}: has no adapter to write ({why}); leave --adapter-out away or convert with --adapter")
+        raise InputError(f"{source}: has no adapter to write ({why}); omit --adapter-out or convert with --adapter")
     job, stores = _Job(progress), open_stores(source, manifest)
     with contextlib.ExitStack() as both:  # neither folder appears if the other fails
         adapter = both.enter_context(folder.new_folder(adapter_out)) if adapter_out is not None else None
@@ -137,7 +137,7 @@ def write_trained(
     started, source = time.monotonic(), epath.Path(base)
     manifest = folder.read_manifest(source)
     if adapter_out is not None and config.lora is None:
-        raise InputError("the run trained no adapter (lora.rank is 0); leave --adapter-out away and take --base-out")
+        raise InputError("the run trained no adapter (lora.rank is 0); omit --adapter-out and take --base-out")
     shapes = engine.tree_shapes(config)
     wrong = [path for path, leaf in trained.items() if shapes.get(path) != tuple(leaf.shape)]
     if wrong or dataclasses.replace(config, lora=None) != dataclasses.replace(manifest.model, lora=None):

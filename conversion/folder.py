@@ -110,7 +110,7 @@ def read_manifest(folder: epath.PathLike) -> Manifest:
             if prefix := fields.pop("prefix", ""):  # of an earlier version
                 fields["names"] = {name: name.removeprefix(prefix) for shard in fields["shards"] for name, _, _ in shard.tensors}
             if not isinstance(fields.get("names", {}), dict):
-                raise TypeError(f"names is {repr(fields['names'])[:80]}, an object is wanted")
+                raise TypeError(f"names is {repr(fields['names'])[:80]}, expected an object")
             manifest = Manifest(**fields)
             _refuse_outside(path, manifest)
             return manifest

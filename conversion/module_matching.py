@@ -48,7 +48,7 @@ def selected(config: Mapping[str, Any], modules: Mapping[str, bool], spelled: Ca
     elif _is_names(target):
         kept = _ending(of, target)
     else:
-        raise InputError(f"{where}: target_modules={target!r} is not supported; a regular expression or a list of module names is wanted")
+        raise InputError(f"{where}: target_modules={target!r} is not supported; expected a regular expression or a list of module names")
     if config.get("layers_to_transform") not in (None, []):
         kept = _of_layers(kept, config, where)
     elif config.get("layers_pattern"):
@@ -59,9 +59,7 @@ def selected(config: Mapping[str, Any], modules: Mapping[str, bool], spelled: Ca
     elif _is_names(excluded):
         kept -= _ending(of, excluded)
     elif excluded not in (None, []):
-        raise InputError(
-            f"{where}: exclude_modules={excluded!r} is not supported; a regular expression or a list of module names is wanted"
-        )
+        raise InputError(f"{where}: exclude_modules={excluded!r} is not supported; expected a regular expression or a list of module names")
     # Modules saved whole get none; where nothing else is meant PEFT refuses to train, and no such adapter exists.
     apart = {name for name in kept if not any(f".{module}." in f".{name}." for module in saved)}
     return {of[name] for name in apart or kept}
@@ -87,7 +85,7 @@ def _of_layers(names: set[str], config: Mapping[str, Any], where: str) -> set[st
     if not all(type(number) is int for number in wanted):
         raise InputError(f"{where}: layers_to_transform={config['layers_to_transform']!r} is not a list of layer numbers")
     if not isinstance(pattern, list) or not all(isinstance(name, str) and re.fullmatch(r"[\w.]+", name) for name in pattern):
-        raise InputError(f"{where}: layers_pattern={pattern!r} is not supported; the names of lists of layers are wanted")
+        raise InputError(f"{where}: layers_pattern={pattern!r} is not supported; expected the names of lists of layers")
     if isinstance(config["target_modules"], str):
         raise InputError(f"{where}: layers_to_transform with a regular expression as target_modules is not supported, as in PEFT")
     # The first number counts: that of the layer.

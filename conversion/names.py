@@ -77,7 +77,7 @@ def read_names(names: Iterable[str], where: str) -> Names:
             found[canonical(name)].append(name)
     doubled = [f"{key} as {' and '.join(of)}" for key, of in found.items() if len(of) > 1]
     if doubled:
-        raise InputError(f"{where}: {len(doubled)} tensors stand under two names ({doubled[0]}); keep the right ones and remove the others")
+        raise InputError(f"{where}: {len(doubled)} tensors have two names ({doubled[0]}); keep the right ones and remove the others")
     return Names({key: of[0] for key, of in found.items()}, tuple(dropped), tuple(buffers))
 
 
@@ -134,7 +134,7 @@ def read_adapter_names(names: Iterable[str], where: str) -> AdapterNames:
         raise InputError(f"{where}: holds {len(adapters)} adapters ({', '.join(adapters)}); save one of them alone (save_pretrained)")
     doubled = [f"{key} as {' and '.join(of)}" for key, of in found.items() if len(of) > 1]
     if doubled:
-        raise InputError(f"{where}: {len(doubled)} tensors stand under two names ({doubled[0]}); keep the right ones and remove the others")
+        raise InputError(f"{where}: {len(doubled)} tensors have two names ({doubled[0]}); keep the right ones and remove the others")
     sources = {key: of[0] for key, of in found.items()}
     modules = {key.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0]: of for key, of in sources.items() if ".lora_" in key}
     raw = [(module, name.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0]) for module, name in modules.items()]

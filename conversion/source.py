@@ -126,7 +126,7 @@ def read_beats_file(path: epath.PathLike) -> BeatsFile:
     path = epath.Path(path)
     content = read_torch_file(path)
     if not (isinstance(content, dict) and isinstance(content.get("cfg"), dict) and isinstance(content.get("model"), dict)):
-        raise InputError(f"{path}: not a BEATs file: a dict with 'cfg' and 'model' is wanted")
+        raise InputError(f"{path}: not a BEATs file: expected a dict with 'cfg' and 'model'")
     weights = content["model"]
     wrong = [str(name) for name, value in weights.items() if not (isinstance(name, str) and isinstance(value, np.ndarray))]
     wrong += [f"{n} ({v.dtype})" for n, v in weights.items() if isinstance(v, np.ndarray) and not is_float(v.dtype)]
@@ -185,7 +185,7 @@ def model_config(checkpoint: Checkpoint, beats: BeatsFile | None = None, backbon
         config = dataclasses.replace(config, **(EMBED_STYLE if backbone == "nemotron" else WAVE_STYLE))
     if config.beats is not None and not config.has_head:
         given = "--beats" if beats is not None else str(checkpoint.folder)
-        raise InputError(f"{given}: a backbone that pools the mean of its tokens has no BEATs; leave --beats or --backbone nemotron away")
+        raise InputError(f"{given}: a backbone that pools the mean of its tokens has no BEATs; omit --beats or --backbone nemotron")
     return config
 
 
@@ -207,7 +207,7 @@ def _check_types(config: Mapping[str, Any], path: epath.Path) -> None:
     """Refuses a field of another type than the model's; one that is missing is left to `ModelConfig.from_hf`."""
 
     def wrong(field: str, value: Any, wanted: str) -> InputError:
-        return InputError(f"{path}: {field} is {value!r}, {wanted} is wanted; use the config.json of this checkpoint")
+        return InputError(f"{path}: {field} is {value!r}, expected {wanted}; use the config.json of this checkpoint")
 
     for section, names in _COUNTS.items():
         fields = config.get(section, {}) if section else config
@@ -243,7 +243,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     except (ValueError, RecursionError, OSError) as e:
         raise InputError(f"{path}: not readable as JSON ({e}); download it again") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object is wanted, this is a {type(value).__name__}")
+        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
 
 

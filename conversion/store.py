@@ -357,7 +357,7 @@ def _stored(name: str, at: Mapping[str, Any]) -> Stored:
     pieces = [Piece(name, part, start, stop, (stop - start, *shape[1:]) if shape else (), dtype) for part, start, stop in at["pieces"]]
     wanted = -(-max(shape[0], 1) // rows) if shape else 1
     if digests and (len(digests) != wanted or any(piece.start % rows for piece in pieces)):
-        raise ValueError(f"{name} has {len(digests)} digests, {wanted} are wanted")
+        raise ValueError(f"{name} has {len(digests)} digests, expected {wanted}")
     return Stored(dtype, shape, tuple(pieces), rows, digests)
 
 

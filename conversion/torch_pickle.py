@@ -88,7 +88,7 @@ def read_pickle(path: epath.PathLike) -> Any:
     """
     path = epath.Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: {'is a folder, a pickle file is wanted' if path.is_dir() else 'no such file'}")
+        raise InputError(f"{path}: {'is a folder, expected a pickle file' if path.is_dir() else 'no such file'}")
     try:
         data = path.read_bytes()
         if len(data) > _MAX_PICKLE:
@@ -104,7 +104,7 @@ def _load(path: epath.Path, tensor: Tensors) -> Any:
     if not path.exists():
         raise InputError(f"{path}: no such file")
     if path.is_dir():
-        raise InputError(f"{path}: is a folder, a torch file (.pt) is wanted")
+        raise InputError(f"{path}: is a folder, expected a torch file (.pt)")
     with path.open("rb") as file:
         head = file.read(4)
         file.seek(0)
@@ -152,7 +152,7 @@ def _no_storage(pid: Any) -> Any:
 
 
 def _no_tensor(*_: Any) -> Any:
-    raise Refused("holds a tensor, where plain values are wanted")
+    raise Refused("holds a tensor, expected plain values")
 
 
 def _named(pid: Any) -> tuple[np.dtype, str, int]:

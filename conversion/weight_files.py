@@ -74,7 +74,7 @@ def open_weights(folder: epath.Path) -> WeightFiles:
             files = [single] if single in present else ours
             _refuse_absent(folder, files)
             return _opened(folder, files, known, None, None, None, None)
-    raise InputError(f"{folder}: has neither {INDEX} nor {SINGLE} nor {TORCH_SINGLE} or its shards; PyTorch weights are wanted")
+    raise InputError(f"{folder}: has neither {INDEX} nor {SINGLE} nor {TORCH_SINGLE} or its shards; expected PyTorch weights")
 
 
 def read_weight_file(path: epath.Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -141,7 +141,7 @@ def _read_index(folder: epath.Path, name: str) -> tuple[dict[str, Any], list[str
         raise InputError(f"{folder / name}: has no weight_map; download it again")
     metadata = index.get("metadata") or {}
     if not isinstance(metadata, dict):
-        raise InputError(f"{folder / name}: its metadata is {repr(metadata)[:80]}, an object is wanted; download it again")
+        raise InputError(f"{folder / name}: its metadata is {repr(metadata)[:80]}, expected an object; download it again")
     files = sorted(set(placed.values()))
     outside = [file for file in files if "/" in file or "\\" in file or file in ("", ".", "..")]
     if outside:

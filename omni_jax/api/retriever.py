@@ -138,7 +138,7 @@ class OmniRetriever:
         """
         _check_batch_size(batch_size)
         if prefix is not None and (prefix not in PREFIXES or self.config.prompt == "plain"):
-            choice = f"choose one of {', '.join(PREFIXES)}" if self.config.prompt == "chat" else "this backbone takes none; leave it away"
+            choice = f"choose one of {', '.join(PREFIXES)}" if self.config.prompt == "chat" else "this backbone takes none; omit it"
             raise InputError(f"encode: prefix {prefix!r}: {choice}")
         given = {
             "text": _listed("texts", texts, "captions"),

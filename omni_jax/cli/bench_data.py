@@ -13,7 +13,7 @@ from omni_jax.types import InputError
 if TYPE_CHECKING:
     from omni_jax.data.benchmarks import Annotations, Coverage
 
-HELP = "make a manifest from a public benchmark's annotations and the media at hand"
+HELP = "make a manifest from a public benchmark's annotations and the media you have"
 EXAMPLE = "omni-jax bench-data clotho --annotations clotho_captions_evaluation.csv --media evaluation --out clotho.jsonl --audit"
 
 NAMES = (
@@ -32,9 +32,9 @@ NAMES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=NAMES, help="the benchmark")
     parser.add_argument("--annotations", required=True, metavar="FILE", help="annotation file as published")
-    parser.add_argument("--media", required=True, metavar="DIR", help="folder of the clips, or of whole sources; searched to its depth")
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="manifest of the clips that are at hand")
-    parser.add_argument("--split", metavar="FILE", help="keep the clips whose ids stand in this file, one a line")
+    parser.add_argument("--media", required=True, metavar="DIR", help="folder of the clips, or of whole sources; searched recursively")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="manifest of the clips that are present")
+    parser.add_argument("--split", metavar="FILE", help="keep the clips whose ids are listed in this file, one a line")
     parser.add_argument(
         "--column",
         action="append",
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="omniretriever: the column of a role (source, start, caption ...)",
     )
     parser.add_argument("--fetch-list", metavar="FILE", help="write id, URL, start and end of the missing clips, tab-separated")
-    parser.add_argument("--audit", action="store_true", help="print how much of the benchmark is at hand")
+    parser.add_argument("--audit", action="store_true", help="print how many clips of the benchmark are present")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from omni_jax.cli.progress import Waiting
 from omni_jax.cli.status import BAD_INPUT, DONE
 from omni_jax.config import ConfigError
 
-HELP = "compile a run for TPU chips that are not there: memory, collectives, time, cost"
+HELP = "compile a run ahead of time for a TPU topology, without a TPU: memory, collectives, time, cost"
 EXAMPLE = "omni-jax compile --config configs/omniretriever_7b.py --topology v5e:4x4 --config.losses.negatives=global"
 
 PROGRAMS = ("train", "embed", "evaluate")
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mesh", metavar="AXES", help="within a slice, as data=1,fsdp=16,tensor=1 (default: the config's; --sweep: several)"
     )
     parser.add_argument("--programs", default=",".join(PROGRAMS), metavar="LIST", help="among train,embed,evaluate (default: all)")
-    parser.add_argument("--kinds", default="0,1,2", metavar="LIST", help="places in the period-3 cycle of step kinds (default: all)")
+    parser.add_argument("--kinds", default="0,1,2", metavar="LIST", help="indices in the period-3 cycle of step kinds (default: all)")
     parser.add_argument(
         "--caption-tokens", type=positive(int), default=128, metavar="N", help="longest caption planned for (default: %(default)s)"
     )
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of peak arithmetic, assumed where libtpu is missing (default: %(default)s)",
     )
-    parser.add_argument("--price", type=positive(float), metavar="MONEY", help="of a chip-hour, to have the cost as well")
+    parser.add_argument("--price", type=positive(float), metavar="MONEY", help="price of a chip-hour; prints the cost as well")
     parser.add_argument("--sweep", action="store_true", help="try batch, remat and mesh for the first of --kinds, and recommend")
     parser.add_argument("--full-effort", action="store_true", help="compile as a run would: predicts time and cost (minutes a program)")
     parser.add_argument("--table", type=epath.Path, metavar="FILE.json", help="add the plan to a table, also written as FILE.md")

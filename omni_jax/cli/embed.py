@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="I/N",
         help="embed the I-th of N slices (from 0), written as FILE-I-of-N.npz; eval reads all",
     )
-    parser.add_argument("--no-normalize", action="store_true", help="keep the vectors' own lengths")
+    parser.add_argument("--no-normalize", action="store_true", help="do not scale vectors to length 1")
     parser.add_argument("--official-keys", action="store_true", help="write '{id}__table' arrays, as the published extractor does")
 
 
@@ -49,7 +49,9 @@ def add_preset_arguments(parser: argparse.ArgumentParser, usual: str = "the one 
     parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: {usual})")
     add_override_argument(parser)
     parser.add_argument(
-        "--prefix", choices=PREFIXES, help="what captions are, for a backbone trained with prefixes (a record's own field goes first)"
+        "--prefix",
+        choices=PREFIXES,
+        help="prompt prefix of captions, for models trained with one (a record's `prefix` field takes precedence)",
     )
 
 

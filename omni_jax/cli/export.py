@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="PATH", help="folder, or for int8 an .npz file, to write")
     parser.add_argument(
-        "--queries", type=whole, metavar="N", help=f"int8: records that ask when the loss is measured (default: {QUERIES}; 0: none)"
+        "--queries", type=whole, metavar="N", help=f"int8: records used as queries to measure the loss (default: {QUERIES}; 0: none)"
     )
 
 

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if kind == "text" and not given.strip():
         raise InputError("--text: is empty; say what to search for")
     if kind != "text" and args.prefix:
-        raise InputError(f"--prefix {args.prefix}: says what a text is; leave it away with --{kind}")
+        raise InputError(f"--prefix {args.prefix}: says what a text is; omit it with --{kind}")
 
     # Late, so that `--help` and usage errors answer at once.
     from omni_jax.cli.inputs import read_tables

@@ -25,7 +25,7 @@ from omni_jax.types import InputError
 if TYPE_CHECKING:
     from omni_jax.data.synthetic import SyntheticConfig
 
-HELP = "try the devices, the processes and the storage with one step of a small model"
+HELP = "check devices, processes and storage with one step of a small model"
 EXAMPLE = "omni-jax smoke --workdir gs://bucket/runs/omni7b --coordinator auto"
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"
 FOLDER = "smoke"  # in the workdir; removed again

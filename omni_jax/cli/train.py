@@ -37,14 +37,14 @@ def join(args: argparse.Namespace) -> None:
     """Joins the other processes of the run, before jax is used.
 
     Raises:
-      InputError: when they do not come together.
+      InputError: when they cannot connect.
     """
     from omni_jax.parallel import start
 
     try:
         start(args.coordinator, args.processes, args.process)
     except (ValueError, RuntimeError) as e:
-        raise InputError(f"the processes did not come together: {e}") from None
+        raise InputError(f"the processes could not connect: {e}") from None
 
 
 def run(args: argparse.Namespace) -> int:

@@ -193,7 +193,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ConfigError(f"lora rank {self.rank}: must be 1 or more; without an adapter, leave lora away")
+            raise ConfigError(f"lora rank {self.rank}: must be 1 or more; without an adapter, omit lora")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora dropout {self.dropout}: must be at least 0 and below 1")
         if not math.isfinite(self.alpha):

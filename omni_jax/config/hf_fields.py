@@ -182,7 +182,7 @@ def rope_of(text: Mapping[str, Any]) -> tuple[float, tuple[int, int, int]]:
         raise KeyError("rope_parameters")
     theta, sections = values["rope_theta"], tuple(values["mrope_section"])
     if len(sections) != 3:
-        raise ConfigError(f"config.json: text_config's mrope_section {list(sections)} has {len(sections)} parts, 3 are wanted")
+        raise ConfigError(f"config.json: text_config's mrope_section {list(sections)} has {len(sections)} parts, expected 3")
     return theta, sections
 
 

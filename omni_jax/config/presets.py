@@ -137,9 +137,7 @@ class Preset:
         """Raises ConfigError for a field that the backbone's prompts ("plain" or "chat", `ModelConfig.prompt`) leave without effect."""
         if self.prefix and prompt == "plain":
             names = ", ".join(presets_for(prompt))
-            raise ConfigError(
-                f"preset field prefix={self.prefix!r}: this backbone takes no prefix; leave it away, or use a preset of {names}"
-            )
+            raise ConfigError(f"preset field prefix={self.prefix!r}: this backbone takes no prefix; omit it, or use a preset of {names}")
         if self.text_head == "fused" and prompt == "chat":
             raise ConfigError("preset field text_head='fused': this backbone has no fusion head; leave it at 'last'")
 

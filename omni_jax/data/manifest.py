@@ -264,13 +264,13 @@ def _fields(data: bytes) -> dict[str, Any]:
 
 
 def _noting_doubles(faults: list[str]) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
-    """Returns a hook of the JSON reader that makes an object's fields and notes a field that stands twice."""
+    """Returns a hook of the JSON reader that makes an object's fields and notes a field that appears twice."""
 
     def fields_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) < len(pairs):
             names = [name for name, _ in pairs]
-            faults.append(f"field {next(name for name in names if names.count(name) > 1)!r} stands twice")
+            faults.append(f"field {next(name for name in names if names.count(name) > 1)!r} appears twice")
         return fields
 
     return fields_of

@@ -1,7 +1,7 @@
 """From a manifest to shards of prepared clips, in an order that an interruption does not change.
 
 A shard is written under a temporary name and renamed; then its part of the index is written. A shard without its part is made again, so
-that no clip is lost or stands twice.
+that no clip is lost or appears twice.
 """
 
 from __future__ import annotations

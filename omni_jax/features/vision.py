@@ -105,7 +105,7 @@ def training_frames(frames: VideoFrames, preset: Preset) -> VideoFrames:
 
 
 def patch_features(frames: VideoFrames) -> VisionFeatures:
-    """Returns the normalised patches of frames that `training_frames` has made; the last of an odd number stands twice, as in Qwen's
+    """Returns the normalised patches of frames that `training_frames` has made; the last of an odd number appears twice, as in Qwen's
     processor, and the time between steps is that of the frames sampled."""
     _check(frames)
     count, height, width = frames.frames.shape[:3]

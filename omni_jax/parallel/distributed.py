@@ -19,7 +19,7 @@ COORDINATOR, PROCESSES, PROCESS = "OMNI_JAX_COORDINATOR", "OMNI_JAX_PROCESSES", 
 T = TypeVar("T")
 
 START = "OMNI_JAX_START_SECONDS"
-"""Environment variable: seconds within which the processes must come together; START_SECONDS where it is not set."""
+"""Environment variable: seconds within which the processes must connect; START_SECONDS where it is not set."""
 
 AUTO = "auto"
 START_SECONDS = 300
@@ -32,7 +32,7 @@ def start(
     """Joins the other processes, before any other use of jax; returns whether there are others.
 
     Arguments that are None are read from the environment; without a coordinator the process stands alone. "auto" asks the platform (a TPU
-    pod, Slurm), which knows the rest. Where they do not come together in time, the process says so and ends with status 2.
+    pod, Slurm), which knows the rest. Where they do not connect in time, the process says so and ends with status 2.
 
     Raises:
       ValueError: when an address comes without a number, or the numbers make no sense.
@@ -67,13 +67,13 @@ def _within(seconds: int, coordinator: str, who: str) -> Iterator[None]:
 
     def late() -> None:
         host, _, port = coordinator.rpartition(":")
-        why = f"not {who} have started; look at what the others say"
+        why = f"not {who} have started; see the messages of the others"
         if coordinator != AUTO:
             try:
                 socket.create_connection((host, int(port)), timeout=5).close()
             except (OSError, ValueError) as e:
-                why = f"nothing answers at {coordinator} ({e}); start process 0 there, or correct {COORDINATOR}"
-        os.write(2, f"omni-jax: the processes did not come together in {seconds} s: {why}\n".encode())
+                why = f"no coordinator at {coordinator} ({e}); start process 0 there, or correct {COORDINATOR}"
+        os.write(2, f"omni-jax: timed out after {seconds} s waiting for all processes: {why}\n".encode())
         os._exit(LATE)
 
     timer = threading.Timer(seconds, late)

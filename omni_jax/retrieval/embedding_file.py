@@ -292,7 +292,7 @@ def _check(table: EmbeddingTable, path: str) -> None:
     if len(set(table.ids)) != len(table.ids):
         seen: set[str] = set()
         twice = list(dict.fromkeys(i for i in table.ids if i in seen or seen.add(i)))
-        raise InputError(f"{path}: {len(twice)} ids stand more than once: {_first(twice)}; every record may be given once")
+        raise InputError(f"{path}: {len(twice)} ids appear more than once: {_first(twice)}; every record may be given once")
     if "" in table.ids:
         raise InputError(f"{path}: record {table.ids.index('')} has an empty id")
     for name, rows in table.tables.items():

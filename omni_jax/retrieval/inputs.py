@@ -198,7 +198,7 @@ def _read_ids(path: str) -> tuple[str, ...]:
         raise InputError(f"{path}: is not UTF-8 text ({e.reason}); write one id a line") from e
     twice = len(ids) - len(set(ids))
     if twice or "" in ids:
-        raise InputError(f"{path}: {'an empty line' if '' in ids else f'{twice} ids stand more than once'}; write one id a line, each once")
+        raise InputError(f"{path}: {'an empty line' if '' in ids else f'{twice} ids appear more than once'}; one unique id a line")
     return ids
 
 

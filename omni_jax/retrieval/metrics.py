@@ -259,7 +259,7 @@ def _check(tables: Mapping[str, Any], used: Sequence[str], ids: Sequence[str] | 
         if len(set(ids)) != len(ids):
             seen: set[str] = set()
             twice = next(i for i in ids if i in seen or seen.add(i))
-            raise InputError(f"id {twice!r} stands more than once; every record may be given once")
+            raise InputError(f"id {twice!r} appears more than once; every record may be given once")
 
 
 def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:

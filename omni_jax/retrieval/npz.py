@@ -105,7 +105,7 @@ def load_arrays(
             entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
             doubled = [name for name, times in collections.Counter(archive.namelist()).items() if times > 1]
             if doubled:
-                raise InputError(f"{path}: {', '.join(doubled[:3])} stands more than once; write the file again")
+                raise InputError(f"{path}: {', '.join(doubled[:3])} appears more than once; write the file again")
             chosen = entries if wanted is None else wanted(list(entries))
             arrays = {}
             for name in (n for n in entries if n in chosen):

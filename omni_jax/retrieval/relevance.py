@@ -30,7 +30,7 @@ def relevant_pairs(n: int, m: int, relevance: tuple[Sequence, Sequence] | None) 
     first = np.searchsorted(sorted_b, sorted_a, "left")
     number = np.searchsorted(sorted_b, sorted_a, "right") - first
     if not number.sum():
-        raise InputError("no query has a relevant item: no relevance label stands in both tables")
+        raise InputError("no query has a relevant item: no relevance label appears in both tables")
     rows = np.repeat(np.arange(n), number)
     return order_a, order_b, rows, np.repeat(first, number) + count_up(rows)
 

@@ -87,7 +87,7 @@ def prompt_text(
     modalities = TABLE_MODALITIES[table]
     chosen = preset.prefix if prefix is None else prefix
     if chosen and config.prompt == "plain":
-        raise ClipError(f"prefix {chosen!r}: this backbone was trained without prefixes; leave the field, the flag or the preset away")
+        raise ClipError(f"prefix {chosen!r}: this backbone was trained without prefixes; remove the field, the flag or the preset")
     chat = config.prompt == "chat"
     # With no media between them, the last words of the template and the caption are one text to the tokenizer.
     lead = USER if chat and not modalities & frozenset("va") else ""

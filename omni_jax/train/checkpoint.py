@@ -132,7 +132,7 @@ class Checkpoints:
                 if _of_the_machine(e):
                     where, why = self._folder / str(step), one_line(e)
                     raise InputError(
-                        f"{where}: could not be read ({why}); it may be whole: see to storage and memory, then run it again"
+                        f"{where}: could not be read ({why}); it may be intact: check storage and memory, then run it again"
                     ) from e
                 damaged[step] = one_line(e)
                 continue

@@ -37,7 +37,7 @@ class Series:
 def read_series(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> list[Series]:
     """Returns the series of the named metrics that some row has, from rows with a "step".
 
-    A step that stands twice, as after a run was taken up again, counts as it stands last.
+    A step that appears twice, as after a run was taken up again, counts as it stands last.
     """
     found: dict[str, dict[float, float]] = {name: {} for name in names}
     for row in rows:

@@ -55,7 +55,7 @@ class MetricsWriter:
                 self._board.write(number, values)
         except OSError as e:
             raise InputError(
-                f"the metrics of step {number} cannot be written: {e.strerror or e}; look at the space and the permissions of the "
+                f"the metrics of step {number} cannot be written: {e.strerror or e}; check disk space and permissions of the "
                 f"workdir, then start the run again: it resumes from its newest checkpoint"
             ) from e
 

@@ -279,7 +279,7 @@ def test_a_field_of_the_wrong_type_is_named(tmp_path, base, section, field, valu
     config = checkpoints.tiny_config()
     config[section][field] = value
     (base / "config.json").write_text(json.dumps(config))
-    refused(tmp_path, base, "config.json", expected, "is wanted")
+    refused(tmp_path, base, "config.json", expected, "expected")
 
 
 def test_a_section_or_time_of_the_wrong_type_is_named(tmp_path, base):

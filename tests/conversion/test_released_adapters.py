@@ -196,7 +196,7 @@ def test_several_adapters_in_one_file_or_folder_are_refused_by_name(tmp_path, ba
     with pytest.raises(InputError, match=r"name one of the adapters in it \(one, two\)"):
         conversion.to_jax(base, tmp_path / "out", adapter=tmp_path / "several")
     doubled = plain | {f"module.{next(iter(plain))}": next(iter(plain.values()))}
-    with pytest.raises(InputError, match="stand under two names"):
+    with pytest.raises(InputError, match="have two names"):
         conversion.to_jax(base, tmp_path / "out", adapter=written(tmp_path / "doubled", doubled))
 
 

@@ -179,7 +179,7 @@ def test_a_row_of_another_width_is_a_problem_of_that_row(tmp_path: Path) -> None
         with pytest.raises(InputError, match=r"holds no rows; the first: .*line 2: \d cells where the head has \d"):
             read(name, path)
     path.write_text("video_id,sentence,sentence\nvideo1,A dog.,A cat.\n")
-    with pytest.raises(InputError, match="column 'sentence' stands twice"):
+    with pytest.raises(InputError, match="column 'sentence' appears twice"):
         read("msrvtt", path)
 
 

@@ -136,7 +136,7 @@ BAD_LINES: dict[str, tuple[bytes | dict[str, Any], str | None, str]] = {
     "list": (b"[1, 2]", None, "a list where a record belongs"),
     "unknown field": ({"id": "x", "text": "t", "vidoe": "a.mp4"}, "x", "unknown field 'vidoe'; the fields are id, text, video, audio"),
     "mixed forms": (official(id="x", text="t"), "x", "unknown field 'text'; the fields are id, conversations"),
-    "field twice": (b'{"id": "x", "text": "t", "text": "u"}', None, "field 'text' stands twice"),
+    "field twice": (b'{"id": "x", "text": "t", "text": "u"}', None, "field 'text' appears twice"),
     "no id": ({"text": "t"}, None, "has no id"),
     "null id": ({"id": None, "text": "t"}, None, "has no id"),
     "empty id": ({"id": "", "text": "t"}, None, "has no id"),
@@ -294,7 +294,7 @@ def test_a_damaged_array_keeps_the_entries_before_the_damage(tmp_path: Path) -> 
     path.write_text('[{"id": "a", "text": "t", "text": "u"}, {"id": "b", "text": NaN}, {"id": "c", "text": "t"}]')
     got = read_manifest(path)
     assert [r.id for r in got.records] == ["c"]
-    assert ["stands twice" in got.problems[0].reason, "NaN is not a JSON value" in got.problems[1].reason] == [True, True]
+    assert ["appears twice" in got.problems[0].reason, "NaN is not a JSON value" in got.problems[1].reason] == [True, True]
     for text in ("[", "[[[[", '[{"id": "a", "text": "t"}', "[" * 50_000, "[\xff"):
         path.write_bytes(text.encode("latin-1"))
         assert read_manifest(path).problems

@@ -47,7 +47,7 @@ def test_numbers_that_make_no_sense_are_refused(calls: list[tuple[Any, ...]], co
 
 
 @pytest.mark.parametrize(
-    ("index", "why"), [(0, "not all 2 processes have started"), (1, "nothing answers at 127.0.0.1:{port} ([Errno 111] Connection refused)")]
+    ("index", "why"), [(0, "not all 2 processes have started"), (1, "no coordinator at 127.0.0.1:{port} ([Errno 111] Connection refused)")]
 )
 def test_processes_that_do_not_come_together_end_in_time_with_one_line(index: int, why: str) -> None:
     """Process 0 waits for another that is never started; process 1 for a coordinator that is not there."""
@@ -56,7 +56,7 @@ def test_processes_that_do_not_come_together_end_in_time_with_one_line(index: in
     around = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), distributed.START: "3"}
     ended = subprocess.run([sys.executable, "-c", code], env=around, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == distributed.LATE, ended.stderr
-    assert f"omni-jax: the processes did not come together in 3 s: {why.format(port=port)}; " in ended.stderr.splitlines()[-1]
+    assert f"omni-jax: timed out after 3 s waiting for all processes: {why.format(port=port)}; " in ended.stderr.splitlines()[-1]
 
 
 def test_alone_a_process_agrees_with_itself() -> None:

@@ -121,8 +121,8 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "damaged": (flipped, "truncated or not an .npz file .*CRC"),
     "one array": (npy, "truncated or not an .npz"),
     "pickled ids": (lambda: npz(ids=np.array(["a", None], dtype=object), text=ROWS), "pickled content is never loaded"),
-    "doubled ids": (lambda: npz(ids=np.array(["a", "a"]), text=ROWS), "1 ids stand more than once: a"),
-    "doubled member": (doubled_member, "a__text.npy stands more than once"),
+    "doubled ids": (lambda: npz(ids=np.array(["a", "a"]), text=ROWS), "1 ids appear more than once: a"),
+    "doubled member": (doubled_member, "a__text.npy appears more than once"),
     "empty id": (lambda: npz(ids=np.array(["a", ""]), text=ROWS), "record 1 has an empty id"),
     "ids of another length": (lambda: npz(ids=np.array(["a"]), text=ROWS), r"table 'text' has shape \(2, 3\) for 1 ids"),
     "flat table": (lambda: npz(ids=np.array(["a", "b"]), text=ROWS[:, 0]), r"table 'text' has shape \(2,\)"),
@@ -178,7 +178,7 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        (EmbeddingTable(("a", "a"), {"text": ROWS}), "ids stand more than once: a"),
+        (EmbeddingTable(("a", "a"), {"text": ROWS}), "ids appear more than once: a"),
         (EmbeddingTable(("a",), {"text": ROWS}), "has shape"),
         (EmbeddingTable(("a", "b"), {"words": ROWS}), "unknown table 'words'"),
     ],

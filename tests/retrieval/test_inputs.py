@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_explained(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has 4 rows, .*few\.txt has 2"):
         read_inputs([f"text={npy(tmp_path / 'v.npy', A)}", f"ids={tmp_path / 'few.txt'}"])
     (tmp_path / "few.txt").write_text("a\na\n")
-    with pytest.raises(InputError, match="1 ids stand more than once"):
+    with pytest.raises(InputError, match="1 ids appear more than once"):
         read_inputs([f"text={tmp_path / 'v.npy'}", f"ids={tmp_path / 'few.txt'}"])
 
 

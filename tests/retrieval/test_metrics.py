@@ -216,7 +216,7 @@ def test_bad_tables_are_refused(tables: dict[str, np.ndarray], change, words: st
 def test_ids_and_policies_that_do_not_fit_are_refused(tables: dict[str, np.ndarray]) -> None:
     with pytest.raises(InputError, match="59 ids for 60 rows"):
         evaluate(EmbeddingTable(tuple(map(str, range(59))), tables))
-    with pytest.raises(InputError, match="id 'a' stands more than once"):
+    with pytest.raises(InputError, match="id 'a' appears more than once"):
         evaluate(tables, ids=["a", *map(str, range(58)), "a"])
     with pytest.raises(InputError, match="ties 'kind'"):
         evaluate(tables, ties="kind")

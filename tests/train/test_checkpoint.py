@@ -177,7 +177,7 @@ def test_one_that_cannot_be_reached_is_not_taken_for_damaged(tmp_path: Path, mon
         raise error
 
     monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
-    with pytest.raises(InputError, match=r"c/2: could not be read \(.*\); it may be whole: see to storage and memory"):
+    with pytest.raises(InputError, match=r"c/2: could not be read \(.*\); it may be intact: check storage and memory"):
         checkpoints.restore(state(0))
     checkpoints.close()
     assert steps_of(tmp_path / "c") == [1, 2]

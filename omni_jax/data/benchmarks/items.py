@@ -101,7 +101,7 @@ def read_csv(path: PathLike) -> Table:
         raise InputError(f"{path}:{reader.line_num}: not a table of comma-separated values ({e})") from e
     twice = next((name for name in columns if name and columns.count(name) > 1), None)
     if twice is not None:
-        raise InputError(f"{path}: column {twice!r} stands twice; keep one")
+        raise InputError(f"{path}: column {twice!r} appears twice; keep one")
     if not columns or not rows:
         raise InputError(f"{path}: holds no rows; " + (f"the first: {problems[0]}" if problems else "expected a head and one line a clip"))
     return Table(tuple(columns), tuple(rows), tuple(problems))

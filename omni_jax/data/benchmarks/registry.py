@@ -73,6 +73,6 @@ def read_annotations(
     by_id = {item.id: item for item in found.items}
     items = tuple(by_id[i] for i in wanted if i in by_id)
     if not items:
-        raise InputError(f"{split}: none of its {len(wanted)} ids stands in {path}; is it the split of {name}?")
+        raise InputError(f"{split}: none of its {len(wanted)} ids appears in {path}; is it the split of {name}?")
     absent = (f"{split}: clip {i!r} is not in {path}" for i in wanted if i not in by_id)
     return dataclasses.replace(found, items=items, problems=(*found.problems, *absent))
