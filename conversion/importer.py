@@ -272,18 +272,20 @@ class _Job:
             for entry in group:
                 array = adapter.read(entry.key)
                 fitted = adapter.fitted(entry.key, array)
-                self._add(writer, entry, entry.to_tree(fitted))
-                if fitted is not array:  # the way back needs it as it was
+                kept = fitted is not array  # as it was: the way back needs it, and it is what was converted
+                self._add(writer, entry, entry.to_tree(fitted), counted=not kept)
+                if kept:
                     self._add(writer, engine.original(entry.key, array.shape), array)
 
-    def _add(self, writer: StoreWriter, entry: Entry, array: np.ndarray) -> None:
+    def _add(self, writer: StoreWriter, entry: Entry, array: np.ndarray, counted: bool = True) -> None:
         if self._dtype is not None:
             array = array.astype(self._dtype, copy=False)
         writer.add(entry.stored, array)
         self._written[entry.key] = (dtype_name(array.dtype), entry.torch_shape)
-        self.tensors += 1
-        self.parameters += array.size
-        self.nbytes += array.nbytes
+        if counted:
+            self.tensors += 1
+            self.parameters += array.size
+            self.nbytes += array.nbytes
 
     def shards(self) -> tuple[TensorFile, ...]:
         """Returns the source's files with the tensors an export has to put there.

@@ -41,7 +41,7 @@ def selected(config: Mapping[str, Any], modules: Mapping[str, bool], spelled: Ca
       InputError: naming the field that is not understood.
     """
     target, of = config.get("target_modules"), {spelled(name): name for name in modules}
-    if target == ALL_LINEAR:
+    if isinstance(target, str) and target.lower() == ALL_LINEAR:  # in any case, as in PEFT
         kept = {name for name in of if modules[of[name]]}
     elif isinstance(target, str):
         kept = set(_matching([target], list(of), where, "target_modules"))

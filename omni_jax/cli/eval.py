@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,13 +153,14 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         with replacing(args.json) as file:
             file.write(json.dumps(result, indent=2, allow_nan=False).encode() + b"\n")
-    if args.html:
-        text = page(own, kept, scores, [*known, *others], records, with_media=args.media is not None)
-        with replacing(args.html) as file:
-            file.write(text.encode())
     print(format_table(result))
     for text in ([format_comparison(columns)] if args.compare else []) + notes:
         print("\n" + text)
+    if args.html:  # last: whatever its pictures and sounds meet with, the figures have been printed
+        sys.stdout.flush()
+        text = page(own, kept, scores, [*known, *others], records, with_media=args.media is not None)
+        with replacing(args.html) as file:
+            file.write(text.encode())
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 
 from etils import epath
 
@@ -42,12 +43,17 @@ def run(args: argparse.Namespace) -> int:
     names = [name.strip() for name in args.presets.split(",")] if args.presets else list(known)
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"--presets {args.presets}: {unknown[0]!r} is no preset of this backbone; choose among {', '.join(known)}")
-    chosen = {}
+    chosen: dict[str, Preset] = {}
+    refused: dict[str, ConfigError] = {}
     for name in names:
         try:
             chosen[name] = known[name].override(args.overrides)
         except ConfigError as e:
-            raise ConfigError(f"preset {name}: {e}, or leave it out with --presets") from None
+            refused[name] = e
+    for name, e in refused.items():
+        if args.presets or not chosen:
+            raise ConfigError(f"preset {name}: {e}; leave it out of --presets, or the field out of --set")
+        print(f"preset {name} is left out: {e}", file=sys.stderr)
     tables = embed.parse_tables(args.tables)
 
     # Late, so that `--help` and usage errors answer at once.

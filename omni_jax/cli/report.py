@@ -80,18 +80,20 @@ def clips_of(records: Sequence[Record]) -> tuple[dict[str, Clip], list[str]]:
     clips: dict[str, Clip] = {}
     failed: list[str] = []
     if not wanted:
-        return clips, failed
+        return clips, []
     workers = min(len(wanted), max(1, (os.cpu_count() or 1) - 1))
-    with Progress(len(wanted), "previews") as progress:
-        for record, preview in run_guarded(record_preview, wanted, workers, TIME_LIMIT, name=lambda record: record.id):
-            progress.update()
-            if isinstance(preview, ClipError):
-                failed.append(record.id)
-                continue
-            if preview.problems:
-                failed.append(record.id)
-            clips[record.id] = Clip(preview.image, preview.sound)
+    try:
+        with Progress(len(wanted), "previews") as progress:
+            for record, preview in run_guarded(record_preview, wanted, workers, TIME_LIMIT, name=lambda record: record.id):
+                progress.update()
+                if isinstance(preview, ClipError) or preview.problems:
+                    failed.append(record.id)
+                if not isinstance(preview, ClipError):
+                    clips[record.id] = Clip(preview.image, preview.sound)
+    except InputError as e:  # a fault of our own: the page is of use without them
+        print(f"pictures and sounds are left out of the report: {e}", file=sys.stderr)
+        return {}, [f"Pictures and sounds are left out: {e}."]
     if not failed:
-        return clips, failed
+        return clips, []
     more = ", ..." if len(failed) > 5 else ""
     return clips, [f"Media of {len(failed)} of the {len(wanted)} records shown could not be read: {', '.join(failed[:5])}{more}."]

@@ -27,6 +27,16 @@ OFFICIAL = ("id", "conversations", "video", "audio", "timestamps", "prefix", "po
 ASKED = ("Please describe the video.", "Please describe the audio.")  # what the official manifests ask, and what presets write themselves
 _LONGEST_SECONDS = 1e9  # some thirty years: beyond it a number is a mistake
 _NEAR = 0.8  # likeness of two names above which one is taken for a slip of the other
+_SPELLED: dict[str, tuple[type, ...]] = {
+    "id": (str, int),
+    "text": (str, list),
+    "video": (str, list),
+    "audio": (str, list),
+    "timestamps": (list,),
+    "conversations": (list,),
+}
+"""Fields that are read in capitals too, and what they may hold."""
+
 _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "text": ("caption", "captions", "txt", "description", "sentence"),
     "video": (
@@ -48,10 +58,27 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "timestamps": ("interval", "start", "end", "start_time", "end_time", "begin", "segment", "time_range"),
     "conversations": ("conversation", "messages", "dialog"),
 }
+_VAGUE = ("clip", "frames", "picture", "image", "sound", "path", "file", "file_path", "filename", "file_name")
+"""Those of them that may as well tell of something else: of the source, say, of a record that has media."""
 
 
 class BadEntry(Exception):
     """One entry cannot be used; the message completes "FILE:LINE: ..."."""
+
+
+def spelled(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns an entry with its fields under their own names where only capitals differ ("Audio"), and the names that it had for them.
+
+    A name that two fields might be meant by, or whose value no such field holds, stays as it is.
+    """
+    renamed: dict[str, list[str]] = {}
+    for name, value in fields.items():
+        plain = name.lower()
+        if name != plain and plain in _SPELLED and fields.get(plain) is None and isinstance(value, _SPELLED[plain]):
+            renamed.setdefault(plain, []).append(name)
+    found = {names[0]: plain for plain, names in renamed.items() if len(names) == 1}
+    kept = {name: value for name, value in fields.items() if name not in found.values()}
+    return {found.get(name, name): value for name, value in kept.items()}, list(found)
 
 
 def name_of(fields: Mapping[str, Any]) -> tuple[str, bool]:
@@ -135,12 +162,15 @@ def _sorted_out(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     """Returns the fields that are read and those that are carried along; null means absent."""
     present = {name: value for name, value in fields.items() if value is not None}
     allowed = OFFICIAL if "conversations" in present else PLAIN
+    has_media = not {"video", "audio"}.isdisjoint(present)
     for name, value in present.items():
         if name in allowed:
             continue
         likely = [field for field in _resembled(name, value) if field in allowed or field == "conversations"]
-        lacking = bool(likely) and not any(field in fields for field in likely)
-        if ("timestamps" in likely and not {"video", "audio"} & present.keys()) or ("conversations" in likely and "text" in present):
+        lacking = bool(likely) and not any(field in present for field in likely)
+        if (has_media and _plain(name) in _VAGUE) or ("timestamps" in likely and not has_media):
+            lacking = False
+        if "conversations" in likely and "text" in present:
             lacking = False
         if lacking or (name == "text" and allowed is OFFICIAL):
             advice = f"; did you mean {' or '.join(map(repr, likely))}?" if lacking else ""
@@ -148,18 +178,30 @@ def _sorted_out(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return {n: v for n, v in present.items() if n in allowed}, {n: v for n, v in present.items() if n not in allowed}
 
 
+def interval_fields(record: Record) -> list[str]:
+    """Names of fields that may say which part of its files a record without `timestamps` is: they are not read."""
+    if record.timestamps is not None or (record.video is None and record.audio is None):
+        return []
+    return [name for name in record.extra if _plain(name) in _OTHER_NAMES["timestamps"]]
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_").replace(" ", "_")
+
+
 def _resembled(name: str, value: Any) -> list[str]:
-    """Names of fields that another name may stand for."""
-    plain = name.lower().replace("-", "_").replace(" ", "_")
+    """Names of fields that another name may stand for, going by the value too."""
+    plain = _plain(name)
     found = [field for field, others in _OTHER_NAMES.items() if plain in others]
-    if "timestamps" not in found and not isinstance(value, str | list):
+    if not isinstance(value, str | list):
         return []
     names = dict.fromkeys((*PLAIN, *OFFICIAL))
-    if not found and plain in names:  # another case
-        return [plain]
+    if not found and plain in names:  # in capitals, and not read for that: twice, for one
+        return [plain] if plain in _SPELLED else []
     if not found and len(plain) > 3 and not plain.endswith("id"):
         found = difflib.get_close_matches(plain, names, 1, _NEAR)
-    return found
+    # One number alone, or a date, says nothing of an interval.
+    return [field for field in found if field != "timestamps" or (isinstance(value, list) and len(value) == 2)]
 
 
 def _paired_video(known: Mapping[str, Any], name: str) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from omni_jax.data.entries import ASKED, BadEntry, absolute, kind, name_of, question, record_of
+from omni_jax.data.entries import ASKED, BadEntry, absolute, interval_fields, kind, name_of, question, record_of, spelled
 from omni_jax.types import InputError, Record
 
 _MARK = b"\xef\xbb\xbf"  # a byte-order mark, as some editors write
@@ -79,12 +79,14 @@ def read_manifest(path: os.PathLike[str] | str, media_root: os.PathLike[str] | s
     made: list[str] = []
     extra: collections.Counter[str] = collections.Counter()
     asked: collections.Counter[str] = collections.Counter()
+    capitals: collections.Counter[str] = collections.Counter()
+    whole: collections.Counter[str] = collections.Counter()
     for line, where, content in _entries(path):
         name: str | None = None
         try:
             if isinstance(content, BadEntry):
                 raise content
-            fields = content if isinstance(content, dict) else _fields(content)
+            fields, renamed = spelled(content if isinstance(content, dict) else _fields(content))
             name, new = name_of(fields)
             if name in first_line:
                 again = "the same entry stands" if new else f"id {name!r} was used"
@@ -93,24 +95,35 @@ def read_manifest(path: os.PathLike[str] | str, media_root: os.PathLike[str] | s
             records.append(record_of(fields, name, line, root, media_root is not None))
             made += [name] * new
             extra.update(records[-1].extra.keys())
+            capitals.update(renamed)
+            whole.update(interval_fields(records[-1]))
             if (said := question(fields)) is not None and said not in ASKED:
                 asked[said] += 1
         except BadEntry as error:
             problems.append(Problem(id=name, line=line, file=str(path), reason=f"{path}:{where}: {error}"))
     if not records and not problems:
         raise InputError(f"{path}: the manifest is empty; write one JSON record a line")
-    return Manifest(tuple(records), tuple(problems), tuple(_notes(made, extra, asked)))
+    return Manifest(tuple(records), tuple(problems), tuple(_notes(made, extra, asked, capitals, whole)))
 
 
-def _notes(made: list[str], extra: Mapping[str, int], asked: Mapping[str, int]) -> Iterator[str]:
+def _notes(
+    made: list[str], extra: Mapping[str, int], asked: Mapping[str, int], capitals: Mapping[str, int], whole: Mapping[str, int]
+) -> Iterator[str]:
     if made:
         yield f"{len(made)} conversations have no id and are called by their file and a digest; the first: {made[0]}"
     if extra:
-        counts = ", ".join(f"{one_line(name)} ({count} records)" for name, count in extra.items())
-        yield f"fields that are carried along and not used: {counts}"
+        yield f"fields that are carried along and not used: {_counted(extra)}"
+    if whole:
+        yield f"files are used whole, whatever {_counted(whole)} says; to use a part write timestamps: [start, end] in seconds"
+    if capitals:
+        yield f"fields that are read as those without capitals: {_counted(capitals)}"
     if asked:
         first = one_line(next(iter(asked)))
         yield f"{sum(asked.values())} conversations ask something of their own, where the preset's filler is used; the first: {first!r}"
+
+
+def _counted(fields: Mapping[str, int]) -> str:
+    return ", ".join(f"{one_line(name)} ({count} records)" for name, count in fields.items())
 
 
 def one_line(text: str) -> str:

@@ -44,11 +44,8 @@ class Journal:
         written = json.dumps(dict(settings), indent=1, sort_keys=True)
         self._lock = _lock(self._folder)
         note, parts = self._folder / SETTINGS, sorted(self._folder.glob("part-*.npz"))
-        if parts and (different := _differences(note, json.loads(written))):
-            raise InputError(
-                f"{self._folder}: holds the unfinished work of a run with other settings ({listed(different)}); run it again as it was, or "
-                f"remove the folder"
-            )
+        if parts and (whose := _not_ours(note, json.loads(written))):
+            raise InputError(f"{self._folder}: holds the unfinished work of {whose}")
         self.parts = [_read(path) for path in parts]
         if not parts:
             with replacing(note) as file:
@@ -81,12 +78,20 @@ class Journal:
         self._lock.close()
 
 
-def _differences(note: epath.Path, settings: Mapping[str, Any]) -> list[str]:
+def _not_ours(note: epath.Path, settings: Mapping[str, Any]) -> str:
+    """Says whose work is kept, and what to do, where it cannot be gone on with; "" where it can."""
+    again = "run it again as it was, or remove the folder"
     try:
         there = json.loads(note.read_text())
     except (OSError, ValueError) as e:
-        return [f"{note.name} cannot be read: {e}"]
-    return made_otherwise(there, settings) if isinstance(there, dict) else [f"{note.name} holds no settings"]
+        return f"a run with other settings ({note.name} cannot be read: {e}); {again}"
+    if not isinstance(there, dict) or not settings.keys() <= there.keys():
+        return (
+            "an earlier version of omni-jax, which recorded less of what embeddings depend on; finish it with that version, or remove "
+            "the folder to begin again"
+        )
+    found = made_otherwise(there, settings)
+    return f"a run with other settings ({listed(found)}); {again}" if found else ""
 
 
 def _lock(folder: epath.Path) -> IO[bytes] | None:

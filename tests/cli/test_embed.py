@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import signal
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import omni_jax
-from omni_jax.cli import parity
+from omni_jax.cli import embed, parity
 from omni_jax.cli.main import main
 from omni_jax.config import TABLES, presets_for
 from omni_jax.retrieval import read_embeddings
@@ -227,6 +228,24 @@ def test_golden_presets_are_scored_side_by_side(golden: GoldenSet, converted: Pa
     tables = {name: read_embeddings(tmp_path / f"{name}.npz").tables for name in presets_for("plain")}
     assert np.abs(tables["training"]["text"] - tables["mteb"]["text"]).max() > 1e-3, "the two heads gave the same vectors"
     assert np.abs(tables["release"]["video"] - tables["mteb"]["video"]).max() > 1e-3, "the crop changed nothing"
+
+
+def test_golden_presets_where_an_override_has_no_effect_are_left_out_and_told(golden, converted, monkeypatch, capsys):
+    """`wave` keeps whole tracks, of which there is no centre."""
+    arguments = ["presets", "--model", str(converted), "--manifest", str(golden.manifest), "--set", "audio_crop=center"]
+    taken = []
+
+    def pass_over(args: object, model: object, records: object, tables: object, name: str) -> list[Part]:
+        taken.append(name)
+        raise InputError("no further")
+
+    monkeypatch.setattr(embed, "load_model", lambda args, preset: argparse.Namespace(preset=preset))
+    monkeypatch.setattr(embed, "embed", pass_over)
+    assert main(arguments) == 2
+    assert taken == ["training"]
+    assert "preset wave is left out: preset field audio_crop='center' has no effect" in capsys.readouterr().err
+    assert main([*arguments, "--presets", "training,wave"]) == 2
+    assert "preset wave: preset field audio_crop='center' has no effect" in capsys.readouterr().err
 
 
 def test_golden_presets_that_the_backbone_has_not_are_refused(golden, converted, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 
 from omni_jax.cli.main import main
 from omni_jax.retrieval import write_embeddings
-from omni_jax.types import EmbeddingTable
+from omni_jax.types import EmbeddingTable, InputError
 from tests.media_samples import write_clip, write_sound
 from tests.retrieval.pages import Page
 from tests.tolerances import assert_close
@@ -75,6 +76,26 @@ def test_html_with_manifest_and_media(file: Path, tmp_path: Path, capsys: pytest
     assert names["clip2"]["sound"].startswith("data:audio/mpeg;base64,")
     assert "Media of 1 of the 8 records shown could not be read: clip5." in page.all("footer")[0].text
     assert str(tmp_path) not in out.read_text()
+
+
+def test_a_fault_of_our_own_in_previews_loses_neither_table_nor_page(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing, out = manifest(tmp_path), tmp_path / "out.html"
+    monkeypatch.setattr("omni_jax.media.preview.record_preview", functools.partial(sorted, no_such_argument=1))
+    assert main(["eval", str(file), "--html", str(out), "--manifest", str(listing), "--media", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "AVG-all" in printed.out and "pictures and sounds are left out of the report: the first 5 records failed alike" in printed.err
+    page = Page(out.read_text())
+    assert "of clip2" in page.all("main")[0].text and "Pictures and sounds are left out" in page.all("footer")[0].text
+
+
+def test_an_output_that_cannot_be_written_loses_no_table(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("omni_jax.cli.report.page", lambda *args, **kwargs: (_ for _ in ()).throw(InputError("no page")))
+    assert main(["eval", str(file), "--html", str(tmp_path / "out.html")]) == 2
+    assert "AVG-all" in capsys.readouterr().out
 
 
 def test_media_without_a_manifest_are_found_by_name(file: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_ranks_and_alphas_of_single_modules(tmp_path, base, plain, settings, rsl
     tensors = with_ranks(plain, lambda name: rank_and_alpha(module_of(name), settings)[0])
     tensors = {name: value.astype(dtype) for name, value in tensors.items()}
     adapter = written(tmp_path / "adapter", tensors, use_rslora=rslora, **settings)
-    conversion.to_jax(base, tmp_path / "model", adapter=adapter)
+    both = conversion.to_jax(base, tmp_path / "model", adapter=adapter)
     config, params = conversion.load(tmp_path / "model", dtype="float32")
     assert config.lora is not None
     for letter in "qkv":
@@ -99,7 +99,9 @@ def test_ranks_and_alphas_of_single_modules(tmp_path, base, plain, settings, rsl
     conversion.to_torch(tmp_path / "model", adapter_out=tmp_path / "out")
     assert_same_tensors(load_file(tmp_path / "out" / FILE), tensors)
     assert (tmp_path / "out" / "adapter_config.json").read_bytes() == (adapter / "adapter_config.json").read_bytes()
-    conversion.to_jax(base, tmp_path / "merged", adapter=adapter, merge_adapter=True)
+    alone = conversion.to_jax(base, tmp_path / "merged", adapter=adapter, merge_adapter=True)
+    assert both.tensors - alone.tensors == len(tensors), "what is kept for the way back counts twice"
+    assert both.parameters - alone.parameters == sum(value.size for value in tensors.values())
     _, merged = conversion.load(tmp_path / "merged")
     rank, alpha = rank_and_alpha("model.layers.1.self_attn.q_proj", settings)
     down, up = (tensors[f"base_model.model.model.layers.1.self_attn.q_proj.lora_{side}.weight"].astype(np.float64) for side in "AB")
@@ -128,8 +130,9 @@ def test_what_a_run_makes_of_such_an_adapter_is_written_at_the_largest_rank(tmp_
     assert all(np.array_equal(np.asarray(same[path]), np.asarray(leaf)) for path, leaf in params.items())
 
 
-def test_all_linear_means_every_linear_layer_but_the_output_and_what_is_saved_whole():
-    lora, selected = lora_config(default_config(CONFIG) | {"target_modules": "all-linear"}, BASE, "adapter_config.json")
+@pytest.mark.parametrize("spelling", ["all-linear", "All-Linear"])
+def test_all_linear_means_every_linear_layer_but_the_output_and_what_is_saved_whole(spelling):
+    lora, selected = lora_config(default_config(CONFIG) | {"target_modules": spelling}, BASE, "adapter_config.json")
     saved = ("classify_linear", "beats_proj")
     linear = {rule.module for rule in base_rules(BASE) if rule.linear and not rule.torch.startswith(saved)}
     assert set(lora.targets) == linear and "visual.blocks.1.attn.q" in selected and "lm_head" not in selected

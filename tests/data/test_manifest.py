@@ -383,14 +383,16 @@ def test_pos_image_holds_the_video_of_a_sound(tmp_path: Path) -> None:
 
 NEAR: dict[str, tuple[dict[str, Any], str]] = {
     "caption": ({"id": "x", "caption": "rain", "video": "a.mp4"}, "unknown field 'caption'; .*did you mean 'text'"),
-    "Video": ({"id": "x", "text": "rain", "Video": "a.mp4"}, "did you mean 'video'"),
+    "caption of a null text": ({"id": "x", "text": None, "caption": "rain", "video": "a.mp4"}, "did you mean 'text'"),
+    "two in capitals": ({"id": "x", "text": "rain", "Video": "a.mp4", "VIDEO": "b.mp4"}, "did you mean 'video'"),
+    "video_path beside sound": ({"id": "x", "audio": "a.wav", "video_path": "a.mp4"}, "did you mean 'video'"),
     "video_path": ({"id": "x", "text": "rain", "video_path": "a.mp4"}, "did you mean 'video'"),
     "path": ({"id": "x", "text": "rain", "path": "a.mp4"}, "did you mean 'video' or 'audio'"),
     "frame_dir": ({"id": "x", "text": "rain", "frame_dir": "frames/x"}, "did you mean 'video'"),
     "image": ({"id": "x", "text": "rain", "image": "a.png"}, "did you mean 'video'"),
     "audo": ({"id": "x", "text": "rain", "audo": "a.wav"}, "did you mean 'audio'"),
     "timestamp": ({"id": "x", "video": "a.mp4", "timestamp": [0, 1]}, "did you mean 'timestamps'"),
-    "start": ({"id": "x", "video": "a.mp4", "start": 0, "end": 1}, "did you mean 'timestamps'"),
+    "interval": ({"id": "x", "audio": "a.wav", "interval": [0, 1]}, "did you mean 'timestamps'"),
     "messages": ({"id": "x", "messages": [{"role": "user"}], "video": "a.mp4"}, "did you mean 'conversations'"),
     "several files": ({"id": "x", "video": ["a.mp4", "b.mp4"]}, "video lists 2 files"),
     "several captions": ({"id": "x", "text": ["a", "b"]}, "holds 2 captions"),
@@ -409,9 +411,31 @@ def test_the_same_names_beside_the_field_are_carried_along(tmp_path: Path) -> No
         write(
             tmp_path,
             {"id": "a", "text": "t", "video": "a.mp4", "caption": "u", "path": "x", "video_id": "y", "timestamps": [0, 1], "start": 0},
-            {"id": "b", "text": None, "video": "a.mp4", "caption": "u"},
+            {"id": "b", "text": "t", "audio": "a.wav", "image": "cover.png", "file": "b.json", "Prefix": "x"},
             {"id": "c", "text": "t", "start": 3, "title": "x"},
         )
     )
     assert not got.problems
-    assert set(got.records[0].extra) == {"caption", "path", "video_id", "start"} and got.records[1].text is None
+    assert set(got.records[0].extra) == {"caption", "path", "video_id", "start"} and got.records[1].video is None
+    assert not any("timestamps" in note for note in got.notes)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"start": 0, "end": 1}, {"Start Time": "00:01", "end-time": "00:09"}, {"begin": 2.5}, {"segment": 7}, {"timestamp": "2024-05-01"}],
+)
+def test_numbers_that_may_say_an_interval_lose_no_record_and_are_told(tmp_path: Path, extra: dict[str, Any]) -> None:
+    got = read_manifest(write(tmp_path, {"id": "a", "video": "a.mp4", **extra}, {"id": "b", "text": "t", **extra}))
+    assert not got.problems and got.records[0].timestamps is None and got.records[0].extra == extra
+    told = [note for note in got.notes if "write timestamps: [start, end] in seconds" in note]
+    assert len(told) == ("timestamp" not in extra)
+    assert all(f"{name} (1 records)" in note for note in told for name in extra)
+
+
+def test_fields_in_capitals_are_read_and_told(tmp_path: Path) -> None:
+    entry = {"ID": 7, "Text": "rain", "Video": "a.mp4", "AUDIO": "a.wav", "audio": None, "Timestamps": [0, 1]}
+    got = read_manifest(write(tmp_path, entry, {"id": "b", "text": "t", "Text": "u"}, {"id": "c", "text": "t", "Text": 3}))
+    assert not got.problems
+    assert got.records[0] == Record("7", "rain", tmp_path / "a.mp4", tmp_path / "a.wav", (0.0, 1.0), 1)
+    assert [r.text for r in got.records[1:]] == ["t", "t"] and got.records[1].extra == {"Text": "u"}
+    assert any(note.startswith("fields that are read as those without capitals: ID (1 records), Text (1 records)") for note in got.notes)

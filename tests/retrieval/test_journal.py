@@ -44,6 +44,13 @@ def test_other_settings_are_refused(tmp_path: Path):
         Journal(tmp_path / "j", SETTINGS | {"dtype": "bfloat16"})
 
 
+def test_work_of_an_earlier_version_is_refused_with_what_to_do(tmp_path: Path):
+    Journal(tmp_path / "j", SETTINGS).add(_part(0))
+    with pytest.raises(InputError, match=r"j: holds the unfinished work of an earlier version of omni-jax.*remove the folder") as caught:
+        Journal(tmp_path / "j", SETTINGS | {"model": {"layers": 2}, "tokenizer": "0" * 32})
+    assert "\n" not in str(caught.value)
+
+
 def test_settings_may_change_while_nothing_is_kept(tmp_path: Path):
     Journal(tmp_path / "j", SETTINGS)
     other = SETTINGS | {"dtype": "bfloat16"}
