@@ -9,9 +9,9 @@ from typing import Any
 
 
 def whole(text: str) -> int:
-    """Returns a number of processes, 0 or more."""
+    """Returns a whole number, 0 or more."""
     if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes (0 decodes in this one)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
     return int(text)
 
 

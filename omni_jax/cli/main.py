@@ -29,7 +29,7 @@ from omni_jax.config.libtpu import silence_libtpu
 from omni_jax.types import InputError
 
 # Order of the help; a command without a place here comes after these.
-ORDER = ("demo", "convert", "embed", "eval", "presets", "search", "export", "bench-data", "prepare", "train", "smoke", "compile")
+ORDER = ("demo", "convert", "embed", "eval", "presets", "search", "export", "bench-data", "mine", "prepare", "train", "smoke", "compile")
 
 
 UNCACHED = ("compile",)  # compiles for chips that are not there, to look at the programs

@@ -1,0 +1,141 @@
+"""`omni-jax mine`: a manifest with the hard negatives of each record."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omni_jax.cli.argtypes import whole
+from omni_jax.types import InputError
+
+if TYPE_CHECKING:
+    from omni_jax.data.manifest import Manifest
+    from omni_jax.retrieval.mining import Mined
+
+HELP = "find hard negatives for the records of a manifest"
+EXAMPLE = "omni-jax mine --manifest clips.jsonl --embeddings clips.npz --out mined.jsonl --directions t2v,v2t"
+
+SAMPLING = ("top", "random")  # those of omni_jax.retrieval.mining, which is imported late
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--manifest", required=True, metavar="FILE.jsonl", help="manifest whose records get negatives")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--embeddings", nargs="+", metavar="FILE", help="embedding file of its records; several are parts of one set")
+    source.add_argument("--model", metavar="DIR", help="converted folder or workdir; embeds the manifest first, into OUT.npz")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl", help="the manifest again, with a field `negatives`")
+    parser.add_argument("--directions", metavar="LIST", help="comma-separated, such as t2v,v2t (default: all that the tables allow)")
+    parser.add_argument("--num-negatives", type=whole, default=5, metavar="N", help="for each record and direction (default: 5)")
+    parser.add_argument("--range-min", type=whole, default=0, metavar="RANK", help="leave the hardest RANK candidates out (default: 0)")
+    parser.add_argument("--range-max", type=whole, default=100, metavar="RANK", help="consider candidates up to this rank (default: 100)")
+    parser.add_argument("--min-score", type=float, metavar="COSINE", help="lowest cosine of a negative (default: none)")
+    parser.add_argument("--max-score", type=float, metavar="COSINE", help="highest cosine of a negative (default: none)")
+    parser.add_argument(
+        "--absolute-margin",
+        type=_margin,
+        default=0.0,
+        metavar="M",
+        help="a negative scores at least M below the relevant item; others may be false negatives (default: 0; none: no guard)",
+    )
+    parser.add_argument(
+        "--relative-margin", type=_margin, metavar="M", help="a negative scores at most (1 - M) times the relevant item (default: none)"
+    )
+    parser.add_argument("--sampling", choices=SAMPLING, default="top", help="the hardest ones, or some at random (default: top)")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of --sampling random (default: 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the mined manifest and returns the exit status: 0, 1 when records were skipped.
+
+    Raises:
+      InputError: for files that cannot be used, or when no record has a valid negative.
+    """
+    if args.out.suffix != ".jsonl":
+        raise InputError(f"--out {args.out}: the name of a manifest ends in .jsonl")
+
+    # Late, so that `--help` and usage errors answer at once.
+    from omni_jax.cli.inputs import read_tables
+    from omni_jax.cli.progress import Progress
+    from omni_jax.data.manifest import read_manifest, write_jsonl_atomic
+    from omni_jax.retrieval.directions import DIRECTIONS, possible
+    from omni_jax.retrieval.mining import MiningConfig, mine
+
+    config = MiningConfig(
+        **{
+            name: getattr(args, name)
+            for name in (
+                *("num_negatives", "range_min", "range_max", "min_score", "max_score"),
+                *("absolute_margin", "relative_margin", "sampling", "seed"),
+            )
+        }
+    )
+    directions = args.directions.split(",") if args.directions else list(DIRECTIONS)
+    if unknown := [name for name in directions if name not in DIRECTIONS]:
+        raise InputError(f"--directions {args.directions}: unknown direction {unknown[0]!r}; choose among {', '.join(DIRECTIONS)}")
+    manifest = read_manifest(args.manifest)
+    for problem in manifest.problems[:1]:
+        print(f"{args.manifest}: {len(manifest.problems)} entries are skipped; the first: {problem.reason}", file=sys.stderr)
+    table = read_tables(args.embeddings or [_embedded(args)])
+    known = set(table.ids)
+    absent = [record.id for record in manifest.records if record.id not in known]
+    if len(absent) == len(manifest.records):
+        raise InputError(f"{args.manifest}: none of its records is in {', '.join(args.embeddings)}; name the file of this manifest")
+    if absent:
+        print(f"{args.manifest}: {len(absent)} records are not embedded and get no negatives; the first: {absent[0]!r}", file=sys.stderr)
+    chosen = [name for name in possible(table.tables) if name in directions]
+    with Progress(sum(len(table.ids_of(DIRECTIONS[name][0])) for name in chosen), "mine", unit="queries") as bar:
+        mined = mine(table, config, same=_same(manifest), directions=directions, progress=lambda done: bar.update(done))
+    write_jsonl_atomic(args.out, _rows(manifest, mined, args.out.absolute().parent))
+    print(_summary(mined))
+    print(f"{args.out}: {len(mined.negatives)} of {len(manifest.records)} records have negatives")
+    return 1 if manifest.problems or absent else 0
+
+
+def _embedded(args: argparse.Namespace) -> str:
+    """Embeds the manifest as `omni-jax embed` does, which resumes, and returns the file."""
+    from omni_jax.cli.main import main
+
+    file = str(args.out.with_suffix(".npz"))
+    if not Path(file).exists() and main(["embed", "--model", args.model, "--manifest", args.manifest, "--out", file]) not in (0, 1):
+        raise InputError(f"--model {args.model}: {args.manifest} was not embedded; see the message above and run it again to resume")
+    return file
+
+
+def _same(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Returns what makes two records equal: the caption, whatever its case and spaces, and the media file, whatever the interval."""
+    return {
+        "same caption": {record.id: " ".join(record.text.lower().split()) for record in manifest.records if record.text is not None},
+        "same source": {record.id: str(file) for record in manifest.records if (file := record.video or record.audio) is not None},
+    }
+
+
+def _rows(manifest: Manifest, mined: Mined, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yields each record as a line of a manifest in `folder`: files within it are named from there."""
+    for record in manifest.records:
+        row: dict[str, Any] = {"id": record.id}
+        for name in ("text", "video", "audio", "timestamps", "prefix"):
+            value = getattr(record, name)
+            if isinstance(value, Path):
+                value = str(value.relative_to(folder) if value.is_relative_to(folder) else value)
+            if value is not None:
+                row[name] = value
+        yield {**row, **record.extra, "negatives": mined.negatives.get(record.id, {})}
+
+
+def _summary(mined: Mined) -> str:
+    reasons = list(dict.fromkeys(reason for counts in mined.removed.values() for reason in counts))
+    rows = [f"{'direction':<10}{'queries':>9}{'without':>9}" + "".join(f"{reason:>18}" for reason in reasons)]
+    for name, queries in mined.queries.items():
+        counts = mined.removed[name]
+        rows.append(f"{name:<10}{queries:>9}{mined.without[name]:>9}" + "".join(f"{counts[reason]:>18}" for reason in reasons))
+    return "\n".join(rows)
+
+
+def _margin(text: str) -> float | None:
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor the word none") from None
