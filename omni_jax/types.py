@@ -1,4 +1,4 @@
-"""The records passed between rooms, in the order a clip travels: file -> arrays -> features -> tokens -> batch -> embeddings.
+"""The records passed between packages, in the order a clip travels: file -> arrays -> features -> tokens -> batch -> embeddings.
 
 Letters: B batch, S tokens, N items, P patches, F frames, D LLM width, L layers, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""The Python face. This room and `omni_jax.cli` are the only places that wire rooms together."""
+"""The Python API. This package and `omni_jax.cli` are the only ones that combine the others."""
 
 from omni_jax.api.retriever import OmniRetriever
 
