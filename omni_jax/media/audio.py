@@ -162,7 +162,7 @@ class _Track:
         self._format = "mp4" if "mp4" in container.format.name else container.format.name
         self._gaps = 0  # packets lost between others
         self._peaks = np.zeros(2)  # of the first channel, of the others
-        self._decoding = Decoding(container, stream)
+        self._decoding = Decoding(container, stream, path)
         self._frames = iter(self._decoding)
         # The rate in the header may be half of what the decoder gives (HE-AAC), so the first frame is asked.
         self._first = next(self._frames, None)
@@ -205,6 +205,9 @@ class _Track:
         lines = []
         if self._gaps:
             lines.append(f"{self._path}: {self._gaps} of {self._decoding.packets} packets of the sound do not decode; the others are used")
+        if self._decoding.stopped:
+            said = f"after {self._decoding.packets} packets of the sound ({self._decoding.stopped}); what is before is used"
+            lines.append(f"{self._path}: the file cannot be read on {said}")
         if self._channels == "first" and self._peaks[0] < _SILENT and self._peaks[1] > _AUDIBLE:
             lines.append(f"{self._path}: the first channel is silent, others are not; set channels=mean to hear them")
         return tuple(lines)
@@ -254,8 +257,8 @@ class _Track:
         """Whether a sample's number follows from its time."""
         if self._format not in _EXACT or self._stream.time_base * self.rate != 1:
             return False
-        if self._format != "mp4":
-            return True
+        if self._format != "mp4":  # a packet of ADPCM does not begin where its time says
+            return self._stream.codec_context.name.startswith(("pcm_", "flac"))
         times = np.array([entry.timestamp for entry in self._stream.index_entries])
         return len(times) > 2 and bool((np.diff(times[:-1]) == times[1] - times[0]).all())  # without a gap between packets
 
@@ -265,7 +268,7 @@ class _Track:
         for target in (start - round(_SEEK_MARGIN_SECONDS * self.rate), 0):
             with contextlib.suppress(*AvError):
                 self._container.seek(origin + target, stream=self._stream, backward=True)
-            self._decoding = Decoding(self._container, self._stream)
+            self._decoding = Decoding(self._container, self._stream, self._path)
             self._frames = iter(self._decoding)
             self._first = next(self._frames, None)
             if self._first is not None and self._first.pts is not None and self._first.pts - origin <= start:
@@ -297,19 +300,18 @@ def _mp3_seconds(path: os.PathLike[str] | str, rate: int) -> float | None:
     return None
 
 
-_INTEGER_SCALE = {"u8": 2.0**7, "s16": 2.0**15, "s32": 2.0**31}
-_MOST_PLANES = 7  # PyAV reads past the planes of a frame with more (SIGSEGV)
+_TYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}
+_SCALES = {"u8": 2.0**7, "s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63}
 
 
 def _floats(frame: Any) -> np.ndarray:
     """(samples, channels) float32 in [-1, 1] of a decoded frame in any sample format."""
-    count, kind = frame.layout.nb_channels, frame.format.name.removesuffix("p")
-    if kind == "s64" or (frame.format.is_planar and count > _MOST_PLANES):
-        kind = "dbl" if kind == "s64" else kind  # NumPy's side of PyAV knows no 64-bit integers
-        (frame,) = av.AudioResampler(format=kind).resample(frame)
-    data = frame.to_ndarray()
-    data = data.T if frame.format.is_planar else data.reshape(-1, count)
-    if kind in _INTEGER_SCALE:
+    channels, planar, kind = frame.layout.nb_channels, frame.format.is_planar, frame.format.name.removesuffix("p")
+    # PyAV's own conversion reads past the planes of a frame of eight or more (SIGSEGV).
+    count, planes = (frame.samples, frame.planes[:channels]) if planar else (frame.samples * channels, frame.planes[:1])
+    data = np.stack([np.frombuffer(plane, _TYPES[kind], count) for plane in planes])
+    data = data.T if planar else data.reshape(-1, channels)
+    if kind in _SCALES:
         data = data.astype(np.float64) - (128.0 if kind == "u8" else 0.0)
-        return (data / _INTEGER_SCALE[kind]).astype(np.float32)
+        return (data / _SCALES[kind]).astype(np.float32)
     return data.astype(np.float32, copy=False)

@@ -129,26 +129,28 @@ def choose_track(container: av.container.InputContainer, kind: str, number: int,
 
 
 class Decoding:
-    """Frames of a track from where the container stands; what does not decode is counted, not raised.
+    """Frames of a track from where the container stands, through a chain of Ogg streams; what does not decode is counted, not raised.
 
     Attributes:
       packets: packets read whole.
       leading: those of them that do not decode before the first frame, as where a copy begins inside a group of pictures.
       lost: those that do not decode after it.
       error: what the decoder, or the container, said last.
+      stopped: why the container could not be read to its end, "" where it could.
     """
 
-    def __init__(self, container: av.container.InputContainer, stream: Any) -> None:
-        self._container, self._stream = container, stream
+    def __init__(self, container: av.container.InputContainer, stream: Any, path: os.PathLike[str] | str) -> None:
+        self._container, self._stream, self._path = container, stream, path
         self._whole = stream.type == "audio" and "mp4" in container.format.name
+        self._place = 0  # of the last packet in the file, bytes
         self.packets = self.leading = self.lost = 0
-        self.error = ""
+        self.error = self.stopped = ""
 
     def __iter__(self) -> Iterator[Any]:
         begun = False
-        for packet in self._packets():
+        for stream, packet in self._packets():
             try:
-                frames = self._stream.decode(packet)
+                frames = stream.decode(packet)
             except AvError as error:
                 self.lost, self.error = self.lost + 1, reason(error)
                 continue
@@ -156,18 +158,28 @@ class Decoding:
                 begun, self.leading, self.lost = True, self.lost, 0
             yield from frames
 
-    def _packets(self) -> Iterator[Any]:
+    def _packets(self) -> Iterator[tuple[Any, Any]]:
+        yield from self._demux(self._container, self._stream, 0)
+        # FFmpeg ends where the next stream of an Ogg chain has another layout or rate.
+        while self.stopped and self._container.format.name == "ogg" and (start := _next_in_chain(self._path, self._place)):
+            self.stopped = ""
+            with av.open(f"subfile,,start,{start},end,0,,:{os.fspath(self._path)}", options={"protocol_whitelist": "subfile,file"}) as rest:
+                if found := tracks(rest, self._stream.type):
+                    yield from self._demux(rest, found[0], start)
+
+    def _demux(self, container: av.container.InputContainer, stream: Any, start: int) -> Iterator[tuple[Any, Any]]:
         # A container that cannot be read on has ended: `check_complete` says what is missing.
         try:
-            for packet in self._container.demux(self._stream):
+            for packet in container.demux(stream):
                 self.packets += not packet.is_corrupt and (packet.size > 0 or packet.dts is not None)
                 if packet.size:  # an empty packet repeats a picture; the decoder would take it for the end
+                    self._place = start + (packet.pos or 0)
                     if self._whole and packet.has_sidedata("skip_samples"):
                         _keep_end(packet)
-                    yield packet
+                    yield stream, packet
         except AvError as error:
-            self.error = reason(error)
-        yield None  # the end: the decoder gives what it holds
+            self.error = self.stopped = reason(error)
+        yield stream, None  # the end: the decoder gives what it holds
 
     def refusal(self, what: str) -> str:
         """Says why the track is not used, "" where it may be: more than LARGEST_LOSS of the packets do not decode."""
@@ -176,9 +188,11 @@ class Decoding:
         return f"damaged: {self.said(what)} ({self.error})"
 
     def said(self, what: str) -> str:
-        """Says how many packets do not decode, "" where all do."""
+        """Says how many packets do not decode, and where the container stops; "" where all do and it does not."""
         lost = self.leading + self.lost
-        return f"{lost} of {self.packets} packets of the {what} do not decode" if lost else ""
+        parts = [f"{lost} of {self.packets} packets of the {what} do not decode"] if lost else []
+        parts += [f"the file cannot be read on after {self.packets} packets of the {what} ({self.stopped})"] if self.stopped else []
+        return ", ".join(parts)
 
 
 def _keep_end(packet: Any) -> None:
@@ -294,6 +308,25 @@ def _chunks_end(file: IO[bytes], length: int, order: Any) -> int:
             return length
         at += 8 + size + size % 2
     return at if at > length + 1 else length  # the padding byte of an odd size is often left out
+
+
+def _next_in_chain(path: os.PathLike[str] | str, place: int) -> int:
+    """Returns where the next stream of a chain of Ogg streams begins after a page of the one before, 0 where none follows; bytes."""
+    if is_remote(path):
+        return 0
+    first = True  # of the pages that begin streams: those of the stream itself are passed over
+    with open(path, "rb") as file:
+        while True:
+            file.seek(place)
+            head = file.read(27)
+            if head[:4] != b"OggS":
+                return 0
+            begins = bool(head[5] & 2)
+            if begins and not first:
+                return place
+            first &= begins
+            table = file.read(head[26])
+            place += 27 + len(table) + sum(table)
 
 
 def _ogg_end(file: IO[bytes], length: int) -> int:

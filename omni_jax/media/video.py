@@ -125,7 +125,7 @@ def _decode_in_order(
         with open_container(path) as container:
             stream = _stream(container, path, track)
             _check_size(stream.width, stream.height, len(indices), path)
-            decoding = Decoding(container, stream)
+            decoding = Decoding(container, stream, path)
             for frame in decoding:
                 if not count:
                     size = (frame.width, frame.height)

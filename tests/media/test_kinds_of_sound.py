@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import soxr
 from av.codec.codec import Codec, UnknownCodecError
 
+from omni_jax.media import source
 from omni_jax.media.audio import read_waveform
 from omni_jax.types import ClipError
 from tests.media.containers import copy_tracks, damage_packets, wav_bytes, write_audio, write_video
@@ -139,6 +141,10 @@ AMR = [("a.amr", "libopencore_amrnb", "s16", 8_000)] if _writes("libopencore_amr
         ("a.mpg", "mp2", "s16", 48_000),
         ("a.ts", "aac", "fltp", 48_000),
         ("a.webm", "libopus", "flt", 48_000),
+        ("a.wav", "adpcm_ima_wav", "s16p", 44_100),
+        ("b.wav", "adpcm_ms", "s16", 44_100),
+        ("c.wav", "pcm_alaw", "s16", 44_100),
+        ("a.mov", "adpcm_ima_qt", "s16p", 44_100),
     ],
 )
 def test_far_samples_are_those_of_reading_through(tmp_path: Path, name: str, codec: str, sample_format: str, rate: int) -> None:
@@ -195,6 +201,33 @@ def test_joined_and_chained_files(tmp_path: Path, name: str, codec: str) -> None
     assert abs(len(got) - 6 * RATE) < 0.1 * RATE
     assert pitch(got[RATE : 2 * RATE]) == pytest.approx(440, abs=2)
     assert pitch(got[4 * RATE : 5 * RATE]) == pytest.approx(1320, abs=2)
+
+
+@pytest.mark.parametrize(("name", "codec", "sample_format"), [("a.opus", "libopus", "flt"), ("b.ogg", "flac", "s16")])
+def test_chains_of_other_layouts_and_rates(tmp_path: Path, name: str, codec: str, sample_format: str) -> None:
+    """FFmpeg's reader of Ogg ends where the layout or the rate changes."""
+    parts = []
+    for i, (layout, rate) in enumerate((("stereo", 48_000), ("stereo", 48_000), ("mono", 24_000), ("stereo", 48_000))):
+        channels = 2 if layout == "stereo" else 1
+        samples = np.tile(tone(2.0, rate, 440.0 * (i + 1)), channels)
+        part = write_audio(
+            tmp_path / f"{i}{name}", codec, 2.0, rate=rate, layout=layout, channels=channels, sample_format=sample_format, samples=samples
+        )
+        parts.append(part.read_bytes())
+    (tmp_path / name).write_bytes(b"".join(parts))
+    got = read_waveform(tmp_path / name, seconds=0)
+    assert got.warnings == () and abs(len(got.samples) - 8 * RATE) < 0.1 * RATE
+    for i in range(4):
+        assert pitch(got.samples[int((2 * i + 0.5) * RATE) : int((2 * i + 1.5) * RATE)]) == pytest.approx(440 * (i + 1), abs=2)
+
+
+def test_a_file_that_cannot_be_read_on_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = write_audio(tmp_path / "0.ogg", "libopus", 2.0, layout="stereo", channels=2, sample_format="flt")
+    second = write_audio(tmp_path / "1.ogg", "libopus", 2.0, sample_format="flt")
+    (tmp_path / "a.ogg").write_bytes(first.read_bytes() + second.read_bytes())
+    monkeypatch.setattr(source, "_next_in_chain", lambda path, place: 0)
+    (told,) = read_waveform(tmp_path / "a.ogg", seconds=0).warnings
+    assert re.search(r"a\.ogg: the file cannot be read on after \d+ packets of the sound \(.*\); what is before is used", told)
 
 
 def test_flac_of_unknown_length(tmp_path: Path) -> None:
