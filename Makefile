@@ -15,6 +15,7 @@ PIP = -m pip install --quiet --disable-pip-version-check --no-deps
 SETUP = .venv/.installed
 REFERENCE = .venv-reference/.installed
 TPU = .venv-tpu/.installed
+DOCS = .venv-docs/.installed
 LOWEST = .venv-lowest/.installed
 NEWEST = .venv-newest/.installed
 # The one of PATH, or pyenv's newest where that is a shim without a version.
@@ -27,8 +28,8 @@ STACK = tests/config tests/features tests/media tests/tokens tests/conversion/te
 	tests/cli/test_embed.py tests/test_dependencies.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-ablation test-fast test test-slow test-reference test-tpu test-lowest test-newest python313 test-all bench torture report-check \
-	pods-table lint format lock clean
+.PHONY: help setup demo demo-ablation test-fast test test-slow test-reference test-tpu test-lowest test-newest python313 test-all docs test-docs bench \
+	torture report-check pods-table lint format lock lock-docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -59,6 +60,9 @@ $(REFERENCE): requirements-reference.lock $(SETUP)
 $(TPU): requirements-tpu.lock $(SETUP)
 	$(call overlay,.venv-tpu,requirements-tpu.lock)
 
+$(DOCS): requirements-docs.lock $(SETUP)
+	$(call overlay,.venv-docs,requirements-docs.lock)
+
 $(LOWEST): requirements-lowest.lock $(SETUP)
 	$(call overlay,.venv-lowest,requirements-lowest.lock)
 
@@ -82,13 +86,13 @@ demo-ablation: $(SETUP)  ## train configs/tiny.py with one, two and three losses
 	.venv/bin/omni-jax demo --ablation
 
 test-fast: $(SETUP)  ## what compiles nothing, within a minute
-	.venv/bin/python -m pytest $(WORKERS) -m "not jit and not slow and not reference and not tpu" $(PYTEST_ARGS)
+	.venv/bin/python -m pytest $(WORKERS) -m "not jit and not slow and not reference and not tpu and not docs" $(PYTEST_ARGS)
 
 test: $(SETUP)  ## the default tests; no torch, no libtpu, no network
-	.venv/bin/python -m pytest $(WORKERS) -m "not slow and not reference and not tpu" $(PYTEST_ARGS)
+	.venv/bin/python -m pytest $(WORKERS) -m "not slow and not reference and not tpu and not docs" $(PYTEST_ARGS)
 
 test-slow: $(SETUP)  ## kills, several processes, long parity
-	.venv/bin/python -m pytest $(WORKERS) -m "slow and not reference and not tpu" $(PYTEST_ARGS)
+	.venv/bin/python -m pytest $(WORKERS) -m "slow and not reference and not tpu and not docs" $(PYTEST_ARGS)
 
 test-reference: $(REFERENCE)  ## against torch, transformers' torch model and PEFT; recorded outputs, compiled in full
 	.venv-reference/bin/python -m pytest $(WORKERS) $(FULL) -m "reference or exact" $(PYTEST_ARGS)
@@ -97,12 +101,18 @@ test-tpu: $(TPU)  ## compile for TPU, with no TPU attached
 	.venv-tpu/bin/python -m pytest $(FULL) -m "tpu and not reference" $(PYTEST_ARGS)
 
 test-lowest: $(LOWEST)  ## the tests that use each dependency, with the lowest allowed versions
-	.venv-lowest/bin/python -m pytest -m "not slow and not reference and not tpu" $(WORKERS) $(STACK) $(PYTEST_ARGS)
+	.venv-lowest/bin/python -m pytest -m "not slow and not reference and not tpu and not docs" $(WORKERS) $(STACK) $(PYTEST_ARGS)
 
 test-newest: $(NEWEST)  ## the same on Python 3.13 with the newest allowed versions
-	.venv-newest/bin/python -m pytest -m "not slow and not reference and not tpu" $(WORKERS) $(STACK) $(PYTEST_ARGS)
+	.venv-newest/bin/python -m pytest -m "not slow and not reference and not tpu and not docs" $(WORKERS) $(STACK) $(PYTEST_ARGS)
 
-test-all: test test-slow test-reference test-tpu  ## all four
+test-all: test test-slow test-reference test-tpu test-docs  ## all five
+
+docs: $(DOCS)  ## build the documentation into site/, offline; a broken link fails
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict $(DOCS_ARGS)
+
+test-docs: $(DOCS)  ## run the notebook, and try what the build of the documentation refuses
+	.venv-docs/bin/python -m pytest -m docs tests/documentation $(PYTEST_ARGS)
 
 bench: $(REFERENCE)  ## speed and memory, as ratios with the torch model
 	.venv-reference/bin/python -m tests.benchmarks $(BENCH_ARGS)
@@ -128,5 +138,8 @@ format: $(SETUP)  ## format, and fix what ruff can fix
 lock: $(SETUP)  ## write requirements.lock from .venv with hashes, after an upgrade there
 	@.venv/bin/python -m tests.locking requirements.lock
 
+lock-docs: $(DOCS)  ## the same for requirements-docs.lock and .venv-docs
+	@.venv/bin/python -m tests.locking requirements-docs.lock $(wildcard .venv-docs/lib/python3.11/site-packages)
+
 clean:  ## remove environments, caches and outputs
-	rm -rf .venv .venv-reference .venv-tpu .venv-lowest .venv-newest .pytest_cache .ruff_cache .hypothesis build dist demo_out bench_out
+	rm -rf .venv .venv-reference .venv-tpu .venv-docs .venv-lowest .venv-newest site .pytest_cache .ruff_cache .hypothesis build dist demo_out bench_out

@@ -181,7 +181,13 @@ class BeatsConfig:
 class LoraConfig:
     """A PEFT LoRA adapter, plus modules saved whole.
 
-    `targets` are the linear maps with an adapter, as paths of the parameter tree ("decoder/layers/attn/q" stands for all layers).
+    Attributes:
+      rank: inner dimension of the two matrices.
+      alpha: scale; the update is multiplied by alpha / rank.
+      rslora: multiply by alpha / sqrt(rank) instead.
+      dropout: rate on the input of the update while training.
+      targets: linear maps with an adapter, as paths of the parameter tree ("decoder/layers/attn/q" stands for all layers).
+      modules_to_save: modules that train in full and are saved with the adapter, by their names in PEFT.
     """
 
     rank: int = 16

@@ -26,8 +26,14 @@ class OptimizerConfig:
     """AdamW of the release.
 
     Attributes:
+      total_steps: steps of the whole schedule.
+      learning_rate: peak, reached at the end of the warm-up.
+      warmup_ratio: share of the steps in which the learning rate rises linearly.
       warmup_steps: None for ceil(warmup_ratio * total_steps).
       final_fraction: share of the learning rate that the cosine ends at.
+      b1, b2: decay rates of the first and the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: of matrices and tables; biases, norms and gains do not decay.
       clip_norm: largest global norm of a gradient.
     """
 

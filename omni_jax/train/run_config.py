@@ -45,7 +45,13 @@ class ModelSection:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentSection:
-    """Which parts of the augmented copy are changed (SPEC section 6)."""
+    """Which parts of the augmented copy are changed (SPEC section 6).
+
+    Attributes:
+      video: flip, brightness, contrast and saturation.
+      audio: gain, noise, speed and circular shift.
+      text: dropped and swapped words.
+    """
 
     video: bool = True
     audio: bool = True
@@ -95,6 +101,8 @@ class BatchSection:
     """Clips of an update: `micro_batches` of `micro_batch` clips, all processes together.
 
     Attributes:
+      micro_batch: clips that are encoded together, over all processes.
+      micro_batches: micro-batches of one step.
       blocks: parts of a micro-batch within which features are exchanged (the release has one a device); each process holds whole ones.
       row_multiple: row lengths are multiples of so many tokens.
     """
@@ -119,7 +127,14 @@ class BatchSection:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSection:
-    """Sizes of the mesh axes within a slice; fsdp 0 takes the devices that the others leave. `slices` are those of a pod."""
+    """Sizes of the mesh axes within a slice.
+
+    Attributes:
+      data: devices that hold copies of the weights and take different clips.
+      fsdp: devices that the weights are split over, each with clips of its own; 0 takes all devices that the other axes leave.
+      tensor: devices that share each matrix product.
+      slices: slices of a pod, which data parallelism joins.
+    """
 
     data: int = 1
     fsdp: int = 0
@@ -133,7 +148,12 @@ class MeshSection:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSection:
-    """A checkpoint every `every` updates and at the end, of which the newest `keep` stay."""
+    """When checkpoints are written.
+
+    Attributes:
+      every: steps between two checkpoints; the last step is always saved.
+      keep: how many of the newest checkpoints are kept.
+    """
 
     every: int = 500
     keep: int = 3
@@ -166,7 +186,11 @@ class EvaluationSection:
 
 @dataclasses.dataclass(frozen=True)
 class LogSection:
-    """All metrics every `every` updates; of the others the digest of their clips, the counts of their data and `collapsed_in_row`."""
+    """When metrics are written.
+
+    Attributes:
+      every: steps between two rows with all metrics; the rows of other steps hold the clip digest, the data counts and `collapsed_in_row`.
+    """
 
     every: int = 10
 
@@ -205,7 +229,17 @@ class RunConfig:
     """A whole run.
 
     Attributes:
+      model: where the weights come from.
+      data: the training clips.
+      batch: clips of a step.
+      losses: the losses and their negatives.
       optimizer: its `total_steps` comes from `steps` or `epochs`.
+      trainable: which parameters train.
+      mesh: sizes of the device mesh.
+      checkpoint: when checkpoints are written.
+      evaluation: held-out clips.
+      log: when metrics are written.
+      stop: thresholds for skipped steps and collapsed embeddings.
       remat: what the backward pass computes again: a name in `omni_jax.train.gradients.REMAT`.
       seed: of everything drawn: fresh weights, LoRA, dropout, order, augmentation.
       steps: updates of the run; 0 where `epochs` says it.

@@ -28,7 +28,7 @@ PARTS: dict[str, tuple[str, float, str]] = {
     "training": ("training", 12, "Kills of a run in all its moments and of its workers; stops"),
     "faults": ("faults", 4, "Two runs on one workdir, a full disk, a read-only folder, the death of one of two processes"),
     "media": ("hostile_media", 8, "Broken, lying and odd media files through `embed` and `prepare`, whole ones between them"),
-    "files": ("hostile_files", 5, "Checkpoints, adapters, embedding files, manifests and captions made to run code, lie or lead astray"),
+    "files": ("hostile_files", 5, "Checkpoints, adapters, embedding files, manifests and captions made to run code, lie or mislead"),
     "fuzz": ("fuzz", 20, "Coverage-guided fuzzing of manifest, safetensors header, torch reader and prompt builder"),
     "numbers": ("numbers", 5, "bfloat16 beside float32, near-duplicates at temperature 0.01, zero rows, counts over a million rows"),
     "long": ("long", 10, "2,000 updates and 5,000 embeddings, watched from outside"),

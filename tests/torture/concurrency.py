@@ -56,7 +56,7 @@ def run(seed: int, minutes: float, *, rounds: int = ROUNDS) -> Outcome:
         outcome.expect(not stops or min(ended[what] for what in ("once", "twice", "killed")) > 0, f"no run ended by it: {dict(ended)}")
         outcome.notes.append("runs that ended by it, not by themselves before: " + ", ".join(f"{what} {n}" for what, n in ended.items()))
         outcome.tried.append(("pairs of embed started together on one output", races))
-        outcome.tried.append(("runs interrupted once, twice or killed at a random moment, and gone on with", stops))
+        outcome.tried.append(("runs interrupted once, twice or killed at a random moment, then resumed", stops))
         if races < rounds:
             outcome.notes.append(f"out of time: {races} of {rounds} rounds")
     outcome.seconds = clock.spent

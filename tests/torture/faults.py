@@ -72,7 +72,7 @@ def full_disk(outcome: Outcome, workdir: Path, command: list[str], around: dict[
     process.communicate()
     limited = tiny_run.start(command, around, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, SMALL_FILE)))
     _refused_and_gone_on_with(outcome, "full disk", limited, workdir, command, around)
-    outcome.tried.append(("runs whose disk was full during a save, gone on with afterwards", 1))
+    outcome.tried.append(("runs whose disk was full during a save, resumed afterwards", 1))
 
 
 def read_only(outcome: Outcome, workdir: Path, command: list[str], around: dict[str, str]) -> None:
@@ -81,7 +81,7 @@ def read_only(outcome: Outcome, workdir: Path, command: list[str], around: dict[
     _until_two_checkpoints(process, workdir)
     (workdir / "checkpoints").chmod(0o555)
     _refused_and_gone_on_with(outcome, "read-only folder", process, workdir, command, around)
-    outcome.tried.append(("runs whose folder became read-only, gone on with afterwards", 1))
+    outcome.tried.append(("runs whose folder became read-only, resumed afterwards", 1))
 
 
 def _obey_permissions() -> None:

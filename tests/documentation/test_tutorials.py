@@ -1,0 +1,109 @@
+"""The commands and the Python of the tutorials, executed as they stand, in order, on tiny clips and the golden checkpoint."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from omni_jax.cli.main import main
+from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE
+from omni_jax.config.presets import PRESETS, Preset
+from tests import house
+from tests.golden_set import GoldenSet
+from tests.media_samples import write_clip
+
+TUTORIALS = house.ROOT / "docs/tutorials"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CLIPS, HELD_OUT = 16, 6
+
+# What keeps a run of the published recipe small enough for eight simulated devices.
+SMALL = (
+    *("model.dtype=float32", "model.lora.rank=4", "model.lora.alpha=8.0", "data.workers=0", "batch.micro_batch=8", "batch.micro_batches=1"),
+    *("batch.blocks=1", "losses.hn_audio_only=True", "steps=2", "epochs=0.0", "remat=none", "checkpoint.keep=1"),
+)
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Returns (language, text) of the code blocks of a page."""
+    return BLOCK.findall((TUTORIALS / page).read_text(encoding="utf-8"))
+
+
+def commands(text: str) -> list[list[str]]:
+    """Returns the words of each command of a shell block."""
+    return [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+@pytest.fixture
+def folder(golden: GoldenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with the names that the tutorials use: released weights, clips, manifests and annotations. Clips are small."""
+    made = tmp_path / "tutorials"
+    made.mkdir()
+    (made / "WAVE-7B").symlink_to(golden.checkpoint)
+    (made / "OmniRetriever-7B").symlink_to(golden.adapter_dir)
+    (made / "BEATs.pt").symlink_to(golden.checkpoint / "BEATs.pt")
+    (made / "configs").symlink_to(house.ROOT / "configs")
+    (made / "media").mkdir()
+    for number in range(CLIPS + HELD_OUT):
+        write_clip(made / f"media/clip{number}.mp4", seconds=1.0, seed=number)
+    rows = [
+        {"id": f"clip{n}", "text": f"caption number {n}", "video": f"media/clip{n}.mp4", "audio": f"media/clip{n}.mp4"}
+        for n in range(CLIPS + HELD_OUT)
+    ]
+    for name, part in (("clips.jsonl", rows[:CLIPS]), ("held_out.jsonl", rows[CLIPS:])):
+        (made / name).write_text("".join(f"{json.dumps(row)}\n" for row in part))
+    with (made / "bench.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["id", "url", "start", "end", "caption"])
+        table.writerows([f"clip{n}", f"https://example.com/{n}", 0, 1, f"caption number {n}"] for n in range(HELD_OUT))
+    monkeypatch.chdir(made)
+    small = {"frames": golden.preset.frames, "audio_seconds": 1.0, "pixels": 3136}
+    monkeypatch.setitem(PRESETS, "training", Preset(**small))
+    return made
+
+
+def execute(page: str) -> int:
+    """Executes the blocks of a page and returns how many commands and scripts it has."""
+    count = 0
+    for language, text in blocks(page):
+        if language == "sh":
+            for words in commands(text):
+                assert words[0] == "omni-jax", f"{page}: {words[0]} is no command of this project; mark the block as text"
+                small = [f"--config.{change}" for change in SMALL] if words[1] == "train" else []
+                status = main([*words[1:], *small])
+                assert status in (DONE, DONE_WITH_QUARANTINE), f"{page}: {shlex.join(words)} ended with {status}"
+                count += 1
+        elif language == "python":
+            exec(compile(text, page, "exec"), {"__name__": page})
+            count += 1
+        elif language == "json":
+            assert all(json.loads(line)["id"] for line in text.splitlines())
+    return count
+
+
+@pytest.mark.slow
+@pytest.mark.jit
+def test_the_tutorials_run_as_they_stand_on_the_golden_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute("embed_and_search.md") == 8
+    assert "text in table av of 16 records, by cosine:" in capsys.readouterr().out
+    assert (folder / "vectors/av.npy").exists() and (folder / "clips-int8.npz").exists()
+
+    assert execute("finetune_adapter.md") == 6
+    assert (folder / "OmniRetriever-mine/adapter_config.json").exists()
+    assert json.loads((folder / "held_out.json").read_text())["n"] == HELD_OUT
+
+    capsys.readouterr()
+    assert execute("evaluate_a_benchmark.md") == 10
+    assert "AVG-all" in capsys.readouterr().out and (folder / "fetch.tsv").exists()
+    assert (folder / "bench.html").read_text().lower().startswith("<!doctype html>")
+
+
+def test_every_tutorial_is_executed_or_compiled() -> None:
+    """The pod's commands need a cloud; `omni-jax compile` is lowered by tests/planning/test_documented.py."""
+    executed = {"embed_and_search.md", "finetune_adapter.md", "evaluate_a_benchmark.md"}
+    assert {path.name for path in TUTORIALS.glob("*.md")} == executed | {"tpu_pod.md"}
+    assert {words[1] for language, text in blocks("tpu_pod.md") if language == "sh" for words in commands(text)} == {"compile"}
