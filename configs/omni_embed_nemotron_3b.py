@@ -1,6 +1,6 @@
 """The paper's replication: the recipe of OmniRetriever-7B on Omni-Embed-Nemotron-3B. LoRA alone trains, as this backbone has no heads.
 
-    omni-jax train --config configs/omni_embed_nemotron_3b.py --workdir runs/nemotron3b \\
+    omni-jax train --config omni_embed_nemotron_3b --workdir runs/nemotron3b \\
         --config.model.base=omni_embed_nemotron_3b --config.data.train=shards --config.evaluation.manifest=held_out.jsonl
 
 `omni_embed_nemotron_3b` is what `omni-jax convert to-jax` wrote (docs/guides/backbones.md). Clips are cut to 8 s as in the recipe; the

@@ -1,6 +1,6 @@
 """OmniRetriever-7B as published: LoRA, the fusion head and the BEATs bridge of WAVE-7B, one epoch, 256 clips an update.
 
-    omni-jax train --config configs/omniretriever_7b.py --workdir runs/omni7b \
+    omni-jax train --config omniretriever_7b --workdir runs/omni7b \
         --config.model.base=wave7b --config.data.train=shards --config.evaluation.manifest=held_out.jsonl
 
 `wave7b` is what `omni-jax convert to-jax` wrote, `shards` what `omni-jax prepare` wrote. As released, each of 8 micro-batches is its own

@@ -1,6 +1,6 @@
 """The paper's ablation of the losses: the 7B recipe with L_A alone, L_A + L_D, or all three, everything else equal.
 
-    omni-jax train --config configs/paper_ablations.py:L_A --workdir runs/L_A \
+    omni-jax train --config paper_ablations:L_A --workdir runs/L_A \
         --config.model.base=wave7b --config.data.train=shards
 
 After the colon stands `L_A`, `L_A+L_D` or `all`.
@@ -17,7 +17,7 @@ WEIGHTS = {"L_A": (0.0, 0.0, 1.0), "L_A+L_D": (0.0, 1.0, 1.0), "all": (1.0, 1.0,
 def get_config(losses: str = "all") -> ml_collections.ConfigDict:
     """Returns the recipe with the named losses active."""
     if losses not in WEIGHTS:
-        raise ConfigError(f"configs/paper_ablations.py:{losses}: choose one of {', '.join(WEIGHTS)}")
+        raise ConfigError(f"paper_ablations:{losses}: choose one of {', '.join(WEIGHTS)}")
     config = omniretriever_7b.get_config()
     names = ("tuple_weight", "distillation_weight", "pairwise_weight")
     config.update({"losses": dict(zip(names, WEIGHTS[losses], strict=True))})

@@ -2,10 +2,10 @@
 
 Clips are a second long, so that a chunk of log-mel is: `n_window` is half of the published one. Prompts of one medium have no filler.
 
-    omni-jax train --config configs/tiny.py --workdir runs/tiny \
+    omni-jax train --config tiny --workdir runs/tiny \
         --config.data.train=demo_out/shards --config.evaluation.manifest=demo_out/clips/held_out.jsonl
 
-`configs/tiny.py:quick` is what `make demo` runs: towers of one layer, a decoder of two, fewer updates at a higher learning rate, and one
+`tiny:quick` is what `make demo` runs: towers of one layer, a decoder of two, fewer updates at a higher learning rate, and one
 kind of update, whose hard negatives exchange the sound: one program is compiled instead of three.
 """
 
@@ -31,7 +31,7 @@ QUICK = {
 def get_config(recipe: str = "") -> ml_collections.ConfigDict:
     """Returns the recipe, "quick" for the shorter one."""
     if recipe not in ("", "quick"):
-        raise ConfigError(f"configs/tiny.py:{recipe}: write configs/tiny.py, or configs/tiny.py:quick")
+        raise ConfigError(f"tiny:{recipe}: write tiny, or tiny:quick")
     config = _full()
     if recipe:
         config.update(QUICK)

@@ -1,6 +1,6 @@
 """The model of configs/tiny.py in the manner of the second backbone: bidirectional attention, mean pooling, no BEATs, chat template.
 
-    omni-jax train --config configs/tiny_nemotron.py --workdir runs/tiny_nemotron \\
+    omni-jax train --config tiny_nemotron --workdir runs/tiny_nemotron \\
         --config.data.train=demo_out/shards --config.evaluation.manifest=demo_out/clips/held_out.jsonl
 """
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What every host of a pod runs: the smoke job first, then omni-jax. tpu_vm.sh and the GKE job call it.
 #
-#   launch/host.sh --workdir gs://BUCKET/runs/omni7b --slices 1 -- train --config configs/omniretriever_7b.py --workdir gs://BUCKET/runs/omni7b
+#   launch/host.sh --workdir gs://BUCKET/runs/omni7b --slices 1 -- train --config omniretriever_7b --workdir gs://BUCKET/runs/omni7b
 #
 # --workdir DIR  of the run, where the smoke job tries the storage
 # --slices N     slices the chips are in (default 1)

@@ -2,7 +2,7 @@
 # Runs omni-jax as several processes of one machine that work as one. When one is lost, the others are stopped and all start again, from the
 # newest whole checkpoint.
 #
-#   launch/local.sh --processes 2 --devices 4 --restarts 3 -- train --config configs/tiny.py --workdir runs/tiny
+#   launch/local.sh --processes 2 --devices 4 --restarts 3 -- train --config tiny --workdir runs/tiny
 #
 # --processes N  how many (default 2)
 # --devices N    CPU devices of each, simulated (default: what JAX finds)

@@ -9,6 +9,7 @@ import tomllib
 import pytest
 from packaging.requirements import Requirement
 
+from omni_jax.config import extras
 from tests.house import PRODUCT, ROOT, imports, sources
 
 MODULES = {
@@ -23,7 +24,8 @@ MODULES = {
 """Packages whose modules have other names than they."""
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DECLARED = {r.name.lower(): r for r in map(Requirement, PROJECT["dependencies"])}
+TRAIN = [Requirement(line) for line in PROJECT["optional-dependencies"]["train"]]
+DECLARED = {r.name.lower(): r for r in [*map(Requirement, PROJECT["dependencies"]), *TRAIN]}
 OPTIONAL = {Requirement(line).name for lines in PROJECT["optional-dependencies"].values() for line in lines}
 
 
@@ -43,6 +45,12 @@ def test_the_product_imports_what_it_declares_and_nothing_else() -> None:
     optional = {"faiss", "libtpu", "torch", "peft"} | {name.replace("-", "_") for name in OPTIONAL}
     assert declared - used == set(), "declared, and no product file imports it"
     assert used - declared - optional - {"numpy"} == set(), "imported, and not declared"
+
+
+def test_a_missing_package_of_training_is_one_line_that_names_the_extra() -> None:
+    assert sorted(extras.TRAIN) == sorted(MODULES.get(r.name, r.name.replace("-", "_")) for r in TRAIN)
+    assert all(str(extras.advice(f"{name}.part")).endswith("run pip install 'omni-jax[train]'") for name in extras.TRAIN)
+    assert extras.advice("omni_jax.nowhere") is extras.advice(None) is extras.lacking() is None
 
 
 @pytest.mark.parametrize("lock", ["requirements.lock", "requirements-newest.lock", "requirements-lowest.lock"])

@@ -259,7 +259,7 @@ def test_lock_files_hold_pins_that_satisfy_pyproject() -> None:
                 pins[canonicalize_name(match[1])] = match[2]
     project = tomllib.loads((house.ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for text in [*project["dependencies"], *extras["reference"], *extras["dev"]]:
+    for text in [*project["dependencies"], *extras["train"], *extras["reference"], *extras["dev"]]:
         wanted = Requirement(text)
         pin = pins.get(canonicalize_name(wanted.name))
         assert pin and wanted.specifier.contains(pin), f"{text}: the lock files hold {pin}"

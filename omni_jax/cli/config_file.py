@@ -25,9 +25,10 @@ PREFIX = "--config."
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Adds --config FILE.py, required without a default, and takes --config.a.b=value as changes of it (in `args.overrides`)."""
-    about = "the run's config; --config.a.b=value changes a field"
-    parser.add_argument("--config", required=default is None, default=default, metavar="FILE.py", help=about)
+    """Adds --config, required without a default, and --list-configs, and takes --config.a.b=value as changes (in `args.overrides`)."""
+    about = "the run's config: a Python file, or the name of one that comes with the package; --config.a.b=value changes a field"
+    parser.add_argument("--config", required=default is None, default=default, metavar="CONFIG", help=about)
+    parser.add_argument("--list-configs", action=_ListConfigs, nargs=0, help="list the configs that come with the package, and exit")
     parse = parser.parse_known_args
 
     def known(args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
@@ -39,8 +40,26 @@ def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = 
     parser.parse_known_args = known  # type: ignore[method-assign]  # argparse knows no options whose names are open
 
 
+class _ListConfigs(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        for name, file in packaged_configs().items():
+            about = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+            print(f"{name:<26}{about.partition(chr(10))[0]}")
+        parser.exit()
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Returns the configs that come with the package: name -> file."""
+    from omni_jax import configs
+
+    return {file.stem: file for file in sorted(Path(configs.__path__[0]).glob("*.py")) if file.stem != "__init__"}
+
+
 def read_config(file: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Returns the run that a config file describes, with "a.b=value" changes; FILE.py:TEXT gives TEXT to its get_config.
+    """Returns the run that a config describes, with "a.b=value" changes; FILE.py:TEXT and NAME:TEXT give TEXT to its get_config.
+
+    Args:
+      file: a Python file, or the name of a packaged config.
 
     Raises:
       InputError: for a file that is none.
@@ -52,9 +71,12 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     name, colon, argument = file.partition(".py:")
     path = Path(f"{name}.py" if colon else file)
+    if path.suffix != ".py":
+        name, colon, argument = file.partition(":")
+        path = packaged_configs().get(name, path)
     spec = importlib.util.spec_from_file_location("omni_jax_run_config", path) if path.suffix == ".py" else None
     if spec is None or spec.loader is None or not path.is_file():
-        raise InputError(f"--config {file}: no such config; name a Python file like configs/omniretriever_7b.py")
+        raise InputError(f"--config {file}: no such config; name a Python file, or one of {', '.join(packaged_configs())}")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

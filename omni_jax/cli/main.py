@@ -25,6 +25,7 @@ from omni_jax.cli.status import BAD_INPUT, DONE, INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.cli.stopping import second_ctrl_c_leaves
 from omni_jax.config import ConfigError
 from omni_jax.config.compile_cache import use_compile_cache
+from omni_jax.config.extras import advice
 from omni_jax.config.libtpu import silence_libtpu
 from omni_jax.types import InputError
 
@@ -114,8 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         return _report(message(e), debug)
+    except ModuleNotFoundError as e:
+        return _report(advice(e.name) or _unexpected(e), debug)
     except Exception as e:
-        return _report(f"unexpected {type(e).__name__}: {message(e)} (run again with --debug for the traceback)", debug)
+        return _report(_unexpected(e), debug)
+
+
+def _unexpected(error: Exception) -> str:
+    return f"unexpected {type(error).__name__}: {message(error)} (run again with --debug for the traceback)"
 
 
 def entry() -> NoReturn:

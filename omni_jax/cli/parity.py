@@ -76,9 +76,8 @@ def _clips(source: Path) -> list[str]:
 
 
 def _source() -> Path:
-    """Returns the folder of the tiny checkpoint, its clips and the reference outputs."""
-    checkout = Path(__file__).parents[2] / "tests" / "golden" / "wave_tiny"
-    folder = Path(os.environ.get("OMNI_GOLDEN") or checkout)
+    """Returns the folder of the tiny checkpoint, its clips and the reference outputs: that of OMNI_GOLDEN, or the package's own."""
+    folder = Path(os.environ.get("OMNI_GOLDEN") or Path(__file__).parent / "wave_tiny")
     if not (folder / "spec.json").is_file():
-        raise InputError(f"{folder}: the demo's checkpoint is not here; run it in a clone of the repository, or name one with OMNI_GOLDEN")
+        raise InputError(f"{folder}: the demo's checkpoint is not here; install omni-jax again, or name a folder with OMNI_GOLDEN")
     return folder

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 HELP = "check devices, processes and storage with one step of a small model"
 EXAMPLE = "omni-jax smoke --workdir gs://bucket/runs/omni7b --coordinator auto"
-CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"
+CONFIG = "tiny"
 FOLDER = "smoke"  # in the workdir; removed again
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_arguments(parser, default=str(CONFIG))
+    add_config_arguments(parser, default=CONFIG)
     parser.add_argument("--workdir", type=epath.Path, required=True, metavar="DIR", help="of the run to come, on storage all hosts share")
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices the devices are in (default: 1)")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="local folder for a few synthetic clips (default: a temporary one)")

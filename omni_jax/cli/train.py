@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from omni_jax.cli.stopping import Signals
 
 HELP = "train from a config, or resume a run"
-EXAMPLE = "omni-jax train --config configs/omniretriever_7b.py --config.data.train=shards --workdir runs/omni7b"
+EXAMPLE = "omni-jax train --config omniretriever_7b --config.data.train=shards --workdir runs/omni7b"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -147,8 +147,24 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_a_packaged_config_is_found_by_name_and_a_file_of_the_same_name_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.py").write_text("")
+    assert read_config("omniretriever_7b") == read_config(str(ROOT / "configs" / "omniretriever_7b.py"))
+    assert read_config("tiny:quick") == read_config(f"{TINY}:quick") != read_config("tiny")
+    with pytest.raises(InputError, match=r"--config tiny\.py: defines no get_config"):
+        read_config("tiny.py")
+    with pytest.raises(InputError, match=r"--config tinny: no such config; name a Python file, or one of .*omniretriever_7b"):
+        read_config("tinny")
+    assert main(["train", "--list-configs"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == sorted(f.stem for f in (ROOT / "configs").glob("*.py") if f.stem != "__init__")
+
+
 def test_a_recipe_that_a_config_does_not_have() -> None:
-    with pytest.raises(ConfigError, match=r"tiny\.py:x: write configs/tiny\.py, or configs/tiny\.py:quick"):
+    with pytest.raises(ConfigError, match=r"tiny:x: write tiny, or tiny:quick"):
         read_config(f"{TINY}:x")
 
 

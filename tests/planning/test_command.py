@@ -103,7 +103,11 @@ def test_the_note_on_the_evaluator_stands_only_where_it_was_asked_for(capsys: py
             "--sweep: libtpu is not installed, and what fits only it can say (pip install 'omni-jax[tpu]'; no TPU is needed)",
         ),
         (["--sweep", "--table", "t.json"], "--table takes plans, and --sweep makes none: leave one out, or write --json"),
-        (["--config", "nowhere.py"], "--config nowhere.py: no such config; name a Python file like configs/omniretriever_7b.py"),
+        (
+            ["--config", "nowhere.py"],
+            "--config nowhere.py: no such config; name a Python file, or one of omni_embed_nemotron_3b, omniretriever_7b, "
+            "paper_ablations, tiny, tiny_nemotron",
+        ),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], line: str, capsys: pytest.CaptureFixture[str]):
