@@ -356,6 +356,7 @@ class EmbeddingTable:
       named: whether the ids are the records' own; False where a file has none, and they are row numbers.
       made_with: what the vectors depend on, as `omni_jax.api.made_with.made_with` gives it; None where that is unknown.
       parts, of: numbers, from 0, of the parts of a set that the records are, and how many parts the set has (`embed --part`).
+      same: of a part, table name -> record -> the record of another part that has the same prompt: when parts are joined both get one row.
     """
 
     ids: tuple[str, ...]
@@ -365,6 +366,7 @@ class EmbeddingTable:
     made_with: Mapping[str, Any] | None = dataclasses.field(default=None, kw_only=True)
     parts: tuple[int, ...] = dataclasses.field(default=(0,), kw_only=True)
     of: int = dataclasses.field(default=1, kw_only=True)
+    same: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict, kw_only=True)
 
     def ids_of(self, table: str) -> tuple[str, ...]:
         """Returns the ids of a table's rows."""

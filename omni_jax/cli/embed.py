@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.cli.stopping import Terminated, sigterm_raises
     from omni_jax.data.manifest import read_manifest
     from omni_jax.retrieval.embedding_file import check_place, write_embeddings
-    from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt
+    from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt, same_in_other_parts
     from omni_jax.retrieval.journal import Journal
 
     check_place(out)
@@ -165,7 +165,9 @@ def run(args: argparse.Namespace) -> int:
     if not outcome.table.ids:
         journal.remove()
         raise InputError(f"{args.manifest}: no record could be embedded; {_beside(out, 'errors')} says why")
-    write_embeddings(out, dataclasses.replace(outcome.table, made_with=made_with, parts=(index,), of=count), args.official_keys)
+    same = same_in_other_parts(whole.records, set(outcome.table.ids), outcome.table.tables) if count > 1 else {}
+    table = dataclasses.replace(outcome.table, made_with=made_with, parts=(index,), of=count, same=same)
+    write_embeddings(out, table, args.official_keys)
     journal.remove()
     names = ", ".join(outcome.table.tables)
     print(f"{out}: {len(outcome.table.ids)} records, tables {names}; {outcome.padded_share:.0%} of the tokens were padding")

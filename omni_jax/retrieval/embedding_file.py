@@ -12,9 +12,11 @@ for a vector, in the archive's comment.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
+import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -69,7 +71,7 @@ def own_ids(table: EmbeddingTable) -> dict[str, np.ndarray]:
 
 def origin_member(table: EmbeddingTable) -> dict[str, np.ndarray]:
     """Returns the member of our form that says what a table was made with, or none."""
-    written = _written_origin(table)
+    written = _written_origin(table, same=table.same)  # an archive's comment, where other forms have it, holds 64 kB
     return {MADE_WITH: np.array(written)} if written else {}
 
 
@@ -83,44 +85,66 @@ def read_embeddings(path: PathLike | Sequence[PathLike], choose: Choose | None =
 
     Raises:
       InputError: for a file that is missing, truncated, no `.npz`, or pickled; ids that are missing, doubled (also across parts) or
-        do not fit the tables; parts with different tables or widths, or made with different models or settings.
+        do not fit the tables; parts of different widths, or made with different models or settings.
     """
     paths = [path] if isinstance(path, str | os.PathLike) else list(path)
     if not paths:
         raise InputError("no embedding file was given")
+    if choose is not None and len(paths) > 1:
+        there = {name for p in paths for name in _tables_in(p)}
+        choose = functools.partial(_the, choose([name for name in TABLES if name in there]))
     parts = [_read_one(p, choose) for p in paths]
     first = parts[0]
     other, others = first_known(zip(paths, parts, strict=True))
     home: dict[str, PathLike] = {}
+    widths: dict[str, tuple[int, PathLike]] = {}
     for p, part in zip(paths, parts, strict=True):
-        if part.tables.keys() != first.tables.keys():
-            raise InputError(
-                f"{p} holds the tables {', '.join(part.tables)}, but {paths[0]} holds {', '.join(first.tables)}; parts must agree"
-            )
         for name, rows in part.tables.items():
-            if rows.shape[1] != first.tables[name].shape[1]:
-                width, other = rows.shape[1], first.tables[name].shape[1]
-                raise InputError(f"{p}: table {name!r} is {width} wide, but {other} in {paths[0]}; parts must come from one model")
+            width, where = widths.setdefault(name, (rows.shape[1], p))
+            if rows.shape[1] != width:
+                raise InputError(f"{p}: table {name!r} is {rows.shape[1]} wide, but {width} in {where}; parts must come from one model")
         if part.of != first.of:
             raise InputError(f"{p}: is of a set of {part.of} parts, {paths[0]} of a set of {first.of}; give the parts of one set")
         check_alike(p, part.made_with, other, others, ROUNDING)
         for record in part.ids:
             if record in home:
-                raise InputError(f"id {record!r} stands in {home[record]} and again in {p}; give each part once")
+                raise InputError(
+                    f"id {record!r} stands in {home[record]} and again in {p}; give each part once, and files of one table each as "
+                    "TABLE=FILE"
+                )
             home[record] = p
     if len(parts) == 1:
         return first
-    joined = {name: np.concatenate([part.tables[name] for part in parts]) for name in first.tables}
-    own = {name: tuple(i for part in parts for i in part.ids_of(name)) for name in first.tables if any(name in part.own for part in parts)}
-    return EmbeddingTable(
+    # Of a manifest whose records differ in what they have, a part may have no record for a table.
+    having = {name: [part for part in parts if name in part.tables] for name in TABLES if name in widths}
+    own = {
+        name: tuple(i for part in those for i in part.ids_of(name))
+        for name, those in having.items()
+        if len(those) < len(parts) or any(name in part.own for part in those)
+    }
+    joined = EmbeddingTable(
         tuple(home),
-        joined,
+        {name: np.concatenate([part.tables[name] for part in those]) for name, those in having.items()},
         own=own,
         named=all(part.named for part in parts),
         made_with=first.made_with if all(part.made_with is not None for part in parts) else None,
         parts=tuple(sorted({n for part in parts for n in part.parts})),
         of=first.of,
     )
+    for name in joined.tables:
+        _one_row_a_prompt(joined, name, parts)
+    return joined
+
+
+def _one_row_a_prompt(joined: EmbeddingTable, name: str, parts: Sequence[EmbeddingTable]) -> None:
+    """Gives records of several parts that have the same prompt for a table the row of the first of them."""
+    same = {record: key for part in parts for record, key in part.same.get(name, {}).items()}
+    place = {record: n for n, record in enumerate(joined.ids_of(name))} if same else {}
+    row_of: dict[str, int] = {}
+    for record, key in same.items():
+        if record in place:
+            rows = joined.tables[name]
+            rows[place[record]] = rows[row_of.setdefault(key, place.get(key, place[record]))]
 
 
 def first_known(files: Iterable[tuple[PathLike, EmbeddingTable]]) -> tuple[PathLike, Mapping[str, Any] | None]:
@@ -146,12 +170,26 @@ def missing_parts(path: PathLike, table: EmbeddingTable) -> str | None:
     return f"{path}: is {len(table.parts)} of {table.of} parts of a set, without {few} (counted from 0); give all of them ({name})"
 
 
+def _the(name: str, names: Collection[str]) -> str:
+    return name  # the same of every part, one that lacks it too
+
+
+def _tables_in(path: PathLike) -> list[str]:
+    """Names of the tables in a file, whatever its form."""
+    names: list[str] = []
+    load_arrays(path, lambda found: names.extend(found) or ())
+    if {MEDIA_EMBEDS, TEXT_EMBEDS} & set(names):
+        return ["text", MEDIA_TABLE]
+    return [name for name in TABLES if any(name in (found, found.rpartition(SEPARATOR)[2]) for found in names)]
+
+
 def _read_one(path: PathLike, choose: Choose | None) -> EmbeddingTable:
     def wanted(names: list[str]) -> list[str]:
         tables = [name for name in TABLES if name in names]
         if choose is None or IDS not in names or not tables or {MEDIA_EMBEDS, TEXT_EMBEDS} & set(names):
             return names
-        left_out = set(tables) - {choose(tables)}
+        picked = choose(tables)
+        left_out = set(tables) - {picked if picked in tables else tables[0]}
         return [name for name in names if name.removesuffix(SCALE).removesuffix(OWN_IDS) not in left_out]
 
     arrays, comment = load_arrays(path, wanted, mapped=choose is not None)
@@ -164,13 +202,15 @@ def _read_one(path: PathLike, choose: Choose | None) -> EmbeddingTable:
         table = _from_official(arrays, str(path))
     if choose is not None:
         name = choose(table.tables)
-        table = dataclasses.replace(table, ids=table.ids_of(name), tables={name: table.tables[name]}, own={})
+        chosen = {name: table.tables[name]} if name in table.tables else {}
+        table = dataclasses.replace(table, ids=table.ids_of(name) if chosen else (), tables=chosen, own={})
     _check(table, str(path))
     return dataclasses.replace(table, **(said | {"named": table.named and said["named"]}))
 
 
-def _written_origin(table: EmbeddingTable) -> str:
-    said = {"vectors": table.made_with, "parts": table.parts if table.of > 1 else None, "named": None if table.named else False}
+def _written_origin(table: EmbeddingTable, same: Mapping[str, Mapping[str, str]] = types.MappingProxyType({})) -> str:
+    parts = table.parts if table.of > 1 else None
+    said = {"vectors": table.made_with, "parts": parts, "named": None if table.named else False, "same": dict(same) or None}
     said = {name: value for name, value in said.items() if value is not None}
     if "parts" in said:
         said["of"] = table.of
@@ -187,11 +227,12 @@ def _origin(written: np.ndarray | str, path: PathLike) -> dict[str, Any]:
     try:
         said = json.loads(text)
         vectors, parts, of = said.get("vectors"), tuple(map(int, said.get("parts", (0,)))), int(said.get("of", 1))
+        same = {str(name): {str(record): str(key) for record, key in pairs.items()} for name, pairs in said.get("same", {}).items()}
         if not (vectors is None or isinstance(vectors, dict)) or not parts or not 0 <= min(parts) <= max(parts) < of < 1 << 20:
             raise ValueError("no record of embeddings")
     except (ValueError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"{path}: what it was made with cannot be read ({e}); write it again") from None
-    return {"named": said.get("named") is not False, "made_with": vectors, "parts": parts, "of": of}
+    return {"named": said.get("named") is not False, "made_with": vectors, "parts": parts, "of": of, "same": same}
 
 
 def from_two_arrays(arrays: Mapping[str, Any], path: str, media: str = MEDIA_TABLE) -> EmbeddingTable:
@@ -267,19 +308,19 @@ def _from_official(arrays: dict[str, np.ndarray], path: str) -> EmbeddingTable:
     if not present:
         raise InputError(f"{path}: holds no embeddings")
     ids = tuple(dict.fromkeys(record for found in present.values() for record in found))
-    tables = {}
+    tables, own = {}, {}
+    width = next(iter(present[next(iter(present))].values())).shape
     for name, found in present.items():
-        absent = [record for record in ids if record not in found]
-        if absent:
-            raise InputError(f"{path}: {len(absent)} records have no {name!r} embedding: {_first(absent)}; drop them or embed them again")
-        shapes = {record: value.shape for record, value in found.items()}
-        odd = [record for record in ids if len(shapes[record]) != 1 or shapes[record] != shapes[ids[0]]]
+        odd = [record for record, row in found.items() if row.ndim != 1 or row.shape != width]
         if odd:
             raise InputError(
-                f"{path}: {odd[0]}{SEPARATOR}{name} has shape {shapes[odd[0]]}; expected one vector of the width of the others"
+                f"{path}: {odd[0]}{SEPARATOR}{name} has shape {found[odd[0]].shape}; expected one vector of the width of the others"
             )
-        tables[name] = float32_rows(np.stack([found[record] for record in ids]), name, path)
-    return EmbeddingTable(ids, tables)
+        having = tuple(record for record in ids if record in found)
+        tables[name] = float32_rows(np.stack([found[record] for record in having]), name, path)
+        if having != ids:
+            own[name] = having
+    return EmbeddingTable(ids, tables, own=own)
 
 
 def float32_rows(array: np.ndarray, name: str, path: str) -> np.ndarray:

@@ -6,7 +6,7 @@ Planning (tokens) and encoding (model) are passed in as functions; this file kno
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -176,6 +176,16 @@ def one_row_a_prompt(records: Iterable[Record], outcome: Outcome) -> Outcome:
         name: rows[_first_of_prompt([known[i] for i in outcome.table.ids_of(name)], name)] for name, rows in outcome.table.tables.items()
     }
     return dataclasses.replace(outcome, table=dataclasses.replace(outcome.table, tables=tables))
+
+
+def same_in_other_parts(records: Sequence[Record], part: Container[str], tables: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Returns, for records of a part, table -> id -> the first of all records with the same prompt, where that one is of another part."""
+    found = {}
+    for name in tables:
+        able = [record for record in records if TABLE_MODALITIES[name] <= record.modalities]
+        pairs = {able[n].id: able[first].id for n, first in enumerate(_first_of_prompt(able, name))}
+        found[name] = {record: first for record, first in pairs.items() if record in part and first not in part}
+    return {name: pairs for name, pairs in found.items() if pairs}
 
 
 def _first_of_prompt(records: Sequence[Record], table: str) -> list[int]:
