@@ -325,7 +325,7 @@ class BatchShapes:
     row_tokens: int
     hard_tokens: int = 0
 
-    def media_tokens(self, chunk_tokens: int, audio_repeat: int = 2) -> int:
+    def media_tokens(self, chunk_tokens: int, audio_repeat: int) -> int:
         """M, media tokens of one clip; `audio_repeat` as in `ModelConfig`."""
         return self.steps * self.patches // PATCHES_PER_TOKEN + audio_repeat * self.chunks * chunk_tokens
 

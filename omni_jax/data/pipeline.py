@@ -339,9 +339,10 @@ class TrainPipeline:
 def _tokens(example: Example, kind: StepKind, shapes: BatchShapes, config: ModelConfig) -> tuple[int, int]:
     """Returns one example's tokens of towers and rows that are not padding, and all of them."""
     copies = [m for m in (example.media, example.augmented) if m is not None]
-    used = sum(int((m.vision.window >= 0).sum()) // PATCHES_PER_TOKEN + 2 * int(m.beats.tokens[0]) for m in copies)
+    repeat = config.audio_repeat
+    used = sum(int((m.vision.window >= 0).sum()) // PATCHES_PER_TOKEN + repeat * int(m.beats.tokens[0]) for m in copies)
     used += sum(len(example.prompts[name].ids) for name in kind.prompts)
-    whole = len(copies) * shapes.media_tokens(config.audio.chunk_tokens) + len(kind.rows) * shapes.row_tokens
+    whole = len(copies) * shapes.media_tokens(config.audio.chunk_tokens, repeat) + len(kind.rows) * shapes.row_tokens
     if kind.hard is not None:
         hard, branch = example.prompts["hard"], kind.branches(config.shares_prefix)
         used += len(hard.ids) - (hard.prefix if branch else 0)

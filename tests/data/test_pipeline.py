@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
-from omni_jax.config import ConfigError
+from omni_jax.config import ConfigError, ModelConfig
 from omni_jax.data.augment import AugmentConfig
 from omni_jax.data.clips import ClipInfo
 from omni_jax.data.pipeline import PipelineBatch
@@ -144,18 +144,19 @@ def test_the_augmented_copy_differs_between_updates_and_keeps_its_shapes():
     )
 
 
-def test_counts_agree_with_the_packed_arrays():
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, beats=None)], ids=["with-beats", "without-beats"])
+def test_counts_agree_with_the_packed_arrays(config: ModelConfig):
     source = MemorySource(captions(32))
-    made = pipeline(source, BatchConfig(8, 2, blocks=2), ALL)
+    made = pipeline(source, BatchConfig(8, 2, blocks=2), ALL, config)
     for update in range(3):
         batch = made.make(update)
         rows = [batch.batch.rows, *([batch.batch.hard] if batch.batch.hard is not None else [])]
         clips = batch.batch.clips
         decoder = sum(int((r.segment > 0).sum()) for r in rows)
         vision = int((clips.window >= 0).sum()) // 4
-        audio = 2 * int((((clips.mel_frames - 1) // 2 + 1) // 2).sum())
+        audio = config.audio_repeat * int((((clips.mel_frames - 1) // 2 + 1) // 2).sum())
         assert batch.used_tokens == decoder + vision + audio
-        whole = sum(r.ids.size for r in rows) + clips.window.size // 4 + 2 * clips.mel_frames.size * 50
+        whole = sum(r.ids.size for r in rows) + clips.window.size // 4 + config.audio_repeat * clips.mel_frames.size * 50
         assert batch.total_tokens == whole
         assert batch.silent == sum(int(name.split("-")[1]) % 5 == 0 for micro in batch.ids for name in micro)
 
@@ -245,7 +246,7 @@ def test_blocks_of_one_clip_are_refused_where_features_are_exchanged():
         pipeline(source, BatchConfig(1, 2))
     with pytest.raises(InputError, match="micro-batch of 4 in 4 blocks"):
         pipeline(source, BatchConfig(4, 1, blocks=4))
-    assert pipeline(source, BatchConfig(1, 2), LossConfig(tuple_weight=0)).make(0).batch is not None
+    assert pipeline(source, BatchConfig(1, 2), LossConfig({"distillation": 1, "pairwise": 1})).make(0).batch is not None
 
 
 def test_processes_share_whole_blocks():

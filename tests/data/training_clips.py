@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from omni_jax.config import Preset, preset
+from omni_jax.config import ModelConfig, Preset, preset
 from omni_jax.data.clips import ClipInfo, ClipSource, Limits
 from omni_jax.data.pipeline import TrainPipeline
 from omni_jax.data.plan import BatchConfig
@@ -69,8 +69,10 @@ def captions(count: int, seed: int = 0) -> list[str]:
     return list(found)
 
 
-def pipeline(source: ClipSource, batch: BatchConfig, losses: LossConfig | None = None, **changes: Any) -> TrainPipeline:
-    """Returns a pipeline that packs for the published model's sizes."""
+def pipeline(
+    source: ClipSource, batch: BatchConfig, losses: LossConfig | None = None, config: ModelConfig = CONFIG, **changes: Any
+) -> TrainPipeline:
+    """Returns a pipeline that packs for a model, the published one by default."""
     kinds = functools.partial(kinds_of_update, micro_batches=batch.micro_batches, losses=losses or LossConfig())
-    arguments = {"pack": functools.partial(pack_update, config=CONFIG), "kinds": kinds, **changes}
-    return TrainPipeline(source, tokenizer=tokenizer(), config=CONFIG, preset=PRESET, batch=batch, **arguments)
+    arguments = {"pack": functools.partial(pack_update, config=config), "kinds": kinds, **changes}
+    return TrainPipeline(source, tokenizer=tokenizer(), config=config, preset=PRESET, batch=batch, **arguments)
