@@ -69,6 +69,7 @@ class Clip:
     video: VideoFrames | None = None
     waveform: np.ndarray | None = None
     warnings: tuple[str, ...] = ()  # one line each: what was repaired so that the clip could be used
+    silent: bool = False  # whether the waveform is silence in place of a track that is missing or cannot be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Features:
     vision: VisionFeatures | None = None
     audio: tuple[AudioSegment, ...] | None = None
     warnings: tuple[str, ...] = ()
+    silent: bool = False  # as `Clip.silent`
 
     @property
     def audio_tokens(self) -> int:

@@ -111,7 +111,7 @@ class Evaluator:
         """Yields the features of clips of the manifest; one without sound is skipped, as in a prepared folder."""
         found = load_features(records, self._preset, "tva", workers=self._workers, timeout_s=self._timeout)
         for record, features in zip(records, found, strict=True):
-            if isinstance(features, Features) and any("silence is used" in line for line in features.warnings):
+            if isinstance(features, Features) and features.silent:
                 yield ClipError(f"{record.audio}: has no sound that can be read, which the 12 directions need")
             else:
                 yield features

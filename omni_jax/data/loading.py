@@ -64,6 +64,7 @@ def load_clip(record: Record, preset: Preset, modalities: frozenset[str]) -> Cli
     # Each reader loads its libraries when it is first needed: captions alone need neither.
     video = waveform = None
     warnings: tuple[str, ...] = ()
+    silent = False
     if "v" in modalities and record.video is not None:
         from omni_jax.media.sampling import FrameRule
         from omni_jax.media.video import read_frames
@@ -72,8 +73,8 @@ def load_clip(record: Record, preset: Preset, modalities: frozenset[str]) -> Cli
         warnings = video.warnings
     if "a" in modalities and record.audio is not None:
         audio = _read_waveform(record.audio, record.timestamps, preset)
-        waveform, warnings = audio.samples, (*warnings, *audio.warnings)
-    return Clip(record=record, video=video, waveform=waveform, warnings=warnings)
+        waveform, warnings, silent = audio.samples, (*warnings, *audio.warnings), audio.silent
+    return Clip(record=record, video=video, waveform=waveform, warnings=warnings, silent=silent)
 
 
 def _read_waveform(path: Path, timestamps: tuple[float, float] | None, preset: Preset) -> Waveform:
@@ -100,7 +101,7 @@ def _read_waveform(path: Path, timestamps: tuple[float, float] | None, preset: P
     except ClipError:
         return whole()  # with the interval's own times in the message
     samples = wide.samples[int(start * SAMPLE_RATE) - first * SAMPLE_RATE : int(end * SAMPLE_RATE) - first * SAMPLE_RATE]
-    if wide.samples.size <= SAMPLE_RATE or not samples.size or any("silence is used" in line for line in wide.warnings):
+    if wide.samples.size <= SAMPLE_RATE or not samples.size or wide.silent:
         return whole()  # a very short track, or one that is lacking there: the reader says so
     kept = round(preset.audio_seconds * SAMPLE_RATE) or samples.size
     skipped = max(0, samples.size - kept) // 2 if preset.audio_crop == "center" else 0
@@ -126,7 +127,7 @@ def clip_features(clip: Clip, preset: Preset) -> Features:
 
         with _naming(clip.record, clip.record.audio):
             audio = audio_segments(clip.waveform, preset)
-    return Features(record=clip.record, vision=vision, audio=audio, warnings=clip.warnings)
+    return Features(record=clip.record, vision=vision, audio=audio, warnings=clip.warnings, silent=clip.silent)
 
 
 def load_training_clip(item: tuple[Record, Preset]) -> Clip:
@@ -149,9 +150,8 @@ def load_training_clip(item: tuple[Record, Preset]) -> Clip:
     if clip.waveform is None:
         seconds = preset.audio_seconds if preset.audio_pad and preset.audio_seconds else SILENCE_S
         silence = np.zeros(max(SAMPLE_RATE, round(seconds * SAMPLE_RATE)), np.float32)
-        clip = dataclasses.replace(
-            clip, waveform=silence, warnings=(*clip.warnings, f"record {record.id!r}: no audio; silence is used instead")
-        )
+        warnings = (*clip.warnings, f"record {record.id!r}: no audio; silence is used instead")
+        clip = dataclasses.replace(clip, waveform=silence, warnings=warnings, silent=True)
     if clip.waveform is not None and clip.waveform.size > SEGMENT_SAMPLES:
         raise ClipError(f"{record.audio}: is longer than {SEGMENT_SECONDS} s; set the preset's audio_seconds")
     return clip
@@ -172,7 +172,7 @@ def training_features(clip: Clip, preset: Preset) -> Features:
         vision = patch_features(clip.video)
     with _naming(clip.record, clip.record.audio):
         audio = audio_segments(clip.waveform, preset)
-    return Features(record=clip.record, vision=vision, audio=audio, warnings=clip.warnings)
+    return Features(record=clip.record, vision=vision, audio=audio, warnings=clip.warnings, silent=clip.silent)
 
 
 @contextlib.contextmanager

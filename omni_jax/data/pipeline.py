@@ -235,7 +235,7 @@ class TrainPipeline:
         }
 
     def _silent(self, got: _Loaded) -> bool:
-        return self._source.record(got.clip).silent or any("silence is used" in line for line in got.features.warnings)
+        return self._source.record(got.clip).silent or got.features.silent
 
     def _equal(self, kind: StepKind, loaded: Sequence[_Loaded], without: Sequence[bool], place: int, taken: int) -> bool:
         """Whether the hard negative at a place takes what its clip has already."""

@@ -196,8 +196,7 @@ class Preparation:
 def prepare_record(item: tuple[Record, Preset]) -> Prepared:
     """Returns a record as it stands in a shard. Raises ClipError when its media cannot be used."""
     clip = load_training_clip(item)
-    silent = any(line.endswith("silence is used instead") for line in clip.warnings)
-    return Prepared(encode_clip(clip), index_row(clip, silent), clip.warnings)
+    return Prepared(encode_clip(clip), index_row(clip), clip.warnings)
 
 
 def _name(item: tuple[Record, Preset]) -> str:

@@ -118,7 +118,7 @@ def decode_clip(data: bytes) -> Clip:
     return Clip(record=record, video=video, waveform=found["waveform"])
 
 
-def index_row(clip: Clip, silent: bool) -> dict[str, Any]:
+def index_row(clip: Clip) -> dict[str, Any]:
     """Returns what the index says of a clip, by the names of COLUMNS."""
     assert clip.video is not None
     assert clip.waveform is not None
@@ -131,7 +131,7 @@ def index_row(clip: Clip, silent: bool) -> dict[str, Any]:
         "seconds": clip.video.seconds,
         "frames": count,
         "samples": int(clip.waveform.size),
-        "silent": silent,
+        "silent": clip.silent,
     }
 
 
@@ -267,7 +267,7 @@ class ShardSource:
             raise ClipError(f"{path}: clip {self.ids[index]!r} cannot be read ({_line(error)}); {_AGAIN}") from None
         if clip.record.id != self.ids[index]:
             raise ClipError(f"{path}: holds clip {clip.record.id!r} where the index has {self.ids[index]!r}; {_AGAIN}")
-        return clip
+        return dataclasses.replace(clip, silent=self._rows["silent"][index])
 
     def __getstate__(self) -> dict[str, Any]:
         return {"directory": self._folder, "preset": self.preset}

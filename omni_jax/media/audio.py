@@ -40,10 +40,12 @@ class Waveform:
     Attributes:
       samples: (N,) float32 at 16 kHz, cropped and padded; N >= 16,000.
       warnings: one line each: what stands in for a track or for packets that are missing, and a first channel that is silent alone.
+      silent: whether the samples are silence in place of a track that is missing or cannot be read.
     """
 
     samples: np.ndarray
     warnings: tuple[str, ...] = ()
+    silent: bool = False
 
 
 def read_waveform(
@@ -91,7 +93,7 @@ def read_waveform(
         if not in_video:
             raise ClipError(f"{path}: {error}; re-encode it or remove the record's audio field") from None
         length = wanted if pad and wanted else round(SILENCE_SECONDS * SAMPLE_RATE)
-        return Waveform(np.zeros(max(length, SHORTEST), np.float32), (f"{path}: {error}; silence is used instead",))
+        return Waveform(np.zeros(max(length, SHORTEST), np.float32), (f"{path}: {error}; silence is used instead",), silent=True)
     shortest = max(SHORTEST, wanted if pad and wanted else 0)
     if len(samples) < shortest:
         samples = np.pad(samples, (0, shortest - len(samples)))
