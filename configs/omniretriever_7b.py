@@ -27,9 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
             "data": {"train": "shards", "media_root": "", "preset": "training", "distinct": "caption", "workers": 8},
             "batch": {"micro_batch": 32, "micro_batches": 8, "blocks": 4},
             "losses": {
-                "tuple_weight": 1.0,
-                "distillation_weight": 1.0,
-                "pairwise_weight": 1.0,
+                "weights": {"tuple": 1.0, "distillation": 1.0, "pairwise": 1.0},
                 "temperature": 0.01,
                 "pairs": "cycle",
                 "hard_scope": "local",

@@ -11,7 +11,11 @@ import ml_collections
 from omni_jax.config import ConfigError
 from omni_jax.configs import omniretriever_7b
 
-WEIGHTS = {"L_A": (0.0, 0.0, 1.0), "L_A+L_D": (0.0, 1.0, 1.0), "all": (1.0, 1.0, 1.0)}
+WEIGHTS = {
+    "L_A": {"tuple": 0.0, "distillation": 0.0, "pairwise": 1.0},
+    "L_A+L_D": {"tuple": 0.0, "distillation": 1.0, "pairwise": 1.0},
+    "all": {"tuple": 1.0, "distillation": 1.0, "pairwise": 1.0},
+}
 
 
 def get_config(losses: str = "all") -> ml_collections.ConfigDict:
@@ -19,6 +23,5 @@ def get_config(losses: str = "all") -> ml_collections.ConfigDict:
     if losses not in WEIGHTS:
         raise ConfigError(f"paper_ablations:{losses}: choose one of {', '.join(WEIGHTS)}")
     config = omniretriever_7b.get_config()
-    names = ("tuple_weight", "distillation_weight", "pairwise_weight")
-    config.update({"losses": dict(zip(names, WEIGHTS[losses], strict=True))})
+    config.losses.weights.update(WEIGHTS[losses])
     return config

@@ -96,9 +96,7 @@ def _full() -> ml_collections.ConfigDict:
             },
             "batch": {"micro_batch": 48, "micro_batches": 1, "blocks": 1, "row_multiple": 4},
             "losses": {
-                "tuple_weight": 1.0,
-                "distillation_weight": 1.0,
-                "pairwise_weight": 1.0,
+                "weights": {"tuple": 1.0, "distillation": 1.0, "pairwise": 1.0},
                 "temperature": 0.05,
                 "pairs": "all",
                 "hard_scope": "global",

@@ -21,7 +21,7 @@ from omni_jax.retrieval import evaluate
 from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.train import RunConfig
-from omni_jax.train.trainable import TEMPERATURE, Arrays, join
+from omni_jax.train.trainable import Arrays, join
 from omni_jax.train.workdir import write_whole
 from omni_jax.types import ClipError, Features, InputError, Record
 
@@ -77,7 +77,7 @@ class Evaluator:
     def __call__(self, number: int, trainable: Arrays) -> Mapping[str, float] | None:
         """Returns averages and R@1 by name, and writes the whole result to evaluations/N.json; None when the run is to stop meanwhile."""
         # As a checkpoint of this step would be loaded: in the type of the weights that stay.
-        params = join({name: x.astype(self._dtype) for name, x in trainable.items() if name != TEMPERATURE}, self._frozen)
+        params = join({name: x.astype(self._dtype) for name, x in trainable.items()}, self._frozen)
         if self._retriever is None:
             encoder = with_params(abstract_encoder(self._model, dtype=self._dtype), params)
             self._retriever = OmniRetriever(encoder, self._tokenizer, self._preset, self._mesh)

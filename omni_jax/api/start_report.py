@@ -35,7 +35,7 @@ def data_notes(run: RunConfig, source: ClipSource, planner: Planner, total: int)
         why = "no audio field" if isinstance(source, MediaSource) else "no sound"
         yield f"{silent} of {clips} clips have {why} and are trained with silence" + ("; nothing is learned of sound" * (silent == clips))
     for name in ("audio", "video") if not run.losses.hn_audio_only else ("audio",):
-        most = int(np.bincount(planner.alike(name)).max()) if run.losses.tuple_weight > 0 else 0
+        most = int(np.bincount(planner.alike(name)).max()) if "hard" in run.losses.needs else 0
         if 2 * most > clips:
             yield (
                 f"{most} of {clips} clips have the same {name}: where such clips fill more than half of a block, hard negatives that "

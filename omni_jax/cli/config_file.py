@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,7 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> RunConfig:
     import ml_collections
 
     from omni_jax.train import RunConfig
+    from omni_jax.train.plan import RENAMED, renamed
 
     name, colon, argument = file.partition(".py:")
     path = Path(f"{name}.py" if colon else file)
@@ -90,8 +92,14 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(made, (dict, ml_collections.ConfigDict)):
         raise InputError(f"--config {file}: get_config() gave {type(made).__name__}; it must give a ConfigDict")
     values = made if isinstance(made, dict) else made.to_dict()
+    if isinstance(losses := values.get("losses"), dict):
+        _say_renamed([name for name in losses if name in RENAMED])
+        values["losses"] = renamed(losses)
     for change in overrides:
         name, sign, text = change.partition("=")
+        if (old := name.removeprefix("losses.")) in RENAMED:
+            _say_renamed([old])
+            name = f"losses.{RENAMED[old]}"
         *sections, field = name.split(".")
         if not sign or not field or not all(sections):
             raise ConfigError(f"{PREFIX}{change}: write {PREFIX}section.field=value")
@@ -102,6 +110,13 @@ def read_config(file: str, overrides: Sequence[str] = ()) -> RunConfig:
                 raise ConfigError(f"{PREFIX}{change}: {section} has no fields")
         place[field] = _value(text, place.get(field))
     return RunConfig.from_config(values)
+
+
+def _say_renamed(names: Sequence[str]) -> None:
+    from omni_jax.train.plan import RENAMED
+
+    for name in names:
+        print(f"config field losses.{name} is now losses.{RENAMED[name]}; the old name is read by this version alone", file=sys.stderr)
 
 
 def planned_model(section: ModelSection) -> tuple[ModelConfig, str | None]:

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 CONFIG = "tiny"
 ABLATION = {
-    "L_A": {"tuple_weight": 0.0, "distillation_weight": 0.0, "pairwise_weight": 1.0},
-    "L_A + L_D": {"tuple_weight": 0.0, "distillation_weight": 1.0, "pairwise_weight": 1.0},
-    "L_A + L_D + L_T": {"tuple_weight": 1.0, "distillation_weight": 1.0, "pairwise_weight": 1.0},
+    "L_A": {"tuple": 0.0, "distillation": 0.0, "pairwise": 1.0},
+    "L_A + L_D": {"tuple": 0.0, "distillation": 1.0, "pairwise": 1.0},
+    "L_A + L_D + L_T": {"tuple": 1.0, "distillation": 1.0, "pairwise": 1.0},
 }
 AVG_ALL, DIRECTION = 60.0, 25.0  # R@1 in percent that `make demo` must reach on 64 held-out clips, where chance is 1.6
 EQUAL_TIME = "L_A, equal CPU time"
@@ -173,10 +173,10 @@ def ablate(out: Path, scale: Scale, signals: Signals) -> int:
     _make_data(folder, scale, stages)
     found = {}
     for name, weights in ABLATION.items():
-        found[name] = _variant(name, folder, scale, signals, {"losses." + k: v for k, v in weights.items()})
+        found[name] = _variant(name, folder, scale, signals, {"losses.weights." + k: v for k, v in weights.items()})
     most = found[list(ABLATION)[-1]]
     steps = max(1, round(most["steps"] * most["cpu"] / found["L_A"]["cpu"]))
-    weights = {"losses." + k: v for k, v in ABLATION["L_A"].items()}
+    weights = {"losses.weights." + k: v for k, v in ABLATION["L_A"].items()}
     found[EQUAL_TIME] = _variant(EQUAL_TIME, folder, scale, signals, {**weights, "steps": steps})
     (folder / "ablation.json").write_text(json.dumps(found, indent=1) + "\n")
     directions = list(most["directions"])

@@ -19,6 +19,28 @@ def unit(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), EPSILON**2))
 
 
+def cosines(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the products (..., I, J) of unit rows x (..., I, D) and y (..., J, D), float32 on every backend."""
+    return jnp.einsum("...id,...jd->...ij", x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def all_rows(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """Returns the rows of all shards, in their order; x itself where it is the global batch."""
+    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
+
+
+def own_columns(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """Returns (B,) int32: the number in the global batch of each row of this shard."""
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * x.shape[0]
+    return first + jnp.arange(x.shape[0])
+
+
+def check_pairs(a: jax.Array, b: jax.Array) -> None:
+    """Raises ValueError unless both are (B, D)."""
+    if a.ndim != 2 or a.shape != b.shape:
+        raise ValueError(f"a {a.shape} and b {b.shape} must both be (B, D)")
+
+
 def info_nce(
     a: jax.Array,
     b: jax.Array,
@@ -27,7 +49,7 @@ def info_nce(
     temperature: float | jax.Array,
     axis_name: AxisName | None = None,
     hard_scope: str = "local",
-    hard_blocks: int = 1,
+    hard_blocks: int | None = None,
 ) -> jax.Array:
     """Returns the mean of the two cross-entropies a -> b and b -> a over cosines divided by the temperature: a float32 scalar.
 
@@ -41,56 +63,57 @@ def info_nce(
       temperature: a number, or a scalar array where it is learned.
       axis_name: mesh axes the batch is split over, inside `jax.shard_map`: negatives are gathered, and every shard returns the value of
         the global batch. None: `a` and `b` are the global batch.
-      hard_scope: "local": a row sees the hard negatives of its own shard, as the release trains; "global": those of all shards.
-      hard_blocks: without `axis_name` and with "local", the number of shards the batch stands for: it is cut into that many blocks of
-        consecutive rows, hard negatives likewise.
+      hard_scope: "local": a row sees the hard negatives of its own block, as the release trains; "global": all of them.
+      hard_blocks: blocks of consecutive rows that the global batch is cut into for "local", hard negatives likewise. None: one for each
+        shard. They are gathered only where a block does not lie within a shard.
 
     Raises:
       ValueError: for shapes that do not fit together, an unknown scope, or blocks that do not divide the batch.
     """
-    if a.ndim != 2 or a.shape != b.shape:
-        raise ValueError(f"a {a.shape} and b {b.shape} must both be (B, D)")
+    check_pairs(a, b)
     if hard_scope not in ("local", "global"):
         raise ValueError(f"hard_scope {hard_scope!r}: choose 'local' or 'global'")
-    blocks = hard_blocks if hard_scope == "local" else 1
-    if axis_name is not None and blocks != 1:
-        raise ValueError(f"hard_blocks={hard_blocks} is for a global batch; under axis_name the shards are the blocks")
+    shards = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    blocks = 1 if hard_scope == "global" else shards if hard_blocks is None else hard_blocks
     a, b = unit(a), unit(b)
-    all_a, all_b, first = a, b, 0
-    if axis_name is not None:
-        all_a, all_b = _gather(a, axis_name), _gather(b, axis_name)
-        first = jax.lax.axis_index(axis_name) * a.shape[0]
-    hard = None
+    own = own_columns(a, axis_name)
+    hard = seen = None
     if hard_negatives is not None:
-        hard = _blocked(hard_negatives, a, blocks)
-        if axis_name is not None and hard_scope == "global":
-            hard = _gather(hard[0], axis_name)[None]
-    own = first + jnp.arange(a.shape[0])
-    loss = 0.5 * (_cross_entropy(a, all_b, own, hard, temperature) + _cross_entropy(b, all_a, own, hard, temperature))
+        _check_hard(hard_negatives, a, blocks, shards)
+        hard = unit(hard_negatives)
+        if blocks % shards == 0:
+            hard = hard.reshape(blocks // shards, -1, a.shape[1])
+        else:
+            hard = all_rows(hard, axis_name)[None]
+            rows, columns = a.shape[0] * shards // blocks, hard.shape[1] // blocks
+            seen = None if blocks == 1 else own[:, None] // rows == jnp.arange(hard.shape[1]) // columns
+
+    def one_way(x: jax.Array, y: jax.Array) -> jax.Array:
+        return _cross_entropy(x, all_rows(y, axis_name), own, hard, seen, temperature)
+
+    loss = 0.5 * (one_way(a, b) + one_way(b, a))
     return loss if axis_name is None else jax.lax.pmean(loss, axis_name)
 
 
-def _cross_entropy(x: jax.Array, columns: jax.Array, own: jax.Array, hard: jax.Array | None, temperature: float | jax.Array) -> jax.Array:
-    """Mean over the rows of x (B, D) of -log softmax at column `own` (B,); `hard` is (blocks, H / blocks, D)."""
-    logits = _cosines(x, columns)
+def _cross_entropy(
+    x: jax.Array, columns: jax.Array, own: jax.Array, hard: jax.Array | None, seen: jax.Array | None, temperature: float | jax.Array
+) -> jax.Array:
+    """Mean over the rows of x (B, D) of -log softmax at column `own` (B,); `hard` is (blocks, H / blocks, D), and where it is one block,
+    `seen` (B, H) may say which of them a row sees."""
+    logits = cosines(x, columns)
     positive = jnp.take_along_axis(logits, own[:, None], axis=1)[:, 0]
     if hard is not None:
         rows = x.reshape(hard.shape[0], -1, x.shape[1])
-        logits = jnp.concatenate([logits, _cosines(rows, hard).reshape(x.shape[0], -1)], axis=1)
-    return jnp.mean(jax.nn.logsumexp(logits / temperature, axis=1) - positive / temperature)
+        logits = jnp.concatenate([logits, cosines(rows, hard).reshape(x.shape[0], -1)], axis=1)
+    logits = logits / temperature
+    if seen is not None:  # after the division, whose slope would be infinite there
+        logits = jnp.where(jnp.pad(seen, ((0, 0), (columns.shape[0], 0)), constant_values=True), logits, -jnp.inf)
+    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - positive / temperature)
 
 
-def _cosines(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum("...id,...jd->...ij", x, y, precision=jax.lax.Precision.HIGHEST)
-
-
-def _blocked(hard: jax.Array, a: jax.Array, blocks: int) -> jax.Array:
+def _check_hard(hard: jax.Array, a: jax.Array, blocks: int, shards: int) -> None:
     if hard.ndim != 2 or hard.shape[1] != a.shape[1]:
         raise ValueError(f"hard negatives {hard.shape} must be (H, {a.shape[1]})")
-    if blocks < 1 or a.shape[0] % blocks or hard.shape[0] % blocks:
-        raise ValueError(f"hard_blocks={blocks} must divide the batch ({a.shape[0]}) and the hard negatives ({hard.shape[0]})")
-    return unit(hard).reshape(blocks, -1, a.shape[1])
-
-
-def _gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    return jax.lax.all_gather(x, axis_name, tiled=True)
+    rows, columns = a.shape[0] * shards, hard.shape[0] * shards
+    if blocks < 1 or rows % blocks or columns % blocks:
+        raise ValueError(f"hard_blocks={blocks} must divide the batch ({rows}) and the hard negatives ({columns})")

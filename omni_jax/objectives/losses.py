@@ -21,7 +21,7 @@ def tuple_loss(
     temperature: float | jax.Array,
     axis_name: AxisName | None = None,
     hard_scope: str = "local",
-    hard_blocks: int = 1,
+    hard_blocks: int | None = None,
 ) -> jax.Array:
     """Returns L_T: InfoNCE of z_TVA against the augmented copy's z_T'V'A', hard negative tuples as further columns without gradient."""
     hard = None if hard_negatives is None else jax.lax.stop_gradient(hard_negatives)

@@ -20,9 +20,9 @@ from omni_jax.tokens.batching import attention_cost
 from omni_jax.tokens.buckets import multiple_of, row_size
 from omni_jax.tokens.training import PromptLengths, lay_out
 from omni_jax.train.batch import Rows, TowerInputs, TrainBatch
-from omni_jax.train.state import TrainState, array_shardings, new_state, state_shardings
+from omni_jax.train.state import TrainState, array_shardings, state_shardings
 from omni_jax.train.step import TrainStep
-from omni_jax.train.trainable import TEMPERATURE, Arrays, split
+from omni_jax.train.trainable import Arrays
 from omni_jax.types import AudioBatch, BatchShapes, BeatsBatch, EncoderBatch, RowBatch, StepKind, VisionBatch
 
 CAPTION_TOKENS = 128
@@ -39,15 +39,7 @@ def shape(dimensions: tuple[int, ...], dtype: Any, mesh: Mesh | AbstractMesh | N
 
 def abstract_state(step: TrainStep, config: ModelConfig, stored: Any = jnp.bfloat16) -> tuple[TrainState, Arrays]:
     """Returns the shapes of the state and of the frozen weights, as `TrainStep.init` would place them."""
-    recipe = step.config
-
-    def make(params: dict[tuple[str, ...], jax.Array]) -> tuple[TrainState, Arrays]:
-        trainable, frozen = split(params, step.names, recipe.frozen_dtype)
-        if recipe.losses.learn_temperature:
-            trainable[TEMPERATURE] = jnp.zeros((), jnp.float32)
-        return new_state(trainable, step.optimizer, recipe.seed), frozen
-
-    state, frozen = jax.eval_shape(make, abstract_params(config, stored))
+    state, frozen = jax.eval_shape(step.start, abstract_params(config, stored))
     if step.mesh is None:
         return state, frozen
     places = state_shardings(state, config, step.mesh), array_shardings(frozen, config, step.mesh)

@@ -25,6 +25,7 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util import tensor_util
 
+from omni_jax.objectives import LOSSES, SCALARS
 from omni_jax.train.loop import DIGEST
 
 Event, SessionLog = event_pb2.Event, event_pb2.SessionLog  # type: ignore[attr-defined]  # generated classes
@@ -35,10 +36,8 @@ METRIC = f"{EVAL}AVG-all"
 
 CURVES = {
     "loss": ("train/loss/total", "Weighted sum of the losses, mean over the micro-batches of an update."),
-    "L_T": ("train/loss/L_T", "Tuple loss: the whole tuple against the augmented copy, with hard negatives."),
-    "L_D": ("train/loss/L_D", "Distillation loss: similarities of single modalities towards those of the whole tuple."),
-    "L_A": ("train/loss/L_A", "Pairwise alignment loss: InfoNCE in both directions over pairs of modalities."),
-    "temperature": ("train/temperature", "Divisor of the similarities."),
+    **{loss.metric: (f"train/loss/{loss.metric}", loss.about) for loss in LOSSES.values()},
+    **{name: (f"train/{name}", scalar.about) for name, scalar in SCALARS.items()},
     "learning_rate": ("train/learning_rate", "Learning rate of the update, before the factors of groups."),
     "mean_cosine": ("train/embeddings/mean_cosine", "Mean cosine between embeddings of different clips; near 1 they have collapsed."),
     "effective_rank": ("train/embeddings/effective_rank", "Participation ratio of the embeddings' covariance; near 1 they have collapsed."),

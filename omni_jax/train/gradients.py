@@ -6,20 +6,22 @@ Letters: n micro-batches, B clips of a micro-batch, D LLM width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from omni_jax import objectives
 from omni_jax.config import ModelConfig
 from omni_jax.model import Encoder, abstract_encoder, with_params
-from omni_jax.parallel import constrain
+from omni_jax.objectives import LOSSES, Pool
+from omni_jax.parallel import batch_axes, constrain
 from omni_jax.train.batch import TrainBatch
 from omni_jax.train.plan import LossConfig
 from omni_jax.train.streams import TOWERS, Features, embed_hard_negatives, embed_streams, run_towers
-from omni_jax.train.trainable import TEMPERATURE, Arrays, is_lora, join
+from omni_jax.train.trainable import Arrays, is_lora, join, loss_scalars
 from omni_jax.types import StepKind
 
 Embeddings = dict[str, jax.Array]
@@ -38,37 +40,30 @@ REMAT: dict[str, Callable | None] = {
 """Checkpoint policies of a decoder layer by name."""
 
 
-def loss_of(
-    embeddings: Embeddings, log_inverse_temperature: jax.Array | None, losses: LossConfig, kind: StepKind, blocks: int
-) -> tuple[jax.Array, Metrics]:
-    """Returns the weighted sum of the active losses and each of them, float32 scalars.
+def loss_of(embeddings: Embeddings, scalars: Arrays, losses: LossConfig, kind: StepKind, blocks: int) -> tuple[jax.Array, Metrics]:
+    """Returns the weighted sum of the losses in play, each of them and the scalars that they read, float32 scalars.
+
+    On a mesh each shard computes them of its own clips, against the gathered embeddings of all.
 
     Args:
       embeddings: (B, D) of the whole pool, as `embed_streams` names them.
-      log_inverse_temperature: log(1 / tau) where it is learned.
+      scalars: path -> those that train, see `LossConfig.trained`.
       blocks: blocks of consecutive clips that see one another's hard negatives, where those are local.
     """
-    tau = losses.temperature if log_inverse_temperature is None else jnp.exp(-log_inverse_temperature)
-    terms: dict[str, tuple[float, jax.Array]] = {}
-    if losses.tuple_weight > 0:
-        hard = objectives.tuple_loss(
-            embeddings["anchor"],
-            embeddings["positive"],
-            embeddings["hard"],
-            temperature=tau,
-            hard_scope=losses.hard_scope,
-            hard_blocks=blocks,
-        )
-        terms["L_T"] = (losses.tuple_weight, hard)
-    if losses.distillation_weight > 0:
-        students = [embeddings[name] for name in kind.singles]
-        terms["L_D"] = (losses.distillation_weight, objectives.distillation_loss(embeddings["anchor"], students, temperature=tau))
-    if losses.pairwise_weight > 0:
-        terms["L_A"] = (losses.pairwise_weight, objectives.pairwise_loss(embeddings, kind.pairs, temperature=tau))
-    metrics = {name: value for name, (_, value) in terms.items()}
-    metrics["loss"] = sum((weight * value for weight, value in terms.values()), jnp.zeros(()))
-    metrics["temperature"] = jnp.asarray(tau, jnp.float32)
-    return metrics["loss"], metrics | spread(embeddings["anchor"] if kind.anchor else embeddings[kind.singles[0]])
+
+    def terms(z: Embeddings, values: Mapping[str, Any], axis_name: tuple[str, ...] | None = None) -> Metrics:
+        pool = Pool(z, kind.singles, kind.pairs, values, axis_name, losses.hard_scope, blocks)
+        return {LOSSES[name].metric: LOSSES[name].value(pool) for name in losses.weights}
+
+    mesh, values = jax.sharding.get_abstract_mesh(), losses.values(scalars)
+    if not mesh.empty and mesh.size > 1:
+        axes = batch_axes(mesh)
+        split = functools.partial(terms, axis_name=axes)
+        terms = jax.shard_map(split, in_specs=(PartitionSpec(axes), PartitionSpec()), out_specs=PartitionSpec())
+    found = terms(embeddings, values)
+    loss = sum((weight * found[LOSSES[name].metric] for name, weight in losses.weights.items()), jnp.zeros(()))
+    metrics = found | {"loss": loss} | {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+    return loss, metrics | spread(embeddings["anchor"] if kind.anchor else embeddings[kind.singles[0]])
 
 
 def spread(z: jax.Array) -> Metrics:
@@ -162,7 +157,7 @@ class Forward:
 
         def loss(trainable: Arrays) -> tuple[jax.Array, Metrics]:
             embeddings = self.embed(trainable, frozen, batch, kept, kind, key, hard=True)
-            return loss_of(embeddings, trainable.get(TEMPERATURE), self.losses, kind, batch.shuffle.shape[0])
+            return loss_of(embeddings, loss_scalars(trainable), self.losses, kind, batch.shuffle.shape[0])
 
         gradients, metrics = jax.grad(loss, has_aux=True)(trainable)
         return gradients, metrics
@@ -189,10 +184,10 @@ class Forward:
         pool = {name: constrain(z.reshape(-1, z.shape[-1]), "batch", "features") for name, z in embeddings.items()}
         blocks = batches.shuffle.shape[0] * batches.shuffle.shape[1]
 
-        def loss(pool: Embeddings, temperature: jax.Array | None) -> tuple[jax.Array, Metrics]:
-            return loss_of(pool, temperature, self.losses, kind, blocks)
+        def loss(pool: Embeddings, scalars: Arrays) -> tuple[jax.Array, Metrics]:
+            return loss_of(pool, scalars, self.losses, kind, blocks)
 
-        (by_z, by_temperature), metrics = jax.grad(loss, argnums=(0, 1), has_aux=True)(pool, trainable.get(TEMPERATURE))
+        (by_z, by_scalar), metrics = jax.grad(loss, argnums=(0, 1), has_aux=True)(pool, loss_scalars(trainable))
         by_z = {name: by_z[name].reshape(z.shape) for name, z in embeddings.items() if name != "hard"}
 
         def second(total: Arrays, item: Any) -> tuple[Arrays, None]:
@@ -206,6 +201,4 @@ class Forward:
             return jax.tree.map(jnp.add, total, pull(by_z)[0]), None
 
         gradients, _ = jax.lax.scan(second, jax.tree.map(jnp.zeros_like, trainable), (batches, keys, kept, by_z))
-        if by_temperature is not None:
-            gradients = {**gradients, TEMPERATURE: gradients[TEMPERATURE] + by_temperature}
-        return gradients, metrics
+        return {**gradients, **by_scalar}, metrics

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import optax
 
 from omni_jax.config import ConfigError
-from omni_jax.train.trainable import TEMPERATURE, Arrays
+from omni_jax.objectives import SCALARS
+from omni_jax.train.trainable import Arrays
 
 DECAYED = ("kernel", "lora_a", "lora_b", "embedding", "v")
-NOT_DECAYED = ("bias", "scale", "g", "gate_scale", TEMPERATURE.rpartition("/")[2])
-"""Last parts of parameter paths: matrices and tables decay; biases, norms and gains do not."""
+NOT_DECAYED = ("bias", "scale", "g", "gate_scale", *(scalar.path.rpartition("/")[2] for scalar in SCALARS.values()))
+"""Last parts of parameter paths: matrices and tables decay; biases, norms, gains and the scalars of losses do not."""
 
 TORCH_CLIP_EPSILON = 1e-6
 

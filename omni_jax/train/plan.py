@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
 
 from omni_jax import objectives
 from omni_jax.config import ConfigError
+from omni_jax.objectives import LOSSES, SCALARS
 from omni_jax.types import StepKind
 
 NEGATIVES = ("micro", "global")
+PUBLISHED = {"tuple": 1.0, "distillation": 1.0, "pairwise": 1.0}
+
+RENAMED = {f"{name}_weight": f"weights.{name}" for name in PUBLISHED}
+"""Old name -> new name of loss fields; the next version knows the new ones alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +26,11 @@ class LossConfig:
     """The losses and where their negatives come from.
 
     Attributes:
-      tuple_weight, distillation_weight, pairwise_weight: factors of L_T, L_D and L_A; what only a loss of weight 0 needs is not computed.
+      weights: loss -> its factor, names in `objectives.LOSSES`; a loss that is not named has weight 0. What only such a loss needs is not
+        computed.
       temperature: tau; the starting value where it is learned.
       learn_temperature: whether log(1 / tau) trains.
+      scalars: where the other scalars of the losses begin, all of which train; one that is not named begins as `objectives.SCALARS` says.
       pairs: "cycle" takes one pair per step, as released, "all" takes the three.
       hard_scope: "local": a row sees the hard negatives of its own block, as released; "global": all of them.
       hn_audio_only: the hard negative always exchanges the audio.
@@ -27,11 +38,10 @@ class LossConfig:
         of an update (gradient caching). The cycles count micro-batches under "micro" and updates under "global".
     """
 
-    tuple_weight: float = 1.0
-    distillation_weight: float = 1.0
-    pairwise_weight: float = 1.0
+    weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(PUBLISHED), hash=False)
     temperature: float = 0.01
     learn_temperature: bool = False
+    scalars: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     pairs: str = "cycle"
     hard_scope: str = "local"
     hn_audio_only: bool = False
@@ -43,20 +53,77 @@ class LossConfig:
                 raise ConfigError(f"loss field {name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ConfigError(f"loss field temperature={self.temperature}: must be positive")
-        weights = (self.tuple_weight, self.distillation_weight, self.pairwise_weight)
-        if min(weights) < 0 or not math.isfinite(sum(weights)) or sum(weights) == 0:
-            raise ConfigError(f"loss weights {weights}: must not be negative, and one at least must be positive")
+        weights = _numbers("weights", self.weights, tuple(LOSSES))
+        if min(weights.values(), default=0.0) < 0 or not any(weights.values()):
+            raise ConfigError(f"loss field weights={weights}: must not be negative, and one at least must be positive")
+        # Equal configs are equal records, whichever zeros they spell out.
+        object.__setattr__(self, "weights", {name: weights[name] for name in LOSSES if weights.get(name)})
+        read = [name for name in self.read if name != "temperature"]
+        object.__setattr__(self, "scalars", _numbers("scalars", self.scalars, read))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What is embedded for the losses in play, as `objectives.Loss.needs`."""
+        return frozenset[str]().union(*(LOSSES[name].needs for name in self.weights))
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The scalars that the losses in play read, names in `objectives.SCALARS`."""
+        return tuple(name for name in SCALARS if any(name in LOSSES[loss].scalars for loss in self.weights))
+
+    @property
+    def starts(self) -> dict[str, float]:
+        """Where each scalar that is read begins."""
+        starts = {"temperature": self.temperature, **self.scalars}
+        return {name: float(starts.get(name, SCALARS[name].start)) for name in self.read}
+
+    @property
+    def trained(self) -> dict[str, float]:
+        """Path -> first value of the array of each scalar that trains."""
+        starts = {name: start for name, start in self.starts.items() if name != "temperature" or self.learn_temperature}
+        return {SCALARS[name].path: SCALARS[name].to_array(start) for name, start in starts.items()}
+
+    def values(self, trainable: Mapping[str, jax.Array]) -> dict[str, jax.Array | float]:
+        """Returns the value of each scalar that is read, from trainable arrays by path where it trains."""
+        paths = {name: SCALARS[name].path for name in self.read}
+        return {name: SCALARS[name].to_value(trainable[path]) if path in trainable else self.starts[name] for name, path in paths.items()}
+
+
+def _numbers(field: str, given: Mapping[str, Any], known: Sequence[str]) -> dict[str, float]:
+    """Returns a field's numbers by name. Raises ConfigError for a name that is not known, and for what is no finite number."""
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigError(f"loss field {field}.{name}: unknown; choose among {', '.join(known) or 'none'}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"loss field {field}.{name}={value!r}: must be a number")
+    return {name: float(value) for name, value in given.items()}
+
+
+def renamed(losses: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns fields of a `LossConfig` by their present names.
+
+    Raises:
+      ConfigError: for a field that is given under both names.
+    """
+    found = dict(losses)
+    old = {RENAMED[name].partition(".")[2]: found.pop(name) for name in RENAMED if name in found}
+    if not old:
+        return found
+    weights = found.get("weights", {})
+    if both := old.keys() & weights.keys():
+        raise ConfigError(f"loss fields {min(both)}_weight and weights.{min(both)} are one; give weights.{min(both)} alone")
+    return found | {"weights": {**(weights or PUBLISHED), **old}}
 
 
 def step_kind(count: int, losses: LossConfig) -> StepKind:
     """Returns the kind at position `count` of the period-3 cycle; modalities are named "text", "audio", "video"."""
-    tuples, single = losses.tuple_weight > 0, losses.distillation_weight > 0 or losses.pairwise_weight > 0
+    needs = losses.needs
     return StepKind(
-        anchor=tuples or losses.distillation_weight > 0,
-        positive=tuples,
-        hard=objectives.hard_negative_in_play(count, losses.hn_audio_only) if tuples else None,
-        singles=objectives.students_in_play(count, losses.pairs) if single else (),
-        pairs=objectives.pairs_in_play(count, losses.pairs) if losses.pairwise_weight > 0 else (),
+        anchor="anchor" in needs,
+        positive="positive" in needs,
+        hard=objectives.hard_negative_in_play(count, losses.hn_audio_only) if "hard" in needs else None,
+        singles=objectives.students_in_play(count, losses.pairs) if needs & {"singles", "pairs"} else (),
+        pairs=objectives.pairs_in_play(count, losses.pairs) if "pairs" in needs else (),
     )
 
 

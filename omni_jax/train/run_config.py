@@ -12,7 +12,7 @@ from omni_jax.config import ConfigError, LoraConfig, Preset
 from omni_jax.config import preset as preset_named
 from omni_jax.train.config_parsing import record_of
 from omni_jax.train.optimizer import OptimizerConfig
-from omni_jax.train.plan import LossConfig
+from omni_jax.train.plan import LossConfig, renamed
 from omni_jax.train.step import StepConfig
 from omni_jax.train.trainable import TrainableConfig
 
@@ -270,7 +270,8 @@ class RunConfig:
 
     @classmethod
     def from_config(cls, config: Any) -> RunConfig:
-        """Reads an ml_collections ConfigDict, or a plain nested dict as `to_json` gives it. Sections left out take their defaults.
+        """Reads an ml_collections ConfigDict, or a plain nested dict as `to_json` gives it. Sections left out take their defaults, and fields
+        of the losses may have the names that `plan.RENAMED` lists.
 
         Raises:
           ConfigError: naming the field that is unknown, missing, of the wrong type or out of range.
@@ -278,6 +279,8 @@ class RunConfig:
         values = dict(config.to_dict() if hasattr(config, "to_dict") else config)
         for name in SECTIONS:
             values.setdefault(name, {})
+        if isinstance(values["losses"], Mapping):
+            values["losses"] = renamed(values["losses"])
         optimizer = values.pop("optimizer")
         made = record_of(OptimizerConfig, optimizer, "optimizer", total_steps=max(1, _whole(values.get("steps", 0))))
         whole = record_of(cls, values, optimizer=made)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ from omni_jax.train.gradients import REMAT, Forward, Metrics
 from omni_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from omni_jax.train.plan import LossConfig
 from omni_jax.train.state import TrainState, array_shardings, new_state, state_shardings
-from omni_jax.train.trainable import TEMPERATURE, Arrays, GroupCount, TrainableConfig, count_groups, group_of, select, split
+from omni_jax.train.trainable import Arrays, GroupCount, TrainableConfig, count_groups, group_of, select, split
 from omni_jax.types import InputError, StepKind
 
 
@@ -97,19 +96,22 @@ class TrainStep:
 
     def init(self, params: Mapping[tuple[str, ...], Any]) -> tuple[TrainState, Arrays]:
         """Returns the first state and the frozen weights, both on the devices; `params` stays usable."""
-        trainable, frozen = split(params, self.names, self.config.frozen_dtype)
-        if self.config.losses.learn_temperature:
-            trainable[TEMPERATURE] = jnp.asarray(-math.log(self.config.losses.temperature), jnp.float32)
-        state = new_state(trainable, self.optimizer, self.config.seed)
+        state, frozen = self.start(params)
         if self.mesh is None:
             return state, frozen
         places = array_shardings(frozen, self._model, self.mesh)
         return jax.device_put(state, state_shardings(state, self._model, self.mesh)), jax.device_put(frozen, places)
 
+    def start(self, params: Mapping[tuple[str, ...], Any]) -> tuple[TrainState, Arrays]:
+        """Returns the first state and the frozen weights where the parameters lie."""
+        trainable, frozen = split(params, self.names, self.config.frozen_dtype)
+        trainable |= {path: jnp.asarray(value, jnp.float32) for path, value in self.config.losses.trained.items()}
+        return new_state(trainable, self.optimizer, self.config.seed), frozen
+
     def __call__(self, state: TrainState, frozen: Arrays, update: UpdateBatch) -> tuple[TrainState, Metrics]:
         """Returns the next state and the metrics, scalars on the devices; `state` is given away.
 
-        Metrics are the mean over micro-batches of "loss", the active losses, "temperature", "mean_cosine" and "effective_rank"; then
+        Metrics are the mean over micro-batches of "loss", the losses in play and their scalars, "mean_cosine" and "effective_rank"; then
         "grad_norm" (before clipping, also by group as "grad_norm/lora"), "learning_rate", "skipped" and "skipped_in_row".
 
         Raises:

@@ -15,12 +15,10 @@ from clu.parameter_overview import count_parameters, make_table
 
 from omni_jax.config import ConfigError, ModelConfig
 from omni_jax.model import abstract_params, carried_shapes
+from omni_jax.objectives import SCALARS
 from omni_jax.types import InputError
 
 Arrays = dict[str, jax.Array]
-
-TEMPERATURE = "loss/log_inverse_temperature"
-"""The one parameter that is not the encoder's."""
 
 HEADS = {"classify_linear": "head/", "beats_ln": "bridge/norm/", "beats_proj": "bridge/fc"}
 """Modules that every recipe trains, by their names in a PEFT adapter, and where they stand."""
@@ -106,7 +104,14 @@ def split(params: Mapping[tuple[str, ...], Any], names: Iterable[str], frozen_dt
 
 def join(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
     """Returns the encoder's whole tree, path -> array, as `model.with_params` takes it."""
-    return {tuple(name.split("/")): array for name, array in {**frozen, **trainable}.items() if name != TEMPERATURE}
+    scalars = loss_scalars(trainable)
+    return {tuple(name.split("/")): array for name, array in {**frozen, **trainable}.items() if name not in scalars}
+
+
+def loss_scalars(trainable: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the trainable arrays by path that are not the encoder's but the losses'."""
+    paths = {scalar.path for scalar in SCALARS.values()}
+    return {name: array for name, array in trainable.items() if name in paths}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,7 +115,7 @@ def read_workdir(folder: epath.PathLike, step: int | None = None) -> Trained:
       InputError: when the folder is no workdir, has no such checkpoint, or its base weights are gone.
     """
     from omni_jax.train.checkpoint import read_trainable, steps_of  # slow: who looks for a run may find none
-    from omni_jax.train.trainable import TEMPERATURE
+    from omni_jax.train.trainable import loss_scalars
 
     folder = epath.Path(folder)
     config = read_config(folder)
@@ -131,7 +131,8 @@ def read_workdir(folder: epath.PathLike, step: int | None = None) -> Trained:
     if not base.exists():
         raise InputError(f"{folder}: its base weights are no longer at {base}; put them back (config.json names the place)")
     trainable = read_trainable(folder / CHECKPOINTS, chosen)
-    trainable.pop(TEMPERATURE, None)
+    for name in loss_scalars(trainable):
+        del trainable[name]
     return Trained(base, config.model, trainable, chosen, config.digests)
 
 
@@ -200,7 +201,8 @@ def _differences(there: WorkdirConfig, here: WorkdirConfig) -> Iterator[str]:
     for name in sorted({*there.digests, *here.digests}):
         if there.digests.get(name) != here.digests.get(name) and (name in there.digests or name not in LATER):
             yield f"its {name} differ (digest mismatch)"
-    old, new = ({**c.run, "architecture": c.model.to_json()} for c in (there, here))
+    # Read and written again: a field that a later version added has its default in an older run, one that it renamed its new name.
+    old, new = ({**run_of(c).to_json(), "architecture": c.model.to_json()} for c in (there, here))
     yield from differences(old, new, FREE)
     if there.total_steps != here.total_steps:
         yield f"it has {there.total_steps} steps, this one has {here.total_steps}"

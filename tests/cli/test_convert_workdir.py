@@ -20,7 +20,8 @@ from omni_jax.conversion.folder import read_manifest
 from omni_jax.train import RunConfig, TrainableConfig
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.state import new_state
-from omni_jax.train.trainable import TEMPERATURE, select
+from omni_jax.objectives import SCALARS
+from omni_jax.train.trainable import select
 from omni_jax.train.workdir import WorkdirConfig, claim
 from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import beats_file
@@ -46,7 +47,7 @@ def workdir(root: Path, config: ModelConfig, recipe: str, *steps: int) -> Path:
     saved = Checkpoints(root / "run" / "checkpoints", 3)
     for step in steps:
         arrays = {"/".join(path): jnp.asarray(leaf * step) for path, leaf in leaves.items()}
-        state = new_state({**arrays, TEMPERATURE: jnp.zeros(())}, optax.sgd(1.0), 0)
+        state = new_state({**arrays, SCALARS["temperature"].path: jnp.zeros(())}, optax.sgd(1.0), 0)
         saved.save(dataclasses.replace(state, step=jnp.int32(step)))
     saved.close()
     return root / "run"

@@ -236,7 +236,7 @@ def test_the_ablation_gives_one_loss_the_time_of_three_and_keeps_what_was_run(tm
     def train(out, workdir, scale):
         changes = dict(scale.changes)
         trained.append((workdir.name, changes))
-        clock[0] += changes.get("steps", 10) * (2.0 if changes["losses.tuple_weight"] else 1.0)
+        clock[0] += changes.get("steps", 10) * (2.0 if changes["losses.weights.tuple"] else 1.0)
 
     def score(model, manifest, name, scale, report):
         rate = 10.0 * len(trained)
@@ -249,7 +249,7 @@ def test_the_ablation_gives_one_loss_the_time_of_three_and_keeps_what_was_run(tm
     scale = demo_training.Scale(changes=(("steps", 10),))
     assert demo_training.ablate(tmp_path, scale, Signals()) == 0
     assert [name for name, _ in trained] == ["L_A", "L_A___L_D", "L_A___L_D___L_T", "L_A__equal_CPU_time"]
-    assert [changes["losses.distillation_weight"] for _, changes in trained] == [0.0, 1.0, 1.0, 0.0]
+    assert [changes["losses.weights.distillation"] for _, changes in trained] == [0.0, 1.0, 1.0, 0.0]
     assert [changes["steps"] for _, changes in trained] == [10, 10, 10, 20]
     kept = json.loads((tmp_path / "ablation" / "ablation.json").read_text())
     assert [(row["steps"], row["cpu"], row["AVG-all"]) for row in kept.values()] == [(10, 10, 10), (10, 10, 20), (10, 20, 30), (20, 20, 40)]

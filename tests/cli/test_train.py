@@ -171,6 +171,19 @@ def test_a_recipe_that_a_config_does_not_have() -> None:
 def test_a_config_takes_an_argument_and_changes() -> None:
     ablations = str(ROOT / "configs" / "paper_ablations.py")
     run = read_config(f"{ablations}:L_A", ["steps=7", "epochs=0", "model.base=b", "losses.hn_audio_only=true"])
-    assert (run.losses.distillation_weight, run.steps, run.model.base, run.losses.hn_audio_only) == (0.0, 7, "b", True)
+    assert (dict(run.losses.weights), run.steps, run.model.base, run.losses.hn_audio_only) == ({"pairwise": 1.0}, 7, "b", True)
     with pytest.raises(ConfigError, match="choose one of L_A"):
         read_config(f"{ablations}:L_B")
+
+
+def test_an_old_name_of_a_field_is_read_and_the_new_one_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert read_config(TINY, ["losses.tuple_weight=0"]).losses.weights == {"distillation": 1.0, "pairwise": 1.0}
+    line = "config field losses.tuple_weight is now losses.weights.tuple; the old name is read by this version alone\n"
+    assert capsys.readouterr().err == line
+    (tmp_path / "own.py").write_text(
+        f"import runpy\ndef get_config():\n    config = runpy.run_path({TINY!r})['get_config']().to_dict()\n"
+        "    del config['losses']['weights']\n    config['losses']['tuple_weight'] = 0.5\n    return config\n"
+    )
+    run = read_config(str(tmp_path / "own.py"), ["losses.weights.pairwise=3"])
+    assert run.losses.weights == {"tuple": 0.5, "distillation": 1.0, "pairwise": 3.0}
+    assert capsys.readouterr().err == line

@@ -22,6 +22,8 @@ from omni_jax.objectives import (
     info_nce,
     pairs_in_play,
     pairwise_loss,
+    siglip_loss,
+    sigmoid_contrast,
     students_in_play,
     tuple_loss,
 )
@@ -129,6 +131,24 @@ def test_means_over_pairs_and_students() -> None:
     assert_close(distillation_loss(z, [t, a, v], temperature=TAU), want, "loss_from_embeddings")
 
 
+def plain_sigmoid(a: ArrayLike, b: ArrayLike, tau: float, bias: float) -> float:
+    """The sigmoid loss pair by pair in float64."""
+    x, y = (np.asarray(rows, np.float64) / np.linalg.norm(np.asarray(rows, np.float64), axis=1, keepdims=True) for rows in (a, b))
+    signs = ((i, j, 1 if i == j else -1) for i in range(len(x)) for j in range(len(y)))
+    return sum(math.log1p(math.exp(-sign * (x[i] @ y[j] / tau + bias))) for i, j, sign in signs) / len(x)
+
+
+def test_the_sigmoid_loss_is_that_of_plain_numpy_and_its_bias_takes_a_gradient() -> None:
+    a, b = batch(11, (5, 8), (5, 8))
+    value, slope = jax.value_and_grad(lambda bias: sigmoid_contrast(a, b, temperature=0.5, bias=bias))(jnp.float32(-1.5))
+    assert_close(value, plain_sigmoid(a, b, 0.5, -1.5), "loss_from_embeddings")
+    step = 1e-5
+    assert_close(slope, (plain_sigmoid(a, b, 0.5, -1.5 + step) - plain_sigmoid(a, b, 0.5, -1.5 - step)) / (2 * step), "loss_gradient")
+    singles = {"text": a, "audio": b, "video": a + b}
+    want = np.mean([plain_sigmoid(singles[x], singles[y], TAU, -10.0) for x, y in pairs_in_play(0, "all")])
+    assert_close(siglip_loss(singles, pairs_in_play(0, "all"), temperature=TAU, bias=-10.0) / want, 1.0, "loss_from_embeddings")
+
+
 def test_schedule_rotates_pairs_and_hard_negatives() -> None:
     assert [pairs_in_play(step)[0] for step in range(4)] == [("text", "audio"), ("text", "video"), ("audio", "video"), ("text", "audio")]
     assert [students_in_play(step) for step in range(3)] == [("text", "audio"), ("text", "video"), ("audio", "video")]
@@ -159,18 +179,18 @@ def test_order_of_the_batch_and_lengths_do_not_matter(seed: int) -> None:
 
 @hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(seed=st.integers(0, 2**32 - 1))
-def test_order_and_lengths_matter_to_none_of_the_three_losses(seed: int) -> None:
+def test_order_and_lengths_matter_to_no_loss(seed: int) -> None:
     """Values stay; the gradient of a row that was stretched shrinks as much, and moves with its row."""
     rng = np.random.default_rng(seed)
     xs = batch(seed, *[(8, 6)] * 5)
-    values, gradients = three(*xs)
+    values, gradients = every(*xs, *SCALARS)
     order = rng.permutation(8)
-    moved_values, moved = three(*(x[order] for x in xs))
+    moved_values, moved = every(*(x[order] for x in xs), *SCALARS)
     lengths = [jnp.asarray(2.0 ** rng.integers(-6, 7, size=(8, 1)), jnp.float32) for _ in xs]
-    stretched_values, stretched = three(*(x * length for x, length in zip(xs, lengths, strict=True)))
+    stretched_values, stretched = every(*(x * length for x, length in zip(xs, lengths, strict=True)), *SCALARS)
     assert_close(moved_values, values, "loss_invariance")
     assert_close(stretched_values, values, "loss_invariance")
-    for gradient, by_order, by_length, length in zip(gradients, moved, stretched, lengths, strict=True):
+    for gradient, by_order, by_length, length in zip(gradients[:5], moved[:5], stretched[:5], lengths, strict=True):
         assert_close(by_order, gradient[order], "loss_invariance")
         assert_close(by_length * length, gradient, "loss_invariance")
 
@@ -225,26 +245,28 @@ def test_zero_vectors_have_finite_values_and_gradients() -> None:
 # ------------------------------------------------------------------------------------------------------------------- sharding
 
 
-def all_losses(z: jax.Array, p: jax.Array, hard: jax.Array, t: jax.Array, v: jax.Array, **kw) -> jax.Array:
-    """The three losses as one (3,) array, so that a weighted sum of them can be differentiated."""
+def all_losses(z: jax.Array, p: jax.Array, hard: jax.Array, t: jax.Array, v: jax.Array, tau: jax.Array, bias: jax.Array, **kw) -> jax.Array:
+    """The losses as one (4,) array, so that a weighted sum of them can be differentiated."""
     shards = {name: kw.pop(name) for name in ("hard_scope", "hard_blocks") if name in kw}
     return jnp.stack(
         [
-            tuple_loss(z, p, hard, temperature=TAU, **shards, **kw),
-            distillation_loss(z, [t, v], temperature=TAU, **kw),
-            pairwise_loss({"text": t, "video": v}, (("text", "video"),), temperature=TAU, **kw),
+            tuple_loss(z, p, hard, temperature=tau, **shards, **kw),
+            distillation_loss(z, [t, v], temperature=tau, **kw),
+            pairwise_loss({"text": t, "video": v}, (("text", "video"),), temperature=tau, **kw),
+            # A sum over the batch, not a mean: brought to the size of the others.
+            siglip_loss({"text": t, "video": v}, (("text", "video"),), temperature=tau, bias=bias, **kw) / 20,
         ]
     )
 
 
 def with_gradients(losses: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]:
-    """Compiled: five inputs to the (3,) losses, and the gradient of a weighted sum of them by each input."""
+    """Compiled: seven inputs to the (4,) losses, and the gradient of a weighted sum of them by each input."""
 
     def weighted(*xs: jax.Array) -> tuple[jax.Array, jax.Array]:
         values = losses(*xs)
-        return values @ jnp.array([1.0, 0.7, 1.3]), values
+        return values @ jnp.array([1.0, 0.7, 1.3, 0.9]), values
 
-    compiled = jax.jit(jax.value_and_grad(weighted, argnums=range(5), has_aux=True))
+    compiled = jax.jit(jax.value_and_grad(weighted, argnums=range(7), has_aux=True))
 
     def call(*xs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         (_, values), gradients = compiled(*xs)
@@ -253,21 +275,32 @@ def with_gradients(losses: Callable[..., jax.Array]) -> Callable[..., tuple[jax.
     return call
 
 
-three = with_gradients(all_losses)
+every = with_gradients(all_losses)
+SCALARS = (jnp.float32(TAU), jnp.float32(-2.0))
+ONE_AXIS, TWO_AXES = (("data",), (8,)), (("data", "fsdp"), (2, 4))
 
 
-@pytest.mark.parametrize("scope", ["local", "global"])
-@pytest.mark.parametrize(("axes", "shape"), [(("data",), (8,)), (("data", "fsdp"), (2, 4))], ids=["one-axis", "two-axes"])
-def test_shards_and_jit_on_eight_devices_equal_one_device(scope: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("axes", "shape", "scope", "blocks"),
+    [
+        (*ONE_AXIS, "local", None),  # a block a shard
+        (*TWO_AXES, "local", 24),  # three blocks a shard
+        (*TWO_AXES, "local", 3),  # blocks that begin in the midst of a shard
+        (*ONE_AXIS, "local", 1),
+        (*TWO_AXES, "global", None),
+    ],
+)
+def test_shards_and_jit_on_eight_devices_equal_one_device(
+    axes: tuple[str, ...], shape: tuple[int, ...], scope: str, blocks: int | None
+) -> None:
     mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(shape))
     xs = batch(8, *[(24, 10)] * 5)
-    whole = functools.partial(all_losses, hard_scope=scope, hard_blocks=8)
-    want, want_gradients = with_gradients(whole)(*xs)
+    whole = functools.partial(all_losses, hard_scope=scope, hard_blocks=blocks or 8)
+    want, want_gradients = with_gradients(whole)(*xs, *SCALARS)
 
-    spread = [jax.device_put(x, NamedSharding(mesh, P(axes))) for x in xs]
-    mapped = jax.shard_map(
-        functools.partial(all_losses, hard_scope=scope, axis_name=axes), mesh=mesh, in_specs=(P(axes),) * 5, out_specs=P()
-    )
+    spread = [jax.device_put(x, NamedSharding(mesh, P(axes))) for x in xs] + list(SCALARS)
+    split = functools.partial(all_losses, hard_scope=scope, hard_blocks=blocks, axis_name=axes)
+    mapped = jax.shard_map(split, mesh=mesh, in_specs=(*[P(axes)] * 5, P(), P()), out_specs=P())
     for losses in (mapped, whole):
         got, gradients = with_gradients(losses)(*spread)
         assert_close(got, want, "loss_sharding")
@@ -310,8 +343,12 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         pairwise_loss({"text": a}, (), temperature=TAU)
     with pytest.raises(ValueError, match="no students"):
         distillation_loss(a, [], temperature=TAU)
+    with pytest.raises(ValueError, match="no pairs"):
+        siglip_loss({"text": a}, (), temperature=TAU, bias=-10.0)
+    with pytest.raises(ValueError, match="must both be"):
+        sigmoid_contrast(a, b, temperature=TAU, bias=-10.0)
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    with pytest.raises(ValueError, match="the shards are the blocks"):
+    with pytest.raises(ValueError, match=r"hard_blocks=3 must divide the batch \(8\)"):
         jax.shard_map(
-            lambda x: info_nce(x, x, x, temperature=TAU, axis_name="data", hard_blocks=2), mesh=mesh, in_specs=P("data"), out_specs=P()
+            lambda x: info_nce(x, x, x, temperature=TAU, axis_name="data", hard_blocks=3), mesh=mesh, in_specs=P("data"), out_specs=P()
         )(jnp.ones((8, 3)))

@@ -40,11 +40,11 @@ def test_cycles_count_micro_batches_or_updates():
 
 
 def test_losses_without_weight_play_no_streams():
-    pairs = step_kind(0, LossConfig(tuple_weight=0, distillation_weight=0))
+    pairs = step_kind(0, LossConfig({"pairwise": 1}))
     assert pairs.rows == (("text", "audio"),) and pairs.hard is None and pairs.towers == ("audio", "beats")
-    teacher = step_kind(0, LossConfig(tuple_weight=0))
+    teacher = step_kind(0, LossConfig({"distillation": 1, "pairwise": 1}))
     assert teacher.rows == (("anchor",), ("text", "audio")) and teacher.towers == ("vision", "audio", "beats")
-    tuples = step_kind(0, LossConfig(distillation_weight=0, pairwise_weight=0))
+    tuples = step_kind(0, LossConfig({"tuple": 1}))
     assert tuples.rows == (("anchor",), ("positive",))
 
 

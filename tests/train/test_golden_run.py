@@ -26,7 +26,7 @@ def test_golden_losses_from_recorded_embeddings(golden, reference, kind):
     names = {"hard": "hard_negative", **{n: n for n in ("anchor", "positive", "text", "audio", "video")}}
     embeddings = {name: jnp.asarray(golden.losses[f"step{kind}/{at}"]) for name, at in names.items()}
     losses = reference.config.losses
-    _, metrics = loss_of(embeddings, None, losses, step_kind(kind, losses), 1)
+    _, metrics = loss_of(embeddings, {}, losses, step_kind(kind, losses), 1)
     for name in NAMES:
         assert_close(metrics[name], golden.losses[f"step{kind}/{name}"], "loss_from_embeddings")
     assert_close(metrics["loss"], sum(golden.losses[f"step{kind}/{name}"] for name in NAMES), "loss_from_embeddings")

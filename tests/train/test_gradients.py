@@ -9,12 +9,15 @@ import pytest
 
 from omni_jax.train import LossConfig, TrainableConfig, TrainStep
 from omni_jax.train.gradients import REMAT, Forward, loss_of, spread
-from omni_jax.train.trainable import TEMPERATURE
+from omni_jax.objectives import SCALARS
 from tests.tolerances import assert_close
 from tests.train.leaf_by_leaf import assert_same_gradients
 from tests.train.random_batches import MODEL, QUICK, WITH_DROPOUT, batch, parts, recipe
 
 pytestmark = pytest.mark.jit
+
+TEMPERATURE, BIAS = SCALARS["temperature"].path, SCALARS["siglip_bias"].path
+ALL = {"tuple": 1.0, "distillation": 1.0, "pairwise": 1.0, "siglip": 0.1}
 
 
 def forward(losses: LossConfig, model=MODEL, remat="layer", choice="adapter") -> tuple[Forward, dict, dict]:
@@ -53,13 +56,13 @@ def assert_same_update(got, want):
 )
 def test_gradient_caching_equals_the_whole_batch_at_once(update, pairs, scope):
     """Four micro-batches of two against one of eight whose shuffles stay in the same four blocks."""
-    losses = LossConfig(temperature=0.2, pairs=pairs, hard_scope=scope, learn_temperature=True)
+    losses = LossConfig(ALL, temperature=0.2, pairs=pairs, hard_scope=scope, learn_temperature=True)
     fwd, trainable, frozen = forward(losses)
-    trainable = {**trainable, TEMPERATURE: jnp.asarray(1.3, jnp.float32)}
+    trainable = {**trainable, TEMPERATURE: jnp.float32(1.3), BIAS: jnp.float32(-2.0)}
     got = cached(fwd, trainable, frozen, batch(losses, update, micro=4, clips=8))
     whole = plain(fwd, trainable, frozen, batch(losses, update, micro=1, clips=8, blocks=4))
     assert_same_update(got, whole)
-    assert abs(float(whole[0][TEMPERATURE])) > 1e-3
+    assert min(abs(float(whole[0][name])) for name in (TEMPERATURE, BIAS)) > 1e-3
 
 
 @pytest.mark.slow
@@ -92,7 +95,7 @@ def test_both_passes_of_gradient_caching_drop_the_same():
             kept = fwd.keep(trainable, frozen, one, kind)
             found.append(fwd.embed(trainable, frozen, one, kept, kind, keys[i], hard=True))
         pool = {name: jnp.concatenate([z[name] for z in found]) for name in found[0]}
-        return loss_of(pool, None, losses, kind, 2)
+        return loss_of(pool, {}, losses, kind, 2)
 
     expected = jax.jit(jax.grad(whole, has_aux=True), compiler_options=QUICK)(trainable)
     got = cached(fwd, trainable, frozen, made, keys)
@@ -129,10 +132,10 @@ def test_remat_policies_agree(remat):
 
 
 def test_the_gradient_is_the_slope_of_the_loss():
-    """Central differences along a random direction; L_A alone, since teacher and hard negatives move without counting."""
-    losses = LossConfig(temperature=0.5, tuple_weight=0, distillation_weight=0, learn_temperature=True)
+    """Central differences along a random direction; without L_T and L_D, whose hard negatives and teacher move without counting."""
+    losses = LossConfig({"pairwise": 1, "siglip": 0.1}, temperature=0.5, learn_temperature=True)
     fwd, trainable, frozen = forward(losses)
-    trainable = {**trainable, TEMPERATURE: jnp.asarray(0.7, jnp.float32)}
+    trainable = {**trainable, TEMPERATURE: jnp.float32(0.7), BIAS: jnp.float32(-2.0)}
     made = batch(losses, 2, clips=4)
     rng = np.random.default_rng(0)
     trainable = jax.device_get(trainable)
@@ -150,7 +153,7 @@ def test_the_gradient_is_the_slope_of_the_loss():
 
 def test_the_hard_negative_takes_no_gradient():
     """Its embedding changes with LoRA, the derivative of the loss along it does not count."""
-    losses = LossConfig(temperature=0.2, distillation_weight=0, pairwise_weight=0)
+    losses = LossConfig({"tuple": 1}, temperature=0.2)
     fwd, trainable, frozen = forward(losses)
     made = batch(losses, 1, clips=4)
     one, kind = jax.tree.map(lambda x: x[0], made), made.kinds[0]
@@ -194,7 +197,7 @@ def equations(jaxpr):
 
 
 def test_towers_that_no_stream_reads_do_not_run():
-    losses = LossConfig(temperature=0.2, tuple_weight=0, distillation_weight=0)
+    losses = LossConfig({"pairwise": 1}, temperature=0.2)
     fwd, trainable, frozen = forward(losses)
     made = batch(losses, 0, clips=4)
     spoilt = {name: jnp.full_like(x, jnp.nan) if name.startswith("vision/") else x for name, x in frozen.items()}

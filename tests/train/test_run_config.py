@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib
 import json
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from omni_jax.config import ConfigError
 from omni_jax.configs import omniretriever_7b, paper_ablations, tiny
 from omni_jax.train import run_config
+from omni_jax.train.plan import LossConfig
 from omni_jax.train.run_config import RunConfig
 from tests import house
 
@@ -50,10 +52,13 @@ def test_the_published_recipe() -> None:
     assert run.model.lora is not None and (run.model.lora.rank, run.model.lora.scale, run.model.lora.dropout) == (16, 2.0, 0.05)
 
 
-@pytest.mark.parametrize(("name", "weights"), [("L_A", (0, 0, 1)), ("L_A+L_D", (0, 1, 1)), ("all", (1, 1, 1))])
-def test_ablations_differ_in_the_weights_alone(name: str, weights: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("L_A", {"pairwise": 1}), ("L_A+L_D", {"distillation": 1, "pairwise": 1}), ("all", {"tuple": 1, "distillation": 1, "pairwise": 1})],
+)
+def test_ablations_differ_in_the_weights_alone(name: str, weights: dict[str, int]) -> None:
     run, whole = (RunConfig.from_config(paper_ablations.get_config(n)) for n in (name, "all"))
-    assert (run.losses.tuple_weight, run.losses.distillation_weight, run.losses.pairwise_weight) == weights
+    assert run.losses.weights == weights
     assert dataclasses.replace(run, losses=whole.losses) == whole
     with pytest.raises(ConfigError, match="choose one of"):
         paper_ablations.get_config("L_X")
@@ -69,6 +74,10 @@ def test_ablations_differ_in_the_weights_alone(name: str, weights: tuple[int, in
         ({"batch": {}}, r"config field batch\.micro_batch: missing"),
         ({"batch": {"micro_batch": 6, "blocks": 4}}, r"batch\.blocks=4: must divide"),
         ({"losses": {"temperature": -1.0}}, r"temperature=-1\.0: must be positive"),
+        ({"losses": {"weights": {"triple": 1.0}}}, r"weights\.triple: unknown; choose among tuple, distillation, pairwise, siglip"),
+        ({"losses": {"weights": {"tuple": "much"}}}, r"weights\.tuple='much': must be a number"),
+        ({"losses": {"weights": {"tuple": 0.0}}}, "must not be negative, and one at least must be positive"),
+        ({"losses": {"scalars": {"siglip_bias": -1.0}}}, r"scalars\.siglip_bias: unknown; choose among none"),
         ({"losses": {"pairs": "some"}}, r"pairs='some': choose one of cycle, all"),
         ({"optimizer": {"total_steps": 9}}, r"config field optimizer\.total_steps: unknown"),
         ({"optimizer": {"learning_rate": "fast"}}, r"config field optimizer\.learning_rate='fast': must be a number"),
@@ -89,3 +98,20 @@ def test_what_is_wrong_is_named_in_one_line(changes: dict[str, Any], message: st
     with pytest.raises(ConfigError, match=message) as caught:
         RunConfig.from_config(values)
     assert "\n" not in str(caught.value)
+
+
+def test_the_old_names_of_loss_weights_are_read() -> None:
+    values = tiny.get_config().to_dict()
+    del values["losses"]["weights"]
+    run = RunConfig.from_config(values | {"losses": {**values["losses"], "tuple_weight": 0.0, "pairwise_weight": 2.0}})
+    assert run.losses.weights == {"distillation": 1.0, "pairwise": 2.0}
+    twice = {"weights": {"tuple": 1.0}, "tuple_weight": 1.0}
+    with pytest.raises(ConfigError, match=r"tuple_weight and weights\.tuple are one; give weights\.tuple alone"):
+        RunConfig.from_config(values | {"losses": twice})
+
+
+def test_a_loss_of_weight_zero_is_one_that_is_not_named() -> None:
+    assert LossConfig({"pairwise": 1, "tuple": 0, "siglip": 0.0}) == LossConfig({"pairwise": 1.0})
+    assert LossConfig({"siglip": 1}).trained == {"loss/siglip_bias": -10.0} and not LossConfig().trained
+    learned = LossConfig({"pairwise": 1, "siglip": 1}, learn_temperature=True, scalars={"siglip_bias": -2}).trained
+    assert learned == {"loss/log_inverse_temperature": -math.log(0.01), "loss/siglip_bias": -2.0}

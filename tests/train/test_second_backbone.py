@@ -56,7 +56,7 @@ def test_all_three_losses_fall_on_the_second_backbone():
 @pytest.mark.jit
 def test_mean_pooling_ignores_padding_and_company_in_a_training_row():
     """The single modalities share a row; the same prompts in longer rows give the same losses and gradient."""
-    losses = {"temperature": 0.2, "tuple_weight": 0.0}
+    losses = {"temperature": 0.2, "weights": {"distillation": 1.0, "pairwise": 1.0}}
     step = TrainStep(SECOND, recipe(**losses), dtype=jnp.float32, compiler_options=QUICK)
     made = batch(LossConfig(**losses), clips=4, share_prefix=False, model=SECOND)
     rows = made.rows

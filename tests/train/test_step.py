@@ -1,23 +1,26 @@
 """Whole updates: accumulation, the count of programs, skipped updates, dropout, meshes, memory."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from omni_jax.objectives import LOSSES, SCALARS
 from omni_jax.parallel import make_mesh
 from omni_jax.train import LossConfig, StepConfig, TrainableConfig, TrainStep, place_batch
 from omni_jax.train.gradients import REMAT, Forward
 from omni_jax.train.state import state_shardings
-from omni_jax.train.trainable import TEMPERATURE
 from omni_jax.types import InputError
 from tests.tolerances import assert_close
 from tests.train.leaf_by_leaf import assert_same_gradients
 from tests.train.random_batches import MODEL, QUICK, WITH_DROPOUT, batch, recipe, weights
 
 pytestmark = pytest.mark.jit
+
+TEMPERATURE = SCALARS["temperature"].path
 
 
 def make(config: StepConfig, model=MODEL, mesh=None) -> TrainStep:
@@ -145,9 +148,10 @@ def test_an_update_of_moments_that_are_not_finite_is_skipped(released):
         np.testing.assert_array_equal(x, before[name])
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
-def test_a_mesh_gives_the_single_device_s_update(shape, single):
-    config, moments, parameters, losses = single
+@pytest.mark.parametrize(("shape", "negatives"), [((1, 8, 1), "global"), ((2, 4, 1), "micro"), ((2, 2, 2), "global")])
+def test_a_mesh_gives_the_single_device_s_update(shape, negatives, single):
+    """With every loss and every scalar; hard negatives come from the rows of one shard (global) or of two (micro)."""
+    config, moments, parameters, losses = single(negatives)
     step = make(config, mesh=make_mesh(*shape))
     state, frozen = step.init(weights())
     places = jax.tree.map(lambda x: x.sharding, state)
@@ -170,17 +174,24 @@ RATES = {"adapter": 1e-4, "all": 2e-5}
 
 @pytest.fixture(scope="module", params=["adapter", pytest.param("all", marks=pytest.mark.slow)])
 def single(request):
-    """Two updates on one device: the recipe, first moments and losses after each, the parameters after both."""
-    trainable = TrainableConfig(recipe=request.param)
-    config = recipe(hn_audio_only=True, pairs="all", trainable=trainable, learning_rate=RATES[request.param])
-    step = make(config)
-    state, frozen = step.init(weights())
-    losses, moments = [], []
-    for update in range(2):
-        state, metrics = step(state, frozen, batch(config.losses, micro=2, clips=16, blocks=4, seed=update))
-        losses.append(float(metrics["loss"]))
-        moments.append(first_moments(state))
-    return config, moments, jax.device_get(state.trainable), losses
+    """Two updates on one device, by negatives: the recipe, first moments and losses after each, the parameters after both."""
+    trainable, rate = TrainableConfig(recipe=request.param), RATES[request.param]
+    losses = {"weights": dict.fromkeys(LOSSES, 0.5), "learn_temperature": True, "scalars": {"siglip_bias": -2.0}}
+
+    @functools.cache
+    def run(negatives: str):
+        config = recipe(hn_audio_only=True, pairs="all", trainable=trainable, learning_rate=rate, negatives=negatives, **losses)
+        step = make(config)
+        state, frozen = step.init(weights())
+        values, moments = [], []
+        for update in range(2):
+            state, metrics = step(state, frozen, batch(config.losses, micro=2, clips=16, blocks=4, seed=update))
+            values.append(float(metrics["loss"]))
+            moments.append(first_moments(state))
+        assert all(np.abs(moments[0][scalar.path]) > 1e-5 for scalar in SCALARS.values())
+        return config, moments, jax.device_get(state.trainable), values
+
+    return run
 
 
 def test_moments_lie_where_their_parameters_do():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -72,6 +73,18 @@ def test_digests_that_an_older_run_lacks_are_not_held_against_it(tmp_path: Path)
     for name in LATER:
         with pytest.raises(InputError, match=f"holds another run: its {name} differ"):
             claim(tmp_path, dataclasses.replace(CONFIG, digests={**CONFIG.digests, **later, name: "d2"}))
+
+
+def test_a_run_of_an_earlier_version_goes_on_under_the_new_names_of_its_fields(tmp_path: Path) -> None:
+    old = CONFIG.to_json()
+    weights = old["run"]["losses"].pop("weights")
+    del old["run"]["losses"]["scalars"]
+    old["run"]["losses"] |= {f"{name}_weight": value for name, value in weights.items()}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    with pytest.raises(InputError, match=r"losses\.weights\.tuple is 1\.0 there, 0\.5 here"):
+        claim(tmp_path, changed(losses__weights={**weights, "tuple": 0.5}))
+    claim(tmp_path, CONFIG)
+    assert read_config(tmp_path) == CONFIG
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
