@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.tolerances import TOLERANCES, assert_close
+from tests.tolerances import SPREADS, TOLERANCES, assert_close
 
 
 def test_equal_arrays_pass_under_every_entry() -> None:
@@ -55,6 +55,14 @@ def test_exact_compares_bits() -> None:
     ):
         with pytest.raises(AssertionError, match="round_trip"):
             assert_close(got, want, "round_trip")
+
+
+def test_the_spread_of_a_run_widens_a_limit_and_never_narrows_it() -> None:
+    limit = TOLERANCES["loss"][1]
+    assert_close(0.9 * limit, 0.0, "loss", spread=limit / 100)
+    assert_close(SPREADS * limit, 0.0, "loss", spread=limit)
+    with pytest.raises(AssertionError, match="loss"):
+        assert_close(1.1 * SPREADS * limit, 0.0, "loss", spread=limit)
 
 
 def test_shape_is_compared_before_values() -> None:

@@ -7,6 +7,10 @@ An entry is (kind, limit):
   exact     equal in shape and in every value
 
 float32 on CPU unless the name says otherwise. Adding an entry needs a reason beside it; loosening one needs a CHANGELOG entry.
+
+Several updates in a row amplify rounding: at temperature 0.03 a start changed by 1e-7 of each value moves the losses of six updates by
+1e-3. How much depends on the golden set, so the test of such a run measures it (`spread`) and allows SPREADS times as much, or the
+entry's limit where that is more.
 """
 
 from __future__ import annotations
@@ -97,11 +101,18 @@ TOLERANCES: dict[str, tuple[str, float]] = {
 }
 
 
-def assert_close(actual: Any, expected: Any, name: str) -> None:
+SPREADS = 3
+"""Distance allowed between two runs of several updates, over the largest distance that roundings of the start alone made."""
+
+
+def assert_close(actual: Any, expected: Any, name: str, *, spread: float = 0.0) -> None:
     """Raises AssertionError unless `actual` agrees with `expected` as the entry `name` of TOLERANCES says.
 
     The message names the entry, the worst place, both values there and the distance against the limit. NaN or infinity on either side
     fails, and so does a difference in shape.
+
+    Args:
+      spread: largest distance of the same values between runs of our own whose starts differ by rounding; of several updates alone.
     """
     kind, limit = TOLERANCES[name]
     got, want = np.asarray(actual), np.asarray(expected)
@@ -132,7 +143,7 @@ def assert_close(actual: Any, expected: Any, name: str) -> None:
             raise AssertionError(f"{name}: cosine {cosine.min():.6f} < {limit} at row {_place(np.argmin(cosine), cosine.shape)}")
         return
     distance = np.abs(got - want)
-    allowed = limit * np.abs(want).max() if kind == "relative" else limit
+    allowed = max(limit * np.abs(want).max() if kind == "relative" else limit, SPREADS * spread)
     if distance.max() > allowed:
         place = _place(np.argmax(distance), got.shape)
         raise AssertionError(

@@ -22,8 +22,8 @@ class Pool:
     """What a loss is computed from: the clips that are one another's negatives.
 
     Attributes:
-      z: name -> (B, D): "anchor", "positive", "hard", and the modalities in play.
-      singles, pairs: the modalities and the pairs in play.
+      z: name -> (B, D): "anchor", "positive", "hard", and the active modalities.
+      singles, pairs: the active modalities and pairs.
       scalars: name -> value, of those that the loss names.
       axis_name: mesh axes the clips are split over; None where they are the whole pool.
       hard_scope, hard_blocks: as `info_nce` takes them.
@@ -63,7 +63,7 @@ class Loss:
     Attributes:
       metric: its name in metrics.
       about: what it compares, for people who watch a run.
-      needs: what is embedded for it: "anchor", "positive", "hard", "singles" (the modalities in play), "pairs" (those in pairs).
+      needs: what is embedded for it: "anchor", "positive", "hard", "singles" (the active modalities), "pairs" (those in pairs).
       value: the pool to a float32 scalar, the same on every shard.
       scalars: names in SCALARS.
     """

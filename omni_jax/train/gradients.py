@@ -41,7 +41,7 @@ REMAT: dict[str, Callable | None] = {
 
 
 def loss_of(embeddings: Embeddings, scalars: Arrays, losses: LossConfig, kind: StepKind, blocks: int) -> tuple[jax.Array, Metrics]:
-    """Returns the weighted sum of the losses in play, each of them and the scalars that they read, float32 scalars.
+    """Returns the weighted sum of the active losses, each of them and the scalars that they read, float32 scalars.
 
     On a mesh each shard computes them of its own clips, against the gathered embeddings of all.
 

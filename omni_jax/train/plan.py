@@ -63,12 +63,12 @@ class LossConfig:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What is embedded for the losses in play, as `objectives.Loss.needs`."""
+        """What is embedded for the active losses, as `objectives.Loss.needs`."""
         return frozenset[str]().union(*(LOSSES[name].needs for name in self.weights))
 
     @property
     def read(self) -> tuple[str, ...]:
-        """The scalars that the losses in play read, names in `objectives.SCALARS`."""
+        """The scalars that the active losses read, names in `objectives.SCALARS`."""
         return tuple(name for name in SCALARS if any(name in LOSSES[loss].scalars for loss in self.weights))
 
     @property

@@ -270,8 +270,8 @@ class RunConfig:
 
     @classmethod
     def from_config(cls, config: Any) -> RunConfig:
-        """Reads an ml_collections ConfigDict, or a plain nested dict as `to_json` gives it. Sections left out take their defaults, and fields
-        of the losses may have the names that `plan.RENAMED` lists.
+        """Reads an ml_collections ConfigDict, or a plain nested dict as `to_json` gives it. Sections left out take their
+        defaults, and fields of the losses may have the names that `plan.RENAMED` lists.
 
         Raises:
           ConfigError: naming the field that is unknown, missing, of the wrong type or out of range.

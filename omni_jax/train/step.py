@@ -111,7 +111,7 @@ class TrainStep:
     def __call__(self, state: TrainState, frozen: Arrays, update: UpdateBatch) -> tuple[TrainState, Metrics]:
         """Returns the next state and the metrics, scalars on the devices; `state` is given away.
 
-        Metrics are the mean over micro-batches of "loss", the losses in play and their scalars, "mean_cosine" and "effective_rank"; then
+        Metrics are the mean over micro-batches of "loss", the active losses and their scalars, "mean_cosine" and "effective_rank"; then
         "grad_norm" (before clipping, also by group as "grad_norm/lora"), "learning_rate", "skipped" and "skipped_in_row".
 
         Raises:

@@ -17,10 +17,10 @@ from omni_jax.cli.main import build_parser, main
 from omni_jax.config import ModelConfig, preset
 from omni_jax.configs import tiny
 from omni_jax.conversion.folder import read_manifest
+from omni_jax.objectives import SCALARS
 from omni_jax.train import RunConfig, TrainableConfig
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.state import new_state
-from omni_jax.objectives import SCALARS
 from omni_jax.train.trainable import select
 from omni_jax.train.workdir import WorkdirConfig, claim
 from tests.conversion import checkpoints

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from omni_jax.objectives import SCALARS
 from omni_jax.train import LossConfig, TrainableConfig, TrainStep
 from omni_jax.train.gradients import REMAT, Forward, loss_of, spread
-from omni_jax.objectives import SCALARS
 from tests.tolerances import assert_close
 from tests.train.leaf_by_leaf import assert_same_gradients
 from tests.train.random_batches import MODEL, QUICK, WITH_DROPOUT, batch, parts, recipe
