@@ -115,16 +115,16 @@ test-docs: $(DOCS)  ## run the notebook, and try what the build of the documenta
 	.venv-docs/bin/python -m pytest -m docs tests/documentation $(PYTEST_ARGS)
 
 bench: $(REFERENCE)  ## speed and memory, as ratios with the torch model
-	.venv-reference/bin/python -m tests.benchmarks $(BENCH_ARGS)
+	.venv-reference/bin/python -m tools.benchmarks $(BENCH_ARGS)
 
 torture: $(SETUP)  ## try to break everything, at most 75 minutes; results go to docs/reports/reliability.md
-	.venv/bin/python -m tests.torture $(TORTURE_ARGS)
+	.venv/bin/python -m tools.torture $(TORTURE_ARGS)
 
 report-check: $(SETUP)  ## use a report in a headless Chromium (needs one on PATH; REPORT_ARGS="page.html --out shots")
-	.venv/bin/python -m tests.browser.check_report $(REPORT_ARGS)
+	.venv/bin/python -m tools.browser.check_report $(REPORT_ARGS)
 
 pods-table: $(TPU)  ## compile the 7B programs for TPU pods at full effort, some hours; the table goes to docs/reports/pods_table.json
-	.venv-tpu/bin/python -m tests.planning.pods_table $(PODS_ARGS)
+	.venv-tpu/bin/python -m tools.pods_table $(PODS_ARGS)
 
 lint: $(SETUP)  ## ruff (rules and format) and pyright
 	.venv/bin/ruff check .
@@ -136,10 +136,10 @@ format: $(SETUP)  ## format, and fix what ruff can fix
 	.venv/bin/ruff format .
 
 lock: $(SETUP)  ## write requirements.lock from .venv with hashes, after an upgrade there
-	@.venv/bin/python -m tests.locking requirements.lock
+	@.venv/bin/python -m tools.locking requirements.lock
 
 lock-docs: $(DOCS)  ## the same for requirements-docs.lock and .venv-docs
-	@.venv/bin/python -m tests.locking requirements-docs.lock $(wildcard .venv-docs/lib/python3.11/site-packages)
+	@.venv/bin/python -m tools.locking requirements-docs.lock $(wildcard .venv-docs/lib/python3.11/site-packages)
 
 clean:  ## remove environments, caches and outputs
 	rm -rf .venv .venv-reference .venv-tpu .venv-docs .venv-lowest .venv-newest site .pytest_cache .ruff_cache .hypothesis build dist demo_out bench_out

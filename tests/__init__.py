@@ -1,5 +1,5 @@
-"""Tests, torture and benchmarks."""
+"""Tests, and what they share."""
 
 import os
 
-os.environ.setdefault("OMNI_JAX_CACHE", "off")  # nothing that runs from here, the torture included, writes into the home folder
+os.environ.setdefault("OMNI_JAX_CACHE", "off")  # nothing that runs from here writes into the home folder

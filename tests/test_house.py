@@ -17,7 +17,7 @@ import omni_jax
 from tests import house
 from tests.golden_set import manifest_7b
 
-ALL_PYTHON = house.sources(*house.PRODUCT, "tests")
+ALL_PYTHON = house.sources(*house.PRODUCT, "tests", "tools")
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".lock", ".yaml", ".yml", ".sh", ".cfg", ".txt", ".html", ".j2", ""}
 
 

@@ -16,11 +16,11 @@ from omni_jax.model import abstract_params
 from omni_jax.model.flops import forward_work, total
 from omni_jax.model.runner import Runner
 from omni_jax.tokens.batching import Planner, step_layout
-from tests.benchmarks import __main__ as command
-from tests.benchmarks import encoder_7b, mid_size, train_mid
-from tests.benchmarks.timing import Pairs, interleave
 from tests.golden_set import manifest_7b
 from tests.tolerances import assert_close
+from tools.benchmarks import __main__ as command
+from tools.benchmarks import encoder_7b, mid_size, train_mid
+from tools.benchmarks.timing import Pairs, interleave
 
 TINY = {"grid": (2, 4, 6), "seconds": 2}
 
@@ -150,7 +150,7 @@ def test_peaks_are_found_by_device_kind() -> None:
 def test_torch_modules_compute_the_same() -> None:
     import torch
 
-    from tests.benchmarks.torch_encoder import TorchEncoder, load
+    from tools.benchmarks.torch_encoder import TorchEncoder, load
 
     encoder = mid_size.random_encoder(encoder_7b.shape_7b(layers=2, width=128))
     batch = encoder_7b.full_batch(encoder.config, 2, **TINY)
@@ -163,7 +163,7 @@ def test_torch_modules_compute_the_same() -> None:
 @pytest.mark.reference
 def test_thinker_computes_the_same() -> None:
     """The mid-size benchmark at a tiny size: it compares all seven tables before it times anything."""
-    from tests.benchmarks import encoder_mid
+    from tools.benchmarks import encoder_mid
 
     config = encoder_7b.shape_7b(layers=2, width=128)
     results = encoder_mid.run(pairs=1, config=config, batch=2, grid=(2, 4, 6), mel_frames=200)

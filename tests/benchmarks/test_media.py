@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from omni_jax.media.video import read_frames
-from tests.benchmarks import media
+from tools.benchmarks import media
 
 
 def test_a_long_file_repeats_a_short_one(tmp_path: Path) -> None:

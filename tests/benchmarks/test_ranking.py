@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.benchmarks import ranking
+from tools.benchmarks import ranking
 
 
 @pytest.mark.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from omni_jax.config import TABLES
-from tests.benchmarks import encoder_7b, mid_size, tables
+from tools.benchmarks import encoder_7b, mid_size, tables
 
 
 def test_seven_tables_take_at_most_55_percent_of_the_operations() -> None:

@@ -15,7 +15,7 @@ from omni_jax.config import BeatsConfig, LoraConfig, ModelConfig
 from omni_jax.conversion import engine
 from omni_jax.conversion.adapter import adapter_entries, default_config
 from omni_jax.conversion.export_readme import README
-from tests.benchmarks.synthetic_checkpoint import hf_config, write_tokenizer
+from tools.benchmarks.synthetic_checkpoint import hf_config, write_tokenizer
 
 BEATS = BeatsConfig(
     num_layers=3,

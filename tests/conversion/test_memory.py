@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.benchmarks import conversion_memory
+from tools.benchmarks import conversion_memory
 
 LIMIT = 1.5e9  # bytes
 

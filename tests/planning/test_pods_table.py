@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.house import ROOT
-from tests.planning import pods_table
+from tools import pods_table
 
 WANTED = {  # (chip, chips, slices) of a training step
     ("v5e", 16, 1),

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from tests.house import ROOT
-from tests.planning.stand_ins import CASES, StandIn, model_operations, shapes
+from tools.stand_ins import CASES, StandIn, model_operations, shapes
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

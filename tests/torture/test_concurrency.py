@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.torture import concurrency
-from tests.torture.outcome import Outcome
+from tools.torture import concurrency
+from tools.torture.outcome import Outcome
 
 pytestmark = pytest.mark.jit
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.torture import faults
-from tests.torture.outcome import Outcome
+from tools.torture import faults
+from tools.torture.outcome import Outcome
 
 LINE = "omni-jax: runs/x/checkpoints: a checkpoint could not be written (No space left on device); checkpoint 2 is whole"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.torture import fuzz
-from tests.torture.fuzz_targets import SEEDS, TARGETS, WORDS
+from tools.torture import fuzz
+from tools.torture.fuzz_targets import SEEDS, TARGETS, WORDS
 
 KEPT = [(name, path.name) for name in TARGETS for path in fuzz.corpus(name)]
 

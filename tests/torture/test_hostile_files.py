@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.torture import hostile_files
+from tools.torture import hostile_files
 
 pytestmark = pytest.mark.jit
 

@@ -10,8 +10,8 @@ import pytest
 from omni_jax.api import OmniRetriever
 from omni_jax.cli import embed as command
 from omni_jax.cli.main import main
-from tests.torture import hostile_media
-from tests.torture.commands import Done, golden
+from tools.torture import hostile_media
+from tools.torture.commands import Done, golden
 
 pytestmark = pytest.mark.jit
 

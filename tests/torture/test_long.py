@@ -6,9 +6,9 @@ import os
 import sys
 from pathlib import Path
 
-from tests.torture import long
-from tests.torture.long import Sample
-from tests.torture.outcome import Outcome
+from tools.torture import long
+from tools.torture.long import Sample
+from tools.torture.outcome import Outcome
 
 STEADY = [Sample(n / 40, 1000 + n % 3, 10, 5) for n in range(40)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.torture import numbers
+from tools.torture import numbers
 
 pytestmark = pytest.mark.jit
 

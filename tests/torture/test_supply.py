@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from tests.offline import NetworkRefused, is_local
-from tests.torture import supply
+from tools.torture import supply
 
 
 def test_pins_have_hashes_and_licences_and_no_source_runs_a_download() -> None:

@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import pytest
 
-from tests.torture import __main__ as command
-from tests.torture.outcome import Outcome
+from tools.torture import __main__ as command
+from tools.torture.outcome import Outcome
 
 
 def test_every_part_has_a_module_and_a_short_form() -> None:
     for module, minutes, _ in command.PARTS.values():
-        assert callable(importlib.import_module(f"tests.torture.{module}").run) and minutes > 0
+        assert callable(importlib.import_module(f"tools.torture.{module}").run) and minutes > 0
         assert (Path(__file__).parent / f"test_{module}.py").exists()
     assert sum(minutes for _, minutes, _ in command.PARTS.values()) <= command.MINUTES
 

@@ -10,8 +10,8 @@ import pytest
 
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.state import TrainState
-from tests.torture import training
-from tests.torture.outcome import Outcome
+from tools.torture import training
+from tools.torture.outcome import Outcome
 
 pytestmark = pytest.mark.jit
 

@@ -1,6 +1,6 @@
 """Language models whose speed on TPU is published, compiled as stand-ins: the predicted share of the peak beside the published one.
 
-    .venv-tpu/bin/python -m tests.planning.stand_ins [WORDS]
+    .venv-tpu/bin/python -m tools.stand_ins [WORDS]
 
 Shapes, batches and figures are those of MaxText: its table for v5e-256 and its list of optimised models. The program is this project's own:
 a scan of layers with every weight in training, gathered over fsdp, layers computed again in the backward pass, splash attention, Adam in

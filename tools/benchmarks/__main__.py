@@ -1,4 +1,4 @@
-"""Runs the benchmarks and prints ratios: python -m tests.benchmarks [--only NAME] [--pairs N] [--json FILE].
+"""Runs the benchmarks and prints ratios: python -m tools.benchmarks [--only NAME] [--pairs N] [--json FILE].
 
 Ratios are the other side's time over ours (above one, we are faster): medians over interleaved pairs of one run.
 """
@@ -17,7 +17,7 @@ TIMED = ("encoder_mid", "train_mid", "tables", "ranking", "media")  # those that
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the chosen benchmarks one after the other."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.benchmarks", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=BENCHMARKS, help="run this one alone")
     parser.add_argument("--pairs", type=int, help="interleaved pairs per ratio (default 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in (chosen.only,) if chosen.only else BENCHMARKS:
         print(f"== {name}", flush=True)
         options = {"pairs": chosen.pairs} if chosen.pairs and name in TIMED else {}
-        results[name] = importlib.import_module(f"tests.benchmarks.{name}").run(**options)
+        results[name] = importlib.import_module(f"tools.benchmarks.{name}").run(**options)
     if chosen.json:
         chosen.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

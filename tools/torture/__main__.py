@@ -1,4 +1,4 @@
-"""Tries to break what is built: python -m tests.torture [--part NAME] [--minutes N] [--seed N] [--scale X].
+"""Tries to break what is built: python -m tools.torture [--part NAME] [--minutes N] [--seed N] [--scale X].
 
 Each part says what was tried, how many times, and what was lost; the results go into docs/reports/reliability.md with the date and the
 machine, and the parts that were not run keep theirs. Ends with status 1 where anything was lost.
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.torture.outcome import Outcome
+from tools.torture.outcome import Outcome
 
 # Part -> its module, which has `run(seed, minutes) -> Outcome`, its share of the time, and what it is about.
 PARTS: dict[str, tuple[str, float, str]] = {
@@ -39,7 +39,7 @@ MINUTES = 75.0
 PAGE = Path(__file__).resolve().parents[2] / "docs/reports/reliability.md"
 HEAD = """# Reliability
 
-What was done to break this software, how often, and what was lost. Written by `make torture` (`python -m tests.torture [--part NAME]
+What was done to break this software, how often, and what was lost. Written by `make torture` (`python -m tools.torture [--part NAME]
 [--minutes N] [--seed N] [--scale X]`): everything random follows from the seed that stands with each part, but not what depends on the
 clock. A part run alone (`make torture TORTURE_ARGS="--part media"`) replaces its own section, with its own date and machine. `make test`
 runs a short form of every part.
@@ -48,7 +48,7 @@ runs a short form of every part.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the chosen parts, writes the page and returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tests.torture", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.torture", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", action="append", choices=list(PARTS), help="run this part; may be repeated (default: all)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together (default: %(default)g)")
     parser.add_argument("--seed", type=int, default=None, help="default: another one every time")
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"== {name}: {about}", flush=True)
         start = time.monotonic()
         try:
-            outcome = _run(importlib.import_module(f"tests.torture.{module}"), seed, weight * share, chosen.scale)
+            outcome = _run(importlib.import_module(f"tools.torture.{module}"), seed, weight * share, chosen.scale)
         except Exception as e:  # a part that broke has lost something, and the others still run
             traceback.print_exc()
             outcome = Outcome(name, seed, lost=[f"the part ended with {type(e).__name__}: {e}"], seconds=time.monotonic() - start)

@@ -3,7 +3,7 @@
 Ours keeps an input when it takes a way through the project's lines that none took before (`sys.settrace`), and mutates what it kept. What
 either finds is written to tests/torture/corpus/TARGET, where the default tests run it again for good.
 
-One target under atheris, which must own its process: python -m tests.torture.fuzz TARGET --seconds 60 --seed 0 --folder DIR
+One target under atheris, which must own its process: python -m tools.torture.fuzz TARGET --seconds 60 --seed 0 --folder DIR
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from tests.torture import commands
-from tests.torture.outcome import Clock, Outcome
+from tests.house import ROOT
+from tools.torture import commands
+from tools.torture.outcome import Clock, Outcome
 
-CORPUS = Path(__file__).parent / "corpus"
+CORPUS = ROOT / "tests" / "torture" / "corpus"
 HANG_S = 20.0  # one input may take so long
 SPECIAL = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
 
@@ -43,7 +44,7 @@ def have_atheris() -> bool:
 
 def run(seed: int, minutes: float, *, names: tuple[str, ...] | None = None, keep: Path | None = CORPUS) -> Outcome:
     """Returns what was tried and found; `minutes` are shared by the targets, `keep` is where findings are written."""
-    from tests.torture.fuzz_targets import SEEDS, TARGETS, WORDS
+    from tools.torture.fuzz_targets import SEEDS, TARGETS, WORDS
 
     outcome = Outcome("fuzz", seed)
     clock = Clock(60 * minutes)
@@ -217,7 +218,7 @@ def _atheris(name: str, start: list[bytes], seed: int, seconds: float) -> tuple[
             command = [
                 sys.executable,
                 "-m",
-                "tests.torture.fuzz",
+                "tools.torture.fuzz",
                 name,
                 "--seconds",
                 str(int(clock.left)),
@@ -257,7 +258,7 @@ def _atheris(name: str, start: list[bytes], seed: int, seconds: float) -> tuple[
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one target under atheris; does not return."""
-    parser = argparse.ArgumentParser(prog="python -m tests.torture.fuzz")
+    parser = argparse.ArgumentParser(prog="python -m tools.torture.fuzz")
     parser.add_argument("name")
     parser.add_argument("--seconds", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
@@ -267,7 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     instrument: Any = atheris.instrument_imports  # type: ignore[attr-defined]
     with instrument(include=["omni_jax"]):
-        from tests.torture.fuzz_targets import TARGETS
+        from tools.torture.fuzz_targets import TARGETS
     options = [
         f"-max_total_time={chosen.seconds}",
         f"-seed={chosen.seed + 1}",

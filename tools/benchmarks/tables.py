@@ -5,7 +5,7 @@ one after the other, so that every table re-runs the towers it needs, as the pub
 batches that are timed, and again from batches of the 7B shape, whose towers weigh differently; the six-table figure leaves out `tva`, which
 no direction uses. The embeddings of both sides are compared before anything is timed.
 
-Run alone: python -m tests.benchmarks --only tables
+Run alone: python -m tools.benchmarks --only tables
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from omni_jax.model.flops import Work, forward_work, total
 from omni_jax.model.runner import Runner
 from omni_jax.tokens.batching import Planner
 from omni_jax.types import Features
-from tests.benchmarks import mid_size
-from tests.benchmarks.encoder_7b import shape_7b
-from tests.benchmarks.timing import PAIRS, clock, interleave
+from tools.benchmarks import mid_size
+from tools.benchmarks.encoder_7b import shape_7b
+from tools.benchmarks.timing import PAIRS, clock, interleave
 
 CLIPS = 2
 SIX = tuple(name for name in TABLES if name != "tva")  # those of the twelve directions

@@ -5,7 +5,7 @@ that where torch runs beside). Where torch is installed for the same kind of dev
 scaled_dot_product_attention, eager) is timed in turn with ours, on equal arrays. A clip is 8 frames of 168 x 252, 8 s of audio and 20
 tokens of text: one prompt of 640 tokens, nothing padded.
 
-Run: python -m tests.benchmarks.encoder_7b [--batch 1 8 32] [--pairs 5] [--no-torch] [--layers N] [--width N] [--json FILE]
+Run: python -m tools.benchmarks.encoder_7b [--batch 1 8 32] [--pairs 5] [--no-torch] [--layers N] [--width N] [--json FILE]
 `--layers 2 --width 256` tries it on any CPU in seconds.
 
 Letters: N clips, P patches, S tokens, D decoder width.
@@ -34,7 +34,7 @@ from omni_jax.config import AudioConfig, BeatsConfig, DecoderConfig, ModelConfig
 from omni_jax.model import Encoder, abstract_encoder, abstract_params, with_params
 from omni_jax.model.flops import forward_work, total
 from omni_jax.types import AudioBatch, BeatsBatch, EncoderBatch, RowBatch, VisionBatch
-from tests.benchmarks.timing import PAIRS, clock, interleave
+from tools.benchmarks.timing import PAIRS, clock, interleave
 
 # Dense bfloat16 products, TFLOP/s of one device as jax counts devices (makers' data sheets). The first name found in the kind holds.
 PEAKS = (
@@ -208,7 +208,7 @@ def torch_encoder(config: ModelConfig) -> Any:
     """Returns the plain torch encoder with random weights on the device of jax's kind, made there in the dtype of the run."""
     import torch
 
-    from tests.benchmarks.torch_encoder import TorchEncoder
+    from tools.benchmarks.torch_encoder import TorchEncoder
 
     gpu = torch.cuda.is_available()
     before = torch.get_default_dtype()
@@ -309,7 +309,7 @@ def _line(device: str, size: int, figures: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Reads the command line and runs."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.encoder_7b", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.benchmarks.encoder_7b", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="clips in a batch")
     parser.add_argument("--layers", type=int, default=28, help="decoder layers; fewer shrink the towers too")
     parser.add_argument("--width", type=int, default=3584, help="decoder width, a multiple of 128")

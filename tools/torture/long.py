@@ -21,9 +21,9 @@ import numpy as np
 import psutil
 
 from omni_jax.train.checkpoint import steps_of
-from tests.torture import commands
-from tests.torture.outcome import Clock, Outcome
 from tests.train import tiny_run
+from tools.torture import commands
+from tools.torture.outcome import Clock, Outcome
 
 STEPS = 2000
 RECORDS = 5000

@@ -19,7 +19,7 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniTh
 
 from omni_jax.config import ModelConfig
 from omni_jax.types import SOURCE_AUDIO, SOURCE_VIDEO, AudioSegment, Features, TokenSequence, VisionFeatures
-from tests.benchmarks.torch_encoder import AudioBridge, fusion_head, load
+from tools.benchmarks.torch_encoder import AudioBridge, fusion_head, load
 
 MediaTokens = tuple[Tensor | None, Tensor | None]
 """A clip's video tokens (tokens, D) and its doubled audio tokens (2k, D)."""

@@ -11,10 +11,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests import house, licences
-from tests.torture import commands
-from tests.torture.outcome import Clock, Outcome
+from tests import house
 from tests.train import tiny_run
+from tools import licences
+from tools.torture import commands
+from tools.torture.outcome import Clock, Outcome
 
 # In a process of its own, because an audit hook cannot be taken off: refuses every look-up of a host and every connection but local ones.
 _OFFLINE = """
@@ -53,7 +54,7 @@ def locks(outcome: Outcome) -> None:
     outcome.tried.append(("pins with the hashes of their files", len(pinned)))
     unknown = [name for name in licences.pins() if licences.licence(name) == "not stated"]
     outcome.expect(not unknown, f"packages without a stated licence: {unknown}")
-    outcome.expect(licences.PAGE.read_text(encoding="utf-8") == licences.page(), "licences.md differs; run python -m tests.licences")
+    outcome.expect(licences.PAGE.read_text(encoding="utf-8") == licences.page(), "licences.md differs; run python -m tools.licences")
     outcome.tried.append(("licences listed in docs/reports/licences.md", len(licences.pins())))
 
 

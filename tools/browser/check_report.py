@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.browser import chromium
+from tools.browser import chromium
 
 CONTRAST = """
 (() => {

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from omni_jax.train.checkpoint import steps_of
-from tests.torture import commands
-from tests.torture.outcome import Clock, Outcome
-from tests.torture.training import compare
 from tests.train import tiny_run
+from tools.torture import commands
+from tools.torture.outcome import Clock, Outcome
+from tools.torture.training import compare
 
 SMALL_FILE = 20_000  # bytes: no array file of a checkpoint fits
 PAIR_STEPS = 16

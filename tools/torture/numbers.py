@@ -21,8 +21,8 @@ from omni_jax.retrieval.metrics import direction_metrics
 from omni_jax.retrieval.ranks import Ranks, prepare, rank_pair
 from omni_jax.types import EmbeddingTable, InputError
 from tests.media_samples import write_clip
-from tests.torture import commands
-from tests.torture.outcome import Clock, Outcome
+from tools.torture import commands
+from tools.torture.outcome import Clock, Outcome
 
 TAU = 0.01
 CLIPS = 48

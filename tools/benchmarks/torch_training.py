@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, normalize
 from omni_jax.config import ModelConfig
 from omni_jax.objectives import hard_negative_in_play, pairs_in_play, students_in_play
 from omni_jax.types import Features, TokenSequence
-from tests.benchmarks.thinker import MediaTokens, Thinker
+from tools.benchmarks.thinker import MediaTokens, Thinker
 
 Prompts = Sequence[Mapping[str, TokenSequence]]
 

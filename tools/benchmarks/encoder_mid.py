@@ -6,7 +6,7 @@ the time on both sides. The first figures are one prompt a clip (table tva), bat
 where omni_jax runs each tower once and shares media prefixes, beside torch encoding every table on its own and torch keeping the towers'
 outputs.
 
-Run alone: python -m tests.benchmarks --only encoder_mid
+Run alone: python -m tools.benchmarks --only encoder_mid
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from omni_jax.model.flops import Work, forward_work, total
 from omni_jax.model.runner import Runner
 from omni_jax.tokens.batching import Planner
 from omni_jax.types import Features
-from tests.benchmarks import mid_size
-from tests.benchmarks.timing import PAIRS, Pairs, clock, interleave, product_rates
+from tools.benchmarks import mid_size
+from tools.benchmarks.timing import PAIRS, Pairs, clock, interleave, product_rates
 
 THREADS = 2
 BATCH = 8
@@ -54,7 +54,7 @@ class Theirs:
     """The torch thinker."""
 
     def __init__(self, encoder: Any):
-        from tests.benchmarks.thinker import Thinker
+        from tools.benchmarks.thinker import Thinker
 
         self.config: ModelConfig = encoder.config
         self.thinker = Thinker(self.config, mid_size.checkpoint_weights(encoder))

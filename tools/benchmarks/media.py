@@ -4,7 +4,7 @@ Both read the same files: H.264 with B-pictures at 720p and 1080p, key frames ev
 files repeat ten seconds, so that they cost no encoding), and 16-bit stereo WAV beside them, as librosa reads no video. The two sides take
 turns in one process; CPU time of all threads is counted, since several clips are read at a time. The pictures are compared first.
 
-Run alone: python -m tests.benchmarks --only media
+Run alone: python -m tools.benchmarks --only media
 """
 
 from __future__ import annotations

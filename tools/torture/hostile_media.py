@@ -18,10 +18,10 @@ import numpy as np
 from omni_jax.data.sources import open_source
 from omni_jax.retrieval import read_embeddings
 from omni_jax.types import Clip, EmbeddingTable
-from tests.torture import commands
-from tests.torture.commands import Done
-from tests.torture.media_corpus import Case, make_corpus
-from tests.torture.outcome import Clock, Outcome
+from tools.torture import commands
+from tools.torture.commands import Done
+from tools.torture.media_corpus import Case, make_corpus
+from tools.torture.outcome import Clock, Outcome
 
 MUTATED = 320
 FULL = {"mutated": MUTATED}

@@ -29,8 +29,8 @@ from omni_jax.conversion.source import model_config, open_checkpoint
 from omni_jax.data.manifest import read_manifest
 from omni_jax.types import InputError
 from tests.conversion.torch_files import write_program
-from tests.torture import commands
-from tests.torture.outcome import Clock, Outcome
+from tools.torture import commands
+from tools.torture.outcome import Clock, Outcome
 
 PATTERN_LIMIT_S = 20.0
 HOSTILE_TEXTS = (
@@ -344,7 +344,7 @@ def _captions(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: 
     from omni_jax.retrieval import write_embeddings
     from omni_jax.types import EmbeddingTable
     from tests.retrieval.pages import Page
-    from tests.torture.fuzz_targets import prompt_builder
+    from tools.torture.fuzz_targets import prompt_builder
 
     manifest = folder / "captions.jsonl"
     manifest.write_text("".join(json.dumps({"id": f"{i} {text[:200]}", "text": text}) + "\n" for i, text in enumerate(HOSTILE_TEXTS)))

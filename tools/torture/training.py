@@ -22,9 +22,9 @@ import psutil
 
 from omni_jax.cli.status import INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.train.checkpoint import read_trainable, steps_of
-from tests.torture import commands
-from tests.torture.outcome import Clock, Outcome
 from tests.train import tiny_run
+from tools.torture import commands
+from tools.torture.outcome import Clock, Outcome
 
 KILLS = 30
 STEPS = 120

@@ -1,4 +1,4 @@
-"""The licences of every pinned package, from what the packages say of themselves: python -m tests.licences [--check].
+"""The licences of every pinned package, from what the packages say of themselves: python -m tools.licences [--check].
 
 Writes docs/reports/licences.md from requirements.lock and what is installed here; packages of the other lock files are listed by name,
 since their environments are laid over this one. `--check` writes nothing and fails where the page differs.
@@ -18,7 +18,7 @@ PAGE = ROOT / "docs/reports/licences.md"
 LOCK = "requirements.lock"
 HEAD = """# Licences of the dependencies
 
-Written by `python -m tests.licences` from what each package of `requirements.lock` says of itself (its licence expression, else its licence
+Written by `python -m tools.licences` from what each package of `requirements.lock` says of itself (its licence expression, else its licence
 field, else its classifiers). Nothing of them is part of this repository; `pip` installs them. The optional environments add those of
 `requirements-reference.lock` (parity tests and benchmarks) and `requirements-tpu.lock` (compiling for TPU), which no user needs.
 
@@ -86,13 +86,13 @@ def _short(text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes or checks the page."""
-    parser = argparse.ArgumentParser(prog="python -m tests.licences", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.licences", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the page differs")
     chosen = parser.parse_args(arguments)
     text = page()
     if chosen.check:
         same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
-        print(f"{PAGE.name} is up to date" if same else f"{PAGE.name} differs; run python -m tests.licences", file=sys.stderr)
+        print(f"{PAGE.name} is up to date" if same else f"{PAGE.name} differs; run python -m tools.licences", file=sys.stderr)
         return 0 if same else 1
     PAGE.write_text(text, encoding="utf-8")
     return 0

@@ -27,7 +27,7 @@ from omni_jax.tokens.prompts import build_sequences
 from omni_jax.tokens.tokenizer import CONTROL_TOKENS, Tokenizer
 from omni_jax.types import ClipError, Features, InputError, Record, VisionFeatures
 from tests.conversion.torch_files import Assembler, write_program
-from tests.torture.commands import golden
+from tools.torture.commands import golden
 
 LARGEST = 1 << 16  # bytes of an input
 _FORBIDDEN = (

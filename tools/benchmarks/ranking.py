@@ -5,7 +5,7 @@ is what a process of its own needs above the loaded tables: its peak, less what 
 same tile shapes has compiled the programs. In the same process the tiles are then multiplied and nothing else: what share of that rate
 ranking reaches, by the clock and by CPU seconds, which other work on the machine changes less.
 
-Run alone: python -m tests.benchmarks.ranking
+Run alone: python -m tools.benchmarks.ranking
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.benchmarks.timing import PAIRS, clock, interleave
+from tools.benchmarks.timing import PAIRS, clock, interleave
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS, WIDTH = 3782, 3584
@@ -35,7 +35,7 @@ TABLES = ("text", "video", "audio", "av", "tv", "at")
 # Peaks are those of the kernel's counter, set back before the part that is measured.
 _CHILD = """
 import json, sys
-from tests.benchmarks import ranking
+from tools.benchmarks import ranking
 
 def status(key):
     with open("/proc/self/status") as file:

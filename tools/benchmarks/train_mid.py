@@ -5,7 +5,7 @@ A round is three updates, one of each step kind. Ours computes what is in play i
 torch makes the release's six forwards (`torch_training`). Neither checkpoints layers; both have micro-batch negatives and are float32.
 Packing and padding of prompts are within the time on both sides.
 
-Run alone: python -m tests.benchmarks --only train_mid
+Run alone: python -m tools.benchmarks --only train_mid
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from omni_jax.tokens.prompts import build_sequence
 from omni_jax.tokens.training import EDGES, PromptLengths, lay_out
 from omni_jax.train import LossConfig, OptimizerConfig, StepConfig, TrainBatch, TrainStep, fit_shapes, ledger, pack_micro_batch, step_kind
 from omni_jax.types import AudioBatch, BeatsBatch, ClipMedia, Example, Features, TokenSequence, VisionBatch
-from tests.benchmarks import encoder_7b, mid_size
-from tests.benchmarks.timing import PAIRS, Pairs, interleave, product_rates
+from tools.benchmarks import encoder_7b, mid_size
+from tools.benchmarks.timing import PAIRS, Pairs, interleave, product_rates
 
 ROOT = Path(__file__).resolve().parents[2]
 THREADS = 2
@@ -155,7 +155,7 @@ class Theirs:
 
     def __init__(self, encoder: Encoder, material: Material, adapter: Mapping[tuple[str, ...], Any] | None = None):
         """Takes the base from the encoder, and the adapter from there too unless its leaves are given."""
-        from tests.benchmarks.torch_training import Adapted, Trainer
+        from tools.benchmarks.torch_training import Adapted, Trainer
 
         with tempfile.TemporaryDirectory() as scratch:
             conversion.write_adapter(Path(scratch) / "adapter", encoder.config, adapter or leaves(encoder))
@@ -295,7 +295,7 @@ def _report(config: ModelConfig, material: Material, recipe: StepConfig, timed: 
 
 def peak(side: str, clips: int) -> int:
     """Returns the peak resident memory, in bytes, of a process that makes an update of the largest kind on one side, compilation apart."""
-    command = [sys.executable, "-m", "tests.benchmarks.train_mid", "--side", side, "--clips", str(clips)]
+    command = [sys.executable, "-m", "tools.benchmarks.train_mid", "--side", side, "--clips", str(clips)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     if done.returncode:
@@ -314,8 +314,8 @@ def peak_of(call: Callable[[], object]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures the memory of one side; `python -m tests.benchmarks --only train_mid` is the benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.train_mid")
+    """Measures the memory of one side; `python -m tools.benchmarks --only train_mid` is the benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m tools.benchmarks.train_mid")
     parser.add_argument("--side", choices=("ours", "torch"), required=True)
     parser.add_argument("--clips", type=int, default=CLIPS)
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try this script")

@@ -22,8 +22,8 @@ from omni_jax.retrieval import read_embeddings
 from omni_jax.retrieval.embedding_pass import Part
 from omni_jax.retrieval.journal import Journal
 from omni_jax.types import EmbeddingTable, InputError
-from tests.torture import commands
-from tests.torture.outcome import Clock, Outcome
+from tools.torture import commands
+from tools.torture.outcome import Clock, Outcome
 
 RECORDS = 400
 ROUNDS = 8

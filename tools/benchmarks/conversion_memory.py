@@ -1,6 +1,6 @@
 """Peak memory and speed of `convert to-jax` on checkpoints of 3 and 6 GB: memory must not grow with the checkpoint.
 
-Run alone: python -m tests.benchmarks.conversion_memory [GIGABYTES ...]
+Run alone: python -m tools.benchmarks.conversion_memory [GIGABYTES ...]
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run(
     gigabytes: Sequence[float] = (3.0, 6.0), shards: int = 6, vocab: int = 151936, file_format: str = "safetensors"
 ) -> dict[str, dict[str, float]]:
     """Returns size -> {peak_bytes, seconds, bytes, tensors, mb_per_s}, and prints a line for each."""
-    from tests.benchmarks import synthetic_checkpoint
+    from tools.benchmarks import synthetic_checkpoint
 
     results = {}
     for size in gigabytes:
