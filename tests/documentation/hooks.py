@@ -7,12 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 from tests.documentation import notebooks, pages
 from tests.documentation.spec import PAGE, REFERENCE, anchors
 
 LAUNCH = "guides/launch.md"
+EXTERNAL = re.compile(r"<(?:script|img|link rel=\"stylesheet\")[^>]* (?:src|href)=\"(https?://[^\"]+)\"")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -42,6 +44,17 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
     target = files.get_file_from_path(PAGE).url_relative_to(page.file)
     known = anchors()
     return re.sub(REFERENCE, lambda found: _linked(found, target, known), html)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Returns the page as it is.
+
+    Raises:
+      PluginError: where it would load something from another host.
+    """
+    if found := EXTERNAL.search(output):
+        raise PluginError(f"{page.file.src_uri}: loads {found[1]} from the network; put the file into docs/")
+    return output
 
 
 def _linked(found: re.Match[str], target: str, known: dict[int, str]) -> str:

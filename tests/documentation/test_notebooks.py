@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from tests import house
 from tests.documentation import notebooks
@@ -72,3 +74,15 @@ def test_the_notebook_for_a_tpu_says_what_each_step_needs() -> None:
     steps = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"][1:]
     assert len(steps) == 7
     assert all("Needs" in step or "needs" in step or "takes" in step for step in steps)
+
+
+def test_the_packages_of_the_documentation_are_pinned_with_hashes_beside_the_others() -> None:
+    pins = {
+        name: dict(re.findall(r"^([\w.-]+)==[\w.-]+((?: --hash=sha256:[0-9a-f]{64})*)$", text.replace(" \\\n   ", ""), re.MULTILINE))
+        for name in ("requirements.lock", "requirements-docs.lock")
+        for text in [(house.ROOT / name).read_text(encoding="utf-8")]
+    }
+    own = pins["requirements-docs.lock"]
+    assert {"mkdocs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python", "nbclient", "ipykernel", "matplotlib"} <= own.keys()
+    assert all(own.values()), f"without a hash: {[name for name, hashes in own.items() if not hashes]}"
+    assert not {canonicalize_name(name) for name in own} & {canonicalize_name(name) for name in pins["requirements.lock"]}
