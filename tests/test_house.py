@@ -17,6 +17,7 @@ import omni_jax
 from tests import house
 from tests.golden_set import manifest_7b
 
+TREE = "docs/development/architecture.md"
 ALL_PYTHON = house.sources(*house.PRODUCT, "tests", "tools")
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".lock", ".yaml", ".yml", ".sh", ".cfg", ".txt", ".html", ".j2", ""}
 
@@ -181,10 +182,10 @@ def test_every_config_field_is_read_somewhere() -> None:
     assert not unread, f"fields that nothing reads: {unread}"
 
 
-def test_readme_tree_matches_the_folders() -> None:
-    text = (house.ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_file_tree_matches_the_folders() -> None:
+    text = (house.ROOT / TREE).read_text(encoding="utf-8")
     block = re.search(r"<!-- file tree -->\n```text\n(.*?)```", text, re.S)
-    assert block, "README.md has no file tree"
+    assert block, f"{TREE} has no file tree"
     listed: list[str] = []
     folders: list[str] = []
     for line in block.group(1).splitlines():
@@ -197,7 +198,7 @@ def test_readme_tree_matches_the_folders() -> None:
             if name.endswith("/"):
                 folders[depth:] = [name.rstrip("/")]
     missing = [name for name in listed if not (house.ROOT / name).exists()]
-    assert not missing, f"README.md names what does not exist: {missing}"
+    assert not missing, f"{TREE} names what does not exist: {missing}"
     wanted = set()
     for file in house.tracked():
         first, *rest = file.relative_to(house.ROOT).parts
@@ -206,7 +207,7 @@ def test_readme_tree_matches_the_folders() -> None:
             if first == "omni_jax" and rest != ["__init__.py"]:
                 wanted.add(f"{first}/{rest[0]}")
     absent = sorted(name for name in wanted if name not in listed)
-    assert not absent, f"README.md's file tree does not show {absent}"
+    assert not absent, f"the file tree of {TREE} does not show {absent}"
 
 
 def test_architecture_page_shows_the_import_table() -> None:
@@ -237,6 +238,11 @@ def test_readme_memory_table_follows_from_the_parameter_counts() -> None:
         for devices, each, whole, share in ((embed_on, embed_each, weights, 0.75), (train_on, train_each, training, 0.5)):
             fewest = next(n for n in (1, 2, 4, 8, 16) if whole / n <= share * float(memory))
             assert (int(devices), each) == (fewest, f"{whole / fewest:.1f}")
+
+
+def test_the_readme_is_short_enough_to_be_read() -> None:
+    lines = (house.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150 and max(map(len, lines)) <= 100
 
 
 def test_public_names_load() -> None:
