@@ -26,7 +26,7 @@ from omni_jax.conversion.importer import Summary
 from omni_jax.conversion.names import with_norm
 from omni_jax.conversion.rules import TreePath
 from omni_jax.conversion.safetensors_io import Writer, dtype_name
-from omni_jax.conversion.store import Store, open_stores
+from omni_jax.conversion.store import Store, open_extra, open_stores
 from omni_jax.conversion.torch_writer import TorchWriter
 from omni_jax.conversion.weight_files import INDEX, TORCH_INDEX, in_format
 from omni_jax.types import InputError
@@ -74,10 +74,10 @@ def to_torch(
         plan = _Plan.of(manifest, file_format, weight_norm)
         job.expect((*(plan.files if base is not None else ()), *((manifest.adapter,) if adapter and manifest.adapter else ())))
         if base is not None:
-            job.write(base, plan.files, plan.entries, stores[-1])
+            job.write(base, plan.files, plan.entries, [stores[-1], *open_extra(source, manifest)])
             plan.write_rest(source, base)
         if adapter is not None and manifest.adapter is not None:
-            job.write(adapter, (manifest.adapter,), _stored_adapter(manifest.adapter, manifest, stores[0]), stores[0])
+            job.write(adapter, (manifest.adapter,), _stored_adapter(manifest.adapter, manifest, stores[0]), stores[:1])
             folder.copy_files(source / folder.ADAPTER_FILES, manifest.adapter_files, adapter)
     return job.summary(started)
 
@@ -154,7 +154,8 @@ def write_trained(
             job.write_adapter(adapter, config, leaves, base_model)
         if out is not None:
             changed = {path: leaf for path, leaf in trained.items() if path not in held}
-            job.write(out, plan.files, plan.entries, open_stores(source, manifest)[-1], changed)
+            stores = [open_stores(source, manifest)[-1], *open_extra(source, manifest)]
+            job.write(out, plan.files, plan.entries, stores, changed)
             plan.write_rest(source, out)
     left = [path for path in sorted(trained) if (adapter_out if path in held else base_out) is None]
     return dataclasses.replace(job.summary(started), left_out={"/".join(path): math.prod(shapes[path]) for path in left})
@@ -177,9 +178,11 @@ class _Plan:
         base, entries, files = engine.base_entries(manifest.model), {}, []
         for shard in manifest.shards:
             tensors = tuple((with_norm(name, weight_norm), *rest) for name, *rest in shard.tensors)
-            for (source, *_), (name, *_) in zip(shard.tensors, tensors, strict=True):
+            for (source, _, shape), (name, *_) in zip(shard.tensors, tensors, strict=True):
                 if (key := manifest.names.get(source, source)) in base:
                     entries[name] = base[key]
+                elif manifest.extra_digest is not None:
+                    entries[name] = engine.original(source, shape)
             file = in_format(shard.file, file_format)
             metadata = shard.metadata if file == shard.file else {"format": "pt"}
             files.append(TensorFile(file, metadata, tensors))  # type: ignore[arg-type]
@@ -221,10 +224,10 @@ class _Job:
         out: epath.Path,
         files: Sequence[TensorFile],
         entries: Mapping[str, Entry],
-        store: Store,
+        stores: Sequence[Store],
         changed: Mapping[TreePath, Any] = types.MappingProxyType({}),
     ) -> None:
-        """Writes weight files, all open at once, in the order of the store, so that every part is read once.
+        """Writes weight files, all open at once, in the order of the stores, so that every part is read once.
 
         Leaves in `changed`, stacked, take the place of those in the store, in the type that is stored there.
         """
@@ -233,8 +236,10 @@ class _Job:
             dtypes = {name: dtype for file in files for name, dtype, _ in file.tensors}
             wanted = _by_stored(entries, writers)
             given = {stored: entries[keys[0]] for stored, keys in wanted.items() if entries[keys[0]].path in changed}
-            arrays = ((stored, _layer(changed, entry).astype(store.arrays[stored].dtype)) for stored, entry in given.items())
-            for stored, array in itertools.chain(store.read([name for name in wanted if name not in given]), arrays):
+            arrays = ((stored, _layer(changed, entry).astype(stores[0].arrays[stored].dtype)) for stored, entry in given.items())
+            extra = [name for store in stores[1:] for name in wanted if name in store.arrays]
+            first = stores[0].read([name for name in wanted if name not in given and name not in extra])
+            for stored, array in itertools.chain(first, *(store.read(extra) for store in stores[1:]), arrays):
                 for key in wanted[stored]:
                     if dtype_name(array.dtype) != dtypes[key] or array.shape != entries[key].tree_shape:
                         raise InputError(f"{stored} is not stored as {folder.MANIFEST} says; convert the checkpoint again")

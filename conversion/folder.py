@@ -5,6 +5,7 @@ omni_jax.json                 this page's `Manifest`
 weights/                      base weights (see store.py)
 adapter/                      LoRA and modules saved whole, kept apart from the base; absent without an adapter
 adapter/files/                side files of the adapter, adapter_config.json included
+extra/                        tensors of the source that no embedding needs, for the way back; absent where it has none
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from omni_jax.types import InputError
 MANIFEST = "omni_jax.json"
 WEIGHTS = "weights"
 ADAPTER = "adapter"
+EXTRA = "extra"
 ADAPTER_FILES = f"{ADAPTER}/files"
 FORMAT = 1
 
@@ -63,6 +65,7 @@ class Manifest:
       names: name in the source -> name in the rules, where they differ.
       beats_file: the BEATs file that gave weights and settings, or settings alone: its name, SHA-256 and what it gave; None where none did.
       fresh: modules that the source lacks and that were given random weights ("classify_linear"); an export leaves them out of the base.
+      extra_digest: of the tensors that an export alone has again; None without any.
       index_text: the source's index file as it was; None where it had none or the weights changed.
     """
 
@@ -81,6 +84,7 @@ class Manifest:
     names: dict[str, str] = dataclasses.field(default_factory=dict)
     beats_file: dict[str, str] | None = None
     fresh: tuple[str, ...] = ()
+    extra_digest: str | None = None
 
     def write(self, folder: epath.Path) -> None:
         """Writes `omni_jax.json` into a folder, as `read_manifest` reads it."""

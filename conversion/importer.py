@@ -97,6 +97,11 @@ def to_jax(
         with StoreWriter(temporary / folder.WEIGHTS, part_bytes) as writer:
             job.write_base(writer)
             base_digest = writer.digest
+        extra_digest = None
+        if job.checkpoint.extras:
+            with StoreWriter(temporary / folder.EXTRA, part_bytes) as writer:
+                job.write_extras(writer)
+                extra_digest = writer.digest
         kept, adapter_digest = job.adapter if not merge_adapter else None, None
         if kept is not None:
             with StoreWriter(temporary / folder.ADAPTER, part_bytes) as writer:
@@ -111,6 +116,7 @@ def to_jax(
             dtype=dtype,
             base_digest=base_digest,
             adapter_digest=adapter_digest,
+            extra_digest=extra_digest,
             shards=job.shards(),
             index=job.index(),
             side_files=job.checkpoint.side_files,
@@ -144,6 +150,7 @@ class _Job:
         self._beats_path = beats
         self.config = source.model_config(checkpoint, self.beats, backbone)
         self.entries = engine.base_entries(self.config)
+        self.checkpoint = checkpoint = _without_unknown(checkpoint, self.entries)
         self.fresh = () if source.is_wave(checkpoint) else tuple(name for name in HEADS if any(map(self._of(name), self.entries)))
         self._made = {key for name in self.fresh for key in filter(self._of(name), self.entries)}
         self._check()
@@ -266,6 +273,13 @@ class _Job:
         merged += array.astype(np.float32)
         return merged.astype(array.dtype)
 
+    def write_extras(self, writer: StoreWriter) -> None:
+        """Writes tensors that only an export has again, as they are."""
+        for name, info in self.checkpoint.extras.items():
+            writer.add(engine.original(name, info.shape).stored, info.read())
+            self._written[name] = (info.dtype, info.shape)
+            self.tensors, self.parameters, self.nbytes = self.tensors + 1, self.parameters + info.size, self.nbytes + info.nbytes
+
     def write_adapter(self, adapter: Adapter, writer: StoreWriter) -> None:
         """Writes LoRA and whole modules; in the order of the tree."""
         for group in engine.stacks(adapter.entries.values()).values():
@@ -302,10 +316,11 @@ class _Job:
 
     def index(self) -> dict[str, Any] | None:
         """Returns the metadata of the source's index, its `total_size` brought up to date where the weights changed."""
-        index = self.checkpoint.index
-        base = [at for name, at in self._written.items() if name in self.entries and name not in self._made]
+        checkpoint, index = self.checkpoint, self.checkpoint.index
+        base = [at for name, at in self._written.items() if (name in self.entries and name not in self._made) or name in checkpoint.extras]
         written = sum(DTYPE_OF[dtype].itemsize * math.prod(shape) for dtype, shape in base)
-        if index is not None and "total_size" in index and written != self.checkpoint.nbytes + self.checkpoint.left_out_bytes:
+        there = checkpoint.nbytes + checkpoint.left_out_bytes + sum(info.nbytes for info in checkpoint.extras.values())
+        if index is not None and "total_size" in index and written != there:
             return index | {"total_size": written}
         return index
 
@@ -328,8 +343,8 @@ class _Job:
     def _source_of(self, name: str) -> str:
         """Returns the name under which the source has a tensor, or would have one that only the BEATs file holds."""
         sources = self.checkpoint.sources
-        if name in sources:
-            return sources[name]
+        if name in sources or name in self.checkpoint.extras:
+            return sources.get(name, name)
         prefixes = {source.removesuffix(key) for key, source in sources.items() if source.endswith(key)}
         return f"{prefixes.pop() if len(prefixes) == 1 else ''}{name}"
 
@@ -343,3 +358,15 @@ class _Job:
         absent = f"{self.checkpoint.folder}: has no {', '.join(self.absent)}, which no embedding needs; an export will not have it either"
         adapter = self.adapter.notes if self.adapter is not None else ()
         return self.checkpoint.notes + ((absent,) if self.absent else ()) + adapter
+
+
+def _without_unknown(checkpoint: Checkpoint, entries: Mapping[str, Entry]) -> Checkpoint:
+    """Returns a checkpoint without what neither its index nor the model knows; its notes name what the index does not know."""
+    unknown, known = (sorted(name for name in checkpoint.unlisted if (name in entries) == ours) for ours in (False, True))
+    notes = checkpoint.notes
+    for names, what in ((known, "read all the same"), (unknown, "not read")):
+        if names:
+            more = ", ..." if len(names) > 3 else ""
+            notes += (f"{checkpoint.folder}: {len(names)} tensors that the index does not know are {what} ({', '.join(names[:3])}{more})",)
+    tensors = {name: info for name, info in checkpoint.tensors.items() if name not in unknown}
+    return dataclasses.replace(checkpoint, tensors=tensors, notes=notes)

@@ -14,7 +14,7 @@ from etils import epath
 from omni_jax.config import EMBED_STYLE, WAVE_STYLE, BeatsConfig, ConfigError, ModelConfig
 from omni_jax.config.hf_fields import thinker_config
 from omni_jax.conversion import safetensors_io
-from omni_jax.conversion.names import read_names
+from omni_jax.conversion.names import canonical, read_names
 from omni_jax.conversion.safetensors_io import TensorInfo
 from omni_jax.conversion.torch_pickle import read_torch_file
 from omni_jax.conversion.weight_files import Shard, open_weights
@@ -36,7 +36,9 @@ class Checkpoint:
       index_text: the index file as it is; None without one.
       side_files: every other file of the folder, relative names.
       sources: name in the rules, which `tensors` and `shards` have -> name in the weight files.
-      left_out_bytes: size of the tensors that are not read: of the parts that speak, and tables that the model computes itself.
+      extras: name in the weight files -> place of tables that the model computes itself, which an export has again.
+      unlisted: names in the rules of tensors that the index does not know.
+      left_out_bytes: size of the tensors that are not read: of the parts that speak.
       notes: lines about what is left out.
     """
 
@@ -48,6 +50,8 @@ class Checkpoint:
     index_text: str | None
     side_files: tuple[str, ...]
     sources: dict[str, str]
+    extras: dict[str, TensorInfo] = dataclasses.field(default_factory=dict)
+    unlisted: frozenset[str] = frozenset()
     left_out_bytes: int = 0
     notes: tuple[str, ...] = ()
 
@@ -69,21 +73,31 @@ def open_checkpoint(folder: epath.PathLike) -> Checkpoint:
     except ConfigError as e:
         raise InputError(_of_folder(folder, e)) from None
     files = open_weights(folder)
-    names = read_names(files.tensors, str(folder))
-    of = {source: name for name, source in names.sources.items()}
+    # What the index does not know is read, as transformers 5 reads it, unless a tensor that it knows stands for the same.
+    listed = {canonical(name) for name in files.tensors.keys() - set(files.unlisted)}
+    doubled = {name for name in files.unlisted if canonical(name) in listed}
+    names = read_names([name for name in files.tensors if name not in doubled], str(folder))
+    of = {source: name for name, source in names.sources.items()} | {name: name for name in names.buffers}
+    unlisted = frozenset(of[name] for name in files.unlisted if name in of)
     tensors = {name: files.tensors[source] for name, source in names.sources.items()}
     shards = tuple(dataclasses.replace(shard, tensors=tuple(of[n] for n in shard.tensors if n in of)) for shard in files.shards)
-    left_out = sum(files.tensors[name].nbytes for name in (*names.dropped, *names.buffers))
+    left_out = sum(files.tensors[name].nbytes for name in names.dropped)
     notes = files.notes
     if names.buffers:
-        notes += (f"{folder}: {len(names.buffers)} tables that the model computes itself are left out ({_some(list(names.buffers))})",)
+        what = f"{len(names.buffers)} tables that the model computes itself are kept for the way back alone"
+        notes += (f"{folder}: {what} ({_some(list(names.buffers))})",)
+    if doubled:
+        notes += (f"{folder}: {len(doubled)} tensors that {files.index_file} does not know are not read ({_some(sorted(doubled))})",)
     not_float = [f"{name} is {info.dtype}" for name, info in tensors.items() if info.dtype not in safetensors_io.FLOATS]
     if not_float:
         raise InputError(
             f"{folder}: {len(not_float)} tensors are not floating point ({_some(not_float)}); quantised weights cannot be read"
         )
     side_files = list_files(folder, leave_out=set(files.names))
-    return Checkpoint(folder, config, tensors, shards, files.index, files.index_text, side_files, names.sources, left_out, notes)
+    extras = {name: files.tensors[name] for name in names.buffers}
+    return Checkpoint(
+        folder, config, tensors, shards, files.index, files.index_text, side_files, names.sources, extras, unlisted, left_out, notes
+    )
 
 
 def read_finite(info: TensorInfo) -> np.ndarray:

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from omni_jax.conversion.folder import ADAPTER, WEIGHTS, Manifest
+from omni_jax.conversion.folder import ADAPTER, EXTRA, WEIGHTS, Manifest
 from omni_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -292,6 +292,15 @@ def open_stores(source: epath.Path, manifest: Manifest) -> list[Store]:
     """
     base = Store(source / WEIGHTS).check(manifest.base_digest)
     return [base] if manifest.adapter is None else [Store(source / ADAPTER).check(manifest.adapter_digest), base]
+
+
+def open_extra(source: epath.Path, manifest: Manifest) -> list[Store]:
+    """Returns the store of what only an export has again, checked against the manifest; none where the folder has no such tensors.
+
+    Raises:
+      InputError: it is absent, damaged, or of another conversion.
+    """
+    return [] if manifest.extra_digest is None else [Store(source / EXTRA).check(manifest.extra_digest)]
 
 
 def raw_file(folder: epath.Path, shape: tuple[int, ...], dtype: np.dtype) -> epath.Path | None:

@@ -44,6 +44,7 @@ class WeightFiles:
       index_text: it as it is.
       names: every weight and index file of the folder, read or not.
       notes: lines about what is left out.
+      unlisted: names of tensors that the index does not know.
     """
 
     shards: tuple[Shard, ...]
@@ -53,6 +54,7 @@ class WeightFiles:
     index_text: str | None
     names: frozenset[str]
     notes: tuple[str, ...]
+    unlisted: tuple[str, ...] = ()
 
 
 def open_weights(folder: epath.Path) -> WeightFiles:
@@ -113,21 +115,21 @@ def _opened(
         )
     if placed is not None:
         wrong = [f"{name} not in {file}" for name, file in placed.items() if file not in where.get(name, ())]
-        wrong += [f"{name} not in the index" for name in where if name not in placed]
         if wrong:
             raise InputError(
                 f"{folder / str(index_file)}: contradicts its shards at {len(wrong)} tensors ({_some(wrong)}); download it again"
             )
         if doubled:
             notes.append(f"{folder}: {len(doubled)} tensors stand in two files ({_some(doubled)}); those of {index_file} are read")
-    home = placed or {name: there[0] for name, there in where.items()}
+    home = {name: there[0] for name, there in where.items()} | (placed or {})
     shards = [Shard(file, meta, tuple(name for name in infos if home[name] == file)) for file, (infos, meta) in headers.items()]
     stale = sorted(known - {*files, index_file})
     if stale:
         what = index_file or files[0]
         notes.append(f"{folder}: {len(stale)} other weight files beside {what} are not read and not copied ({_some(stale)})")
     tensors = {name: headers[shard.file][0][name] for shard in shards for name in shard.tensors}
-    return WeightFiles(tuple(shards), tensors, index_file, metadata, text, known, tuple(notes))
+    unlisted = tuple(name for name in where if placed is not None and name not in placed)
+    return WeightFiles(tuple(shards), tensors, index_file, metadata, text, known, tuple(notes), unlisted)
 
 
 def _read_index(folder: epath.Path, name: str) -> tuple[dict[str, Any], list[str], dict[str, str]]:

@@ -203,10 +203,34 @@ def test_what_no_embedding_needs_may_be_absent_or_extra_and_is_reported(tmp_path
     kept = {name: value for name, value in weights.items() if name not in absent}
     made = both_ways(tmp_path, folder_of(tmp_path, kept | extra))
     said = "\n".join(made.notes)
-    assert "4 tables that the model computes itself are left out" in said and "has no lm_head.weight, audio_tower" in said
-    assert_same_tensors(load_file(tmp_path / "out" / "model.safetensors"), kept)
+    assert (
+        "4 tables that the model computes itself are kept for the way back alone" in said and "has no lm_head.weight, audio_tower" in said
+    )
+    assert_same_tensors(load_file(tmp_path / "out" / "model.safetensors"), kept | extra)
     config, params = conversion.load(tmp_path / "model")
     assert params.keys() == engine.tree_shapes(config).keys() - {("lm_head", "kernel"), ("audio", "bos_eos", "embedding")}
+
+
+@pytest.mark.parametrize("write", [None, write_torch_file])
+def test_tables_that_the_model_computes_come_back_and_are_checked(tmp_path, weights, write):
+    extra = {"model.rotary_emb.inv_freq": np.linspace(0, 1, 16, dtype=np.float32), "model.position_ids": np.arange(4, dtype=np.int64)[None]}
+    if write is None:
+        base = checkpoints.write_base(tmp_path / "base", weights | extra)
+        beats_file(base / "BEATs.pt")
+    else:
+        base = folder_of(tmp_path, weights | extra, write, shards=2)
+    made, index = both_ways(tmp_path, base), next(base.glob("*.index.json")).name
+    assert made.tensors == len({name for name in weights if TABLE not in name}) + 1 + len(extra)
+    assert checkpoints.files(tmp_path / "out") == checkpoints.files(base)
+    assert (tmp_path / "out" / index).read_bytes() == (base / index).read_bytes()
+    assert_same_tensors(bins(tmp_path / "out") if write else checkpoints.read_folder(tmp_path / "out"), weights | extra)
+    conversion.to_jax(base, tmp_path / "small", dtype="bfloat16")
+    conversion.to_torch(tmp_path / "small", base_out=tmp_path / "small out", file_format="safetensors")
+    assert_same_tensors({n: v for n, v in checkpoints.read_folder(tmp_path / "small out").items() if n in extra}, extra)
+    part = next(path for path in (tmp_path / "model" / "extra").rglob("*") if path.is_file() and path.stat().st_size == 64)
+    part.write_bytes(bytes(64))
+    with pytest.raises(InputError, match=r"extra.*holds other values than were written"):
+        conversion.to_torch(tmp_path / "model", base_out=tmp_path / "none")
 
 
 # ---------------------------------------------------------------------------------------------------------------- which files
@@ -236,6 +260,24 @@ def test_the_index_says_which_shard_holds_a_tensor(tmp_path, weights):
     made = both_ways(tmp_path, base)
     assert any(Q in note and "those of model.safetensors.index.json are read" in note for note in made.notes)
     assert_same_tensors(checkpoints.read_folder(tmp_path / "out"), weights)
+
+
+def test_tensors_that_the_index_does_not_know(tmp_path, weights):
+    """Needed ones are read, as transformers 5 reads them; what the model does not know, or the index has under another name, is not."""
+    base = shards_of(tmp_path, weights)
+    file = base / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    home = index["weight_map"].pop(Q)
+    file.write_text(json.dumps(index))
+    other = "model.layers.0.self_attn.k_proj.weight"
+    save_file(load_file(base / home) | {"strange.weight": weights[Q], f"module.{other}": np.zeros_like(weights[other])}, base / home)
+    made = both_ways(tmp_path, base)
+    said = "\n".join(made.notes)
+    assert f"1 tensors that the index does not know are read all the same ({Q})" in said
+    assert "1 tensors that the index does not know are not read (strange.weight)" in said
+    assert f"1 tensors that model.safetensors.index.json does not know are not read (module.{other})" in said
+    assert_same_tensors(checkpoints.read_folder(tmp_path / "out"), weights)
+    assert json.loads((tmp_path / "out" / file.name).read_text())["weight_map"][Q] == home
 
 
 @pytest.mark.parametrize("write", [None, write_torch_file])
