@@ -139,6 +139,7 @@ lock: $(SETUP)  ## write requirements.lock from .venv with hashes, after an upgr
 	@.venv/bin/python -m tools.locking requirements.lock
 
 lock-docs: $(DOCS)  ## the same for requirements-docs.lock and .venv-docs
+	@.venv-docs/bin/python -m pip uninstall --quiet --yes setuptools  # venv puts it there; .venv has the pinned one
 	@.venv/bin/python -m tools.locking requirements-docs.lock $(wildcard .venv-docs/lib/python3.11/site-packages)
 
 clean:  ## remove environments, caches and outputs

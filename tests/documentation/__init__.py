@@ -1,1 +1,1 @@
-"""The documentation as a site: pages made from the code, the hooks of its build, and the tests that hold pages to the code."""
+"""Holds pages to the code, and runs what they show."""

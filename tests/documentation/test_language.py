@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from omni_jax.cli import main as cli
 from tests import house
-from tests.documentation import pages
+from tools.documentation import pages
 
 STYLE = house.ROOT / "docs/development/style.md"
 

@@ -12,8 +12,8 @@ import pytest
 from packaging.utils import canonicalize_name
 
 from tests import house
-from tests.documentation import notebooks
 from tests.programs import QUICK
+from tools.documentation import notebooks
 
 FOLDER = house.ROOT / "docs/notebooks"
 

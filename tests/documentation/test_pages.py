@@ -19,7 +19,7 @@ from omni_jax.retrieval.metrics import NDCG_AT, RECALL_AT
 from omni_jax.train.run_config import SECTIONS, RunConfig
 from omni_jax.train.workdir import WorkdirConfig
 from tests import house
-from tests.documentation import notebooks, pages, spec
+from tools.documentation import notebooks, pages, spec
 
 DOCS = house.ROOT / "docs"
 VARIABLE = re.compile(r"\bOMNI_[A-Z_]+\b")

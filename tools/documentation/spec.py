@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from markdown.extensions.toc import slugify
 
-from tests.house import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = "development/model_spec.md"
 REFERENCE = re.compile(r"\bSPEC sections? \d+(?:(?:, | and |-)\d+)*")
 

@@ -10,8 +10,8 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
-from tests.documentation import notebooks, pages
-from tests.documentation.spec import PAGE, REFERENCE, anchors
+from tools.documentation import notebooks, pages
+from tools.documentation.spec import PAGE, REFERENCE, anchors
 
 LAUNCH = "guides/launch.md"
 EXTERNAL = re.compile(r"<(?:script|img|link rel=\"stylesheet\")[^>]* (?:src|href)=\"(https?://[^\"]+)\"")
