@@ -200,7 +200,7 @@ class OmniRetriever:
         Args:
           tables: names among `omni_jax.config.TABLES`.
           workers: decoding processes, 0 decodes in this one (then a decoder that hangs cannot be killed).
-          timeout: seconds one clip may take to decode.
+          timeout: seconds that the decoding of a clip may stand still; ten times as many it may take in all.
           share_prefix: whether prompts that start with the same media share its tokens; the embeddings are the same. None: where the
             backbone's attention is causal.
           load: gives the features of records, or the reason why there are none, in their order; None decodes their files.

@@ -109,7 +109,10 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=whole, metavar="N", help="decoding processes (default: one less than the cores)")
     parser.add_argument(
-        "--timeout", type=positive(float), metavar="SECONDS", help=f"a clip that takes longer is skipped (default: {TIMEOUT_S:g})"
+        "--timeout",
+        type=positive(float),
+        metavar="SECONDS",
+        help=f"a clip whose decoding stands still for so long, or takes ten times as long, is skipped (default: {TIMEOUT_S:g})",
     )
 
 

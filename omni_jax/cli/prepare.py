@@ -25,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--media-root", metavar="DIR", help="folder that media paths start from (default: the manifest's)")
     parser.add_argument("--workers", type=whole, metavar="N", help="decoding processes (default: one less than the cores)")
     parser.add_argument(
-        "--timeout", type=positive(float), default=120.0, metavar="SECONDS", help="a clip that takes longer is skipped (default: 120)"
+        "--timeout",
+        type=positive(float),
+        default=120.0,
+        metavar="SECONDS",
+        help="a clip whose decoding stands still for so long, or takes ten times as long, is skipped (default: 120)",
     )
 
 

@@ -23,7 +23,7 @@ LONGEST_CUT_S = 600.0
 """Seconds of an interval above which its centre is cut by the reader, which need not decode it whole."""
 
 DECODE_LIMIT_S = 120.0
-"""Seconds after which one clip's decoding counts as hung."""
+"""Seconds without another packet after which one clip's decoding counts as hung."""
 
 SILENCE_S = 8.0
 """Seconds of silence for a record without audio where the preset names no length, as `media.audio` has it for a missing track."""
@@ -43,7 +43,7 @@ def load_features(
       preset: how clips become arrays.
       modalities: among "t", "v", "a"; others are neither decoded nor opened. A modality the record lacks is left out.
       workers: decoding processes; 0 decodes in this process, where a hang cannot be ended.
-      timeout_s: seconds one record may take.
+      timeout_s: seconds one record may take, as in `run_guarded`.
     """
     function = functools.partial(record_features, preset=preset, modalities=frozenset(modalities))
     for _, outcome in run_guarded(function, records, workers, timeout_s, name=_name):

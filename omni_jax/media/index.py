@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from omni_jax.media.source import AvError
+from omni_jax.media.workers import goes_on
 
 # Where a packet is a picture with a time of its own. Others hold fields, repeated or empty pictures, or leave times out (AVI, program
 # streams, Ogg, GIF ...): their frames are known only once they are decoded.
@@ -66,6 +67,7 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
     before = key = None  # times of the last two key frames
     with contextlib.suppress(*AvError):  # a container that cannot be read to its end: `check_complete` says what is missing
         for packet in container.demux(stream):
+            goes_on()
             if not packet.size:
                 exact &= packet.dts is None and packet.pts is None  # the end; an empty packet elsewhere repeats a picture
                 packets += packet.dts is not None
@@ -121,6 +123,7 @@ def decode_from(container: Any, stream: Any, index: PacketIndex, entry: int, tim
     try:
         container.seek(int(index.seek_times[entry]), stream=stream, backward=True)
         for number, packet in enumerate(container.demux(stream)):
+            goes_on()
             if not begun:
                 begun = packet.is_keyframe and packet.pts == index.entries[entry]
                 if not begun and (number > _SEARCH_PACKETS or not packet.size):

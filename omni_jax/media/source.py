@@ -15,6 +15,7 @@ import av.error
 import av.logging
 import av.stream
 
+from omni_jax.media.workers import goes_on
 from omni_jax.types import ClipError
 
 av.logging.set_level(None)  # FFmpeg writes to the terminal itself otherwise
@@ -171,6 +172,7 @@ class Decoding:
         # A container that cannot be read on has ended: `check_complete` says what is missing.
         try:
             for packet in container.demux(stream):
+                goes_on()
                 self.packets += not packet.is_corrupt and (packet.size > 0 or packet.dts is not None)
                 if packet.size:  # an empty packet repeats a picture; the decoder would take it for the end
                     self._place = start + (packet.pos or 0)

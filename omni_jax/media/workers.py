@@ -11,6 +11,8 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
+import functools
+import itertools
 import json
 import math
 import os
@@ -26,6 +28,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,6 +39,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 START_LIMIT_S = 300.0  # a child imports NumPy and PyAV first, which a busy network disk can make slow
+LONGEST = 10  # times its limit that an item may take which is going on: an hour of interlaced video decodes in a quarter of one
 ALIKE = 5
 """First items that fail alike, by an error of `_OURS`, after which the run stops."""
 
@@ -70,7 +74,8 @@ def run_guarded(
         a copy.
       items: picklable; pulled from only `in_flight` ahead of what was yielded, in the caller's thread.
       workers: child processes. 0 calls the function in this process, WITHOUT protection: a hang is not ended, a crash ends everything.
-      timeout_s: seconds one item may take; the start of a process does not count.
+      timeout_s: seconds one item may take; the start of a process does not count. Where the function says that it `goes_on`, they begin
+        again, up to `LONGEST` times as many in all.
       name: what to call an item in a message, a file name for example.
       in_flight: items handed out or finished and not yet yielded, at most; default 4 per worker. Bounds memory.
 
@@ -85,7 +90,8 @@ def run_guarded(
         raise InputError(f"time limit {timeout_s}: must be a positive number of seconds")
     if workers == 0:
         return _stop_at_our_fault((item, _attempt(function, item, name(item))) for item in items)
-    return _stop_at_our_fault(_run_pool(function, items, _Pool(function, workers, timeout_s), name, in_flight or 4 * workers))
+    guarded = Guarded(function, timeout_s, must_start=True)
+    return _stop_at_our_fault(_in_order(guarded, items, workers, name, in_flight or 4 * workers))
 
 
 def _stop_at_our_fault(outcomes: Generator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
@@ -107,138 +113,44 @@ def _stop_at_our_fault(outcomes: Generator[tuple[Any, Any]]) -> Iterator[tuple[A
         )
 
 
-def _run_pool(function: Any, items: Iterable[Any], pool: _Pool, name: Callable[[Any], str], in_flight: int) -> Generator[tuple[Any, Any]]:
-    source = iter(items)
-    waiting: collections.deque[Any] = collections.deque()
-    submitted = yielded = 0
-    exhausted = False
+def _in_order(
+    guarded: Guarded, items: Iterable[Any], workers: int, name: Callable[[Any], str], in_flight: int
+) -> Generator[tuple[Any, Any]]:
+    """Yields items and outcomes. Threads of this process make the calls, each with a child of its own: a thread can wait under a limit."""
+    source, tasks = iter(items), queue.SimpleQueue[tuple[Future[Any], Any] | None]()
+    waiting: collections.deque[tuple[Any, Future[Any]]] = collections.deque()
+    threads: list[threading.Thread] = []
+    atexit.register(guarded.close)  # an iterator that nobody closed must not leave a hung child behind
     try:
         while True:
-            while not exhausted and submitted - yielded < in_flight:
-                try:
-                    item = next(source)
-                except StopIteration:
-                    exhausted = True
-                    break
-                pool.submit(submitted, item, name(item))
-                waiting.append(item)
-                submitted += 1
+            for item in itertools.islice(source, in_flight - len(waiting)):
+                waiting.append((item, Future()))
+                tasks.put((waiting[-1][1], item))
+                if len(threads) < workers:
+                    threads.append(threading.Thread(target=_work, args=(guarded, tasks, name), name=f"decode-{len(threads)}", daemon=True))
+                    threads[-1].start()
             if not waiting:
                 return
-            outcome = pool.result(yielded)
-            yielded += 1
-            yield waiting.popleft(), outcome
+            item, future = waiting.popleft()
+            yield item, future.result()
     finally:
-        pool.close()
-
-
-class _Pool:
-    """Threads of this process, each tending one child: a thread waits with a time limit, which a shared queue of results could not."""
-
-    def __init__(self, function: Any, workers: int, timeout_s: float) -> None:
-        self._function, self._workers, self._timeout_s = function, workers, timeout_s
-        self._tasks: queue.SimpleQueue[tuple[int, Any, str] | None] = queue.SimpleQueue()
-        self._changed = threading.Condition()
-        self._results: dict[int, Any] = {}
-        self._failure: BaseException | None = None
-        self._children: set[_Child] = set()
-        self._threads: list[threading.Thread] = []
-        self._closing = False
-        atexit.register(self.close)  # an iterator that nobody closed must not leave a hung child behind
-
-    def submit(self, number: int, item: Any, name: str) -> None:
-        self._tasks.put((number, item, name))
-        if len(self._threads) < self._workers:
-            thread = threading.Thread(target=self._tend, name=f"decode-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
-
-    def result(self, number: int) -> Any:
-        with self._changed:
-            self._changed.wait_for(lambda: number in self._results or self._failure is not None)
-            if number in self._results:
-                return self._results.pop(number)
-            raise self._failure or AssertionError("unreachable")
-
-    def close(self) -> None:
-        with self._changed:
-            self._closing = True
-            for child in self._children:
-                child.kill()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._tasks.get_nowait()
-        for _ in self._threads:
-            self._tasks.put(None)
-        for thread in self._threads:
+        guarded.close()
+        for _ in threads:
+            tasks.put(None)
+        for thread in threads:
             thread.join(_JOIN_LIMIT_S)
-        atexit.unregister(self.close)
-
-    def _tend(self) -> None:
-        child: _Child | None = None
-        try:
-            while (task := self._tasks.get()) is not None and not self._closing:
-                number, item, name = task
-                child, outcome = _guarded_call(child, self._start, self._end, item, name, self._timeout_s)
-                with self._changed:
-                    self._results[number] = outcome
-                    self._changed.notify_all()
-        except BaseException as failure:  # not one item's fault: the consumer must hear of it, or it would wait for ever
-            with self._changed:
-                self._failure = self._failure or failure
-                self._changed.notify_all()
-        finally:
-            self._end(child)
-
-    def _start(self) -> _Child:
-        if self._closing:
-            raise RuntimeError("no process is started for a pool that closes")
-        try:
-            child = _Child()
-        except OSError as error:
-            raise RuntimeError(f"a decoding process could not start: {error}; use fewer workers") from None
-        with self._changed:
-            self._children.add(child)
-            if self._closing:
-                child.kill()
-        try:
-            child.begin(self._function, self._timeout_s)
-        except BaseException:
-            self._end(child)
-            raise
-        return child
-
-    def _end(self, child: _Child | None) -> None:
-        if child is None:
-            return
-        child.kill()
-        with self._changed:
-            self._children.discard(child)
-        child.close()
+        atexit.unregister(guarded.close)
 
 
-def _guarded_call(
-    child: _Child | None, start: Callable[[], _Child], end: Callable[[_Child | None], None], item: Any, name: str, timeout_s: float
-) -> tuple[_Child | None, Any]:
-    """Returns the child that goes on living, or None, and what the item gave: a result, or a ClipError that says why there is none."""
-    why = ""
-    for _ in range(2):
-        try:
-            child = child or start()
-            return child, child.call(item, name, timeout_s)
-        except TimeoutError:
-            why = f"decoding took longer than {timeout_s:g} s and was stopped; re-encode the file or raise --timeout"
-            again = False
-        except (EOFError, OSError):
-            ending = child.ending() if child else "did not start"
-            why = f"the decoding process {ending}; the file is damaged or needs more memory than there is: re-encode it"
-            # No file sends SIGKILL: somebody did, or the kernel when memory ran out, perhaps another process's. Once more, then.
-            again = child is not None and child.process.returncode == -signal.SIGKILL
-        end(child)
-        child = None
-        if not again:
-            break
-    return None, ClipError(f"{name}: {why}")
+def _work(guarded: Guarded, tasks: queue.SimpleQueue[tuple[Future[Any], Any] | None], name: Callable[[Any], str]) -> None:
+    try:
+        while (task := tasks.get()) is not None:
+            try:
+                task[0].set_result(guarded.outcome(task[1], name(task[1])))
+            except BaseException as failure:  # not one item's fault: the consumer must hear of it, or it would wait for ever
+                task[0].set_exception(failure)
+    finally:
+        guarded.end_own()
 
 
 class Guarded:
@@ -247,44 +159,87 @@ class Guarded:
     Can be pickled: a copy starts children of its own.
     """
 
-    def __init__(self, function: Callable[[Any], Any], timeout_s: float) -> None:
-        self._function, self._timeout_s = function, timeout_s
+    def __init__(self, function: Callable[[Any], Any], timeout_s: float, *, must_start: bool = False) -> None:
+        """Takes what `run_guarded` takes; `must_start`: a child that cannot start is no fault of its item (RuntimeError)."""
+        self._args = function, timeout_s, must_start
         self._local = threading.local()
+        self._children: weakref.WeakSet[_Child] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._closing = False
 
     def __call__(self, item: Any, name: str) -> Any:
         """Returns function(item). Raises ClipError where there is no result, whatever the reason."""
-        kept: _Child | None = getattr(self._local, "child", None)
-        self._local.child = None  # an interrupted call leaves a child that still owes an answer: it is not used again
-        kept, outcome = _guarded_call(kept, self._start, _end, item, name, self._timeout_s)
-        self._local.child = kept
+        outcome = self.outcome(item, name)
         if isinstance(outcome, ClipError):
             raise outcome
         return outcome
 
+    def outcome(self, item: Any, name: str) -> Any:
+        """Returns function(item), or a ClipError that says why there is no result."""
+        timeout_s, why = self._args[1], ""
+        for _ in range(2):
+            child: _Child | None = getattr(self._local, "child", None)
+            self._local.child = None  # an interrupted call leaves a child that still owes an answer: it is not used again
+            try:
+                child = child or self._start()
+                got = child.call(item, name, timeout_s)
+                self._local.child = child
+                return got
+            except TimeoutError as error:
+                why = f"decoding {error} and was stopped; re-encode the file or raise --timeout"
+                again = False
+            except (EOFError, OSError):
+                ending = child.ending() if child else "did not start"
+                why = f"the decoding process {ending}; the file is damaged or needs more memory than there is: re-encode it"
+                # No file sends SIGKILL: somebody did, or the kernel when memory ran out, perhaps another process's. Once more, then.
+                again = child is not None and child.process.returncode == -signal.SIGKILL
+            if child:
+                child.end()
+            if not again:
+                break
+        return ClipError(f"{name}: {why}")
+
+    def end_own(self) -> None:
+        """Ends the child of the thread that calls."""
+        if child := getattr(self._local, "child", None):
+            child.end()
+
+    def close(self) -> None:
+        """Kills all children, whose threads then get no result; no other child starts."""
+        with self._lock:
+            self._closing = True
+            for child in self._children:
+                child.process.kill()
+
     def _start(self) -> _Child:
-        child = _Child()
+        function, timeout_s, must_start = self._args
+        try:
+            with self._lock:
+                if self._closing:
+                    raise RuntimeError("no process is started for a pool that closes")
+                child = _Child()
+                self._children.add(child)
+        except OSError as error:
+            if must_start:
+                raise RuntimeError(f"a decoding process could not start: {error}; use fewer workers") from None
+            raise
         # Ends with its thread, with this object or with the process, whichever comes first.
-        weakref.finalize(child, _end_process, child.process, child.socket)
-        child.begin(self._function, self._timeout_s)
+        weakref.finalize(child, _end, child.process, child.socket)
+        try:
+            child.begin(function, timeout_s)
+        except BaseException:
+            child.end()
+            raise
         return child
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_function": self._function, "_timeout_s": self._timeout_s}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["_function"], state["_timeout_s"])
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(Guarded, must_start=self._args[2]), self._args[:2]
 
 
-def _end(child: _Child | None) -> None:
-    if child is not None:
-        child.kill()
-        child.close()
-
-
-def _end_process(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
+def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
     process.kill()
     connection.close()
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a process in an uninterruptible read dies when the read ends
         process.wait(_JOIN_LIMIT_S)
 
 
@@ -318,9 +273,17 @@ class _Child:
 
     def call(self, item: Any, name: str, timeout_s: float) -> Any:
         """Returns what the function gave. Raises TimeoutError past the limit, EOFError or OSError when the process is gone."""
-        deadline = time.monotonic() + timeout_s
-        _send(self.socket, (item, name), deadline)
-        return _receive(self.socket, deadline)
+        latest = time.monotonic() + LONGEST * timeout_s
+        told, deadline = "took longer than", time.monotonic() + timeout_s
+        try:
+            _send(self.socket, (item, name), deadline)
+            while isinstance(got := _receive(self.socket, deadline), _GoesOn):
+                told, deadline = "stood still for", min(time.monotonic() + timeout_s, latest)
+        except TimeoutError:
+            if deadline == latest:
+                told, timeout_s = "took longer than", LONGEST * timeout_s
+            raise TimeoutError(f"{told} {timeout_s:g} s") from None
+        return got
 
     def ending(self) -> str:
         """Says how the process ended."""
@@ -332,16 +295,23 @@ class _Child:
             return f"ended with status {status}"
         return f"was killed by {signal.Signals(-status).name}"
 
-    def kill(self) -> None:
-        self.process.kill()
-
-    def close(self) -> None:
-        self.socket.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a process in an uninterruptible read dies when the read ends
-            self.process.wait(_JOIN_LIMIT_S)
+    def end(self) -> None:
+        _end(self.process, self.socket)
 
 
 # ------------------------------------------------------------------------------------------------------------- both processes
+
+
+class _GoesOn:
+    """What a child sends while it works."""
+
+
+_goes_on: Callable[[], None] = lambda: None  # noqa: E731 - in a child: tells the parent
+
+
+def goes_on() -> None:
+    """Says that the work on an item goes on, one frame after the other: its time limit begins again, up to `LONGEST` times in all."""
+    _goes_on()
 
 
 def _attempt(function: Any, item: Any, name: str) -> Any:
@@ -420,10 +390,25 @@ def _serve(descriptor: int) -> None:
         except Exception as error:
             _send(connection, " ".join(f"{type(error).__name__}: {error}".split()), math.inf)
             return
+        told = 0.0
+
+        def tell() -> None:
+            nonlocal told
+            if (now := time.monotonic()) - told > min(1.0, timeout_s / 4):
+                told = now
+                signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_GRACE_S)
+                try:
+                    _send(connection, _GoesOn(), math.inf)
+                except OSError:  # the parent is gone
+                    os._exit(1)
+
+        global _goes_on
+        _goes_on = tell
         with contextlib.suppress(EOFError, OSError):
             _send(connection, "", math.inf)
             while True:
                 item, name = _receive(connection, math.inf)
+                told = time.monotonic()
                 signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_GRACE_S)
                 outcome = _attempt(function, item, name)
                 signal.setitimer(signal.ITIMER_REAL, 0)

@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
+from omni_jax.media import workers as workers_module
 from omni_jax.media.workers import ALIKE, Guarded, run_guarded
 from omni_jax.types import ClipError, InputError
 from tests.media import worker_functions as functions
@@ -83,6 +84,13 @@ def test_a_hang_in_c_code_costs_its_item_only(tmp_path: Path) -> None:
     assert [r for r in got if not isinstance(r, ClipError)] == ["a", "b", "c", "d"]
     assert str(got[1]) == "hang.mp4: decoding took longer than 1 s and was stopped; re-encode the file or raise --timeout"
     assert str(got[3]).startswith("fifo.mp4: decoding took longer than 1 s")
+
+
+def test_the_limit_begins_again_while_an_item_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "LONGEST", 3)
+    (_, went), (_, endless) = run_guarded(functions.misbehave, ["slow", "slow600"], 2, 2.0)
+    assert went == "slow"
+    assert str(endless) == "slow600: decoding took longer than 6 s and was stopped; re-encode the file or raise --timeout"
 
 
 @pytest.mark.jit

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from omni_jax.media.workers import goes_on
 from omni_jax.types import ClipError, InputError
 
 
@@ -40,6 +41,10 @@ def misbehave(what: str) -> str:
         signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP})
         while True:
             ctypes.PyDLL(None).pause()
+    if what.startswith("slow"):  # four seconds, or what is in the name, with a word every half of one
+        for _ in range(2 * int(what[4:] or 4)):
+            time.sleep(0.5)
+            goes_on()
     if what.startswith("fifo:"):
         return Path(what[5:]).read_text()  # blocks for as long as nobody writes to it
     if what == "segfault":
