@@ -91,10 +91,10 @@ def run(args: argparse.Namespace) -> int:
             watch=waiting,
         )
         if args.sweep:
-            tried = plan.swept(request, counts[0], lambda line: print(line, file=sys.stderr, flush=True))
+            tried = plan.swept(request, counts[0], _say)
             found: dict[str, Any] = {"sweep": tried}
         else:
-            found = plan.make(request, chosen, counts)
+            found = plan.make(request, chosen, counts, _say)
     if args.sweep:
         best = found["sweep"][0]
         print("\n".join(sweep.choice_line(record) for record in found["sweep"]))
@@ -110,6 +110,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     return DONE if fits else BAD_INPUT
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _among(given: str, allowed: tuple[str, ...], flag: str) -> list[str]:

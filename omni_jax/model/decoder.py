@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from omni_jax.config import DecoderConfig
 from omni_jax.model.attention import BRANCHES, RowAttention, pooled_attention, row_attention
-from omni_jax.model.layers import WEIGHT_INIT, Linear, Maker, RMSNorm, SwiGLU, run_layer, scan_layers, split_heads
+from omni_jax.model.layers import WEIGHT_INIT, Linear, Maker, Remat, RMSNorm, SwiGLU, run_layer, scan_layers, split_heads
 from omni_jax.model.rope import rotate, tmrope_angles
 from omni_jax.parallel import constrain
 
@@ -113,7 +113,7 @@ class Decoder(nnx.Module):
         *,
         dtype: jnp.dtype,
         dropout_key: jax.Array | None = None,
-        remat: Callable | None = None,
+        remat: Remat = None,
         attention: str = "plain",
         branches: int = BRANCHES,
         frozen: bool = True,
@@ -128,7 +128,7 @@ class Decoder(nnx.Module):
           pool: (R, K) int32, the token pooled for each prompt.
           media: (M, D) media tokens that `media_index` points into, or (G, M, D): one table for each R / G consecutive rows.
           dropout_key: turns LoRA dropout on.
-          remat: checkpoint policy of a layer, for training.
+          remat: what the layers keep for the backward pass.
           attention, branches: kernel and largest branch number, as in `attention.row_attention`.
           frozen: whether no gradient is asked of the layers' weights but LoRA's. Both values give the same numbers.
         """

@@ -5,6 +5,7 @@ Letters: B batch, S query tokens, T key tokens, H heads, K KV heads, G query hea
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,18 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from omni_jax.config import LoraConfig
 from omni_jax.parallel import gather
 
 Initializer = jax.nn.initializers.Initializer
+
+Policy = Callable[..., Any] | None
+"""A `jax.checkpoint` policy; None keeps all residuals. (`jax.checkpoint_policies.nothing_saveable` computes the layer again.)"""
+
+Remat = Policy | tuple[Policy, ...]
+"""The policy of every layer of a stack, or one for each."""
 
 
 class Maker:
@@ -103,8 +111,8 @@ class Linear(nnx.Module):
                 keep = jax.random.bernoulli(dropout_key, 1 - self.lora_dropout, x.shape)
                 x = jnp.where(keep, x / (1 - self.lora_dropout), 0).astype(x.dtype)
             down, up = gather(self.lora_a[...].astype(x.dtype), inputs, "rank"), gather(self.lora_b[...].astype(x.dtype), "rank", outputs)
-            y = y + ((x @ down) @ up) * self.lora_scale
-        return y
+            y = y + (checkpoint_name(x @ down, "linear") @ up) * self.lora_scale
+        return checkpoint_name(y, "linear")
 
 
 class RMSNorm(nnx.Module):
@@ -218,7 +226,7 @@ def scan_layers(
     body: Callable[[Any, Any, Any], tuple[Any, Any]],
     carry: Any,
     xs: Any = None,
-    remat: Callable | None = None,
+    remat: Remat = None,
     *,
     count: int | None = None,
     in_place: nnx.filterlib.Filter = False,
@@ -228,7 +236,7 @@ def scan_layers(
     Args:
       stack: a module whose parameters have a leading layer axis.
       xs: per-layer inputs with the same leading axis, or None.
-      remat: a `jax.checkpoint` policy; None keeps all residuals. (`jax.checkpoint_policies.nothing_saveable` recomputes the layer.)
+      remat: what each layer keeps; neighbours that keep the same share a loop.
       count: how many layers run, from the first; None runs all.
       in_place: which parameters the loop reads out of the whole stack, computing no gradient of them worth having: it would be as large as
         the stack in every turn. The others are cut to `count` layers before the loop, which copies them.
@@ -238,16 +246,27 @@ def scan_layers(
     """
     graph, whole, params = nnx.split(stack, in_place, ...)
     layers = jnp.arange(jax.tree.leaves(nnx.state(stack))[0].shape[0])
+    keep_no_weights = jax.sharding.get_abstract_mesh().size > 1 or bool(jax.tree.leaves(whole))
 
     def step(carry: Any, inputs: tuple[Any, Any, Any]) -> tuple[Any, Any]:
         index, layer_params, x = inputs
         read = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), whole)
         return body(nnx.merge(graph, read, layer_params), carry, x)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if remat is not None or jax.tree.leaves(whole) or mesh.size > 1:
-        step = jax.checkpoint(step, policy=remat or _all_but_what_is_read, prevent_cse=False)
-    return jax.lax.scan(step, carry, jax.tree.map(lambda x: x[:count], (layers, params, xs)))
+    made = []
+    for start, stop, policy in _segments(remat, len(layers) if count is None else count):
+        turn = jax.checkpoint(step, policy=policy or _all_but_what_is_read, prevent_cse=False) if policy or keep_no_weights else step
+        carry, ys = jax.lax.scan(turn, carry, jax.tree.map(lambda x, a=start, b=stop: x[a:b], (layers, params, xs)))
+        made.append(ys)
+    return carry, made[0] if len(made) == 1 else jax.tree.map(lambda *ys: jnp.concatenate(ys), *made)
+
+
+def _segments(remat: Remat, layers: int) -> list[tuple[int, int, Policy]]:
+    """(start, stop, policy) of the first `layers`, neighbours of one policy together; one empty segment of no layers."""
+    if not isinstance(remat, tuple) or not layers:
+        return [(0, layers, remat[0] if isinstance(remat, tuple) else remat)]
+    runs = [list(run) for _, run in itertools.groupby(range(layers), key=remat.__getitem__)]
+    return [(run[0], run[-1] + 1, remat[run[0]]) for run in runs]
 
 
 def _all_but_what_is_read(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -255,15 +274,14 @@ def _all_but_what_is_read(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in ("dynamic_slice", "squeeze", "reshape", "convert_element_type", "sharding_constraint")
 
 
-def run_layer(
-    stack: nnx.Module, index: int, body: Callable[[Any, Any, Any], Any], carry: Any, x: Any = None, remat: Callable | None = None
-) -> Any:
+def run_layer(stack: nnx.Module, index: int, body: Callable[[Any, Any, Any], Any], carry: Any, x: Any = None, remat: Remat = None) -> Any:
     """Returns `body(layer, carry, x)` for one layer of a stack; `remat` as in `scan_layers`."""
     graph, params = nnx.split(stack)
 
     def step(params: Any, carry: Any, x: Any) -> Any:
         return body(nnx.merge(graph, jax.tree.map(lambda p: p[index], params)), carry, x)
 
-    if remat is not None:
-        step = jax.checkpoint(step, policy=remat)
+    policy = remat[index] if isinstance(remat, tuple) else remat
+    if policy is not None:
+        step = jax.checkpoint(step, policy=policy)
     return step(params, carry, x)

@@ -46,7 +46,7 @@ def read_refusal(message: str, *, clips_per_device: float, micro_batches: int, n
 def change_for(largest: list, clips_per_device: float, micro_batches: int, negatives: str, remat: str) -> str:
     """Returns the first change to make, in words."""
     where = " ".join(place for _, _, place in largest[:4])
-    if remat in ("none", "dots", "attention"):
+    if any(name in remat for name in ("none", "dots", "attention")):
         return f"remat '{remat}' keeps residuals of every decoder layer: set remat='layer'"
     if clips_per_device > 1:
         more = "" if negatives == "global" else " (with negatives='global' the pool of negatives stays the same)"

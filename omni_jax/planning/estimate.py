@@ -47,7 +47,7 @@ class Times:
 
 
 def memory_bytes(
-    config: ModelConfig, operations: Mapping[str, float], passes: Mapping[str, int], topology: Topology, tensor: int, trained: int
+    config: ModelConfig, operations: Mapping[str, float], passes: Mapping[str, float], topology: Topology, tensor: int, trained: int
 ) -> float:
     """Returns the bytes one device moves to and from HBM in an update, analytically.
 

@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from omni_jax.config import ConfigError, ModelConfig
-from omni_jax.planning import report, sweep
+from omni_jax.planning import fitting, report, sweep
 from omni_jax.planning.abstract import FRAMES_PER_SECOND
 from omni_jax.planning.chips import read_topology
 from omni_jax.planning.devices import MISSING, QUICK, check_mesh, has_compiler, planning_mesh, read_mesh
@@ -18,6 +18,7 @@ from omni_jax.planning.load_plan import load_plan
 from omni_jax.planning.programs import Setting, Watch, embed_programs, evaluate_programs, train_program, unwatched
 from omni_jax.planning.table import FULL_EFFORT
 from omni_jax.train import RunConfig, step_kind
+from omni_jax.train.remat import AUTO
 
 BASIS = (
     "memory, collectives and predicted times: compiler estimates (libtpu, nothing was executed); "
@@ -94,18 +95,30 @@ class Request:
         return None if has_compiler() else self.utilisation
 
 
-def make(request: Request, programs: Sequence[str] = ("train",), counts: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
+def make(
+    request: Request,
+    programs: Sequence[str] = ("train",),
+    counts: Sequence[int] = (0, 1, 2),
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
     """Returns the plan: every program's memory, collectives, operations, time; the weights each host reads; notes on what is missing.
 
     Args:
       programs: among "train", "embed", "evaluate".
       counts: places in the period-3 cycle of training steps.
+      say: takes a line on each remat that was compiled, where the run's is "auto".
 
     Raises:
-      ConfigError: as `Request.setting`, or a batch that does not divide.
+      ConfigError: as `Request.setting`; a batch that does not divide; remat "auto" without libtpu.
     """
     setting = request.setting()
     compiled = has_compiler()
+    found = []
+    if setting.recipe.remat == AUTO and "train" in programs:
+        if not compiled:
+            raise ConfigError("remat 'auto': libtpu is not installed, and what fits only it can say (pip install 'omni-jax[tpu]')")
+        setting = fitting.fit(setting, _different(setting, counts), say)
+        found = [f"remat auto found  --config.remat={setting.recipe.remat}"]
     mesh = planning_mesh(setting.topology, dict(setting.mesh), compiled)
     if "train" in programs and setting.blocks % setting.topology.hosts:
         hosts = f"the {setting.topology.hosts} hosts of {setting.topology}"
@@ -135,7 +148,7 @@ def make(request: Request, programs: Sequence[str] = ("train",), counts: Sequenc
         "caption_tokens": setting.caption_tokens,
         "attention": setting.kernel,
         "basis": BASIS,
-        "notes": [*_compiler_note(setting), *([] if setting.timed else [UNTIMED])]
+        "notes": [*found, *_compiler_note(setting), *([] if setting.timed else [UNTIMED])]
         if compiled
         else [MISSING, *([LEFT_OUT] if "evaluate" in programs else [])],
         "programs": records,

@@ -16,7 +16,7 @@ from omni_jax.planning.hlo import Collective
 from omni_jax.planning.programs import EVALUATED, Program, Setting
 from omni_jax.planning.timing import KERNEL_SHARE
 from omni_jax.retrieval.ranks import tile_side
-from omni_jax.train import ledger
+from omni_jax.train import ledger, remat
 from omni_jax.train.streams import TOWERS
 from omni_jax.train.trainable import count_groups, select
 
@@ -94,11 +94,12 @@ def evaluator(setting: Setting, records: Sequence[dict[str, Any]]) -> list[dict[
     return found
 
 
-def part_passes(setting: Setting, cached: bool, own_row: bool, trains: frozenset[str]) -> dict[str, int]:
+def part_passes(setting: Setting, cached: bool, own_row: bool, trains: frozenset[str]) -> dict[str, float]:
     """Returns part -> how often its matrices are read in an update."""
-    again, recomputed = int(cached), int(setting.recipe.remat in ("layer", "offload", "attention"))
+    layers = remat.names(setting.recipe.remat, setting.config.decoder.num_layers)
+    again, recomputed = int(cached), sum(name in ("layer", "offload", "attention") for name in layers) / len(layers)
     graded = 2 + again  # forward, backward
-    made = {tower: graded if any(name.startswith(f"{tower}/") for name in trains) else 1 for tower in TOWERS}
+    made: dict[str, float] = {tower: graded if any(name.startswith(f"{tower}/") for name in trains) else 1 for tower in TOWERS}
     made |= {"bridge": graded + own_row, "head": graded + own_row, "decoder": graded + recomputed + own_row}
     return {part: count * setting.micro_batches for part, count in made.items()}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from omni_jax.config import ModelConfig
 from omni_jax.model import Encoder, abstract_encoder, with_params
+from omni_jax.model.layers import Remat
 from omni_jax.objectives import LOSSES, Pool
 from omni_jax.parallel import batch_axes, constrain
 from omni_jax.train.batch import TrainBatch
@@ -26,18 +27,6 @@ from omni_jax.types import StepKind
 
 Embeddings = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-
-REMAT: dict[str, Callable | None] = {
-    "none": None,  # keep every residual
-    "layer": jax.checkpoint_policies.nothing_saveable,  # keep the layer's input, compute the layer again
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the linear maps' outputs
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # as "layer", but attention is not computed again
-    # As "layer", with the layers' inputs in the host's memory between the passes.
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input"], offload_src="device", offload_dst="pinned_host"
-    ),
-}
-"""Checkpoint policies of a decoder layer by name."""
 
 
 def loss_of(embeddings: Embeddings, scalars: Arrays, losses: LossConfig, kind: StepKind, blocks: int) -> tuple[jax.Array, Metrics]:
@@ -91,7 +80,7 @@ class Forward:
       abstract: the encoder without storage.
       losses: what is computed from the embeddings.
       kept: towers nothing of which trains: they run once per clip, without residuals.
-      remat: checkpoint policy of a decoder layer.
+      remat: what decoder layers keep for the backward pass.
       attention: kernel of the decoder's attention.
       frozen_layers: whether nothing of the decoder's layers trains but LoRA.
       text_head: "last" or "fused", as `Preset.text_head`: what text alone is embedded by.
@@ -101,7 +90,7 @@ class Forward:
     abstract: Encoder
     losses: LossConfig
     kept: tuple[str, ...]
-    remat: Callable | None
+    remat: Remat
     attention: str = "plain"
     frozen_layers: bool = True
     text_head: str = "last"
@@ -113,7 +102,7 @@ class Forward:
         losses: LossConfig,
         trainable: frozenset[str],
         dtype: Any,
-        remat: Callable | None,
+        remat: Remat,
         attention: str = "plain",
         text_head: str = "last",
     ) -> Forward:

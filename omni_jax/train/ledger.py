@@ -18,6 +18,7 @@ from omni_jax.model import flops
 from omni_jax.model.flops import PARTS, Maps, Terms, Work
 from omni_jax.train.batch import PATCHES_PER_TOKEN, BatchShapes
 from omni_jax.train.plan import LossConfig, step_kind
+from omni_jax.train.remat import names as remat_names
 from omni_jax.train.step import StepConfig
 from omni_jax.train.streams import TOWERS
 from omni_jax.train.trainable import TrainableConfig, select
@@ -115,6 +116,12 @@ class RowLoad:
         last = _same(self.last_tokens), _same(self.last_pairs)
         return flops.decoder_terms(config, _same(self.tokens), _same(self.pairs), last)
 
+    def terms_before_last(self, config: ModelConfig) -> Terms:
+        """Returns the decoder's layers but the last on these rows."""
+        layers = config.decoder.num_layers
+        tokens = _same(self.tokens * (layers - 1) / layers)
+        return flops.decoder_terms(config, tokens, _same(self.pairs), (tokens, Work()))
+
 
 @dataclasses.dataclass(frozen=True)
 class Load:
@@ -168,7 +175,7 @@ def clip_ledger(config: ModelConfig, load: Load, trains: frozenset[str], *, rema
     decoder = load.graded.terms(config)
     made["bridge"] += _passes(config, flops.bridge_terms(_same(load.bridged)), trains, again=cached)
     made["decoder"] += _passes(config, decoder, trains, again=cached)
-    made["decoder"] += Passes(recomputed=_recomputed(config, decoder, remat))
+    made["decoder"] += Passes(recomputed=_recomputed(config, load.graded, remat))
     # The second pass needs the states within the head, not what comes out of it.
     head = _passes(config, flops.head_terms(_same(load.graded.fused)), trains, again=cached)
     last = _forward(config, [Maps(("head/fc2",), _same(load.graded.fused))]) if cached else 0.0
@@ -371,14 +378,22 @@ def _passes(config: ModelConfig, terms: Terms, trains: frozenset[str], *, grad: 
     return Passes(forward, forward if again else 0.0, 0.0, activations, _forward(config, maps, trains))
 
 
-def _recomputed(config: ModelConfig, decoder: Terms, remat: str) -> float:
-    """What a policy of `gradients.REMAT` computes again of the decoder's layers.
+def _recomputed(config: ModelConfig, rows: RowLoad, remat: str) -> float:
+    """What the layers' policies compute again."""
+    *before, last = remat_names(remat, config.decoder.num_layers)
+    every, most = rows.terms(config), rows.terms_before_last(config)
+    spent = _recomputed_by(config, every, last) - _recomputed_by(config, most, last)
+    return spent + sum(_recomputed_by(config, most, name) * before.count(name) / len(before) for name in dict.fromkeys(before))
+
+
+def _recomputed_by(config: ModelConfig, decoder: Terms, policy: str) -> float:
+    """What a policy of `remat.REMAT` computes again of the decoder's layers.
 
     Attention is the plain kernel's, which needs its logits again even where its output is kept ("attention"): there as under "layer".
     """
-    if remat == "none":
+    if policy == "none":
         return 0.0
-    if remat == "dots":
+    if policy == "dots":
         return _forward(config, [term for term in decoder if not isinstance(term, Maps)])
     # Nothing reads a layer's output within its backward pass, so that the product which makes it is left out.
     mlp, down = "decoder/layers/mlp", "decoder/layers/mlp/down"

@@ -240,7 +240,7 @@ class RunConfig:
       evaluation: held-out clips.
       log: when metrics are written.
       stop: thresholds for skipped steps and collapsed embeddings.
-      remat: what the backward pass computes again: a name in `omni_jax.train.gradients.REMAT`.
+      remat: what the backward pass computes again, as `StepConfig.remat` says.
       seed: of everything drawn: fresh weights, LoRA, dropout, order, augmentation.
       steps: updates of the run; 0 where `epochs` says it.
       epochs: passes over the clips; 0 where `steps` says it.

@@ -14,11 +14,12 @@ import optax
 from clu.metrics import Average, Collection
 from jax.sharding import AbstractMesh, Mesh
 
-from omni_jax.config import ConfigError, ModelConfig
+from omni_jax.config import ModelConfig
 from omni_jax.model.attention import choose, choose_for
 from omni_jax.parallel import use_mesh
+from omni_jax.train import remat
 from omni_jax.train.batch import TrainBatch, UpdateBatch
-from omni_jax.train.gradients import REMAT, Forward, Metrics
+from omni_jax.train.gradients import Forward, Metrics
 from omni_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from omni_jax.train.plan import LossConfig
 from omni_jax.train.state import TrainState, array_shardings, new_state, state_shardings
@@ -32,7 +33,8 @@ class StepConfig:
 
     Attributes:
       remat: what the backward pass computes again of a decoder layer: "none" nothing, "layer" everything, "dots" all but the outputs of
-        linear maps, "attention" all but attention's output, "offload" everything, the layers' inputs waiting in the host's memory.
+        linear maps and attention, "attention" all but attention's output, "offload" everything, the layers' inputs waiting in the host's
+        memory. "layer:22,dots": the first 22 layers, and the rest. "auto" is for a plan (`omni-jax compile`), which finds what fits.
       attention: kernel of the decoder's attention, `model.attention.KERNELS`; "auto" takes the platform's.
       frozen_dtype: dtype name that frozen weights are stored in; None leaves them as they come.
       seed: of LoRA dropout.
@@ -49,8 +51,8 @@ class StepConfig:
     text_head: str = "last"
 
     def __post_init__(self) -> None:
-        if self.remat not in REMAT:
-            raise ConfigError(f"remat {self.remat!r}: choose one of {', '.join(REMAT)}")
+        if self.remat != remat.AUTO:
+            remat.read(self.remat)
         choose(self.attention, "cpu")
 
 
@@ -88,7 +90,8 @@ class TrainStep:
         self.config, self.mesh, self.rate = config, mesh, schedule(config.optimizer)
         self._model, self._dtype = model, jnp.dtype(dtype)
         attention = choose_for(config.attention, mesh)
-        self.forward = Forward.make(model, config.losses, self.names, self._dtype, REMAT[config.remat], attention, config.text_head)
+        kept = remat.policies(config.remat, model.decoder.num_layers)
+        self.forward = Forward.make(model, config.losses, self.names, self._dtype, kept, attention, config.text_head)
         self.optimizer = make_optimizer(config.optimizer)
         self._dropout = model.lora is not None and model.lora.dropout > 0
         self._options = dict(compiler_options or {})

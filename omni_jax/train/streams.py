@@ -7,7 +7,7 @@ Letters: B clips, C copies of a clip, R rows, S tokens, K prompts per row, L lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from omni_jax.model import Encoder
+from omni_jax.model.layers import Remat
 from omni_jax.parallel import constrain
 from omni_jax.train.batch import Rows, TowerInputs, TrainBatch
 from omni_jax.types import StepKind
@@ -78,7 +79,7 @@ def embed_streams(
     kind: StepKind,
     *,
     dropout_key: jax.Array | None = None,
-    remat: Callable | None = None,
+    remat: Remat = None,
     attention: str = "plain",
     frozen: bool = True,
     text_head: str = "last",

@@ -12,7 +12,7 @@ import pytest
 from omni_jax.config import ConfigError
 from omni_jax.model.attention import choose, pooled_attention, row_attention, row_mask, splash_ids
 from omni_jax.parallel import make_mesh
-from omni_jax.train.gradients import REMAT
+from omni_jax.train.remat import REMAT
 from tests.model.builders import noise
 from tests.tolerances import assert_close
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,12 +135,12 @@ def turn(layer: layers.Linear, x: jax.Array, extra: jax.Array) -> tuple[jax.Arra
     return y, y.sum(axis=0)
 
 
-REMATS = [None, jax.checkpoint_policies.nothing_saveable]
+REMATS = [None, jax.checkpoint_policies.nothing_saveable, (jax.checkpoint_policies.nothing_saveable,) * 2 + (None,) * 3]
 
 
 @pytest.mark.parametrize("remat", REMATS)
 @pytest.mark.parametrize(("count", "in_place"), [(None, False), (4, False), (4, True), (0, True)])
-def test_scan_runs_a_stack_in_order(remat: Callable | None, count: int | None, in_place: nnx.filterlib.Filter):
+def test_scan_runs_a_stack_in_order(remat: layers.Remat, count: int | None, in_place: nnx.filterlib.Filter):
     stack, each, x, extra = stacked()
     last, sums = jax.jit(lambda x, e: layers.scan_layers(stack, turn, x, e, remat, count=count, in_place=in_place))(x, extra)
     want, kept = x.astype(np.float64), []
@@ -154,8 +152,21 @@ def test_scan_runs_a_stack_in_order(remat: Callable | None, count: int | None, i
     assert_close(sums, np.array(kept).reshape(-1, 6), "layer")
 
 
+def test_neighbours_that_keep_the_same_share_a_loop():
+    stack, _, x, extra = stacked()
+    again = jax.checkpoint_policies.nothing_saveable
+
+    def loops(remat: layers.Remat) -> list[int]:
+        def loss(x: jax.Array) -> jax.Array:
+            return jnp.sum(layers.scan_layers(stack, turn, x, extra, remat)[0])
+
+        return [eqn.params["length"] for eqn in jax.make_jaxpr(jax.grad(loss))(x).eqns if eqn.primitive.name == "scan"]
+
+    assert loops((again, again, None, None, None)) == [2, 3, 3, 2] and loops((again,) * 5) == loops(again) == [5, 5]
+
+
 @pytest.mark.parametrize("remat", REMATS)
-def test_one_layer_of_a_stack_runs_alone(remat: Callable | None):
+def test_one_layer_of_a_stack_runs_alone(remat: layers.Remat):
     stack, each, x, extra = stacked()
     got, _ = jax.jit(lambda x, e: layers.run_layer(stack, 3, turn, x, e, remat))(x, extra[3])
     assert_close(got, np.tanh(reference.linear(each[3], x.astype(np.float64))) + extra[3], "layer")

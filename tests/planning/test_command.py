@@ -92,7 +92,10 @@ def test_the_note_on_the_evaluator_stands_only_where_it_was_asked_for(capsys: py
         (["--utilisation", "lots"], "argument --utilisation: invalid float value: 'lots'; see omni-jax compile --help"),
         (["--price", "-1"], "argument --price: invalid positive float value: '-1'; see omni-jax compile --help"),
         (["--caption-tokens", "0"], "argument --caption-tokens: invalid positive int value: '0'; see omni-jax compile --help"),
-        (["--config.remat=more"], "remat 'more': choose one of none, layer, dots, attention, offload"),
+        (
+            ["--config.remat=more"],
+            "remat 'more': choose one of none, layer, dots, attention, offload, or layers with each, as in layer:22,dots",
+        ),
         (
             ["--config.data.preset_fields.audio_seconds=0.0"],
             "config field data.preset='training': audio_seconds=0 has no one shape to plan for; "

@@ -9,7 +9,8 @@ import pytest
 
 from omni_jax.objectives import SCALARS
 from omni_jax.train import LossConfig, TrainableConfig, TrainStep
-from omni_jax.train.gradients import REMAT, Forward, loss_of, spread
+from omni_jax.train.gradients import Forward, loss_of, spread
+from omni_jax.train.remat import REMAT, policies
 from tests.tolerances import assert_close
 from tests.train.leaf_by_leaf import assert_same_gradients
 from tests.train.random_batches import MODEL, QUICK, WITH_DROPOUT, batch, parts, recipe
@@ -24,7 +25,7 @@ def forward(losses: LossConfig, model=MODEL, remat="layer", choice="adapter") ->
     """Returns the encoder's functions, trainable and frozen parameters."""
     step = TrainStep(model, recipe(trainable=TrainableConfig(recipe=choice)), dtype=jnp.float32)
     trainable, frozen = parts(step)
-    return Forward.make(model, losses, step.names, jnp.float32, REMAT[remat]), trainable, frozen
+    return Forward.make(model, losses, step.names, jnp.float32, policies(remat, model.decoder.num_layers)), trainable, frozen
 
 
 @functools.cache
@@ -122,7 +123,7 @@ def test_all_prompts_of_a_clip_in_one_row_give_what_rows_of_their_own_give(updat
     assert_same_update(plain(fwd, trainable, frozen, together), plain(fwd, trainable, frozen, apart))
 
 
-@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("remat", ["none", "layer:1,dots", pytest.param("dots", marks=pytest.mark.slow)])
 def test_remat_policies_agree(remat):
     losses = LossConfig(temperature=0.2)
     made = batch(losses, 1, clips=4)

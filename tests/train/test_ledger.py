@@ -70,7 +70,7 @@ def abstract_batch(config: ModelConfig, shapes: BatchShapes, losses: LossConfig,
 @pytest.mark.parametrize(
     ("update", "micro", "remat", "choice"),
     [
-        (0, 1, "layer", "adapter"),
+        (0, 1, "layer:1,none", "adapter"),
         (1, 1, "none", "adapter"),
         (2, 1, "dots", "adapter"),
         (1, 2, "layer", "adapter"),

@@ -11,7 +11,8 @@ import pytest
 from omni_jax.objectives import LOSSES, SCALARS
 from omni_jax.parallel import make_mesh
 from omni_jax.train import LossConfig, StepConfig, TrainableConfig, TrainStep, place_batch
-from omni_jax.train.gradients import REMAT, Forward
+from omni_jax.train.gradients import Forward
+from omni_jax.train.remat import REMAT
 from omni_jax.train.state import state_shardings
 from omni_jax.types import InputError
 from tests.tolerances import assert_close
