@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -68,6 +69,9 @@ WEIGHT_INIT = jax.nn.initializers.normal(0.02)
 ZEROS = jax.nn.initializers.zeros
 ONES = jax.nn.initializers.ones
 
+MASKS = 3
+"""Dropout masks from one random word; q, k and v of a layer are three."""
+
 # Blocks of queries that causal attention goes in: eight, each a multiple of the unit (enough work for one product).
 CAUSAL_BLOCKS, CAUSAL_UNIT = 8, 128
 # No block is longer than this, so that minutes of audio do not need logits of tokens x tokens at once.
@@ -106,13 +110,30 @@ class Linear(nnx.Module):
             y = y + gather(self.bias[...].astype(x.dtype), outputs)
         if self.lora_a is not None and self.lora_b is not None:
             if dropout_key is not None and self.lora_dropout > 0:
-                # Each adapter of a layer draws its own mask from the layer's key.
-                dropout_key = jax.random.fold_in(dropout_key, self.lora_stream)
-                keep = jax.random.bernoulli(dropout_key, 1 - self.lora_dropout, x.shape)
+                keep = keep_mask(dropout_key, self.lora_stream, self.lora_dropout, x.shape)
                 x = jnp.where(keep, x / (1 - self.lora_dropout), 0).astype(x.dtype)
             down, up = gather(self.lora_a[...].astype(x.dtype), inputs, "rank"), gather(self.lora_b[...].astype(x.dtype), "rank", outputs)
             y = y + (checkpoint_name(x @ down, "linear") @ up) * self.lora_scale
         return checkpoint_name(y, "linear")
+
+
+def keep_mask(key: jax.Array, stream: int, rate: float, shape: tuple[int, ...]) -> jax.Array:
+    """Returns a mask that is False with probability `rate`, to 2**-32, each value on its own and every stream's independent of the others'.
+
+    Masks of MASKS streams come from one random word a value, which falls into one of 2**MASKS intervals, as long as that combination is
+    likely. Streams that ask with one key and shape share the draw, which is what a mask costs.
+    """
+    group, place = divmod(stream, MASKS)
+    word = jax.random.bits(jax.random.fold_in(key, group), shape, jnp.uint32)
+    cuts = [(0.0, 1.0, 0)]  # start, length, and a bit for each mask that drops the value
+    for bit in range(MASKS):
+        cuts = [part for a, n, code in cuts for part in ((a, n * rate, code | 1 << bit), (a + n * rate, n * (1 - rate), code))]
+    codes = jnp.full(shape, cuts[0][2], jnp.int32)
+    for start, _, code in cuts[1:]:
+        codes = jnp.where(word >= np.uint32(min(round(start * 2**32), 2**32 - 1)), code, codes)
+    # Kept small and made once: the compiler would draw it again in every product that reads a mask.
+    codes = jax.lax.optimization_barrier(codes.astype(jnp.int8))
+    return codes.astype(jnp.int32) & (1 << place) == 0
 
 
 class RMSNorm(nnx.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -147,6 +148,17 @@ def test_dropout_is_a_function_of_its_key_and_adapter():
     assert np.array_equal(first, masks("first", 0.5, jax.random.key(1), shape))
     assert not np.array_equal(first, masks("first", 0.5, jax.random.key(2), shape))
     assert not np.array_equal(first, masks("second", 0.5, jax.random.key(1), shape))
+
+
+def test_masks_of_one_draw_are_independent():
+    """Every combination of what q, k and v drop is as frequent as its probability, and a fourth mask has a draw of its own."""
+    rate, shape = 0.3, (500, 400)
+    drops = [~np.asarray(layers.keep_mask(jax.random.key(3), stream, rate, shape)) for stream in range(4)]
+    for which in itertools.product((False, True), repeat=4):
+        share = np.mean(np.all([drop == on for drop, on in zip(drops, which, strict=True)], axis=0))
+        likely = math.prod(rate if on else 1 - rate for on in which)
+        assert abs(share - likely) < 5 * math.sqrt(likely * (1 - likely) / math.prod(shape)), which
+    assert all(layers.keep_mask(jax.random.key(3), stream, 1e-12, (50, 40)).all() for stream in range(3))
 
 
 def test_dropout_without_key_or_share_does_nothing():
