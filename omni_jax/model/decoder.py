@@ -16,9 +16,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from omni_jax.config import DecoderConfig
 from omni_jax.model.attention import BRANCHES, RowAttention, pooled_attention, row_attention
-from omni_jax.model.layers import WEIGHT_INIT, Linear, Maker, Remat, RMSNorm, SwiGLU, run_layer, scan_layers, split_heads
+from omni_jax.model.layers import WEIGHT_INIT, Linear, Maker, Remat, RMSNorm, SwiGLU, query_blocks, run_layer, scan_layers, split_heads
 from omni_jax.model.rope import rotate, tmrope_angles
-from omni_jax.parallel import constrain
+from omni_jax.parallel import batch_shards, constrain
+
+LARGEST_EXCHANGE = 2**27
+"""Bytes that a device receives at once when token embeddings come to their rows; more go in pieces."""
 
 Pick = Callable[[jax.Array], jax.Array]
 
@@ -132,9 +135,7 @@ class Decoder(nnx.Module):
           attention, branches: kernel and largest branch number, as in `attention.row_attention`.
           frozen: whether no gradient is asked of the layers' weights but LoRA's. Both values give the same numbers.
         """
-        # The table's width and the rows both lie over fsdp: look up in the table's layout, then let each row come to its own device.
-        x = constrain(self.embed(constrain(ids, "batch_data", "tokens"), dtype), "batch_data", "tokens", "embed")
-        x = constrain(x, "batch", "tokens", "features")
+        x = self._look_up(ids, dtype)
         if media.shape[-2]:
             x = jnp.where(media_index[..., None] >= 0, read_media(media.astype(dtype), jnp.maximum(media_index, 0)), x)
         x = constrain(x, "batch", "tokens", "features")
@@ -166,6 +167,19 @@ class Decoder(nnx.Module):
         last = run_layer(self.layers, layers - 1, ending, x, None if keys is None else keys[-1], remat)
         pooled = jnp.moveaxis(jnp.concatenate([pooled, self.norm(last)[None]]), 0, 2)
         return constrain(pooled, "batch", None, None, None)
+
+    def _look_up(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Token embeddings (R, S, D). Looked up where the table's width lies, over fsdp, then exchanged."""
+        width, itemsize = self.config.hidden_size, jnp.dtype(dtype).itemsize
+        mesh = jax.sharding.get_abstract_mesh()
+        shards = 1 if mesh.empty else batch_shards(mesh)
+        pieces = -(-ids.size * width * itemsize // (shards * LARGEST_EXCHANGE))
+        found = []
+        for start, stop in query_blocks(ids.shape[1], -(-ids.shape[1] // pieces)):
+            part = constrain(ids[:, start:stop], "batch_data", "tokens")
+            rows = constrain(self.embed(part, dtype), "batch_data", "tokens", "embed")
+            found.append(constrain(rows, "batch", "tokens", "features"))
+        return found[0] if len(found) == 1 else jnp.concatenate(found, axis=1)
 
 
 def _base_weights(path: tuple[Any, ...], _: Any) -> bool:
