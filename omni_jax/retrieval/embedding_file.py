@@ -6,7 +6,7 @@ Three forms (SPEC section 9). Ours holds `ids` (N,) and one (N, D) array per tab
 `{id}__audio`, `{id}__av`, `{id}__tv`, `{id}__at`. The published scorer's holds `text_embeds` and `mllm_embeds`, each (N, D).
 
 What the vectors were made with stands as JSON in a member `made_with` of ours; in the official form, whose readers may take every member
-for a vector, in the archive's comment.
+for a vector, in the archive's comment. A Parquet file (`omni_jax.retrieval.parquet`) is read as ours is.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 from omni_jax.config import TABLES
 from omni_jax.config.made_with import ROUNDING, listed, made_otherwise
 from omni_jax.retrieval.npz import PathLike, check_place, load_arrays, replacing, write_members
+from omni_jax.retrieval.parquet import SUFFIX, load_columns
 from omni_jax.types import EmbeddingTable, InputError
 
 __all__ = ["check_place", "read_embeddings", "replacing", "write_embeddings"]
@@ -177,10 +178,15 @@ def _the(name: str, names: Collection[str]) -> str:
 def _tables_in(path: PathLike) -> list[str]:
     """Names of the tables in a file, whatever its form."""
     names: list[str] = []
-    load_arrays(path, lambda found: names.extend(found) or ())
+    _load(path, lambda found: names.extend(found) or (), mapped=False)
     if {MEDIA_EMBEDS, TEXT_EMBEDS} & set(names):
         return ["text", MEDIA_TABLE]
     return [name for name in TABLES if any(name in (found, found.rpartition(SEPARATOR)[2]) for found in names)]
+
+
+def _load(path: PathLike, wanted: Callable[[list[str]], Collection[str]], mapped: bool) -> tuple[dict[str, Any], str]:
+    """The members of an `.npz` file or the columns of a Parquet file, and what stands beside them."""
+    return load_columns(path, wanted) if PurePath(path).suffix == SUFFIX else load_arrays(path, wanted, mapped)
 
 
 def _read_one(path: PathLike, choose: Choose | None) -> EmbeddingTable:
@@ -192,7 +198,7 @@ def _read_one(path: PathLike, choose: Choose | None) -> EmbeddingTable:
         left_out = set(tables) - {picked if picked in tables else tables[0]}
         return [name for name in names if name.removesuffix(SCALE).removesuffix(OWN_IDS) not in left_out]
 
-    arrays, comment = load_arrays(path, wanted, mapped=choose is not None)
+    arrays, comment = _load(path, wanted, mapped=choose is not None)
     said = _origin(arrays.pop(MADE_WITH) if IDS in arrays and MADE_WITH in arrays else comment, path)
     if MEDIA_EMBEDS in arrays or TEXT_EMBEDS in arrays:
         table = from_two_arrays(arrays, str(path))

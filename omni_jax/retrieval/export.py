@@ -1,11 +1,12 @@
-"""Embedding tables in other forms: plain `.npy` with ids, int8 with what it costs, FAISS indexes."""
+"""Embedding tables in other forms: plain `.npy` with ids, int8 with what it costs, Parquet, FAISS indexes."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,14 +14,18 @@ import numpy as np
 from etils import epath
 
 from omni_jax.retrieval.directions import possible
-from omni_jax.retrieval.embedding_file import IDS, SCALE, origin_member, own_ids
+from omni_jax.retrieval.embedding_file import IDS, MADE_WITH, SCALE, origin_member, own_ids
 from omni_jax.retrieval.inputs import IDS_FILE
 from omni_jax.retrieval.metrics import RECALL_AT, direction_metrics, evaluate
 from omni_jax.retrieval.npz import check_place, replacing, write_members
+from omni_jax.retrieval.parquet import write_columns
 from omni_jax.retrieval.ranks import prepare, rank_pair
 from omni_jax.types import EmbeddingTable, InputError
 
 INT8 = 127  # largest value of a row
+FACTORY = "Flat"  # exact
+BLOCK = 16384  # rows added to an index together
+TRAIN = 262_144  # rows that an index learns its cells and codes from
 QUERIES = 4096  # records that ask when the loss of recall is measured
 
 
@@ -106,27 +111,77 @@ def format_loss(loss: dict[str, dict[str, tuple[float, float]]]) -> str:
     return "\n".join(lines)
 
 
-def export_faiss(table: EmbeddingTable, folder: str | os.PathLike[str], names: Sequence[str] | None = None) -> list[str]:
-    """Writes TABLE.faiss, an exact inner-product index of unit rows, for every table, and ids.txt; returns the file names.
+def export_parquet(
+    table: EmbeddingTable, path: str | os.PathLike[str], captions: Mapping[str, str] | None = None, paths: Mapping[str, str] | None = None
+) -> None:
+    """Writes ids, tables and, where they are given by record id, captions and paths of media as one Parquet file, an embedding file too.
 
     Raises:
-      InputError: when faiss is not installed, or for rows of only zeros.
+      InputError: when pyarrow is not installed, or for a place that cannot be written.
+    """
+    given = {"caption": captions, "path": paths}
+    texts = {name: [found.get(record) for record in table.ids] for name, found in given.items() if found is not None}
+    write_columns(path, table, str(origin_member(table).get(MADE_WITH, "")), texts)
+
+
+def export_faiss(
+    table: EmbeddingTable, folder: str | os.PathLike[str], names: Sequence[str] | None = None, factory: str = FACTORY, seed: int = 0
+) -> list[str]:
+    """Writes TABLE.faiss, an inner-product index of unit rows, for every table, and ids.txt; returns the file names.
+
+    The index answers with record ids where all of them are whole numbers, or else with line numbers of ids.txt, from 0.
+
+    Args:
+      factory: what faiss.index_factory makes an index of; one that must be trained is, on at most TRAIN rows.
+      seed: of the sample of those rows.
+
+    Raises:
+      InputError: when faiss is not installed, for rows of only zeros, a factory string that faiss does not know, or too few rows for it.
     """
     faiss = _faiss()
-    _check_whole(table, names or table.tables)
     target = _folder(folder)
+    numbers = _numbers(table)
     made = []
     for name in names or table.tables:
         rows = table.tables[name]
-        norms = np.linalg.norm(rows, axis=1, keepdims=True)
-        if not (np.isfinite(norms).all() and (norms > 0).all()):
-            bad = int(np.argmax(~(np.isfinite(norms) & (norms > 0))))
-            raise InputError(f"table {name!r}: record {table.ids[bad]!r} holds NaN, infinity or only zeros; embed it again or drop it")
-        index = faiss.IndexFlatIP(rows.shape[1])
-        index.add(np.ascontiguousarray(rows / norms, np.float32))
-        faiss.write_index(index, os.fspath(target / f"{name}.faiss"))
+        own = np.array([numbers[record] for record in table.ids_of(name)], np.int64)
+        try:
+            index = faiss.index_factory(rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+            places = np.array_equal(own, np.arange(len(rows)))  # which every index has without a map
+            if not places and not isinstance(index, (faiss.IndexIVF, faiss.IndexIDMap)):
+                index = faiss.IndexIDMap2(index)
+            if not index.is_trained:
+                index.train(_unit(table, name, np.sort(np.random.default_rng(seed).permutation(len(rows))[:TRAIN])))
+            for start in range(0, len(rows), BLOCK):
+                block = np.arange(start, min(start + BLOCK, len(rows)))
+                if isinstance(index, faiss.IndexIDMap) or not places:
+                    index.add_with_ids(_unit(table, name, block), own[block])
+                else:
+                    index.add(_unit(table, name, block))
+        except RuntimeError as e:
+            reason = " ".join(re.sub(r"^Error in .*?\.cpp:\d+: (Error: '.*?' failed:? ?)?", "", str(e), flags=re.DOTALL).split())
+            raise InputError(f"index {factory!r} cannot be made of the {len(rows)} rows of table {name!r}: faiss says {reason}") from e
+        with replacing(target / f"{name}.faiss") as file:
+            faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
         made.append(f"{name}.faiss")
     return [*made, _write_ids(table, target)]
+
+
+def _numbers(table: EmbeddingTable) -> dict[str, int]:
+    """Record id -> the whole number that it is, where all of them are, else its line in ids.txt."""
+    whole = [re.fullmatch(r"0|[1-9]\d{0,17}", record) for record in table.ids]
+    return {record: int(record) if all(whole) else line for line, record in enumerate(table.ids)}
+
+
+def _unit(table: EmbeddingTable, name: str, numbers: np.ndarray) -> np.ndarray:
+    """Some rows of a table as unit rows. Raises InputError for rows of only zeros, NaN or infinity."""
+    rows = np.ascontiguousarray(table.tables[name][numbers], np.float32)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    good = np.isfinite(norms) & (norms > 0)
+    if not good.all():
+        record = table.ids_of(name)[numbers[int(np.argmin(good))]]
+        raise InputError(f"table {name!r}: record {record!r} holds NaN, infinity or only zeros; embed it again or drop it")
+    return rows / norms
 
 
 def _faiss() -> ModuleType | Any:

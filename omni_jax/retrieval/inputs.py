@@ -1,7 +1,7 @@
 """What `eval` and its kin are given: embedding files, single tables from any model, and captions kept beside their clips.
 
 A file is named `PATH`, or `TABLE=PATH` to say which table it is (or which one of a larger file is wanted):
-  clips.npz              an embedding file; several are parts of one set
+  clips.npz              an embedding file; several are parts of one set. So is clips.parquet
   scores.bin, x.npz      the published scorer's two arrays; `video=x.npz` says that `mllm_embeds` is the video table (default: av)
   text=a.npy video=b.npy one table each; without a name the file's own is used: `text.npy`, `bench-text.npy`
   ids=ids.txt            record ids for tables that carry none, one a line; an `ids.txt` beside an `.npy` file is found by itself
@@ -32,6 +32,7 @@ from omni_jax.retrieval.embedding_file import (
     read_embeddings,
 )
 from omni_jax.retrieval.npz import load_arrays, read_array
+from omni_jax.retrieval.parquet import SUFFIX
 from omni_jax.types import EmbeddingTable, InputError
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
@@ -148,7 +149,7 @@ def _read(table: str | None, path: str, read_torch: ReadTorch | None) -> Embeddi
         if not isinstance(content, Mapping):
             raise InputError(f"{path}: holds a {type(content).__name__}; expected text_embeds and mllm_embeds by name")
         return from_two_arrays(content, path, table or MEDIA_TABLE)
-    arrays, _ = load_arrays(path)
+    arrays = load_arrays(path)[0] if suffix != SUFFIX else {}
     if "mllm_embeds" in arrays:
         return from_two_arrays(arrays, path, table or MEDIA_TABLE)
     found = read_embeddings(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from omni_jax.cli.main import main
-from omni_jax.retrieval import evaluate, read_embeddings, write_embeddings
+from omni_jax.retrieval import evaluate, export, read_embeddings, write_embeddings
 from omni_jax.retrieval import search as search_module
 from omni_jax.retrieval.export import export_faiss, export_int8, export_npy, quantized, recall_loss
 from omni_jax.retrieval.inputs import read_inputs
@@ -131,7 +132,7 @@ def test_the_loss_of_a_large_file_is_measured_by_a_sample_of_its_records(tmp_pat
     assert main([*command, "--queries", "0"]) == 0
     assert "R@1" not in capsys.readouterr().out
     assert main(["export", str(tmp_path / "e.npz"), "--out", str(tmp_path / "o"), "--to", "npy", "--queries", "20"]) == 2
-    assert "--queries 20: is for --to int8" in capsys.readouterr().err
+    assert "--queries: is for --to int8" in capsys.readouterr().err
 
 
 def test_int8_values_by_hand() -> None:
@@ -183,6 +184,60 @@ def test_faiss_finds_in_an_exported_index_what_search_finds(tmp_path: Path, caps
         expected, places = search(queries, rows, 10)
         np.testing.assert_array_equal(found, places)
         assert_close(scores, expected, "cosine_score")
+
+
+@pytest.mark.parametrize("factory", ["IVF4,Flat", "HNSW8", "SQ8", "PCA8,IVF4,SQ8", "IDMap2,Flat", "IVF4,PQ4x4"])
+@pytest.mark.parametrize("ids", ["names", "numbers"])
+def test_faiss_index_of_any_factory_answers_with_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str, ids: str) -> None:
+    import faiss
+
+    monkeypatch.setattr(export, "BLOCK", 64)  # several blocks
+    want = table(300)
+    if ids == "numbers":
+        want = dataclasses.replace(want, ids=tuple(str(7 * i + 3) for i in reversed(range(300))))
+    write_embeddings(tmp_path / "e.npz", want)
+    assert main(["export", str(tmp_path / "e.npz"), "--to", "faiss", "--out", str(tmp_path / "out"), "--factory", factory]) == 0
+    index = faiss.read_index(str(tmp_path / "out" / "video.faiss"))
+    assert (index.ntotal, index.metric_type) == (300, faiss.METRIC_INNER_PRODUCT)
+    if (cells := faiss.try_extract_index_ivf(index)) is not None:
+        cells.nprobe = 4
+    rows = want.tables["video"]
+    found = index.search(rows / np.linalg.norm(rows, axis=1, keepdims=True), 1)[1][:, 0]
+    answers = np.arange(300) if ids == "names" else np.array([int(record) for record in want.ids])
+    if factory in ("IVF4,Flat", "HNSW8", "SQ8", "IDMap2,Flat"):
+        np.testing.assert_array_equal(found, answers)
+    else:  # codes of few bits
+        assert np.isin(found, answers).all() and np.mean(found == answers) > 0.3
+
+
+def test_faiss_index_of_a_table_that_lacks_records_answers_with_lines_of_ids(tmp_path: Path) -> None:
+    import faiss
+
+    whole = table(6)
+    kept = [0, 2, 5]
+    some = dataclasses.replace(
+        whole, tables={**whole.tables, "av": whole.tables["av"][kept]}, own={"av": tuple(whole.ids[i] for i in kept)}
+    )
+    export_faiss(some, tmp_path / "out")
+    index = faiss.read_index(str(tmp_path / "out" / "av.faiss"))
+    rows = some.tables["av"]
+    assert index.search(rows / np.linalg.norm(rows, axis=1, keepdims=True), 1)[1][:, 0].tolist() == kept
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        ("Fl@t", "could not parse index string Fl@t"),
+        ("IVF64,Flat", "Number of training points (50) should be at least as large as number of clusters (64)"),
+        ("PQ5", "PQ5"),
+    ],
+)
+def test_faiss_index_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], factory: str, words: str) -> None:
+    write_embeddings(tmp_path / "e.npz", table(50))
+    assert main(["export", str(tmp_path / "e.npz"), "--to", "faiss", "--out", str(tmp_path / "out"), "--factory", factory]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith(f"omni-jax: index {factory!r} cannot be made of the 50 rows of table 'text': faiss says ") and words in line
+    assert "\n" not in line and not list((tmp_path / "out").glob("*.faiss"))
 
 
 def test_faiss_is_given_no_row_without_a_direction(tmp_path: Path) -> None:
