@@ -9,8 +9,9 @@ The names below are loaded when first used: who loads a model needs neither the 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from omni_jax.config.public_names import loaded_when_used
 
 if TYPE_CHECKING:
     from omni_jax.conversion.exporter import to_torch, write_adapter, write_trained
@@ -20,18 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Summary", "load", "read_torch_file", "to_jax", "to_torch", "write_adapter", "write_trained"]
 
-_HOME = {
-    "to_torch": "exporter",
-    "write_adapter": "exporter",
-    "write_trained": "exporter",
-    "Summary": "importer",
-    "to_jax": "importer",
-    "load": "loader",
-    "read_torch_file": "torch_pickle",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'omni_jax.conversion' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"omni_jax.conversion.{_HOME[name]}"), name)
+__getattr__, __dir__ = loaded_when_used(
+    __name__,
+    {
+        "exporter": "to_torch write_adapter write_trained",
+        "importer": "Summary to_jax",
+        "loader": "load",
+        "torch_pickle": "read_torch_file",
+    },
+)

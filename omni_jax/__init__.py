@@ -5,8 +5,9 @@ The names below are loaded when first used, so that `import omni_jax` costs noth
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from omni_jax.config.public_names import loaded_when_used
 
 __version__ = "0.1.0"
 
@@ -14,21 +15,6 @@ if TYPE_CHECKING:
     from omni_jax import retrieval as retrieval
     from omni_jax.api import OmniRetriever as OmniRetriever
 
-_LAZY = {
-    "OmniRetriever": ("omni_jax.api", "OmniRetriever"),
-    "retrieval": ("omni_jax.retrieval", ""),
-}
-
 __all__ = ["OmniRetriever", "__version__", "retrieval"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'omni_jax' has no attribute {name!r}")
-    module, attribute = _LAZY[name]
-    loaded = importlib.import_module(module)
-    return getattr(loaded, attribute) if attribute else loaded
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+__getattr__, __dir__ = loaded_when_used(__name__, {"api": "OmniRetriever", "retrieval": "retrieval"})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from omni_jax.config.public_names import loaded_when_used
 
 if TYPE_CHECKING:
     from omni_jax.train.batch import (
@@ -46,31 +47,15 @@ __all__ = [
     "step_kind",
 ]
 
-_HOME = {
-    "BatchShapes": "batch",
-    "TrainBatch": "batch",
-    "UpdateBatch": "batch",
-    "fit_shapes": "batch",
-    "pack_micro_batch": "batch",
-    "pack_update": "batch",
-    "place_batch": "batch",
-    "place_update": "batch",
-    "stack_micro_batches": "batch",
-    "OptimizerConfig": "optimizer",
-    "LossConfig": "plan",
-    "kinds_of_update": "plan",
-    "step_kind": "plan",
-    "RunConfig": "run_config",
-    "TrainState": "state",
-    "StepConfig": "step",
-    "TrainStep": "step",
-    "TrainableConfig": "trainable",
-    "report": "trainable",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Loads a public name when it is first used: who reads the workdir of a run needs no optimizer."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'omni_jax.train' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"omni_jax.train.{_HOME[name]}"), name)
+__getattr__, __dir__ = loaded_when_used(
+    __name__,
+    {
+        "batch": "BatchShapes TrainBatch UpdateBatch fit_shapes pack_micro_batch pack_update place_batch place_update stack_micro_batches",
+        "optimizer": "OptimizerConfig",
+        "plan": "LossConfig kinds_of_update step_kind",
+        "run_config": "RunConfig",
+        "state": "TrainState",
+        "step": "StepConfig TrainStep",
+        "trainable": "TrainableConfig report",
+    },
+)

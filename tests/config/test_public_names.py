@@ -1,0 +1,27 @@
+"""Names of a package that are loaded when first used."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+import omni_jax
+from omni_jax import conversion, train
+from omni_jax.config.public_names import loaded_when_used
+
+
+@pytest.mark.parametrize("package", [omni_jax, train, conversion])
+def test_a_package_lists_its_public_names_and_gives_each(package) -> None:
+    assert dir(package) == sorted(package.__all__)
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nonsense'"):
+        _ = package.nonsense
+
+
+def test_a_name_that_needs_a_missing_package_of_training_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    load, _ = loaded_when_used("omni_jax.train", {"optimizer": "OptimizerConfig"})
+    monkeypatch.delitem(sys.modules, "omni_jax.train.optimizer", raising=False)
+    monkeypatch.setitem(sys.modules, "optax", None)
+    with pytest.raises(ModuleNotFoundError, match=r"^optax is not installed; .*run pip install 'omni-jax\[train\]'$"):
+        load("OptimizerConfig")
