@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-BASE = {"omni_jax.config", "omni_jax.types"}
+BASE = {"omni_jax.config", "omni_jax.types", "omni_jax.io"}
 CHAIN = {*BASE, "omni_jax.media", "omni_jax.features", "omni_jax.tokens"}
 ROOMS = {
     *CHAIN,
@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "omni_jax.__main__": {"omni_jax.cli"},
     "omni_jax.config": set(),
     "omni_jax.types": set(),
+    "omni_jax.io": {"omni_jax.types"},
     "omni_jax.media": BASE,
     "omni_jax.features": BASE,
     "omni_jax.tokens": BASE,

@@ -16,13 +16,13 @@ from omni_jax.config import ModelConfig
 from omni_jax.data.loading import load_features, training_features
 from omni_jax.data.manifest import Problem, read_manifest
 from omni_jax.data.sources import open_source
+from omni_jax.io import write_whole
 from omni_jax.model import abstract_encoder, with_params
 from omni_jax.retrieval import evaluate
 from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.train import RunConfig
 from omni_jax.train.trainable import Arrays, join
-from omni_jax.train.workdir import write_whole
 from omni_jax.types import ClipError, Features, InputError, Record
 
 FOLDER = "evaluations"

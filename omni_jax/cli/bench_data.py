@@ -105,12 +105,12 @@ def _write_manifests(out: Path, folder: str, media: tuple[str, ...], found: Anno
 
 def _write_fetch_list(path: str, coverage: Coverage) -> None:
     from omni_jax.data.benchmarks import fetch_rows
-    from omni_jax.retrieval.embedding_file import replacing
+    from omni_jax.retrieval.embedding_file import output_file
 
     rows = list(fetch_rows(coverage.missing))
     if coverage.missing and not rows:
         raise InputError("--fetch-list: these annotations do not say where the media are to be had; see the benchmark's own page")
-    with replacing(path) as file:
+    with output_file(path) as file:
         file.write("".join("\t".join(row) + "\n" for row in (("id", "url", "start", "end"), *rows)).encode())
     without = len(coverage.missing) - len(rows)
     rest = f"; of {without} more the annotations do not say where they are to be had" if without else ""

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.cli.inputs import read_captioned, read_result, read_tables
     from omni_jax.cli.report import page, records_of
     from omni_jax.retrieval import compare, format_comparison, format_differences, format_table, score
-    from omni_jax.retrieval.embedding_file import check_place, replacing
+    from omni_jax.retrieval.embedding_file import check_place, output_file
     from omni_jax.retrieval.published import BENCH, published, sources
     from omni_jax.retrieval.report import Other
     from omni_jax.retrieval.storage import changes, format_changes, stored
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
     if jax.process_index() != 0:
         return 0
     if args.json:
-        with replacing(args.json) as file:
+        with output_file(args.json) as file:
             file.write(json.dumps(result, indent=2, allow_nan=False).encode() + b"\n")
     print(format_table(result))
     for text in ([format_comparison(columns)] if args.compare else []) + notes:
@@ -159,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
     if args.html:  # last: whatever its pictures and sounds meet with, the figures have been printed
         sys.stdout.flush()
         text = page(own, kept, scores, [*known, *others], records, with_media=args.media is not None)
-        with replacing(args.html) as file:
+        with output_file(args.html) as file:
             file.write(text.encode())
     return 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import math
 import os
 import socket
@@ -20,6 +19,7 @@ from etils import epath
 from omni_jax.cli.config_file import add_config_arguments, read_config
 from omni_jax.cli.status import DONE
 from omni_jax.cli.train import add_process_arguments, join
+from omni_jax.io import lock
 from omni_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -139,9 +139,8 @@ def _alone(folder: Path) -> Iterator[Path]:
     """Makes a local folder and holds it against other processes of this machine."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "wb")  # noqa: SIM115 - closed below
+        held = lock(folder / "lock", wait=True)
     except OSError as e:
         raise InputError(f"{folder}: cannot be written ({e.strerror or e}); name another --scratch") from None
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with held or contextlib.nullcontext():
         yield folder

@@ -6,12 +6,11 @@ import collections
 import dataclasses
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import IO, Any
 
 from omni_jax.data.entries import ASKED, BadEntry, absolute, interval_fields, kind, name_of, question, record_of, spelled
+from omni_jax.io import replacing
 from omni_jax.types import InputError, Record
 
 _MARK = b"\xef\xbb\xbf"  # a byte-order mark, as some editors write
@@ -137,26 +136,11 @@ def write_jsonl_atomic(path: os.PathLike[str] | str, rows: Iterable[Mapping[str,
     Raises:
       InputError: when it cannot be written.
     """
-    target = absolute(path)
-    # An object store shows an object only when it is closed; a local file is written beside its place and renamed.
-    remote = not isinstance(target, Path)
-    written = target if remote else target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     count = 0
-    try:
-        with written.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-            if not remote:
-                file.flush()
-                os.fsync(file.fileno())
-        if not remote:
-            os.replace(written, target)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); check that the folder exists and has room") from None
-    finally:
-        if not remote:
-            written.unlink(missing_ok=True)
+    with replacing(absolute(path)) as partial, partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
     return count
 
 

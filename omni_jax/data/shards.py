@@ -27,6 +27,7 @@ import numpy as np
 from omni_jax.config import Preset
 from omni_jax.data.clips import ClipInfo, Limits
 from omni_jax.features.vision import FRAMES_PER_STEP, PATCH, temporal_steps
+from omni_jax.io import WholeFile, replacing
 from omni_jax.types import Clip, ClipError, InputError, Record, VideoFrames
 
 FORMAT = "omni_jax.clips/1"
@@ -141,9 +142,9 @@ class ShardWriter:
     def __init__(self, path: Path) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        self._path, self._partial = path, path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+        self._path, self._file = path, WholeFile(path)
         with self._writing():
-            self._writer = ArrayRecordWriter(str(self._partial), _WRITER)
+            self._writer = ArrayRecordWriter(str(self._file.path), _WRITER)
 
     def write(self, data: bytes) -> None:
         """Adds a record. Raises InputError when the disk takes no more."""
@@ -154,16 +155,14 @@ class ShardWriter:
         """Gives the shard its name. Raises InputError when it could not be written whole."""
         with self._writing():
             self._writer.close()  # says so where anything was not written
-            with self._partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(self._partial, self._path)
+            self._file.finish()
 
     def discard(self) -> None:
         """Removes what was written and not finished."""
         if self._writer.is_open():
             with contextlib.suppress(RuntimeError):
                 self._writer.close()
-        self._partial.unlink(missing_ok=True)
+        self._file.discard()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -306,17 +305,8 @@ def write_index(folder: Path, preset: Preset, lengths: Sequence[int], rows: Sequ
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file that appears whole or not at all. Raises InputError where it cannot be written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(value, file, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); check that the disk has room") from None
+    with replacing(path, "check that the disk has room") as partial, partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False)
 
 
 def _line(error: BaseException) -> str:

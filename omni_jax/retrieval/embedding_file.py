@@ -25,11 +25,11 @@ import numpy as np
 
 from omni_jax.config import TABLES
 from omni_jax.config.made_with import ROUNDING, listed, made_otherwise
-from omni_jax.retrieval.npz import PathLike, check_place, load_arrays, replacing, write_members
+from omni_jax.retrieval.npz import PathLike, check_place, load_arrays, output_file, write_members
 from omni_jax.retrieval.parquet import SUFFIX, load_columns
 from omni_jax.types import EmbeddingTable, InputError
 
-__all__ = ["check_place", "read_embeddings", "replacing", "write_embeddings"]
+__all__ = ["check_place", "output_file", "read_embeddings", "write_embeddings"]
 
 IDS = "ids"
 MADE_WITH = "made_with"

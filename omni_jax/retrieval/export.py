@@ -17,7 +17,7 @@ from omni_jax.retrieval.directions import possible
 from omni_jax.retrieval.embedding_file import IDS, MADE_WITH, SCALE, origin_member, own_ids
 from omni_jax.retrieval.inputs import IDS_FILE
 from omni_jax.retrieval.metrics import RECALL_AT, direction_metrics, evaluate
-from omni_jax.retrieval.npz import check_place, replacing, write_members
+from omni_jax.retrieval.npz import check_place, output_file, write_members
 from omni_jax.retrieval.parquet import write_columns
 from omni_jax.retrieval.ranks import prepare, rank_pair
 from omni_jax.types import EmbeddingTable, InputError
@@ -34,7 +34,7 @@ def export_npy(table: EmbeddingTable, folder: str | os.PathLike[str]) -> list[st
     _check_whole(table, table.tables)
     target = _folder(folder)
     for name, rows in table.tables.items():
-        with replacing(target / f"{name}.npy") as file:
+        with output_file(target / f"{name}.npy") as file:
             np.lib.format.write_array(file, np.ascontiguousarray(rows, np.float32), allow_pickle=False)
     names = [f"{name}.npy" for name in table.tables]
     if not table.named:  # row numbers are no ids: beside another table they would be taken for them
@@ -161,7 +161,7 @@ def export_faiss(
         except RuntimeError as e:
             reason = " ".join(re.sub(r"^Error in .*?\.cpp:\d+: (Error: '.*?' failed:? ?)?", "", str(e), flags=re.DOTALL).split())
             raise InputError(f"index {factory!r} cannot be made of the {len(rows)} rows of table {name!r}: faiss says {reason}") from e
-        with replacing(target / f"{name}.faiss") as file:
+        with output_file(target / f"{name}.faiss") as file:
             faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
         made.append(f"{name}.faiss")
     return [*made, _write_ids(table, target)]
@@ -213,6 +213,6 @@ def _write_ids(table: EmbeddingTable, folder: epath.Path) -> str:
     broken = next((name for name in table.ids if len(name.splitlines()) != 1), None)
     if broken is not None:
         raise InputError(f"id {broken!r} holds a line break; rename the record, since {IDS_FILE} has one id a line")
-    with replacing(folder / IDS_FILE) as file:
+    with output_file(folder / IDS_FILE) as file:
         file.write("".join(f"{name}\n" for name in table.ids).encode())
     return IDS_FILE

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -17,8 +16,9 @@ import numpy as np
 from etils import epath
 
 from omni_jax.config.made_with import listed, made_otherwise
+from omni_jax.io import lock
 from omni_jax.retrieval.embedding_pass import Part
-from omni_jax.retrieval.npz import replacing
+from omni_jax.retrieval.npz import output_file
 from omni_jax.types import InputError
 
 SETTINGS = "settings.json"
@@ -48,7 +48,7 @@ class Journal:
             raise InputError(f"{self._folder}: holds the unfinished work of {whose}")
         self.parts = [_read(path) for path in parts]
         if not parts:
-            with replacing(note) as file:
+            with output_file(note) as file:
                 file.write(written.encode())
 
     def finished(self) -> frozenset[str]:
@@ -59,7 +59,7 @@ class Journal:
         """Keeps a part."""
         fields = dataclasses.asdict(part)
         rows = fields.pop("rows")
-        with replacing(self._folder / f"part-{len(self.parts):06}.npz") as file:
+        with output_file(self._folder / f"part-{len(self.parts):06}.npz") as file:
             np.savez(file, **{_RECORDS: np.array(json.dumps(fields))}, **rows)
         self.parts.append(part)
 
@@ -102,20 +102,14 @@ def _lock(folder: epath.Path) -> IO[bytes] | None:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = open(folder / LOCK, "wb")  # noqa: SIM115 - open as long as the journal is
+            held = lock(folder / LOCK)
         except (FileNotFoundError, FileExistsError):  # a run that has just finished removed the folder
             if folder.exists() and not folder.is_dir():
                 raise InputError(f"{folder}: is a file where a folder of unfinished work goes; move it or choose another output") from None
             continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise InputError(f"{folder}: another run is writing here; wait for it, or choose another output") from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
-                return file
-        file.close()  # locked, but of a folder that was removed meanwhile: nobody else would see the lock
+        if held is None:
+            raise InputError(f"{folder}: another run is writing here; wait for it, or choose another output")
+        return held
 
 
 def _read(path: epath.Path) -> Part:

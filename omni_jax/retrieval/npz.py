@@ -15,6 +15,7 @@ from typing import IO
 import numpy as np
 from etils import epath
 
+from omni_jax.io import whole
 from omni_jax.types import InputError
 
 ALIGNMENT = 64  # bytes; a CPU backend reads an array that starts so without copying it
@@ -43,22 +44,14 @@ def check_place(path: PathLike) -> epath.Path:
 
 
 @contextlib.contextmanager
-def replacing(path: PathLike) -> Iterator[IO[bytes]]:
+def output_file(path: PathLike) -> Iterator[IO[bytes]]:
     """Yields a binary file that takes the place of `path` when the block ends well, and leaves nothing behind when it does not.
 
     Raises:
       InputError: when the folder is missing or cannot be written.
     """
-    target = check_place(path)
-    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
-    try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(target)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written: {e.strerror or e}") from e
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole.replacing(check_place(path), "free some space or choose another output") as partial, partial.open("wb") as file:
+        yield file
 
 
 def write_members(path: PathLike, arrays: Mapping[str, np.ndarray], comment: str = "") -> None:
@@ -68,7 +61,7 @@ def write_members(path: PathLike, arrays: Mapping[str, np.ndarray], comment: str
       InputError: for a place that cannot be written.
     """
     # np.savez takes names as keywords and would refuse a record called "file".
-    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with output_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         archive.comment = comment.encode()
         for name, array in arrays.items():
             with archive.open(_aligned(f"{name}.npy", file.tell()), "w", force_zip64=True) as member:

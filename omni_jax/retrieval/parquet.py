@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from omni_jax.config import TABLES
-from omni_jax.retrieval.npz import PathLike, replacing
+from omni_jax.retrieval.npz import PathLike, output_file
 from omni_jax.types import EmbeddingTable, InputError
 
 SUFFIX = ".parquet"
@@ -38,7 +38,7 @@ def write_columns(path: PathLike, table: EmbeddingTable, made_with: str, texts: 
     schema = pa.schema(fields, {METADATA: made_with.encode()} if made_with else None)
     rows_of = {name: {record: n for n, record in enumerate(ids)} for name, ids in table.own.items()}
     # Vectors are noise to a compressor, and no two of them are the same.
-    with replacing(path) as file, pq.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
+    with output_file(path) as file, pq.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
         for start in range(0, len(table.ids), BLOCK):
             ids = table.ids[start : start + BLOCK]
             columns = [pa.array(ids, pa.string())]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 
 from etils import epath
 
+from omni_jax.io import lock
 from omni_jax.types import InputError
 
 LOCK = "run.lock"
@@ -27,12 +27,10 @@ def run_lock(workdir: epath.PathLike) -> Iterator[None]:
         if "://" in os.fspath(folder):
             yield
             return
-        file = open(folder / LOCK, "a+b")  # noqa: SIM115 - held open as long as the run
+        held = lock(folder / LOCK)
     except OSError as e:
         raise InputError(f"{folder}: cannot be written ({e.strerror or e}); choose another --workdir") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{folder}: another run is training here; wait for it, or choose another --workdir") from None
+    if held is None:
+        raise InputError(f"{folder}: another run is training here; wait for it, or choose another --workdir")
+    with held:
         yield

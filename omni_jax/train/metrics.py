@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from omni_jax.io import write_whole
 from omni_jax.train.board import Board
 from omni_jax.train.loop import ALWAYS, COLLAPSED
-from omni_jax.train.workdir import write_whole
 from omni_jax.types import InputError
 
 JSONL, TENSORBOARD = "metrics.jsonl", "tensorboard"

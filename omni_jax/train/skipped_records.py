@@ -8,7 +8,8 @@ from typing import Any
 
 from etils import epath
 
-from omni_jax.train.workdir import skipped_records_name, write_whole
+from omni_jax.io import write_whole
+from omni_jax.train.workdir import skipped_records_name
 from omni_jax.types import InputError
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from etils import epath
 
 from omni_jax.config import ConfigError, ModelConfig
 from omni_jax.config.made_with import differences, listed
+from omni_jax.io import write_whole
 from omni_jax.train.lock import LOCK
 from omni_jax.types import InputError
 
@@ -170,20 +170,6 @@ def claim(folder: epath.PathLike, config: WorkdirConfig) -> None:
     else:
         check_free(folder)
     write_whole(folder / CONFIG, json.dumps(config.to_json(), indent=1) + "\n")
-
-
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file that appears whole or not at all.
-
-    Raises:
-      InputError: when it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror or e}); free some space or choose another --workdir") from None
 
 
 def run_of(config: WorkdirConfig) -> RunConfig:

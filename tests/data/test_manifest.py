@@ -226,6 +226,7 @@ def bucket(tmp_path: Path) -> Iterator[epath.Path]:
     with epath.testing.mock_epath(
         open=lambda original, path, *args, **kwargs: open(local(path), *args, **kwargs),
         isdir=lambda original, path: local(path).is_dir(),
+        replace=lambda original, path, target: local(path).replace(local(target)),
     ):
         yield epath.Path("gs://bucket")
 

@@ -230,7 +230,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         done.append(True)
 
     monkeypatch.setattr(embedding_file.np.lib.format, "write_array", full)
-    with pytest.raises(InputError, match=r"e\.npz: cannot be written: No space left on device"):
+    with pytest.raises(InputError, match=r"e\.npz: cannot be written \(No space left on device\); free some space"):
         write_embeddings(tmp_path / "e.npz", table("a", "b"))
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["e.npz"]

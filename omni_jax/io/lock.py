@@ -1,0 +1,35 @@
+"""One process at a time: a lock that the operating system frees however the process ends."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from etils import epath
+
+
+def lock(path: Path | epath.Path, *, wait: bool = False) -> IO[bytes] | None:
+    """Returns an open file that holds `path` against other processes of this machine until it is closed; None where another one holds it.
+
+    Args:
+      path: of a local file, made where it is not there; its folder must be.
+      wait: waits for the other process instead of returning None.
+
+    Raises:
+      OSError: when the file cannot be made.
+    """
+    while True:
+        file = open(path, "ab")  # noqa: SIM115 - open as long as it is held
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()  # locked, but of a folder that was removed meanwhile: nobody else would see the lock

@@ -1,0 +1,71 @@
+"""Files that appear under their names only when they are whole, on local disks and object stores."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from omni_jax.types import InputError
+
+if TYPE_CHECKING:
+    from etils import epath
+
+HINT = "check that the folder exists and has room"
+
+
+class WholeFile:
+    """A file that is written under a temporary name beside its place.
+
+    Attributes:
+      path: the temporary name, hidden, ending in ".unfinished".
+    """
+
+    def __init__(self, target: Path | epath.Path):
+        self._target = target
+        self.path: Path = cast(Path, target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.unfinished"))
+        self._finished = False
+
+    def finish(self) -> None:
+        """Gives the file its name, once the disk has it. Raises OSError."""
+        if "://" not in os.fspath(self.path):
+            with open(self.path, "rb+") as file:
+                os.fsync(file.fileno())
+        self.path.replace(self._target)
+        self._finished = True
+
+    def discard(self) -> None:
+        """Removes what was written and not finished."""
+        if not self._finished:
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(target: Path | epath.Path, hint: str = HINT) -> Iterator[Path]:
+    """Yields the name under which to write what takes the place of `target` when the block ends well; otherwise nothing stays.
+
+    Raises:
+      InputError: when it cannot be written; `hint` says what to do.
+    """
+    file = WholeFile(target)
+    try:
+        yield file.path
+        file.finish()
+    except OSError as e:
+        raise InputError(f"{target}: cannot be written ({e.strerror or e}); {hint}") from None
+    finally:
+        file.discard()
+
+
+def write_whole(target: Path | epath.Path, text: str, hint: str = HINT) -> None:
+    """Writes a text file (UTF-8), which appears whole or not at all.
+
+    Raises:
+      InputError: when it cannot be written; `hint` says what to do.
+    """
+    with replacing(target, hint) as path:
+        path.write_text(text, encoding="utf-8")

@@ -1,0 +1,59 @@
+"""Files that appear whole or not at all, and locks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from omni_jax.io import WholeFile, lock, replacing, write_whole
+from omni_jax.types import InputError
+
+
+def test_a_file_takes_its_name_when_it_is_whole_and_leaves_the_old_one_otherwise(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    write_whole(target, "雨\n")
+    with pytest.raises(KeyboardInterrupt), replacing(target) as partial:
+        partial.write_text("half")
+        assert target.read_text(encoding="utf-8") == "雨\n" and partial.name.startswith(".a.txt.") and partial.suffix == ".unfinished"
+        raise KeyboardInterrupt
+    assert target.read_text(encoding="utf-8") == "雨\n" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
+    one, other = WholeFile(tmp_path / "a"), WholeFile(tmp_path / "a")
+    one.path.write_text("one")
+    other.path.write_text("other")
+    one.finish()
+    other.finish()
+    one.discard()
+    assert (tmp_path / "a").read_text() == "other" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_file_that_cannot_be_written_names_its_place_and_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere/a: cannot be written \(No such file or directory\); choose another --out$"):
+        write_whole(tmp_path / "nowhere" / "a", "", "choose another --out")
+    (tmp_path / "a").mkdir()
+    with pytest.raises(InputError, match=r"/a: cannot be written \(Is a directory\); check that the folder exists and has room$"):
+        write_whole(tmp_path / "a", "")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_lock_holds_against_another_process_and_ends_with_it(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys\nfrom omni_jax.io import lock\n"
+        "held = lock(pathlib.Path(sys.argv[1]))\nprint('held' if held else 'free no more', flush=True)\nsys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        assert lock(tmp_path / "lock") is None
+        other.kill()
+    held = lock(tmp_path / "lock")
+    assert held is not None
+    (tmp_path / "lock").unlink()  # as a run that ends removes its folder: the name is free for the next
+    with held, lock(tmp_path / "lock") as again:  # type: ignore[union-attr]
+        assert again is not None
