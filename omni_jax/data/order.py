@@ -108,8 +108,8 @@ def apart(shuffle: np.ndarray, same: np.ndarray) -> np.ndarray:
 
 
 def stand_ins(seed: int, update: int, place: int, held: np.ndarray, count: int, most: int) -> np.ndarray:
-    """Returns clips that may stand in for the one at a place of an update (of all its micro-batches): first some that no other place is
-    given, then the others. Every process and every repetition gets the same.
+    """Returns clips that may stand in for the one at a place of an update (of all its micro-batches): first its own, then those of the
+    other places, beginning with the next one's last, so that two places hardly take the same. Every process and repetition gets the same.
 
     Args:
       held: (U,) int, the clips of the update, none of which stands in.
@@ -118,8 +118,10 @@ def stand_ins(seed: int, update: int, place: int, held: np.ndarray, count: int, 
     """
     order = generator(seed, Draw.REPLACE, update).permutation(count)
     order = order[~np.isin(order, held)]
-    own = np.arange(len(order)) % len(held) == place
-    return np.concatenate([order[own][:most], order[~own][:most]])
+    number = np.arange(len(order))
+    away = (number - place) % len(held)  # places between this one and the one that a clip belongs to
+    others = np.lexsort((-number, away))[np.count_nonzero(away == 0) :]
+    return np.concatenate([order[away == 0][:most], order[others][:most]])
 
 
 def other_captions(seed: int, micro_batch: int, texts: np.ndarray, everywhere: np.ndarray) -> np.ndarray:

@@ -203,10 +203,9 @@ class TrainPipeline:
         """Returns the fields of a PipelineBatch."""
         plan = self.planner.plan(update)
         parts, ids, errors = [], [], []
-        stood_in: set[int] = set()
         silent = repaired = truncated = equal = used = total = 0
         for micro, kind in enumerate(plan.kinds):
-            loaded = [self._load(plan, micro, place, errors, stood_in) for place in range(*self._slice.indices(plan.clips.shape[1]))]
+            loaded = [self._load(plan, micro, place, errors) for place in range(*self._slice.indices(plan.clips.shape[1]))]
             shuffle = plan.shuffles[micro][self._local_blocks]
             # Blocks lie within a process: a clip of this slice takes features of another one of it.
             taken = plan.taken(micro)[self._slice] - self._slice.start
@@ -245,15 +244,12 @@ class TrainPipeline:
         one, other = self.planner.alike(kind.hard)[clips]
         return bool(one == other or (kind.hard == "audio" and without[place] and without[taken]))
 
-    def _load(self, plan: UpdatePlan, micro: int, place: int, errors: list[tuple[str, str]], used: set[int]) -> _Loaded:
+    def _load(self, plan: UpdatePlan, micro: int, place: int, errors: list[tuple[str, str]]) -> _Loaded:
         """Returns the clip of a place, or another clip of the source where it cannot be used; the first is then added to `errors`.
 
         The other is drawn by (seed, update, place): every process count and every repetition gets the same one. It is none that the
         update holds already, has no more tokens than its place has room for, and is of a group that the update lacks if there is such.
-        Places draw from clips of their own first, so that no clip stands in twice while there are enough.
-
-        Args:
-          used: clips that stand in within this update already.
+        Places draw from clips of their own first, so that no clip stands in twice while those are enough.
         """
         planned = int(plan.clips[micro, place])
         try:
@@ -270,14 +266,13 @@ class TrainPipeline:
         for other in drawn[np.argsort(twice, kind="stable")].tolist():
             lengths = self.planner.lengths(plan, micro, place, other)
             fits = lengths.video <= room.video and lengths.audio <= room.audio and self._fits(lengths, plan, micro)
-            if other in used or not fits:
+            if not fits:
                 continue
             try:
                 read = self._read(plan, micro, other)
             except ClipError as error:
                 errors.append((str(self._source.ids[other]), str(error)))
             else:
-                used.add(other)
                 return read
             left -= 1
             if not left:

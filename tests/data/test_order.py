@@ -101,5 +101,6 @@ def test_stand_ins_of_two_places_differ_while_there_are_enough():
     first = [drawn[:4].tolist() for drawn in own]
     assert sorted(clip for drawn in first for clip in drawn) == list(range(8, 40))
     assert all(sorted(drawn.tolist()) == list(range(8, 40)) for drawn in own)
+    assert [drawn[4] for drawn in own] == [own[(place + 1) % 8][3] for place in range(8)], "else the last of the next place's own"
     assert np.array_equal(stand_ins(3, 5, 2, held, 40, 256), own[2]) and not np.array_equal(stand_ins(3, 6, 2, held, 40, 256), own[2])
     assert stand_ins(3, 5, 0, held, 8, 256).size == 0
