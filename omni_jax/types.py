@@ -18,6 +18,10 @@ class InputError(Exception):
     """Something a user gave cannot be used. The message is one line: what, where, what to do."""
 
 
+class ArgumentError(InputError, ValueError):
+    """An argument of the Python API cannot be used. A ValueError too, as sentence-transformers raises for the same."""
+
+
 class ClipError(InputError):
     """One record cannot be used; the run continues without it."""
 

@@ -60,6 +60,8 @@ class Evaluator:
         if self._source is None:
             manifest = read_manifest(clips, self._settings.media_root or None)
             records, problems = manifest.records, manifest.problems
+            for note in manifest.notes:
+                log(f"{clips}: {note}")
         else:
             # Silence would be found by nothing: a clip without sound is one without audio. Each clip has a name of its own, since
             # records of the same files are one prompt.

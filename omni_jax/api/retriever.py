@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,14 +15,16 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from omni_jax.api.encoding import check_batch_size, encode_items, similarity
 from omni_jax.api.made_with import made_with
-from omni_jax.api.weights import load_params, open_model, own_preset
-from omni_jax.config import PREFIXES, TABLE_MODALITIES, TABLES, ConfigError, ModelConfig, Preset
+from omni_jax.api.saving import save_model
+from omni_jax.api.weights import find_model, load_params, open_model, own_preset
+from omni_jax.config import PREFIXES, PRESETS, TABLE_MODALITIES, TABLES, ConfigError, ModelConfig, Preset
 from omni_jax.config import preset as preset_named
 from omni_jax.config.compile_cache import use_compile_cache
 from omni_jax.data.loading import DECODE_LIMIT_S, load_features
 from omni_jax.parallel import batch_shards, make_mesh
-from omni_jax.retrieval.embedding_pass import Part, assemble, embedding_pass, one_row_a_prompt
+from omni_jax.retrieval.embedding_pass import Part, embedding_pass
 from omni_jax.tokens.batching import Planner, build_batches
 from omni_jax.tokens.prompts import build_sequences
 from omni_jax.tokens.tokenizer import Tokenizer
@@ -53,31 +54,48 @@ class OmniRetriever:
         self._rows = 1 if mesh is None else batch_shards(mesh)
         self._planners: dict[Preset, Planner] = {}
         self._origin = origin
+        self._dtype = jnp.dtype(encoder.dtype)
+        self._home: tuple[epath.Path, int | None] | None = None  # folder and updates that the weights were read from
+        self._name = ""
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | os.PathLike[str], *, dtype: str = "keep", preset: str | Preset | None = None, step: int | None = None
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        adapter: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        adapter_revision: str | None = None,
+        token: str | bool | None = None,
+        dtype: str = "keep",
+        preset: str | Preset | None = None,
+        step: int | None = None,
     ) -> OmniRetriever:
-        """Loads a folder that `omni-jax convert to-jax` wrote, or the workdir of `omni-jax train`, on every device jax sees.
+        """Loads a model on every device jax sees.
 
         Args:
-          directory: the converted folder or the workdir.
+          directory: a folder that `omni-jax convert to-jax` wrote, the workdir of `omni-jax train`, the folder of a checkpoint of torch's
+            layout, or its name on the Hub ("owner/repository"). The latter two are converted once into the cache (OMNI_JAX_CACHE).
+          adapter: of the latter two a PEFT adapter: its folder or its name on the Hub.
+          revision, adapter_revision: of a name on the Hub the branch, tag or commit; None: "main".
+          token: for the Hub; None: what `hf auth login` or HF_TOKEN say.
           dtype: "keep", "bfloat16" or "float32": of the weights in memory, and of the computation.
           preset: a preset, or the name of one; None takes the one that the model was trained with (a workdir's own).
           step: of a workdir the checkpoint after so many updates; None for the newest.
 
         Raises:
           ConfigError: for a preset that is unknown or made for another kind of backbone.
-          InputError: when the folder is not a converted checkpoint, its tokenizer belongs to another model, or its towers take patches
-            that the preprocessing does not make.
+          InputError: when the folder is no such model, cannot be fetched or converted, its tokenizer belongs to another model, or its
+            towers take patches that the preprocessing does not make.
         """
         from omni_jax.model import abstract_encoder, with_params
 
         use_compile_cache()
         # Before the weights, which take minutes to read at full size.
-        source = open_model(directory, step)
+        folder = find_model(directory, adapter, revision=revision, adapter_revision=adapter_revision, token=token)
+        source = open_model(folder, step)
         prompt = source.config.prompt
-        chosen = own_preset(directory) if preset is None else preset_named(preset) if isinstance(preset, str) else preset
+        chosen = own_preset(folder) if preset is None else preset_named(preset) if isinstance(preset, str) else preset
         chosen.check(prompt)
         check_preprocessing(source.folder, source.config)
         tokenizer = Tokenizer.from_pretrained(source.folder)
@@ -86,12 +104,25 @@ class OmniRetriever:
         params = load_params(source, None if dtype == "keep" else dtype, mesh)
         compute = jnp.dtype(dtype) if dtype != "keep" else params["decoder", "layers", "attn", "q", "kernel"].dtype
         encoder = with_params(abstract_encoder(source.config, dtype=compute), params)
-        return cls(encoder, tokenizer, chosen, mesh, made_with(source, chosen, dtype=dtype))
+        model = cls(encoder, tokenizer, chosen, mesh, made_with(source, chosen, dtype=dtype))
+        model._home = folder, source.step
+        model._name = " + ".join(os.fspath(name) for name in (directory, adapter) if name is not None)
+        return model
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the model to a folder that `from_pretrained` and `--model` load; the preset is not kept there.
+
+        Raises:
+          InputError: `folder` exists or cannot be written, or the weights are no longer those of the folder that they were read from.
+        """
+        if self._home is None:
+            raise InputError("save: these weights were read from no folder, or were assigned since; train or convert them into one")
+        save_model(open_model(*self._home), folder)
 
     def assign(self, params: Mapping[tuple[str, ...], jax.Array]) -> None:
         """Embeds with other parameters of the same shapes, types and places from now on; nothing is compiled again."""
         self._runner.assign(dict(params))
-        self._origin = None
+        self._origin = self._home = None
 
     def made_with(self, *, normalize: bool = True) -> dict[str, Any] | None:
         """Returns what embeddings by this model depend on under its preset, for `EmbeddingTable.made_with` (see `omni_jax.api.made_with`).
@@ -109,75 +140,121 @@ class OmniRetriever:
 
     def encode(
         self,
-        texts: Sequence[str] | None = None,
-        videos: Sequence[str | os.PathLike[str]] | None = None,
-        audios: Sequence[str | os.PathLike[str]] | None = None,
+        inputs: Any = None,
         *,
-        prefix: str | None = None,
+        texts: Any = None,
+        videos: Any = None,
+        audios: Any = None,
+        images: Any = None,
+        timestamps: Any = None,
+        prompt_name: str | None = None,
         batch_size: int = 16,
         normalize: bool = True,
+        truncate_dim: int | None = None,
+        precision: str = "float32",
+        show_progress: bool | None = None,
+        on_error: str = "raise",
         workers: int | None = None,
+        prefix: str | None = None,
     ) -> np.ndarray:
-        """Returns one embedding per item, (N, D) float32: of the modalities given, taken together.
+        """Returns embeddings in the order given: (D,) of one item, (N, D) of a list or an iterator.
 
-        `encode(texts=..., videos=...)` embeds each text with the video of the same place. Audio may be read from a video file.
+        An item is a caption (a string), a file (path, bytes or file object: a picture, or the pictures, the sound or both that it has), a
+        PIL image, frames (n, height, width, 3), (waveform, rate), {"array", "fps"}, {"array", "sampling_rate"}, a decoder as torchcodec's,
+        or a dict of what belongs together: {"text": ..., "video": ..., "audio": ..., "image": ..., "timestamps": (start, end)}. Items of
+        all kinds may stand in one list; each is embedded with what it has. {"video": path} takes the pictures of a file alone.
 
         Args:
-          texts, videos, audios: lists of equal length; at least one.
-          prefix: "passage" or "query", what the texts are, for a backbone trained with prefixes; None: as the preset says.
-          batch_size: clips encoded together.
+          inputs: one item, or a list or iterator of items.
+          texts, videos, audios, images: the items by modality in place of `inputs`: one each, or lists of equal length whose items of equal
+            places belong together; None where an item has none. A string is a file name there, but for texts.
+          timestamps: (start, end) seconds of the part of the media to take, for all items, or one for each (None: the whole).
+          prompt_name: a key of `prompts`, what captions are, for a backbone trained with prompts; None: as the preset says.
+          batch_size: items encoded together.
           normalize: whether rows are scaled to length 1.
-          workers: decoding processes; None chooses by the number of cores.
+          truncate_dim: how many of the first columns are kept.
+          precision: "float32", "float16", "int8" (each row scaled so that its largest value is 127) or "binary" (packed bits, 8 to a byte).
+          show_progress: whether to show a bar and a line while programs are compiled; None: on a terminal and in a notebook.
+          on_error: what an item that cannot be embedded leads to: "raise" an error at once; "skip" leaves it out of the rows and warns;
+            "nan" puts NaN in its place and warns.
+          workers: processes that decode, 0 decodes in this one (then a decoder that hangs cannot be killed); None: by the number of cores.
+          prefix: the earlier name of `prompt_name`.
 
         Raises:
-          InputError: for an unknown prefix or one that the backbone does not take, lists of unequal length, items that are no captions or
-            paths, and naming the items that cannot be read.
+          ArgumentError: an InputError and a ValueError, for arguments that cannot be used, and under "raise" naming the items.
 
         Warns:
-          UserWarning: once, where something of the media was replaced (silence for a missing audio track) or captions cut.
+          UserWarning: where items were left out, where a caption is the name of a media file, and once where something of the media was
+            replaced (silence for a missing audio track) or captions cut.
         """
-        _check_batch_size(batch_size)
-        if prefix is not None and (prefix not in PREFIXES or self.config.prompt == "plain"):
-            choice = f"choose one of {', '.join(PREFIXES)}" if self.config.prompt == "chat" else "this backbone takes none; omit it"
-            raise InputError(f"encode: prefix {prefix!r}: {choice}")
-        given = {
-            "text": _listed("texts", texts, "captions"),
-            "video": _listed("videos", videos, "paths"),
-            "audio": _listed("audios", audios, "paths"),
-        }
-        lengths = {name: len(values) for name, values in given.items() if values is not None}
-        if not lengths or len(set(lengths.values())) != 1:
-            raise InputError(f"encode: give at least one of texts, videos, audios, all of the same length; got {lengths or 'none'}")
-        count = next(iter(lengths.values()))
-        modalities = frozenset(name[0] for name in lengths)
-        table = next(name for name in TABLES if TABLE_MODALITIES[name] == modalities)
-        records = [
-            Record(
-                id=str(i),
-                text=given["text"][i] if given["text"] is not None else None,
-                video=Path(given["video"][i]).absolute() if given["video"] is not None else None,
-                audio=Path(given["audio"][i]).absolute() if given["audio"] is not None else None,
-                prefix=prefix,
-            )
-            for i in range(count)
-        ]
-        if not records:
-            return np.zeros((0, self.config.decoder.hidden_size), np.float32)
-        parts = self.embed(records, (table,), batch_size=batch_size, normalize=normalize, workers=workers)
-        outcome = one_row_a_prompt(records, assemble(records, list(parts)))
-        if outcome.problems:
-            lines = "; ".join(f"item {record.id}: {reason}" for record, reason in outcome.problems[:5])
-            raise InputError(f"encode: {len(outcome.problems)} of {count} items cannot be embedded: {lines}")
-        notes = []
-        if outcome.warnings:
-            item, line = outcome.warnings[0]
-            repaired = len({item for item, _ in outcome.warnings})
-            notes.append(f"{repaired} of {count} items were repaired, the first: item {item}: {line}")
-        if outcome.truncated:
-            notes.append(f"{outcome.truncated} of {count} captions were cut to max_text_tokens={self.preset.max_text_tokens}")
-        if notes:
-            warnings.warn(f"encode: {'; '.join(notes)}", stacklevel=2)
-        return outcome.table.tables[table]
+        return encode_items(
+            self,
+            inputs,
+            texts=texts,
+            videos=videos,
+            audios=audios,
+            images=images,
+            timestamps=timestamps,
+            prompt_name=prompt_name,
+            batch_size=batch_size,
+            normalize=normalize,
+            truncate_dim=truncate_dim,
+            precision=precision,
+            show_progress=show_progress,
+            on_error=on_error,
+            workers=workers,
+            prefix=prefix,
+        )
+
+    def encode_query(self, inputs: Any = None, **options: Any) -> np.ndarray:
+        """Returns embeddings of what is searched with, as `encode`; captions get the query prompt of a backbone with prompts."""
+        options.setdefault("prompt_name", "query" if self.prompts else None)
+        return encode_items(self, inputs, **options)
+
+    def encode_document(self, inputs: Any = None, **options: Any) -> np.ndarray:
+        """Returns embeddings of what is searched in, as `encode`; captions get the passage prompt of a backbone with prompts."""
+        options.setdefault("prompt_name", "passage" if self.prompts else None)
+        return encode_items(self, inputs, **options)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
+        """Returns cosines (N, M) float32 of embeddings (N, D) or (D,) and (M, D) or (D,), in float32, float16 or int8.
+
+        Raises:
+          ArgumentError: for what is no array of vectors of one width.
+        """
+        return similarity(embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
+        """Returns cosines (N,) float32 of `embeddings1[i]` and `embeddings2[i]`.
+
+        Raises:
+          ArgumentError: as `similarity`, and for other lengths.
+        """
+        return similarity(embeddings1, embeddings2, pairwise=True)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What items may have: in any combination, but for an image, which is a video of one frame."""
+        return ("text", "image", "video", "audio")
+
+    @property
+    def dim(self) -> int:
+        """D, the width of an embedding."""
+        return self.config.decoder.hidden_size
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """Prompt name -> what stands before a caption; empty for a backbone that was trained without."""
+        return {name: f"{name}: " for name in PREFIXES} if self.config.prompt == "chat" else {}
+
+    def __repr__(self) -> str:
+        lora, devices = self.config.lora, len(jax.devices())
+        preset = next((name for name, known in PRESETS.items() if known == self.preset), "of its own")
+        adapter = f"LoRA of rank {lora.rank}" if lora is not None else "no adapter"
+        return (
+            f"OmniRetriever({self._name!r}, dim {self.dim}, {self.config.decoder.num_layers} layers, {adapter}, {self._dtype}, "
+            f"preset {preset}, {', '.join(self.modalities)}; {devices} {jax.default_backend()} device{'s' * (devices > 1)})"
+        )
 
     def embed(
         self,
@@ -209,7 +286,7 @@ class OmniRetriever:
           ConfigError: for an unknown table, or prefixes that are to be shared and cannot be.
           InputError: for a batch size below 1.
         """
-        _check_batch_size(batch_size)
+        check_batch_size(batch_size)
         unknown = [name for name in tables if name not in TABLES]
         if unknown or not tables:
             raise ConfigError(f"unknown table {', '.join(unknown) or '(none given)'}; choose among {', '.join(TABLES)}")
@@ -222,13 +299,38 @@ class OmniRetriever:
             yield Part(problems=tuple(unable))
         able = [r for r, fit in zip(records, fits, strict=True) if fit]
 
+        if workers is None:
+            workers = max(1, (os.cpu_count() or 1) - 1) if needed != {"t"} else 0
+        features = load_features(able, self.preset, needed, workers=workers, timeout_s=timeout) if load is None else load(able)
+        clips = zip(able, features, strict=True)
+        yield from self.embed_features(
+            clips, tables, lambda _: tables, batch_size=batch_size, normalize=normalize, share_prefix=share_prefix
+        )
+
+    def embed_features(
+        self,
+        clips: Iterable[tuple[Record, Features | ClipError]],
+        tables: Sequence[str],
+        tables_of: Callable[[Features], Sequence[str]],
+        *,
+        batch_size: int,
+        normalize: bool,
+        share_prefix: bool | None = None,
+    ) -> Generator[Part]:
+        """Embeds decoded clips, a group at a time, as `embed` does.
+
+        Args:
+          clips: records with their features, or with the reason why there are none.
+          tables: all that some clip may be embedded into.
+          tables_of: those that a clip is embedded into.
+        """
         planner = self._planners.setdefault(self.preset, Planner(row_multiple=self._rows))
 
         def tokenized(record: Record, item: Features | ClipError) -> tuple[Record, TokenizedClip | ClipError]:
             if isinstance(item, ClipError):
                 return record, item
             try:
-                return record, TokenizedClip(item, build_sequences(item, tables, self._tokenizer, self.config, self.preset))
+                return record, TokenizedClip(item, build_sequences(item, tables_of(item), self._tokenizer, self.config, self.preset))
             except ClipError as e:
                 return record, ClipError(f"{_who(record)}: {e}")
 
@@ -247,11 +349,18 @@ class OmniRetriever:
         def encode(batch: EncoderBatch) -> Iterator[tuple[int, str, np.ndarray]]:
             return self._runner.embed(batch, self.preset.text_head)
 
-        if workers is None:
-            workers = max(1, (os.cpu_count() or 1) - 1) if needed != {"t"} else 0
-        features = load_features(able, self.preset, needed, workers=workers, timeout_s=timeout) if load is None else load(able)
-        clips = itertools.starmap(tokenized, zip(able, features, strict=True))
-        yield from embedding_pass(clips, tables, plan=plan, encode=encode, group=batch_size, normalize=normalize)
+        yield from embedding_pass(
+            itertools.starmap(tokenized, clips), tables, plan=plan, encode=encode, group=batch_size, normalize=normalize
+        )
+
+    @contextlib.contextmanager
+    def told_of_programs(self, tell: Callable[[str], None]) -> Iterator[None]:
+        """Within, `tell` is called with the name of every program before it is compiled."""
+        self._runner.compiling = tell
+        try:
+            yield
+        finally:
+            self._runner.compiling = None
 
 
 def _missing(record: Record, tables: Sequence[str]) -> str:
@@ -264,28 +373,6 @@ def _missing(record: Record, tables: Sequence[str]) -> str:
 
 def _who(record: Record) -> str:
     return f"record {record.id!r}" + (f" (line {record.line} of the manifest)" if record.line else "")
-
-
-def _listed(name: str, values: Any, kind: str) -> list[Any] | None:
-    """Returns the items of one argument of `encode`; raises InputError for what is no list of captions or paths."""
-    if values is None:
-        return None
-    if isinstance(values, (str, bytes, os.PathLike, Mapping, Set)) or not hasattr(values, "__len__") or getattr(values, "ndim", 1) != 1:
-        raise InputError(f"encode: {name} is of type {type(values).__name__}; give a list of {kind}, also for a single one")
-    wanted = str if kind == "captions" else (str, os.PathLike)
-    items = list(values)
-    for i, item in enumerate(items):
-        if not isinstance(item, wanted) or not isinstance(os.fspath(item), str):
-            give = "strings" if wanted is str else "strings or pathlib paths"
-            raise InputError(f"encode: {name}[{i}] is of type {type(item).__name__}; give {give}")
-        if not os.fspath(item).strip():
-            raise InputError(f"encode: {name}[{i}] is empty; leave the item out of every list or fill it in")
-    return items
-
-
-def _check_batch_size(batch_size: Any) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
-        raise InputError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
 
 
 def check_preprocessing(folder: epath.Path, config: ModelConfig) -> None:

@@ -15,7 +15,9 @@ from jax.sharding import Mesh
 
 from omni_jax import conversion
 from omni_jax.config import ModelConfig, Preset, default_preset
-from omni_jax.conversion.folder import Manifest, read_manifest
+from omni_jax.config.hub_name import is_hub_name
+from omni_jax.conversion.cached import converted
+from omni_jax.conversion.folder import MANIFEST, Manifest, read_manifest
 from omni_jax.tokens.tokenizer import tokenizer_digest
 from omni_jax.train.workdir import TOKENIZER_FILES, is_workdir, read_config, read_workdir, run_of
 from omni_jax.types import InputError
@@ -62,6 +64,35 @@ def open_model(directory: str | os.PathLike[str], step: int | None = None) -> Mo
     if run.digests.get(TOKENIZER_FILES, tokenizer_digest(run.base)) != tokenizer_digest(run.base):
         raise InputError(f"{run.base}: holds another tokenizer than {folder} was trained with; put the right files back")
     return ModelSource(run.base, run.model, run.trainable, run.step, digests)
+
+
+def find_model(
+    name: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
+    token: str | bool | None = None,
+) -> epath.Path:
+    """Returns the folder that `open_model` reads of a model that people name; nothing is fetched for a folder that is there.
+
+    Args:
+      name: a converted folder, a workdir, a checkpoint's folder of torch's layout, or its name on the Hub; the latter two are converted
+        once into the cache (`omni_jax.conversion.cached`).
+      adapter: a PEFT adapter's folder or its name on the Hub, for the latter two.
+
+    Raises:
+      InputError: for what is not there, cannot be fetched or converted, and an adapter or a revision for what has its own.
+    """
+    folder = epath.Path(name)
+    ready = is_workdir(folder) or (folder / MANIFEST).exists()
+    published = is_hub_name(name) or (not ready and (folder / "config.json").exists()) or adapter is not None
+    if not published or ready:
+        if adapter is not None or revision is not None:
+            what = "an adapter" if adapter is not None else f"a revision ({revision})"
+            raise InputError(f"{name}: is no checkpoint of torch's layout and no name on the Hub, so that {what} cannot be chosen; omit it")
+        return folder
+    return epath.Path(converted(name, adapter, revision=revision, adapter_revision=adapter_revision, token=token))
 
 
 def prompt_kind(directory: str | os.PathLike[str]) -> str:

@@ -75,6 +75,7 @@ def choose_preset(args: argparse.Namespace, made_with: Mapping[str, Any] | None 
       InputError: where the model decides and is no converted folder.
     """
     check_preset(args)
+    take_model(args)
 
     from omni_jax.api.weights import own_preset, prompt_kind
 
@@ -91,13 +92,7 @@ def choose_preset(args: argparse.Namespace, made_with: Mapping[str, Any] | None 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what every command that embeds a manifest takes."""
-    parser.add_argument(
-        "--model",
-        type=epath.Path,
-        required=True,
-        metavar="DIR",
-        help="converted folder, or workdir of 'omni-jax train'",
-    )
+    add_model_arguments(parser)
     parser.add_argument("--manifest", required=True, metavar="FILE.jsonl", help="plain or official manifest, one JSON record a line")
     parser.add_argument("--tables", metavar="LIST", help=f"comma-separated, among {','.join(TABLES)} (default: all that the fields allow)")
     parser.add_argument("--batch-size", type=positive(int), default=16, metavar="N", help="clips encoded together (default: %(default)s)")
@@ -114,6 +109,31 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help=f"a clip whose decoding stands still for so long, or takes ten times as long, is skipped (default: {TIMEOUT_S:g})",
     )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the choice of a model, as `take_model` takes it."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="converted folder, workdir of 'omni-jax train', folder of a PyTorch checkpoint, or its name on the Hub (owner/name)",
+    )
+    parser.add_argument("--adapter", metavar="MODEL", help="PEFT adapter of a PyTorch checkpoint: its folder or its name on the Hub")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of --model on the Hub (default: main)")
+    parser.add_argument("--adapter-revision", metavar="REV", help="the same of --adapter")
+
+
+def take_model(args: argparse.Namespace) -> None:
+    """Puts the folder of the model that was asked for in place of its name, fetched and converted where it is only published.
+
+    Raises:
+      InputError: when there is no such model.
+    """
+    from omni_jax.api.weights import find_model
+
+    args.model = find_model(args.model, args.adapter, revision=args.revision, adapter_revision=args.adapter_revision)
+    args.adapter = args.revision = args.adapter_revision = None
 
 
 def check_timeout(args: argparse.Namespace) -> None:

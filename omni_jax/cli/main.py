@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import re
 import select
@@ -26,6 +27,7 @@ from omni_jax.cli.stopping import second_ctrl_c_leaves
 from omni_jax.config import ConfigError
 from omni_jax.config.compile_cache import use_compile_cache
 from omni_jax.config.extras import advice
+from omni_jax.config.hub_name import is_hub_name
 from omni_jax.config.libtpu import silence_libtpu
 from omni_jax.types import InputError
 
@@ -33,6 +35,7 @@ from omni_jax.types import InputError
 ORDER = ("demo", "convert", "embed", "eval", "presets", "search", "export", "bench-data", "mine", "prepare", "train", "smoke", "compile")
 
 
+MODELS = ("--model", "--adapter")  # options whose values may be names on the Hub
 UNCACHED = ("compile",)  # compiles for chips that are not there, to look at the programs
 
 
@@ -87,7 +90,7 @@ def build_parser(name: str | None = None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1, 2, 75 or 130 as in status.py."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _stay_offline()
+    _stay_offline(arguments)
     silence_libtpu()
     _clean_up_quietly()
     name = next((a for a in arguments if not a.startswith("-")), None)
@@ -150,10 +153,16 @@ def _report(line: str, debug: bool) -> int:
     return BAD_INPUT
 
 
-def _stay_offline() -> None:
-    """Keeps the libraries below from asking a hub for files or printing advice about packages this project does without."""
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+def _stay_offline(arguments: Sequence[str]) -> None:
+    """Keeps the libraries below from asking a hub for files that nobody named, and from printing advice about packages this project does
+    without."""
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         os.environ.setdefault(name, "1")
+    named = (value for option, value in itertools.pairwise(arguments) if option in MODELS)
+    glued = (value for option, _, value in (argument.partition("=") for argument in arguments) if option in MODELS)
+    if not any(is_hub_name(value) for value in (*named, *glued)):
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 

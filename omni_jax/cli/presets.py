@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     embed.check_timeout(args)
     Preset().override(args.overrides)  # a wrong one is answered before the model is looked for
 
+    embed.take_model(args)
+
     from omni_jax.api.weights import prompt_kind
 
     known = presets_for(prompt_kind(args.model))

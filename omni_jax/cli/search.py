@@ -6,13 +6,13 @@ import argparse
 import functools
 import json
 import sys
+import warnings
 
-from etils import epath
-
-from omni_jax.cli.embed import add_preset_arguments, check_preset, choose_preset
+from omni_jax.cli.embed import add_model_arguments, add_preset_arguments, check_preset, choose_preset
 from omni_jax.cli.printing import one_line
+from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE
 from omni_jax.config import TABLES, Preset
-from omni_jax.config.made_with import ROUNDING, listed, made_otherwise
+from omni_jax.config.made_with import listed, made_otherwise
 from omni_jax.types import EmbeddingTable, InputError
 
 HELP = "search an embedding file by text, audio, video or audio and video together"
@@ -20,13 +20,7 @@ EXAMPLE = 'omni-jax search --model omni7b --index clips.npz --text "a whistle ov
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        type=epath.Path,
-        required=True,
-        metavar="DIR",
-        help="converted folder, or workdir of 'omni-jax train'",
-    )
+    add_model_arguments(parser)
     parser.add_argument(
         "--index", action="append", required=True, metavar="FILE.npz", help="embedding file; repeat it for parts of one set"
     )
@@ -35,35 +29,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query.add_argument("--audio", metavar="FILE", help="search by a sound; a video file's track will do")
     query.add_argument("--video", metavar="FILE", help="search by the pictures of a video")
     query.add_argument("--av", metavar="FILE", help="search by the pictures and the sound of a video")
+    query.add_argument(
+        "--queries", metavar="FILE", help="many queries: text with a caption a line, or a manifest (.jsonl); results for each"
+    )
+    parser.add_argument("--media-root", metavar="DIR", help="folder that the media paths of --queries start from and must stay in")
     parser.add_argument("-k", type=_count, default=10, metavar="N", help="results to print (default: %(default)s)")
     parser.add_argument(
         "--table", choices=TABLES, help="table to search in (default: for a text av, then video, audio; for other queries what they lack)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a query instead of lines")
     add_preset_arguments(parser, "the one that the index was made with, or else the model's")
     parser.add_argument("--unchecked", action="store_true", help="search an index that was made by another model or preset all the same")
     parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="weights and computation (default: keep)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints rank, cosine and id of the nearest records and returns the exit status.
+    """Prints rank, cosine and id of the nearest records of each query and returns the exit status: 0, or 1 when queries were skipped.
 
     Raises:
       InputError, ConfigError: for an index, a query or a model that cannot be used.
     """
     check_preset(args)
-    kind = next(name for name in ("text", "audio", "video", "av") if getattr(args, name) is not None)
-    given = getattr(args, kind)
-    if kind == "text" and not given.strip():
-        raise InputError("--text: is empty; say what to search for")
-    if kind != "text" and args.prefix:
-        raise InputError(f"--prefix {args.prefix}: says what a text is; omit it with --{kind}")
+    if args.media_root is not None and args.queries is None:
+        raise InputError(f"--media-root {args.media_root}: is for --queries; omit it")
 
     # Late, so that `--help` and usage errors answer at once.
-    from omni_jax.cli.inputs import read_tables
-    from omni_jax.retrieval.search import search, target_table
+    import numpy as np
 
-    index = read_tables(args.index, functools.partial(target_table, kind, chosen=args.table), incomplete=True)
+    from omni_jax.cli.inputs import read_tables
+    from omni_jax.cli.queries import read_queries
+    from omni_jax.retrieval.search import TARGETS, target_table
+
+    queries = read_queries(args)
+    if args.prefix and not any(item.get("text") for item in queries.items):
+        raise InputError(f"--prefix {args.prefix}: says what a text is; omit it with --{queries.kind}")
+    if args.table is None and queries.kind not in TARGETS:
+        raise InputError(
+            f"--queries {args.queries}: of several kinds, or of several modalities each; say by --table what they are searched in"
+        )
+    index = read_tables(args.index, functools.partial(target_table, queries.kind or "text", chosen=args.table), incomplete=True)
     (table,) = index.tables
     if not index.ids:
         raise InputError(f"{args.index[0]}: holds no records")
@@ -71,25 +75,37 @@ def run(args: argparse.Namespace) -> int:
     _check_origin(args, index, chosen)
 
     from omni_jax.api import OmniRetriever
+    from omni_jax.retrieval.search import Index
 
     model = OmniRetriever.from_pretrained(args.model, dtype=args.dtype, preset=chosen)
-    query = model.encode(
-        texts=[given] if kind == "text" else None,
-        videos=[given] if kind in ("video", "av") else None,
-        audios=[given] if kind in ("audio", "av") else None,
-        # A text is what is searched with, whatever the captions of the index are.
-        prefix=args.prefix or "query" if kind == "text" and chosen.prefix else None,
-    )
+    with warnings.catch_warnings(record=args.queries is not None) as told:
+        vectors = model.encode(
+            queries.items,
+            # A text is what is searched with, whatever the captions of the index are.
+            prompt_name=args.prefix or "query" if chosen.prefix else None,
+            on_error="raise" if args.queries is None else "nan",
+        )
+    for warning in told or ():
+        print(one_line(str(warning.message)), file=sys.stderr)
+    good = np.flatnonzero(np.isfinite(vectors).all(axis=1))
+    if not len(good):
+        raise InputError(f"--queries {args.queries}: none of {len(vectors)} queries can be embedded")
     ids = index.ids_of(table)
-    scores, rows = search(query, index.tables[table], args.k, name=table, ids=ids)
-    found = [(ids[row], float(score)) for row, score in zip(rows[0].tolist(), scores[0], strict=True)]
+    scores, rows = Index(index.tables[table], table, ids).search(vectors[good], args.k)
+    for place, number in enumerate(good.tolist()):
+        found = [(ids[row], float(score)) for row, score in zip(rows[place].tolist(), scores[place], strict=True)]
+        _show(args, queries.kind, queries.names[number], table, len(ids), found)
+    return DONE_WITH_QUARANTINE if queries.problems or len(good) < len(vectors) else DONE
+
+
+def _show(args: argparse.Namespace, kind: str | None, name: str, table: str, records: int, found: list[tuple[str, float]]) -> None:
     if args.json:
-        print(json.dumps({"query": kind, "table": table, "records": len(ids), "results": [{"id": i, "score": s} for i, s in found]}))
-        return 0
-    print(f"{kind} in table {table} of {len(ids)} records, by cosine:")
+        asked = {"query": kind} if args.queries is None else {"query": name}
+        print(json.dumps({**asked, "table": table, "records": records, "results": [{"id": i, "score": s} for i, s in found]}))
+        return
+    print(f"{kind if args.queries is None else one_line(name)} in table {table} of {records} records, by cosine:")
     for rank, (name, score) in enumerate(found, 1):
         print(f"{rank:4d}  {score:7.4f}  {one_line(name)}")
-    return 0
 
 
 def _check_origin(args: argparse.Namespace, index: EmbeddingTable, chosen: Preset) -> None:
@@ -103,10 +119,10 @@ def _check_origin(args: argparse.Namespace, index: EmbeddingTable, chosen: Prese
         return
     from omni_jax.api.made_with import made_with
     from omni_jax.api.weights import open_model
+    from omni_jax.retrieval.search import FREE
 
-    # Cosines do not depend on lengths, and a query may have another prefix than what it looks for.
     here = made_with(open_model(args.model), chosen, dtype=args.dtype)
-    found = made_otherwise(index.made_with, here, (*ROUNDING, "normalize", "preset.prefix"))
+    found = made_otherwise(index.made_with, here, FREE)
     if found and not args.unchecked:
         raise InputError(
             f"{args.index[0]}: was made otherwise than --model {args.model} embeds: {listed(found)}; search with the model and preset that "

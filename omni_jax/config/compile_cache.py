@@ -50,13 +50,25 @@ def _sweep(folder: Path) -> None:
                 path.unlink()
 
 
-def cache_folder() -> Path | None:
-    """Returns the folder of this kind of processor, made where it was missing; None where it is switched off or cannot be written."""
+def cache_root() -> Path | None:
+    """Returns the folder that OMNI_JAX_CACHE names, or `~/.cache/omni_jax`, made or not; None where it is switched off.
+
+    Raises:
+      RuntimeError: where there is no home.
+    """
     named = os.environ.get(VARIABLE)
     if named is not None and named.strip().lower() in ("", "0", "off"):
         return None
+    return (Path(named) if named else Path.home() / ".cache" / "omni_jax").absolute()
+
+
+def cache_folder() -> Path | None:
+    """Returns the folder of this kind of processor, made where it was missing; None where it is switched off or cannot be written."""
     try:
-        folder = (Path(named) if named else Path.home() / ".cache" / "omni_jax").absolute() / _processor()
+        root = cache_root()
+        if root is None:
+            return None
+        folder = root / _processor()
         folder.mkdir(parents=True, exist_ok=True)
         return folder if os.access(folder, os.W_OK) else None
     except (OSError, RuntimeError, ValueError):  # RuntimeError: no home

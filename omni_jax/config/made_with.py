@@ -15,6 +15,7 @@ from omni_jax.config.presets import Preset
 ROUNDING = ("dtype", "precision", "code")
 """Fields of `omni_jax.api.made_with.made_with` that move a vector by rounding, or by what a new version corrects."""
 
+_WEIGHTS = re.compile(r"weights\.(\w+) weights")  # "weights.base weights", as records have it: once is enough
 _DIGEST = re.compile(r"[0-9a-f]{32,}")
 
 
@@ -42,7 +43,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], free: Collect
         if before == now or any(name == head or name.startswith(f"{head}.") for head in free):
             continue
         digests = any(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (before, now))
-        found.append(f"{name} differs" if digests else f"{name} is {before!r} there, {now!r} here")
+        said = _WEIGHTS.sub(r"weights.\1", name)
+        found.append(f"{said} differs" if digests else f"{said} is {before!r} there, {now!r} here")
     return found
 
 

@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from omni_jax.config import Preset
+from omni_jax.data.items import Item
 from omni_jax.media.workers import run_guarded
 from omni_jax.types import Clip, ClipError, Features, Record
 
@@ -72,22 +73,81 @@ def load_clip(record: Record, preset: Preset, modalities: frozenset[str]) -> Cli
         video = read_frames(record.video, FrameRule.of(preset), record.timestamps, preset.video_track)
         warnings = video.warnings
     if "a" in modalities and record.audio is not None:
-        audio = _read_waveform(record.audio, record.timestamps, preset)
+        from omni_jax.media.audio import read_waveform
+
+        read = functools.partial(read_waveform, record.audio, track=preset.audio_track, start=preset.audio_start)
+        audio = _cut_waveform(read, record.timestamps, preset)
         waveform, warnings, silent = audio.samples, (*warnings, *audio.warnings), audio.silent
     return Clip(record=record, video=video, waveform=waveform, warnings=warnings, silent=silent)
 
 
-def _read_waveform(path: Path, timestamps: tuple[float, float] | None, preset: Preset) -> Waveform:
+def item_features(item: Item, preset: Preset) -> Features:
+    """Returns the features of one item of `encode`. Raises ClipError when it cannot be used."""
+    return clip_features(load_item(item, preset), preset)
+
+
+def load_item(item: Item, preset: Preset) -> Clip:
+    """Returns an item of `encode`, whatever it was given as, with its frames and waveform.
+
+    Raises:
+      ClipError: when it, or its media file, cannot be used.
+    """
+    if item.error is not None:
+        raise item.error
+    record, image, warnings = item.record, item.image, ()
+    if item.file is not None:
+        from omni_jax.media.arrays import is_picture
+
+        if is_picture(item.file):
+            image = item.file
+        else:
+            record = dataclasses.replace(record, **dict.fromkeys(_tracks_of(item.file), item.file))
+    clip = load_clip(record, preset, frozenset("tva"))
+    video, waveform = clip.video, clip.waveform
+    if image is not None:
+        from omni_jax.media.arrays import PICTURE_FPS, read_picture, sampled_frames
+        from omni_jax.media.sampling import FrameRule
+
+        picture = read_picture(image)
+        video = sampled_frames(lambda _: [picture], 1, PICTURE_FPS, FrameRule.of(preset), None, str(image))
+    elif item.frames is not None:
+        video = item.frames
+    if video is not None and video is not clip.video:
+        from omni_jax.media.arrays import repeated
+
+        video = dataclasses.replace(video, frames=repeated(video))
+    if item.sound is not None:
+        from omni_jax.media.audio import array_waveform
+
+        reader = functools.partial(array_waveform, *item.sound, "its audio")
+        audio = _cut_waveform(reader, record.timestamps, preset)
+        waveform, warnings = audio.samples, audio.warnings
+    return Clip(record, video, waveform, (*clip.warnings, *warnings), silent=clip.silent)
+
+
+def _tracks_of(path: Path) -> list[str]:
+    """Returns "video", "audio" or both: what a file has. Raises ClipError for what is no media file, or has neither."""
+    from omni_jax.media.source import open_container, tracks
+
+    with open_container(path) as container:
+        found = [kind for kind in ("video", "audio") if tracks(container, kind)]
+    if not found:
+        raise ClipError(f"{path}: has neither pictures nor sound; give a media file")
+    return found
+
+
+def _cut_waveform(reader: Callable[..., Waveform], timestamps: tuple[float, float] | None, preset: Preset) -> Waveform:
     """Returns a waveform, of an interval the samples [int(start * 16000), int(end * 16000)) of the resampled track, as the reference cuts.
+
+    Args:
+      reader: `read_waveform` of a file, or `array_waveform` of samples in memory.
 
     Raises:
       ClipError: when the track cannot be used.
     """
-    from omni_jax.media.audio import SAMPLE_RATE, Waveform, read_waveform
+    from omni_jax.media.audio import SAMPLE_RATE, Waveform
 
-    read = functools.partial(
-        read_waveform, path, crop=preset.audio_crop, channels=preset.channels, track=preset.audio_track, start=preset.audio_start
-    )
+    read = functools.partial(reader, crop=preset.audio_crop, channels=preset.channels)
     whole = functools.partial(read, seconds=preset.audio_seconds, pad=preset.audio_pad, timestamps=timestamps)
     if timestamps is None or (preset.audio_crop == "center" and timestamps[1] - timestamps[0] > LONGEST_CUT_S):
         return whole()

@@ -24,6 +24,7 @@ _CENTER_EXACT_SECONDS = 600.0  # a longer track is not held whole to find its ce
 _SEEK_SECONDS = 30.0  # less than this is decoded and dropped
 _SEEK_MARGIN_SECONDS = 1.0  # decoded before the first sample wanted, so that the decoder has settled
 _LATE_SECONDS = 0.2  # a smaller difference of the tracks' starts is codec delay or interleaving, which players and the reference ignore
+_BLOCK = 1 << 16  # samples in memory resampled together
 _SILENT, _AUDIBLE = 1e-4, 1e-3  # peaks: -80 and -60 dB
 # Containers whose packets are numbered in samples from the file's own table, so that seeking is exact ("mp4": every edition of it).
 _EXACT = frozenset({"mp4", "wav", "w64", "aiff", "au", "flac"})
@@ -100,11 +101,60 @@ def read_waveform(
     return Waveform(samples, warnings)
 
 
+def array_waveform(
+    samples: np.ndarray,
+    rate: int,
+    name: str,
+    *,
+    seconds: float = 8.0,
+    pad: bool = True,
+    crop: str = "first",
+    channels: str = "first",
+    timestamps: tuple[float, float] | None = None,
+) -> Waveform:
+    """Returns samples in memory as `read_waveform` returns those of a file.
+
+    Args:
+      samples: (N, channels) float32, finite.
+      rate: Hz.
+      name: what to call them in a message.
+
+    Raises:
+      ClipError: when they end before the interval.
+    """
+    wanted = round(seconds * SAMPLE_RATE) if seconds > 0 else None
+    held = _Held(samples, rate, channels)
+    try:
+        cut = _cut(held, wanted, crop, timestamps)
+    except _Unreadable as error:
+        raise ClipError(f"{name}: {error}; correct the interval") from None
+    shortest = max(SHORTEST, wanted if pad and wanted else 0)
+    warnings = (f"{name}: the first channel is silent, others are not; set channels=mean to hear them",) if held.deaf else ()
+    return Waveform(np.pad(cut, (0, max(0, shortest - len(cut)))), warnings)
+
+
+class _Held:
+    """Samples in memory with what `_cut` asks of a track."""
+
+    def __init__(self, samples: np.ndarray, rate: int, channels: str) -> None:
+        self.rate, self.longest = rate, len(samples)
+        self._mono = samples.mean(axis=1, dtype=np.float32) if channels == "mean" and samples.shape[1] > 1 else samples[:, 0]
+        peaks = np.abs(samples).max(axis=0)
+        self.deaf = channels == "first" and len(peaks) > 1 and bool(peaks[0] < _SILENT and peaks[1:].max() > _AUDIBLE)
+
+    def length(self) -> int:
+        return self.longest
+
+    def blocks(self, start: int) -> Iterator[np.ndarray]:
+        for at in range(start, self.longest, _BLOCK):
+            yield np.ascontiguousarray(self._mono[at : at + _BLOCK])
+
+
 class _Unreadable(Exception):
     """A track that cannot be used; the message completes "FILE: ..."."""
 
 
-def _cut(track: _Track, wanted: int | None, crop: str, timestamps: tuple[float, float] | None) -> np.ndarray:
+def _cut(track: _Track | _Held, wanted: int | None, crop: str, timestamps: tuple[float, float] | None) -> np.ndarray:
     """Returns the part of a track that is wanted, at 16 kHz: (N,) float32, N <= `wanted` where that is given."""
     start, stop = (round(t * track.rate) for t in timestamps) if timestamps else (0, None)
     if wanted is None or crop == "first":
@@ -120,7 +170,7 @@ def _cut(track: _Track, wanted: int | None, crop: str, timestamps: tuple[float, 
     return _resample(track, first, first + span, wanted)
 
 
-def _resample(track: _Track, start: int, stop: int | None, wanted: int | None) -> np.ndarray:
+def _resample(track: _Track | _Held, start: int, stop: int | None, wanted: int | None) -> np.ndarray:
     """Returns samples [start, stop) of a track at 16 kHz, at most `wanted` of them; decoding ends as soon as they are there."""
     stream = soxr.ResampleStream(track.rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ") if track.rate != SAMPLE_RATE else None
     parts: list[np.ndarray] = []

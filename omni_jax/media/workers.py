@@ -63,6 +63,7 @@ def run_guarded(
     *,
     name: Callable[[Item], str] = str,
     in_flight: int | None = None,
+    here: Callable[[Item], bool] | None = None,
 ) -> Iterator[tuple[Item, Result | ClipError]]:
     """Yields (item, function(item)) in the order of `items`, with a ClipError in place of a result that could not be had.
 
@@ -78,6 +79,7 @@ def run_guarded(
         again, up to `LONGEST` times as many in all.
       name: what to call an item in a message, a file name for example.
       in_flight: items handed out or finished and not yet yielded, at most; default 4 per worker. Bounds memory.
+      here: which items are worked on in this process, since nothing in them could hang; None: none.
 
     Raises:
       InputError: for arguments out of range, and when the first `ALIKE` items, or all of fewer, fail with the same error that no file
@@ -91,7 +93,7 @@ def run_guarded(
     if workers == 0:
         return _stop_at_our_fault((item, _attempt(function, item, name(item))) for item in items)
     guarded = Guarded(function, timeout_s, must_start=True)
-    return _stop_at_our_fault(_in_order(guarded, items, workers, name, in_flight or 4 * workers))
+    return _stop_at_our_fault(_in_order(guarded, items, workers, name, in_flight or 4 * workers, here))
 
 
 def _stop_at_our_fault(outcomes: Generator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
@@ -114,7 +116,12 @@ def _stop_at_our_fault(outcomes: Generator[tuple[Any, Any]]) -> Iterator[tuple[A
 
 
 def _in_order(
-    guarded: Guarded, items: Iterable[Any], workers: int, name: Callable[[Any], str], in_flight: int
+    guarded: Guarded,
+    items: Iterable[Any],
+    workers: int,
+    name: Callable[[Any], str],
+    in_flight: int,
+    here: Callable[[Any], bool] | None,
 ) -> Generator[tuple[Any, Any]]:
     """Yields items and outcomes. Threads of this process make the calls, each with a child of its own: a thread can wait under a limit."""
     source, tasks = iter(items), queue.SimpleQueue[tuple[Future[Any], Any] | None]()
@@ -125,6 +132,9 @@ def _in_order(
         while True:
             for item in itertools.islice(source, in_flight - len(waiting)):
                 waiting.append((item, Future()))
+                if here is not None and here(item):
+                    waiting[-1][1].set_result(guarded.unguarded(item, name(item)))
+                    continue
                 tasks.put((waiting[-1][1], item))
                 if len(threads) < workers:
                     threads.append(threading.Thread(target=_work, args=(guarded, tasks, name), name=f"decode-{len(threads)}", daemon=True))
@@ -173,6 +183,10 @@ class Guarded:
         if isinstance(outcome, ClipError):
             raise outcome
         return outcome
+
+    def unguarded(self, item: Any, name: str) -> Any:
+        """Returns what `outcome` does, from this process, where a hang is not ended."""
+        return _attempt(self._args[0], item, name)
 
     def outcome(self, item: Any, name: str) -> Any:
         """Returns function(item), or a ClipError that says why there is no result."""

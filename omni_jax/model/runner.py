@@ -34,6 +34,7 @@ class Runner:
 
     Attributes:
       programs: compiled programs so far, one string each: what and which shapes.
+      compiling: called with a program's name before it is compiled; None: nobody asks.
     """
 
     def __init__(self, encoder: Encoder, mesh: Mesh | AbstractMesh | None = None, attention: str = "auto"):
@@ -45,11 +46,14 @@ class Runner:
         self._dtype = encoder.dtype
         self._table: jax.Array | None = None
         self.programs: list[str] = []
+        self.compiling: Callable[[str], None] | None = None
 
         def program(name: str, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
             def traced(params: Any, *args: Any, **kwargs: Any) -> Any:
                 # Python runs this once per compilation, never when a compiled program is reused.
                 self.programs.append(f"{name} {[tuple(x.shape) for x in jax.tree.leaves(args)]}")
+                if self.compiling is not None:
+                    self.compiling(name)
                 model: Encoder = nnx.merge(graph, params)
                 return function(model, *args, **kwargs)
 

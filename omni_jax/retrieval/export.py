@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,14 +16,14 @@ from etils import epath
 
 from omni_jax.retrieval.directions import possible
 from omni_jax.retrieval.embedding_file import IDS, MADE_WITH, SCALE, origin_member, own_ids
-from omni_jax.retrieval.inputs import IDS_FILE
+from omni_jax.retrieval.inputs import IDS_FILE, ORIGIN_FILE
 from omni_jax.retrieval.metrics import RECALL_AT, direction_metrics, evaluate
 from omni_jax.retrieval.npz import check_place, output_file, write_members
 from omni_jax.retrieval.parquet import write_columns
 from omni_jax.retrieval.ranks import prepare, rank_pair
+from omni_jax.retrieval.rows import quantized
 from omni_jax.types import EmbeddingTable, InputError
 
-INT8 = 127  # largest value of a row
 FACTORY = "Flat"  # exact
 BLOCK = 16384  # rows added to an index together
 TRAIN = 262_144  # rows that an index learns its cells and codes from
@@ -30,23 +31,19 @@ QUERIES = 4096  # records that ask when the loss of recall is measured
 
 
 def export_npy(table: EmbeddingTable, folder: str | os.PathLike[str]) -> list[str]:
-    """Writes TABLE.npy (N, D) float32 for every table and, where the records have ids, ids.txt, one a line; returns the file names."""
+    """Writes TABLE.npy (N, D) float32 for every table and, where they are known, ids.txt, one a line, and made_with.json, what the vectors
+    were made with; returns the file names."""
     _check_whole(table, table.tables)
     target = _folder(folder)
+    origin = _write_origin(table, target)
     for name, rows in table.tables.items():
         with output_file(target / f"{name}.npy") as file:
             np.lib.format.write_array(file, np.ascontiguousarray(rows, np.float32), allow_pickle=False)
-    names = [f"{name}.npy" for name in table.tables]
+    names = [*(f"{name}.npy" for name in table.tables), *origin]
     if not table.named:  # row numbers are no ids: beside another table they would be taken for them
         (target / IDS_FILE).unlink(missing_ok=True)
         return names
     return [*names, _write_ids(table, target)]
-
-
-def quantized(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns int8 (N, D) and scales (N,) float32 whose product is near the rows: every row's largest value becomes 127."""
-    scale = np.abs(rows).max(axis=1).astype(np.float32) / INT8
-    return np.rint(rows / np.where(scale > 0, scale, 1)[:, None]).astype(np.int8), scale
 
 
 def export_int8(table: EmbeddingTable, path: str | os.PathLike[str]) -> EmbeddingTable:
@@ -127,7 +124,8 @@ def export_parquet(
 def export_faiss(
     table: EmbeddingTable, folder: str | os.PathLike[str], names: Sequence[str] | None = None, factory: str = FACTORY, seed: int = 0
 ) -> list[str]:
-    """Writes TABLE.faiss, an inner-product index of unit rows, for every table, and ids.txt; returns the file names.
+    """Writes TABLE.faiss, an inner-product index of unit rows, for every table, ids.txt and, where it is known what the vectors were
+    made with, made_with.json; returns the file names.
 
     The index answers with record ids where all of them are whole numbers, or else with line numbers of ids.txt, from 0.
 
@@ -164,7 +162,7 @@ def export_faiss(
         with output_file(target / f"{name}.faiss") as file:
             faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
         made.append(f"{name}.faiss")
-    return [*made, _write_ids(table, target)]
+    return [*made, *_write_origin(table, target), _write_ids(table, target)]
 
 
 def _numbers(table: EmbeddingTable) -> dict[str, int]:
@@ -207,6 +205,16 @@ def _check_whole(table: EmbeddingTable, names: Iterable[str]) -> None:
         raise InputError(
             f"of {len(table.ids)} records some lack a table ({counts}), and ids.txt is of all; embed records that have all tables"
         )
+
+
+def _write_origin(table: EmbeddingTable, folder: epath.Path) -> list[str]:
+    """Writes what the vectors were made with, and returns the file's name; none of an earlier export stays where that is unknown."""
+    (folder / ORIGIN_FILE).unlink(missing_ok=True)
+    if table.made_with is None:
+        return []
+    with output_file(folder / ORIGIN_FILE) as file:
+        file.write(json.dumps(table.made_with, sort_keys=True).encode() + b"\n")
+    return [ORIGIN_FILE]
 
 
 def _write_ids(table: EmbeddingTable, folder: epath.Path) -> str:

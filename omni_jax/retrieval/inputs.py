@@ -4,12 +4,14 @@ A file is named `PATH`, or `TABLE=PATH` to say which table it is (or which one o
   clips.npz              an embedding file; several are parts of one set. So is clips.parquet
   scores.bin, x.npz      the published scorer's two arrays; `video=x.npz` says that `mllm_embeds` is the video table (default: av)
   text=a.npy video=b.npy one table each; without a name the file's own is used: `text.npy`, `bench-text.npy`
-  ids=ids.txt            record ids for tables that carry none, one a line; an `ids.txt` beside an `.npy` file is found by itself
+  ids=ids.txt            record ids for tables that carry none, one a line; an `ids.txt` beside an `.npy` file is found by itself,
+                         and `made_with.json`, what it was made with
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +40,7 @@ from omni_jax.types import EmbeddingTable, InputError
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 CAPTION_MARK = "#"  # `clip7#2` is the third caption of `clip7`
 IDS_FILE = "ids.txt"
+ORIGIN_FILE = "made_with.json"
 
 ReadTorch = Callable[[str], Any]
 
@@ -177,13 +180,26 @@ def _read_npy(table: str | None, path: str) -> EmbeddingTable:
     if rows.ndim != 2:
         raise InputError(f"{path}: has shape {rows.shape}; expected (records, width)")
     tables = {table: float32_rows(rows, table, path)}
-    beside = file.parent / IDS_FILE
+    beside, made_with = file.parent / IDS_FILE, _read_origin(file.parent / ORIGIN_FILE)
     if not beside.is_file():
-        return EmbeddingTable(_numbers(len(rows)), tables, named=False)
+        return EmbeddingTable(_numbers(len(rows)), tables, named=False, made_with=made_with)
     ids = _read_ids(os.fspath(beside))
     if len(ids) != len(rows):
         raise InputError(f"{path}: table {table!r} has {len(rows)} rows, {beside} has {len(ids)} ids; give one id a row, or move the file")
-    return EmbeddingTable(ids, tables)
+    return EmbeddingTable(ids, tables, made_with=made_with)
+
+
+def _read_origin(path: epath.Path) -> dict[str, Any] | None:
+    """Returns what an export's vectors were made with; None where it does not say."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{path}: cannot be read ({' '.join(str(e).split())}); export the tables again, or remove it") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: holds a {type(found).__name__}, an object is expected; export the tables again, or remove it")
+    return found
 
 
 def _numbers(rows: int) -> tuple[str, ...]:

@@ -165,7 +165,8 @@ def score(
     if isinstance(tables, EmbeddingTable):
         if tables.own and relevance is None:
             relevance = {name: tables.ids_of(name) for name in tables.tables}
-        tables, ids = tables.tables, tables.ids if relevance is None else None
+        # Row numbers are no ids: beside another result they would be taken for its records.
+        tables, ids = tables.tables, tables.ids if relevance is None and tables.named else None
     wanted = possible(tables)
     if not wanted:
         raise InputError(

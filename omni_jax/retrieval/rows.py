@@ -9,6 +9,7 @@ import numpy as np
 from omni_jax.types import InputError
 
 NORMS = (1e-30, 1e30)  # outside, the reciprocal of a norm or a product of two rows leaves float32
+INT8 = 127  # largest value of an int8 row
 TOGETHER = 32  # rows handled together in float64
 
 
@@ -58,3 +59,9 @@ def lengths(rows: np.ndarray, name: str, ids: Sequence[str] | None = None, numbe
 def parts(n: int) -> Iterator[slice]:
     """Yields slices of TOGETHER rows."""
     return (slice(start, start + TOGETHER) for start in range(0, n, TOGETHER))
+
+
+def quantized(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int8 (N, D) and scales (N,) float32 whose product is near the rows: every row's largest value becomes 127."""
+    scale = np.abs(rows).max(axis=1).astype(np.float32) / INT8
+    return np.rint(rows / np.where(scale > 0, scale, 1)[:, None]).astype(np.int8), scale

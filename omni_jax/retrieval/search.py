@@ -5,10 +5,17 @@ Letters: Q queries, N rows of the table, D width, k results.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import functools
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from omni_jax.config.made_with import ROUNDING
+from omni_jax.retrieval.embedding_file import check_alike, read_embeddings
+from omni_jax.retrieval.norms import read_norms, write_norms
+from omni_jax.retrieval.npz import PathLike
 from omni_jax.retrieval.rows import as_rows, lengths, parts
 from omni_jax.types import InputError
 
@@ -17,6 +24,9 @@ QUERIES = 256  # queries scored together, likewise
 FEW = 4  # queries for which a product of a matrix and a vector each is faster than one of two matrices
 MARGIN = 2e-5  # beyond the rounding of a cosine in float32
 TINY, HUGE = 1e-15, 1e15  # lengths whose squares float32 holds to full precision
+
+FREE = (*ROUNDING, "normalize", "preset.prefix")
+"""Fields of `made_with` in which an index and its query may differ: a cosine has no length, and a query may have another prefix."""
 
 # Query -> tables to search in, best first: what lies furthest from what is already at hand.
 TARGETS = {
@@ -48,14 +58,30 @@ class Index:
       norms: (N,) float32, their lengths.
     """
 
-    def __init__(self, table: np.ndarray, name: str = "index", ids: Sequence[str] | None = None):
-        """Takes a table (N, D); `name` and `ids`, of the table and its rows, are for messages.
+    def __init__(
+        self,
+        table: np.ndarray,
+        name: str = "index",
+        ids: Sequence[str] | None = None,
+        *,
+        norms: np.ndarray | None = None,
+        made_with: Mapping[str, Any] | None = None,
+    ):
+        """Takes a table (N, D).
+
+        Args:
+          name, ids: of the table and its rows; the ids are for messages and for the caller.
+          norms: (N,) float32, the lengths of the rows where they are known; the rows are then not read before they are searched.
+          made_with: as `EmbeddingTable.made_with`.
 
         Raises:
           InputError: for rows with NaN, infinity or no usable length, naming them.
         """
-        self.name = name
+        self.name, self.ids, self.made_with = name, ids, made_with
         self.rows = as_rows(table, name)
+        if norms is not None:
+            self.norms = norms
+            return
         self.norms = np.empty(len(self.rows), np.float32)
         for part in self._blocks():
             with np.errstate(invalid="ignore", over="ignore"):
@@ -65,16 +91,45 @@ class Index:
         if len(odd):
             self.norms[odd] = lengths(self.rows[odd], name, ids, odd)
 
+    @classmethod
+    def open(cls, path: PathLike | Sequence[PathLike], table: str | None = None, *, made_with: Mapping[str, Any] | None = None) -> Index:
+        """Opens a table of an embedding file, mapped into memory where it is one file of uncompressed float32.
+
+        The lengths of its rows are kept beside the file (`FILE.TABLE.norms.npz`), where that may be written: later openings read no row.
+
+        Args:
+          path: embedding file, or the parts of one set.
+          table: its name; None: the first of those that a text is searched in (`TARGETS`).
+          made_with: of the model that embeds the queries (`OmniRetriever.made_with()`): refuses a file that another model or preset made.
+
+        Raises:
+          InputError: for a file that cannot be read, has no such table or no records, or was made otherwise.
+        """
+        found = read_embeddings(path, functools.partial(target_table, "text", chosen=table))
+        paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+        if not found.ids:
+            raise InputError(f"{paths[0]}: holds no records")
+        check_alike("the query", made_with, paths[0], found.made_with, FREE)
+        (name,) = found.tables
+        norms = read_norms(paths[0], name, len(found.ids_of(name))) if len(paths) == 1 else None
+        index = cls(found.tables[name], name, found.ids_of(name), norms=norms, made_with=found.made_with)
+        if norms is None and len(paths) == 1:
+            write_norms(paths[0], name, index.norms)
+        return index
+
     def search(self, queries: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
         """Returns cosines (Q, k) float32 and rows (Q, k) int64 of the k nearest rows, nearest first; level ones in the order of the table.
 
-        k is cut to the number of rows.
+        For one query (D,) both are (k,). k is cut to the number of rows; `ids` names them.
 
         Raises:
           InputError: for queries with NaN, infinity or only zeros, of another width than the table, or k below 1.
         """
         if k < 1:
             raise InputError(f"{k} results were asked for; ask for at least 1")
+        if np.ndim(queries) == 1:
+            cosines, rows = self.search(np.asarray(queries)[None], k)
+            return cosines[0], rows[0]
         asked = as_rows(queries, "query")
         if asked.shape[1] != self.rows.shape[1]:
             widths = f"the query is {asked.shape[1]} wide, table {self.name!r} is {self.rows.shape[1]}"

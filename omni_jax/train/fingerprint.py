@@ -47,6 +47,7 @@ def _on_host(x: np.ndarray) -> tuple[Any, Any]:
 
 
 def _on_devices(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x  # which has no bits to convert
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):

@@ -313,5 +313,9 @@ class RunConfig:
 SECTIONS = tuple(f.name for f in dataclasses.fields(RunConfig) if f.default is dataclasses.MISSING)
 
 
+TrainConfig = RunConfig
+"""The same under its public name, `omni_jax.TrainConfig`."""
+
+
 def _whole(value: Any) -> int:
     return value if isinstance(value, int) else 0

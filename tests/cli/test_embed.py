@@ -285,7 +285,7 @@ class TestPythonFace:
         found = {
             "text": model.encode(texts=texts),
             "av": model.encode(videos=videos, audios=audios),
-            "tva": model.encode(texts, videos, audios, batch_size=1),
+            "tva": model.encode(texts=texts, videos=videos, audios=audios, batch_size=1),
         }
         for table, rows in found.items():
             assert_close(rows, _reference(golden, table)[chosen], "file_to_embedding_cosine")

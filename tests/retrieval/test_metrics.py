@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from omni_jax.retrieval import AVERAGES, DIRECTIONS, evaluate
+from omni_jax.retrieval import AVERAGES, DIRECTIONS, evaluate, score
 from omni_jax.retrieval.directions import averages
 from omni_jax.retrieval.metrics import direction_metrics, positions
 from omni_jax.retrieval.ranks import Ranks
@@ -222,3 +222,12 @@ def test_ids_and_policies_that_do_not_fit_are_refused(tables: dict[str, np.ndarr
         evaluate(tables, ties="kind")
     with pytest.raises(InputError, match="no labels for"):
         evaluate(tables, relevance={"text": list(range(60))})
+
+
+@pytest.mark.jit
+def test_row_numbers_are_no_ids() -> None:
+    rows = np.eye(3, dtype=np.float32)
+    without = EmbeddingTable(("0", "1", "2"), {"text": rows, "video": rows}, named=False)
+    assert score(without, resamples=0).records == (0, 1, 2)
+    with_ids = EmbeddingTable(("0", "1", "2"), {"text": rows, "video": rows})
+    assert score(with_ids, resamples=0).records == ("0", "1", "2")

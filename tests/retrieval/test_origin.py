@@ -14,7 +14,7 @@ from omni_jax.cli.main import main
 from omni_jax.config import Preset
 from omni_jax.config.made_with import differences, made_otherwise, recorded_preset
 from omni_jax.retrieval import read_embeddings, write_embeddings
-from omni_jax.retrieval.export import export_int8, export_npy
+from omni_jax.retrieval.export import export_faiss, export_int8, export_npy
 from omni_jax.retrieval.inputs import read_inputs
 from omni_jax.retrieval.npz import load_arrays
 from omni_jax.types import EmbeddingTable, InputError
@@ -159,6 +159,29 @@ def test_what_a_file_was_made_with_is_read_back(tmp_path: Path, official: bool) 
         assert ("made_with" in arrays.files) != official
     export_int8(found, tmp_path / "small.npz")
     assert read_embeddings(tmp_path / "small.npz").made_with == MADE
+
+
+def test_plain_exports_say_what_they_were_made_with(tmp_path: Path) -> None:
+    found = EmbeddingTable(NUMERIC, {"text": ROWS, "video": ROWS}, made_with=MADE)
+    for export in (export_npy, export_faiss):
+        folder = tmp_path / export.__name__
+        assert "made_with.json" in export(found, folder)
+        assert json.loads((folder / "made_with.json").read_text()) == MADE
+        assert "made_with.json" not in export(dataclasses.replace(found, made_with=None), folder)
+        assert not (folder / "made_with.json").exists()
+    export_npy(found, tmp_path / "again")
+    assert read_inputs([str(tmp_path / "again" / "text.npy")]).made_with == MADE
+    write_embeddings(tmp_path / "other.npz", EmbeddingTable(NUMERIC, {"audio": ROWS}, made_with=remade("weights.base", "ef" * 16)))
+    with pytest.raises(InputError, match=r"weights\.base differs"):
+        read_inputs([str(tmp_path / "again" / "text.npy"), f"audio={tmp_path / 'other.npz'}"])
+    (tmp_path / "again" / "made_with.json").write_text("[")
+    with pytest.raises(InputError, match=r"made_with\.json: cannot be read .*; export the tables again"):
+        read_inputs([str(tmp_path / "again" / "text.npy")])
+
+
+def test_a_digest_of_weights_is_named_once() -> None:
+    there, here = ({"weights": {"base weights": digest * 16, "trained": None}} for digest in ("ab", "cd"))
+    assert differences(there, here) == ["weights.base differs"]
 
 
 @pytest.mark.parametrize(

@@ -103,5 +103,9 @@ def test_a_manifest_and_a_prepared_folder_hold_the_same_held_out_clips(clips: Pa
     found = list(streamed._decoded(streamed.records))
     assert [r.id for r, f in zip(streamed.records, found, strict=True) if isinstance(f, Features)] == ["h0", "h2"]
     assert all("has no sound that can be read" in str(f) for f in found if isinstance(f, ClipError))
+    lines: list[str] = []
+    noted = write_manifest(clips / "noted.jsonl", [row | {"views": 3} for row in rows])
+    Evaluator(config(tmp_path, folder, noted), epath.Path(tmp_path), None, None, {}, None, lines.append, lambda: False)  # type: ignore[arg-type]
+    assert any(line.startswith(f"{noted}: ") and "views" in line for line in lines)
     with pytest.raises(InputError, match=r"no record has text, video and audio.*; the first: record 'a': has no video and no audio"):
         evaluator(write_manifest(clips / "text.jsonl", [{"id": "a", "text": "x"}]))

@@ -1,0 +1,214 @@
+"""Checkpoints and adapters fetched from the Hub: weights, configuration and tokenizer, never code."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fnmatch
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omni_jax.conversion.folder import MANIFEST
+from omni_jax.types import InputError
+
+DEFAULT = "main"
+_SIDE = ("*.json", "*.txt", "*.jinja", "*.model", "BEATs*.pt", "beats*.pt")  # of the top folder; the .pt file holds settings of a tower
+_BIN = ("pytorch_model*.bin", "model*.bin", "adapter_model*.bin")  # other .bin files, as training_args.bin, hold no weights
+_CONVERTED = ("weights/*", "adapter/*")
+_CODE = (".py", ".so", ".sh", ".pkl", ".pickle")
+
+
+class Unreachable(InputError):
+    """The Hub could not be asked, or may not be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Remote:
+    """A repository at one commit.
+
+    Attributes:
+      name: "owner/repository".
+      asked: the revision that was asked for, a branch, tag or commit.
+      commit: 40 hexadecimal digits.
+      sizes: file -> bytes, of the files that are needed.
+      digests: file -> SHA-256 of a large file, or the blob's SHA-1 as git counts it.
+    """
+
+    name: str
+    asked: str
+    commit: str
+    sizes: Mapping[str, int]
+    digests: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.sizes.values())
+
+    def record(self) -> dict[str, Any]:
+        """Returns what a converted folder keeps of where it came from."""
+        return {"repository": self.name, "revisions": [self.asked], "commit": self.commit}
+
+
+def look_up(name: str, revision: str | None = None, token: str | bool | None = None) -> Remote:
+    """Returns a repository with the files that are needed of it; asks the Hub, and fetches none of them.
+
+    Raises:
+      InputError: for a name or revision that is not there, a private or gated repository, one without weights, no network, or where
+        HF_HUB_OFFLINE says not to ask.
+    """
+    from huggingface_hub import HfApi
+
+    asked = revision or DEFAULT
+    with _one_line(name, asked):
+        info = HfApi(token=token).model_info(name, revision=asked, files_metadata=True)
+    found = {file.rfilename: file for file in info.siblings or ()}
+    wanted = needed_files(found)
+    if not wanted:
+        shown = ", ".join(sorted(found)[:5]) or "nothing"
+        raise InputError(
+            f"{name}: this repository holds no weights that can be read (.safetensors or .bin beside a config.json or an "
+            f"adapter_config.json), but {shown}; name a checkpoint or an adapter"
+        )
+    large = {file: lfs for file in wanted if (lfs := found[file].lfs) is not None}
+    digests = {file: large[file].sha256 if file in large else found[file].blob_id for file in wanted}
+    sizes = {file: int((large[file].size if file in large else found[file].size) or 0) for file in wanted}
+    return Remote(name, asked, str(info.sha), sizes, {file: digest for file, digest in digests.items() if digest})
+
+
+def needed_files(names: Iterable[str]) -> list[str]:
+    """Returns the files of a repository that a conversion reads, of safetensors and .bin files with the same weights the former alone; none
+    where there are no weights."""
+    known = sorted(name for name in names if not name.endswith(_CODE))
+    if MANIFEST in known:
+        return [name for name in known if ("/" not in name and _is(name, _SIDE)) or _is(name, _CONVERTED)]
+    top = [name for name in known if "/" not in name]
+    weights = [name for name in top if name.endswith(".safetensors")] or [name for name in top if _is(name, _BIN)]
+    if not weights or not {"config.json", "adapter_config.json"} & set(top):
+        return []
+    other = ".bin.index.json" if weights[0].endswith(".safetensors") else ".safetensors.index.json"
+    return sorted(weights + [name for name in top if _is(name, _SIDE) and not name.endswith(other)])
+
+
+def fetch(remote: Remote, tell: Callable[[str], None], token: str | bool | None = None) -> Path:
+    """Returns the folder of a repository's files in the Hub's own cache, fetched where they are not there.
+
+    A connection that drops resumes within the file; after an error files that were fetched whole are kept.
+
+    Raises:
+      InputError: when a file cannot be fetched or kept, or is not what the Hub says it is.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _one_line(remote.name, remote.asked):
+        folder = Path(
+            snapshot_download(remote.name, revision=remote.commit, allow_patterns=[_literal(f) for f in remote.sizes], token=token)
+        )
+    tell(f"{remote.name}: comparing {len(remote.sizes)} files with their digests")
+    for file, digest in remote.digests.items():
+        path = folder / file
+        if not path.is_file():
+            raise InputError(f"{remote.name}: {file} was not fetched; run it again")
+        if _digest(path, sha256=len(digest) == 64) != digest:
+            for stale in {path.resolve(), path}:
+                stale.unlink(missing_ok=True)
+            raise InputError(
+                f"{remote.name}: {file} is not what the Hub says it is ({digest[:12]}...); it was removed, run it again to fetch it anew"
+            )
+    return folder
+
+
+def hub_cache() -> Path:
+    """Returns the folder where the Hub's library keeps what it fetches."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def missing_bytes(remote: Remote) -> int:
+    """Returns how much of a repository is not in the Hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    known = (try_to_load_from_cache(remote.name, file, revision=remote.commit) for file in remote.sizes)
+    return sum(size for size, path in zip(remote.sizes.values(), known, strict=True) if not isinstance(path, str))
+
+
+def check_space(needs: Mapping[Path, int], what: str) -> str:
+    """Returns a phrase on the disk space that some folders need.
+
+    Raises:
+      InputError: where a file system has less.
+    """
+    by_disk: dict[int, tuple[Path, list[str], int]] = {}
+    for folder, size in needs.items():
+        home = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        _, folders, before = by_disk.get(home.stat().st_dev, (home, [], 0))
+        by_disk[home.stat().st_dev] = home, [*folders, str(folder)], before + size
+    parts = []
+    for home, folders, size in by_disk.values():
+        free, where = shutil.disk_usage(home).free, " and ".join(folders)
+        if size > free:
+            raise InputError(
+                f"{what}: needs {_size(size)} in {where}, where {_size(free)} are free; free some, or name other folders by HF_HOME and "
+                f"OMNI_JAX_CACHE"
+            )
+        parts.append(f"{_size(size)} in {where} ({_size(free)} free)")
+    return " and ".join(parts)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+
+
+def _is(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _literal(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _digest(path: Path, sha256: bool) -> str:
+    """SHA-256 of a file, or its SHA-1 as git counts it."""
+    digest = hashlib.sha256() if sha256 else hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _one_line(name: str, revision: str) -> Iterator[None]:
+    """Makes one line with a remedy of whatever the Hub's library raises."""
+    try:
+        yield
+    except Exception as error:  # its errors differ from version to version; each is told by its name
+        reason, answered = _reason(error, revision)
+        raise (InputError if answered else Unreachable)(f"{name}: {reason}") from error
+
+
+def _reason(error: Any, revision: str) -> tuple[str, bool]:
+    """Returns what is wrong and what to do, and whether the Hub, or this machine's disk, said it."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"is gated: accept its terms at {constants.ENDPOINT}, then log in with 'hf auth login' or set HF_TOKEN", True
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"has no revision {revision!r}; name a branch, tag or commit that its page lists", True
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"no such folder here, and no such repository at {constants.ENDPOINT}, or a private one; correct the name, or log in with "
+            f"'hf auth login' or set HF_TOKEN"
+        ), True
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "no such folder here, and HF_HUB_OFFLINE says not to ask the Hub; unset it, or name a folder", False
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space is left in {hub_cache()}; free some and run it again: files that were fetched whole are kept", True
+    text = " ".join(str(error).split())[:200]
+    return (
+        f"cannot be fetched ({type(error).__name__}: {text}); check the network and run it again: files that were fetched whole are kept",
+        False,
+    )

@@ -1,0 +1,66 @@
+"""`omni-jax search --queries`: many queries of a file, each with its own results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from omni_jax.cli.main import main
+from omni_jax.cli.status import BAD_INPUT, DONE, DONE_WITH_QUARANTINE
+from tests.golden_set import GoldenSet
+
+
+@pytest.fixture(scope="module")
+def index(golden: GoldenSet, converted: Path, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("index") / "clips.npz"
+    command = ["embed", "--model", str(converted), "--manifest", str(golden.manifest), "--out", str(out), "--tables", "text"]
+    assert main([*command, *settings]) == DONE
+    return out
+
+
+@pytest.mark.jit
+def test_golden_each_line_of_a_text_file_is_a_query(
+    golden: GoldenSet, converted: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    captions = [record.text for record in golden.records[:3]]
+    (tmp_path / "queries.txt").write_text("\n".join([captions[0], "", *captions[1:]]) + "\n", encoding="utf-8")
+    command = ["search", "--model", str(converted), "--index", str(index), "--table", "text", "-k", "2"]
+    capsys.readouterr()
+    assert main([*command, "--queries", str(tmp_path / "queries.txt"), "--json"]) == DONE
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["query"] for row in found] == captions
+    assert [row["results"][0]["id"] for row in found] == [record.id for record in golden.records[:3]]
+    assert main([*command, "--text", captions[1], "--json"]) == DONE
+    alone = json.loads(capsys.readouterr().out)
+    assert [r["id"] for r in alone["results"]] == [r["id"] for r in found[1]["results"]]
+    assert main([*command, "--queries", str(tmp_path / "queries.txt")]) == DONE
+    assert capsys.readouterr().out.count("in table text of") == 3
+
+
+@pytest.mark.jit
+def test_golden_a_query_that_cannot_be_embedded_is_skipped(
+    golden: GoldenSet, converted: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    lines = [{"id": "good", "text": golden.records[0].text}, {"id": "bad"}, {"id": "gone", "audio": "gone.wav"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    command = ["search", "--model", str(converted), "--index", str(index), "--queries", str(tmp_path / "q.jsonl"), "--json"]
+    capsys.readouterr()
+    assert main(command) == BAD_INPUT
+    assert "of several kinds, or of several modalities each; say by --table what they are searched in" in capsys.readouterr().err
+    assert main([*command, "--table", "text"]) == DONE_WITH_QUARANTINE
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["query"] for line in out.splitlines()] == ["good"]
+    assert "1 of 2 items cannot be embedded" in err and "gone.wav" in err and "1 lines are no queries" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("", "holds no queries; give a caption a line"), (b"\xff\xfe\xff", "cannot be read"), (None, "cannot be read")]
+)
+def test_a_file_without_queries_is_refused(content: str | bytes | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "queries.txt"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main(["search", "--model", "m", "--index", "i.npz", "--queries", str(file)]) == BAD_INPUT
+    assert words in capsys.readouterr().err

@@ -1,0 +1,51 @@
+"""The Python of docs/guides/python.md as it stands, from an empty folder with a Hub on loopback that has a tiny checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from omni_jax.cli import parity
+from tests import house
+from tests.conversion.hub_server import Repository, files_of, hub_on_loopback
+from tests.golden_set import GoldenSet
+from tests.programs import QUICK
+from tests.tolerances import assert_close
+
+NAMES = ("tsinghua-ee/WAVE-7B", "YunzeLiu/OmniRetriever-7B")
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.jit
+def test_golden_a_newcomers_lines_and_the_page_run_as_they_stand(golden: GoldenSet, tmp_path: Path):
+    first, *rest = BLOCK.findall((house.ROOT / "docs/guides/python.md").read_text(encoding="utf-8"))
+    assert len(first.strip().splitlines()) <= 8
+    assert first in (house.ROOT / "README.md").read_text(encoding="utf-8")
+    chosen = [i for i, r in enumerate(golden.records) if r.timestamps is None and len(r.modalities) == 3][:2]
+    (tmp_path / "clips").mkdir()
+    for name, number in zip(("a.mp4", "b.mp4"), chosen, strict=True):
+        assert golden.records[number].video == golden.records[number].audio
+        for folder in (tmp_path, tmp_path / "clips"):
+            shutil.copy(golden.records[number].video, folder / name)
+    script = [first, "import numpy; numpy.save('index.npy', index)\n", *rest]
+    (tmp_path / "page.py").write_text("".join(script))
+    repositories = {NAMES[0]: Repository(files_of(golden.checkpoint)), NAMES[1]: Repository(files_of(golden.adapter_dir))}
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN")}
+    with hub_on_loopback(repositories) as hub:
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "OMNI_JAX_CACHE": str(tmp_path / "cache")}
+        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(house.ROOT), os.environ.get("PYTHONPATH")]))
+        done = subprocess.run([sys.executable, "page.py"], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"clips/[ab]\.mp4\n", done.stdout)
+    assert "fetched and converted once, which takes" in done.stderr
+    expected = np.stack([golden.adapter[f"{i}/embed/{parity.REFERENCE['av']}"] for i in chosen])
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert_close(np.load(tmp_path / "index.npy"), expected, "file_to_embedding_cosine")
