@@ -11,7 +11,7 @@ _LOCAL_NAMES = {None, "", b"", "localhost", b"localhost", "localhost.localdomain
 
 
 class NetworkRefused(PermissionError):
-    """Something asked for another host. The project does without (README: no network at run time)."""
+    """Something asked for another host. The tests do without the network, and so does the product unless something remote is named."""
 
 
 def refuse_network() -> None:
