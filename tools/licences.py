@@ -18,12 +18,14 @@ PAGE = ROOT / "docs/reports/licences.md"
 LOCK = "requirements.lock"
 HEAD = """# Licences of the dependencies
 
-Written by `python -m tools.licences` from what each package of `requirements.lock` says of itself (its licence expression, else its licence
-field, else its classifiers). Nothing of them is part of this repository; `pip` installs them. The optional environments add those of
-`requirements-reference.lock` (parity tests and benchmarks) and `requirements-tpu.lock` (compiling for TPU), which no user needs.
+`python -m tools.licences` writes this page from the metadata of each package of `requirements.lock` (its licence expression, else its
+licence field, else its classifiers). None of them is part of this repository; `pip` installs them. The optional environments
+add the packages of
+`requirements-reference.lock` (parity tests and benchmarks), `requirements-tpu.lock` (compiling for TPU) and `requirements-docs.lock` (this
+site), which no user needs.
 
-Some wheels carry libraries with licences of their own: `av` FFmpeg and its encoders (LGPL and GPL), `soundfile` libsndfile and libmpg123
-(LGPL), `faiss-cpu` and `numpy` OpenBLAS (BSD). Who passes the wheels on must heed those too.
+Some wheels contain libraries with licences of their own: `av` has FFmpeg and its encoders (LGPL and GPL), `soundfile` has libsndfile and
+libmpg123 (LGPL), `faiss-cpu` and `numpy` have OpenBLAS (BSD). If you redistribute the wheels, comply with these licences as well.
 
 | package | version | licence |
 |---|---|---|

@@ -25,10 +25,10 @@ from tools.torture.outcome import Outcome
 
 # Part -> its module, which has `run(seed, minutes) -> Outcome`, its share of the time, and what it is about.
 PARTS: dict[str, tuple[str, float, str]] = {
-    "training": ("training", 12, "Kills of a run in all its moments and of its workers; stops"),
+    "training": ("training", 12, "Kills of a run at every stage and of its workers; stops"),
     "faults": ("faults", 4, "Two runs on one workdir, a full disk, a read-only folder, the death of one of two processes"),
-    "media": ("hostile_media", 8, "Broken, lying and odd media files through `embed` and `prepare`, whole ones between them"),
-    "files": ("hostile_files", 5, "Checkpoints, adapters, embedding files, manifests and captions made to run code, lie or mislead"),
+    "media": ("hostile_media", 8, "Broken, mislabelled and odd media files through `embed` and `prepare`, intact ones between them"),
+    "files": ("hostile_files", 5, "Checkpoints, adapters, embedding files, manifests and captions made to run code or to mislead"),
     "fuzz": ("fuzz", 20, "Coverage-guided fuzzing of manifest, safetensors header, torch reader and prompt builder"),
     "numbers": ("numbers", 5, "bfloat16 beside float32, near-duplicates at temperature 0.01, zero rows, counts over a million rows"),
     "long": ("long", 10, "2,000 updates and 5,000 embeddings, watched from outside"),
@@ -39,10 +39,10 @@ MINUTES = 75.0
 PAGE = Path(__file__).resolve().parents[2] / "docs/reports/reliability.md"
 HEAD = """# Reliability
 
-What was done to break this software, how often, and what was lost. Written by `make torture` (`python -m tools.torture [--part NAME]
-[--minutes N] [--seed N] [--scale X]`): everything random follows from the seed that stands with each part, but not what depends on the
-clock. A part run alone (`make torture TORTURE_ARGS="--part media"`) replaces its own section, with its own date and machine. `make test`
-runs a short form of every part.
+This page lists what was done to break this software, how often, and what was lost. `make torture` writes it (`python -m tools.torture
+[--part NAME] [--minutes N] [--seed N] [--scale X]`). Everything random follows from the seed of each part; what depends on the clock does
+not. A part that runs alone (`make torture TORTURE_ARGS="--part media"`) replaces its own section, with its own date and machine. `make
+test` runs a short form of every part.
 """
 
 

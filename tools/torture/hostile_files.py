@@ -1,4 +1,4 @@
-"""Part `files`: checkpoints, adapters, embedding files and manifests made to run code, lie or mislead, through their commands.
+"""Part `files`: checkpoints, adapters, embedding files and manifests made to run code or to mislead, through their commands.
 
 A canary shows whether anything ran: every attack would create a file. Each must end in one line and status 2 (or be listed as a record
 that cannot be used), and leave nothing behind.
