@@ -12,7 +12,8 @@ import numpy as np
 
 from omni_jax.retrieval.directions import DIRECTIONS
 from omni_jax.retrieval.metrics import Places, Scores
-from omni_jax.retrieval.neighbours import nearest, unit
+from omni_jax.retrieval.rows import unit
+from omni_jax.retrieval.search import search
 
 STUDIED = 4096  # queries whose neighbours are looked at; more are sampled, so that a report costs O(STUDIED * M)
 NEIGHBOURS = 10
@@ -144,7 +145,7 @@ def look_closer(
     low = np.argsort(-places.place, kind="stable")[:shown]
     studied = np.union1d(sample, low)
     wanted = min(max(NEIGHBOURS, SHOWN) + 1, len(gallery))
-    items, cosines = nearest(queries[places.query[studied]], gallery, wanted)
+    cosines, items = search(queries[places.query[studied]], gallery, wanted, name=gallery_table)
 
     k = max(1, min(NEIGHBOURS, len(gallery) // 10))  # more would count every row of a small gallery for everyone
     counts = np.bincount(items[np.isin(studied, sample), :k].reshape(-1), minlength=len(gallery))

@@ -56,6 +56,12 @@ def lengths(rows: np.ndarray, name: str, ids: Sequence[str] | None = None, numbe
     return norms
 
 
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Returns rows of length 1, (N, D) float32. They must not be zero."""
+    rows = np.asarray(rows, dtype=np.float32)
+    return rows / np.linalg.norm(rows.astype(np.float64), axis=-1, keepdims=True).astype(np.float32)
+
+
 def parts(n: int) -> Iterator[slice]:
     """Yields slices of TOGETHER rows."""
     return (slice(start, start + TOGETHER) for start in range(0, n, TOGETHER))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hypothesis
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 
-from omni_jax.retrieval import figures, neighbours, score
+from omni_jax.retrieval import figures, score
 from omni_jax.retrieval.metrics import Places
+from omni_jax.retrieval.rows import unit
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.jit
@@ -28,24 +27,6 @@ def tables() -> dict[str, np.ndarray]:
     return {name: (shared + 1.2 * rng.normal(size=shared.shape)).astype(np.float32) for name in TABLES}
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
-@hypothesis.given(seed=st.integers(0, 2**32 - 1), queries=st.integers(1, 12), gallery=st.integers(1, 30), blocks=st.integers(1, 9))
-def test_nearest_is_what_sorting_finds(seed: int, queries: int, gallery: int, blocks: int) -> None:
-    rng = np.random.default_rng(seed)
-    # Rows of the axes' own directions: cosines are exact, and many are equal.
-    q = np.eye(4, dtype=np.float32)[rng.integers(4, size=queries)] + np.eye(4, dtype=np.float32)[rng.integers(4, size=queries)]
-    g = np.eye(4, dtype=np.float32)[rng.integers(4, size=gallery)]
-    k = int(rng.integers(1, gallery + 1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbours, "GALLERY_BLOCK", blocks)
-        patch.setattr(neighbours, "QUERY_BLOCK", 5)
-        items, cosines = neighbours.nearest(q, g, k)
-    products = neighbours.unit(q) @ neighbours.unit(g).T
-    want = [sorted(range(gallery), key=lambda j: (-row[j], j))[:k] for row in products]
-    assert items.tolist() == want
-    assert_close(cosines, np.take_along_axis(products, items, axis=1), "metric")
-
-
 def test_rank_histogram_and_recall_by_hand() -> None:
     places = places_of([1, 1, 1.5, 3, 5, 6, 40, 120, 700, 2], 1000)
     found = figures.rank_histogram(places)
@@ -63,7 +44,7 @@ def test_rank_histogram_and_recall_by_hand() -> None:
 def test_hubness_counts_who_is_returned(tables: dict[str, np.ndarray]) -> None:
     scores = score(tables, resamples=0)
     hubness, _ = figures.look_closer(tables, scores, "v2a")
-    products = neighbours.unit(tables["video"]) @ neighbours.unit(tables["audio"]).T
+    products = unit(tables["video"]) @ unit(tables["audio"]).T
     k = 9  # a tenth of the gallery
     counts = np.zeros(90, int)
     for row in products:
@@ -83,7 +64,7 @@ def test_best_and_worst_queries_are_the_ends_of_the_ranking(tables: dict[str, np
     place = scores.places["t2av"].place
     assert [e.place for e in worst] == sorted(place.tolist(), reverse=True)[: len(worst)]
     assert [e.place for e in best] == sorted(place.tolist())[: len(best)]
-    products = neighbours.unit(tables["text"]) @ neighbours.unit(tables["av"]).T
+    products = unit(tables["text"]) @ unit(tables["av"]).T
     for e in examples:
         i = int(e.record[1:])
         assert e.place == place[i]
