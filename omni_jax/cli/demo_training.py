@@ -141,7 +141,7 @@ def _learn(out: Path, scale: Scale, stages: Stages) -> tuple[dict[str, Any], flo
         for folder in folders.values():
             _remove_earlier(folder)
         _command(["convert", "to-torch", "--model", str(run), *(str(part) for pair in folders.items() for part in pair)])
-    from omni_jax.train.curves import curves_page, read_rows
+    from omni_jax.api.training_curves import curves_page, read_rows
 
     rows = read_rows(run / "metrics.jsonl")
     (out / "curves.html").write_text(curves_page(rows, "training of the demo model"), encoding="utf-8")

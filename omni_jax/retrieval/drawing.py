@@ -188,6 +188,36 @@ def standing(rows: Sequence[str], models: Sequence[tuple[str, Mapping[str, float
     return Chart(560, height, left, right, top, top + line * len(rows), tuple(marks), tuple(levels), dots=tuple(dots))
 
 
+def over_steps(named: Mapping[str, Sequence[tuple[float, float]]]) -> Chart:
+    """Returns (step, value) points of a run, one line a metric; about five round values of the axis enclose them."""
+    width, height, left, right, top, bottom = 520, 230, 58, 510, 12, 198
+    points = [point for one in named.values() for point in one]
+    first = min(step for step, _ in points)
+    last = max(*(step for step, _ in points), first + 1)
+    levels = _round_values(min(value for _, value in points), max(value for _, value in points))
+
+    def x(step: float) -> float:
+        return _round(left + (right - left) * (step - first) / (last - first))
+
+    def y(value: float) -> float:
+        return _round(bottom - (bottom - top) * (value - levels[0]) / (levels[-1] - levels[0]))
+
+    lines = [
+        Line(name, "M" + "L".join(f"{x(step):g} {y(value):g}" for step, value in one), i) for i, (name, one) in enumerate(named.items())
+    ]
+    marks = [Tick(x(step), f"{step:g}") for step in (first, (first + last) // 2, last)]
+    return Chart(width, height, left, right, top, bottom, tuple(marks), tuple(Tick(y(v), f"{v:.4g}") for v in levels), lines=tuple(lines))
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    """Returns about five round values that enclose both."""
+    span = max(high - low, abs(high) * 1e-3, 1e-12)
+    power = 10.0 ** math.floor(math.log10(span / 4))
+    unit = next(power * m for m in (1, 2, 5, 10) if power * m >= span / 4)
+    start, stop = math.floor(low / unit + 1e-9), math.ceil(high / unit - 1e-9)
+    return [k * unit for k in range(start, max(stop, start + 1) + 1)]
+
+
 def _round(value: float) -> float:
     return round(float(value), 1)
 

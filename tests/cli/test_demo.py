@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from omni_jax.api.training_curves import read_rows
 from omni_jax.cli import demo_training, parity
 from omni_jax.cli.main import main
 from omni_jax.cli.stopping import Signals
 from omni_jax.conversion.source import model_config, open_checkpoint
 from omni_jax.data.synthetic import SyntheticConfig, SyntheticSet
-from omni_jax.train.curves import read_rows
 from omni_jax.types import InputError
 
 # The learning part alone, as the demo's command runs it. Data workers start as fresh interpreters, which import this script again.
@@ -79,7 +79,7 @@ def test_the_small_model_learns_is_scored_and_written_for_pytorch(tmp_path):
     assert "; 8.7 % of the training tokens were padding" in said
     assert {stage["name"] for stage in kept["stages"]} >= {"make clips", "prepare shards", "train", "score the held-out clips"}
     assert "chance 25.0 %" in said
-    assert (tmp_path / "curves.html").read_text().count("<svg") == 6
+    assert (tmp_path / "curves.html").read_text().count('<svg class="chart"') == 6
     base = open_checkpoint(tmp_path / "torch_base")
     assert model_config(base).decoder.num_layers == 2
     assert (tmp_path / "torch_adapter" / "adapter_model.safetensors").is_file()
