@@ -100,7 +100,7 @@ def tree_shapes(config: ModelConfig) -> Mapping[TreePath, Shape]:
     # Here, so that reading a header or a `.pt` file does not import the model.
     from omni_jax.model import abstract_params, carried_shapes
 
-    model = {path: tuple(leaf.shape) for path, leaf in abstract_params(config).items()}
+    model = {path: tuple(leaf.shape) for path, leaf in abstract_params(config.with_weights("float")).items()}
     return types.MappingProxyType(model | carried_shapes(config))
 
 

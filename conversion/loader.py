@@ -15,19 +15,25 @@ from etils import epath
 from omni_jax.config import ModelConfig
 from omni_jax.conversion import engine, folder
 from omni_jax.conversion.engine import Entry
+from omni_jax.conversion.matrices import Matrices, scale_name
 from omni_jax.conversion.rules import TreePath
 from omni_jax.conversion.store import Store, open_stores
 from omni_jax.model import carried_shapes
+from omni_jax.model.int8 import SCALE
 from omni_jax.types import InputError
 
 Params = dict[TreePath, jax.Array]
 Shardings = Mapping[TreePath, jax.sharding.Sharding]
+
+EMBEDDING: TreePath = ("decoder", "embed", "embedding")
 
 
 def load(
     model: epath.PathLike,
     *,
     dtype: Any = None,
+    weights: str | None = None,
+    kept: tuple[str, ...] = (),
     shardings: Shardings | Callable[[ModelConfig], Shardings] | None = None,
     report_bytes: Callable[[int, int], None] | None = None,
 ) -> tuple[ModelConfig, Params]:
@@ -35,11 +41,13 @@ def load(
 
     Modules that the adapter trained whole replace those of the base. Layers that the adapter does not touch get LoRA matrices of zero,
     which add nothing and, their gradients being zero, stay so. Memory peaks at the model and one more stack. Where a leaf's sharding
-    spreads it over several processes, each reads the parts that its own devices hold, once, and nothing else.
+    spreads it over several processes, each reads the parts that its own devices hold, once, and nothing else; but a matrix that is to be
+    rounded to int8 on the way is read whole by each, since the scale of a column depends on all of it.
 
     Args:
       model: folder written by `to_jax`.
-      dtype: type of every parameter; None keeps each as stored.
+      dtype: type of every parameter but int8 matrices and their scales; None keeps each as stored.
+      weights, kept: as in `ModelConfig`, of the model to load; matrices are rounded, or restored, as they are read. None: as stored.
       shardings: where each leaf goes (of the stacked shape), or a function of the configuration that says so; a leaf without one goes to
         the default device.
       report_bytes: called at the end with the bytes that this process read and those that it would read alone.
@@ -54,21 +62,24 @@ def load(
     stored = dict(_leaves(entries))
     leaves = {path: group for path, group in stored.items() if path not in carried_shapes(manifest.model)}
     _check(stored, leaves, stores, source)
-    places = (shardings(manifest.model) if callable(shardings) else shardings) or {}
-    params = dict(_read(leaves, stores, dtype, places))
+    config = manifest.model if weights is None else manifest.model.with_weights(weights, kept)
+    places = (shardings(config) if callable(shardings) else shardings) or {}
+    matrices = Matrices(source, config, stores)
+    params = dict(_read(leaves, stores, dtype, places, matrices))
     if report_bytes is not None:
         held = [(store, entry) for group in leaves.values() for entry in group if (store := _holder(entry, stores)) is not None]
-        report_bytes(sum(store.bytes_read for store in stores), sum(store.arrays[entry.stored].nbytes for store, entry in held))
-    return manifest.model, params
+        whole = sum(store.arrays[entry.stored].nbytes for store, entry in held) + matrices.scale_bytes
+        report_bytes(sum(store.bytes_read for store in stores), whole)
+    return config, params
 
 
 def _read(
-    leaves: Mapping[TreePath, list[Entry]], stores: list[Store], dtype: Any, places: Shardings
+    leaves: Mapping[TreePath, list[Entry]], stores: list[Store], dtype: Any, places: Shardings, matrices: Matrices
 ) -> Iterator[tuple[TreePath, jax.Array]]:
     """Yields (path, leaf) as each becomes complete; its host buffer is freed before the next large one is made."""
     spread = {path: parts for path, group in leaves.items() if (parts := _parts(group, places.get(path)))}
     for path, parts in spread.items():
-        yield path, _assembled(leaves[path], parts, places[path], stores, _dtype(leaves[path], stores, dtype))
+        yield from _assembled(leaves[path], parts, places, stores, _dtype(leaves[path], stores, dtype), matrices)
     where = {entry.stored: (path, entry) for path, group in leaves.items() if path not in spread for entry in group}
     held = {name: _holder(entry, stores) for name, (_, entry) in where.items()}
     left = collections.Counter(where[name][0] for name, store in held.items() if store)
@@ -76,16 +87,17 @@ def _read(
     for store in stores:
         for name, array in store.read([name for name, holder in held.items() if holder is store]):
             path, entry = where[name]
-            kind = _dtype(leaves[path], stores, dtype)
+            made = matrices.as_loaded(entry, array, _dtype(leaves[path], stores, dtype))
             if entry.layer is None:
-                yield path, _place(array.astype(kind, copy=False), places.get(path))
+                yield from ((at, _place(one, places.get(at))) for at, one in made.items())
                 continue
-            if path not in stacks:
-                stacks[path] = np.zeros((len(leaves[path]), *entry.tree_shape), kind)
-            stacks[path][entry.layer] = array
+            for at, one in made.items():
+                if at not in stacks:
+                    stacks[at] = np.zeros((len(leaves[path]), *one.shape), one.dtype)
+                stacks[at][entry.layer] = one
             left[path] -= 1
             if not left[path]:
-                yield path, _place(stacks.pop(path), places.get(path))
+                yield from ((at, _place(stacks.pop(at), places.get(at))) for at in made)
 
 
 Key = tuple[tuple[int, int], ...]
@@ -101,20 +113,29 @@ def _parts(group: list[Entry], sharding: jax.sharding.Sharding | None) -> list[K
     return parts if held < math.prod(shape) else []
 
 
-def _assembled(group: list[Entry], parts: list[Key], sharding: jax.sharding.Sharding, stores: list[Store], kind: jnp.dtype) -> jax.Array:
-    """Returns a leaf of which this process has read `parts`."""
-    buffers = {}
+def _assembled(
+    group: list[Entry], parts: list[Key], places: Shardings, stores: list[Store], kind: jnp.dtype, matrices: Matrices
+) -> Iterator[tuple[TreePath, jax.Array]]:
+    """Yields a leaf of which this process has read `parts`, and the scales of one in int8."""
+    path, buffers = group[0].path, dict[Key, np.ndarray]()
+    scales = np.zeros((*_shape(group)[:-2], _shape(group)[-1]), np.float32) if matrices.is_rounded(path) else None
     for part in parts:
-        buffers[part] = np.zeros([stop - start for start, stop in part], kind)
+        buffers[part] = np.zeros([stop - start for start, stop in part], kind if scales is None else np.int8)
         layers, inner = (part[0], part[1:]) if group[0].layer is not None else ((0, 1), part)
+        index = tuple(slice(*bounds) for bounds in inner)
         for entry in group[slice(*layers)]:
             store = _holder(entry, stores)
             if store is None:
                 continue
             at = buffers[part] if entry.layer is None else buffers[part][entry.layer - layers[0]]
-            at[...] = store.read_part(entry.stored, tuple(slice(*bounds) for bounds in inner))
+            if scales is None:
+                at[...] = matrices.restored_part(entry, store.read_part(entry.stored, index), index)
+                continue
+            at[...], scales[entry.layer if entry.layer is not None else ...] = matrices.rounded_part(entry, store, index)
     shape = _shape(group)
-    return jax.make_array_from_callback(shape, sharding, lambda index: buffers[_key(index, shape)])
+    yield path, jax.make_array_from_callback(shape, places[path], lambda index: buffers[_key(index, shape)])
+    if scales is not None:
+        yield (*path[:-1], SCALE), _place(scales, places.get((*path[:-1], SCALE)))
 
 
 def _shape(group: list[Entry]) -> tuple[int, ...]:
@@ -139,6 +160,7 @@ def _check(stored: Mapping[TreePath, list[Entry]], leaves: Mapping[TreePath, lis
         if absent and (not _is_lora(path) or len(absent) == len(group)):
             missing += absent
     known = {entry.stored: entry.tree_shape for group in stored.values() for entry in group}
+    known |= {scale_name(entry): entry.tree_shape[-1:] for path, group in leaves.items() if path[-1] == "kernel" for entry in group}
     found = {name: at.shape for store in stores for name, at in store.arrays.items() if not name.startswith(f"{engine.ORIGINAL}.")}
     wrong = [f"{name} is {shape}" for name, shape in found.items() if known.get(name) != shape]
     if missing or wrong:
@@ -154,6 +176,8 @@ def _dtype(group: list[Entry], stores: list[Store], dtype: Any) -> jnp.dtype:
     if dtype is not None:
         return jnp.dtype(dtype)
     stored = [store.arrays[entry.stored].dtype for entry in group if (store := _holder(entry, stores))]
+    if np.int8 in stored:  # restored in the type that everything beside it has
+        stored = [stores[-1].arrays[engine.stored_name(EMBEDDING, None)].dtype]
     # jax computes in 32 bits, so that a float64 leaf becomes float32.
     return jnp.dtype(jnp.result_type(*(np.float32 if kind == np.float64 else kind for kind in stored)))
 

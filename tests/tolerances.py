@@ -84,6 +84,12 @@ TOLERANCES: dict[str, tuple[str, float]] = {
     "slope": ("relative", 1e-3),
     # bfloat16 against float32: 8 bits of mantissa through a tower; the direction must stay.
     "bfloat16_cosine": ("cosine", 0.99),
+    # Weights in int8 against float32: measured 0.9985 and 0.9964 on the tiny golden sets; 0.9989 and 0.9738 where some channels of what
+    # every layer multiplies are 30 times as large as the others, which a dynamic product rounds by the largest.
+    "int8_embedding": ("cosine", 0.998),
+    "int8_dynamic_embedding": ("cosine", 0.996),
+    "int8_outliers": ("cosine", 0.998),
+    "int8_dynamic_outliers": ("cosine", 0.97),
     # Retrieval figures are counts and short sums in float64.
     "metric": ("absolute", 1e-9),
     # A probability estimated from thousands of random draws, against the exact one: about four standard errors of 4,000 draws near 0.3.

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from omni_jax.api.encoding import check_batch_size, encode_items, similarity
 from omni_jax.api.made_with import made_with
 from omni_jax.api.saving import save_model
-from omni_jax.api.weights import find_model, load_params, open_model, own_preset
+from omni_jax.api.weights import compute_type, find_model, load_params, open_model, own_preset
 from omni_jax.config import PREFIXES, PRESETS, TABLE_MODALITIES, TABLES, ConfigError, ModelConfig, Preset
 from omni_jax.config import preset as preset_named
 from omni_jax.config.compile_cache import use_compile_cache
@@ -68,6 +68,7 @@ class OmniRetriever:
         adapter_revision: str | None = None,
         token: str | bool | None = None,
         dtype: str = "keep",
+        weights: str = "keep",
         preset: str | Preset | None = None,
         step: int | None = None,
     ) -> OmniRetriever:
@@ -80,11 +81,13 @@ class OmniRetriever:
           revision, adapter_revision: of a name on the Hub the branch, tag or commit; None: "main".
           token: for the Hub; None: what `hf auth login` or HF_TOKEN say.
           dtype: "keep", "bfloat16" or "float32": of the weights in memory, and of the computation.
+          weights: "keep", "int8" or "int8-dynamic": the large matrices as they are stored, or rounded to int8, which takes half the memory
+            of bfloat16; `dtype` is then that of the rest. "int8-dynamic" rounds what they multiply too: faster on a TPU, less exact.
           preset: a preset, or the name of one; None takes the one that the model was trained with (a workdir's own).
           step: of a workdir the checkpoint after so many updates; None for the newest.
 
         Raises:
-          ConfigError: for a preset that is unknown or made for another kind of backbone.
+          ConfigError: for unknown weights, or a preset that is unknown or made for another kind of backbone.
           InputError: when the folder is no such model, cannot be fetched or converted, its tokenizer belongs to another model, or its
             towers take patches that the preprocessing does not make.
         """
@@ -93,7 +96,7 @@ class OmniRetriever:
         use_compile_cache()
         # Before the weights, which take minutes to read at full size.
         folder = find_model(directory, adapter, revision=revision, adapter_revision=adapter_revision, token=token)
-        source = open_model(folder, step)
+        source = open_model(folder, step, weights)
         prompt = source.config.prompt
         chosen = own_preset(folder) if preset is None else preset_named(preset) if isinstance(preset, str) else preset
         chosen.check(prompt)
@@ -102,7 +105,7 @@ class OmniRetriever:
         tokenizer.check(source.config.tokens)
         mesh = make_mesh() if len(jax.devices()) > 1 else None
         params = load_params(source, None if dtype == "keep" else dtype, mesh)
-        compute = jnp.dtype(dtype) if dtype != "keep" else params["decoder", "layers", "attn", "q", "kernel"].dtype
+        compute = jnp.dtype(dtype) if dtype != "keep" else compute_type(params)
         encoder = with_params(abstract_encoder(source.config, dtype=compute), params)
         model = cls(encoder, tokenizer, chosen, mesh, made_with(source, chosen, dtype=dtype))
         model._home = folder, source.step

@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from omni_jax import conversion
-from omni_jax.config import ModelConfig, Preset, default_preset
+from omni_jax.config import ConfigError, ModelConfig, Preset, default_preset
 from omni_jax.config.hub_name import is_hub_name
 from omni_jax.conversion.cached import converted
 from omni_jax.conversion.folder import MANIFEST, Manifest, read_manifest
@@ -44,12 +44,27 @@ class ModelSource:
     digests: Mapping[str, str | None]
 
 
-def open_model(directory: str | os.PathLike[str], step: int | None = None) -> ModelSource:
+WEIGHTS = ("keep", "int8", "int8-dynamic")
+"""How the matrices of a model may be asked for: as the folder or the run has them, or rounded (`ModelConfig.weights`)."""
+
+
+def open_model(directory: str | os.PathLike[str], step: int | None = None, weights: str = "keep") -> ModelSource:
     """Returns the model of a converted folder, or of a workdir at its newest checkpoint or the one after `step` updates.
+
+    Args:
+      weights: of WEIGHTS.
 
     Raises:
       InputError: when it is neither, or the base weights are no longer those of the run.
+      ConfigError: for unknown `weights`.
     """
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
+    source = _as_stored(directory, step)
+    return source if weights == "keep" else dataclasses.replace(source, config=source.config.with_weights(weights))
+
+
+def _as_stored(directory: str | os.PathLike[str], step: int | None) -> ModelSource:
     folder = epath.Path(directory)
     if not is_workdir(folder):
         if step is not None:
@@ -122,18 +137,39 @@ def base_digests(manifest: Manifest) -> dict[str, str | None]:
 
 
 def load_params(source: ModelSource, dtype: Any = None, mesh: Mesh | None = None) -> Params:
-    """Returns every parameter on the devices, in `dtype` or as the base stores it, what was trained in place of what the base holds."""
-    from omni_jax.model import param_shardings  # with flax, slow: not before there is a model
+    """Returns every parameter on the devices, in `dtype` or as the base stores it, what was trained in place of what the base holds.
 
-    shardings = param_shardings(source.config, mesh) if mesh is not None else {}
-    _, params = conversion.load(source.folder, dtype=dtype, shardings=shardings)
+    Matrices are rounded as `source.config` says, those that were trained too.
+    """
+    from omni_jax.model import param_shardings, rounded_maps  # with flax, slow: not before there is a model
+    from omni_jax.model.int8 import SCALE, rounded
+
+    config = source.config
+    shardings = param_shardings(config, mesh) if mesh is not None else {}
+    _, params = conversion.load(source.folder, dtype=dtype, weights=config.weights, kept=config.kept, shardings=shardings)
     kinds = {path: x.dtype for path, x in params.items()}
+    maps = rounded_maps(config)
     for name, array in source.trained.items():
         path = tuple(name.split("/"))
+        if path[-1] == "kernel" and path[:-1] in maps:
+            for at, part in zip((path, (*path[:-1], SCALE)), rounded(array), strict=True):
+                params[at] = _place(part, shardings.get(at))
+            continue
         # LoRA that the run added has no place in the base: it takes the type of the weights that it stands beside.
-        kind = kinds.get(path) or kinds[(*path[:-1], "kernel")]
+        kind = kinds.get(path) or _beside(kinds, path)
         params[path] = _place(array.astype(kind), shardings.get(path))
     return params
+
+
+def compute_type(params: Params) -> jnp.dtype:
+    """Returns the type that a model computes in whose weights were kept as they are stored."""
+    return _beside({path: x.dtype for path, x in params.items()}, ("decoder", "layers", "attn", "q", "kernel"))
+
+
+def _beside(kinds: Mapping[tuple[str, ...], jnp.dtype], path: tuple[str, ...]) -> jnp.dtype:
+    """Returns the type of a linear map's kernel, or where that is int8 the one of what is not rounded."""
+    kind = kinds[(*path[:-1], "kernel")]
+    return kinds["decoder", "embed", "embedding"] if kind == jnp.int8 else kind
 
 
 def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:

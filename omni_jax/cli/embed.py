@@ -96,7 +96,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--manifest", required=True, metavar="FILE.jsonl", help="plain or official manifest, one JSON record a line")
     parser.add_argument("--tables", metavar="LIST", help=f"comma-separated, among {','.join(TABLES)} (default: all that the fields allow)")
     parser.add_argument("--batch-size", type=positive(int), default=16, metavar="N", help="clips encoded together (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="weights and computation (default: keep)")
+    add_weights_arguments(parser)
     parser.add_argument(
         "--media-root",
         metavar="DIR",
@@ -134,6 +134,17 @@ def take_model(args: argparse.Namespace) -> None:
 
     args.model = find_model(args.model, args.adapter, revision=args.revision, adapter_revision=args.adapter_revision)
     args.adapter = args.revision = args.adapter_revision = None
+
+
+def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds how the weights are held and computed with."""
+    parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="weights and computation (default: keep)")
+    parser.add_argument(
+        "--weights",
+        choices=("keep", "int8", "int8-dynamic"),
+        default="keep",
+        help="large matrices rounded to int8, half the memory of bfloat16; int8-dynamic rounds what they multiply too (default: keep)",
+    )
 
 
 def check_timeout(args: argparse.Namespace) -> None:
@@ -225,7 +236,7 @@ def usable_tables(args: argparse.Namespace, manifest: Manifest, tables: tuple[st
 def load_model(args: argparse.Namespace, chosen: Preset) -> OmniRetriever:
     from omni_jax.api import OmniRetriever
 
-    return OmniRetriever.from_pretrained(args.model, dtype=args.dtype, preset=chosen)
+    return OmniRetriever.from_pretrained(args.model, dtype=args.dtype, weights=args.weights, preset=chosen)
 
 
 def embed(

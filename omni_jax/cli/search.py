@@ -8,11 +8,11 @@ import json
 import sys
 import warnings
 
-from omni_jax.cli.embed import add_model_arguments, add_preset_arguments, check_preset, choose_preset
+from omni_jax.cli.embed import add_model_arguments, add_preset_arguments, add_weights_arguments, check_preset, choose_preset
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE
 from omni_jax.config import TABLES, Preset
-from omni_jax.config.made_with import listed, made_otherwise
+from omni_jax.config.made_with import held_otherwise, listed, made_otherwise
 from omni_jax.types import EmbeddingTable, InputError
 
 HELP = "search an embedding file by text, audio, video or audio and video together"
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object a query instead of lines")
     add_preset_arguments(parser, "the one that the index was made with, or else the model's")
     parser.add_argument("--unchecked", action="store_true", help="search an index that was made by another model or preset all the same")
-    parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="weights and computation (default: keep)")
+    add_weights_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.api import OmniRetriever
     from omni_jax.retrieval.search import Index
 
-    model = OmniRetriever.from_pretrained(args.model, dtype=args.dtype, preset=chosen)
+    model = OmniRetriever.from_pretrained(args.model, dtype=args.dtype, weights=args.weights, preset=chosen)
     with warnings.catch_warnings(record=args.queries is not None) as told:
         vectors = model.encode(
             queries.items,
@@ -121,8 +121,10 @@ def _check_origin(args: argparse.Namespace, index: EmbeddingTable, chosen: Prese
     from omni_jax.api.weights import open_model
     from omni_jax.retrieval.search import FREE
 
-    here = made_with(open_model(args.model), chosen, dtype=args.dtype)
+    here = made_with(open_model(args.model, weights=args.weights), chosen, dtype=args.dtype)
     found = made_otherwise(index.made_with, here, FREE)
+    if held := held_otherwise(index.made_with, here):
+        print(f"{args.index[0]}: was made with weights of another precision: {listed(held)}; cosines differ a little", file=sys.stderr)
     if found and not args.unchecked:
         raise InputError(
             f"{args.index[0]}: was made otherwise than --model {args.model} embeds: {listed(found)}; search with the model and preset that "

@@ -15,6 +15,9 @@ from omni_jax.config.presets import Preset
 ROUNDING = ("dtype", "precision", "code")
 """Fields of `omni_jax.api.made_with.made_with` that move a vector by rounding, or by what a new version corrects."""
 
+HELD = ("model.weights", "model.kept")
+"""Fields of it that say how matrices are held: int8 moves a vector further than rounding does, and leaves it near."""
+
 _WEIGHTS = re.compile(r"weights\.(\w+) weights")  # "weights.base weights", as records have it: once is enough
 _DIGEST = re.compile(r"[0-9a-f]{32,}")
 
@@ -54,6 +57,11 @@ def made_otherwise(there: Mapping[str, Any], here: Mapping[str, Any], free: Coll
     A field that an older version did not know has its default there, which changes nothing.
     """
     return differences(_completed(there), _completed(here), free)
+
+
+def held_otherwise(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Returns those of the `made_otherwise` differences that say how matrices are held: vectors of such models are near each other."""
+    return [one for one in made_otherwise(there, here) if one.startswith(HELD)]
 
 
 def recorded_preset(made_with: Mapping[str, Any]) -> Preset:

@@ -13,6 +13,7 @@ from omni_jax.config.hf_fields import check_fields, rope_of, thinker_config, tok
 ATTENTIONS = ("causal", "bidirectional")
 POOLINGS = ("last_all_layers", "mean")
 PROMPTS = ("plain", "chat")
+WEIGHTS = ("float", "int8", "int8-dynamic")
 
 EMBED_MODEL_TYPE = "nvomniembed"
 """`model_type` of Omni-Embed-Nemotron-3B."""
@@ -34,6 +35,9 @@ class ModelConfig:
       pooling: "last_all_layers": the last token's states of all layers through the fusion head; "mean": the mean of the final norm's states
         over all tokens of the prompt, no head.
       prompt: "plain": media, text, end token; "chat": the same as the user's turn of the chat template, after a system turn.
+      weights: how the matrices of linear maps are held: "float"; "int8" with a float32 scale for each output; "int8-dynamic": as int8, and
+        their inputs are rounded to int8 too, token by token.
+      kept: linear maps that stay "float" all the same, since they train ("head/fc1").
     """
 
     decoder: DecoderConfig
@@ -47,11 +51,17 @@ class ModelConfig:
     attention: str = "causal"
     pooling: str = "last_all_layers"
     prompt: str = "plain"
+    weights: str = "float"
+    kept: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, allowed in (("attention", ATTENTIONS), ("pooling", POOLINGS), ("prompt", PROMPTS)):
+        for name, allowed in (("attention", ATTENTIONS), ("pooling", POOLINGS), ("prompt", PROMPTS), ("weights", WEIGHTS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"model field {name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+
+    def with_weights(self, weights: str, kept: tuple[str, ...] = ()) -> ModelConfig:
+        """Returns the same architecture with its matrices held otherwise."""
+        return dataclasses.replace(self, weights=weights, kept=kept)
 
     @property
     def audio_repeat(self) -> int:
@@ -176,4 +186,4 @@ class ModelConfig:
         for name, kind in rooms.items():
             if fields.get(name) is not None:
                 fields[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields[name].items()})
-        return cls(**fields)
+        return cls(**{name: tuple(field) if isinstance(field, list) else field for name, field in fields.items()})

@@ -7,7 +7,17 @@ from omni_jax.model.encoder import (
     carried_shapes,
     param_axes,
     param_shardings,
+    rounded_maps,
     with_params,
 )
 
-__all__ = ["Encoder", "abstract_encoder", "abstract_params", "carried_shapes", "param_axes", "param_shardings", "with_params"]
+__all__ = [
+    "Encoder",
+    "abstract_encoder",
+    "abstract_params",
+    "carried_shapes",
+    "param_axes",
+    "param_shardings",
+    "rounded_maps",
+    "with_params",
+]

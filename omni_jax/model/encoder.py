@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from omni_jax.config import ModelConfig
+from omni_jax.model import int8
 from omni_jax.model.audio import AudioTower
 from omni_jax.model.beats import Beats, BeatsBridge
 from omni_jax.model.decoder import Decoder
@@ -50,7 +51,7 @@ class Encoder(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, param_dtype: Any = jnp.float32, dtype: Any = None):
-        make = Maker(rngs, jnp.dtype(param_dtype), config.lora)
+        make = Maker(rngs, jnp.dtype(param_dtype), config.lora, weights=(config.weights, config.kept))
         width = config.decoder.hidden_size
         self.vision = VisionTower(make / "vision", config.vision)
         self.audio = AudioTower(make / "audio", config.audio)
@@ -99,8 +100,15 @@ def abstract_encoder(config: ModelConfig, *, param_dtype: Any = jnp.float32, dty
 
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    """Returns path -> shape and dtype of every parameter."""
-    return {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, _) in _leaves(config).items()}
+    """Returns path -> shape and dtype of every parameter: `dtype`, but for int8 matrices and their scales."""
+    rounded = rounded_maps(config)
+    own = {(*path, "kernel"): jnp.int8 for path in rounded} | {(*path, int8.SCALE): jnp.float32 for path in rounded}
+    return {path: jax.ShapeDtypeStruct(shape, own.get(path, dtype)) for path, (shape, _) in _leaves(config).items()}
+
+
+def rounded_maps(config: ModelConfig) -> frozenset[tuple[str, ...]]:
+    """Returns the paths of the linear maps whose matrices are held in int8."""
+    return frozenset(path[:-1] for path in _leaves(config) if path[-1] == int8.SCALE)
 
 
 def carried_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from omni_jax.config import LoraConfig
+from omni_jax.model import int8
 from omni_jax.parallel import gather
 
 Initializer = jax.nn.initializers.Initializer
@@ -34,34 +35,52 @@ class Maker:
     A stack of L equal layers is one module whose parameters have a leading axis of length L; `scan_layers` slices it.
     """
 
-    def __init__(self, rngs: nnx.Rngs, dtype: jnp.dtype, lora: LoraConfig | None = None, path: str = "", layers: int | None = None):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+        lora: LoraConfig | None = None,
+        path: str = "",
+        layers: int | None = None,
+        weights: tuple[str, tuple[str, ...]] = ("float", ()),
+    ):
+        """`weights`: those of a `ModelConfig`, and its `kept`."""
         self.rngs = rngs
         self.dtype = dtype
         self.path = path
         self.layers = layers
         self._lora = lora
+        self._weights = weights
 
     def __truediv__(self, name: str) -> Maker:
         """Returns the maker of the submodule with this name."""
-        return Maker(self.rngs, self.dtype, self._lora, f"{self.path}/{name}".lstrip("/"), self.layers)
+        return Maker(self.rngs, self.dtype, self._lora, f"{self.path}/{name}".lstrip("/"), self.layers, self._weights)
 
     def stack(self, layers: int) -> Maker:
         """Returns a maker that adds a leading layer axis."""
-        return Maker(self.rngs, self.dtype, self._lora, self.path, layers)
+        return Maker(self.rngs, self.dtype, self._lora, self.path, layers, self._weights)
+
+    @property
+    def weights(self) -> str:
+        """How the linear map being made holds its matrix, of `config.model.WEIGHTS`."""
+        return int8.kind_of(self.path, *self._weights)
 
     @property
     def lora(self) -> LoraConfig | None:
         """The adapter, where it targets the module being made."""
         return self._lora if self._lora and self.path in self._lora.targets else None
 
-    def param(self, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer) -> nnx.Param:
-        """Returns a parameter; `axes` names each dimension for sharding (without the layer axis, which is added here)."""
+    def param(self, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer, dtype: Any = None) -> nnx.Param:
+        """Returns a parameter; `axes` names each dimension for sharding (without the layer axis, which is added here).
+
+        `dtype` is that of a parameter that has its own whatever the others have.
+        """
         if len(shape) != len(axes):
             raise ValueError(f"axes {axes} do not fit shape {shape}")
-        key = self.rngs.params()
+        key, dtype = self.rngs.params(), dtype or self.dtype
         if self.layers is None:
-            return nnx.Param(init(key, shape, self.dtype), axes=axes)
-        value = jax.vmap(lambda k: init(k, shape, self.dtype))(jax.random.split(key, self.layers))
+            return nnx.Param(init(key, shape, dtype), axes=axes)
+        value = jax.vmap(lambda k: init(k, shape, dtype))(jax.random.split(key, self.layers))
         return nnx.Param(value, axes=("layers", *axes))
 
 
@@ -79,7 +98,10 @@ LONGEST_BLOCK = 1024
 
 
 class Linear(nnx.Module):
-    """y = x W + b, with an optional LoRA slot: y += scale * (dropout(x) A) B. Weights are cast to the dtype of x."""
+    """y = x W + b, with an optional LoRA slot: y += scale * (dropout(x) A) B. Weights are cast to the dtype of x.
+
+    W may be held in int8 (see `int8`); the bias, A and B never are.
+    """
 
     def __init__(
         self,
@@ -92,7 +114,10 @@ class Linear(nnx.Module):
     ):
         lora = make.lora
         self.axes = axes
-        self.kernel = make.param((inputs, outputs), axes, WEIGHT_INIT)
+        self.weights = make.weights
+        whole = self.weights == "float"
+        self.kernel = make.param((inputs, outputs), axes, WEIGHT_INIT if whole else ZEROS, None if whole else jnp.int8)
+        self.kernel_scale = None if whole else make.param((outputs,), (axes[1],), ONES, jnp.float32)
         self.bias = make.param((outputs,), (axes[1],), ZEROS) if bias else None
         self.lora_scale = lora.scale if lora else 0.0
         self.lora_dropout = lora.dropout if lora else 0.0
@@ -105,7 +130,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         inputs, outputs = self.axes
-        y = x @ gather(self.kernel[...].astype(x.dtype), inputs, outputs)
+        if self.kernel_scale is None:
+            y = x @ gather(self.kernel[...].astype(x.dtype), inputs, outputs)
+        else:
+            kernel, scale = gather(self.kernel[...], inputs, outputs), gather(self.kernel_scale[...], outputs)
+            y = int8.product(x, kernel, scale, dynamic=self.weights == "int8-dynamic")
         if self.bias is not None:
             y = y + gather(self.bias[...].astype(x.dtype), outputs)
         if self.lora_a is not None and self.lora_b is not None:

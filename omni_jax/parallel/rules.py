@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from omni_jax.parallel.mesh import BATCH, SLICE
@@ -92,7 +93,10 @@ def gather(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     split = partition_spec(axes, x.shape, mesh)
     whole = PartitionSpec(*(None if name == "embed" else target for name, target in zip(axes, split, strict=True)))
-    return x if whole == split else _moved(x, whole, split)
+    if whole == split:
+        return x
+    # Integers have no gradient that could go back.
+    return _moved(x, whole, split) if jnp.issubdtype(x.dtype, jnp.inexact) else jax.lax.with_sharding_constraint(x, whole)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

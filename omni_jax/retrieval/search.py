@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from omni_jax.config.made_with import ROUNDING
+from omni_jax.config.made_with import HELD, ROUNDING, held_otherwise, listed
 from omni_jax.retrieval.embedding_file import check_alike, read_embeddings
 from omni_jax.retrieval.norms import read_norms, write_norms
 from omni_jax.retrieval.npz import PathLike
@@ -25,8 +26,10 @@ FEW = 4  # queries for which a product of a matrix and a vector each is faster t
 MARGIN = 2e-5  # beyond the rounding of a cosine in float32
 TINY, HUGE = 1e-15, 1e15  # lengths whose squares float32 holds to full precision
 
-FREE = (*ROUNDING, "normalize", "preset.prefix")
-"""Fields of `made_with` in which an index and its query may differ: a cosine has no length, and a query may have another prefix."""
+FREE = (*ROUNDING, *HELD, "normalize", "preset.prefix")
+"""Fields of `made_with` in which an index and its query may differ: a cosine has no length, a query may have another prefix.
+
+Int8 weights on one side turn a cosine by little, which is said (`held_otherwise`)."""
 
 # Query -> tables to search in, best first: what lies furthest from what is already at hand.
 TARGETS = {
@@ -104,12 +107,17 @@ class Index:
 
         Raises:
           InputError: for a file that cannot be read, has no such table or no records, or was made otherwise.
+
+        Warns:
+          UserWarning: where the two were made with weights of different precision.
         """
         found = read_embeddings(path, functools.partial(target_table, "text", chosen=table))
         paths = [path] if isinstance(path, str | os.PathLike) else list(path)
         if not found.ids:
             raise InputError(f"{paths[0]}: holds no records")
         check_alike("the query", made_with, paths[0], found.made_with, FREE)
+        if made_with is not None and found.made_with is not None and (held := held_otherwise(found.made_with, made_with)):
+            warnings.warn(f"{paths[0]}: was made with weights of another precision: {listed(held)}", stacklevel=2)
         (name,) = found.tables
         norms = read_norms(paths[0], name, len(found.ids_of(name))) if len(paths) == 1 else None
         index = cls(found.tables[name], name, found.ids_of(name), norms=norms, made_with=found.made_with)

@@ -152,7 +152,8 @@ def call(model: Encoder, part: str, given: dict[str, jax.Array]) -> jax.Array:
     return getattr(model, part)(**given)
 
 
-def compare_part(encoder: Encoder, part: str, sizes: tuple[int, int, int]) -> None:
+def compare_part(encoder: Encoder, part: str, sizes: tuple[int, int, int] | None) -> jax.Array:
+    """Returns what one part gives on one device; on a mesh of `sizes` it must give the same."""
     graph, params = nnx.split(encoder)
     given = inputs(encoder.config)[part]
 
@@ -160,12 +161,15 @@ def compare_part(encoder: Encoder, part: str, sizes: tuple[int, int, int]) -> No
         return call(nnx.merge(graph, params), part, given)
 
     want = jax.jit(compute)(params, given)
+    if sizes is None:
+        return want
     mesh = make_mesh(*sizes)
     placed = {n: jax.device_put(a, sharding(("batch", *[None] * (a.ndim - 1)), a.shape, mesh)) for n, a in given.items()}
     with jax.set_mesh(mesh):
         # A function of its own: jit would reuse the program traced without a mesh.
         got = jax.jit(lambda params, given: compute(params, given))(place_params(params, mesh), placed)
     assert_close(got, want, "sharding")
+    return want
 
 
 @pytest.mark.slow
