@@ -34,6 +34,7 @@ from omni_jax.types import InputError
 FORMATS = ("keep", "safetensors", "bin")
 NORMS = ("keep", "old", "new")
 
+_ORIGINALS = "write the base from a folder converted without --weights, or take the checkpoint itself"
 _NOTHING = "to-torch: nothing to write; give --base-out, --adapter-out or both"
 
 
@@ -64,6 +65,8 @@ def to_torch(
     started = time.monotonic()
     source = epath.Path(model)
     manifest = folder.read_manifest(source)
+    if base_out is not None:
+        _refuse_rounded(source, manifest)
     if adapter_out is not None and manifest.adapter is None:
         why = "its adapter was merged into the base" if manifest.merged else "it was converted without one"
         raise InputError(f"{source}: has no adapter to write ({why}); omit --adapter-out or convert with --adapter")
@@ -136,11 +139,14 @@ def write_trained(
         _refuse_overlap(base_out, adapter_out)
     started, source = time.monotonic(), epath.Path(base)
     manifest = folder.read_manifest(source)
+    if base_out is not None:
+        _refuse_rounded(source, manifest)
     if adapter_out is not None and config.lora is None:
         raise InputError("the run trained no adapter (lora.rank is 0); omit --adapter-out and take --base-out")
     shapes = engine.tree_shapes(config)
     wrong = [path for path, leaf in trained.items() if shapes.get(path) != tuple(leaf.shape)]
-    if wrong or dataclasses.replace(config, lora=None) != dataclasses.replace(manifest.model, lora=None):
+    alone = [dataclasses.replace(one.with_weights("float"), lora=None) for one in (config, manifest.model)]
+    if wrong or alone[0] != alone[1]:
         what = f"{'/'.join(wrong[0])} does not fit" if wrong else "the architectures differ"
         raise InputError(f"{source}: is not the base of this run ({what}); name the folder it was trained from")
     held = {entry.path for entry in adapter_entries(config).values()} if config.lora else set()
@@ -289,6 +295,8 @@ def _stored_leaves(source: epath.Path, manifest: Manifest, paths: Set[TreePath])
     for path, group in engine.stacks(e for e in entries if e.path in paths).items():
         names = [entry.stored for entry in group]
         store = next((s for s in stores if all(name in s.arrays for name in names)), stores[-1])
+        if any(store.arrays[name].dtype == np.int8 for name in names if name in store.arrays):
+            raise InputError(f"{source}: holds {'/'.join(path)} in int8 alone, and the run did not train it; {_ORIGINALS}")
         arrays = [array.astype(np.float32) for _, array in store.read(names)]
         leaves[path] = arrays[0] if group[0].layer is None else np.stack(arrays)
     if missing := paths - leaves.keys():
@@ -318,6 +326,11 @@ def _by_stored(entries: Mapping[str, Entry], wanted: Mapping[str, Any]) -> dict[
         if key in wanted:
             groups.setdefault(entry.stored, []).append(key)
     return groups
+
+
+def _refuse_rounded(source: epath.Path, manifest: Manifest) -> None:
+    if manifest.model.weights != "float":
+        raise InputError(f"{source}: its base weights are rounded to {manifest.model.weights} and are not the checkpoint's; {_ORIGINALS}")
 
 
 def _refuse_overlap(base_out: epath.PathLike, adapter_out: epath.PathLike) -> None:

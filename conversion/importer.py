@@ -18,14 +18,17 @@ from omni_jax.conversion import control_tokens, engine, folder, source
 from omni_jax.conversion.adapter import Adapter, open_adapter
 from omni_jax.conversion.engine import Entry
 from omni_jax.conversion.folder import Manifest, TensorFile
+from omni_jax.conversion.matrices import round_matrix, scale_name
 from omni_jax.conversion.names import OPTIONAL
 from omni_jax.conversion.rules import PEFT_PREFIX
 from omni_jax.conversion.safetensors_io import DTYPES as DTYPE_OF
 from omni_jax.conversion.safetensors_io import dtype_name
 from omni_jax.conversion.source import BeatsFile, Checkpoint
 from omni_jax.conversion.store import PART_BYTES, StoreWriter
+from omni_jax.model import carried_shapes, rounded_maps
 from omni_jax.types import InputError
 
+WEIGHTS = ("keep", "int8")
 DTYPES: dict[str, Any] = {"keep": None, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
 
@@ -62,6 +65,7 @@ def to_jax(
     adapter: epath.PathLike | None = None,
     beats: epath.PathLike | None = None,
     dtype: str = "keep",
+    weights: str = "keep",
     merge_adapter: bool = False,
     backbone: str = "auto",
     part_bytes: int = PART_BYTES,
@@ -75,6 +79,8 @@ def to_jax(
       adapter: PEFT adapter folder; kept apart from the base unless `merge_adapter`.
       beats: BEATs `.pt` whose weights and settings replace those of the base.
       dtype: "keep", "bfloat16" or "float32"; "keep" makes the way back bit-equal.
+      weights: "keep", or "int8": the base's large matrices rounded (`omni_jax.model.int8`), with an adapter that is merged; one that is not
+        stays as it is. Half the size; the base's own values are not in such a folder, so that no base checkpoint comes out of it again.
       merge_adapter: fold LoRA and whole modules into the base; the result can only be exported as a merged base.
       backbone: "auto" reads the checkpoint as what it is, a plain Qwen2.5-Omni thinker as the start of a WAVE-like model; "wave" and
         "nemotron" read a thinker as such a backbone. Heads that the checkpoint lacks get random weights, and the summary names them.
@@ -86,19 +92,21 @@ def to_jax(
     """
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    if weights not in WEIGHTS:
+        raise InputError(f"--weights {weights}: choose one of {', '.join(WEIGHTS)}")
     if backbone not in source.BACKBONES:
         raise InputError(f"--backbone {backbone}: choose one of {', '.join(source.BACKBONES)}")
     if merge_adapter and adapter is None:
         raise InputError("--merge-adapter: needs --adapter, the folder to merge")
     started = time.monotonic()
     with folder.new_folder(out) as temporary:
-        job = _Job(source.open_checkpoint(base), beats, adapter, DTYPES[dtype], merge_adapter, backbone, progress)
+        job = _Job(source.open_checkpoint(base), beats, adapter, DTYPES[dtype], weights == "int8", merge_adapter, backbone, progress)
         control_tokens.check(job.checkpoint, job.config)
         with StoreWriter(temporary / folder.WEIGHTS, part_bytes) as writer:
             job.write_base(writer)
             base_digest = writer.digest
         extra_digest = None
-        if job.checkpoint.extras:
+        if job.checkpoint.extras and weights == "keep":
             with StoreWriter(temporary / folder.EXTRA, part_bytes) as writer:
                 job.write_extras(writer)
                 extra_digest = writer.digest
@@ -117,14 +125,14 @@ def to_jax(
             base_digest=base_digest,
             adapter_digest=adapter_digest,
             extra_digest=extra_digest,
-            shards=job.shards(),
-            index=job.index(),
+            shards=job.shards() if weights == "keep" else (),
+            index=job.index() if weights == "keep" else None,
             side_files=job.checkpoint.side_files,
             adapter=job.adapter_file(kept) if kept else None,
             adapter_config=kept.config if kept else None,
             adapter_files=kept.side_files if kept else (),
             merged=merge_adapter,
-            index_text=job.index_text(),
+            index_text=job.index_text() if weights == "keep" else None,
             names=job.names(),
             beats_file=source.beats_file(job.checkpoint, beats) if job.config.beats else None,
             fresh=job.fresh,
@@ -141,6 +149,7 @@ class _Job:
         beats: epath.PathLike | None,
         adapter: epath.PathLike | None,
         dtype: Any,
+        rounds: bool,
         merge: bool,
         backbone: str,
         progress: Callable[[int, int], None] | None,
@@ -157,6 +166,9 @@ class _Job:
         self.adapter = open_adapter(adapter, self.config) if adapter is not None else None
         self._merge = self.adapter if merge else None
         self._dtype = None if dtype is None else np.dtype(dtype)
+        if rounds:
+            self.config = self.config.with_weights("int8")
+        self._rounded = rounded_maps(self.config)
         self._progress = progress or (lambda done, total: None)
         self._total = checkpoint.nbytes
         self._read = 0
@@ -244,7 +256,12 @@ class _Job:
             for entry in group:
                 if entry.key in self.checkpoint.tensors:
                     writer.reserve(self.checkpoint.tensors[entry.key].nbytes)
-                self._add(writer, entry, self._leaf(entry))
+                if entry.path[:-1] in self._rounded and entry.path[-1] == "kernel":
+                    self._add_rounded(writer, entry)
+                elif self.config.weights == "float" or entry.path not in carried_shapes(self.config):
+                    self._add(writer, entry, self._leaf(entry))
+                elif entry.key in self.checkpoint.tensors:
+                    self._read += self.checkpoint.tensors[entry.key].nbytes
 
     def _shared(self, group: list[Entry]) -> np.ndarray:
         first = self._load(group[0])
@@ -300,6 +317,18 @@ class _Job:
             self.tensors += 1
             self.parameters += array.size
             self.nbytes += array.nbytes
+
+    def _add_rounded(self, writer: StoreWriter, entry: Entry) -> None:
+        array = self._leaf(entry)
+        if self._dtype is not None:
+            array = array.astype(self._dtype, copy=False)
+        q, scale = round_matrix(entry, array, self.checkpoint.folder)
+        writer.add(entry.stored, q)
+        writer.add(scale_name(entry), scale)
+        self._written[entry.key] = (dtype_name(array.dtype), entry.torch_shape)
+        self.tensors += 1
+        self.parameters += q.size
+        self.nbytes += q.nbytes + scale.nbytes
 
     def shards(self) -> tuple[TensorFile, ...]:
         """Returns the source's files with the tensors an export has to put there.

@@ -36,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of the stored weights (default: keep, which makes the way back bit-equal)",
     )
     to_jax.add_argument(
+        "--weights",
+        choices=("keep", "int8"),
+        default="keep",
+        help="int8 rounds the base's large matrices: half the size, and no way back to a base checkpoint (default: keep)",
+    )
+    to_jax.add_argument(
         "--merge-adapter", action="store_true", help="fold the adapter into the base; only a merged base can be exported then"
     )
     to_jax.add_argument(
@@ -96,11 +102,13 @@ def _convert(args: argparse.Namespace) -> int:
                 adapter=args.adapter,
                 beats=args.beats,
                 dtype=args.dtype,
+                weights=args.weights,
                 merge_adapter=args.merge_adapter,
                 backbone=args.backbone,
                 progress=progress,
             )
-            what = f"{args.out} (dtype {args.dtype}{', adapter merged' if args.merge_adapter else ''})"
+            how = [f"dtype {args.dtype}", *(["weights int8"] if args.weights == "int8" else [])]
+            what = f"{args.out} ({', '.join([*how, *(['adapter merged'] if args.merge_adapter else [])])})"
         else:
             made, step = _to_torch(args, progress)
             what = " and ".join(out for out in (args.base_out, args.adapter_out) if out)
