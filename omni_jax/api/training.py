@@ -42,6 +42,7 @@ from omni_jax.train.loop import LoopCallbacks, Row, train
 from omni_jax.train.lora import fresh_lora
 from omni_jax.train.metrics import MetricsWriter, collapsed_in_row, evaluated
 from omni_jax.train.skipped_records import SkippedRecords
+from omni_jax.train.trainable import over_int8
 from omni_jax.train.workdir import (
     BASE,
     CHECKPOINTS,
@@ -125,6 +126,8 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
         callbacks.log(report(step.groups))
         for note in data_notes(run, source, data.planner, total):
             callbacks.log(note)
+        if manifest.model.weights != "float":
+            callbacks.log(f"{base}: holds int8 matrices; those that train start from the values that these stand for")
         if manifest.fresh:
             callbacks.log(f"freshly initialised in {base}: {', '.join(manifest.fresh)}")
         digests = {
@@ -194,6 +197,8 @@ def _model(base: epath.Path, run: RunConfig, preset: Preset) -> tuple[Manifest, 
     """Returns what a base folder says, the architecture to train, and the tokenizer, all checked against each other."""
     manifest = read_manifest(base)
     model = _with_lora(manifest.model, run)
+    if "int8" in (run.model.weights, model.weights):
+        model = over_int8(model, run.trainable)
     preset.check(model.prompt)
     check_preprocessing(base, model)
     tokenizer = Tokenizer.from_pretrained(base)
@@ -267,7 +272,7 @@ def _params(
         if jax.process_count() > 1:
             log(f"weights: this process reads {read / 2**20:.2f} of {whole / 2**20:.2f} MiB")
 
-    found, params = conversion.load(base, shardings=shardings, report_bytes=report_bytes)
+    found, params = conversion.load(base, weights=model.weights, kept=model.kept, shardings=shardings, report_bytes=report_bytes)
     if model.lora is not None and found.lora is None:
         params |= fresh_lora(model, run.seed, shardings)
     return params

@@ -17,6 +17,7 @@ from omni_jax.train.step import StepConfig
 from omni_jax.train.trainable import TrainableConfig
 
 DTYPES = ("bfloat16", "float32")
+WEIGHTS = ("keep", "int8")
 COLLAPSE = ("warn", "stop")
 
 
@@ -29,16 +30,19 @@ class ModelSection:
       architecture: of fresh weights, as `conversion.fresh.write_fresh` takes it.
       lora: LoRA matrices to add to a base that has none; None adds none.
       dtype: of activations and of frozen weights, "bfloat16" or "float32".
+      weights: "keep", or "int8": matrices that stay are rounded to int8 while they are read; what trains is not.
     """
 
     base: str = ""
     architecture: Mapping[str, Any] | None = None
     lora: LoraConfig | None = None
     dtype: str = "bfloat16"
+    weights: str = "keep"
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"config field model.dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        for name, allowed in (("dtype", DTYPES), ("weights", WEIGHTS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"config field model.{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if bool(self.base) == bool(self.architecture):
             raise ConfigError("config fields model.base and model.architecture: give one, a converted folder or the shape of fresh weights")
 

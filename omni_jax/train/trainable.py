@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from clu.parameter_overview import count_parameters, make_table
 
 from omni_jax.config import ConfigError, ModelConfig
-from omni_jax.model import abstract_params, carried_shapes
+from omni_jax.model import abstract_params, carried_shapes, rounded_maps
+from omni_jax.model.int8 import SCALE
 from omni_jax.objectives import SCALARS
 from omni_jax.types import InputError
 
@@ -69,7 +70,7 @@ def select(config: ModelConfig, choice: TrainableConfig) -> frozenset[str]:
     frozen = [p for p in choice.freeze if not any(_under(path, p) for path in paths)]
     if frozen:
         raise InputError(f"trainable.freeze names {', '.join(frozen)}, which no parameter path starts with")
-    kept = [p for p in paths if not any(_under(p, prefix) for prefix in choice.freeze)]
+    kept = [p for p in paths if not p.endswith(f"/{SCALE}") and not any(_under(p, prefix) for prefix in choice.freeze)]
     if choice.recipe == "adapter":
         if not any(map(is_lora, kept)):
             raise InputError("trainable recipe 'adapter' trains LoRA, but no LoRA parameter would train; set lora.rank and lora.targets")
@@ -86,8 +87,21 @@ def select(config: ModelConfig, choice: TrainableConfig) -> frozenset[str]:
     return frozenset(kept)
 
 
+def over_int8(config: ModelConfig, choice: TrainableConfig) -> ModelConfig:
+    """Returns the architecture with every matrix that stays in int8, and those that train as they are.
+
+    Raises:
+      InputError: as `select`, or where every matrix trains.
+    """
+    names = select(config.with_weights("float"), choice)
+    made = config.with_weights("int8", tuple(sorted(name.removesuffix("/kernel") for name in names if name.endswith("/kernel"))))
+    if not rounded_maps(made):
+        raise InputError(f"int8 weights are for what stays, and with trainable.recipe={choice.recipe!r} every matrix trains; freeze some")
+    return made
+
+
 def split(params: Mapping[tuple[str, ...], Any], names: Iterable[str], frozen_dtype: Any = None) -> tuple[Arrays, Arrays]:
-    """Returns (trainable, frozen): the first float32 copies, the second as stored, or in `frozen_dtype`.
+    """Returns (trainable, frozen): the first float32 copies, the second as stored, or in `frozen_dtype` (but int8 matrices, their scales).
 
     Raises:
       ValueError: for a name that is no parameter.
@@ -98,8 +112,9 @@ def split(params: Mapping[tuple[str, ...], Any], names: Iterable[str], frozen_dt
         raise ValueError(f"{len(unknown)} trainable names are no parameters: {', '.join(sorted(unknown)[:5])}")
     # Copies: a training step gives its input buffers away, and the caller's arrays must outlive it.
     trainable = {name: jnp.array(flat[name], jnp.float32, copy=True) for name in sorted(wanted)}
-    frozen = {name: jnp.asarray(array, frozen_dtype) for name, array in sorted(flat.items()) if name not in wanted}
-    return trainable, frozen
+    rounded = {name for name in flat if name.endswith(f"/{SCALE}") or flat[name].dtype == jnp.int8}
+    stays = {name: array for name, array in sorted(flat.items()) if name not in wanted}
+    return trainable, {name: jnp.asarray(array, None if name in rounded else frozen_dtype) for name, array in stays.items()}
 
 
 def join(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
