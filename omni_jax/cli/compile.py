@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--programs", default=",".join(PROGRAMS), metavar="LIST", help="among train,embed,evaluate (default: all)")
     parser.add_argument("--kinds", default="0,1,2", metavar="LIST", help="indices in the period-3 cycle of step kinds (default: all)")
     parser.add_argument(
+        "--weights", choices=("int8", "int8-dynamic"), help="large matrices in int8, of training those that stay (default: the config's)"
+    )
+    parser.add_argument(
         "--caption-tokens", type=positive(int), default=128, metavar="N", help="longest caption planned for (default: %(default)s)"
     )
     parser.add_argument(
@@ -88,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
             utilisation=args.utilisation,
             price=args.price,
             full_effort=args.full_effort,
+            weights=args.weights,
             watch=waiting,
         )
         if args.sweep:

@@ -37,6 +37,7 @@ class Request:
       utilisation: share of peak arithmetic that expected figures assume.
       price: of a chip-hour, for the cost.
       full_effort: compiles as a run would, which predicts time.
+      weights: how matrices are held, as in `ModelConfig`; None: as the run's config and its base say.
       watch: runs each compilation, as `programs.Setting` says.
     """
 
@@ -49,6 +50,7 @@ class Request:
     utilisation: float = UTILISATION
     price: float | None = None
     full_effort: bool = False
+    weights: str | None = None
     watch: Watch = unwatched
 
     def setting(self) -> Setting:
@@ -72,8 +74,10 @@ class Request:
         if not round(preset.audio_seconds * FRAMES_PER_SECOND):
             about = f"config field data.preset={run.data.preset!r}: audio_seconds={preset.audio_seconds:g} has no one shape to plan for"
             raise ConfigError(f"{about}; give a length, as in --config.data.preset_fields.audio_seconds=8")
+        own = "int8" if "int8" in (run.model.weights, self.model.weights) else "float"
         return Setting(
-            config=self.model,
+            config=self.model.with_weights("float"),
+            weights=self.weights or own,
             recipe=run.step_config(1000),
             preset=preset,
             topology=topology,
@@ -112,6 +116,10 @@ def make(
       ConfigError: as `Request.setting`; a batch that does not divide; remat "auto" without libtpu.
     """
     setting = request.setting()
+    if "train" in programs and setting.weights == "int8-dynamic":
+        raise ConfigError(
+            "--weights int8-dynamic: no gradient passes what is rounded on the fly; choose --weights int8, or --programs embed"
+        )
     compiled = has_compiler()
     found = []
     if setting.recipe.remat == AUTO and "train" in programs:
@@ -147,6 +155,7 @@ def make(
         "remat": setting.recipe.remat,
         "caption_tokens": setting.caption_tokens,
         "attention": setting.kernel,
+        "held": setting.weights,
         "basis": BASIS,
         "notes": [*found, *_compiler_note(setting), *([] if setting.timed else [UNTIMED])]
         if compiled
@@ -154,7 +163,7 @@ def make(
         "programs": records,
         "period": _period(setting, records, request),
         **({"evaluator": evaluator} if evaluator else {}),
-        "weights": load_plan(setting.config, mesh, setting.topology),
+        "weights": load_plan(setting.trained if "train" in programs else setting.embedded, mesh, setting.topology),
     }
 
 
@@ -183,6 +192,7 @@ def command(request: Request, programs: Sequence[str], counts: Sequence[int]) ->
     run = request.run
     parts = [f"--topology {request.topology}", *([f"--slices {request.slices}"] if request.slices > 1 else [])]
     parts += [f"--mesh {request.mesh}"] if request.mesh else []
+    parts += [f"--weights {request.weights}"] if request.weights else []
     parts += [f"--programs {','.join(programs)}", f"--kinds {','.join(map(str, counts))}", f"--caption-tokens {request.caption_tokens}"]
     fields = {"losses.negatives": run.losses.negatives, "remat": run.remat, "batch.blocks": run.batch.blocks}
     fields |= {"batch.micro_batch": run.batch.micro_batch, "batch.micro_batches": run.batch.micro_batches}

@@ -12,6 +12,9 @@ from omni_jax.planning.hlo import Computation, Instruction, all_called
 PASSES = {"highest": 6, "high": 3}
 """Products in bfloat16 that one of float32 at a higher precision takes."""
 
+INTEGERS = 0.5
+"""Passes of a product of int8: its rate is twice that of bfloat16."""
+
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 
@@ -21,7 +24,8 @@ def of(computations: dict[str, Computation], computation: Computation, item: Ins
     if item.op in ("convolution", "dot"):
         count = _convolution(computation, item) if item.op == "convolution" else _dot(computation, item)
         precision = re.search(r"operand_precision=\{(\w+)", item.rest)
-        return count, count * PASSES.get(precision[1] if precision else "", 1)
+        small = all(name in computation and computation[name].shape.startswith(("s8", "u8")) for name in item.operands[:2])
+        return count, count * (INTEGERS if small else PASSES.get(precision[1] if precision else "", 1))
     count = passes = 0.0
     for name in all_called(item):
         inner = computations.get(name, {})

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from omni_jax.config import ModelConfig, Preset
-from omni_jax.model import abstract_encoder
+from omni_jax.model import abstract_encoder, abstract_params, param_shardings
 from omni_jax.model.runner import Runner
 from omni_jax.parallel import batch_shards
 from omni_jax.planning.abstract import CAPTION_TOKENS, abstract_batch, abstract_encoder_batch, abstract_state, planned_batch
@@ -25,6 +25,7 @@ from omni_jax.planning.timing import Timing, read_timing
 from omni_jax.retrieval import ranks
 from omni_jax.train.plan import step_kind
 from omni_jax.train.step import StepConfig, TrainStep
+from omni_jax.train.trainable import over_int8
 from omni_jax.types import BatchShapes, StepKind
 
 EVALUATED = (3_782, 100_000)
@@ -48,6 +49,7 @@ class Setting:
       mesh: sizes of data, fsdp and tensor within a slice.
       row_multiple: training rows are multiples of so many tokens.
       dtype: of activations and frozen weights.
+      weights: how matrices are held, as in `ModelConfig`; a training step holds those that train as they are.
       embed_clips: clips that the embedding pass encodes together.
       options: of the compiler, beside the chip's.
       watch: runs each compilation.
@@ -64,6 +66,7 @@ class Setting:
     row_multiple: int = 8
     caption_tokens: int = CAPTION_TOKENS
     dtype: str = "bfloat16"
+    weights: str = "float"
     embed_clips: int = 16
     options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: QUICK)
     watch: Watch = unwatched
@@ -72,6 +75,16 @@ class Setting:
     def timed(self) -> bool:
         """Whether programs are compiled as a run would, so that the compiler's estimates of time mean something."""
         return not self.options.keys() & QUICK.keys()
+
+    @property
+    def trained(self) -> ModelConfig:
+        """The architecture of a training step. Raises InputError where every matrix trains and int8 is asked for."""
+        return self.config if self.weights == "float" else over_int8(self.config, self.recipe.trainable)
+
+    @property
+    def embedded(self) -> ModelConfig:
+        """The architecture of the embedding pass."""
+        return self.config.with_weights(self.weights)
 
     @property
     def kernel(self) -> str:
@@ -89,7 +102,7 @@ class Memory:
     """Of one device, GiB, as the compiler counts it.
 
     Attributes:
-      peak: compare it with the limit.
+      peak: compare it with the limit; of an embedding program with the weights of the others, which stay where they are.
       arguments: weights, optimizer and batch.
       temporaries: what lives within the program.
       host: temporaries in the host's memory (remat "offload").
@@ -146,8 +159,8 @@ def train_program(setting: Setting, mesh: Mesh | AbstractMesh, count: int) -> Pr
         setting.config, setting.preset, kind, caption_tokens=setting.caption_tokens, row_multiple=setting.row_multiple
     )
     recipe = dataclasses.replace(setting.recipe, attention=setting.kernel)
-    step = TrainStep(setting.config, recipe, dtype=setting.dtype, mesh=mesh)
-    state, frozen = abstract_state(step, setting.config, setting.dtype)
+    step = TrainStep(setting.trained, recipe, dtype=setting.dtype, mesh=mesh)
+    state, frozen = abstract_state(step, setting.trained, setting.dtype)
     batch = abstract_batch(
         setting.config,
         kind,
@@ -164,12 +177,30 @@ def train_program(setting: Setting, mesh: Mesh | AbstractMesh, count: int) -> Pr
 
 def embed_programs(setting: Setting, mesh: Mesh | AbstractMesh) -> list[Program]:
     """Returns the programs of the embedding pass: the towers and the rows of a batch of clips with every table."""
-    encoder = abstract_encoder(setting.config, param_dtype=jnp.dtype(setting.dtype))
+    encoder = abstract_encoder(setting.embedded, param_dtype=jnp.dtype(setting.dtype))
     runner = Runner(encoder, mesh, setting.kernel)
     clips = math.lcm(setting.embed_clips, batch_shards(mesh))
     batch = abstract_encoder_batch(setting.config, setting.preset, clips, setting.caption_tokens)
     lowered = runner.lower(batch, "tpu")
-    return [_compiled(Program(f"embed/{name}"), low, mesh, setting) for name, low in lowered.items()]
+    weights = weight_bytes(setting.embedded, mesh, setting.dtype)
+    made = []
+    for name, low in lowered.items():
+        _, table, *rest = low.args_info[0]
+        given = _values(table) + _values(rest) / batch_shards(mesh)
+        made.append(_compiled(Program(f"embed/{name}"), low, mesh, setting, beside=lambda read, given=given: weights - (read - given)))
+    return made
+
+
+def weight_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, dtype: str) -> float:
+    """Returns the bytes of all weights on one device of a mesh."""
+    places = param_shardings(config, mesh)
+    shapes = abstract_params(config, jnp.dtype(dtype))
+    return float(sum(math.prod(places[path].shard_shape(leaf.shape)) * leaf.dtype.itemsize for path, leaf in shapes.items()))
+
+
+def _values(tree: Any) -> int:
+    """Bytes of the arrays that a tree of `jax.stages.ArgInfo` speaks of."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def evaluate_programs(setting: Setting, mesh: Mesh) -> list[Program]:
@@ -182,8 +213,20 @@ def evaluate_programs(setting: Setting, mesh: Mesh) -> list[Program]:
     return [_compiled(Program(name), low, mesh, setting) for name, low in lowered.items()]
 
 
-def _compiled(program: Program, lowered: jax.stages.Lowered, mesh: Mesh | AbstractMesh, setting: Setting, waiting: float = 0.0) -> Program:
-    """Compiles where the mesh has devices; `waiting` are bytes of a device that the program is not given: of batches still to come."""
+def _compiled(
+    program: Program,
+    lowered: jax.stages.Lowered,
+    mesh: Mesh | AbstractMesh,
+    setting: Setting,
+    waiting: float = 0.0,
+    beside: Callable[[float], float] | None = None,
+) -> Program:
+    """Compiles where the mesh has devices.
+
+    Args:
+      waiting: bytes of a device that the program is not given: of batches still to come.
+      beside: from the bytes of the program's arguments those of what lies beside them all the while: weights that it does not read.
+    """
     if not isinstance(mesh, Mesh):
         return program
     start = time.monotonic()
@@ -204,6 +247,7 @@ def _compiled(program: Program, lowered: jax.stages.Lowered, mesh: Mesh | Abstra
     taken = time.monotonic() - start
     stats: Any = compiled.memory_analysis()
     gib = 2.0**30
+    waiting += max(0.0, beside(stats.argument_size_in_bytes)) if beside else 0.0
     memory = Memory(
         peak=(stats.peak_memory_in_bytes + waiting) / gib,
         limit=setting.topology.chip.limit_gib,

@@ -133,9 +133,9 @@ def _collectives(found: Sequence[Collective] | None, config: ModelConfig) -> dic
 
 
 def _layer_bytes(config: ModelConfig) -> set[int]:
-    """Bytes of each matrix of one layer, in bfloat16 and in float32: what a gather of it brings."""
+    """Bytes of each matrix of one layer, in int8, bfloat16 and float32: what a gather of it brings."""
     stacked = {math.prod(x.shape[1:]) for path, x in abstract_params(config).items() if "layers" in path and path[-1] == "kernel"}
-    return {size * width for size in stacked for width in (2, 4)}
+    return {size * width for size in stacked for width in (1, 2, 4)}
 
 
 def _timing(setting: Setting, program: Program, ideal: float, times: int = 1) -> dict[str, Any]:
@@ -177,7 +177,8 @@ def text(plan: dict[str, Any]) -> str:
     """Returns a plan for people."""
     lines = [
         f"{plan['model']} on {plan['topology']} ({plan['chips']} chips), mesh {_pairs(plan['mesh'])}, "
-        f"{plan['micro_batches']} x {plan['micro_batch']} clips an update, negatives={plan['negatives']}, remat={plan['remat']}",
+        f"{plan['micro_batches']} x {plan['micro_batch']} clips an update, negatives={plan['negatives']}, remat={plan['remat']}"
+        + ("" if plan["held"] == "float" else f", weights {plan['held']}"),
         *plan["notes"],
     ]
     for program in plan["programs"]:
