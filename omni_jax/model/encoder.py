@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from omni_jax.config import ModelConfig
 from omni_jax.model import int8
@@ -101,8 +101,9 @@ def abstract_encoder(config: ModelConfig, *, param_dtype: Any = jnp.float32, dty
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """Returns path -> shape and dtype of every parameter: `dtype`, but for int8 matrices and their scales."""
-    rounded = rounded_maps(config)
-    own = {(*path, "kernel"): jnp.int8 for path in rounded} | {(*path, int8.SCALE): jnp.float32 for path in rounded}
+    own: dict[tuple[str, ...], Any] = {}
+    for path in rounded_maps(config):
+        own[(*path, "kernel")], own[(*path, int8.SCALE)] = jnp.int8, jnp.float32
     return {path: jax.ShapeDtypeStruct(shape, own.get(path, dtype)) for path, (shape, _) in _leaves(config).items()}
 
 
@@ -131,7 +132,7 @@ def param_axes(config: ModelConfig) -> dict[tuple[str, ...], tuple[str | None, .
     return {path: axes for path, (_, axes) in _leaves(config).items()}
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[tuple[str, ...], NamedSharding]:
+def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[tuple[str, ...], NamedSharding]:
     """Returns path -> where each parameter lies on a mesh."""
     shapes = abstract_params(config)
     return {path: sharding(axes, shapes[path].shape, mesh) for path, axes in param_axes(config).items()}

@@ -28,8 +28,9 @@ def load_plan(config: ModelConfig, mesh: Mesh | AbstractMesh, topology: Topology
     read = np.zeros(hosts)
     whole = 0
     axes = param_axes(config)
-    maps = rounded_maps(config)
-    own = {(*path, "kernel"): 1 for path in maps} | {(*path, SCALE): 4 for path in maps}
+    own: dict[tuple[str, ...], int] = {}
+    for path in rounded_maps(config):
+        own[(*path, "kernel")], own[(*path, SCALE)] = 1, 4
     for path, leaf in abstract_params(config).items():
         spec = partition_spec(axes[path], leaf.shape, mesh)
         used = [names.index(axis) for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
