@@ -113,7 +113,7 @@ class OmniRetriever:
         return model
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the model to a folder that `from_pretrained` and `--model` load; the preset is not kept there.
+        """Writes the model to a folder that `from_pretrained` and `--model` load; neither the preset nor int8 is kept there.
 
         Raises:
           InputError: `folder` exists or cannot be written, or the weights are no longer those of the folder that they were read from.

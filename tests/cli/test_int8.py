@@ -12,6 +12,7 @@ import omni_jax
 from omni_jax.cli.main import main
 from omni_jax.config import ConfigError
 from omni_jax.retrieval import read_embeddings
+from omni_jax.retrieval.search import Index
 from tests.golden_set import GoldenSet
 from tests.tolerances import assert_close
 
@@ -60,9 +61,11 @@ def test_golden_an_index_of_another_precision_is_searched_and_that_is_said(folde
     assert main([*search, "--weights", "int8"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["results"][0]["id"] == CAPTIONS[1]
-    assert "keep.npz: was made with weights of another precision (model.weights is 'float' there, 'int8' here)" in said.err
+    assert "keep.npz: was made with weights of another precision: model.weights is 'float' there, 'int8' here" in said.err
     assert main(search) == 0
     assert "precision" not in capsys.readouterr().err
+    with pytest.warns(UserWarning, match=r"keep\.npz: was made with weights of another precision: model\.weights is 'float' there"):
+        Index.open(folder / "keep.npz", "text", made_with=read_embeddings(folder / "int8.npz").made_with)
 
 
 def test_golden_vectors_of_two_precisions_are_no_one_set(folder: Path, capsys):
