@@ -25,6 +25,7 @@ _SEEK_SECONDS = 30.0  # less than this is decoded and dropped
 _SEEK_MARGIN_SECONDS = 1.0  # decoded before the first sample wanted, so that the decoder has settled
 _LATE_SECONDS = 0.2  # a smaller difference of the tracks' starts is codec delay or interleaving, which players and the reference ignore
 _BLOCK = 1 << 16  # samples in memory resampled together
+_HOLE_SECONDS = (0.05, 10.0)  # a jump in the times of Ogg that a lost page explains; a longer one is another stream's start
 _SILENT, _AUDIBLE = 1e-4, 1e-3  # peaks: -80 and -60 dB
 # Containers whose packets are numbered in samples from the file's own table, so that seeking is exact ("mp4": every edition of it).
 _EXACT = frozenset({"mp4", "wav", "w64", "aiff", "au", "flac"})
@@ -213,6 +214,7 @@ class _Track:
         self._container, self._stream, self._path, self._channels, self._number = container, stream, path, channels, number
         self._format = "mp4" if "mp4" in container.format.name else container.format.name
         self._gaps = 0  # packets lost between others
+        self._holes = 0  # samples lost with whole pages, of which FFmpeg says nothing
         self._peaks = np.zeros(2)  # of the first channel, of the others
         self._decoding = Decoding(container, stream, path)
         self._frames = iter(self._decoding)
@@ -257,6 +259,8 @@ class _Track:
         lines = []
         if self._gaps:
             lines.append(f"{self._path}: {self._gaps} of {self._decoding.packets} packets of the sound do not decode; the others are used")
+        if self._holes:
+            lines.append(f"{self._path}: {self._holes / self.rate:.3g} s of the sound are damaged; silence takes their place")
         if self._decoding.stopped:
             said = f"after {self._decoding.packets} packets of the sound ({self._decoding.stopped}); what is before is used"
             lines.append(f"{self._path}: the file cannot be read on {said}")
@@ -270,11 +274,17 @@ class _Track:
         converter, rate = None, self.rate
         while frame is not None:
             lost, missing = self._decoding.lost, self._decoding.lost - lost
+            jump = 0.0 if expected is None or frame.pts is None else float((frame.pts - expected) * self._stream.time_base)
+            gap = round(jump * self.rate)
             if missing and expected is not None:
                 self._gaps += missing
-                if frame.pts is not None and self._format not in _BARE:
-                    gap = round(float((frame.pts - expected) * self._stream.time_base) * self.rate)
-                    yield np.zeros(min(max(0, gap), 2 * missing * frame.samples), np.float32)
+                gap = 0 if self._format in _BARE else min(gap, 2 * missing * frame.samples)
+            elif self._format == "ogg" and _HOLE_SECONDS[0] < jump < _HOLE_SECONDS[1]:
+                self._holes += gap
+            else:
+                gap = 0
+            if gap > 0:
+                yield np.zeros(gap, np.float32)
             expected = None if frame.pts is None else frame.pts + frame.samples / frame.sample_rate / self._stream.time_base
             block = self._mono(_floats(frame))
             if frame.sample_rate != rate:

@@ -302,6 +302,21 @@ def test_packets_that_do_not_decode_leave_a_gap_of_their_length(tmp_path: Path, 
     assert np.abs(got.samples[int(1.48 * RATE) : int(1.5 * RATE)]).max() < 1e-4
 
 
+def test_damaged_pages_of_ogg_leave_a_gap_of_their_length(tmp_path: Path) -> None:
+    """FFmpeg passes over a page whose sum is wrong and says nothing."""
+    path = write_audio(tmp_path / "a.opus", "libopus", 8.0, sample_format="flt", samples=tone(8.0, 48_000, 440))
+    before, data = whole(path), bytearray(path.read_bytes())
+    page = [match.start() for match in re.finditer(rb"OggS\0", data)][5]
+    data[page + 200 : page + 220] = bytes(20)
+    path.write_bytes(data)
+    got = read_waveform(path, seconds=0)
+    (told,) = got.warnings
+    assert re.fullmatch(rf"{re.escape(str(path))}: [\d.]+ s of the sound are damaged; silence takes their place", told)
+    assert abs(len(got.samples) - len(before)) <= 2
+    assert np.abs(got.samples[-RATE:] - before[-RATE:]).max() < 0.02
+    assert 0.5 * RATE < (np.abs(got.samples) < 1e-4).sum() < 2.5 * RATE
+
+
 def test_too_many_lost_packets_are_refused_with_the_share(tmp_path: Path) -> None:
     path = write_audio(tmp_path / "a.m4a", "aac", 3.0)
     with pytest.raises(ClipError, match=r"b\.m4a: damaged: 40 of 142 packets of the sound do not decode"):
