@@ -13,7 +13,6 @@ from omni_jax.types import InputError
 if TYPE_CHECKING:
     from omni_jax.data.benchmarks import Annotations, Coverage
 
-HELP = "make a manifest from a public benchmark's annotations and the media you have"
 EXAMPLE = "omni-jax bench-data clotho --annotations clotho_captions_evaluation.csv --media evaluation --out clotho.jsonl --audit"
 
 NAMES = (

@@ -15,7 +15,6 @@ from omni_jax.cli.progress import Waiting
 from omni_jax.cli.status import BAD_INPUT, DONE
 from omni_jax.config import ConfigError
 
-HELP = "compile a run ahead of time for a TPU topology, without a TPU: memory, collectives, time, cost"
 EXAMPLE = "omni-jax compile --config omniretriever_7b --topology v5e:4x4 --config.losses.negatives=global"
 
 PROGRAMS = ("train", "embed", "evaluate")

@@ -14,7 +14,6 @@ from omni_jax.cli.status import TERMINATED
 if TYPE_CHECKING:
     from omni_jax.conversion import Summary
 
-HELP = "convert PyTorch weights to JAX and back"
 EXAMPLE = """omni-jax convert to-jax --base WAVE-7B --adapter OmniRetriever-7B --out omni7b
 omni-jax convert to-torch --model omni7b --base-out wave --adapter-out adapter"""
 

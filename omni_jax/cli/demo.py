@@ -13,7 +13,6 @@ from omni_jax.cli.stopping import Signals, interrupts_noted
 from omni_jax.config.extras import lacking
 from omni_jax.types import InputError
 
-HELP = "compare a tiny checkpoint with PyTorch, then train a small model on synthetic clips and score clips it never saw"
 EXAMPLE = "omni-jax demo --out demo_out"
 
 

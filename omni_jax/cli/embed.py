@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 120.0
 
-HELP = "embed a manifest of clips and captions"
 EXAMPLE = "omni-jax embed --model omni7b --manifest clips.jsonl --out clips.npz --tables text,video,audio,av,tv,at"
 
 

@@ -16,7 +16,6 @@ from omni_jax.types import EmbeddingTable, InputError
 if TYPE_CHECKING:
     from omni_jax.retrieval.metrics import Scores
 
-HELP = "score an embedding file in the 12 directions between text, video, audio and their pairs"
 EXAMPLE = "omni-jax eval bench.npz --ties worst --json bench.json --html bench.html --compare published --compare wave7b.npz"
 
 TIES = ("optimistic", "average", "worst")  # those of omni_jax.retrieval, which is imported late

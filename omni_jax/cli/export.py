@@ -8,7 +8,6 @@ import sys
 from omni_jax.cli.argtypes import whole
 from omni_jax.types import InputError
 
-HELP = "turn an embedding file into FAISS indexes, Parquet, .npy files or int8, with the recall that int8 costs"
 EXAMPLE = "omni-jax export clips.npz --to int8 --out clips-int8.npz"
 
 QUERIES = 4096  # that of omni_jax.retrieval.export, which is imported late

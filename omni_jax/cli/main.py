@@ -1,7 +1,7 @@
 """Entry point of `omni-jax`: finds the command's module, runs it, turns errors into one line and an exit status.
 
-A command is a module of this folder with HELP (one line), EXAMPLE (shown at the end of its --help), `add_arguments(parser)` and
-`run(args) -> int`. It is imported only when it is the one asked for: `omni-jax --help` reads HELP without running any module.
+A command is a line of COMMANDS and a module of this folder with EXAMPLE (shown at the end of its --help), `add_arguments(parser)` and
+`run(args) -> int`. The module is imported only when it is the one asked for.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import argparse
 import importlib
 import itertools
 import os
-import re
 import select
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
@@ -31,9 +29,22 @@ from omni_jax.config.hub_name import is_hub_name
 from omni_jax.config.libtpu import silence_libtpu
 from omni_jax.types import InputError
 
-# Order of the help; a command without a place here comes after these.
-ORDER = ("demo", "convert", "embed", "eval", "presets", "search", "export", "bench-data", "mine", "prepare", "train", "smoke", "compile")
-
+COMMANDS = {
+    "demo": "compare a tiny checkpoint with PyTorch, then train a small model on synthetic clips and score clips it never saw",
+    "convert": "convert PyTorch weights to JAX and back",
+    "embed": "embed a manifest of clips and captions",
+    "eval": "score an embedding file in the 12 directions between text, video, audio and their pairs",
+    "presets": "embed and score the same clips under every preset, in one table",
+    "search": "search an embedding file by text, audio, video or audio and video together",
+    "export": "turn an embedding file into FAISS indexes, Parquet, .npy files or int8, with the recall that int8 costs",
+    "bench-data": "make a manifest from a public benchmark's annotations and the media you have",
+    "mine": "find hard negatives for the records of a manifest",
+    "prepare": "decode a manifest of clips into shards for training",
+    "train": "train from a config, or resume a run",
+    "smoke": "check devices, processes and storage with one step of a small model",
+    "compile": "compile a run ahead of time for a TPU topology, without a TPU: memory, collectives, time, cost",
+}
+"""Command -> what it does, in one line, in the order of the help; the module of bench-data is bench_data.py."""
 
 MODELS = ("--model", "--adapter")  # options whose values may be names on the Hub
 UNCACHED = ("compile",)  # compiles for chips that are not there, to look at the programs
@@ -46,20 +57,9 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
-def commands() -> dict[str, Path]:
-    """Returns command name -> file: the modules of this folder that define `run` and `add_arguments` (bench_data.py is bench-data)."""
-    found = {}
-    for path in Path(__file__).parent.glob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        if "\ndef run(" in text and "\ndef add_arguments(" in text:
-            found[path.stem.replace("_", "-")] = path
-    return dict(sorted(found.items(), key=lambda item: (ORDER.index(item[0]) if item[0] in ORDER else len(ORDER), item[0])))
-
-
 def build_parser(name: str | None = None) -> argparse.ArgumentParser:
     """Returns the parser with the arguments of command `name`, or with none but the list of commands."""
-    found = commands()
-    lines = "\n".join(f"  {command:<12}{_help(path)}" for command, path in found.items())
+    lines = "\n".join(f"  {command:<12}{about}" for command, about in COMMANDS.items())
     parser = _Parser(
         prog="omni-jax",
         usage="omni-jax [-h] [--version] [--debug] COMMAND ...",
@@ -71,11 +71,11 @@ def build_parser(name: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"omni-jax {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(dest="command", prog="omni-jax", metavar="COMMAND", help=argparse.SUPPRESS)
-    for command in found:
+    for command, about in COMMANDS.items():
         module = _load(command) if command == name else None
         sub = subparsers.add_parser(
             command,
-            description=getattr(module, "HELP", None),
+            description=about,
             epilog=f"example:\n{_indent(getattr(module, 'EXAMPLE', ''))}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -186,12 +186,6 @@ def _reader_left() -> bool:
 
 def _load(command: str) -> ModuleType:
     return importlib.import_module(f"omni_jax.cli.{command.replace('-', '_')}")
-
-
-def _help(path: Path) -> str:
-    """HELP of a module, read and not run."""
-    found = re.search(r"^HELP = (\"[^\"\\\n]*\")$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return found[1][1:-1] if found else ""  # not a plain string: the module's own text is used once it is loaded
 
 
 def _indent(text: str) -> str:

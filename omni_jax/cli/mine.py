@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from omni_jax.data.manifest import Manifest
     from omni_jax.retrieval.mining import Mined
 
-HELP = "find hard negatives for the records of a manifest"
 EXAMPLE = "omni-jax mine --manifest clips.jsonl --embeddings clips.npz --out mined.jsonl --directions t2v,v2t"
 
 SAMPLING = ("top", "random")  # those of omni_jax.retrieval.mining, which is imported late

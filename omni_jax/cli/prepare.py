@@ -12,7 +12,6 @@ from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE, STOPPED_AND_SAVED
 from omni_jax.config import PRESETS, preset
 from omni_jax.types import InputError
 
-HELP = "decode a manifest of clips into shards for training"
 EXAMPLE = "omni-jax prepare --manifest clips.jsonl --out shards --workers 16"
 
 

@@ -12,7 +12,6 @@ from omni_jax.cli import embed
 from omni_jax.config import ConfigError, Preset, presets_for
 from omni_jax.types import InputError
 
-HELP = "embed and score the same clips under every preset, in one table"
 EXAMPLE = "omni-jax presets --model omni7b --manifest clips.jsonl --out presets"
 
 

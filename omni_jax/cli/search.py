@@ -15,7 +15,6 @@ from omni_jax.config import TABLES, Preset
 from omni_jax.config.made_with import held_otherwise, listed, made_otherwise
 from omni_jax.types import EmbeddingTable, InputError
 
-HELP = "search an embedding file by text, audio, video or audio and video together"
 EXAMPLE = 'omni-jax search --model omni7b --index clips.npz --text "a whistle over a gradient sky" -k 5'
 
 

@@ -25,7 +25,6 @@ from omni_jax.types import InputError
 if TYPE_CHECKING:
     from omni_jax.data.synthetic import SyntheticConfig
 
-HELP = "check devices, processes and storage with one step of a small model"
 EXAMPLE = "omni-jax smoke --workdir gs://bucket/runs/omni7b --coordinator auto"
 CONFIG = "tiny"
 FOLDER = "smoke"  # in the workdir; removed again

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from omni_jax.cli.progress import Progress
     from omni_jax.cli.stopping import Signals
 
-HELP = "train from a config, or resume a run"
 EXAMPLE = "omni-jax train --config omniretriever_7b --config.data.train=shards --workdir runs/omni7b"
 
 

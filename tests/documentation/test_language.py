@@ -32,7 +32,7 @@ def read_by_people() -> Iterator[tuple[str, str]]:
         if path != STYLE:
             yield str(path.relative_to(house.ROOT)), path.read_text(encoding="utf-8")
     yield "CHANGELOG.md", (house.ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## ")[1]
-    for name in cli.commands():
+    for name in cli.COMMANDS:
         yield from _help(f"omni-jax {name}", pages.subparsers(cli.build_parser(name))[name])
 
 

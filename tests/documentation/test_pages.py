@@ -31,7 +31,7 @@ def _page(name: str) -> str:
 
 def test_every_command_and_option_is_on_the_page_of_commands() -> None:
     text = pages.commands_page()
-    for name in cli.commands():
+    for name in cli.COMMANDS:
         assert f"\n## omni-jax {name}\n" in text
     assert "\n### omni-jax convert to-jax\n" in text and "| `--manifest FILE.jsonl` | yes |" in text
     assert "omni-jax embed --model omni7b --manifest clips.jsonl" in text

@@ -37,7 +37,7 @@ def commands_page() -> str:
         "Made from the argument parsers. `omni-jax COMMAND --help` prints the same. See also the [exit codes](exit_codes.md).",
         "Every command takes `--debug`, which adds the traceback to an error.",
     ]
-    for name in cli.commands():
+    for name in cli.COMMANDS:
         parser = subparsers(cli.build_parser(name))[name]
         lines += _command(f"omni-jax {name}", parser, 2)
         for inner, below in subparsers(parser).items():
