@@ -1,4 +1,4 @@
-"""The commands and the Python of the tutorials, executed as they stand, in order, on tiny clips and the golden checkpoint."""
+"""The commands of the tutorials and the README, executed as they stand, in order, on tiny clips and the golden checkpoint."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ SMALL = (
 )
 
 
-def blocks(page: str) -> list[tuple[str, str]]:
+def blocks(page: Path) -> list[tuple[str, str]]:
     """Returns (language, text) of the code blocks of a page."""
-    return BLOCK.findall((TUTORIALS / page).read_text(encoding="utf-8"))
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
 def commands(text: str) -> list[list[str]]:
@@ -66,44 +66,63 @@ def folder(golden: GoldenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return made
 
 
-def execute(page: str) -> int:
-    """Executes the blocks of a page and returns how many commands and scripts it has."""
+def execute(page: Path) -> int:
+    """Executes the blocks of a tutorial and returns how many commands and scripts it has."""
     count = 0
     for language, text in blocks(page):
         if language == "sh":
             for words in commands(text):
-                assert words[0] == "omni-jax", f"{page}: {words[0]} is no command of this project; mark the block as text"
-                small = [f"--config.{change}" for change in SMALL] if words[1] == "train" else []
-                status = main([*words[1:], *small])
-                assert status in (DONE, DONE_WITH_QUARANTINE), f"{page}: {shlex.join(words)} ended with {status}"
+                run(words)
                 count += 1
         elif language == "python":
-            exec(compile(text, page, "exec"), {"__name__": page})
+            exec(compile(text, page.name, "exec"), {"__name__": page.stem})
             count += 1
         elif language == "json":
             assert all(json.loads(line)["id"] for line in text.splitlines())
     return count
 
 
+def run(words: list[str]) -> None:
+    """Runs one command in this process; a training run is a small one."""
+    assert words[0] == "omni-jax", f"{words[0]} is no command of this project; mark its block as text"
+    small = [f"--config.{change}" for change in SMALL if "--config.model.lora=None" not in words or "lora" not in change]
+    status = main([*words[1:], *(small if words[1] == "train" else [])])
+    assert status in (DONE, DONE_WITH_QUARANTINE), f"{shlex.join(words)} ended with {status}"
+
+
 @pytest.mark.slow
 @pytest.mark.jit
 def test_the_tutorials_run_as_they_stand_on_the_golden_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert execute("embed_and_search.md") == 8
+    assert execute(TUTORIALS / "embed_and_search.md") == 8
     assert "text in table av of 16 records, by cosine:" in capsys.readouterr().out
     assert (folder / "vectors/av.npy").exists() and (folder / "clips-int8.npz").exists()
 
-    assert execute("finetune_adapter.md") == 6
+    assert execute(TUTORIALS / "finetune_adapter.md") == 6
     assert (folder / "OmniRetriever-mine/adapter_config.json").exists()
     assert json.loads((folder / "held_out.json").read_text())["n"] == HELD_OUT
 
     capsys.readouterr()
-    assert execute("evaluate_a_benchmark.md") == 10
+    assert execute(TUTORIALS / "evaluate_a_benchmark.md") == 10
     assert "AVG-all" in capsys.readouterr().out and (folder / "fetch.tsv").exists()
     assert (folder / "bench.html").read_text().lower().startswith("<!doctype html>")
+
+
+@pytest.mark.slow
+@pytest.mark.jit
+def test_the_commands_of_the_readme_run_on_the_golden_checkpoint(folder: Path) -> None:
+    """All but those that install or test the project itself. Its Python is that of docs/guides/python.md, which tests run."""
+    shown = [words for language, text in blocks(house.ROOT / "README.md") if language == "sh" for words in commands(text)]
+    own = [words for words in shown if words[0] not in ("pip", "make")]
+    assert {"convert", "embed", "search", "eval", "prepare", "train"} <= {words[1] for words in own}
+    for words in own:
+        run(words)
+    assert (folder / "clips.html").exists() and (folder / "my-adapter/adapter_config.json").exists()
+    tested = [text for language, text in blocks(house.ROOT / "docs/guides/python.md") if language == "python"]
+    assert [text for language, text in blocks(house.ROOT / "README.md") if language == "python"] == tested[:1]
 
 
 def test_every_tutorial_is_executed_or_compiled() -> None:
     """The pod's commands need a cloud; `omni-jax compile` is lowered by tests/planning/test_documented.py."""
     executed = {"embed_and_search.md", "finetune_adapter.md", "evaluate_a_benchmark.md"}
     assert {path.name for path in TUTORIALS.glob("*.md")} == executed | {"tpu_pod.md"}
-    assert {words[1] for language, text in blocks("tpu_pod.md") if language == "sh" for words in commands(text)} == {"compile"}
+    assert {words[1] for language, text in blocks(TUTORIALS / "tpu_pod.md") if language == "sh" for words in commands(text)} == {"compile"}
