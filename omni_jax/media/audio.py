@@ -317,10 +317,12 @@ class _Track:
 
     def _seekable(self) -> bool:
         """Whether a sample's number follows from its time."""
-        if self._format not in _EXACT or self._stream.time_base * self.rate != 1:
+        codec = self._stream.codec_context.name
+        # Packets of ADPCM begin elsewhere than their times say, or take up what the one before left.
+        if self._format not in _EXACT or self._stream.time_base * self.rate != 1 or "adpcm" in codec:
             return False
-        if self._format != "mp4":  # a packet of ADPCM does not begin where its time says
-            return self._stream.codec_context.name.startswith(("pcm_", "flac"))
+        if self._format != "mp4":
+            return codec.startswith(("pcm_", "flac"))
         times = np.array([entry.timestamp for entry in self._stream.index_entries])
         return len(times) > 2 and bool((np.diff(times[:-1]) == times[1] - times[0]).all())  # without a gap between packets
 
