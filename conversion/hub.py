@@ -121,6 +121,21 @@ def fetch(remote: Remote, tell: Callable[[str], None], token: str | bool | None 
     return folder
 
 
+def upload(folder: Path, name: str, *, private: bool = False, token: str | bool | None = None) -> str:
+    """Uploads a folder to a repository, made where there is none, in one commit; returns the address of the commit.
+
+    Raises:
+      InputError: where the Hub refuses it, or cannot be asked.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with _one_line(name, DEFAULT, "log in with 'hf auth login' or set HF_TOKEN to a token that may write there"):
+        api.create_repo(name, private=private, exist_ok=True)
+        made = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload an adapter and its model card")
+    return str(made.commit_url)
+
+
 def hub_cache() -> Path:
     """Returns the folder where the Hub's library keeps what it fetches."""
     from huggingface_hub import constants
@@ -181,12 +196,18 @@ def _digest(path: Path, sha256: bool) -> str:
 
 
 @contextlib.contextmanager
-def _one_line(name: str, revision: str) -> Iterator[None]:
-    """Makes one line with a remedy of whatever the Hub's library raises."""
+def _one_line(name: str, revision: str, refused: str = "") -> Iterator[None]:
+    """Makes one line with a remedy of whatever the Hub's library raises; `refused`: the remedy where it does not let us."""
     try:
         yield
     except Exception as error:  # its errors differ from version to version; each is told by its name
         reason, answered = _reason(error, revision)
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if refused and status in (401, 403, 404):
+            reason, answered = f"the Hub does not allow it ({status}); {refused}", True
+        elif refused and not answered:
+            text = " ".join(str(error).split())[:200]
+            reason = f"cannot be uploaded ({type(error).__name__}: {text}); check the network and run it again"
         raise (InputError if answered else Unreachable)(f"{name}: {reason}") from error
 
 

@@ -41,6 +41,7 @@ COMMANDS = {
     "mine": "find hard negatives for the records of a manifest",
     "prepare": "decode a manifest of clips into shards for training",
     "train": "train from a config, or resume a run",
+    "push": "upload an adapter with a model card to the Hub, or write both to a folder",
     "smoke": "check devices, processes and storage with one step of a small model",
     "compile": "compile a run ahead of time for a TPU topology, without a TPU: memory, collectives, time, cost",
 }
@@ -160,7 +161,7 @@ def _stay_offline(arguments: Sequence[str]) -> None:
         os.environ.setdefault(name, "1")
     named = (value for option, value in itertools.pairwise(arguments) if option in MODELS)
     glued = (value for option, _, value in (argument.partition("=") for argument in arguments) if option in MODELS)
-    if not any(is_hub_name(value) for value in (*named, *glued)):
+    if "push" not in arguments[:2] and not any(is_hub_name(value) for value in (*named, *glued)):
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import hashlib
@@ -67,6 +68,31 @@ def hub_on_loopback(repositories: dict[str, Repository]) -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             self._answer(body=True)
+
+        def do_POST(self) -> None:
+            """A repository made, and files committed to it, small ones as the library sends them."""
+            path = urllib.parse.urlsplit(self.path).path
+            hub.requests.append((self.command, path, ""))
+            sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if "Authorization" not in self.headers:
+                return self._refuse(401, "Unauthorized")
+            parts = path.strip("/").split("/")
+            if path == "/api/repos/create":
+                asked = json.loads(sent)
+                name = "/".join(filter(None, [asked.get("organization"), asked["name"]]))
+                hub.repositories.setdefault(name, Repository({}, private=bool(asked.get("private"))))
+                return self._send(json.dumps({"url": f"{hub.url}/{name}"}).encode(), {}, True)
+            if path == "/api/validate-yaml":
+                return self._send(b'{"errors": [], "warnings": []}', {}, True)
+            if parts[4:5] == ["preupload"]:
+                files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(sent)["files"]]
+                return self._send(json.dumps({"files": files}).encode(), {}, True)
+            name = "/".join(parts[2:4])
+            for line in map(json.loads, sent.splitlines()):
+                if line["key"] == "file":
+                    hub.repositories[name].files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            made = {"commitUrl": f"{hub.url}/{name}/commit/{'4' * 40}", "commitOid": "4" * 40, "success": True}
+            self._send(json.dumps(made).encode(), {}, True)
 
         def _answer(self, body: bool) -> None:
             path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
