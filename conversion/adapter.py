@@ -177,17 +177,13 @@ def adapter_entries(config: ModelConfig, selected: frozenset[str] | None = None)
     return lora | engine.saved_entries(config, engine.base_entries(config))
 
 
-def lora_config(config: Mapping[str, Any], base: ModelConfig, where: str) -> tuple[LoraConfig, frozenset[str]]:
-    """Returns an `adapter_config.json` as a LoraConfig, and the torch modules that get LoRA; raises as `read_config`."""
-    return read_config(config, base, where)[:2]
-
-
 def read_config(
     config: Mapping[str, Any], base: ModelConfig, where: str, spelled: Callable[[str], str] = str
 ) -> tuple[LoraConfig, frozenset[str], dict[str, tuple[int, float]]]:
-    """Returns (LoRA of the model, torch modules that get it, module -> own (rank, factor on the scale) where they differ).
+    """Returns an `adapter_config.json` as (LoRA of the model, torch modules that get it, module -> own rank and factor on the scale).
 
-    The rank of the model is the largest one; a smaller one is the same with zeros, another alpha a factor.
+    The last holds the modules that differ from the rest. The rank of the model is the largest one; a smaller one is the same with zeros,
+    another alpha a factor.
 
     Args:
       spelled: name of a module -> its name in the program that wrote the adapter, which patterns are compared with.

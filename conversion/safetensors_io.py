@@ -186,10 +186,3 @@ class Writer:
         self._file.close()
         if kind is None and self._missing:
             raise RuntimeError(f"{len(self._missing)} tensors were announced and never written: {sorted(self._missing)[:3]}")
-
-
-def write_file(path: epath.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors that are in memory, in the order given."""
-    with Writer(path, ((name, dtype_name(a.dtype), a.shape) for name, a in tensors.items()), metadata) as writer:
-        for name, array in tensors.items():
-            writer.write(name, array)

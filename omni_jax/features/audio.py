@@ -20,7 +20,6 @@ HOP = SAMPLE_RATE // 100  # samples between frames, 10 ms, of both spectrograms
 WHISPER_WINDOW = SAMPLE_RATE // 40  # samples, 25 ms
 SEGMENT_SECONDS = 300  # longest audio encoded in one piece
 SEGMENT_SAMPLES = SEGMENT_SECONDS * SAMPLE_RATE
-SEGMENT_FRAMES = SEGMENT_SAMPLES // HOP
 
 KALDI_WINDOW = SAMPLE_RATE // 40  # samples, 25 ms
 KALDI_FFT = 1 << (KALDI_WINDOW - 1).bit_length()  # samples, the window rounded up to a power of two

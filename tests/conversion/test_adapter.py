@@ -9,7 +9,7 @@ import pytest
 
 from omni_jax import conversion
 from omni_jax.config import LoraConfig
-from omni_jax.conversion.adapter import _HARMLESS, _READ, _UNUSED, default_config, lora_config
+from omni_jax.conversion.adapter import _HARMLESS, _READ, _UNUSED, default_config, read_config
 from omni_jax.types import InputError
 from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import assert_same_tensors, beats_file
@@ -51,9 +51,9 @@ def test_target_modules_select_as_in_peft(target, modules, paths):
     target, more = target if isinstance(target, tuple) else (target, {})
     if not modules:
         with pytest.raises(InputError, match="selects no module"):
-            lora_config(settings(target_modules=target, **more), BASE, "adapter_config.json")
+            read_config(settings(target_modules=target, **more), BASE, "adapter_config.json")
         return
-    lora, selected = lora_config(settings(target_modules=target, **more), BASE, "adapter_config.json")
+    lora, selected, _ = read_config(settings(target_modules=target, **more), BASE, "adapter_config.json")
     paths = set(lora.targets) if paths is None else paths
     assert (len(selected), set(lora.targets)) == (modules, paths)
 
@@ -65,13 +65,13 @@ ENDLESS = [r"(\w+\.?)+$x", r"(([a-z]+)*(\.|_|\d)*)*-", r"(.*)*(.*)*(.*)*[^\w.]"]
 def test_a_pattern_that_takes_for_ever_is_refused(monkeypatch, pattern):
     monkeypatch.setattr("omni_jax.conversion.module_matching.MATCH_LIMIT_S", 0.5)
     with pytest.raises(InputError, match=r"takes over 0\.5 s to match; list the module names instead"):
-        lora_config(settings(target_modules=pattern), BASE, "adapter_config.json")
+        read_config(settings(target_modules=pattern), BASE, "adapter_config.json")
 
 
 @pytest.mark.parametrize("pattern", ["(", "(?P<x>a", "x{99999999999}", "(" * 5000 + ")" * 5000, "a" * 20_000, "\ud800", "\0"])
 def test_a_pattern_that_is_none_is_one_line(pattern):
     with pytest.raises(InputError, match=r"regular expression|selects no module") as caught:
-        lora_config(settings(target_modules=pattern), BASE, "adapter_config.json")
+        read_config(settings(target_modules=pattern), BASE, "adapter_config.json")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
@@ -85,7 +85,7 @@ def test_a_pattern_that_is_none_is_one_line(pattern):
 )
 def test_settings_survive_being_written_and_read(lora):
     written = default_config(dataclasses.replace(BASE, lora=lora))
-    found, _ = lora_config(json.loads(json.dumps(written)), BASE, "adapter_config.json")
+    found, _, _ = read_config(json.loads(json.dumps(written)), BASE, "adapter_config.json")
     assert dataclasses.replace(found, targets=()) == dataclasses.replace(lora, targets=())
     assert set(found.targets) == set(lora.targets)
 
@@ -128,16 +128,16 @@ def test_settings_survive_being_written_and_read(lora):
 )
 def test_what_is_not_supported_is_refused_by_name(changes, expected):
     with pytest.raises(InputError) as caught:
-        lora_config(settings(**changes), BASE, "folder/adapter_config.json")
+        read_config(settings(**changes), BASE, "folder/adapter_config.json")
     assert expected in str(caught.value)
     assert "folder/adapter_config.json" in str(caught.value)
 
 
 def test_fields_that_change_nothing_are_accepted():
-    plain, _ = lora_config(settings(), BASE, "adapter_config.json")
+    plain, _, _ = read_config(settings(), BASE, "adapter_config.json")
     mapping = {"base_model_class": "Wave", "parent_library": "wave"}
     more = settings(future_scale=None, peft_version="0.21.2", revision="main", auto_mapping=mapping, merge_weights=False)
-    assert lora_config(more, BASE, "adapter_config.json")[0] == plain
+    assert read_config(more, BASE, "adapter_config.json")[0] == plain
 
 
 def test_golden_adapter_settings_are_all_known(golden):
@@ -163,12 +163,12 @@ def test_adapter_keys_are_those_the_settings_select(tmp_path, base):
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "Gaussian", "mystery", 1, ["gaussian"]])
 def test_an_initialisation_that_changes_the_base_is_refused_by_name(start):
     with pytest.raises(InputError, match=re.escape(f"init_lora_weights={start!r} is not supported")):
-        lora_config(default_config(CONFIG) | {"init_lora_weights": start}, BASE, "adapter_config.json")
+        read_config(default_config(CONFIG) | {"init_lora_weights": start}, BASE, "adapter_config.json")
 
 
 @pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal"])
 def test_an_initialisation_that_leaves_the_base_alone_is_read(start):
-    assert lora_config(default_config(CONFIG) | {"init_lora_weights": start}, BASE, "adapter_config.json")[0] == checkpoints.LORA
+    assert read_config(default_config(CONFIG) | {"init_lora_weights": start}, BASE, "adapter_config.json")[0] == checkpoints.LORA
 
 
 @pytest.mark.jit

@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from omni_jax.cli.main import main
-from omni_jax.conversion.adapter import lora_config
+from omni_jax.conversion.adapter import read_config
 from omni_jax.conversion.safetensors_io import read_header
 from omni_jax.conversion.source import model_config, open_checkpoint
 from omni_jax.data.manifest import read_manifest
@@ -269,7 +269,7 @@ def _patterns(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: 
             config = commands.golden().adapter_config | {"target_modules": pattern}
             taken = Clock(PATTERN_LIMIT_S)
             with contextlib.suppress(InputError):
-                lora_config(config, base, "adapter_config.json")
+                read_config(config, base, "adapter_config.json")
             tried += 1
             outcome.expect(taken.left > 0, f"target_modules {pattern!r} took {taken.spent:.0f} s")
     finally:
