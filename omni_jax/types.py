@@ -77,18 +77,33 @@ class Clip:
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionFeatures:
-    """Patches of one clip.
+class VideoGrid:
+    """The shape of one clip's video in time and space.
 
     Attributes:
-      patches: (t*h*w, 1176) float32, rows ordered (t, h/2, w/2, 2, 2), values (channel, frame of the pair, 14, 14).
-      grid_thw: (t, h, w) in patches.
+      thw: (t, h, w) in patches.
       second_per_grid: seconds between temporal steps.
     """
 
-    patches: np.ndarray
-    grid_thw: tuple[int, int, int]
+    thw: tuple[int, int, int]
     second_per_grid: float
+
+    def merged(self, merge_size: int) -> tuple[int, int, int]:
+        """(t, rows, columns) in tokens."""
+        t, h, w = self.thw
+        return t, h // merge_size, w // merge_size
+
+    def tokens(self, merge_size: int) -> int:
+        t, rows, columns = self.merged(merge_size)
+        return t * rows * columns
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionFeatures:
+    """Patches of one clip: (t*h*w, 1176) float32, rows ordered (t, h/2, w/2, 2, 2), values (channel, frame of the pair, 14, 14)."""
+
+    patches: np.ndarray
+    grid: VideoGrid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,27 +171,31 @@ class TokenizedClip:
     sequences: Mapping[str, TokenSequence]
 
 
+# The batches below have any leading axes, written "...": N items of many clips where they are embedded, and in training the micro-batch,
+# the clip and its copy before the items of a clip. Their arrays are NumPy's on the host and JAX's in a program.
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionBatch:
     """Temporal grid steps, each attended on its own, padded to P patches.
 
     Attributes:
-      patches: (N, P, 1176) float32.
-      coords: (N, P, 2) int32, row and column of each patch in its grid.
-      window: (N, P) int32, attention window of each patch, -1 for padding.
+      patches: (..., P, 1176) float32.
+      coords: (..., P, 2) int32, row and column of each patch in its grid.
+      window: (..., P) int32, attention window of each patch, -1 for padding.
     """
 
-    patches: np.ndarray
-    coords: np.ndarray
-    window: np.ndarray
+    patches: Any
+    coords: Any
+    window: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class AudioBatch:
-    """Log-mel chunks: mel (N, 200, 128) float32 and frames (N,) int32, the valid frames of each."""
+    """Log-mel chunks: mel (..., 200, 128) float32 and frames (...) int32, the valid frames of each."""
 
-    mel: np.ndarray
-    frames: np.ndarray
+    mel: Any
+    frames: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,16 +203,25 @@ class BeatsBatch:
     """Audio segments for BEATs.
 
     Attributes:
-      fbank: (N, F, 128) float32, F a multiple of 16.
-      frames: (N,) int32, valid fbank frames (whole patches only count).
-      tokens: (N,) int32, audio tokens k of each segment; the pooled output keeps the first k rows.
+      fbank: (..., F, 128) float32, F a multiple of 16.
+      frames: (...) int32, valid fbank frames (whole patches only count).
+      tokens: (...) int32, audio tokens k of each segment; the pooled output keeps the first k rows.
       max_tokens: rows of the pooled output, a static bucket >= max(tokens).
     """
 
-    fbank: np.ndarray
-    frames: np.ndarray
-    tokens: np.ndarray
+    fbank: Any
+    frames: Any
+    tokens: Any
     max_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaBatch:
+    """What the towers read of clips: leading axes (..., t) of temporal steps, (..., c) of log-mel chunks, and (...) of the one segment."""
+
+    vision: VisionBatch
+    audio: AudioBatch
+    beats: BeatsBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,22 +232,20 @@ class RowBatch:
     and each continuation a branch number of its own: a token sees its segment's branch 0 and its own branch.
 
     Attributes:
-      ids: (R, S) int32, the pad token where nothing stands.
-      media_index: (R, S) int32, row of the media table that replaces the token's embedding, -1 for text.
-      positions: (3, R, S) int32.
-      segment: (R, S) int32, 1.. per row; 0 for padding.
-      branch: (R, S) int32.
-      pool: (R, K) int32, token pooled for each prompt of the row, 0 where there is none.
-      owner: (R, K, 2) int32, (clip of the batch, index into TABLES) of each pooled prompt, -1 where there is none. Host only.
+      ids: (..., S) int32, the pad token where nothing stands.
+      media_index: (..., S) int32, row of the media table that replaces the token's embedding, -1 for text.
+      positions: (..., 3, S) int32.
+      segment: (..., S) int32, 1.. per row; 0 for padding.
+      branch: (..., S) int32.
+      pool: (..., K) int32, token pooled for each prompt of the row, 0 where there is none.
     """
 
-    ids: np.ndarray
-    media_index: np.ndarray
-    positions: np.ndarray
-    segment: np.ndarray
-    branch: np.ndarray
-    pool: np.ndarray
-    owner: np.ndarray
+    ids: Any
+    media_index: Any
+    positions: Any
+    segment: Any
+    branch: Any
+    pool: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,15 +254,24 @@ class EncoderBatch:
 
     The media table, which `RowBatch.media_index` points into, is the concatenation of: each vision batch's merged tokens
     (N * P/4 rows), each audio batch's tokens (N * 50 rows), each BEATs batch's tokens (N * max_tokens rows), in this order.
+
+    Attributes:
+      vision, audio, beats: with one leading axis, N items of many clips; a batch for each bucket of sizes.
+      rows: with one leading axis, R rows.
+      owners: for each of them (R, K, 2) int32: (clip of the batch, index into TABLES) of each pooled prompt, -1 where there is none.
+      used_tokens: tokens that are not padding: patches / 4, audio chunks' tokens, BEATs' tokens and decoder tokens.
+      total_tokens: the same, padding included.
+      truncated: captions that were cut to the preset's length.
     """
 
     vision: tuple[VisionBatch, ...]
     audio: tuple[AudioBatch, ...]
     beats: tuple[BeatsBatch, ...]
     rows: tuple[RowBatch, ...]
-    used_tokens: int  # tokens that are not padding: patches / 4, audio chunks' tokens, BEATs' tokens and decoder tokens
-    total_tokens: int  # the same, padding included
-    truncated: int = 0  # captions that were cut to the preset's length
+    owners: tuple[np.ndarray, ...]
+    used_tokens: int
+    total_tokens: int
+    truncated: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,9 +310,14 @@ class StepKind:
         """Whether the hard negative is a branch of its anchor's row: it has the anchor's media, and prefixes are shared."""
         return share_prefix and self.hard == "text"
 
+    def pooled(self, share_prefix: bool) -> tuple[tuple[str, ...], ...]:
+        """The prompts pooled in each of the rows: a hard negative that is a branch stands behind its anchor."""
+        behind = {"anchor": ("anchor", "hard")} if self.branches(share_prefix) else {}
+        return tuple(tuple(name for first in names for name in behind.get(first, (first,))) for names in self.rows)
+
     def slots(self, share_prefix: bool) -> int:
-        """K, the most prompts that are pooled in a row, a hard negative that is a branch included."""
-        return max(len(names) + ("anchor" in names and self.branches(share_prefix)) for names in self.rows)
+        """K, the most prompts that are pooled in a row."""
+        return max(map(len, self.pooled(share_prefix)))
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -292,15 +332,6 @@ class StepKind:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipMedia:
-    """Tower inputs of one clip, unpadded or padded: vision (t, P, ...), audio (c, 200, 128), BEATs (1, F, 128)."""
-
-    vision: VisionBatch
-    audio: AudioBatch
-    beats: BeatsBatch
-
-
-@dataclasses.dataclass(frozen=True)
 class Example:
     """One clip of a batch.
 
@@ -311,8 +342,8 @@ class Example:
         layout of the video it takes.
     """
 
-    media: ClipMedia
-    augmented: ClipMedia | None
+    media: MediaBatch
+    augmented: MediaBatch | None
     prompts: Mapping[str, TokenSequence]
 
 

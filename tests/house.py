@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "omni_jax.model": {*BASE, "omni_jax.parallel"},
     "omni_jax.objectives": set(),
     "omni_jax.retrieval": {*BASE, "omni_jax.parallel"},
-    "omni_jax.train": {*BASE, "omni_jax.parallel", "omni_jax.model", "omni_jax.objectives"},
+    "omni_jax.train": {*BASE, "omni_jax.tokens", "omni_jax.parallel", "omni_jax.model", "omni_jax.objectives"},
     "omni_jax.planning": {
         *BASE,
         "omni_jax.tokens",

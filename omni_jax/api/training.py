@@ -326,6 +326,7 @@ def clips_digest(source: ClipSource) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for number in range(len(source)):
         clip = source.record(number)
-        known = clip.id, clip.caption, clip.grid_thw, clip.second_per_grid, clip.samples, clip.silent, clip.timestamps
+        grid = (clip.grid.thw, clip.grid.second_per_grid) if clip.grid else (None, None)
+        known = clip.id, clip.caption, *grid, clip.samples, clip.silent, clip.timestamps
         digest.update(f"{json.dumps(known)}\n".encode())
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from omni_jax.config import Preset
-from omni_jax.types import Clip
+from omni_jax.types import Clip, VideoGrid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +19,7 @@ class ClipInfo:
 
     Attributes:
       id, caption: of its record.
-      grid_thw: (t, h, w) in patches; None where only reading tells.
-      second_per_grid: seconds between temporal steps; None likewise.
+      grid: of its video; None where only reading tells.
       samples: of the waveform; None likewise.
       silent: whether silence stands in for a missing audio track.
       timestamps: seconds, [start, end), of its record's files; None for whole files, and for clips that were cut already.
@@ -29,8 +28,7 @@ class ClipInfo:
 
     id: str
     caption: str
-    grid_thw: tuple[int, int, int] | None = None
-    second_per_grid: float | None = None
+    grid: VideoGrid | None = None
     samples: int | None = None
     silent: bool = False
     timestamps: tuple[float, float] | None = None

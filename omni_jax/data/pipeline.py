@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import multiprocessing.process
 import os
 import signal
@@ -55,6 +56,11 @@ class Pack(Protocol):
     def __call__(self, micro_batches: Sequence[MicroBatch], shapes: Sequence[BatchShapes]) -> Any: ...
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("batch",),
+    meta_fields=("update", "ids", "errors", "silent", "repaired", "truncated", "equal_hard", "used_tokens", "total_tokens"),
+)
 @dataclasses.dataclass(frozen=True)
 class PipelineBatch:
     """One update's data of this process.
@@ -162,7 +168,7 @@ class TrainPipeline:
                     restarts = 0
                     if self._workers:
                         made = jax.tree.map(lambda x: _own(x) if isinstance(x, np.ndarray) else x, made)
-                    yield PipelineBatch(**made)
+                    yield made
                     update += 1
             except RuntimeError as error:
                 if "terminated unexpectedly" not in str(error):
@@ -185,12 +191,8 @@ class TrainPipeline:
             finally:
                 iterator.close()
 
-    def make(self, update: int) -> PipelineBatch:
-        """Returns the batch of one update, made in this thread."""
-        return PipelineBatch(**self._make(update))
-
     def _iterator(self, start: int, stop: int) -> Any:
-        made = grain.MapDataset.range(start, stop).map(self._make)
+        made = grain.MapDataset.range(start, stop).map(self.make)
         if not self._workers:
             return iter(made.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)))
         ahead = made.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -199,8 +201,8 @@ class TrainPipeline:
         workers = min(self._workers, stop - start)
         return iter(ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_begin_worker))
 
-    def _make(self, update: int) -> dict[str, Any]:
-        """Returns the fields of a PipelineBatch."""
+    def make(self, update: int) -> PipelineBatch:
+        """Returns the batch of one update, made in this thread."""
         plan = self.planner.plan(update)
         parts, ids, errors = [], [], []
         silent = repaired = truncated = equal = used = total = 0
@@ -220,18 +222,18 @@ class TrainPipeline:
                 truncated += any(p.truncated for p in example.prompts.values())
                 one, whole = _tokens(example, kind, plan.shapes[micro], self._config)
                 used, total = used + one, total + whole
-        return {
-            "update": update,
-            "batch": self._pack(parts, plan.shapes),
-            "ids": tuple(ids),
-            "errors": tuple(errors),
-            "silent": silent,
-            "repaired": repaired,
-            "truncated": truncated,
-            "equal_hard": equal,
-            "used_tokens": used,
-            "total_tokens": total,
-        }
+        return PipelineBatch(
+            update=update,
+            batch=self._pack(parts, plan.shapes),
+            ids=tuple(ids),
+            errors=tuple(errors),
+            silent=silent,
+            repaired=repaired,
+            truncated=truncated,
+            equal_hard=equal,
+            used_tokens=used,
+            total_tokens=total,
+        )
 
     def _silent(self, got: _Loaded) -> bool:
         return self._source.record(got.clip).silent or got.features.silent
@@ -297,7 +299,7 @@ class TrainPipeline:
         limits = self._source.limits
         assert features.vision is not None
         assert clip.waveform is not None
-        t, h, w = features.vision.grid_thw
+        t, h, w = features.vision.grid.thw
         if t > limits.steps or h * w > limits.patches or clip.waveform.size > limits.samples:
             raise ClipError(
                 f"{clip.record.video}: {t} steps of {h}x{w} patches do not fit the {limits.steps} of {limits.patches} that streaming "
@@ -327,15 +329,14 @@ class TrainPipeline:
 
     def _prompt(self, table: str, caption: str, seen: Features, heard: Features) -> TokenSequence:
         assert seen.vision is not None
-        vision = (seen.vision.grid_thw, seen.vision.second_per_grid)
-        return build_sequence(self._tokenizer, self._config, self._preset, table, caption, vision, heard.audio_tokens)
+        return build_sequence(self._tokenizer, self._config, self._preset, table, caption, seen.vision.grid, heard.audio_tokens)
 
 
 def _tokens(example: Example, kind: StepKind, shapes: BatchShapes, config: ModelConfig) -> tuple[int, int]:
     """Returns one example's tokens of towers and rows that are not padding, and all of them."""
     copies = [m for m in (example.media, example.augmented) if m is not None]
     repeat = config.audio_repeat
-    used = sum(int((m.vision.window >= 0).sum()) // PATCHES_PER_TOKEN + repeat * int(m.beats.tokens[0]) for m in copies)
+    used = sum(int((m.vision.window >= 0).sum()) // PATCHES_PER_TOKEN + repeat * int(m.beats.tokens) for m in copies)
     used += sum(len(example.prompts[name].ids) for name in kind.prompts)
     whole = len(copies) * shapes.media_tokens(config.audio.chunk_tokens, repeat) + len(kind.rows) * shapes.row_tokens
     if kind.hard is not None:

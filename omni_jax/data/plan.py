@@ -180,7 +180,7 @@ class Planner:
     def media_tokens(self, clip: int) -> tuple[int, int]:
         """Returns a clip's video tokens and audio tokens in its prompt, or the most it can have where only reading tells."""
         info, limits = self.source.record(clip), self.source.limits
-        patches = int(np.prod(info.grid_thw)) if info.grid_thw else limits.steps * limits.patches
+        patches = int(np.prod(info.grid.thw)) if info.grid else limits.steps * limits.patches
         return patches // PATCHES_PER_TOKEN, self._config.audio_repeat * tokens_of(info.samples or limits.samples)
 
     def media_shapes(self) -> BatchShapes:

@@ -28,7 +28,7 @@ from omni_jax.config import Preset
 from omni_jax.data.clips import ClipInfo, Limits
 from omni_jax.features.vision import FRAMES_PER_STEP, PATCH, temporal_steps
 from omni_jax.io import WholeFile, replacing
-from omni_jax.types import Clip, ClipError, InputError, Record, VideoFrames
+from omni_jax.types import Clip, ClipError, InputError, Record, VideoFrames, VideoGrid
 
 FORMAT = "omni_jax.clips/1"
 INDEX = "index.json"
@@ -254,7 +254,7 @@ class ShardSource:
     def record(self, index: int) -> ClipInfo:
         at = {name: self._rows[name][index] for name in COLUMNS}
         t, h, w = at["grid"]
-        return ClipInfo(at["id"], at["caption"], (t, h, w), at["second_per_grid"], at["samples"], at["silent"])
+        return ClipInfo(at["id"], at["caption"], VideoGrid((t, h, w), at["second_per_grid"]), at["samples"], at["silent"])
 
     def load(self, index: int) -> Clip:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1

@@ -13,7 +13,7 @@ from einops import rearrange
 from PIL import Image
 
 from omni_jax.config import Preset
-from omni_jax.types import ClipError, VideoFrames, VisionFeatures
+from omni_jax.types import ClipError, VideoFrames, VideoGrid, VisionFeatures
 
 PATCH = 14  # pixels
 MERGE = 2  # patches per side of a token
@@ -114,8 +114,7 @@ def patch_features(frames: VideoFrames) -> VisionFeatures:
         pixels = np.concatenate([pixels, pixels[-1:]])
     return VisionFeatures(
         patches=patchify(pixels),
-        grid_thw=(temporal_steps(count), height // PATCH, width // PATCH),
-        second_per_grid=FRAMES_PER_STEP / (count / frames.seconds),
+        grid=VideoGrid((temporal_steps(count), height // PATCH, width // PATCH), FRAMES_PER_STEP / (count / frames.seconds)),
     )
 
 

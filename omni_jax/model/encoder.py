@@ -23,6 +23,7 @@ from omni_jax.model.decoder import Decoder
 from omni_jax.model.layers import Linear, Maker, gelu
 from omni_jax.model.vision import VisionTower
 from omni_jax.parallel import constrain, sharding
+from omni_jax.types import RowBatch
 
 
 class FusionHead(nnx.Module):
@@ -76,22 +77,35 @@ class Encoder(nnx.Module):
         features, _ = self.beats(fbank, frames, dtype=self.dtype)
         return self.bridge(features, max_tokens)
 
-    def embed_rows(self, rows: dict[str, jax.Array], media: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
-        """Returns the pooled prompts through each head: fused (R, K, D) and last-layer (R, K, D), float32, not normalised.
-
-        Without a fusion head both are the pooled state.
+    def pool(self, rows: RowBatch, media: jax.Array, **options: Any) -> jax.Array:
+        """Returns the states (..., K, L, D) of the prompts of packed rows.
 
         Args:
-          rows: the device arrays of `types.RowBatch`.
-          media: (M, D) the media table.
-          options: `dropout_key`, `remat` and `attention` of the decoder.
+          rows: with one leading axis or more.
+          media: (M, D) one media table for all rows, or (B, M, D) one for the rows of each index of the first leading axis.
+          options: those of the decoder.
         """
-        pooled = self.decoder(**rows, media=media, dtype=self.dtype, **options)
-        last = pooled[:, :, -1].astype(jnp.float32)
+        leading = rows.ids.shape[:-1]
+        flat = {name: rearrange(getattr(rows, name), "... s -> (...) s") for name in ("ids", "media_index", "segment", "branch", "pool")}
+        positions = rearrange(rows.positions, "... xyz s -> xyz (...) s")
+        pooled = self.decoder(**flat, positions=positions, media=media, dtype=self.dtype, **options)
+        return pooled.reshape(*leading, *pooled.shape[1:])
+
+    def embed_rows(self, rows: RowBatch, media: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
+        """Returns the pooled prompts through each head, `fuse` and `last`: (..., K, D) each; arguments as of `pool`."""
+        pooled = self.pool(rows, media, **options)
+        return self.fuse(pooled), self.last(pooled)
+
+    def last(self, pooled: jax.Array) -> jax.Array:
+        """Returns the last of the pooled states (..., L, D): (..., D) float32, not normalised."""
+        return pooled[..., -1, :].astype(jnp.float32)
+
+    def fuse(self, pooled: jax.Array) -> jax.Array:
+        """Returns pooled states (..., L, D) through the fusion head: (..., D) float32, not normalised; without a head the last state."""
         if self.head is None:
-            return last, last
-        fused = self.head(rearrange(pooled, "r k layers width -> (r k) layers width"))
-        return rearrange(fused, "(r k) width -> r k width", r=pooled.shape[0]).astype(jnp.float32), last
+            return self.last(pooled)
+        fused = self.head(rearrange(pooled, "... layers width -> (...) layers width"))
+        return fused.reshape(*pooled.shape[:-2], -1).astype(jnp.float32)
 
 
 def abstract_encoder(config: ModelConfig, *, param_dtype: Any = jnp.float32, dtype: Any = None) -> Encoder:

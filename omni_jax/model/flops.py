@@ -75,9 +75,10 @@ def forward_work(config: ModelConfig, batch: EncoderBatch) -> dict[str, Work]:
         assert config.beats is not None
         terms["beats"] += _beats(config.beats, beats)
         terms["bridge"] += bridge_terms(Work(beats.fbank.shape[0] * beats.max_tokens, int(beats.tokens.sum())))
-    for rows in batch.rows:
-        terms["decoder"] += _decoder(config, rows)
-        terms["head"] += head_terms(Work(rows.pool.size, int((rows.owner[..., 0] >= 0).sum())))
+    for rows, owner in zip(batch.rows, batch.owners, strict=True):
+        asked = owner[..., 0] >= 0
+        terms["decoder"] += _decoder(config, rows, asked)
+        terms["head"] += head_terms(Work(rows.pool.size, int(asked.sum())))
     return {part: operations(config, parts) for part, parts in terms.items()}
 
 
@@ -216,14 +217,13 @@ def _beats(cfg: BeatsConfig, batch: BeatsBatch) -> Terms:
     )
 
 
-def _decoder(config: ModelConfig, batch: RowBatch) -> Terms:
+def _decoder(config: ModelConfig, batch: RowBatch, asked: np.ndarray) -> Terms:
     rows, tokens = batch.ids.shape
     causal = config.attention == "causal"
     seen = [_visible_keys(segment, branch, causal) for segment, branch in zip(batch.segment, batch.branch, strict=True)]
     computed = Work(rows * tokens, int((batch.segment > 0).sum())), Work(rows * row_pairs(tokens, causal), int(np.sum(seen)))
     if not config.has_head:
         return decoder_terms(config, *computed)
-    asked = batch.owner[..., 0] >= 0
     pooled = sum(int(counts[pool[used]].sum()) for counts, pool, used in zip(seen, batch.pool, asked, strict=True))
     return decoder_terms(config, *computed, (Work(batch.pool.size, int(asked.sum())), Work(batch.pool.size * tokens, pooled)))
 

@@ -9,6 +9,7 @@ Letters: N items, R rows, K prompts per row, D LLM width, M media tokens.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,8 @@ from omni_jax.model.attention import choose_for
 from omni_jax.model.encoder import Encoder
 from omni_jax.parallel import sharding, use_mesh
 from omni_jax.types import EncoderBatch, RowBatch
+
+ROWS = tuple(field.name for field in dataclasses.fields(RowBatch))
 
 # Host or device arrays of one tower batch, in the order of its record.
 Arrays = tuple[jax.Array, ...]
@@ -74,7 +77,7 @@ class Runner:
             return write(table, offset, model.beats_tokens(fbank, frames, max_tokens))
 
         def rows(model: Encoder, table: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return model.embed_rows(batch, table, attention=kernel)
+            return model.embed_rows(RowBatch(**batch), table, attention=kernel)
 
         self._vision = program("vision", vision, donate_argnums=1)
         self._audio = program("audio", audio, donate_argnums=1)
@@ -95,7 +98,7 @@ class Runner:
           text_head: "last" takes the `text` table from the last layer, "fused" from the fusion head.
         """
         self._fill_table(batch)
-        return _collect(batch.rows, [self._run_rows(rows) for rows in batch.rows], text_head)
+        return _collect(batch.owners, [self._run_rows(rows) for rows in batch.rows], text_head)
 
     def lower(self, batch: EncoderBatch, platform: str | None = None) -> dict[str, jax.stages.Lowered]:
         """Returns the lowered programs of a batch by name, arrays may be shapes: for compiling ahead and for reading what they need.
@@ -108,8 +111,8 @@ class Runner:
         tokens += sum(b.fbank.shape[0] * b.max_tokens for b in batch.beats)
         table, offset = self._shape((_capacity(tokens), self._width), self._dtype, (None, None)), jax.ShapeDtypeStruct((), np.int32)
 
-        def split(*arrays: Any, axis: int = 0) -> tuple[Any, ...]:
-            return tuple(self._shape(a.shape, a.dtype, tuple("batch" if d == axis else None for d in range(a.ndim))) for a in arrays)
+        def split(*arrays: Any) -> tuple[Any, ...]:
+            return tuple(self._shape(a.shape, a.dtype, ("batch", *[None] * (a.ndim - 1))) for a in arrays)
 
         calls: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = []
         for v in batch.vision:
@@ -119,9 +122,7 @@ class Runner:
         for b in batch.beats:
             calls.append(("beats", self._beats, (table, offset, split(b.fbank, b.frames)), {"max_tokens": b.max_tokens}))
         for rows in batch.rows:
-            names = ("ids", "media_index", "segment", "branch", "pool")
-            arrays = dict(zip(names, split(*(getattr(rows, name) for name in names)), strict=True))
-            calls.append(("rows", self._rows, (table, arrays | {"positions": split(rows.positions, axis=1)[0]}), {}))
+            calls.append(("rows", self._rows, (table, dict(zip(ROWS, split(*(getattr(rows, name) for name in ROWS)), strict=True))), {}))
         with self._context():
             platforms = None if platform is None else (platform,)
             return {name: f.trace(self._params, *args, **static).lower(lowering_platforms=platforms) for name, f, args, static in calls}
@@ -143,9 +144,7 @@ class Runner:
                 offset += tokens
 
     def _run_rows(self, rows: RowBatch) -> tuple[jax.Array, jax.Array]:
-        by_row = {name: getattr(rows, name) for name in ("ids", "media_index", "segment", "branch", "pool")}
-        arrays = dict(zip(by_row, self._place(tuple(by_row.values())), strict=True))
-        arrays |= {"positions": self._place((rows.positions,), axis=1)[0]}
+        arrays = dict(zip(ROWS, self._place(tuple(getattr(rows, name) for name in ROWS)), strict=True))
         with self._context():
             return self._rows(self._params, self._table, arrays)
 
@@ -154,9 +153,9 @@ class Runner:
             # A larger table compiles every program again: the first batch gets one with room for others twice its size.
             self._table = self._put(np.zeros((_capacity(tokens), self._width), self._dtype), (None, None))
 
-    def _place(self, arrays: tuple[np.ndarray, ...], axis: int = 0) -> tuple[jax.Array, ...]:
-        """Puts arrays on the devices, split along their batch axis."""
-        return tuple(self._put(a, tuple("batch" if d == axis else None for d in range(a.ndim))) for a in arrays)
+    def _place(self, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
+        """Puts arrays on the devices, split along their first axis."""
+        return tuple(self._put(a, ("batch", *[None] * (a.ndim - 1))) for a in arrays)
 
     def _put(self, array: np.ndarray, axes: tuple[str | None, ...]) -> jax.Array:
         return jnp.asarray(array) if self._mesh is None else jax.device_put(array, sharding(axes, array.shape, self._mesh))
@@ -200,11 +199,11 @@ def _on_host(array: jax.Array) -> np.ndarray:
 
 
 def _collect(
-    batches: tuple[RowBatch, ...], results: list[tuple[jax.Array, jax.Array]], text_head: str
+    owners: tuple[np.ndarray, ...], results: list[tuple[jax.Array, jax.Array]], text_head: str
 ) -> Iterator[tuple[int, str, np.ndarray]]:
-    for rows, (fused, last) in zip(batches, results, strict=True):
+    for owner, (fused, last) in zip(owners, results, strict=True):
         fused, last = _on_host(fused), _on_host(last)
-        for r, k in np.argwhere(rows.owner[..., 0] >= 0):
-            clip, table = rows.owner[r, k]
+        for r, k in np.argwhere(owner[..., 0] >= 0):
+            clip, table = owner[r, k]
             name = TABLES[table]
             yield int(clip), name, (last if name == "text" and text_head == "last" else fused)[r, k]

@@ -6,6 +6,7 @@ Letters: n micro-batches, B clips of a micro-batch, C copies of a clip, R rows, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,17 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from omni_jax.config import BeatsConfig, ConfigError, ModelConfig, Preset
+from omni_jax.config import ConfigError, ModelConfig, Preset
 from omni_jax.model import abstract_params
 from omni_jax.parallel import batch_axes, batch_shards
 from omni_jax.tokens.batching import attention_cost
 from omni_jax.tokens.buckets import multiple_of, row_size
 from omni_jax.tokens.training import PromptLengths, lay_out
-from omni_jax.train.batch import Rows, TowerInputs, TrainBatch
+from omni_jax.train.batch import TrainBatch
 from omni_jax.train.state import TrainState, array_shardings, state_shardings
 from omni_jax.train.step import TrainStep
 from omni_jax.train.trainable import Arrays
-from omni_jax.types import AudioBatch, BatchShapes, BeatsBatch, EncoderBatch, RowBatch, StepKind, VisionBatch
+from omni_jax.types import AudioBatch, BatchShapes, BeatsBatch, EncoderBatch, MediaBatch, RowBatch, StepKind, VisionBatch
 
 CAPTION_TOKENS = 128
 TEMPLATE_TOKENS = 24  # of the chat template with a prefix, a bound
@@ -110,26 +111,17 @@ def abstract_batch(
         spec = PartitionSpec(None, batch_axes(mesh) if even and mesh is not None else None)
         return shape((n, *dimensions), dtype, mesh, spec)
 
-    def rows(count: int, size: int, slots: int) -> Rows:
-        ids, media_index, segment, branch = (array(clips, count, size) for _ in range(4))
-        positions, pool = array(clips, count, 3, size), array(clips, count, slots)
-        return Rows(ids=ids, media_index=media_index, positions=positions, segment=segment, branch=branch, pool=pool)
-
     t, p, c, f = shapes.steps, shapes.patches, shapes.chunks, shapes.fbank_frames
-    wide = np.float32
-    towers = TowerInputs(
-        patches=array(clips, copies, t, p, config.vision.patch_values, dtype=wide),
-        coords=array(clips, copies, t, p, 2),
-        window=array(clips, copies, t, p),
-        mel=array(clips, copies, c, config.audio.chunk_frames, config.audio.num_mel_bins, dtype=wide),
-        mel_frames=array(clips, copies, c),
-        fbank=array(clips, copies, f if config.beats else 0, bins, dtype=wide),
-        fbank_frames=array(clips, copies),
-    )
+    side, heard = (clips, copies), c * config.audio.chunk_tokens
+    own = kind.hard is not None and not kind.branches(config.shares_prefix)
     return TrainBatch(
-        clips=towers,
-        rows=rows(len(kind.rows), shapes.row_tokens, kind.slots(config.shares_prefix)),
-        hard=None if kind.hard is None or kind.branches(config.shares_prefix) else rows(1, shapes.hard_tokens, 1),
+        clips=MediaBatch(
+            vision=_vision_batch(config, array, (*side, t), p),
+            audio=_audio_batch(config, array, (*side, c)),
+            beats=BeatsBatch(array(*side, f if config.beats else 0, bins, dtype=np.float32), array(*side), array(*side), heard),
+        ),
+        rows=_row_batch(array, (clips, len(kind.rows)), shapes.row_tokens, kind.slots(config.shares_prefix)),
+        hard=_row_batch(array, (clips, 1), shapes.hard_tokens, 1) if own else None,
         shuffle=array(blocks, clips // blocks),
         kinds=(kind,) * n,
     )
@@ -143,11 +135,18 @@ def _seen(config: ModelConfig, preset: Preset) -> tuple[int, int]:
     return -(-preset.most_frames // config.vision.temporal_patch_size), side**2
 
 
-def _beats_batch(config: BeatsConfig, clips: int, frames: int, tokens: int) -> BeatsBatch:
-    padded = multiple_of(config.patch_size, frames)
-    fbank = jax.ShapeDtypeStruct((clips, padded, config.num_mel_bins), jnp.float32)
-    count = jax.ShapeDtypeStruct((clips,), jnp.int32)
-    return BeatsBatch(fbank=fbank, frames=count, tokens=count, max_tokens=tokens)  # type: ignore[arg-type]
+def _vision_batch(config: ModelConfig, array: Callable[..., Any], steps: tuple[int, ...], patches: int) -> VisionBatch:
+    wide = array(*steps, patches, config.vision.patch_values, dtype=np.float32)
+    return VisionBatch(wide, array(*steps, patches, 2), array(*steps, patches))
+
+
+def _audio_batch(config: ModelConfig, array: Callable[..., Any], chunks: tuple[int, ...]) -> AudioBatch:
+    return AudioBatch(array(*chunks, config.audio.chunk_frames, config.audio.num_mel_bins, dtype=np.float32), array(*chunks))
+
+
+def _row_batch(array: Callable[..., Any], rows: tuple[int, ...], size: int, slots: int) -> RowBatch:
+    ids, media_index, segment, branch = (array(*rows, size) for _ in range(4))
+    return RowBatch(ids, media_index, array(*rows, 3, size), segment, branch, array(*rows, slots))
 
 
 def abstract_encoder_batch(config: ModelConfig, preset: Preset, clips: int, caption_tokens: int = CAPTION_TOKENS) -> EncoderBatch:
@@ -166,33 +165,16 @@ def abstract_encoder_batch(config: ModelConfig, preset: Preset, clips: int, capt
     def array(*dimensions: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(dimensions, dtype)
 
-    wide = jnp.float32
-    ids, media_index, segment, branch = (array(rows, size) for _ in range(4))
+    beats: tuple[BeatsBatch, ...] = ()
+    if config.beats is not None:
+        fbank = array(clips, multiple_of(config.beats.patch_size, frames), config.beats.num_mel_bins, dtype=np.float32)
+        beats = (BeatsBatch(fbank, array(clips), array(clips), heard),)
     return EncoderBatch(
-        vision=(
-            VisionBatch(
-                patches=array(clips * steps, patches, config.vision.patch_values, dtype=wide),
-                coords=array(clips * steps, patches, 2),
-                window=array(clips * steps, patches),
-            ),
-        ),
-        audio=(
-            AudioBatch(
-                mel=array(clips * chunks, config.audio.chunk_frames, config.audio.num_mel_bins, dtype=wide), frames=array(clips * chunks)
-            ),
-        ),
-        beats=() if config.beats is None else (_beats_batch(config.beats, clips, frames, heard),),
-        rows=(
-            RowBatch(
-                ids=ids,
-                media_index=media_index,
-                positions=array(3, rows, size),
-                segment=segment,
-                branch=branch,
-                pool=array(rows, slots),
-                owner=array(rows, slots, 2),
-            ),
-        ),
+        vision=(_vision_batch(config, array, (clips * steps,), patches),),
+        audio=(_audio_batch(config, array, (clips * chunks,)),),
+        beats=beats,
+        rows=(_row_batch(array, (rows,), size, slots),),
+        owners=(array(rows, slots, 2),),
         used_tokens=0,
         total_tokens=0,
     )

@@ -5,13 +5,14 @@ Letters: N items, P patches, F frames, R rows, S tokens, K prompts per row, k au
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from omni_jax.config import DecoderConfig, ModelConfig, Preset
 from omni_jax.tokens.buckets import BEATS_PATCH, Piece, Planner, beats_tokens
-from omni_jax.tokens.packing import MediaRows, group_prompts, row_batch
+from omni_jax.tokens.packing import MediaRows, group_prompts, owners, row_batch
 from omni_jax.tokens.prompts import build_sequences
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.types import (
@@ -66,10 +67,10 @@ def build_batches(
 
     seen = [c for c in range(len(features)) if _contains(sequences[c], SOURCE_VIDEO)]
     heard = [c for c in range(len(features)) if _contains(sequences[c], SOURCE_AUDIO)]
-    steps = [(c, t) for c in seen for t in range(_vision(features[c]).grid_thw[0])]
+    steps = [(c, t) for c in seen for t in range(_vision(features[c]).grid.thw[0])]
     segments = [(c, s) for c in heard for s in features[c].audio or ()]
     merge = config.vision.merge_size**2
-    step_tokens = [_vision(features[c]).grid_thw[1] * _vision(features[c]).grid_thw[2] // merge for c, _ in steps]
+    step_tokens = [math.prod(_vision(features[c]).grid.thw[1:]) // merge for c, _ in steps]
     used = sum(step_tokens) + config.audio_repeat * sum(s.tokens for _, s in segments) + sum(lengths)
     cost = planner.new_cost(used)
 
@@ -93,15 +94,18 @@ def build_batches(
         for clip in range(len(features))
     }
     rows: list[RowBatch] = []
+    owned: list[np.ndarray] = []
     if groups:
         for plan in planner.rows(lengths, [len(g.prompts) for g in groups], cost, attention_cost(config.decoder)):
             filled = [[groups[g] for g in row] for row in plan.rows]
             rows.append(row_batch(filled, count=plan.count, size=plan.size, slots=plan.slots, media=media, pad=config.tokens.pad))
+            owned.append(owners(filled, count=plan.count, slots=plan.slots))
     return EncoderBatch(
         vision=vision,
         audio=audio,
         beats=beats,
         rows=tuple(rows),
+        owners=tuple(owned),
         used_tokens=used,
         total_tokens=table.rows + sum(r.ids.size for r in rows),
         truncated=sum(any(s.truncated for s in found.values()) for found in sequences),
@@ -160,7 +164,7 @@ def _vision_batches(
         first = table.take(piece.count * piece.size)
         for n, item in enumerate(piece.items):
             clip, t = steps[item]
-            steps_of_clip, h, w = _vision(features[clip]).grid_thw
+            steps_of_clip, h, w = _vision(features[clip]).grid.thw
             size = h * w
             batch.patches[n, :size] = _vision(features[clip]).patches[t * size : (t + 1) * size]
             batch.coords[n, :size], batch.window[n, :size] = step_layout(h, w, config.vision.merge_size, config.vision.window_tokens)

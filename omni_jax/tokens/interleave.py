@@ -10,31 +10,9 @@ import dataclasses
 import numpy as np
 
 from omni_jax.config import ModelConfig
-from omni_jax.types import SOURCE_AUDIO, SOURCE_VIDEO
+from omni_jax.types import SOURCE_AUDIO, SOURCE_VIDEO, VideoGrid
 
 RELATIVE_TOLERANCE = 1e-5  # of the comparison with a chunk's end, as in the reference
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoSpan:
-    """The shape in time and space of one clip's video tokens.
-
-    Attributes:
-      grid_thw: (t, h, w) in patches.
-      second_per_grid: seconds between temporal steps.
-    """
-
-    grid_thw: tuple[int, int, int]
-    second_per_grid: float
-
-    def merged(self, merge_size: int) -> tuple[int, int, int]:
-        """(t, rows, columns) in tokens."""
-        t, h, w = self.grid_thw
-        return t, h // merge_size, w // merge_size
-
-    def tokens(self, merge_size: int) -> int:
-        t, rows, columns = self.merged(merge_size)
-        return t * rows * columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +45,7 @@ def chunk_starts(values: np.ndarray, span: float) -> list[int]:
         starts.append(place)
 
 
-def interleave(config: ModelConfig, video: VideoSpan | None, audio_tokens: int | None, audio_repeat: int = 2) -> MediaOrder:
+def interleave(config: ModelConfig, video: VideoGrid | None, audio_tokens: int | None, audio_repeat: int = 2) -> MediaOrder:
     """Returns the order of a prompt's media tokens.
 
     Video and audio alternate in chunks of 2 x 25 x `second_per_grid` position units (two temporal steps), video first; where one kind

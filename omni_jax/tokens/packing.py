@@ -20,7 +20,7 @@ class Group:
 
     Attributes:
       clip: number of the clip in the batch.
-      prompts: (table name, prompt); where there are several, all start with the same `prefix` tokens.
+      prompts: (name, prompt); where there are several, all start with the same `prefix` tokens.
     """
 
     clip: int
@@ -79,40 +79,47 @@ class MediaRows:
         index = np.full(len(sequence.ids), -1, np.int32)
         for source, rows in ((SOURCE_VIDEO, self.video), (SOURCE_AUDIO, self.audio)):
             here = sequence.source == source
-            index[here] = rows[sequence.source_index[here]]
+            wanted = sequence.source_index[here]
+            if len(wanted) and wanted.max() >= len(rows):
+                raise ValueError(f"a prompt has {wanted.max() + 1} tokens of a medium whose clip has {len(rows)}")
+            index[here] = rows[wanted]
         return index
 
 
 def row_batch(rows: Sequence[Sequence[Group]], *, count: int, size: int, slots: int, media: Mapping[int, MediaRows], pad: int) -> RowBatch:
-    """Returns the arrays of packed rows.
+    """Returns the arrays (R, ...) of packed rows.
 
     Args:
       rows: the groups in each row, at most `count` rows.
       count, size, slots: R, S and K.
       media: clip -> its rows of the media table.
       pad: id where nothing stands.
+
+    Raises:
+      ValueError: where groups do not fit their row, or a clip has fewer media tokens than a prompt of it.
     """
     batch = RowBatch(
         ids=np.full((count, size), pad, np.int32),
         media_index=np.full((count, size), -1, np.int32),
-        positions=np.zeros((3, count, size), np.int32),
+        positions=np.zeros((count, 3, size), np.int32),
         segment=np.zeros((count, size), np.int32),
         branch=np.zeros((count, size), np.int32),
         pool=np.zeros((count, slots), np.int32),
-        owner=np.full((count, slots, 2), -1, np.int32),
     )
     for r, groups in enumerate(rows):
+        if (asked := sum(group.length for group in groups)) > size:
+            raise ValueError(f"prompts of {asked} tokens do not fit a row of {size}")
         start = slot = 0
         for segment, group in enumerate(groups, 1):
             prefix = group.prefix
             end = start
-            for number, (table, sequence) in enumerate(group.prompts):
+            for number, (_, sequence) in enumerate(group.prompts):
                 # The prefix is written with the first prompt only; a continuation alone with its own branch.
                 skip = 0 if number == 0 else prefix
                 span = slice(end, end + len(sequence.ids) - skip)
                 batch.ids[r, span] = sequence.ids[skip:]
                 batch.media_index[r, span] = media[group.clip].of(sequence)[skip:]
-                batch.positions[:, r, span] = sequence.positions[:, skip:]
+                batch.positions[r, :, span] = sequence.positions[:, skip:]
                 batch.segment[r, span] = segment
                 batch.branch[r, span] = number + 1
                 if number == 0:
@@ -120,7 +127,15 @@ def row_batch(rows: Sequence[Sequence[Group]], *, count: int, size: int, slots: 
                 end = span.stop
                 # A prompt without text of its own is read from the end of the prefix.
                 batch.pool[r, slot] = end - 1 if len(sequence.ids) > prefix else start + prefix - 1
-                batch.owner[r, slot] = group.clip, TABLES.index(table)
                 slot += 1
             start = end
     return batch
+
+
+def owners(rows: Sequence[Sequence[Group]], *, count: int, slots: int) -> np.ndarray:
+    """Returns (R, K, 2) int32: clip and index into TABLES of each prompt that `row_batch` pools, -1 where there is none."""
+    found = np.full((count, slots, 2), -1, np.int32)
+    for r, groups in enumerate(rows):
+        for slot, (clip, name) in enumerate((group.clip, name) for group in groups for name, _ in group.prompts):
+            found[r, slot] = clip, TABLES.index(name)
+    return found

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from omni_jax.config import ModelConfig
-from omni_jax.tokens.interleave import MediaOrder, VideoSpan
-from omni_jax.types import SOURCE_VIDEO
+from omni_jax.tokens.interleave import MediaOrder
+from omni_jax.types import SOURCE_VIDEO, VideoGrid
 
 
 def line(start: int, count: int) -> np.ndarray:
@@ -17,7 +17,7 @@ def line(start: int, count: int) -> np.ndarray:
     return np.tile(np.arange(start, start + count, dtype=np.int32), (3, 1))
 
 
-def video_positions(video: VideoSpan, start: int, merge_size: int, positions_per_second: int) -> np.ndarray:
+def video_positions(video: VideoGrid, start: int, merge_size: int, positions_per_second: int) -> np.ndarray:
     """Returns (3, n) int32 of a clip's video tokens, the first at `start` on every axis.
 
     The temporal axis is trunc((t * second_per_grid) * 25) in float32, as the reference computes it; a float64 product differs by one
@@ -30,7 +30,7 @@ def video_positions(video: VideoSpan, start: int, merge_size: int, positions_per
     return start + np.stack([t.ravel(), h.ravel(), w.ravel()])
 
 
-def media_positions(config: ModelConfig, order: MediaOrder, video: VideoSpan | None, start: int) -> tuple[np.ndarray, int]:
+def media_positions(config: ModelConfig, order: MediaOrder, video: VideoGrid | None, start: int) -> tuple[np.ndarray, int]:
     """Returns positions (3, M + bos + eos) int32 of a media block and the position of the text after it.
 
     The block is bos tokens (one each kind of media), media tokens in `order`, eos tokens. Without video all positions count up. With

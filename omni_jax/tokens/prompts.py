@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from omni_jax.config import TABLE_MODALITIES, ConfigError, ModelConfig, Preset
-from omni_jax.tokens.interleave import VideoSpan, interleave
+from omni_jax.tokens.interleave import interleave
 from omni_jax.tokens.positions import line, media_positions
 from omni_jax.tokens.tokenizer import Tokenizer
-from omni_jax.types import SOURCE_TEXT, SOURCE_VIDEO, ClipError, Features, InputError, TokenSequence
+from omni_jax.types import SOURCE_TEXT, SOURCE_VIDEO, ClipError, Features, InputError, TokenSequence, VideoGrid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class MediaBlock:
 
 
 def media_block(
-    config: ModelConfig, video: VideoSpan | None, audio_tokens: int | None, *, start: int = 0, audio_repeat: int | None = None
+    config: ModelConfig, video: VideoGrid | None, audio_tokens: int | None, *, start: int = 0, audio_repeat: int | None = None
 ) -> MediaBlock:
     """Returns the tokens of a prompt's media, bos and eos included.
 
@@ -123,7 +123,7 @@ def build_sequence(
     preset: Preset,
     table: str,
     caption: str | None,
-    vision: tuple[tuple[int, int, int], float] | None,
+    video: VideoGrid | None,
     audio_tokens: int | None,
     *,
     prefix: str | None = None,
@@ -133,7 +133,7 @@ def build_sequence(
     Args:
       table: a name in `config.TABLES`.
       caption: used where the table has text.
-      vision: (grid_thw, second_per_grid), used where the table has video.
+      video: used where the table has video.
       audio_tokens: tokens k of the audio tower, used where the table has audio.
       prefix: the record's own prefix of its caption, None for the preset's.
 
@@ -144,7 +144,7 @@ def build_sequence(
     if table not in TABLE_MODALITIES:
         raise ConfigError(f"unknown table {table!r}; choose among {', '.join(TABLE_MODALITIES)}")
     modalities = TABLE_MODALITIES[table]
-    if "v" in modalities and vision is None:
+    if "v" in modalities and video is None:
         raise ClipError(f"table {table} needs video, and the record has none; add its video or leave the table out")
     if "a" in modalities and not audio_tokens:
         raise ClipError(f"table {table} needs audio, and the record has none; add its audio or leave the table out")
@@ -156,8 +156,7 @@ def build_sequence(
         return _text_only([*head, *text], cut)
     if head:
         head += tokenizer.encode_text(USER)
-    video = VideoSpan(*vision) if vision is not None and "v" in modalities else None
-    block = media_block(config, video, audio_tokens if "a" in modalities else None, start=len(head))
+    block = media_block(config, video if "v" in modalities else None, audio_tokens if "a" in modalities else None, start=len(head))
     count = (len(head), len(text))
     return TokenSequence(
         ids=np.concatenate([np.asarray(head, np.int32), block.ids, np.asarray(text, np.int32)]),
@@ -187,11 +186,11 @@ def build_sequences(
     Raises:
       ClipError: where a prompt cannot be built.
     """
-    vision = (features.vision.grid_thw, features.vision.second_per_grid) if features.vision else None
-    has = {"t": features.record.text is not None, "v": vision is not None, "a": features.audio is not None}
+    video = features.vision.grid if features.vision else None
+    has = {"t": features.record.text is not None, "v": video is not None, "a": features.audio is not None}
     found = {
         table: build_sequence(
-            tokenizer, config, preset, table, features.record.text, vision, features.audio_tokens, prefix=features.record.prefix
+            tokenizer, config, preset, table, features.record.text, video, features.audio_tokens, prefix=features.record.prefix
         )
         for table in tables
         if all(has[m] for m in TABLE_MODALITIES[table])

@@ -14,13 +14,13 @@ from einops import rearrange
 from omni_jax.config import ModelConfig
 from omni_jax.tokens.batching import mel_chunks, step_layout, whole_patches
 from omni_jax.tokens.buckets import multiple_of
-from omni_jax.types import AudioBatch, BeatsBatch, ClipError, ClipMedia, Features, StepKind, VisionBatch
+from omni_jax.types import AudioBatch, BeatsBatch, ClipError, Features, MediaBatch, StepKind, VisionBatch
 
 EDGES = 2  # begin and end token around each kind of media
 
 
-def clip_media(features: Features, config: ModelConfig) -> ClipMedia:
-    """Returns the tower inputs of one clip: vision (t, P, 1176), audio (c, 200, 128), BEATs (1, F, 128), F whole patches.
+def clip_media(features: Features, config: ModelConfig) -> MediaBatch:
+    """Returns the tower inputs of one clip: vision (t, P, 1176), audio (c, 200, 128), BEATs (F, 128), F whole patches.
 
     Raises:
       ClipError: for a clip that lacks video or audio, or whose audio is longer than one segment (300 s).
@@ -29,7 +29,7 @@ def clip_media(features: Features, config: ModelConfig) -> ClipMedia:
         raise ClipError(f"record {features.record.id!r}: training needs frames and sound")
     if len(features.audio) != 1:
         raise ClipError(f"record {features.record.id!r}: its audio is longer than 300 s; set the preset's audio_seconds")
-    t, h, w = features.vision.grid_thw
+    t, h, w = features.vision.grid.thw
     coords, window = step_layout(h, w, config.vision.merge_size, config.vision.window_tokens)
     segment = features.audio[0]
     chunks = mel_chunks(segment, config)
@@ -37,7 +37,7 @@ def clip_media(features: Features, config: ModelConfig) -> ClipMedia:
     for place, chunk in zip(mel, chunks, strict=True):
         place[: len(chunk)] = chunk
     whole = whole_patches(segment)
-    return ClipMedia(
+    return MediaBatch(
         vision=VisionBatch(
             patches=rearrange(features.vision.patches, "(t s) d -> t s d", t=t),
             coords=np.broadcast_to(coords, (t, *coords.shape)),
@@ -45,9 +45,9 @@ def clip_media(features: Features, config: ModelConfig) -> ClipMedia:
         ),
         audio=AudioBatch(mel=mel, frames=np.array([len(c) for c in chunks], np.int32)),
         beats=BeatsBatch(
-            fbank=segment.fbank[None, :whole],
-            frames=np.array([whole], np.int32),
-            tokens=np.array([segment.tokens], np.int32),
+            fbank=segment.fbank[:whole],
+            frames=np.int32(whole),
+            tokens=np.int32(segment.tokens),
             max_tokens=segment.tokens,
         ),
     )

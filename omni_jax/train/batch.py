@@ -7,7 +7,7 @@ c log-mel chunks, F fbank frames, R rows, S tokens, K prompts per row, G blocks 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,60 +17,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from omni_jax.config import ModelConfig
 from omni_jax.parallel import batch_axes, batch_shards
+from omni_jax.tokens.packing import Group, MediaRows, row_batch
 from omni_jax.types import (
     PATCHES_PER_TOKEN,
-    SOURCE_AUDIO,
-    SOURCE_VIDEO,
+    AudioBatch,
     BatchShapes,
-    ClipMedia,
+    BeatsBatch,
     Example,
     InputError,
+    MediaBatch,
     MicroBatch,
+    RowBatch,
     StepKind,
     TokenSequence,
+    VisionBatch,
 )
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TowerInputs:
-    """What the towers read: the clip first, then its augmented copy where there is a positive.
-
-    Attributes:
-      patches: (n, B, C, t, P, 1176) float32; coords: (n, B, C, t, P, 2) int32; window: (n, B, C, t, P) int32, -1 for padding.
-      mel: (n, B, C, c, 200, 128) float32; mel_frames: (n, B, C, c) int32.
-      fbank: (n, B, C, F, 128) float32; fbank_frames: (n, B, C) int32.
-    """
-
-    patches: Any
-    coords: Any
-    window: Any
-    mel: Any
-    mel_frames: Any
-    fbank: Any
-    fbank_frames: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Packed decoder rows; fields as in `types.RowBatch`.
-
-    `media_index` counts within the clip: its video tokens (t * P/4), Whisper tokens (c * 50), BEATs tokens (c * 50), then those of the
-    augmented copy in the same order.
-
-    Attributes:
-      ids, media_index, segment, branch: (n, B, R, S) int32.
-      positions: (n, B, R, 3, S) int32.
-      pool: (n, B, R, K) int32.
-    """
-
-    ids: Any
-    media_index: Any
-    positions: Any
-    segment: Any
-    branch: Any
-    pool: Any
+for record in (VisionBatch, AudioBatch, BeatsBatch, MediaBatch, RowBatch):  # here, so that who packs without training needs no JAX
+    names = [field.name for field in dataclasses.fields(record)]
+    jax.tree_util.register_dataclass(record, [n for n in names if n != "max_tokens"], [n for n in names if n == "max_tokens"])
 
 
 @jax.tree_util.register_dataclass
@@ -79,27 +44,28 @@ class TrainBatch:
     """One update's micro-batches.
 
     Attributes:
-      clips: what the towers read.
-      rows: a row for each entry of `StepKind.rows`.
-      hard: the hard negatives, a row each. None where there is none, or where it shares the anchor's row: then it is the last prompt
-        pooled there, with the anchor's media as its prefix.
+      clips: what the towers read, leading axes (n, B, C): the clip first, then its augmented copy where there is a positive.
+      rows: leading axes (n, B, R), a row for each entry of `StepKind.rows`. `media_index` counts within the clip: its video tokens
+        (t * P/4), Whisper tokens (c * 50), BEATs tokens (c * 50), then those of the augmented copy in the same order.
+      hard: the hard negatives, a row each. None where there is none, or where it shares the anchor's row: then it follows its anchor
+        there, with the anchor's media as its prefix (`StepKind.pooled`).
       shuffle: (n, G, B / G) int32: within each block of consecutive clips, whose features a clip's hard negative takes.
       kinds: the kind of each micro-batch.
     """
 
-    clips: TowerInputs
-    rows: Rows
-    hard: Rows | None
+    clips: MediaBatch
+    rows: RowBatch
+    hard: RowBatch | None
     shuffle: Any
     kinds: tuple[StepKind, ...] = dataclasses.field(metadata={"static": True}, default=())
 
     @property
     def micro_batches(self) -> int:
-        return self.clips.patches.shape[0]
+        return self.shuffle.shape[0]
 
     @property
     def clips_per_micro(self) -> int:
-        return self.clips.patches.shape[1]
+        return self.shuffle.shape[1] * self.shuffle.shape[2]
 
 
 UpdateBatch = TrainBatch | tuple[TrainBatch, ...]
@@ -120,7 +86,7 @@ def fit_shapes(examples: Sequence[Example], kind: StepKind, share_prefix: bool =
         steps=max(m.vision.patches.shape[0] for m in media),
         patches=max(m.vision.patches.shape[1] for m in media),
         chunks=max(m.audio.mel.shape[0] for m in media),
-        fbank_frames=max(m.beats.fbank.shape[1] for m in media),
+        fbank_frames=max(m.beats.fbank.shape[0] for m in media),
         row_tokens=max(rows),
         hard_tokens=max(len(e.prompts["hard"].ids) for e in examples) if own else 0,
     )
@@ -145,36 +111,41 @@ def pack_micro_batch(
         raise ValueError(f"shuffle {shuffle.shape} must be (blocks, clips of a block) for {len(examples)} clips")
     if kind.shuffles:
         check_shuffle(shuffle)
-    block = shuffle.shape[1]
+    block, count = shuffle.shape[1], len(examples)
     taken = (shuffle + np.arange(0, shuffle.size, block)[:, None]).ravel()
-    extra = shapes.media_tokens(config.audio.chunk_tokens, config.audio_repeat)
-    places = [_places(e.media, shapes, config) for e in examples]
     branches = kind.branches(share_prefix)
     config.check_share_prefix(branches)
-    rows = _empty_rows(len(examples), len(kind.rows), shapes.row_tokens, kind.slots(share_prefix), config.tokens.pad)
-    hard = None if kind.hard is None or branches else _empty_rows(len(examples), 1, shapes.hard_tokens, 1, config.tokens.pad)
-    for b, example in enumerate(examples):
-        copy = None
-        if kind.positive:
-            if example.augmented is None:
-                raise ValueError(f"clip {b}: the positive needs an augmented copy")
-            copy = {s: p + extra for s, p in _places(example.augmented, shapes, config).items()}
-        for r, names in enumerate(kind.rows):
-            filled = [(example.prompts[name], copy if name == "positive" and copy is not None else places[b]) for name in names]
-            start = _fill_row(rows, b, r, filled)
-            if branches and "anchor" in names:
-                _fill_branch(rows, b, r, names, start, example)
-        if hard is not None:
-            source = {SOURCE_VIDEO: taken[b] if kind.hard == "video" else b, SOURCE_AUDIO: taken[b] if kind.hard == "audio" else b}
-            _fill_row(hard, b, 0, [(example.prompts["hard"], {s: places[c][s] for s, c in source.items()})])
-    if config.beats is None:  # clips may carry a filter bank all the same
-        shapes = dataclasses.replace(shapes, fbank_frames=0)
+    extra = shapes.media_tokens(config.audio.chunk_tokens, config.audio_repeat)
+    # By number: the clips, their copies from `count` on, and from 2 * `count` on what hard negatives take from others.
+    media = {b: _media_rows(e.media, shapes, config) for b, e in enumerate(examples)}
+    for b, example in enumerate(examples) if kind.positive else ():
+        if example.augmented is None:
+            raise ValueError(f"clip {b}: the positive needs an augmented copy")
+        copy = _media_rows(example.augmented, shapes, config)
+        media[count + b] = MediaRows(copy.video + extra, copy.audio + extra)
+    for b in range(count) if kind.hard else ():
+        seen, heard = (media[taken[b] if kind.hard == name else b] for name in ("video", "audio"))
+        media[2 * count + b] = MediaRows(seen.video, heard.audio)
+
+    def groups(b: int, names: Sequence[str]) -> list[Group]:
+        prompts = examples[b].prompts
+        made = [Group(b + count * (name == "positive") + 2 * count * (name == "hard"), ((name, prompts[name]),)) for name in names]
+        if branches and "anchor" in names:
+            _check_branch(b, prompts["anchor"], prompts["hard"])
+            made[names.index("anchor")] = Group(b, (("anchor", prompts["anchor"]), ("hard", prompts["hard"])))
+        return made
+
+    def rows(of_each: Sequence[Sequence[str]], size: int, slots: int) -> RowBatch:
+        laid = [groups(b, names) for b in range(count) for names in of_each]
+        flat = row_batch(laid, count=len(laid), size=size, slots=slots, media=media, pad=config.tokens.pad)
+        return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), flat)
+
     copies = [e.augmented for e in examples if e.augmented is not None] if kind.positive else []
-    inputs = [_tower_inputs(media, shapes) for media in ([e.media for e in examples], copies) if media]
+    sides = [_padded(one, shapes, config) for one in ([e.media for e in examples], copies) if one]
     batch = TrainBatch(
-        clips=jax.tree.map(lambda *x: np.stack(x, axis=1), *inputs),
-        rows=rows,
-        hard=hard,
+        clips=jax.tree.map(lambda *x: np.stack(x, axis=1), *sides),
+        rows=rows(kind.rows, shapes.row_tokens, kind.slots(share_prefix)),
+        hard=None if kind.hard is None or branches else rows([("hard",)], shapes.hard_tokens, 1),
         shuffle=shuffle,
         kinds=(kind,),
     )
@@ -255,83 +226,37 @@ def _rest(example: Example) -> int:
     return len(example.prompts["hard"].ids) - example.prompts["hard"].prefix
 
 
-def _places(media: ClipMedia, shapes: BatchShapes, config: ModelConfig) -> dict[int, np.ndarray]:
-    """Source -> media-table rows of a clip's video tokens and of its doubled audio tokens."""
-    step, valid = shapes.patches // PATCHES_PER_TOKEN, int((media.vision.window[0] >= 0).sum()) // PATCHES_PER_TOKEN
-    video = (np.arange(media.vision.patches.shape[0])[:, None] * step + np.arange(valid)).ravel()
-    audio = shapes.chunks * config.audio.chunk_tokens
-    pairs = np.stack([r * audio + np.arange(audio) for r in range(config.audio_repeat)], axis=1)[: int(media.beats.tokens[0])]
-    return {SOURCE_VIDEO: video, SOURCE_AUDIO: shapes.steps * step + pairs.ravel()}
-
-
-def _empty_rows(clips: int, count: int, size: int, slots: int, pad: int) -> Rows:
-    shape = (clips, count, size)
-    return Rows(
-        ids=np.full(shape, pad, np.int32),
-        media_index=np.full(shape, -1, np.int32),
-        positions=np.zeros((clips, count, 3, size), np.int32),
-        segment=np.zeros(shape, np.int32),
-        branch=np.zeros(shape, np.int32),
-        pool=np.zeros((clips, count, slots), np.int32),
-    )
-
-
-def _media_index(sequence: TokenSequence, places: Mapping[int, np.ndarray]) -> np.ndarray:
-    index = np.full(len(sequence.ids), -1, np.int32)
-    for source, rows in places.items():
-        here = sequence.source == source
-        wanted = sequence.source_index[here]
-        if len(wanted) and wanted.max() >= len(rows):
-            raise ValueError(f"a prompt has {wanted.max() + 1} tokens of a medium whose clip has {len(rows)}")
-        index[here] = rows[wanted]
-    return index
-
-
-def _fill_row(rows: Rows, b: int, r: int, prompts: Sequence[tuple[TokenSequence, Mapping[int, np.ndarray]]]) -> int:
-    """Writes prompts, each with the places of its media, one after another as segments of their own; returns the first free token."""
-    start, size = 0, rows.ids.shape[-1]
-    for k, (prompt, places) in enumerate(prompts):
-        span = slice(start, start + len(prompt.ids))
-        if span.stop > size:
-            raise ValueError(f"clip {b}: prompts of {sum(len(p.ids) for p, _ in prompts)} tokens do not fit a row of {size}")
-        rows.ids[b, r, span] = prompt.ids
-        rows.media_index[b, r, span] = _media_index(prompt, places)
-        rows.positions[b, r, :, span] = prompt.positions
-        rows.segment[b, r, span] = k + 1
-        rows.pool[b, r, k] = span.stop - 1
-        start = span.stop
-    return start
-
-
-def _fill_branch(rows: Rows, b: int, r: int, names: Sequence[str], start: int, example: Example) -> None:
-    """Makes the anchor's caption one branch of its media, and writes the hard negative's as another, from `start` on."""
-    anchor, hard, size = example.prompts["anchor"], example.prompts["hard"], rows.ids.shape[-1]
-    prefix, rest = anchor.prefix, _rest(example)
-    if prefix != hard.prefix or not np.array_equal(anchor.ids[:prefix], hard.ids[:prefix]):
+def _check_branch(b: int, anchor: TokenSequence, hard: TokenSequence) -> None:
+    if anchor.prefix != hard.prefix or not np.array_equal(anchor.ids[: anchor.prefix], hard.ids[: anchor.prefix]):
         raise ValueError(f"clip {b}: the hard negative's media are not the anchor's")
-    if start + rest > size:
-        raise ValueError(f"clip {b}: prompts and the hard negative's caption, {start + rest} tokens, do not fit a row of {size}")
-    k = names.index("anchor")
-    end = rows.pool[b, r, k] + 1
-    first, span = end - len(anchor.ids) + prefix, slice(start, start + rest)
-    rows.ids[b, r, span] = hard.ids[prefix:]
-    rows.positions[b, r, :, span] = hard.positions[:, prefix:]
-    rows.segment[b, r, span] = k + 1
-    rows.branch[b, r, first:end] = 1
-    rows.branch[b, r, span] = 2
-    rows.pool[b, r, len(names)] = span.stop - 1 if rest else first - 1
 
 
-def _tower_inputs(media: Sequence[ClipMedia], shapes: BatchShapes) -> TowerInputs:
-    t, p, c, f = shapes.steps, shapes.patches, shapes.chunks, shapes.fbank_frames
-    return TowerInputs(
-        patches=_pad([m.vision.patches for m in media], (t, p)),
-        coords=_pad([m.vision.coords for m in media], (t, p)),
-        window=_pad([m.vision.window for m in media], (t, p), fill=-1),
-        mel=_pad([m.audio.mel for m in media], (c,)),
-        mel_frames=_pad([m.audio.frames for m in media], (c,)),
-        fbank=_pad([m.beats.fbank[0] if f else m.beats.fbank[0, :0] for m in media], (f,)),
-        fbank_frames=np.concatenate([m.beats.frames for m in media]).astype(np.int32),
+def _media_rows(media: MediaBatch, shapes: BatchShapes, config: ModelConfig) -> MediaRows:
+    """Returns where a clip's tokens stand in its own media table."""
+    step, valid = shapes.patches // PATCHES_PER_TOKEN, int((media.vision.window[0] >= 0).sum()) // PATCHES_PER_TOKEN
+    video = (np.arange(len(media.vision.patches))[:, None] * step + np.arange(valid)).ravel()
+    audio = shapes.chunks * config.audio.chunk_tokens
+    pairs = np.stack([r * audio + np.arange(audio) for r in range(config.audio_repeat)], axis=1)[: int(media.beats.tokens)]
+    return MediaRows(video, shapes.steps * step + pairs.ravel())
+
+
+def _padded(media: Sequence[MediaBatch], shapes: BatchShapes, config: ModelConfig) -> MediaBatch:
+    """Returns clips of one size in one batch (B, ...)."""
+    t, p, c = shapes.steps, shapes.patches, shapes.chunks
+    f = shapes.fbank_frames if config.beats is not None else 0  # clips may carry a filter bank all the same
+    return MediaBatch(
+        vision=VisionBatch(
+            patches=_pad([m.vision.patches for m in media], (t, p)),
+            coords=_pad([m.vision.coords for m in media], (t, p)),
+            window=_pad([m.vision.window for m in media], (t, p), fill=-1),
+        ),
+        audio=AudioBatch(mel=_pad([m.audio.mel for m in media], (c,)), frames=_pad([m.audio.frames for m in media], (c,))),
+        beats=BeatsBatch(
+            fbank=_pad([m.beats.fbank if f else m.beats.fbank[:0] for m in media], (f,)),
+            frames=np.array([m.beats.frames for m in media], np.int32),
+            tokens=np.array([m.beats.tokens for m in media], np.int32),
+            max_tokens=c * config.audio.chunk_tokens,
+        ),
     )
 
 

@@ -8,7 +8,6 @@ Letters: B clips, C copies of a clip, R rows, S tokens, K prompts per row, L lay
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,8 @@ from einops import rearrange
 from omni_jax.model import Encoder
 from omni_jax.model.layers import Remat
 from omni_jax.parallel import constrain
-from omni_jax.train.batch import Rows, TowerInputs, TrainBatch
-from omni_jax.types import StepKind
+from omni_jax.train.batch import TrainBatch
+from omni_jax.types import PATCHES_PER_TOKEN, MediaBatch, StepKind
 
 TOWERS = ("vision", "audio", "beats")
 
@@ -27,38 +26,34 @@ Features = dict[str, jax.Array]
 stands before the bridge."""
 
 
-def run_towers(model: Encoder, clips: TowerInputs, towers: Collection[str]) -> Features:
+def run_towers(model: Encoder, clips: MediaBatch, towers: Collection[str]) -> Features:
     """Returns the features that the named towers give, clips and their copies in one call."""
-    clip_count, copies = clips.mel.shape[:2]
+    clip_count, copies = clips.beats.frames.shape
+    vision, audio, beats = clips.vision, clips.audio, clips.beats
 
     def flat(*inputs: jax.Array, axes: int) -> list[jax.Array]:
         return [x.reshape(-1, *x.shape[axes:]) for x in inputs]
 
     features: Features = {}
     if "vision" in towers:
-        features["vision"] = model.video_tokens(*flat(clips.patches, clips.coords, clips.window, axes=3))
+        features["vision"] = model.video_tokens(*flat(vision.patches, vision.coords, vision.window, axes=3))
     if "audio" in towers:
-        features["audio"] = model.whisper_tokens(*flat(clips.mel, clips.mel_frames, axes=3))
+        features["audio"] = model.whisper_tokens(*flat(audio.mel, audio.frames, axes=3))
     if "beats" in towers and model.beats is not None:
         # The bridge trains, so what is kept stands before it; it reads two features for each audio token.
-        kept = 2 * clips.mel.shape[2] * model.config.audio.chunk_tokens
-        features["beats"] = model.beats(*flat(clips.fbank, clips.fbank_frames, axes=2), dtype=model.dtype)[0][:, :kept]
+        features["beats"] = model.beats(*flat(beats.fbank, beats.frames, axes=2), dtype=model.dtype)[0][:, : 2 * beats.max_tokens]
     features = {name: x.reshape(clip_count, copies, -1, x.shape[-1]) for name, x in features.items()}
     return {name: constrain(x, "batch", None, "tokens", "features") for name, x in features.items()}
 
 
-def media_table(model: Encoder, features: Features, inputs: TowerInputs) -> jax.Array:
+def media_table(model: Encoder, features: Features, clips: MediaBatch) -> jax.Array:
     """Returns (B, C * M, D): video tokens, Whisper tokens, BEATs tokens of each copy, zeros where a tower did not run."""
-    clips, _, chunks = inputs.mel.shape[:3]
+    count, _, steps, patches = clips.vision.window.shape
     copies = next(iter(features.values())).shape[1] if features else 1
-    steps, patches = inputs.patches.shape[2:4]
-    width, heard = model.config.decoder.hidden_size, chunks * model.config.audio.chunk_tokens
-    seen = steps * patches // model.config.vision.merge_size**2
-    parts = {
-        "vision": jnp.zeros((clips, copies, seen, width), model.dtype),
-        "audio": jnp.zeros((clips, copies, heard, width), model.dtype),
-        **({"bridge": jnp.zeros((clips, copies, heard, width), model.dtype)} if model.bridge is not None else {}),
-    } | {name: x for name, x in features.items() if name != "beats"}
+    heard, seen = clips.beats.max_tokens, steps * patches // PATCHES_PER_TOKEN
+    sizes = {"vision": seen, "audio": heard, **({"bridge": heard} if model.bridge is not None else {})}
+    empty = {name: jnp.zeros((count, copies, size, model.config.decoder.hidden_size), model.dtype) for name, size in sizes.items()}
+    parts = empty | {name: x for name, x in features.items() if name != "beats"}
     if "beats" in features and model.bridge is not None:
         bridged = model.bridge(rearrange(features["beats"], "b c t d -> (b c) t d"), heard)
         parts["bridge"] = rearrange(bridged, "(b c) t d -> b c t d", c=copies)
@@ -93,15 +88,12 @@ def embed_streams(
     # The only branches: two captions that share the anchor's media.
     branches = 2 if kind.hard and batch.hard is None else 0
     media = media_table(model, features, batch.clips)
-    pooled = pool_rows(model, batch.rows, media, dropout_key, remat=remat, attention=attention, branches=branches, frozen=frozen)
-    places = {name: (r, k) for r, names in enumerate(kind.rows) for k, name in enumerate(names)}
-    if branches:
-        row, _ = places["anchor"]
-        places["hard"] = (row, len(kind.rows[row]))
-    found = {name: pooled[:, r, k] for name, (r, k) in places.items()}
+    pooled = model.pool(batch.rows, media, dropout_key=dropout_key, remat=remat, attention=attention, branches=branches, frozen=frozen)
+    found = {name: pooled[:, r, k] for r, names in enumerate(kind.pooled(branches > 0)) for k, name in enumerate(names)}
     last = "text" in found and text_head == "last"
-    embedded = {"text": found.pop("text")[:, -1].astype(jnp.float32)} if last else {}
-    embedded |= _fuse(model, found)
+    embedded = {"text": model.last(found.pop("text"))} if last else {}
+    if found:  # all in one product
+        embedded |= dict(zip(found, jnp.moveaxis(model.fuse(jnp.stack(list(found.values()), axis=1)), 1, 0), strict=True))
     if "hard" in embedded:
         embedded["hard"] = jax.lax.stop_gradient(embedded["hard"])
     return embedded
@@ -125,32 +117,5 @@ def embed_hard_negatives(
     swapped = {"audio": ("audio", "beats"), "video": ("vision",)}.get(kind.hard or "", ())
     features = {name: shuffle_clips(x, batch.shuffle) if name in swapped else x for name, x in features.items()}
     media = media_table(model, features, batch.clips)
-    pooled = pool_rows(model, batch.hard, media, dropout_key, attention=attention, branches=0)
-    return jax.lax.stop_gradient(_fuse(model, {"hard": pooled[:, 0, 0]})["hard"])
-
-
-def pool_rows(model: Encoder, rows: Rows, media: jax.Array, dropout_key: jax.Array | None, **options: Any) -> jax.Array:
-    """Returns the states (B, R, K, L, D) of the prompts of B x R rows, a media table (B, M, D) for each clip's R.
-
-    `options` are the decoder's.
-    """
-    count = rows.ids.shape[1]
-    flat = {name: rearrange(getattr(rows, name), "b r s -> (b r) s") for name in ("ids", "media_index", "segment", "branch", "pool")}
-    positions = rearrange(rows.positions, "b r xyz s -> xyz (b r) s")
-    pooled = model.decoder(**flat, positions=positions, media=media, dtype=model.dtype, dropout_key=dropout_key, **options)
-    return rearrange(pooled, "(b r) ... -> b r ...", r=count)
-
-
-def _fuse(model: Encoder, pooled: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Pooled states (B, L, D) by name through the fusion head, all in one product: (B, D) float32 by name.
-
-    A backbone without a head embeds by the states themselves.
-    """
-    if not pooled:
-        return {}
-    if model.head is None:
-        return {name: x[:, -1].astype(jnp.float32) for name, x in pooled.items()}
-    stacked = jnp.stack(list(pooled.values()), axis=1)
-    fused = model.head(rearrange(stacked, "b n layers d -> (b n) layers d"))
-    fused = rearrange(fused, "(b n) d -> b n d", n=len(pooled)).astype(jnp.float32)
-    return {name: fused[:, i] for i, name in enumerate(pooled)}
+    pooled = model.pool(batch.hard, media, dropout_key=dropout_key, attention=attention, branches=0)
+    return jax.lax.stop_gradient(model.fuse(pooled[:, 0, 0]))

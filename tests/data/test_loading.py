@@ -36,8 +36,8 @@ def test_golden_features_from_files(golden: GoldenSet, workers: int) -> None:
         assert features.vision is not None
         assert features.audio is not None
         assert_close(features.vision.patches, golden.inputs[f"{i}/pixel_values"], "pixel_values")
-        assert list(features.vision.grid_thw) == golden.inputs[f"{i}/grid_thw"][0].tolist()
-        assert features.vision.second_per_grid == pytest.approx(float(golden.inputs[f"{i}/second_per_grid"]), rel=1e-12)
+        assert list(features.vision.grid.thw) == golden.inputs[f"{i}/grid_thw"][0].tolist()
+        assert features.vision.grid.second_per_grid == pytest.approx(float(golden.inputs[f"{i}/second_per_grid"]), rel=1e-12)
         assert features.audio_tokens == golden.inputs[f"{i}/audio_tokens"]
 
 

@@ -153,10 +153,10 @@ def test_counts_agree_with_the_packed_arrays(config: ModelConfig):
         rows = [batch.batch.rows, *([batch.batch.hard] if batch.batch.hard is not None else [])]
         clips = batch.batch.clips
         decoder = sum(int((r.segment > 0).sum()) for r in rows)
-        vision = int((clips.window >= 0).sum()) // 4
-        audio = config.audio_repeat * int((((clips.mel_frames - 1) // 2 + 1) // 2).sum())
+        vision = int((clips.vision.window >= 0).sum()) // 4
+        audio = config.audio_repeat * int((((clips.audio.frames - 1) // 2 + 1) // 2).sum())
         assert batch.used_tokens == decoder + vision + audio
-        whole = sum(r.ids.size for r in rows) + clips.window.size // 4 + config.audio_repeat * clips.mel_frames.size * 50
+        whole = sum(r.ids.size for r in rows) + clips.vision.window.size // 4 + config.audio_repeat * clips.audio.frames.size * 50
         assert batch.total_tokens == whole
         assert batch.silent == sum(int(name.split("-")[1]) % 5 == 0 for micro in batch.ids for name in micro)
 

@@ -16,7 +16,7 @@ from omni_jax.data.pipeline import TrainPipeline
 from omni_jax.data.plan import BatchConfig
 from omni_jax.tokens.tokenizer import CONTROL_TOKENS, END, Tokenizer
 from omni_jax.train import LossConfig, kinds_of_update, pack_update
-from omni_jax.types import Clip, ClipError, Record, VideoFrames
+from omni_jax.types import Clip, ClipError, Record, VideoFrames, VideoGrid
 from tests.model.builders import SEVEN_B
 
 PRESET: Preset = preset("training").override(["frames=4", "pixels=1568", "audio_seconds=1"])
@@ -46,7 +46,7 @@ class MemorySource:
         return len(self.captions)
 
     def record(self, index: int) -> ClipInfo:
-        known = (GRIDS[index % len(GRIDS)], 0.5, 16_000) if self.known else (None, None, None)
+        known = (VideoGrid(GRIDS[index % len(GRIDS)], 0.5), 16_000) if self.known else (None, None)
         return ClipInfo(self.ids[index], self.captions[index], *known, silent=index % 5 == 0)
 
     def load(self, index: int) -> Clip:

@@ -31,8 +31,8 @@ def test_golden_patches(golden: GoldenSet) -> None:
             VideoFrames(a["frames"], a["frame_index"], float(a["fps"]), int(a["num_frames"]), seconds), golden.preset
         )
         assert_close(features.patches, golden.inputs[f"{i}/pixel_values"], "pixel_values")
-        assert features.grid_thw == tuple(golden.inputs[f"{i}/grid_thw"].reshape(3).tolist())
-        assert features.second_per_grid == float(golden.inputs[f"{i}/second_per_grid"])
+        assert features.grid.thw == tuple(golden.inputs[f"{i}/grid_thw"].reshape(3).tolist())
+        assert features.grid.second_per_grid == float(golden.inputs[f"{i}/second_per_grid"])
 
 
 def test_sizes_named_in_the_specification() -> None:
@@ -91,7 +91,7 @@ def test_values_are_normalised_as_clip_does() -> None:
     features = vision_features(_frames(picture), dataclasses.replace(preset("training"), frames=2, pixels=56 * 56))
     expected = (1 - MEAN) / STD
     np.testing.assert_allclose(features.patches.reshape(-1, 3, 2, 14, 14)[0, :, 0, 0, 0], expected, rtol=1e-6)
-    assert features.second_per_grid == 2.0
+    assert features.grid.second_per_grid == 2.0
 
 
 def test_square_crop_takes_the_centre() -> None:
@@ -103,7 +103,7 @@ def test_square_crop_takes_the_centre() -> None:
 def test_release_preset_gives_squares_of_336_pixels() -> None:
     pictures = np.random.default_rng(1).integers(0, 256, (2, 90, 160, 3), np.uint8)
     features = vision_features(_frames(pictures), dataclasses.replace(preset("release"), frames=2))
-    assert features.grid_thw == (1, 24, 24)
+    assert features.grid.thw == (1, 24, 24)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
@@ -117,8 +117,8 @@ def test_the_last_of_an_odd_number_of_frames_stands_twice() -> None:
     wave = preset("wave")
     odd, even = (vision_features(_frames(p, 1.5), wave) for p in (pictures, np.concatenate([pictures, pictures[-1:]])))
     np.testing.assert_array_equal(odd.patches, even.patches)
-    assert odd.grid_thw == even.grid_thw == (2, 4, 4)
-    assert odd.second_per_grid == 1.0, "the three frames that were sampled decide on the time between steps"
+    assert odd.grid.thw == even.grid.thw == (2, 4, 4)
+    assert odd.grid.second_per_grid == 1.0, "the three frames that were sampled decide on the time between steps"
 
 
 def test_a_clip_without_frames_is_refused() -> None:
@@ -131,5 +131,5 @@ def test_between_two_areas_a_frame_keeps_its_size() -> None:
     assert smart_resize(720, 1280, 784, 176_400) == (308, 560)
     assert smart_resize(30, 40, 6_272, 50_176) == (84, 112)
     pictures = np.zeros((2, 240, 320, 3), np.uint8)
-    assert vision_features(_frames(pictures), preset("wave")).grid_thw == (1, 18, 22)
-    assert vision_features(_frames(pictures), preset("nemotron_mteb")).grid_thw == (1, 12, 18)
+    assert vision_features(_frames(pictures), preset("wave")).grid.thw == (1, 18, 22)
+    assert vision_features(_frames(pictures), preset("nemotron_mteb")).grid.thw == (1, 12, 18)

@@ -14,7 +14,7 @@ from omni_jax.model.runner import Runner
 from omni_jax.tokens.batching import build_batches
 from omni_jax.tokens.buckets import Piece, Planner, RowPlan
 from omni_jax.tokens.tokenizer import CONTROL_TOKENS, END, Tokenizer
-from omni_jax.types import AudioSegment, EncoderBatch, Features, Record, VisionFeatures
+from omni_jax.types import AudioSegment, EncoderBatch, Features, Record, VideoGrid, VisionFeatures
 from tests.model import builders
 
 Embeddings = dict[tuple[int, str], np.ndarray]
@@ -43,7 +43,7 @@ def clip(config: ModelConfig, seed: int, caption: str | None, grid: tuple[int, i
     """A clip of noise: grid in patches or no video, one audio segment for each count of frames."""
     vision = None
     if grid is not None:
-        vision = VisionFeatures(builders.noise(seed, int(np.prod(grid)), config.vision.patch_values), grid, 0.3)
+        vision = VisionFeatures(builders.noise(seed, int(np.prod(grid)), config.vision.patch_values), VideoGrid(grid, 0.3))
     audio = tuple(segment(config, seed + 10 * n, count) for n, count in enumerate(frames, 1)) or None
     return Features(Record(f"clip{seed}", text=caption), vision, audio)
 

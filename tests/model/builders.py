@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from flax import nnx
 from omni_jax.config import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, ModelConfig, SpecialTokens, VisionConfig
 from omni_jax.model import Encoder, abstract_encoder, abstract_params, with_params
 from omni_jax.model.layers import Maker
+from omni_jax.types import RowBatch
 from tests.model.reference import Weights
 
 # Head widths 10, 20, 12 and 14, three query heads a KV head, windows of 3x3 merged tokens, 7 tokens an audio chunk, 3 frequency patches,
@@ -145,10 +146,19 @@ def run(module: Any, *args: Any, method: str = "__call__", **static: Any) -> Any
     key = (id(module), method, tuple(static.items()))
     if key not in _COMPILED:
         graph, params = nnx.split(module)
-        program = jax.jit(lambda p, a: getattr(nnx.merge(graph, p), method)(*a, **static))
+        program = jax.jit(lambda p, a: _call(nnx.merge(graph, p), method, *a, **static))
         # The module is kept with its program, so that its id stays its own.
         _COMPILED[key] = module, functools.partial(program, params)
     return _COMPILED[key][1](jax.tree.map(jnp.asarray, args))
+
+
+def _call(module: Any, method: str, *args: Any, **static: Any) -> Any:
+    return embed_rows(module, *args, **static) if method == "embed_rows" else getattr(module, method)(*args, **static)
+
+
+def embed_rows(encoder: Any, rows: Mapping[str, Any], media: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns what `Encoder.embed_rows` gives for rows of `pack`."""
+    return encoder.embed_rows(RowBatch(**{**rows, "positions": jnp.moveaxis(jnp.asarray(rows["positions"]), 1, 0)}), media, **options)
 
 
 def noise(seed: int, *shape: int) -> np.ndarray:

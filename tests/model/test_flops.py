@@ -49,7 +49,8 @@ def padded_batch() -> EncoderBatch:
         vision=(VisionBatch(np.zeros((STEPS, PATCHES, 1176), np.float32), np.zeros((STEPS, PATCHES, 2), np.int32), window),),
         audio=(AudioBatch(np.zeros((CHUNKS, 200, 128), np.float32), np.array([200, 99], np.int32)),),
         beats=(BeatsBatch(np.zeros((SEGMENTS, FRAMES, 128), np.float32), np.array([160, 100]), np.array([40, 25]), TOKENS),),
-        rows=(RowBatch(zeros, zeros - 1, np.zeros((3, ROWS, LENGTH), np.int32), segment, branch, pool, owner),),
+        rows=(RowBatch(zeros, zeros - 1, np.zeros((ROWS, 3, LENGTH), np.int32), segment, branch, pool),),
+        owners=(owner,),
         used_tokens=0,
         total_tokens=0,
     )
@@ -118,7 +119,7 @@ def test_work_is_what_xla_counts(part: str) -> None:
         "audio": (lambda m, *x: m.audio(*x, dtype=f32), (a.mel, a.frames)),
         "beats": (lambda m, *x: m.beats(*x, dtype=f32)[0], (b.fbank, b.frames)),
         "bridge": (lambda m, x: m.bridge(x, TOKENS), (np.zeros((SEGMENTS, 80, 128), np.float32),)),
-        "decoder": (lambda m, x: m.decoder(**x, media=jnp.zeros((0, 256)), dtype=f32), (rows,)),
+        "decoder": (lambda m, x: m.pool(RowBatch(**x), jnp.zeros((0, 256))), (rows,)),
         "head": (lambda m, x: m.head(x), (np.zeros((ROWS * PROMPTS, 2, 256), np.float32),)),
     }
     call, arguments = calls[part]

@@ -16,7 +16,7 @@ from omni_jax.parallel import make_mesh
 from omni_jax.tokens.batching import build_batches
 from omni_jax.tokens.buckets import Planner
 from omni_jax.tokens.tokenizer import Tokenizer
-from omni_jax.types import AudioSegment, EncoderBatch, Features, VisionFeatures
+from omni_jax.types import AudioSegment, EncoderBatch, Features, VideoGrid, VisionFeatures
 from tests.golden_set import GoldenSet
 from tests.tolerances import assert_close
 
@@ -45,7 +45,7 @@ def features(golden: GoldenSet) -> list[Features]:
     for i, record in enumerate(golden.records):
         grid = tuple(int(n) for n in golden.inputs[f"{i}/grid_thw"].reshape(3))
         mel = golden.inputs[f"{i}/log_mel"]
-        vision = VisionFeatures(golden.inputs[f"{i}/pixel_values"], grid, float(golden.inputs[f"{i}/second_per_grid"]))
+        vision = VisionFeatures(golden.inputs[f"{i}/pixel_values"], VideoGrid(grid, float(golden.inputs[f"{i}/second_per_grid"])))
         segment = AudioSegment(mel, np.zeros((0, 128), np.float32), audio_tokens(mel.shape[1]))
         made.append(Features(record, vision, (segment,)))
     return made

@@ -17,7 +17,7 @@ from omni_jax.model import Encoder, abstract_params, param_axes, param_shardings
 from omni_jax.model.runner import Runner, place_params
 from omni_jax.parallel import RULES, make_mesh, partition_spec, sharding
 from omni_jax.tokens.buckets import Planner
-from omni_jax.types import Features
+from omni_jax.types import Features, RowBatch
 from tests.model import batches, builders, reference_towers
 from tests.tolerances import assert_close
 
@@ -147,8 +147,7 @@ def call(model: Encoder, part: str, given: dict[str, jax.Array]) -> jax.Array:
     if part == "beats_tokens":
         return model.beats_tokens(given["fbank"], given["frames"], 7)
     if part == "embed_rows":
-        rows = {**given, "positions": jnp.moveaxis(given["positions"], 1, 0)}
-        return jnp.stack(model.embed_rows(rows, jnp.asarray(builders.noise(4, 8, model.config.decoder.hidden_size))))
+        return jnp.stack(model.embed_rows(RowBatch(**given), jnp.asarray(builders.noise(4, 8, model.config.decoder.hidden_size))))
     return getattr(model, part)(**given)
 
 

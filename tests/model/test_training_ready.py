@@ -68,7 +68,7 @@ def gradients(encoder: Encoder, remat: Callable[..., Any] | None = None) -> dict
         def loss(heads: nnx.State, segment: jax.Array, key: jax.Array) -> jax.Array:
             model = nnx.merge(graph, heads, frozen, copy=True)
             media = model.bridge(segment, 5)[0]
-            fused, last = model.embed_rows(rows, media, remat=remat, dropout_key=key)
+            fused, last = builders.embed_rows(model, rows, media, remat=remat, dropout_key=key)
             return jnp.sum(jnp.tanh(fused) @ weights) + jnp.sum(last @ weights)
 
         def step(sums: nnx.State, inputs: tuple[jax.Array, jax.Array]) -> tuple[nnx.State, None]:
@@ -112,7 +112,7 @@ def test_gradient_is_the_slope(encoder: Encoder, plain_gradients: dict[str, np.n
     def outputs(amount: jax.Array, segment: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graph, jax.tree.map(lambda a, d: a + amount * d, heads, direction), frozen, copy=True)
         media = model.bridge(segment, 5)[0]
-        return model.embed_rows(jax.tree.map(jnp.asarray, ROWS), media, dropout_key=key)
+        return builders.embed_rows(model, jax.tree.map(jnp.asarray, ROWS), media, dropout_key=key)
 
     def total(amount: float) -> float:
         found = 0.0
@@ -199,7 +199,7 @@ def decoded(encoder: Encoder) -> dict[str, jax.Array]:
     def compute(params: nnx.State) -> dict[str, jax.Array]:
         model = nnx.merge(graph, params)
         states = model.decoder(**rows, media=media, dtype=model.dtype)
-        fused, last = model.embed_rows(rows, media)
+        fused, last = builders.embed_rows(model, rows, media)
         return {"states": states, "fused": fused, "last": last}
 
     return compute(params)

@@ -7,7 +7,7 @@ import numpy as np
 from omni_jax.config import Preset
 from omni_jax.features import audio_tokens, smart_resize
 from omni_jax.features.audio import HOP, KALDI_WINDOW, SAMPLE_RATE, SEGMENT_SAMPLES
-from omni_jax.types import AudioSegment, Features, Record, VisionFeatures
+from omni_jax.types import AudioSegment, Features, Record, VideoGrid, VisionFeatures
 
 # Width and height in pixels of common cameras, phones and video sites.
 FORMATS = (
@@ -22,7 +22,7 @@ def vision(grid: tuple[int, int, int], second_per_grid: float = 0.5, first: int 
     t, h, w = grid
     patches = np.zeros((t * h * w, 1176), np.float32)
     patches[:, 0] = first + np.arange(len(patches))
-    return VisionFeatures(patches, grid, second_per_grid)
+    return VisionFeatures(patches, VideoGrid(grid, second_per_grid))
 
 
 def audio(samples: int, first: int = 0) -> tuple[AudioSegment, ...]:

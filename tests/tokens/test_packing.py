@@ -34,12 +34,12 @@ def seen(rows: RowBatch, r: int, token: int) -> np.ndarray:
 def unpack(batch: EncoderBatch) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(clip, table) -> ids, positions and media rows of everything the pooled token sees."""
     found = {}
-    for rows in batch.rows:
-        for r, k in np.argwhere(rows.owner[..., 0] >= 0):
+    for rows, owner in zip(batch.rows, batch.owners, strict=True):
+        for r, k in np.argwhere(owner[..., 0] >= 0):
             places = seen(rows, int(r), int(rows.pool[r, k]))
-            key = (int(rows.owner[r, k, 0]), TABLES[rows.owner[r, k, 1]])
+            key = (int(owner[r, k, 0]), TABLES[owner[r, k, 1]])
             assert key not in found
-            found[key] = (rows.ids[r, places], rows.positions[:, r, places], rows.media_index[r, places])
+            found[key] = (rows.ids[r, places], rows.positions[r, :, places].T, rows.media_index[r, places])
             for n, place in enumerate(places):
                 np.testing.assert_array_equal(seen(rows, int(r), int(place)), places[: n + 1])
     return found
@@ -90,12 +90,12 @@ def check(batch: EncoderBatch, features: Sequence[Features], sequences: Sequence
         np.testing.assert_array_equal(ids, sequence.ids)
         np.testing.assert_array_equal(positions, sequence.positions)
         assert [None if m < 0 else table[m] for m in media] == expected_media(sequence, features[clip])
-    for rows in batch.rows:
+    for rows, owner in zip(batch.rows, batch.owners, strict=True):
         padding = rows.segment == 0
         assert (rows.ids[padding] == CONFIG.tokens.pad).all()
         assert (rows.media_index[padding] == -1).all()
-        assert (rows.owner[..., 0] >= 0).sum(axis=1).max() <= rows.pool.shape[1]
-        for array in (rows.ids, rows.media_index, rows.positions, rows.segment, rows.branch, rows.pool, rows.owner):
+        assert (owner[..., 0] >= 0).sum(axis=1).max() <= rows.pool.shape[1]
+        for array in (rows.ids, rows.media_index, rows.positions, rows.segment, rows.branch, rows.pool, owner):
             assert array.dtype == np.int32
     rows_used = sum(int((r.segment > 0).sum()) for r in batch.rows)
     assert batch.used_tokens == rows_used + sum(kind != "" for kind, _ in table)

@@ -11,22 +11,21 @@ from hypothesis import strategies as st
 
 from omni_jax.config import TABLE_MODALITIES, TABLES, BeatsConfig, ConfigError, ModelConfig, Preset, preset
 from omni_jax.features import audio_tokens
-from omni_jax.tokens.interleave import VideoSpan
 from omni_jax.tokens.prompts import build_sequence, build_sequences, media_block
 from omni_jax.tokens.tokenizer import Tokenizer
-from omni_jax.types import SOURCE_AUDIO, SOURCE_TEXT, SOURCE_VIDEO, ClipError, Features, Record
+from omni_jax.types import SOURCE_AUDIO, SOURCE_TEXT, SOURCE_VIDEO, ClipError, Features, Record, VideoGrid
 from tests.golden_set import GoldenSet, find
 from tests.tolerances import assert_close
 
 GOLDEN = find("OMNI_GOLDEN", "wave_tiny")
 CONFIG = ModelConfig.from_hf(GOLDEN.config, BeatsConfig())
 COMBINATIONS = {"t": "text", "v": "video", "a": "audio", "tv": "tv", "ta": "at", "va": "av", "tva": "tva"}
-GRID = ((4, 12, 18), 0.55)
+GRID = VideoGrid((4, 12, 18), 0.55)
 
 
-def _media(golden: GoldenSet, clip: int) -> tuple[tuple[int, int, int], float]:
+def _media(golden: GoldenSet, clip: int) -> VideoGrid:
     t, h, w = golden.inputs[f"{clip}/grid_thw"].reshape(3).tolist()
-    return (t, h, w), float(golden.inputs[f"{clip}/second_per_grid"])
+    return VideoGrid((t, h, w), float(golden.inputs[f"{clip}/second_per_grid"]))
 
 
 def test_golden_ids_and_positions(golden: GoldenSet, tokenizer: Tokenizer, config: ModelConfig) -> None:
@@ -150,7 +149,7 @@ def test_media_block_equals_the_plain_rewrite_golden(
 ) -> None:
     grid = (steps, 2 * rows, 2 * columns)
     video, audio = (grid if "v" in kinds else None), (k if "a" in kinds else None)
-    block = media_block(CONFIG, VideoSpan(grid, second_per_grid) if video else None, audio, start=start, audio_repeat=repeat)
+    block = media_block(CONFIG, VideoGrid(grid, second_per_grid) if video else None, audio, start=start, audio_repeat=repeat)
     ids, places, owners, after = _naive_block(video, second_per_grid, audio, repeat, start)
     assert block.ids.tolist() == ids
     assert block.positions.T.tolist() == [list(p) for p in places]
@@ -163,7 +162,7 @@ def test_temporal_positions_are_truncated_in_float32_golden() -> None:
     differing = 0
     for frames in range(10, 400):
         second_per_grid = 2 / (8 / (frames / 25))
-        block = media_block(CONFIG, VideoSpan((4, 2, 2), second_per_grid), None)
+        block = media_block(CONFIG, VideoGrid((4, 2, 2), second_per_grid), None)
         exact = [1 + int(t * second_per_grid * 25) for t in range(4)]
         differing += block.positions[0, 1:-1].tolist() != exact
     assert differing > 0
@@ -171,7 +170,7 @@ def test_temporal_positions_are_truncated_in_float32_golden() -> None:
 
 def test_eos_follows_the_last_chunk_not_the_largest_position_golden() -> None:
     """Quirk of the reference (SPEC section 4): with a tall grid and one audio token, text goes back below the video's rows."""
-    block = media_block(CONFIG, VideoSpan((1, 20, 20), 0.5), 1, audio_repeat=2)
+    block = media_block(CONFIG, VideoGrid((1, 20, 20), 0.5), 1, audio_repeat=2)
     assert block.positions[:, 2:-2].max() == 10
     assert block.next == 4
 

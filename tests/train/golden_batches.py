@@ -13,7 +13,6 @@ from omni_jax.config import ModelConfig
 from omni_jax.conversion.adapter import adapter_entries
 from omni_jax.features.audio import kaldi_fbank
 from omni_jax.tokens.batching import step_layout
-from omni_jax.tokens.interleave import VideoSpan
 from omni_jax.tokens.positions import line
 from omni_jax.tokens.prompts import media_block
 from omni_jax.train import (
@@ -25,7 +24,7 @@ from omni_jax.train import (
     fit_shapes,
     pack_micro_batch,
 )
-from omni_jax.types import SOURCE_TEXT, AudioBatch, BeatsBatch, ClipMedia, Example, StepKind, TokenSequence, VisionBatch
+from omni_jax.types import SOURCE_TEXT, AudioBatch, BeatsBatch, Example, MediaBatch, StepKind, TokenSequence, VideoGrid, VisionBatch
 from tests.golden_set import GoldenSet
 
 BEATS_PATCH = 16
@@ -54,7 +53,7 @@ def recipe(golden: GoldenSet, **losses) -> StepConfig:
     )
 
 
-def media(golden: GoldenSet, config: ModelConfig, clip: int, augmented: bool = False) -> ClipMedia:
+def media(golden: GoldenSet, config: ModelConfig, clip: int, augmented: bool = False) -> MediaBatch:
     """Returns the recorded tower inputs of a clip; the reference recorded no fbank of augmented copies, so it is made here."""
     arrays, at = golden.inputs, f"{clip}/aug/" if augmented else f"{clip}/"
     t, h, w = (int(x) for x in arrays[f"{clip}/grid_thw"][0])
@@ -64,7 +63,7 @@ def media(golden: GoldenSet, config: ModelConfig, clip: int, augmented: bool = F
     chunks = [mel[start : start + frames] for start in range(0, len(mel), frames)]
     fbank = kaldi_fbank(arrays[f"{at}waveform"]) if augmented else arrays[f"{clip}/fbank"]
     whole = len(fbank) // BEATS_PATCH * BEATS_PATCH
-    return ClipMedia(
+    return MediaBatch(
         vision=VisionBatch(
             patches=arrays[f"{at}pixel_values"].reshape(t, h * w, -1), coords=np.stack([coords] * t), window=np.stack([window] * t)
         ),
@@ -72,9 +71,9 @@ def media(golden: GoldenSet, config: ModelConfig, clip: int, augmented: bool = F
             mel=np.stack([np.pad(c, ((0, frames - len(c)), (0, 0))) for c in chunks]), frames=np.array([len(c) for c in chunks], np.int32)
         ),
         beats=BeatsBatch(
-            fbank=fbank[None, :whole],
-            frames=np.array([whole], np.int32),
-            tokens=np.array([arrays[f"{clip}/audio_tokens"]], np.int32),
+            fbank=fbank[:whole],
+            frames=np.int32(whole),
+            tokens=np.int32(arrays[f"{clip}/audio_tokens"]),
             max_tokens=int(arrays[f"{clip}/audio_tokens"]),
         ),
     )
@@ -87,7 +86,7 @@ def prompt(golden: GoldenSet, config: ModelConfig, clip: int, ids: np.ndarray, m
         zeros = np.zeros(len(ids), np.int32)
         return TokenSequence(ids.astype(np.int32), line(0, len(ids)), zeros.astype(np.int8), zeros)
     grid = tuple(int(x) for x in arrays[f"{clip}/grid_thw"][0])
-    span = VideoSpan((grid[0], grid[1], grid[2]), float(arrays[f"{clip}/second_per_grid"])) if "v" in modalities else None
+    span = VideoGrid((grid[0], grid[1], grid[2]), float(arrays[f"{clip}/second_per_grid"])) if "v" in modalities else None
     block = media_block(config, span, int(arrays[f"{clip}/audio_tokens"]) if "a" in modalities else None)
     prefix, rest = len(block.ids), len(ids) - len(block.ids)
     assert np.array_equal(ids[:prefix], block.ids)

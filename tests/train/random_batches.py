@@ -13,7 +13,6 @@ import numpy as np
 from omni_jax.config import LoraConfig, ModelConfig
 from omni_jax.model import abstract_params
 from omni_jax.tokens.batching import step_layout
-from omni_jax.tokens.interleave import VideoSpan
 from omni_jax.tokens.positions import line
 from omni_jax.tokens.prompts import media_block
 from omni_jax.train import (
@@ -27,7 +26,7 @@ from omni_jax.train import (
     pack_micro_batch,
     stack_micro_batches,
 )
-from omni_jax.types import SOURCE_TEXT, AudioBatch, BeatsBatch, ClipMedia, Example, TokenSequence, VisionBatch
+from omni_jax.types import SOURCE_TEXT, AudioBatch, BeatsBatch, Example, MediaBatch, TokenSequence, VideoGrid, VisionBatch
 from tests.model.builders import EVEN, random_value
 from tests.programs import QUICK_OPTIONS
 from tests.train.golden_batches import next_sample
@@ -57,7 +56,7 @@ def recipe(*, total_steps: int = 20, learning_rate: float = 1e-2, warmup_steps: 
     )
 
 
-def media(rng: np.random.Generator, grid: tuple[int, int] = (4, 6)) -> ClipMedia:
+def media(rng: np.random.Generator, grid: tuple[int, int] = (4, 6)) -> MediaBatch:
     """Returns tower inputs of one clip: a frame of `grid` patches, a last chunk that is not full."""
     coords, window = step_layout(*grid, MODEL.vision.merge_size, MODEL.vision.window_tokens)
     patches = rng.standard_normal((STEPS, grid[0] * grid[1], MODEL.vision.patch_values)).astype(np.float32)
@@ -65,25 +64,25 @@ def media(rng: np.random.Generator, grid: tuple[int, int] = (4, 6)) -> ClipMedia
     mel = rng.standard_normal((CHUNKS, MODEL.audio.chunk_frames, MODEL.audio.num_mel_bins)).astype(np.float32)
     mel[1, frames[1] :] = 0
     tokens = int((((frames - 1) // 2 + 1) // 2).sum())
-    return ClipMedia(
+    return MediaBatch(
         vision=VisionBatch(patches=patches, coords=np.stack([coords] * STEPS), window=np.stack([window] * STEPS)),
         audio=AudioBatch(mel=mel, frames=frames),
         beats=BeatsBatch(
-            fbank=rng.standard_normal((1, FBANK, MODEL.beats.num_mel_bins)).astype(np.float32),
-            frames=np.array([FBANK], np.int32),
-            tokens=np.array([tokens], np.int32),
+            fbank=rng.standard_normal((FBANK, MODEL.beats.num_mel_bins)).astype(np.float32),
+            frames=np.int32(FBANK),
+            tokens=np.int32(tokens),
             max_tokens=tokens,
         ),
     )
 
 
-def prompt(clip: ClipMedia, grid: tuple[int, int], modalities: str, text: np.ndarray, model: ModelConfig = MODEL) -> TokenSequence:
+def prompt(clip: MediaBatch, grid: tuple[int, int], modalities: str, text: np.ndarray, model: ModelConfig = MODEL) -> TokenSequence:
     """Returns media of the clip followed by text ids."""
     if not modalities:
         zeros = np.zeros(len(text), np.int32)
         return TokenSequence(text.astype(np.int32), line(0, len(text)), zeros.astype(np.int8), zeros)
-    span = VideoSpan((STEPS, *grid), 0.7) if "v" in modalities else None
-    block = media_block(model, span, int(clip.beats.tokens[0]) if "a" in modalities else None)
+    span = VideoGrid((STEPS, *grid), 0.7) if "v" in modalities else None
+    block = media_block(model, span, int(clip.beats.tokens) if "a" in modalities else None)
     return TokenSequence(
         ids=np.concatenate([block.ids, text]).astype(np.int32),
         positions=np.concatenate([block.positions, line(block.next, len(text))], axis=1),

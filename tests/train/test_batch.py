@@ -74,19 +74,20 @@ def test_another_caption_is_a_branch_of_the_anchors_row():
     assert np.array_equal(made.rows.ids[0, 0, 0, len(anchor.ids) : end], hard.ids[hard.prefix :])
 
 
-def test_a_branch_may_stand_behind_other_prompts_of_its_row():
+def test_a_branch_follows_its_anchor_among_other_prompts_of_its_row():
     clip, kind = example(0), dataclasses.replace(TEXT, layout=(("positive", "anchor", "audio"), ("text",)))
+    assert kind.pooled(share_prefix=True) == (("positive", "anchor", "hard", "audio"), ("text",))
     anchor, hard, positive, audio = (clip.prompts[name] for name in ("anchor", "hard", "positive", "audio"))
     made = packed([clip, example(1)], kind).rows
     branch, segment, pool = (getattr(made, name)[0, 0, 0] for name in ("branch", "segment", "pool"))
     first, end = len(positive.ids), len(positive.ids) + len(anchor.ids)
-    behind = end + len(audio.ids)
-    last = behind + len(hard.ids) - hard.prefix
+    behind = end + len(hard.ids) - hard.prefix
+    last = behind + len(audio.ids)
     assert list(pool) == [first - 1, end - 1, behind - 1, last - 1]
     assert not branch[: first + anchor.prefix].any() and (branch[first + anchor.prefix : end] == 1).all()
-    assert not branch[end:behind].any() and (branch[behind:last] == 2).all()
-    assert (segment[first:end] == 2).all() and (segment[end:behind] == 3).all() and (segment[behind:last] == 2).all()
-    assert np.array_equal(made.ids[0, 0, 0, behind:last], hard.ids[hard.prefix :])
+    assert (branch[end:behind] == 2).all() and not branch[behind:last].any()
+    assert (segment[first:behind] == 2).all() and (segment[behind:last] == 3).all()
+    assert np.array_equal(made.ids[0, 0, 0, end:behind], hard.ids[hard.prefix :])
     alone = packed([clip, example(1)], TEXT).rows
     for name in ("ids", "media_index"):  # the positive reads its copy in any layout
         assert np.array_equal(getattr(made, name)[0, 0, 0, :first], getattr(alone, name)[0, 0, 1, :first])
@@ -107,7 +108,7 @@ def test_the_augmented_copy_stands_behind_the_clip():
     n = len(clip.prompts["positive"].ids)
     seen = positive[:n] >= 0
     assert np.array_equal(positive[:n][seen], anchor[:n][seen] + size)
-    assert clip.augmented is not None and np.array_equal(made.clips.mel[0, 0, 1], clip.augmented.audio.mel)
+    assert clip.augmented is not None and np.array_equal(made.clips.audio.mel[0, 0, 1], clip.augmented.audio.mel)
 
 
 def test_frames_of_other_sizes_share_a_batch():
@@ -115,7 +116,7 @@ def test_frames_of_other_sizes_share_a_batch():
     made = packed([example(0, grid=(4, 4)), example(1)], TEXT)
     small = made.rows.media_index[0, 0, 0]
     assert sorted(set(small[(small >= 0) & (small < 12)])) == [0, 1, 2, 3, 6, 7, 8, 9]
-    assert (made.clips.window[0, 0, 0, :, 16:] == -1).all()
+    assert (made.clips.vision.window[0, 0, 0, :, 16:] == -1).all()
 
 
 def test_exchanged_video_of_another_size_is_refused_unless_the_prompt_fits_it():

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 from omni_jax.config import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, ModelConfig, SpecialTokens, VisionConfig
 from omni_jax.model import abstract_params, flops
-from omni_jax.train import BatchShapes, LossConfig, TrainableConfig, TrainBatch, TrainStep, kinds_of_update, ledger, step_kind
-from omni_jax.train.batch import Rows, TowerInputs
+from omni_jax.planning.abstract import abstract_batch
+from omni_jax.train import BatchShapes, LossConfig, TrainableConfig, TrainStep, kinds_of_update, ledger, step_kind
 from omni_jax.train.ledger import ClipSizes, Passes
 from omni_jax.train.trainable import select
 from tests.model.builders import SEVEN_B
@@ -34,38 +32,6 @@ def one_layer() -> ModelConfig:
     )
 
 
-def abstract_batch(config: ModelConfig, shapes: BatchShapes, losses: LossConfig, update: int, micro: int) -> TrainBatch:
-    """Returns a batch without storage, as `pack_micro_batch` shapes it."""
-    kinds = kinds_of_update(update, micro, losses)
-    kind, shared = kinds[0], kinds[0].branches(True)
-    lead = (micro, CLIPS)
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct((*lead, *shape), dtype)  # noqa: E731
-    i32, f32 = functools.partial(array, jnp.int32), functools.partial(array, jnp.float32)
-    copies = 1 + kind.positive
-    steps = (copies, shapes.steps, shapes.patches)
-    clips = TowerInputs(
-        patches=f32(*steps, config.vision.patch_values),
-        coords=i32(*steps, 2),
-        window=i32(*steps),
-        mel=f32(copies, shapes.chunks, config.audio.chunk_frames, config.audio.num_mel_bins),
-        mel_frames=i32(copies, shapes.chunks),
-        fbank=f32(copies, shapes.fbank_frames, config.beats.num_mel_bins),
-        fbank_frames=i32(copies),
-    )
-
-    def rows(count: int, size: int, slots: int) -> Rows:
-        row = (count, size)
-        return Rows(i32(*row), i32(*row), i32(count, 3, size), i32(*row), i32(*row), i32(count, slots))
-
-    return TrainBatch(
-        clips=clips,
-        rows=rows(len(kind.rows), shapes.row_tokens, kind.slots(shared)),
-        hard=None if shared or not kind.hard else rows(1, shapes.hard_tokens, 1),
-        shuffle=jax.ShapeDtypeStruct((micro, 1, CLIPS), jnp.int32),
-        kinds=kinds,
-    )
-
-
 @pytest.mark.jit
 @pytest.mark.parametrize(
     ("update", "micro", "remat", "choice"),
@@ -85,9 +51,10 @@ def test_the_ledger_is_what_xla_counts(update: int, micro: int, remat: str, choi
     made = recipe(remat=remat, trainable=TrainableConfig(recipe=choice))
     step = TrainStep(config, made, dtype=jnp.float32)
     state, frozen = jax.eval_shape(step.init, abstract_params(config))
-    cost = step.lower(state, frozen, abstract_batch(config, SHAPES, made.losses, update, micro)).cost_analysis()
-    assert cost is not None
     kinds = kinds_of_update(update, micro, made.losses)
+    batch = abstract_batch(config, kinds[0], SHAPES, clips=CLIPS, micro_batches=micro)
+    cost = step.lower(state, frozen, batch).cost_analysis()
+    assert cost is not None
     load = ledger.padded_load(config, kinds[0], SHAPES)
     counted = CLIPS * ledger.total(ledger.clip_ledger(config, load, step.names, remat=remat, cached=micro > 1))
     assert counted <= cost["flops"] <= 1.03 * counted

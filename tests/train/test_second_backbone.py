@@ -44,7 +44,7 @@ def test_all_three_losses_fall_on_the_second_backbone():
     state, frozen = step.init(params(SECOND))
     assert all("lora_" in name for name in state.trainable)
     batches = [batch(LOSSES, update, clips=4, share_prefix=False, model=SECOND) for update in range(3)]
-    assert batches[0].clips.fbank.shape[3] == 0  # no BEATs, no filter bank on the devices
+    assert batches[0].clips.beats.fbank.shape[3] == 0  # no BEATs, no filter bank on the devices
     seen = []
     for update in range(12):
         state, metrics = step(state, frozen, batches[update % 3])
@@ -96,4 +96,4 @@ def test_its_configs_plan_its_architecture(name):
     assert config.data.resolved_preset().prefix == "passage"
     kind, shapes = planned_batch(model, config.data.resolved_preset(), kinds_of_update(0, 1, config.losses)[0])
     made = abstract_batch(model, kind, shapes, clips=4, micro_batches=1)
-    assert made.hard is not None and made.clips.fbank.shape[3] == 0  # a row of its own, though its media are the anchor's
+    assert made.hard is not None and made.clips.beats.fbank.shape[3] == 0  # a row of its own, though its media are the anchor's

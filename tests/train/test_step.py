@@ -74,9 +74,11 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(released):
     state, _ = released(state, frozen, micro(0))
     before = jax.device_get(state)
     whole, made = micro(1)
-    patches = np.array(made.clips.patches)
+    vision = made.clips.vision
+    patches = np.array(vision.patches)
     patches[0, 2, 0, 0, 3] = np.nan
-    spoilt = (whole, dataclasses.replace(made, clips=dataclasses.replace(made.clips, patches=patches)))
+    clips = dataclasses.replace(made.clips, vision=dataclasses.replace(vision, patches=patches))
+    spoilt = (whole, dataclasses.replace(made, clips=clips))
     for row in (1, 2):
         state, metrics = released(state, frozen, spoilt)
         assert int(metrics["skipped"]) == int(metrics["skipped_in_row"]) == row

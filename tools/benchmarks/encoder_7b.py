@@ -132,11 +132,10 @@ def full_batch(config: ModelConfig, clips: int, *, grid: tuple[int, int, int] = 
     row = RowBatch(
         ids=rng.integers(7, config.decoder.vocab_size, (clips, length)).astype(np.int32),
         media_index=media,
-        positions=np.broadcast_to(np.arange(length, dtype=np.int32), (3, clips, length)).copy(),
+        positions=np.broadcast_to(np.arange(length, dtype=np.int32), (clips, 3, length)).copy(),
         segment=ones,
         branch=0 * ones,
         pool=np.full((clips, 1), length - 1, np.int32),
-        owner=np.stack([np.arange(clips), np.full(clips, 6)], axis=1)[:, None].astype(np.int32),
     )
     return EncoderBatch(
         vision=(
@@ -161,6 +160,7 @@ def full_batch(config: ModelConfig, clips: int, *, grid: tuple[int, int, int] = 
             ),
         ),
         rows=(row,),
+        owners=(np.stack([np.arange(clips), np.full(clips, 6)], axis=1)[:, None].astype(np.int32),),
         used_tokens=steps * h * w // 4 + 2 * clips * tokens + clips * length,
         total_tokens=steps * h * w // 4 + 2 * clips * tokens + clips * length,
     )
@@ -187,7 +187,7 @@ def jax_forward(encoder: Encoder, batch: EncoderBatch) -> tuple[Callable[[], np.
         fbank, frames = arrays["beats"]
         parts = [model.video_tokens(*arrays["vision"]), model.whisper_tokens(*arrays["audio"]), model.beats_tokens(fbank, frames, tokens)]
         media = jnp.concatenate([p.reshape(-1, p.shape[-1]) for p in parts])
-        return model.embed_rows(arrays["rows"], media)[0][:, 0]
+        return model.embed_rows(RowBatch(**arrays["rows"]), media)[0][:, 0]
 
     arrays = device_arrays(batch, jnp.asarray)
     made: list[Any] = []

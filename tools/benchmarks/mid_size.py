@@ -16,7 +16,7 @@ from omni_jax.config import AudioConfig, BeatsConfig, DecoderConfig, ModelConfig
 from omni_jax.model import Encoder, abstract_encoder, abstract_params, with_params
 from omni_jax.tokens.batching import Planner, build_batches
 from omni_jax.tokens.prompts import build_sequences
-from omni_jax.types import AudioSegment, EncoderBatch, Features, Record, TokenSequence, VisionFeatures
+from omni_jax.types import AudioSegment, EncoderBatch, Features, Record, TokenSequence, VideoGrid, VisionFeatures
 
 PRESET = Preset()
 WORDS = 1000  # vocabulary indices from here on are ordinary text
@@ -81,7 +81,7 @@ def synthetic_clips(config: ModelConfig, count: int, *, grid: tuple[int, int, in
     clips = []
     for n in range(count):
         values = config.vision.patch_values
-        vision = VisionFeatures(rng.normal(size=(int(np.prod(grid)), values)).astype(np.float32), grid, second_per_grid=2.0)
+        vision = VisionFeatures(rng.normal(size=(int(np.prod(grid)), values)).astype(np.float32), VideoGrid(grid, 2.0))
         segment = AudioSegment(
             log_mel=rng.normal(0, 0.5, (config.audio.num_mel_bins, mel_frames)).astype(np.float32),
             fbank=rng.normal(0, 0.5, (mel_frames - 2, config.beats.num_mel_bins)).astype(np.float32),

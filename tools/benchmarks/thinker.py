@@ -104,7 +104,7 @@ class Thinker:
         return [h[:, -1] for h in kept[1:]]
 
     def _video(self, features: Sequence[VisionFeatures]) -> list[Tensor]:
-        grids = torch.tensor([f.grid_thw for f in features])
+        grids = torch.tensor([f.grid.thw for f in features])
         tokens = self.vision(torch.from_numpy(np.concatenate([f.patches for f in features])), grid_thw=grids).pooler_output
         return list(tokens.split((grids.prod(-1) // 4).tolist()))
 

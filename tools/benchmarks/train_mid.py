@@ -36,7 +36,7 @@ from omni_jax.tokens.buckets import multiple_of
 from omni_jax.tokens.prompts import build_sequence
 from omni_jax.tokens.training import EDGES, PromptLengths, lay_out
 from omni_jax.train import LossConfig, OptimizerConfig, StepConfig, TrainBatch, TrainStep, fit_shapes, ledger, pack_micro_batch, step_kind
-from omni_jax.types import AudioBatch, BeatsBatch, ClipMedia, Example, Features, TokenSequence, VisionBatch
+from omni_jax.types import AudioBatch, BeatsBatch, Example, Features, MediaBatch, TokenSequence, VisionBatch
 from tools.benchmarks import encoder_7b, mid_size
 from tools.benchmarks.timing import PAIRS, Pairs, interleave, product_rates
 
@@ -78,8 +78,7 @@ class Material:
 
         def prompt(features: Features, name: str, caption: str | None) -> TokenSequence:
             assert features.vision is not None
-            vision = (features.vision.grid_thw, features.vision.second_per_grid)
-            return build_sequence(words, config, mid_size.PRESET, TABLES[name], caption, vision, features.audio_tokens)
+            return build_sequence(words, config, mid_size.PRESET, TABLES[name], caption, features.vision.grid, features.audio_tokens)
 
         captions = [clip.record.text for clip in clips]
         prompts = [
@@ -101,7 +100,7 @@ class Material:
         for clip, prompts in zip(self.clips, self.prompts[0], strict=True):
             assert clip.vision is not None and clip.audio is not None
             filler = len(prompts["video"].ids) - prompts["video"].prefix
-            sizes = ledger.ClipSizes(clip.vision.grid_thw, clip.audio[0].log_mel.shape[1], len(prompts["text"].ids), filler)
+            sizes = ledger.ClipSizes(clip.vision.grid.thw, clip.audio[0].log_mel.shape[1], len(prompts["text"].ids), filler)
             assert sizes.prompt("anchor") == len(prompts["anchor"].ids)
             found.append(sizes)
         return found
@@ -191,20 +190,20 @@ def leaves(encoder: Encoder) -> dict[tuple[str, ...], jax.Array]:
     return {tuple(map(str, path)): p[...] for path, p in nnx.to_flat_state(nnx.state(encoder, nnx.Param))}
 
 
-def media(clip: Features, config: ModelConfig) -> ClipMedia:
+def media(clip: Features, config: ModelConfig) -> MediaBatch:
     """Returns tower inputs of one clip with a single audio segment."""
     assert clip.vision is not None and clip.audio is not None
-    (segment,), (t, h, w) = clip.audio, clip.vision.grid_thw
+    (segment,), (t, h, w) = clip.audio, clip.vision.grid.thw
     coords, window = step_layout(h, w, config.vision.merge_size, config.vision.window_tokens)
     frames = config.audio.chunk_frames
     chunks = [segment.log_mel.T[start : start + frames] for start in range(0, segment.log_mel.shape[1], frames)]
     whole = len(segment.fbank) // config.beats.patch_size * config.beats.patch_size
-    return ClipMedia(
+    return MediaBatch(
         vision=VisionBatch(clip.vision.patches.reshape(t, h * w, -1), np.stack([coords] * t), np.stack([window] * t)),
         audio=AudioBatch(
             np.stack([np.pad(c, ((0, frames - len(c)), (0, 0))) for c in chunks]), np.array([len(c) for c in chunks], np.int32)
         ),
-        beats=BeatsBatch(segment.fbank[None, :whole], np.array([whole]), np.array([segment.tokens], np.int32), segment.tokens),
+        beats=BeatsBatch(segment.fbank[:whole], np.int32(whole), np.int32(segment.tokens), segment.tokens),
     )
 
 

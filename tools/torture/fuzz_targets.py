@@ -25,7 +25,7 @@ from omni_jax.conversion.torch_pickle import read_torch_file
 from omni_jax.data.manifest import read_manifest
 from omni_jax.tokens.prompts import build_sequences
 from omni_jax.tokens.tokenizer import CONTROL_TOKENS, Tokenizer
-from omni_jax.types import ClipError, Features, InputError, Record, VisionFeatures
+from omni_jax.types import ClipError, Features, InputError, Record, VideoGrid, VisionFeatures
 from tests.conversion.torch_files import Assembler, write_program
 from tools.torture.commands import golden
 
@@ -163,7 +163,7 @@ def prompt_builder(data: bytes) -> None:
     """A caption becomes ordinary text, whatever stands in it; one that is no text is refused."""
     tokenizer, config, control = _model()
     text = data[1:].decode("utf-8", errors="surrogatepass" if data[:1] < b"\x80" else "surrogateescape") if _decodes(data) else "x"
-    vision = VisionFeatures(np.zeros((16, config.vision.patch_values), np.float32), (1, 4, 4), second_per_grid=1.0)
+    vision = VisionFeatures(np.zeros((16, config.vision.patch_values), np.float32), VideoGrid((1, 4, 4), 1.0))
     record = Features(Record(id="x", text=text), vision=vision)
     with _nothing_runs():
         try:
