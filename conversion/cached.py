@@ -16,6 +16,7 @@ from omni_jax.config.compile_cache import VARIABLE, cache_root
 from omni_jax.config.hub_name import is_hub_name
 from omni_jax.conversion import hub
 from omni_jax.conversion.folder import FORMAT, MANIFEST
+from omni_jax.io import write_whole
 from omni_jax.types import InputError
 
 MODELS = "models"  # folder of the cache
@@ -155,9 +156,7 @@ def _write_record(place: Path, record: Mapping[str, Any]) -> None:
         part: {k: sorted({*v, *before.get(part, {}).get(k, ())}) if k == "revisions" else v for k, v in said.items()}
         for part, said in record.items()
     }
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(merged, indent=1) + "\n")
-    temporary.replace(target)
+    write_whole(target, json.dumps(merged, indent=1) + "\n")
 
 
 def _read_record(path: Path) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from omni_jax import conversion
-from omni_jax.api.weights import base_digests, own_preset
+from omni_jax.api.saving import save_model
+from omni_jax.api.weights import base_digests, load_params, open_model, own_preset
 from omni_jax.cli.embed import choose_preset
 from omni_jax.cli.main import build_parser, main
 from omni_jax.config import ModelConfig, preset
@@ -23,6 +24,7 @@ from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.state import new_state
 from omni_jax.train.trainable import select
 from omni_jax.train.workdir import WorkdirConfig, claim
+from omni_jax.types import InputError
 from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import beats_file
 from tests.conversion.test_trained import trained
@@ -115,3 +117,19 @@ def test_a_workdir_is_read_as_it_was_trained(tmp_path: Path) -> None:
     assert choose_preset(parser.parse_args([*usual, "--set", "frames=2"])) == trained_with.override(["frames=2"])
     assert choose_preset(parser.parse_args([*usual, "--preset", "training"])) == preset("training")
     assert own_preset(tmp_path / "model") == preset("training")
+
+
+def test_a_trained_model_is_saved_as_a_folder_of_its_own(tmp_path: Path) -> None:
+    run = workdir(tmp_path, LORA, "adapter", 2)
+    save_model(open_model(run), tmp_path / "saved")
+    saved, source = open_model(tmp_path / "saved"), open_model(run)
+    assert (saved.step, saved.config) == (None, source.config)
+    before, after = load_params(source, jnp.float32), load_params(saved, jnp.float32)
+    assert before.keys() == after.keys()
+    for path, value in before.items():
+        assert_close(after[path], value, "round_trip")
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "model", "run", "saved"}
+    save_model(saved, tmp_path / "copy")
+    assert read_manifest(tmp_path / "copy") == read_manifest(tmp_path / "saved")
+    with pytest.raises(InputError, match="exists and is not an empty folder"):
+        save_model(saved, tmp_path / "copy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -217,3 +218,25 @@ def test_top_level_help_and_package_import_load_no_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asks"),
+    [
+        (["embed", "--model", "owner/name"], True),
+        (["search", "--model=owner/name"], True),
+        (["embed", "--model", "m", "--adapter", "owner/name"], True),
+        (["push", "--repo", "owner/name"], True),
+        (["embed", "--model", "omni7b", "--manifest", "owner/name"], False),
+        (["eval", "owner/name"], False),
+    ],
+)
+def test_the_hub_may_be_asked_where_a_name_on_it_is_given(monkeypatch: pytest.MonkeyPatch, arguments: list[str], asks: bool) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "1")  # restored afterwards
+        monkeypatch.delenv(name)
+    cli._stay_offline(arguments)
+    assert ("HF_HUB_OFFLINE" not in os.environ) == asks
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    cli._stay_offline(arguments)
+    assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import omni_jax
 from omni_jax.api.training import Outcome
 from omni_jax.cli.config_file import read_config
 from omni_jax.cli.main import main
@@ -16,7 +17,7 @@ from omni_jax.config import ConfigError
 from omni_jax.conversion.folder import read_manifest
 from omni_jax.types import InputError
 from tests.house import ROOT
-from tests.train.tiny_run import CONFIG
+from tests.train.tiny_run import CONFIG, make_files
 
 TINY = str(ROOT / "configs" / "tiny.py")
 
@@ -187,3 +188,18 @@ def test_an_old_name_of_a_field_is_read_and_the_new_one_is_told(tmp_path: Path, 
     run = read_config(str(tmp_path / "own.py"), ["losses.weights.pairwise=3"])
     assert run.losses.weights == {"tuple": 0.5, "distillation": 1.0, "pairwise": 3.0}
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.jit
+@pytest.mark.slow
+def test_a_run_from_python_trains_resumes_and_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = read_config(str(make_files(tmp_path)), ["steps=2", "evaluation.manifest=", "batch.blocks=1"])
+    assert isinstance(run, omni_jax.TrainConfig)
+    lines: list[str] = []
+    outcome = omni_jax.train(run, tmp_path / "run", log=lines.append, show_progress=True)
+    assert (outcome.step, outcome.total, outcome.finished) == (2, 2, True)
+    assert lines
+    assert "2/2" in capsys.readouterr().err
+    assert omni_jax.train(run.to_json(), tmp_path / "run", log=lines.append).finished
+    model = omni_jax.OmniRetriever.from_pretrained(tmp_path / "run")
+    assert model.encode("a caption").shape == (model.dim,)
