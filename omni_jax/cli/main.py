@@ -37,6 +37,7 @@ COMMANDS = {
     "presets": "embed and score the same clips under every preset, in one table",
     "search": "search an embedding file by text, audio, video or audio and video together",
     "export": "turn an embedding file into FAISS indexes, Parquet, .npy files or int8, with the recall that int8 costs",
+    "mteb": "run tasks of mteb, whose data it downloads, and keep results that can be submitted",
     "bench-data": "make a manifest from a public benchmark's annotations and the media you have",
     "mine": "find hard negatives for the records of a manifest",
     "prepare": "decode a manifest of clips into shards for training",
@@ -48,6 +49,7 @@ COMMANDS = {
 """Command -> what it does, in one line, in the order of the help; the module of bench-data is bench_data.py."""
 
 MODELS = ("--model", "--adapter")  # options whose values may be names on the Hub
+ONLINE = ("mteb", "push")  # commands that use the network by what they are
 UNCACHED = ("compile",)  # compiles for chips that are not there, to look at the programs
 
 
@@ -91,10 +93,10 @@ def build_parser(name: str | None = None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1, 2, 75 or 130 as in status.py."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _stay_offline(arguments)
+    name = next((a for a in arguments if not a.startswith("-")), None)
+    _stay_offline(arguments, name)
     silence_libtpu()
     _clean_up_quietly()
-    name = next((a for a in arguments if not a.startswith("-")), None)
     debug = "--debug" in arguments
     try:
         parser = build_parser(name)
@@ -154,14 +156,14 @@ def _report(line: str, debug: bool) -> int:
     return BAD_INPUT
 
 
-def _stay_offline(arguments: Sequence[str]) -> None:
+def _stay_offline(arguments: Sequence[str], command: str | None) -> None:
     """Keeps the libraries below from asking a hub for files that nobody named, and from printing advice about packages this project does
     without."""
     for name in ("HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         os.environ.setdefault(name, "1")
     named = (value for option, value in itertools.pairwise(arguments) if option in MODELS)
     glued = (value for option, _, value in (argument.partition("=") for argument in arguments) if option in MODELS)
-    if "push" not in arguments[:2] and not any(is_hub_name(value) for value in (*named, *glued)):
+    if command not in ONLINE and not any(is_hub_name(value) for value in (*named, *glued)):
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

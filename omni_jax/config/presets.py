@@ -242,3 +242,8 @@ def presets_for(prompt: str) -> dict[str, Preset]:
 def default_preset(prompt: str) -> Preset:
     """Returns the preset that a backbone was trained with."""
     return next(iter(presets_for(prompt).values()))
+
+
+def mteb_preset(prompt: str) -> str:
+    """Returns the name of the preset that does what mteb's own wrapper of a backbone does."""
+    return next(name for name in presets_for(prompt) if name.endswith("mteb"))

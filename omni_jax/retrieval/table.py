@@ -41,7 +41,7 @@ def format_table(result: Mapping[str, Any]) -> str:
     for name in AVERAGES:
         value = result.get(name)
         rows.append([name, _cell(value, ".2f"), *([_cell(spread.get(name), ".1f")] if INTERVAL in shown and value is not None else [])])
-    lines = _aligned(rows, rule_before=(1, len(rows) - len(AVERAGES)))
+    lines = aligned(rows, rule_before=(1, len(rows) - len(AVERAGES)))
     lines += ["", f"{result['n']} records; rates, NDCG and MRR in percent; averages are means of R@1."]
     if spread or INTERVAL in shown:
         drawn = result["bootstrap"]
@@ -87,7 +87,7 @@ def format_comparison(results: Mapping[str, Mapping[str, Any]], metric: str = "R
     averages = [[name, *(_cell(result.get(name), ".2f") for result in results.values())] for name in AVERAGES]
     if metric == "R@1":
         rows += averages
-    lines = _aligned(rows, rule_before=(1, len(rows) - len(averages)) if metric == "R@1" else (1,))
+    lines = aligned(rows, rule_before=(1, len(rows) - len(averages)) if metric == "R@1" else (1,))
     sizes = {name: result["n"] for name, result in results.items() if "n" in result}
     if len(set(sizes.values())) > 1:
         lines += ["", "Note: galleries differ in size, so these columns are not comparable: " + _listed(sizes) + "."]
@@ -105,7 +105,7 @@ def format_differences(name: str, other: str, differences: Mapping[str, Differen
         found = differences[key]
         low, high = (format(end, "+.2f") for end in found.interval)
         rows.append([key, format(found.difference, "+.2f"), f"{low} to {high}", chance(found.p), chance(found.p_holm)])
-    lines = [f"{name} less {other}, percentage points:", *_aligned(rows, rule_before=(1, 1 + len(directions)))]
+    lines = [f"{name} less {other}, percentage points:", *aligned(rows, rule_before=(1, 1 + len(directions)))]
     return "\n".join(
         [*lines, "", f"p: sign-flip test, record by record; Holm: corrected for the number of directions ({len(directions)})."]
     )
@@ -122,7 +122,8 @@ def _cell(value: Any, spec: str) -> str:
     return ABSENT if value is None else format(value, spec)
 
 
-def _aligned(rows: Sequence[Sequence[str]], rule_before: Sequence[int]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], rule_before: Sequence[int]) -> list[str]:
+    """Returns rows of cells as lines, the first column to the left and the others to the right; rules stand before some rows."""
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     lines = []
     for number, row in enumerate(rows):
