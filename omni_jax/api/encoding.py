@@ -98,7 +98,7 @@ def encode_items(
         loaded = run.loaded(run_guarded(function, items, workers, DECODE_LIMIT_S, name=_name, here=here))
         bar = stack.enter_context(_Progress(show_progress, count, batch_size))
         stack.enter_context(model.told_of_programs(bar.compiling))
-        parts = model.embed_features(loaded, TABLES, _own_table, batch_size=batch_size, normalize=normalize and truncate_dim is None)
+        parts = model.embed_features(loaded, TABLES, own_table, batch_size=batch_size, normalize=normalize and truncate_dim is None)
         for part in stack.enter_context(contextlib.closing(parts)):
             bar.update(part.records)
             run.add(part)
@@ -331,7 +331,7 @@ def _prompt(model: Model, name: str | None) -> str | None:
     return name
 
 
-def _own_table(features: Features) -> tuple[str, ...]:
+def own_table(features: Features) -> tuple[str, ...]:
     """Returns the table of all that an item has."""
     has = {"t": features.record.text is not None, "v": features.vision is not None, "a": features.audio is not None}
     return (_TABLE_OF[frozenset(modality for modality, there in has.items() if there)],)

@@ -80,26 +80,33 @@ class OmniRetrieverEncoder(AbsEncoder):
 
 
 def model_meta(
-    folder: str | os.PathLike[str], *, preset: Any = None, dtype: str = "keep", step: int | None = None, **fields: Any
+    folder: str | os.PathLike[str],
+    *,
+    preset: Any = None,
+    dtype: str = "keep",
+    weights: str = "keep",
+    step: int | None = None,
+    **fields: Any,
 ) -> ModelMeta:
     """Returns mteb's record of a model; no weights are read for it.
 
     Its revision is a digest of weights, architecture and tokenizer; preset and dtype are its `experiment_kwargs`.
 
     Args:
-      folder, dtype, step: as `OmniRetriever.from_pretrained` takes them.
+      folder, dtype, weights, step: as `OmniRetriever.from_pretrained` takes them.
       preset: a preset, its name or its fields; None: what mteb's own wrapper of this backbone does.
       fields: of `ModelMeta`, in place of what stands here: name ("organization/model"), license, release_date, ...
 
     Raises:
       InputError, ConfigError: as `OmniRetriever.from_pretrained`.
     """
-    source = open_model(find_model(folder), step)
+    source = open_model(find_model(folder), step, weights)
     chosen = _preset(mteb_preset(source.config.prompt) if preset is None else preset)
     chosen.check(source.config.prompt)
     made = made_with(source, chosen, dtype=dtype)
     digest = hashlib.sha256(json.dumps([made["weights"], made["model"], made["tokenizer"]], sort_keys=True).encode()).hexdigest()
     shapes = {path: math.prod(leaf.shape) for path, leaf in abstract_params(source.config).items()}
+    held = {"weights": weights, "step": step}
     known = {name: None for name, field in ModelMeta.model_fields.items() if field.is_required()} | {
         "loader": functools.partial(OmniRetrieverEncoder, folder=os.fspath(folder)),
         "name": f"omni_jax/{Path(folder).resolve().name}",
@@ -113,7 +120,8 @@ def model_meta(
         "similarity_fn_name": ScoringFunction.COSINE,
         "use_instructions": source.config.prompt == "chat",
         "modalities": list(MODALITIES),
-        "experiment_kwargs": {"preset": _recorded(chosen), "dtype": dtype} | ({"step": step} if step is not None else {}),
+        "experiment_kwargs": {"preset": _recorded(chosen), "dtype": dtype}
+        | {name: x for name, x in held.items() if x not in (None, "keep")},
     }
     return ModelMeta(**known | fields)
 

@@ -250,6 +250,10 @@ class OmniRetriever:
         """Prompt name -> what stands before a caption; empty for a backbone that was trained without."""
         return {name: f"{name}: " for name in PREFIXES} if self.config.prompt == "chat" else {}
 
+    def count_tokens(self, text: str) -> int:
+        """Returns the tokens of a caption, before it is cut. Raises ClipError for text that is not valid Unicode."""
+        return len(self._tokenizer.encode_text(text))
+
     def __repr__(self) -> str:
         lora, devices = self.config.lora, len(jax.devices())
         preset = next((name for name, known in PRESETS.items() if known == self.preset), "of its own")

@@ -36,6 +36,7 @@ COMMANDS = {
     "eval": "score an embedding file in the 12 directions between text, video, audio and their pairs",
     "presets": "embed and score the same clips under every preset, in one table",
     "search": "search an embedding file by text, audio, video or audio and video together",
+    "serve": "search clips on a local page, and embed and search over HTTP",
     "export": "turn an embedding file into FAISS indexes, Parquet, .npy files or int8, with the recall that int8 costs",
     "mteb": "run tasks of mteb, whose data it downloads, and keep results that can be submitted",
     "bench-data": "make a manifest from a public benchmark's annotations and the media you have",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from omni_jax.cli.argtypes import positive, whole
-from omni_jax.cli.embed import add_model_arguments, add_preset_arguments, check_preset, choose_preset, take_model
+from omni_jax.cli.embed import add_model_arguments, add_preset_arguments, add_weights_arguments, check_preset, choose_preset, take_model
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE
 from omni_jax.config import mteb_preset
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", metavar="ORGANIZATION/MODEL", help="name in the results (default: omni_jax/FOLDER)")
     parser.add_argument("--batch-size", type=positive(int), default=16, metavar="N", help="items encoded together (default: %(default)s)")
     parser.add_argument("--workers", type=whole, metavar="N", help="decoding processes (default: one less than the cores)")
-    parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="weights and computation (default: keep)")
+    add_weights_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     take_model(args)
     args.preset = args.preset or mteb_preset(prompt_kind(args.model))
     fields = {"name": args.name} if args.name else {}
-    encoder = OmniRetrieverEncoder(str(args.model), preset=choose_preset(args), dtype=args.dtype, **fields)
+    encoder = OmniRetrieverEncoder(str(args.model), preset=choose_preset(args), dtype=args.dtype, weights=args.weights, **fields)
     options: Any = {"batch_size": args.batch_size} | ({"workers": args.workers} if args.workers is not None else {})
     cache = mteb.ResultCache(args.out)
     results = mteb.evaluate(encoder, tasks, encode_kwargs=options, cache=cache, co2_tracker=False, raise_error=False)

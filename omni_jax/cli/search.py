@@ -7,13 +7,15 @@ import functools
 import json
 import sys
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 from omni_jax.cli.embed import add_model_arguments, add_preset_arguments, add_weights_arguments, check_preset, choose_preset
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE
 from omni_jax.config import TABLES, Preset
 from omni_jax.config.made_with import held_otherwise, listed, made_otherwise
-from omni_jax.types import EmbeddingTable, InputError
+from omni_jax.types import InputError
 
 EXAMPLE = 'omni-jax search --model omni7b --index clips.npz --text "a whistle over a gradient sky" -k 5'
 
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if not index.ids:
         raise InputError(f"{args.index[0]}: holds no records")
     chosen = choose_preset(args, index.made_with)
-    _check_origin(args, index, chosen)
+    check_origin(args, index.made_with, chosen)
 
     from omni_jax.api import OmniRetriever
     from omni_jax.retrieval.search import Index
@@ -107,13 +109,13 @@ def _show(args: argparse.Namespace, kind: str | None, name: str, table: str, rec
         print(f"{rank:4d}  {score:7.4f}  {one_line(name)}")
 
 
-def _check_origin(args: argparse.Namespace, index: EmbeddingTable, chosen: Preset) -> None:
-    """Compares what an index was made with and what searches it, before weights are read.
+def check_origin(args: argparse.Namespace, recorded: Mapping[str, Any] | None, chosen: Preset) -> None:
+    """Compares what an index was made with (None: unknown) and what searches it, before weights are read.
 
     Raises:
       InputError: where the model or the preset is another, unless the arguments say that it may be.
     """
-    if index.made_with is None:
+    if recorded is None:
         print(f"{args.index[0]}: what it was made with is not recorded; search it with the model and preset that made it", file=sys.stderr)
         return
     from omni_jax.api.made_with import made_with
@@ -121,8 +123,8 @@ def _check_origin(args: argparse.Namespace, index: EmbeddingTable, chosen: Prese
     from omni_jax.retrieval.search import FREE
 
     here = made_with(open_model(args.model, weights=args.weights), chosen, dtype=args.dtype)
-    found = made_otherwise(index.made_with, here, FREE)
-    if held := held_otherwise(index.made_with, here):
+    found = made_otherwise(recorded, here, FREE)
+    if held := held_otherwise(recorded, here):
         print(f"{args.index[0]}: was made with weights of another precision: {listed(held)}; cosines differ a little", file=sys.stderr)
     if found and not args.unchecked:
         raise InputError(

@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-BENCHMARKS = ("encoder_mid", "train_mid", "tables", "ranking", "conversion_memory", "embed_memory", "media")
+BENCHMARKS = ("encoder_mid", "train_mid", "tables", "ranking", "conversion_memory", "embed_memory", "media", "serving")
 TIMED = ("encoder_mid", "train_mid", "tables", "ranking", "media")  # those that take --pairs
 
 

@@ -1,0 +1,103 @@
+"""Requests of many clients encoded together: whatever waits while a batch is computed makes the next one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from omni_jax.types import ClipError, Features
+
+Encode = Callable[[Sequence[Features]], Sequence[np.ndarray | ClipError]]
+
+
+class Busy(Exception):
+    """More requests wait than may."""
+
+
+class Batcher:
+    """One queue before the encoder.
+
+    Attributes:
+      waiting: items that wait for their batch.
+      batches, items: batches encoded so far, and the items in them.
+    """
+
+    def __init__(self, encode: Encode, size: int, most_waiting: int, wait_s: float = 0.002) -> None:
+        """Starts nothing; `run` does.
+
+        Args:
+          encode: a vector (D,) for each item, or the reason why there is none. Called in one thread of its own, never twice at a time.
+          size: items of a batch, at most; 1 encodes each alone.
+          most_waiting: items that may wait.
+          wait_s: seconds that a first item waits for others where the encoder is idle.
+        """
+        self._encode, self._size, self._most_waiting, self._wait_s = encode, size, most_waiting, wait_s
+        self._waiting: list[tuple[Features, asyncio.Future[np.ndarray]]] = []
+        self._arrived = asyncio.Event()
+        self._thread: Executor = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self.batches = self.items = 0
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    async def vectors(self, items: Sequence[Features]) -> list[np.ndarray]:
+        """Returns the embedding (D,) of each item.
+
+        Raises:
+          Busy: where too many wait already.
+          ClipError: for the first item that cannot be embedded.
+        """
+        if len(self._waiting) + len(items) > self._most_waiting:
+            raise Busy
+        loop = asyncio.get_running_loop()
+        places: list[asyncio.Future[np.ndarray]] = [loop.create_future() for _ in items]
+        self._waiting += zip(items, places, strict=True)
+        self._arrived.set()
+        try:
+            return await asyncio.gather(*places)
+        finally:
+            for place in places:  # of a client that has left: nothing is computed for it
+                place.cancel()
+
+    async def run(self) -> None:
+        """Encodes batch after batch until it is cancelled."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                await self._arrived.wait()
+                if len(self._waiting) < self._size and self._wait_s:
+                    await asyncio.sleep(self._wait_s)
+                self._waiting = [pair for pair in self._waiting if not pair[1].done()]
+                batch, self._waiting = self._waiting[: self._size], self._waiting[self._size :]
+                if not self._waiting:
+                    self._arrived.clear()
+                if batch:
+                    outcomes = await loop.run_in_executor(self._thread, self._outcomes, [item for item, _ in batch])
+                    self.batches, self.items = self.batches + 1, self.items + len(batch)
+                    _deliver([place for _, place in batch], outcomes)
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            for _, place in self._waiting:
+                place.cancel()
+
+    def _outcomes(self, items: Sequence[Features]) -> Sequence[Any]:
+        """Vectors or exceptions: where a batch fails as a whole, its items are tried one by one, so that none takes the others along."""
+        try:
+            return self._encode(items)
+        except Exception as error:
+            return [error] if len(items) == 1 else [outcome for item in items for outcome in self._outcomes([item])]
+
+
+def _deliver(places: Sequence[asyncio.Future[np.ndarray]], outcomes: Sequence[Any]) -> None:
+    for place, outcome in zip(places, outcomes, strict=True):
+        with contextlib.suppress(asyncio.InvalidStateError):  # cancelled meanwhile
+            if isinstance(outcome, BaseException):
+                place.set_exception(outcome)
+            else:
+                place.set_result(outcome)

@@ -1,0 +1,148 @@
+"""What is searched: the tables of an embedding file, and the captions and media of their records."""
+
+from __future__ import annotations
+
+import collections
+import stat
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from omni_jax.media.preview import Preview, record_preview
+from omni_jax.media.workers import Guarded
+from omni_jax.retrieval.embedding_file import read_embeddings
+from omni_jax.retrieval.search import Index, target_table
+from omni_jax.types import ClipError, Record
+
+TYPES = {
+    ".mp4": "video/mp4",
+    ".m4v": "video/mp4",
+    ".mov": "video/quicktime",
+    ".webm": "video/webm",
+    ".mkv": "video/x-matroska",
+    ".wav": "audio/wav",
+    ".flac": "audio/flac",
+    ".mp3": "audio/mpeg",
+    ".ogg": "audio/ogg",
+    ".opus": "audio/ogg",
+    ".m4a": "audio/mp4",
+}
+"""Suffix -> type of the files that are given out whole: what a browser plays, and never a page or a script."""
+
+PREVIEW_LIMIT_S = 30.0
+KEPT_BYTES = 128 << 20  # of previews in memory
+
+
+class Library:
+    """Tables checked once, and records by number.
+
+    Attributes:
+      ids: of all records.
+      sizes: table -> its rows.
+    """
+
+    def __init__(self, indexes: Mapping[str, Index], records: Mapping[str, Record], media: Path | None) -> None:
+        """Takes opened tables, records by id for captions and paths, and the folder that media are given out from (None: no media)."""
+        self._indexes = indexes
+        self._rows = {name: tuple(index.ids or ()) for name, index in indexes.items()}
+        self.ids = tuple(dict.fromkeys(record for ids in self._rows.values() for record in ids))
+        self.sizes = {name: len(ids) for name, ids in self._rows.items()}
+        self._numbers = {record: number for number, record in enumerate(self.ids)}
+        self._records, self._media = records, media.resolve() if media is not None else None
+        self._preview = Guarded(record_preview, PREVIEW_LIMIT_S)
+        self._kept: collections.OrderedDict[int, Preview] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def table_for(self, query: str, chosen: str | None) -> str:
+        """Returns the table to search in, as `omni-jax search` chooses it. Raises InputError where it is not there."""
+        return target_table(query, self.sizes, chosen)
+
+    def search(self, table: str, vector: np.ndarray, k: int) -> list[dict[str, Any]]:
+        """Returns the k records nearest to a vector (D,), nearest first: number, id, score, caption, what can be seen and heard.
+
+        Raises:
+          InputError: for a vector of another width, or k below 1.
+        """
+        scores, rows = self._indexes[table].search(vector, k)
+        ids = self._rows[table]
+        found = [(ids[row], float(score)) for row, score in zip(rows.tolist(), scores, strict=True)]
+        return [{"number": self._numbers[name], "id": name, "score": score, **self._shown(name)} for name, score in found]
+
+    def _shown(self, name: str) -> dict[str, Any]:
+        record = self._records.get(name)
+        if record is None:
+            return {"caption": None, "image": False, "sound": False, "file": None}
+        video, audio = (self._confined(path) for path in (record.video, record.audio))
+        playable = next((path for path in (video, audio) if path is not None and path.suffix.lower() in TYPES), None)
+        kind = TYPES[playable.suffix.lower()].partition("/")[0] if playable is not None else None
+        return {"caption": record.text, "image": video is not None, "sound": audio is not None, "file": kind}
+
+    def file(self, number: int) -> tuple[Path, str] | None:
+        """Returns a record's media file and its type; None where it has none that is given out."""
+        record = self._record(number)
+        for path in (record.video, record.audio) if record is not None else ():
+            found = self._confined(path)
+            if found is not None and (kind := TYPES.get(found.suffix.lower())) is not None:
+                return found, kind
+        return None
+
+    def preview(self, number: int) -> Preview:
+        """Returns a record's pictures and sound, decoded in a process that can be ended; an empty preview where there are none."""
+        with self._lock:
+            if (known := self._kept.get(number)) is not None:
+                self._kept.move_to_end(number)
+                return known
+        record = self._record(number)
+        if record is None:
+            return Preview()
+        shown = Record(record.id, None, self._confined(record.video), self._confined(record.audio), record.timestamps)
+        try:
+            found: Preview = self._preview(shown, record.id)
+        except ClipError as error:
+            found = Preview(problems=(str(error),))
+        with self._lock:
+            self._kept[number] = found
+            while sum(map(_size, self._kept.values())) > KEPT_BYTES:
+                self._kept.popitem(last=False)
+        return found
+
+    def close(self) -> None:
+        """Ends the processes that decode previews."""
+        self._preview.close()
+
+    def _record(self, number: int) -> Record | None:
+        return self._records.get(self.ids[number]) if 0 <= number < len(self.ids) else None
+
+    def _confined(self, path: Path | None) -> Path | None:
+        """The file itself, links followed, where it lies in the folder of media and is a regular file."""
+        if path is None or self._media is None:
+            return None
+        try:
+            found = path.resolve(strict=True)
+            inside = found.is_relative_to(self._media) and stat.S_ISREG(found.stat().st_mode)
+        except (OSError, ValueError, RuntimeError):
+            return None
+        return found if inside else None
+
+
+def open_indexes(files: Sequence[str]) -> dict[str, Index]:
+    """Returns every table of an embedding file, or of the parts of one set, mapped into memory where that is possible.
+
+    Raises:
+      InputError: for a file that cannot be read, or holds no records or rows that have no direction.
+    """
+    names: list[str] = []
+
+    def first(found: Collection[str]) -> str:
+        names[:] = names or found  # asked again of the table alone
+        return names[0]
+
+    read_embeddings(files, first)
+    return {name: Index.open(files, name) for name in names}
+
+
+def _size(preview: Preview) -> int:
+    return len(preview.image or b"") + len(preview.sound or b"") + 256
