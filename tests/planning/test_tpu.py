@@ -72,6 +72,18 @@ def test_the_embedding_pass_and_the_evaluator_compile():
     assert set(names.values()) == {"fits"}
 
 
+def test_the_7b_embeds_on_one_chip_of_16_gb_in_int8(tmp_path: Path):
+    """With the weights of all programs resident, and two GiB to spare."""
+    out = tmp_path / "plan.json"
+    given = ["--config", str(ROOT / "configs/omniretriever_7b.py"), "--topology", "v5e:1x1", "--programs", "embed", "--weights", "int8"]
+    assert main(["compile", *given, "--json", str(out)]) == 0
+    made = json.loads(out.read_text())
+    assert made["held"] == "int8" and 8.5 * 2**30 < made["weights"]["bytes"] < 9 * 2**30
+    peaks = {program["program"]: program["memory_gib"]["peak"] for program in made["programs"]}
+    assert peaks.keys() == {"embed/vision", "embed/audio", "embed/beats", "embed/rows"}
+    assert min(peaks.values()) > 8.7 and max(peaks.values()) < 15.75 - 2
+
+
 def test_the_command_compiles_a_part_of_a_host_as_a_run_would_and_keeps_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     table, out = tmp_path / "table.json", tmp_path / "sub/plan.json"
     given = ["--config", TINY, "--topology", "v5e:1x1", "--programs", "train", "--kinds", "1", "--table", str(table), "--json", str(out)]

@@ -95,7 +95,7 @@ def test_a_run_over_int8_resumes_embeds_and_gives_its_base_back(tmp_path: Path, 
     run = tmp_path / "run"
     finish(command(config, run, **CHANGES), around)
     said = finish(command(config, run, **CHANGES), around)
-    assert "going on after update 2" in said
+    assert "resuming from step 2" in said
     refused = finish(command(config, run, **CHANGES | {"model__weights": "keep"}), around, status=2)
     assert "model.weights is 'int8' there, 'keep' here" in refused
 
@@ -105,7 +105,7 @@ def test_a_run_over_int8_resumes_embeds_and_gives_its_base_back(tmp_path: Path, 
     record = json.loads((before / "config.json").read_text())
     del record["run"]["model"]["weights"], record["model"]["weights"], record["model"]["kept"]
     (before / "config.json").write_text(json.dumps(record))
-    assert "going on after update 2" in finish(command(config, before, **CHANGES | {"model__weights": "keep"}), around)
+    assert "resuming from step 2" in finish(command(config, before, **CHANGES | {"model__weights": "keep"}), around)
 
     source = open_model(run)
     assert source.config.weights == "int8" and "head/fc1" in source.config.kept
