@@ -84,6 +84,15 @@ def test_the_7b_embeds_on_one_chip_of_16_gb_in_int8(tmp_path: Path):
     assert min(peaks.values()) > 8.7 and max(peaks.values()) < 15.75 - 2
 
 
+def test_a_step_over_int8_gathers_int8():
+    whole, held = (planned("v5e:2x2", *changes)["programs"][0] for changes in ((), ("model.weights=int8",)))
+    assert held["status"] == "fits" and held["memory_gib"]["arguments"] < whole["memory_gib"]["arguments"]
+    gathered = {c["shape"].split("[")[0]: c["moved"] for c in held["collectives"] if c["kind"] == "all-gather"}
+    assert gathered["s8"] > 0
+    moved = [sum(c["moved"] for c in one["collectives"] if c["kind"] == "all-gather") for one in (whole, held)]
+    assert moved[1] < 0.7 * moved[0]
+
+
 def test_the_command_compiles_a_part_of_a_host_as_a_run_would_and_keeps_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     table, out = tmp_path / "table.json", tmp_path / "sub/plan.json"
     given = ["--config", TINY, "--topology", "v5e:1x1", "--programs", "train", "--kinds", "1", "--table", str(table), "--json", str(out)]
