@@ -18,10 +18,10 @@ WEIGHTS = ("float", "int8", "int8-dynamic")
 EMBED_MODEL_TYPE = "nvomniembed"
 """`model_type` of Omni-Embed-Nemotron-3B."""
 
-EMBED_STYLE = {"attention": "bidirectional", "pooling": "mean", "prompt": "chat"}
+EMBED_STYLE: Mapping[str, Any] = {"attention": "bidirectional", "pooling": "mean", "prompt": "chat"}
 """How Omni-Embed-Nemotron-3B turns a Qwen2.5-Omni thinker into an embedder (SPEC section 10)."""
 
-WAVE_STYLE = {"attention": "causal", "pooling": "last_all_layers", "prompt": "plain"}
+WAVE_STYLE: Mapping[str, Any] = {"attention": "causal", "pooling": "last_all_layers", "prompt": "plain"}
 """How WAVE-7B does (SPEC sections 3 and 5)."""
 
 
@@ -174,7 +174,7 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ModelConfig:
-        rooms = {
+        sections = {
             "decoder": DecoderConfig,
             "vision": VisionConfig,
             "audio": AudioConfig,
@@ -182,8 +182,8 @@ class ModelConfig:
             "tokens": SpecialTokens,
             "lora": LoraConfig,
         }
-        fields = dict(value)
-        for name, kind in rooms.items():
+        fields: dict[str, Any] = {name: tuple(field) if isinstance(field, list) else field for name, field in value.items()}
+        for name, kind in sections.items():
             if fields.get(name) is not None:
                 fields[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields[name].items()})
-        return cls(**{name: tuple(field) if isinstance(field, list) else field for name, field in fields.items()})
+        return cls(**fields)

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from omni_jax import conversion
-from omni_jax.conversion.adapter import default_config, lora_config, read_config
+from omni_jax.conversion.adapter import default_config, read_config
 from omni_jax.conversion.rules import base_rules
 from omni_jax.types import InputError
 from tests.conversion import checkpoints
@@ -132,7 +132,7 @@ def test_what_a_run_makes_of_such_an_adapter_is_written_at_the_largest_rank(tmp_
 
 @pytest.mark.parametrize("spelling", ["all-linear", "All-Linear"])
 def test_all_linear_means_every_linear_layer_but_the_output_and_what_is_saved_whole(spelling):
-    lora, selected = lora_config(default_config(CONFIG) | {"target_modules": spelling}, BASE, "adapter_config.json")
+    lora, selected, _ = read_config(default_config(CONFIG) | {"target_modules": spelling}, BASE, "adapter_config.json")
     saved = ("classify_linear", "beats_proj")
     linear = {rule.module for rule in base_rules(BASE) if rule.linear and not rule.torch.startswith(saved)}
     assert set(lora.targets) == linear and "visual.blocks.1.attn.q" in selected and "lm_head" not in selected
@@ -214,9 +214,9 @@ def test_an_adapter_in_a_bin_file_of_bfloat16(tmp_path, base, plain):
 
 
 def test_lora_of_the_model_is_that_of_the_adapter_where_nothing_is_special(plain):
-    assert lora_config(default_config(CONFIG), BASE, "adapter_config.json")[0] == checkpoints.LORA
+    assert read_config(default_config(CONFIG), BASE, "adapter_config.json")[0] == checkpoints.LORA
     other = dataclasses.replace(checkpoints.LORA, rank=7, alpha=3.5, rslora=True)
-    assert lora_config(default_config(dataclasses.replace(BASE, lora=other)), BASE, "adapter_config.json")[0] == other
+    assert read_config(default_config(dataclasses.replace(BASE, lora=other)), BASE, "adapter_config.json")[0] == other
 
 
 @pytest.mark.jit

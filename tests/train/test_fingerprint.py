@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -18,7 +20,7 @@ KINDS = (np.float32, ml_dtypes.bfloat16, np.int32, np.uint32, np.int8)
 
 def arrays() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    made = {np.dtype(kind).name: (100 * rng.standard_normal((16, 3, 5))).astype(kind) for kind in KINDS}
+    made: dict[str, Any] = {np.dtype(kind).name: (100 * rng.standard_normal((16, 3, 5))).astype(kind) for kind in KINDS}
     made["bool"] = made["float32"] > 0
     return made | {"scalar": np.array(2.5, np.float32), "empty": np.zeros((0, 3), np.float32)}
 
