@@ -74,13 +74,14 @@ def test_a_setting_without_effect_or_out_of_range_is_refused(name: str, assignme
         DataSection("x", preset=name, preset_fields=typed)
 
 
-def test_of_several_presets_the_one_that_a_setting_does_not_fit_is_named(
+def test_of_several_presets_the_one_that_a_setting_does_not_fit_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("omni_jax.api.weights.prompt_kind", lambda folder: "plain")
     assert main(["presets", "--model", "m", "--manifest", "c.jsonl", "--set", "audio_crop=center"]) == 2
     error = capsys.readouterr().err
-    assert "preset wave: preset field audio_crop='center' has no effect" in error and error.endswith("or leave it out with --presets\n")
+    assert "preset wave is left out: preset field audio_crop='center' has no effect" in error
+    assert error.endswith("c.jsonl: manifest not found; check the path\n")
 
 
 def test_a_backbone_without_fusion_head_takes_none() -> None:
