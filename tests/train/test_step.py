@@ -233,7 +233,7 @@ def test_a_batch_must_say_what_it_plays(released):
     with pytest.raises(InputError, match="lists 0 kinds"):
         released(state, frozen, tuple(dataclasses.replace(one, kinds=()) for one in micro(0)))
     pooled = make(recipe(negatives="global"))
-    with pytest.raises(InputError, match="plays the same kind"):
+    with pytest.raises(InputError, match="has the same kind"):
         pooled(state, frozen, micro(0))
 
 
