@@ -303,6 +303,8 @@ def scan_layers(
         read = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), whole)
         return body(nnx.merge(graph, read, layer_params), carry, x)
 
+    # Else a loop around this one would read all layers before it, and keep them: they depend on nothing that it changes.
+    layers, carry = jax.lax.optimization_barrier((layers, carry))
     made = []
     for start, stop, policy in _segments(remat, len(layers) if count is None else count):
         turn = jax.checkpoint(step, policy=policy or _all_but_what_is_read, prevent_cse=False) if policy or keep_no_weights else step

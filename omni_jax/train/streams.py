@@ -8,6 +8,7 @@ Letters: B clips, C copies of a clip, R rows, S tokens, K prompts per row, L lay
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,14 @@ from einops import rearrange
 
 from omni_jax.model import Encoder
 from omni_jax.model.layers import Remat
-from omni_jax.parallel import constrain
+from omni_jax.parallel import batch_shards, constrain
 from omni_jax.train.batch import TrainBatch
-from omni_jax.types import PATCHES_PER_TOKEN, MediaBatch, StepKind
+from omni_jax.types import PATCHES_PER_TOKEN, MediaBatch, RowBatch, StepKind
 
 TOWERS = ("vision", "audio", "beats")
+
+AT_ONCE = 2**26
+"""Bytes of a device's states that go through the decoder together, 4 clips at 7B: with more, the TPU's products take longer a token."""
 
 Features = dict[str, jax.Array]
 """Tower name -> features of each copy: vision (B, C, t * P/4, D), audio (B, C, c * 50, D), beats (B, C, c * 100 at most, BEATs width): what
@@ -88,7 +92,7 @@ def embed_streams(
     # The only branches: two captions that share the anchor's media.
     branches = 2 if kind.hard and batch.hard is None else 0
     media = media_table(model, features, batch.clips)
-    pooled = model.pool(batch.rows, media, dropout_key=dropout_key, remat=remat, attention=attention, branches=branches, frozen=frozen)
+    pooled = pool_in_pieces(model, batch.rows, media, dropout_key, remat=remat, attention=attention, branches=branches, frozen=frozen)
     found = {name: pooled[:, r, k] for r, names in enumerate(kind.pooled(branches > 0)) for k, name in enumerate(names)}
     last = "text" in found and text_head == "last"
     embedded = {"text": model.last(found.pop("text"))} if last else {}
@@ -117,5 +121,42 @@ def embed_hard_negatives(
     swapped = {"audio": ("audio", "beats"), "video": ("vision",)}.get(kind.hard or "", ())
     features = {name: shuffle_clips(x, batch.shuffle) if name in swapped else x for name, x in features.items()}
     media = media_table(model, features, batch.clips)
-    pooled = model.pool(batch.hard, media, dropout_key=dropout_key, attention=attention, branches=0)
+    pooled = pool_in_pieces(model, batch.hard, media, dropout_key, attention=attention, branches=0)
     return jax.lax.stop_gradient(model.fuse(pooled[:, 0, 0]))
+
+
+def pool_in_pieces(model: Encoder, rows: RowBatch, media: jax.Array, dropout_key: jax.Array | None, **options: Any) -> jax.Array:
+    """Returns what `model.pool` gives of B x R rows and a media table (B, M, D) for each clip's R: the states (B, R, K, L, D).
+
+    The rows of many clips go through the decoder in pieces of AT_ONCE. `options` are the decoder's.
+    """
+    clips, count, tokens = rows.ids.shape
+    each, size = clips // _shards(), count * tokens * model.config.decoder.hidden_size * model.dtype.itemsize
+    pieces = next((n for n in range(1, each) if each % n == 0 and each // n * size <= AT_ONCE), max(each, 1))
+    if pieces == 1:
+        return model.pool(rows, media, dropout_key=dropout_key, **options)
+    keys = None if dropout_key is None else jax.random.split(dropout_key, pieces)
+
+    def one(_: None, item: tuple[RowBatch, jax.Array, jax.Array | None]) -> tuple[None, jax.Array]:
+        part, table, key = item
+        return None, model.pool(part, table, dropout_key=key, **options)
+
+    _, pooled = jax.lax.scan(one, None, (*jax.tree.map(lambda x: split_clips(x, pieces), (rows, media)), keys))
+    return join_clips(pooled)
+
+
+def split_clips(x: jax.Array, pieces: int) -> jax.Array:
+    """Returns x (B, ...) as (pieces, B / pieces, ...), of which each piece has the same number of clips from every device."""
+    x = jnp.moveaxis(x.reshape(_shards(), pieces, -1, *x.shape[1:]), 1, 0)
+    return constrain(x.reshape(pieces, -1, *x.shape[3:]), None, "batch", *[None] * (x.ndim - 3))
+
+
+def join_clips(x: jax.Array) -> jax.Array:
+    """Returns what `split_clips` took apart."""
+    x = jnp.moveaxis(x.reshape(x.shape[0], _shards(), -1, *x.shape[2:]), 0, 1)
+    return constrain(x.reshape(-1, *x.shape[3:]), "batch", *[None] * (x.ndim - 3))
+
+
+def _shards() -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else batch_shards(mesh)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from omni_jax.objectives import SCALARS
-from omni_jax.train import LossConfig, TrainableConfig, TrainStep
+from omni_jax.parallel import make_mesh, use_mesh
+from omni_jax.train import LossConfig, TrainableConfig, TrainStep, streams
 from omni_jax.train.gradients import Forward, loss_of, spread
 from omni_jax.train.remat import REMAT, policies
 from tests.tolerances import assert_close
@@ -64,6 +65,27 @@ def test_gradient_caching_equals_the_whole_batch_at_once(update, pairs, scope):
     whole = plain(fwd, trainable, frozen, batch(losses, update, micro=1, clips=8, blocks=4))
     assert_same_update(got, whole)
     assert min(abs(float(whole[0][name])) for name in (TEMPERATURE, BIAS)) > 1e-3
+
+
+def test_clips_in_pieces_give_what_all_at_once_give(monkeypatch):
+    losses = LossConfig(temperature=0.2)
+    fwd, trainable, frozen = forward(losses)
+    made = batch(losses, 1, clips=4)
+    want = plain(fwd, trainable, frozen, made)
+    row = made.rows.ids.shape[2] * made.rows.ids.shape[3] * MODEL.decoder.hidden_size * 4
+    monkeypatch.setattr(streams, "AT_ONCE", 2 * row)
+    compiled.cache_clear()
+    assert_same_update(plain(fwd, trainable, frozen, made), want)
+    compiled.cache_clear()
+
+
+def test_pieces_come_from_every_device_and_go_back():
+    x = jnp.arange(16.0)[:, None] * jnp.ones(3)
+    with use_mesh(make_mesh(2, 2, 1, devices=jax.devices()[:4])):
+        pieces = jax.jit(lambda x: streams.split_clips(x, 2))(x)
+        back = jax.jit(streams.join_clips)(pieces)
+    assert pieces[:, :, 0].tolist() == [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]
+    assert np.array_equal(back, x)
 
 
 @pytest.mark.slow
