@@ -38,7 +38,7 @@ class Model(Protocol):
     @property
     def prompts(self) -> dict[str, str]: ...
 
-    def told_of_programs(self, tell: Callable[[str], None]) -> contextlib.AbstractContextManager[None]: ...
+    def report_programs(self, tell: Callable[[str], None]) -> contextlib.AbstractContextManager[None]: ...
 
     def embed_features(
         self,
@@ -97,7 +97,7 @@ def encode_items(
         here = functools.partial(_needs_no_process, single)
         loaded = run.loaded(run_guarded(function, items, workers, DECODE_LIMIT_S, name=_name, here=here))
         bar = stack.enter_context(_Progress(show_progress, count, batch_size))
-        stack.enter_context(model.told_of_programs(bar.compiling))
+        stack.enter_context(model.report_programs(bar.compiling))
         parts = model.embed_features(loaded, TABLES, own_table, batch_size=batch_size, normalize=normalize and truncate_dim is None)
         for part in stack.enter_context(contextlib.closing(parts)):
             bar.update(part.records)
@@ -105,7 +105,7 @@ def encode_items(
             if run.problems and on_error == "raise":
                 raise ArgumentError(
                     f"encode: {len(run.problems)} of the first {run.seen} items cannot be embedded: {run.listed()}; correct them, or "
-                    f"go on without them by on_error='skip' or 'nan'"
+                    f"leave them out with on_error='skip' or 'nan'"
                 )
     rows = run.rows(width, keep_bad=on_error == "nan")
     for line in run.notes(on_error, model.preset.max_text_tokens):

@@ -361,7 +361,7 @@ class OmniRetriever:
         )
 
     @contextlib.contextmanager
-    def told_of_programs(self, tell: Callable[[str], None]) -> Iterator[None]:
+    def report_programs(self, tell: Callable[[str], None]) -> Iterator[None]:
         """Within, `tell` is called with the name of every program before it is compiled."""
         self._runner.compiling = tell
         try:

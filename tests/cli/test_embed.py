@@ -300,5 +300,5 @@ class TestPythonFace:
             model.encode(texts=["a"], videos=[])
         with pytest.raises(InputError, match="at least one"):
             model.encode()
-        with pytest.raises(InputError, match=r"1 of 1 items .*gone\.mp4"):
+        with pytest.raises(InputError, match=r"1 of the first 1 items .*gone\.mp4"):
             model.encode(videos=["gone.mp4"])

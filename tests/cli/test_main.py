@@ -235,8 +235,8 @@ def test_the_hub_may_be_asked_where_a_name_on_it_is_given(monkeypatch: pytest.Mo
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, "1")  # restored afterwards
         monkeypatch.delenv(name)
-    cli._stay_offline(arguments)
+    cli._stay_offline(arguments, arguments[0])
     assert ("HF_HUB_OFFLINE" not in os.environ) == asks
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    cli._stay_offline(arguments)
+    cli._stay_offline(arguments, arguments[0])
     assert os.environ["HF_HUB_OFFLINE"] == "1"

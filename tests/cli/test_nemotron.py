@@ -74,7 +74,7 @@ def test_golden_prefix_as_argument_field_and_flag(golden_nemotron: GoldenSet, se
 
 
 def test_golden_what_the_second_backbone_refuses(face: omni_jax.OmniRetriever, golden_nemotron: GoldenSet):
-    with pytest.raises(InputError, match="prefix 'document': choose one of passage, query"):
+    with pytest.raises(InputError, match="prompt_name 'document': choose one of passage, query"):
         face.encode(texts=["a"], prefix="document")
     with pytest.raises(ConfigError, match="share_prefix: this backbone's attention is bidirectional, not causal"):
         next(face.embed(golden_nemotron.records, ("tv",), share_prefix=True))

@@ -31,7 +31,9 @@ class _Encoder:
 
     def plan(self, clips):
         self.numbers = tuple(int(c.features.record.id.removeprefix("clip")) for c in clips)
-        return EncoderBatch(vision=(), audio=(), beats=(), rows=(), used_tokens=3 * len(clips), total_tokens=4 * len(clips), truncated=1)
+        return EncoderBatch(
+            vision=(), audio=(), beats=(), rows=(), owners=(), used_tokens=3 * len(clips), total_tokens=4 * len(clips), truncated=1
+        )
 
     def encode(self, batch):
         numbers = self.numbers

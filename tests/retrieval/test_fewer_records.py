@@ -24,7 +24,7 @@ RECORDS = [Record(name, text="x") for name in HAS]
 
 def parts(group: int) -> list:
     """What a pass over the records gives whose clips have some of the tables each."""
-    batch = EncoderBatch(vision=(), audio=(), beats=(), rows=(), used_tokens=1, total_tokens=1)
+    batch = EncoderBatch(vision=(), audio=(), beats=(), rows=(), owners=(), used_tokens=1, total_tokens=1)
     waiting: list[list[str]] = []
 
     def plan(clips):
