@@ -13,7 +13,7 @@ from etils import epath
 
 from omni_jax.cli.argtypes import positive, whole
 from omni_jax.cli.printing import one_line
-from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE, INTERRUPTED, STOPPED_AND_SAVED
+from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED, INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.config import PREFIXES, PRESETS, TABLE_MODALITIES, TABLES, ConfigError, Preset, preset
 from omni_jax.config.made_with import recorded_preset
 from omni_jax.types import InputError, Record
@@ -204,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
     journal.remove()
     names = ", ".join(outcome.table.tables)
     print(f"{out}: {len(outcome.table.ids)} records, tables {names}; {outcome.padded_share:.0%} of the tokens were padding")
-    return DONE_WITH_QUARANTINE if bad else DONE
+    return DONE_WITH_SKIPPED if bad else DONE
 
 
 def usable_tables(args: argparse.Namespace, manifest: Manifest, tables: tuple[str, ...] | None, out: epath.Path | None) -> tuple[str, ...]:

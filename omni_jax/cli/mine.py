@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omni_jax.cli.argtypes import whole
+from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED
 from omni_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     write_jsonl_atomic(args.out, _rows(manifest, mined, args.out.absolute().parent))
     print(_summary(mined))
     print(f"{args.out}: {len(mined.negatives)} of {len(manifest.records)} records have negatives")
-    return 1 if manifest.problems or absent else 0
+    return DONE_WITH_SKIPPED if manifest.problems or absent else DONE
 
 
 def _embedded(args: argparse.Namespace) -> str:

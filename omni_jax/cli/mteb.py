@@ -12,7 +12,7 @@ from typing import Any
 from omni_jax.cli.argtypes import positive, whole
 from omni_jax.cli.embed import add_model_arguments, add_preset_arguments, add_weights_arguments, check_preset, choose_preset, take_model
 from omni_jax.cli.printing import one_line
-from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE
+from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED
 from omni_jax.config import mteb_preset
 from omni_jax.types import InputError
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"omni-jax: {failed.task_name}: {one_line(failed.exception)}", file=sys.stderr)
     if encoder.failed:
         print(f"omni-jax: {encoder.failed} items could not be embedded; they count as zeros, which nothing is similar to", file=sys.stderr)
-    return DONE_WITH_QUARANTINE if results.exceptions or encoder.failed else DONE
+    return DONE_WITH_SKIPPED if results.exceptions or encoder.failed else DONE
 
 
 def _lines(result: Any) -> Iterator[list[str]]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from omni_jax.cli.argtypes import positive, whole
-from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE, STOPPED_AND_SAVED
+from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED, STOPPED_AND_SAVED
 from omni_jax.config import PRESETS, preset
 from omni_jax.types import InputError
 
@@ -80,4 +80,4 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{args.manifest}: no record could be prepared; {args.out / ERRORS} says why")
     silent = f", {summary.silent} of them with silence for a missing audio track" if summary.silent else ""
     print(f"{args.out}: {summary.clips} clips{silent}")
-    return DONE_WITH_QUARANTINE if summary.errors else DONE
+    return DONE_WITH_SKIPPED if summary.errors else DONE

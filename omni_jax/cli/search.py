@@ -12,7 +12,7 @@ from typing import Any
 
 from omni_jax.cli.embed import add_model_arguments, add_preset_arguments, add_weights_arguments, check_preset, choose_preset
 from omni_jax.cli.printing import one_line
-from omni_jax.cli.status import DONE, DONE_WITH_QUARANTINE
+from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED
 from omni_jax.config import TABLES, Preset
 from omni_jax.config.made_with import held_otherwise, listed, made_otherwise
 from omni_jax.types import InputError
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     for place, number in enumerate(good.tolist()):
         found = [(ids[row], float(score)) for row, score in zip(rows[place].tolist(), scores[place], strict=True)]
         _show(args, queries.kind, queries.names[number], table, len(ids), found)
-    return DONE_WITH_QUARANTINE if queries.problems or len(good) < len(vectors) else DONE
+    return DONE_WITH_SKIPPED if queries.problems or len(good) < len(vectors) else DONE
 
 
 def _show(args: argparse.Namespace, kind: str | None, name: str, table: str, records: int, found: list[tuple[str, float]]) -> None:

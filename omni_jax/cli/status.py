@@ -1,7 +1,7 @@
 """Exit statuses of the command line."""
 
 DONE = 0
-DONE_WITH_QUARANTINE = 1  # some records could not be used; they are listed in a file
+DONE_WITH_SKIPPED = 1  # some records could not be used; they are listed in a file
 BAD_INPUT = 2
 STOPPED_AND_SAVED = 75  # EX_TEMPFAIL: stopped by SIGTERM after saving, run again to resume
 INTERRUPTED = 130  # 128 + SIGINT

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from omni_jax.cli.main import main
-from omni_jax.cli.status import BAD_INPUT, DONE, DONE_WITH_QUARANTINE
+from omni_jax.cli.status import BAD_INPUT, DONE, DONE_WITH_SKIPPED
 from tests.golden_set import GoldenSet
 
 
@@ -49,7 +49,7 @@ def test_golden_a_query_that_cannot_be_embedded_is_skipped(
     capsys.readouterr()
     assert main(command) == BAD_INPUT
     assert "of several kinds, or of several modalities each; say by --table what they are searched in" in capsys.readouterr().err
-    assert main([*command, "--table", "text"]) == DONE_WITH_QUARANTINE
+    assert main([*command, "--table", "text"]) == DONE_WITH_SKIPPED
     out, err = capsys.readouterr()
     assert [json.loads(line)["query"] for line in out.splitlines()] == ["good"]
     assert "1 of 2 items cannot be embedded" in err and "gone.wav" in err and "1 lines are no queries" in err
