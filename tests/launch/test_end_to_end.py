@@ -75,5 +75,5 @@ def test_the_smoke_job_of_two_processes_passes_and_leaves_nothing(tmp_path: Path
     run = ["smoke", "--config", str(config), "--workdir", str(tmp_path / "run"), "--scratch", str(tmp_path / "scratch")]
     said = finish([*start, "--", *run], around)
     assert "process 0 of 2" in said and "process 1 of 2" in said
-    assert "smoke: passed: 2 processes, 4 devices" in said and "one update, loss" in said
+    assert "smoke: passed: 2 processes, 4 devices" in said and "one step, loss" in said
     assert list((tmp_path / "run").iterdir()) == []

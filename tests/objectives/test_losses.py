@@ -276,7 +276,7 @@ def with_gradients(losses: Callable[..., jax.Array]) -> Callable[..., tuple[jax.
 
 
 every = with_gradients(all_losses)
-SCALARS = (jnp.float32(TAU), jnp.float32(-2.0))
+SCALARS = (np.float32(TAU), np.float32(-2.0))  # NumPy: processes of their own import this before they know their devices
 ONE_AXIS, TWO_AXES = (("data",), (8,)), (("data", "fsdp"), (2, 4))
 
 

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from omni_jax.parallel import start
-from tests.objectives.test_losses import all_losses, batch, with_gradients
+from tests.objectives.test_losses import SCALARS, all_losses, batch, with_gradients
 
 AXES, SHAPE, SCOPE = ("data", "fsdp"), (2, 4), "local"
 
@@ -30,12 +30,12 @@ def main(address: str, count: str, index: str, out: str) -> None:
     host = [np.asarray(x) for x in inputs()]
     spread = [jax.make_array_from_callback(x.shape, place, functools.partial(lambda x, at: x[at], x)) for x in host]
     mapped = jax.shard_map(
-        functools.partial(all_losses, hard_scope=SCOPE, axis_name=AXES), mesh=mesh, in_specs=(P(AXES),) * 5, out_specs=P()
+        functools.partial(all_losses, hard_scope=SCOPE, axis_name=AXES), mesh=mesh, in_specs=(*(P(AXES),) * 5, P(), P()), out_specs=P()
     )
     found = {}
     for name, losses in (("map", mapped), ("jit", functools.partial(all_losses, hard_scope=SCOPE, hard_blocks=8))):
-        values, gradients = with_gradients(losses)(*spread)
-        whole = [np.asarray(values), *(multihost_utils.process_allgather(g, tiled=True) for g in gradients)]
+        values, gradients = with_gradients(losses)(*spread, *SCALARS)
+        whole = [np.asarray(x) if x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True) for x in (values, *gradients)]
         found |= {f"{name}/{i}": x for i, x in enumerate(whole)}
     if jax.process_index() == 0:
         np.savez(out, **found)  # type: ignore[arg-type]

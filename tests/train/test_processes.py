@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.objectives.test_losses import all_losses, with_gradients
+from tests.objectives.test_losses import SCALARS, all_losses, with_gradients
 from tests.tolerances import assert_close
 from tests.train.losses_of_processes import SCOPE, inputs
 from tests.train.tiny_run import environment, free_port, start
@@ -29,7 +29,7 @@ def test_losses_and_gradients_of_two_processes_of_four_devices_equal_one_device(
         for process in pair:
             process.kill()
     assert [process.returncode for process in pair] == [0, 0], said
-    values, gradients = with_gradients(functools.partial(all_losses, hard_scope=SCOPE, hard_blocks=8))(*inputs())
+    values, gradients = with_gradients(functools.partial(all_losses, hard_scope=SCOPE, hard_blocks=8))(*inputs(), *SCALARS)
     with np.load(out) as found:
         for way in ("map", "jit"):
             for i, expected in enumerate([values, *gradients]):
