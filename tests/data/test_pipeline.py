@@ -270,8 +270,9 @@ def test_fields_out_of_range_are_refused():
 @pytest.mark.slow
 def test_workers_change_nothing_and_one_that_is_killed_is_replaced(capfd: pytest.CaptureFixture[str]):
     source = MemorySource(captions(20), broken=[4])
-    expected = list(pipeline(source, BATCH, ALL).batches(0, 9))
-    stream = pipeline(source, BATCH, ALL, workers=2).batches(0, 9)
+    # More than workers make ahead: the one that is killed must have work left.
+    expected = list(pipeline(source, BATCH, ALL).batches(0, 24))
+    stream = pipeline(source, BATCH, ALL, workers=2).batches(0, 24)
     made = [next(stream) for _ in range(3)]
     workers = [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
     assert len(workers) == 2
