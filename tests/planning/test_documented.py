@@ -56,7 +56,7 @@ def test_a_documented_command_lowers_for_devices_that_are_not_there(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_executes: None, capsys: pytest.CaptureFixture[str]
 ):
     """All but the compilation itself, which test_tpu.py has."""
-    monkeypatch.setattr(programs, "_compiled", lambda program, *_: program)
+    monkeypatch.setattr(programs, "_compiled", lambda program, *_, **__: program)
     out = tmp_path / "plan.json"
     assert main(["compile", *small(arguments), "--json", str(out)]) == 0, capsys.readouterr().err
     assert {program["status"] for program in json.loads(out.read_text())["programs"]} == {"lowered"}

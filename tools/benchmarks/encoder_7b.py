@@ -227,6 +227,7 @@ def torch_forward(encoder: Any, batch: EncoderBatch) -> Callable[[], np.ndarray]
     device = next(encoder.parameters()).device
     arrays = device_arrays(batch, lambda a: torch.from_numpy(a).to(device))
     rows = {n: arrays["rows"][n] for n in ("ids", "media_index", "positions", "pool")}
+    rows["positions"] = rows["positions"].transpose(0, 1)
     audio = (*arrays["audio"], True)
 
     @torch.inference_mode()

@@ -50,15 +50,17 @@ def random_encoder(config: ModelConfig, seed: int = 0) -> Encoder:
 
 
 def checkpoint_weights(encoder: Encoder) -> dict[str, np.ndarray]:
-    """Returns the weights that an embedding depends on, under the names and in the layouts of a released checkpoint."""
+    """Returns the weights under the names and in the layouts of a released checkpoint; what no embedding depends on is drawn."""
     from omni_jax.conversion.engine import base_entries
+    from omni_jax.model import carried_shapes
 
     leaves = {tuple(map(str, path)): np.asarray(p[...]) for path, p in nnx.to_flat_state(nnx.state(encoder, nnx.Param))}
+    rng = np.random.default_rng(0)
+    leaves |= {path: rng.standard_normal(shape, np.float32) for path, shape in carried_shapes(encoder.config).items()}
     weights = {}
     for name, entry in base_entries(encoder.config).items():
-        leaf = leaves.get(entry.path)
-        if leaf is not None:
-            weights[name] = np.array(entry.to_torch(leaf if entry.layer is None else leaf[entry.layer]))
+        leaf = leaves[entry.path]
+        weights[name] = np.array(entry.to_torch(leaf if entry.layer is None else leaf[entry.layer]))
     return weights
 
 
