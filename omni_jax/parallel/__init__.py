@@ -11,7 +11,7 @@ from omni_jax.parallel.distributed import (
     start,
 )
 from omni_jax.parallel.mesh import BATCH, batch_axes, batch_shards, make_mesh, use_mesh
-from omni_jax.parallel.rules import RULES, constrain, gather, partition_spec, sharding
+from omni_jax.parallel.rules import RULES, constrain, gather, partition_spec, sharding, writes_gathers
 
 __all__ = [
     "BATCH",
@@ -32,4 +32,5 @@ __all__ = [
     "sharding",
     "start",
     "use_mesh",
+    "writes_gathers",
 ]

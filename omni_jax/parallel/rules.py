@@ -79,7 +79,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 _LEFT_TO_THE_PARTITIONER = ("TPU v5", "TPU v5p")
-"""Kinds of device on which libtpu 0.0.42 does not finish compiling a step with gathered weights: its memory grows without end."""
+"""Kinds of device on which libtpu 0.0.42 does not finish compiling a step with gathers of its own: its memory grows without end."""
+
+
+def writes_gathers(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether programs for a mesh say themselves where weights and embeddings are gathered: not on one device, nor on v5p."""
+    kind = mesh.abstract_device.device_kind if isinstance(mesh, AbstractMesh) and mesh.abstract_device else ""
+    return not mesh.empty and mesh.size > 1 and kind not in _LEFT_TO_THE_PARTITIONER
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -89,7 +95,7 @@ def gather(x: jax.Array, *axes: str | None) -> jax.Array:
     own shards. x itself where no mesh is set, nothing of it is split along "embed", or the devices are v5p.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or (mesh.abstract_device and mesh.abstract_device.device_kind in _LEFT_TO_THE_PARTITIONER):
+    if not writes_gathers(mesh):
         return x
     split = partition_spec(axes, x.shape, mesh)
     whole = PartitionSpec(*(None if name == "embed" else target for name, target in zip(axes, split, strict=True)))

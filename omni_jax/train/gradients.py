@@ -18,7 +18,7 @@ from omni_jax.config import ModelConfig
 from omni_jax.model import Encoder, abstract_encoder, with_params
 from omni_jax.model.layers import Remat
 from omni_jax.objectives import LOSSES, Pool
-from omni_jax.parallel import batch_axes, constrain
+from omni_jax.parallel import batch_axes, constrain, writes_gathers
 from omni_jax.train.batch import TrainBatch
 from omni_jax.train.plan import LossConfig
 from omni_jax.train.streams import TOWERS, Features, embed_hard_negatives, embed_streams, run_towers
@@ -45,7 +45,7 @@ def loss_of(embeddings: Embeddings, scalars: Arrays, losses: LossConfig, kind: S
         return {LOSSES[name].metric: LOSSES[name].value(pool) for name in losses.weights}
 
     mesh, values = jax.sharding.get_abstract_mesh(), losses.values(scalars)
-    if not mesh.empty and mesh.size > 1:
+    if writes_gathers(mesh):
         axes = batch_axes(mesh)
         split = functools.partial(terms, axis_name=axes)
         terms = jax.shard_map(split, in_specs=(PartitionSpec(axes), PartitionSpec()), out_specs=PartitionSpec())
