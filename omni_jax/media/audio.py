@@ -12,6 +12,7 @@ from typing import Any
 import av
 import numpy as np
 import soxr
+from av.audio.plane import AudioPlane
 
 from omni_jax.media.source import AvError, Decoding, check_complete, choose_track, open_container, opened, tracks
 from omni_jax.types import ClipError
@@ -371,9 +372,10 @@ _SCALES = {"u8": 2.0**7, "s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63}
 def _floats(frame: Any) -> np.ndarray:
     """(samples, channels) float32 in [-1, 1] of a decoded frame in any sample format."""
     channels, planar, kind = frame.layout.nb_channels, frame.format.is_planar, frame.format.name.removesuffix("p")
-    # PyAV's own conversion reads past the planes of a frame of eight or more (SIGSEGV).
-    count, planes = (frame.samples, frame.planes[:channels]) if planar else (frame.samples * channels, frame.planes[:1])
-    data = np.stack([np.frombuffer(plane, _TYPES[kind], count) for plane in planes])
+    # The planes one by one: PyAV counts those of a frame of eight or more wrongly (SIGSEGV in 18, ValueError in 19).
+    count, planes = (frame.samples, channels) if planar else (frame.samples * channels, 1)
+    made: list[Any] = [AudioPlane(frame, i) for i in range(planes)]
+    data = np.stack([np.frombuffer(plane, _TYPES[kind], count) for plane in made])
     data = data.T if planar else data.reshape(-1, channels)
     if kind in _SCALES:
         data = data.astype(np.float64) - (128.0 if kind == "u8" else 0.0)
