@@ -61,7 +61,7 @@ def converted(
     revision: str | None = None,
     adapter_revision: str | None = None,
     token: str | bool | None = None,
-    tell: Callable[[str], None] = say,
+    log: Callable[[str], None] = say,
 ) -> Path:
     """Returns the converted folder of a published checkpoint and adapter, made in the cache (OMNI_JAX_CACHE) the first time.
 
@@ -72,7 +72,7 @@ def converted(
       base, adapter: folders of torch's layout, or names on the Hub ("owner/repository").
       revision, adapter_revision: branch, tag or commit of a name on the Hub; None: "main".
       token: of the Hub; None: what `hf auth login` or HF_TOKEN say.
-      tell: told what is fetched and converted, and the disk space it takes, before it is.
+      log: called with a line on what is fetched or converted, and the disk space it takes, beforehand.
 
     Raises:
       InputError: for what is not there or cannot be fetched, converted or kept.
@@ -86,7 +86,7 @@ def converted(
     except hub.Unreachable as error:
         asked = {"base": (base, revision), "adapter": (adapter, adapter_revision)}
         if (place := _made_before(root, asked)) is not None:
-            tell(f"{error}; {place} is used, as it was converted before")
+            log(f"{error}; {place} is used, as it was converted before")
             return place
         raise
     found = {part: source for part, source in sources.items() if source is not None}
@@ -95,20 +95,20 @@ def converted(
         if adapter is not None:
             raise InputError(f"{base}: is converted already, with the adapter it has; omit adapter, or name the checkpoint it was made of")
         check = hub.check_space({hub.hub_cache(): hub.missing_bytes(remote)}, remote.name)
-        tell(f"{remote.name} at {remote.commit[:12]}: takes {check}")
-        return hub.fetch(remote, tell, token)
+        log(f"{remote.name} at {remote.commit[:12]}: takes {check}")
+        return hub.fetch(remote, log, token)
     if remote is not None and "config.json" not in remote.sizes:
         raise InputError(f"{base}: is an adapter; name the checkpoint that it belongs to, and this as adapter")
     record = {part: source.record for part, source in found.items()}
     identity = {part: {k: v for k, v in value.items() if k != "revisions"} for part, value in record.items()} | {"format": FORMAT}
     key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
     place = root / f"{_slug(found)}-{key}"
-    _convert(found, place, record, token, tell)
+    _convert(found, place, record, token, log)
     return place
 
 
 def _convert(
-    found: Mapping[str, _Source], place: Path, record: Mapping[str, Any], token: str | bool | None, tell: Callable[[str], None]
+    found: Mapping[str, _Source], place: Path, record: Mapping[str, Any], token: str | bool | None, log: Callable[[str], None]
 ) -> None:
     """Fetches and converts, unless it was done before."""
     if (place / MANIFEST).exists():
@@ -118,17 +118,17 @@ def _convert(
     needs = {hub.hub_cache(): sum(map(hub.missing_bytes, remotes))} if remotes else {}
     names = " with ".join(f"{s.name}{f' at {s.remote.commit[:12]}' if s.remote else ''}" for s in found.values())
     space = hub.check_space({**needs, place: sum(source.nbytes for source in found.values())}, names)
-    tell(f"{names}: {'fetched and ' if remotes else ''}converted once, which takes {space}")
-    folders = {part: hub.fetch(s.remote, tell, token) if s.remote is not None else s.folder for part, s in found.items()}
+    log(f"{names}: {'fetched and ' if remotes else ''}converted once, which takes {space}")
+    folders = {part: hub.fetch(s.remote, log, token) if s.remote is not None else s.folder for part, s in found.items()}
     try:
-        _to_jax(folders, place, tell)
+        _to_jax(folders, place, log)
     except InputError:
         if not (place / MANIFEST).exists():  # else another process was first
             raise
     _write_record(place, record)
 
 
-def _to_jax(folders: Mapping[str, Path | None], place: Path, tell: Callable[[str], None]) -> None:
+def _to_jax(folders: Mapping[str, Path | None], place: Path, log: Callable[[str], None]) -> None:
     from tqdm.auto import tqdm
 
     from omni_jax.conversion.importer import to_jax
@@ -143,9 +143,9 @@ def _to_jax(folders: Mapping[str, Path | None], place: Path, tell: Callable[[str
 
         summary = to_jax(base, place, adapter=adapter, progress=progress)
     for note in summary.notes:
-        tell(f"note: {note}")
+        log(f"note: {note}")
     if summary.fresh:
-        tell(f"freshly initialised, because {base} has none: {', '.join(summary.fresh)}; embeddings mean nothing until they are trained")
+        log(f"freshly initialised, because {base} has none: {', '.join(summary.fresh)}; embeddings mean nothing until they are trained")
 
 
 def _write_record(place: Path, record: Mapping[str, Any]) -> None:

@@ -93,7 +93,7 @@ def needed_files(names: Iterable[str]) -> list[str]:
     return sorted(weights + [name for name in top if _is(name, _SIDE) and not name.endswith(other)])
 
 
-def fetch(remote: Remote, tell: Callable[[str], None], token: str | bool | None = None) -> Path:
+def fetch(remote: Remote, log: Callable[[str], None], token: str | bool | None = None) -> Path:
     """Returns the folder of a repository's files in the Hub's own cache, fetched where they are not there.
 
     A connection that drops resumes within the file; after an error files that were fetched whole are kept.
@@ -107,7 +107,7 @@ def fetch(remote: Remote, tell: Callable[[str], None], token: str | bool | None 
         folder = Path(
             snapshot_download(remote.name, revision=remote.commit, allow_patterns=[_literal(f) for f in remote.sizes], token=token)
         )
-    tell(f"{remote.name}: comparing {len(remote.sizes)} files with their digests")
+    log(f"{remote.name}: comparing {len(remote.sizes)} files with their digests")
     for file, digest in remote.digests.items():
         path = folder / file
         if not path.is_file():
@@ -116,7 +116,7 @@ def fetch(remote: Remote, tell: Callable[[str], None], token: str | bool | None 
             for stale in {path.resolve(), path}:
                 stale.unlink(missing_ok=True)
             raise InputError(
-                f"{remote.name}: {file} is not what the Hub says it is ({digest[:12]}...); it was removed, run it again to fetch it anew"
+                f"{remote.name}: {file} is not what the Hub says it is ({digest[:12]}...); it was removed; run it again to fetch it"
             )
     return folder
 
@@ -200,7 +200,7 @@ def _one_line(name: str, revision: str, refused: str = "") -> Iterator[None]:
     """Makes one line with a remedy of whatever the Hub's library raises; `refused`: the remedy where it does not let us."""
     try:
         yield
-    except Exception as error:  # its errors differ from version to version; each is told by its name
+    except Exception as error:  # its errors differ from version to version; so each is recognised by its name
         reason, answered = _reason(error, revision)
         status = getattr(getattr(error, "response", None), "status_code", None)
         if refused and status in (401, 403, 404):

@@ -361,9 +361,9 @@ class OmniRetriever:
         )
 
     @contextlib.contextmanager
-    def report_programs(self, tell: Callable[[str], None]) -> Iterator[None]:
-        """Within, `tell` is called with the name of every program before it is compiled."""
-        self._runner.compiling = tell
+    def report_programs(self, log: Callable[[str], None]) -> Iterator[None]:
+        """Within, `log` is called with the name of every program before it is compiled."""
+        self._runner.compiling = log
         try:
             yield
         finally:

@@ -35,6 +35,13 @@ def own_columns(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
     return first + jnp.arange(x.shape[0])
 
 
+def mean_of(terms: list[jax.Array], what: str) -> jax.Array:
+    """Returns the mean of scalars. Raises ValueError, naming what they are of, where there are none."""
+    if not terms:
+        raise ValueError(f"no {what}: the mean over none is undefined")
+    return jnp.mean(jnp.stack(terms))
+
+
 def check_pairs(a: jax.Array, b: jax.Array) -> None:
     """Raises ValueError unless both are (B, D)."""
     if a.ndim != 2 or a.shape != b.shape:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 
-from omni_jax.objectives.infonce import AxisName, info_nce
+from omni_jax.objectives.infonce import AxisName, info_nce, mean_of
 
 
 def tuple_loss(
@@ -43,7 +42,7 @@ def distillation_loss(
     """
     fixed = jax.lax.stop_gradient(teacher)
     rows = students.values() if isinstance(students, Mapping) else students
-    return _mean([info_nce(fixed, x, temperature=temperature, axis_name=axis_name) for x in rows], "students")
+    return mean_of([info_nce(fixed, x, temperature=temperature, axis_name=axis_name) for x in rows], "students")
 
 
 def pairwise_loss(
@@ -60,10 +59,4 @@ def pairwise_loss(
       pairs: pairs of its keys; `schedule.pairs_in_play` lists those of a step.
     """
     terms = [info_nce(embeddings[x], embeddings[y], temperature=temperature, axis_name=axis_name) for x, y in pairs]
-    return _mean(terms, "pairs")
-
-
-def _mean(terms: list[jax.Array], of: str) -> jax.Array:
-    if not terms:
-        raise ValueError(f"no {of}: the mean over none is undefined")
-    return jnp.mean(jnp.stack(terms))
+    return mean_of(terms, "pairs")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from omni_jax.objectives.infonce import AxisName, all_rows, check_pairs, cosines, own_columns, unit
+from omni_jax.objectives.infonce import AxisName, all_rows, check_pairs, cosines, mean_of, own_columns, unit
 
 
 def sigmoid_contrast(
@@ -57,7 +57,5 @@ def siglip_loss(
       embeddings: modality -> (B, D).
       pairs: pairs of its keys; `schedule.pairs_in_play` lists those of a step.
     """
-    if not pairs:
-        raise ValueError("no pairs: the mean over none is undefined")
     terms = [sigmoid_contrast(embeddings[x], embeddings[y], temperature=temperature, bias=bias, axis_name=axis_name) for x, y in pairs]
-    return jnp.mean(jnp.stack(terms))
+    return mean_of(terms, "pairs")

@@ -41,7 +41,7 @@ found = []
 for call in json.loads(sys.argv[1]):
     told = []
     try:
-        found.append({"place": str(converted(*call[0], **call[1], tell=told.append)), "told": told})
+        found.append({"place": str(converted(*call[0], **call[1], log=told.append)), "told": told})
     except InputError as error:
         found.append({"error": str(error), "told": told})
 print(json.dumps(found))
@@ -177,11 +177,11 @@ def test_golden_space_is_asked_for_before_anything_is_fetched(hub: Hub, ask: Cal
 def test_golden_a_published_folder_is_converted_once(golden: GoldenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMNI_JAX_CACHE", str(tmp_path / "cache"))
     told: list[str] = []
-    first = converted(golden.checkpoint, golden.adapter_dir, tell=told.append)
+    first = converted(golden.checkpoint, golden.adapter_dir, log=told.append)
     assert read_manifest(first).adapter is not None
     assert len(told) == 1 and "converted once, which takes" in told[0]
-    assert converted(golden.checkpoint, golden.adapter_dir, tell=told.append) == first
-    assert converted(golden.checkpoint, tell=told.append) != first
+    assert converted(golden.checkpoint, golden.adapter_dir, log=told.append) == first
+    assert converted(golden.checkpoint, log=told.append) != first
     assert len(told) == 2
     with pytest.raises(InputError, match="has no revision 'v1'; omit it"):
         converted(golden.checkpoint, revision="v1")
