@@ -15,6 +15,7 @@ from etils import epath
 from omni_jax.config import ModelConfig
 from omni_jax.conversion import engine, folder
 from omni_jax.conversion.engine import Entry
+from omni_jax.conversion.folder import Manifest
 from omni_jax.conversion.matrices import Matrices, scale_name
 from omni_jax.conversion.rules import TreePath
 from omni_jax.conversion.store import Store, open_stores
@@ -31,6 +32,7 @@ EMBEDDING: TreePath = ("decoder", "embed", "embedding")
 def load(
     model: epath.PathLike,
     *,
+    manifest: Manifest | None = None,
     dtype: Any = None,
     weights: str | None = None,
     kept: tuple[str, ...] = (),
@@ -46,6 +48,7 @@ def load(
 
     Args:
       model: folder written by `to_jax`.
+      manifest: of that folder, where it was read already.
       dtype: type of every parameter but int8 matrices and their scales; None keeps each as stored.
       weights, kept: as in `ModelConfig`, of the model to load; matrices are rounded, or restored, as they are read. None: as stored.
       shardings: where each leaf goes (of the stacked shape), or a function of the configuration that says so; a leaf without one goes to
@@ -56,7 +59,7 @@ def load(
       InputError: not a converted folder, or one whose parts do not hold what its configuration asks for.
     """
     source = epath.Path(model)
-    manifest = folder.read_manifest(source)
+    manifest = folder.read_manifest(source) if manifest is None else manifest
     stores = open_stores(source, manifest)
     entries = [*engine.base_entries(manifest.model).values(), *engine.lora_entries(manifest.model).values()]
     stored = dict(_leaves(entries))

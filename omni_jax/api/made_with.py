@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -11,15 +10,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
-from omni_jax.api.weights import ModelSource
+from omni_jax.api.weights import ModelSource, base_digests
 from omni_jax.config import Preset
-from omni_jax.tokens.tokenizer import tokenizer_digest
 from omni_jax.types import Record
 
 
-def made_with(source: ModelSource, preset: Preset, *, dtype: str = "keep", normalize: bool = True) -> dict[str, Any]:
+def made_with(
+    source: ModelSource, preset: Preset, *, dtype: str = "keep", normalize: bool = True, recorded: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Returns all that embeddings by a model depend on, ready for JSON: where all is equal, vectors are, but for rounding between machines.
 
     {"weights": digests of the base, the adapter and what a run trained, "model": the architecture with its scales and constants,
@@ -29,11 +28,14 @@ def made_with(source: ModelSource, preset: Preset, *, dtype: str = "keep", norma
       source: the model on disk.
       dtype: "keep", "bfloat16" or "float32", of the weights in memory and the computation.
       normalize: whether rows are scaled to length 1.
+      recorded: such a record to compare with, perhaps of an earlier version.
     """
+    weights = (recorded or {}).get("weights")
+    before = weights.get("trained") if isinstance(weights, Mapping) else None
     return {
-        "weights": {**source.digests, "trained": arrays_digest(source.trained) if source.trained else None},
+        "weights": {**base_digests(source.manifest), "trained": source.trained_digest(before)},
         "model": source.config.to_json(),
-        "tokenizer": tokenizer_digest(source.folder),
+        "tokenizer": source.tokenizer.digest,
         "preset": dataclasses.asdict(preset),
         "normalize": normalize,
         "dtype": dtype,
@@ -47,19 +49,6 @@ def _version() -> str:
         return importlib.metadata.version("omni-jax")
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
         return "unknown"
-
-
-def arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """Returns a digest of named arrays: names, types, shapes and values."""
-
-    def one(name: str) -> bytes:
-        array = np.ascontiguousarray(arrays[name])
-        digest = hashlib.blake2b(f"{name} {array.dtype} {array.shape}".encode(), digest_size=16)
-        digest.update(array.reshape(-1).view(np.uint8).data)
-        return digest.digest()
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        return hashlib.blake2b(b"".join(pool.map(one, sorted(arrays))), digest_size=16).hexdigest()
 
 
 def media_digest(records: Iterable[Record], *, times: bool = True) -> str:

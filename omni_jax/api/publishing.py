@@ -13,7 +13,7 @@ from etils import epath
 
 from omni_jax.api.weights import ModelSource
 from omni_jax.retrieval.directions import AVERAGES, DIRECTIONS
-from omni_jax.train.workdir import WorkdirConfig, read_config
+from omni_jax.train.workdir import WorkdirConfig
 from omni_jax.types import InputError
 
 EVALUATIONS = "evaluations"
@@ -66,10 +66,10 @@ def write_adapter(source: ModelSource, out: str | os.PathLike[str], base: str) -
 
     if source.config.lora is None:
         raise InputError(f"{source.folder}: has no adapter to publish; export the whole model with omni-jax convert to-torch --base-out")
-    if not source.trained:
+    if source.step is None:
         to_torch(source.folder, adapter_out=out)
         return
-    trained = {tuple(name.split("/")): array for name, array in source.trained.items()}
+    trained = {tuple(name.split("/")): array for name, array in source.read_trained().items()}
     made = write_trained(source.folder, source.config, trained, adapter_out=out, base_model=base)
     if made.left_out:
         names = ", ".join(sorted(made.left_out)[:3])
@@ -78,20 +78,18 @@ def write_adapter(source: ModelSource, out: str | os.PathLike[str], base: str) -
         )
 
 
-def model_card(
-    source: ModelSource, workdir: str | os.PathLike[str] | None, *, repo: str, base: str, data: str, licence: str | None = None
-) -> str:
+def model_card(source: ModelSource, *, repo: str, base: str, data: str, licence: str | None = None) -> str:
     """Returns the model card of an adapter: base, data, recipe, results, and what to look at when it is loaded in PyTorch.
 
+    Recipe and results are those of the run whose workdir the source is; for a converted folder the card says that they are not known.
+
     Args:
-      workdir: of the run that trained it; None where it is not known: recipe and results then say so.
       repo, base: names on the Hub.
       data: what it was trained on, in words; a folder's name would say nothing to others.
       licence: an identifier as the Hub lists them; None leaves it out.
     """
     lora = source.config.lora
     assert lora is not None
-    config = read_config(workdir) if workdir is not None else None
     front = [f"base_model: {base}", "library_name: peft", "pipeline_tag: feature-extraction"]
     front += [f"license: {licence}"] if licence else []
     front += ["tags:", "- omni_jax", "- lora", "- retrieval", "- audio", "- video"]
@@ -103,8 +101,8 @@ def model_card(
         rank=lora.rank,
         alpha=f"{lora.alpha:g}",
         data=data,
-        recipe=_recipe(config, source.step) if config is not None else "The recipe is not recorded.",
-        results=_results(workdir, source.step),
+        recipe=_recipe(source.run, source.step) if source.run is not None else "The recipe is not recorded.",
+        results=_results(source.home if source.run is not None else None, source.step),
     )
 
 
@@ -123,11 +121,11 @@ def _recipe(config: WorkdirConfig, step: int | None) -> str:
     return "\n".join(["| field | value |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows.items())])
 
 
-def _results(workdir: str | os.PathLike[str] | None, step: int | None) -> str:
+def _results(workdir: epath.Path | None, step: int | None) -> str:
     """The newest evaluation of a run up to a step, as a table; a sentence where there is none."""
     files = {}
     if workdir is not None:
-        for path in (epath.Path(workdir) / EVALUATIONS).glob("*.json"):
+        for path in (workdir / EVALUATIONS).glob("*.json"):
             if path.stem.isdecimal() and (step is None or int(path.stem) <= step):
                 files[int(path.stem)] = path
     if not files:

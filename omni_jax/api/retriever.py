@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from omni_jax.api.encoding import check_batch_size, encode_items, similarity
 from omni_jax.api.made_with import made_with
 from omni_jax.api.saving import save_model
-from omni_jax.api.weights import compute_type, find_model, load_params, open_model, own_preset
+from omni_jax.api.weights import ModelSource, compute_type, find_model, load_params, open_model
 from omni_jax.config import PREFIXES, PRESETS, TABLE_MODALITIES, TABLES, ConfigError, ModelConfig, Preset
 from omni_jax.config import preset as preset_named
 from omni_jax.config.compile_cache import use_compile_cache
@@ -55,7 +55,7 @@ class OmniRetriever:
         self._planners: dict[Preset, Planner] = {}
         self._origin = origin
         self._dtype = jnp.dtype(encoder.dtype)
-        self._home: tuple[epath.Path, int | None] | None = None  # folder and updates that the weights were read from
+        self._source: ModelSource | None = None  # that the weights were read from
         self._name = ""
 
     @classmethod
@@ -91,25 +91,33 @@ class OmniRetriever:
           InputError: when the folder is no such model, cannot be fetched or converted, its tokenizer belongs to another model, or its
             towers take patches that the preprocessing does not make.
         """
+        use_compile_cache()
+        folder = find_model(directory, adapter, revision=revision, adapter_revision=adapter_revision, token=token)
+        model = cls.from_source(open_model(folder, step, weights), dtype=dtype, preset=preset)
+        model._name = " + ".join(os.fspath(name) for name in (directory, adapter) if name is not None)
+        return model
+
+    @classmethod
+    def from_source(cls, source: ModelSource, *, dtype: str = "keep", preset: str | Preset | None = None) -> OmniRetriever:
+        """Loads a model that `omni_jax.api.weights.open_model` opened, as `from_pretrained` does.
+
+        Raises:
+          ConfigError, InputError: as `from_pretrained`.
+        """
         from omni_jax.model import abstract_encoder, with_params
 
         use_compile_cache()
         # Before the weights, which take minutes to read at full size.
-        folder = find_model(directory, adapter, revision=revision, adapter_revision=adapter_revision, token=token)
-        source = open_model(folder, step, weights)
-        prompt = source.config.prompt
-        chosen = own_preset(folder) if preset is None else preset_named(preset) if isinstance(preset, str) else preset
-        chosen.check(prompt)
+        chosen = source.preset if preset is None else preset_named(preset) if isinstance(preset, str) else preset
+        chosen.check(source.config.prompt)
         check_preprocessing(source.folder, source.config)
-        tokenizer = Tokenizer.from_pretrained(source.folder)
-        tokenizer.check(source.config.tokens)
+        tokenizer = source.tokenizer
         mesh = make_mesh() if len(jax.devices()) > 1 else None
         params = load_params(source, None if dtype == "keep" else dtype, mesh)
         compute = jnp.dtype(dtype) if dtype != "keep" else compute_type(params)
         encoder = with_params(abstract_encoder(source.config, dtype=compute), params)
         model = cls(encoder, tokenizer, chosen, mesh, made_with(source, chosen, dtype=dtype))
-        model._home = folder, source.step
-        model._name = " + ".join(os.fspath(name) for name in (directory, adapter) if name is not None)
+        model._source, model._name = source, os.fspath(source.home)
         return model
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -118,14 +126,14 @@ class OmniRetriever:
         Raises:
           InputError: `folder` exists or cannot be written, or the weights are no longer those of the folder that they were read from.
         """
-        if self._home is None:
+        if self._source is None:
             raise InputError("save: these weights were read from no folder, or were assigned since; train or convert them into one")
-        save_model(open_model(*self._home), folder)
+        save_model(open_model(self._source.home, self._source.step), folder)  # opened again: it may have changed since
 
     def assign(self, params: Mapping[tuple[str, ...], jax.Array]) -> None:
         """Embeds with other parameters of the same shapes, types and places from now on; nothing is compiled again."""
         self._runner.assign(dict(params))
-        self._origin = self._home = None
+        self._origin = self._source = None
 
     def made_with(self, *, normalize: bool = True) -> dict[str, Any] | None:
         """Returns what embeddings by this model depend on under its preset, for `EmbeddingTable.made_with` (see `omni_jax.api.made_with`).

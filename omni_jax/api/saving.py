@@ -8,7 +8,6 @@ from pathlib import Path
 
 from omni_jax.api.weights import ModelSource
 from omni_jax.conversion import folder
-from omni_jax.conversion.folder import read_manifest
 
 
 def save_model(source: ModelSource, out: str | os.PathLike[str]) -> None:
@@ -21,8 +20,7 @@ def save_model(source: ModelSource, out: str | os.PathLike[str]) -> None:
       InputError: `out` exists, or cannot be written.
     """
     target = Path(out).absolute()
-    if not source.trained:
-        read_manifest(source.folder)
+    if source.step is None:
         home = Path(source.folder)
         names = tuple(str(item.relative_to(home)) for item in sorted(home.rglob("*")) if item.is_file())
         with folder.new_folder(target) as temporary:
@@ -31,7 +29,7 @@ def save_model(source: ModelSource, out: str | os.PathLike[str]) -> None:
     from omni_jax.conversion import to_jax, write_trained  # late: who embeds needs neither
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    trained = {tuple(name.split("/")): array for name, array in source.trained.items()}
+    trained = {tuple(name.split("/")): array for name, array in source.read_trained().items()}
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as place:
         base, adapter = Path(place) / "base", Path(place) / "adapter" if source.config.lora is not None else None
         write_trained(source.folder, source.config, trained, base_out=base, adapter_out=adapter, base_model=str(source.folder))

@@ -34,7 +34,7 @@ from omni_jax.data.plan import BatchConfig
 from omni_jax.data.sources import MediaSource, open_source
 from omni_jax.model import param_shardings
 from omni_jax.parallel import batch_axes, batch_shards, make_mesh
-from omni_jax.tokens.tokenizer import Tokenizer, tokenizer_digest
+from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.train import RunConfig, TrainState, TrainStep, kinds_of_update, pack_update, report
 from omni_jax.train.checkpoint import Checkpoints, one_line
 from omni_jax.train.lock import run_lock
@@ -133,7 +133,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
         digests = {
             **base_digests(manifest),
             "clips": clips_digest(source),
-            **on_all_processes(lambda: _later_digests(base, preset, source)),
+            **on_all_processes(lambda: _later_digests(tokenizer, preset, source)),
         }
         stored = BASE if not run.model.base else str(base)
         config = WorkdirConfig(run.to_json(), model, stored, digests, total)
@@ -143,7 +143,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
         checkpoints = on_all_processes(lambda: Checkpoints(folder / CHECKPOINTS, run.checkpoint.keep))
         held.callback(checkpoints.close)
         check_equal("where the run stands", {"the newest checkpoint": checkpoints.newest()})
-        state, frozen = step.init(_params(base, model, run, mesh, callbacks.log))
+        state, frozen = step.init(_params(base, manifest, model, run, mesh, callbacks.log))
         state = _resumed(checkpoints, state, callbacks)
         start = int(state.step)
         writer = None
@@ -263,7 +263,7 @@ def _with_lora(model: ModelConfig, run: RunConfig) -> ModelConfig:
 
 
 def _params(
-    base: epath.Path, model: ModelConfig, run: RunConfig, mesh: Mesh | None, log: Callable[[str], None]
+    base: epath.Path, manifest: Manifest, model: ModelConfig, run: RunConfig, mesh: Mesh | None, log: Callable[[str], None]
 ) -> dict[tuple[str, ...], jax.Array]:
     """Returns every parameter on the devices; LoRA matrices that the base does not have are drawn."""
     shardings: Mapping[Any, Any] = param_shardings(model, mesh) if mesh is not None else {}
@@ -272,7 +272,8 @@ def _params(
         if jax.process_count() > 1:
             log(f"weights: this process reads {read / 2**20:.2f} of {whole / 2**20:.2f} MiB")
 
-    found, params = conversion.load(base, weights=model.weights, kept=model.kept, shardings=shardings, report_bytes=report_bytes)
+    options = {"weights": model.weights, "kept": model.kept, "shardings": shardings, "report_bytes": report_bytes}
+    found, params = conversion.load(base, manifest=manifest, **options)
     if model.lora is not None and found.lora is None:
         params |= fresh_lora(model, run.seed, shardings)
     return params
@@ -306,14 +307,14 @@ def _resumed(checkpoints: Checkpoints, state: TrainState, callbacks: TrainCallba
     return jax.tree.map(lambda new, old: jax.device_put(jnp.asarray(new), old.sharding), restored, state)
 
 
-def _later_digests(base: epath.Path, preset: Preset, source: ClipSource) -> dict[str, str]:
+def _later_digests(tokenizer: Tokenizer, preset: Preset, source: ClipSource) -> dict[str, str]:
     """Digests of what a run depends on besides weights and clips."""
     # Without what is as usual: a field that a later version adds changes nothing by its default.
     fields = {
         field.name: getattr(preset, field.name) for field in dataclasses.fields(preset) if getattr(preset, field.name) != field.default
     }
     digest = hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=16).hexdigest()
-    found = {TOKENIZER_FILES: tokenizer_digest(base), PRESET_FIELDS: digest}
+    found = {TOKENIZER_FILES: tokenizer.digest, PRESET_FIELDS: digest}
     # Sizes alone: copies of the files on several hosts were written at different times.
     return found | ({MEDIA_FILES: media_digest(source.records, times=False)} if isinstance(source, MediaSource) else {})
 

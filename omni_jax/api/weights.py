@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -18,34 +21,75 @@ from omni_jax.config import ConfigError, ModelConfig, Preset, default_preset
 from omni_jax.config.hub_name import is_hub_name
 from omni_jax.conversion.cached import converted
 from omni_jax.conversion.folder import MANIFEST, Manifest, read_manifest
-from omni_jax.tokens.tokenizer import tokenizer_digest
-from omni_jax.train.workdir import TOKENIZER_FILES, is_workdir, read_config, read_workdir, run_of
+from omni_jax.tokens.tokenizer import Tokenizer
+from omni_jax.train.workdir import TOKENIZER_FILES, WorkdirConfig, is_workdir, read_trained, read_workdir, run_of, trained_fingerprints
 from omni_jax.types import InputError
 
 Params = dict[tuple[str, ...], jax.Array]
 
-
-@dataclasses.dataclass(frozen=True)
-class ModelSource:
-    """A model on disk.
-
-    Attributes:
-      folder: the converted folder: base weights, tokenizer, side files.
-      config: the architecture, LoRA included.
-      trained: path -> float32 array of what a run trained; empty for a converted folder.
-      step: updates of that run; None likewise.
-      digests: of the base and the adapter of the folder, as `base_digests` gives them.
-    """
-
-    folder: epath.Path
-    config: ModelConfig
-    trained: Mapping[str, np.ndarray]
-    step: int | None
-    digests: Mapping[str, str | None]
+FINGERPRINTS = "fingerprints:"
+"""How a digest of trained weights begins that was made from a checkpoint's fingerprints; without it, from the weights."""
 
 
 WEIGHTS = ("keep", "int8", "int8-dynamic")
 """How the matrices of a model may be asked for: as the folder or the run has them, or rounded (`ModelConfig.weights`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A model on disk, opened once and passed on: what it is, and its parts when they are asked for.
+
+    Attributes:
+      home: the folder that was opened: a converted folder, or the workdir of a run.
+      folder: the converted folder: base weights, tokenizer, side files.
+      manifest: what that folder says of itself.
+      config: the architecture, LoRA included.
+      run: what the run of a workdir was started with; None for a converted folder.
+      step: updates of that run; None likewise.
+    """
+
+    home: epath.Path
+    folder: epath.Path
+    manifest: Manifest
+    config: ModelConfig
+    run: WorkdirConfig | None = None
+    step: int | None = None
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises InputError for one that cannot be read, or is another model's."""
+        tokenizer = Tokenizer.from_pretrained(self.folder)
+        tokenizer.check(self.config.tokens)
+        return tokenizer
+
+    @functools.cached_property
+    def preset(self) -> Preset:
+        """The one that the model was trained with: of a workdir the run's own, of a converted folder the backbone's.
+
+        Raises ConfigError when a run's config is not known to this version.
+        """
+        return default_preset(self.config.prompt) if self.run is None else run_of(self.run).data.resolved_preset()
+
+    def read_trained(self) -> dict[str, np.ndarray]:
+        """Returns path -> float32 array of what a run trained, read from its checkpoint; empty for a converted folder."""
+        return {} if self.step is None else read_trained(self.home, self.step)
+
+    def trained_digest(self, recorded: str | None = None) -> str | None:
+        """Returns a digest of what `read_trained` gives; None where that is empty.
+
+        It is made from the fingerprints that the checkpoint keeps of its values, which loading compares with them; the weights are read
+        only for a checkpoint that keeps none, or to compare with a digest that an earlier version recorded.
+
+        Args:
+          recorded: the digest to compare with.
+        """
+        if self.step is None:
+            return None
+        known = trained_fingerprints(self.home, self.step)
+        if known is None or (recorded is not None and not str(recorded).startswith(FINGERPRINTS)):
+            return arrays_digest(self.read_trained())
+        text = "".join(f"{name} {digits}\n" for name, digits in sorted(known.items()))
+        return FINGERPRINTS + hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def open_model(directory: str | os.PathLike[str], step: int | None = None, weights: str = "keep") -> ModelSource:
@@ -60,25 +104,23 @@ def open_model(directory: str | os.PathLike[str], step: int | None = None, weigh
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
-    source = _as_stored(directory, step)
+    source = _as_stored(epath.Path(directory), step)
     return source if weights == "keep" else dataclasses.replace(source, config=source.config.with_weights(weights))
 
 
-def _as_stored(directory: str | os.PathLike[str], step: int | None) -> ModelSource:
-    folder = epath.Path(directory)
-    if not is_workdir(folder):
+def _as_stored(home: epath.Path, step: int | None) -> ModelSource:
+    if not is_workdir(home):
         if step is not None:
-            raise InputError(f"{folder}: a step was asked for, but this is not the workdir of a training run")
-        manifest = read_manifest(folder)
-        return ModelSource(folder, manifest.model, {}, None, base_digests(manifest))
-    run = read_workdir(folder, step)
-    manifest = read_manifest(run.base)
-    digests = base_digests(manifest)
-    if any(run.digests.get(name) != digest for name, digest in digests.items()):
-        raise InputError(f"{run.base}: holds other weights than those {folder} was trained from; put the right ones back")
-    if run.digests.get(TOKENIZER_FILES, tokenizer_digest(run.base)) != tokenizer_digest(run.base):
-        raise InputError(f"{run.base}: holds another tokenizer than {folder} was trained with; put the right files back")
-    return ModelSource(run.base, run.model, run.trainable, run.step, digests)
+            raise InputError(f"{home}: a step was asked for, but this is not the workdir of a training run")
+        manifest = read_manifest(home)
+        return ModelSource(home, home, manifest, manifest.model)
+    run, base, step = read_workdir(home, step)
+    source = ModelSource(home, base, read_manifest(base), run.model, run, step)
+    if any(run.digests.get(name) != digest for name, digest in base_digests(source.manifest).items()):
+        raise InputError(f"{base}: holds other weights than those {home} was trained from; put the right ones back")
+    if TOKENIZER_FILES in run.digests and run.digests[TOKENIZER_FILES] != source.tokenizer.digest:
+        raise InputError(f"{base}: holds another tokenizer than {home} was trained with; put the right files back")
+    return source
 
 
 def find_model(
@@ -110,27 +152,6 @@ def find_model(
     return epath.Path(converted(name, adapter, revision=revision, adapter_revision=adapter_revision, token=token))
 
 
-def prompt_kind(directory: str | os.PathLike[str]) -> str:
-    """Returns `ModelConfig.prompt` of a converted folder or a workdir, reading no weights.
-
-    Raises:
-      InputError: when it is neither.
-    """
-    run = read_config(directory) if is_workdir(directory) else None
-    return (run.model if run is not None else read_manifest(directory).model).prompt
-
-
-def own_preset(directory: str | os.PathLike[str]) -> Preset:
-    """Returns the preset that a model was trained with: of a workdir the run's own, of a converted folder the backbone's.
-
-    Raises:
-      InputError: when it is neither.
-      ConfigError: when a run's config is not known to this version.
-    """
-    run = read_config(directory) if is_workdir(directory) else None
-    return run_of(run).data.resolved_preset() if run is not None else default_preset(read_manifest(directory).model.prompt)
-
-
 def base_digests(manifest: Manifest) -> dict[str, str | None]:
     """Returns the digests of a converted folder by what they are of, as a run's `config.json` keeps them."""
     return {"base weights": manifest.base_digest, "adapter weights": manifest.adapter_digest}
@@ -146,10 +167,12 @@ def load_params(source: ModelSource, dtype: Any = None, mesh: Mesh | None = None
 
     config = source.config
     shardings = param_shardings(config, mesh) if mesh is not None else {}
-    _, params = conversion.load(source.folder, dtype=dtype, weights=config.weights, kept=config.kept, shardings=shardings)
+    _, params = conversion.load(
+        source.folder, manifest=source.manifest, dtype=dtype, weights=config.weights, kept=config.kept, shardings=shardings
+    )
     kinds = {path: x.dtype for path, x in params.items()}
     maps = rounded_maps(config)
-    for name, array in source.trained.items():
+    for name, array in source.read_trained().items():
         path = tuple(name.split("/"))
         if path[-1] == "kernel" and path[:-1] in maps:
             for at, part in zip((path, (*path[:-1], SCALE)), rounded(array), strict=True):
@@ -159,6 +182,19 @@ def load_params(source: ModelSource, dtype: Any = None, mesh: Mesh | None = None
         kind = kinds.get(path) or _beside(kinds, path)
         params[path] = _place(array.astype(kind), shardings.get(path))
     return params
+
+
+def arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns a digest of named arrays: names, types, shapes and values."""
+
+    def one(name: str) -> bytes:
+        array = np.ascontiguousarray(arrays[name])
+        digest = hashlib.blake2b(f"{name} {array.dtype} {array.shape}".encode(), digest_size=16)
+        digest.update(array.reshape(-1).view(np.uint8).data)
+        return digest.digest()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        return hashlib.blake2b(b"".join(pool.map(one, sorted(arrays))), digest_size=16).hexdigest()
 
 
 def compute_type(params: Params) -> jnp.dtype:

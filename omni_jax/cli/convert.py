@@ -139,7 +139,7 @@ def _to_torch(args: argparse.Namespace, progress: Callable[[int, int], None]) ->
     outputs = {"base_out": args.base_out, "adapter_out": args.adapter_out, "progress": progress, **form}
     if source.step is None:
         return conversion.to_torch(source.folder, **outputs), None
-    trained = {tuple(name.split("/")): array for name, array in source.trained.items()}
+    trained = {tuple(name.split("/")): array for name, array in source.read_trained().items()}
     made = conversion.write_trained(source.folder, source.config, trained, base_model=args.base_out, **outputs)
     return made, source.step
 

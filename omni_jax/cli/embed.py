@@ -20,6 +20,7 @@ from omni_jax.types import InputError, Record
 
 if TYPE_CHECKING:
     from omni_jax.api import OmniRetriever
+    from omni_jax.api.weights import ModelSource
     from omni_jax.data.manifest import Manifest
     from omni_jax.retrieval.embedding_pass import Outcome, Part
 
@@ -63,29 +64,23 @@ def check_preset(args: argparse.Namespace) -> None:
     (preset(args.preset) if args.preset else Preset()).override(args.overrides)
 
 
-def choose_preset(args: argparse.Namespace, made_with: Mapping[str, Any] | None = None) -> Preset:
+def choose_preset(args: argparse.Namespace, source: ModelSource, made_with: Mapping[str, Any] | None = None) -> Preset:
     """Returns the preset that the arguments of `add_preset_arguments` ask for.
 
     Args:
+      source: the model.
       made_with: of an index that is searched: its preset is taken where the arguments name none.
 
     Raises:
       ConfigError: for one that is unknown, a field that is, or a preset made for another kind of backbone.
-      InputError: where the model decides and is no converted folder.
     """
-    check_preset(args)
-    take_model(args)
-
-    from omni_jax.api.weights import own_preset, prompt_kind
-
-    prompt = prompt_kind(args.model)
     if args.preset:
         chosen = preset(args.preset)
     else:
-        chosen = recorded_preset(made_with) if made_with is not None else own_preset(args.model)
+        chosen = recorded_preset(made_with) if made_with is not None else source.preset
     chosen = chosen.override(args.overrides)
     chosen = dataclasses.replace(chosen, prefix=args.prefix or chosen.prefix)
-    chosen.check(prompt)
+    chosen.check(source.config.prompt)
     return chosen
 
 
@@ -111,7 +106,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the choice of a model, as `take_model` takes it."""
+    """Adds the choice of a model, as `named_model` takes it."""
     parser.add_argument(
         "--model",
         required=True,
@@ -123,16 +118,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter-revision", metavar="REV", help="the same of --adapter")
 
 
-def take_model(args: argparse.Namespace) -> None:
-    """Puts the folder of the model that was asked for in place of its name, fetched and converted where it is only published.
+def named_model(args: argparse.Namespace) -> ModelSource:
+    """Opens the model that was asked for, fetched and converted where it is only published.
 
     Raises:
       InputError: when there is no such model.
     """
-    from omni_jax.api.weights import find_model
+    from omni_jax.api.weights import find_model, open_model
 
-    args.model = find_model(args.model, args.adapter, revision=args.revision, adapter_revision=args.adapter_revision)
-    args.adapter = args.revision = args.adapter_revision = None
+    folder = find_model(args.model, args.adapter, revision=args.revision, adapter_revision=args.adapter_revision)
+    return open_model(folder, weights=args.weights)
 
 
 def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +156,9 @@ def run(args: argparse.Namespace) -> int:
       InputError, ConfigError: for anything in the arguments that cannot be used.
     """
     check_timeout(args)
-    chosen = choose_preset(args)
+    check_preset(args)
+    source = named_model(args)
+    chosen = choose_preset(args, source)
     tables = parse_tables(args.tables)
     index, count = args.part
     out = args.out if count == 1 else args.out.with_name(f"{args.out.stem}-{index:05}-of-{count:05}.npz")
@@ -179,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
     whole = read_manifest(args.manifest, args.media_root)
     tables = usable_tables(args, whole, tables, out)
     manifest = dataclasses.replace(whole, records=whole.records[index::count], problems=whole.problems[index::count])
-    model = load_model(args, chosen)
+    model = load_model(args, source, chosen)
     made_with = model.made_with(normalize=not args.no_normalize)
     journal = Journal(out.with_name(f".{out.stem}.unfinished"), _settings(made_with, tables, manifest))
     finished = journal.finished()
@@ -232,10 +229,10 @@ def usable_tables(args: argparse.Namespace, manifest: Manifest, tables: tuple[st
     return chosen
 
 
-def load_model(args: argparse.Namespace, chosen: Preset) -> OmniRetriever:
+def load_model(args: argparse.Namespace, source: ModelSource, chosen: Preset) -> OmniRetriever:
     from omni_jax.api import OmniRetriever
 
-    return OmniRetriever.from_pretrained(args.model, dtype=args.dtype, weights=args.weights, preset=chosen)
+    return OmniRetriever.from_source(source, dtype=args.dtype, preset=chosen)
 
 
 def embed(

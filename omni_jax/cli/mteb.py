@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from omni_jax.cli.argtypes import positive, whole
-from omni_jax.cli.embed import add_model_arguments, add_preset_arguments, add_weights_arguments, check_preset, choose_preset, take_model
+from omni_jax.cli.embed import add_model_arguments, add_preset_arguments, add_weights_arguments, check_preset, choose_preset, named_model
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED
 from omni_jax.config import mteb_preset
@@ -47,7 +47,6 @@ def run(args: argparse.Namespace) -> int:
 
     # Late, so that `--help` and usage errors answer at once.
     from omni_jax.api.mteb_encoder import OmniRetrieverEncoder
-    from omni_jax.api.weights import prompt_kind
     from omni_jax.retrieval.table import aligned
 
     mteb: Any = importlib.import_module("mteb")
@@ -55,10 +54,10 @@ def run(args: argparse.Namespace) -> int:
         tasks = mteb.get_tasks(tasks=args.tasks)
     except KeyError as e:
         raise InputError(f"--tasks: {one_line(str(e.args[0]).removeprefix('KeyError: '))}") from None
-    take_model(args)
-    args.preset = args.preset or mteb_preset(prompt_kind(args.model))
+    source = named_model(args)
+    args.preset = args.preset or mteb_preset(source.config.prompt)
     fields = {"name": args.name} if args.name else {}
-    encoder = OmniRetrieverEncoder(str(args.model), preset=choose_preset(args), dtype=args.dtype, weights=args.weights, **fields)
+    encoder = OmniRetrieverEncoder(str(source.home), preset=choose_preset(args, source), dtype=args.dtype, weights=args.weights, **fields)
     options: Any = {"batch_size": args.batch_size} | ({"workers": args.workers} if args.workers is not None else {})
     cache = mteb.ResultCache(args.out)
     results = mteb.evaluate(encoder, tasks, encode_kwargs=options, cache=cache, co2_tracker=False, raise_error=False)

@@ -36,11 +36,8 @@ def run(args: argparse.Namespace) -> int:
     embed.check_timeout(args)
     Preset().override(args.overrides)  # a wrong one is answered before the model is looked for
 
-    embed.take_model(args)
-
-    from omni_jax.api.weights import prompt_kind
-
-    known = presets_for(prompt_kind(args.model))
+    source = embed.named_model(args)
+    known = presets_for(source.config.prompt)
     names = [name.strip() for name in args.presets.split(",")] if args.presets else list(known)
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"--presets {args.presets}: {unknown[0]!r} is no preset of this backbone; choose among {', '.join(known)}")
@@ -66,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     tables = embed.usable_tables(args, manifest, tables, args.out / "manifest.npz" if args.out else None)
-    model = embed.load_model(args, next(iter(chosen.values())))
+    model = embed.load_model(args, source, next(iter(chosen.values())))
     results, bad = {}, 0
     for name, preset in chosen.items():
         model.preset = preset

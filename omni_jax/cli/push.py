@@ -40,14 +40,12 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.api.publishing import model_card, write_adapter, write_card
     from omni_jax.api.weights import open_model
     from omni_jax.conversion.hub import upload
-    from omni_jax.train.workdir import is_workdir
 
     source = open_model(args.model, args.step)
     with contextlib.ExitStack() as stack:
         folder = Path(args.out) if args.out else Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapter"
         write_adapter(source, folder, args.base)
-        workdir = args.model if is_workdir(args.model) else None
-        write_card(folder, model_card(source, workdir, repo=args.repo, base=args.base, data=args.data, licence=args.license))
+        write_card(folder, model_card(source, repo=args.repo, base=args.base, data=args.data, licence=args.license))
         if args.out:
             print(f"{folder}: adapter and card; upload them with: hf upload {args.repo} {folder}")
             return 0

@@ -8,14 +8,25 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omni_jax.cli.embed import add_model_arguments, add_preset_arguments, add_weights_arguments, check_preset, choose_preset
+from omni_jax.cli.embed import (
+    add_model_arguments,
+    add_preset_arguments,
+    add_weights_arguments,
+    check_preset,
+    choose_preset,
+    load_model,
+    named_model,
+)
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED
 from omni_jax.config import TABLES, Preset
 from omni_jax.config.made_with import held_otherwise, listed, made_otherwise
 from omni_jax.types import InputError
+
+if TYPE_CHECKING:
+    from omni_jax.api.weights import ModelSource
 
 EXAMPLE = 'omni-jax search --model omni7b --index clips.npz --text "a whistle over a gradient sky" -k 5'
 
@@ -72,13 +83,13 @@ def run(args: argparse.Namespace) -> int:
     (table,) = index.tables
     if not index.ids:
         raise InputError(f"{args.index[0]}: holds no records")
-    chosen = choose_preset(args, index.made_with)
-    check_origin(args, index.made_with, chosen)
+    source = named_model(args)
+    chosen = choose_preset(args, source, index.made_with)
+    check_origin(args, index.made_with, source, chosen)
 
-    from omni_jax.api import OmniRetriever
     from omni_jax.retrieval.search import Index
 
-    model = OmniRetriever.from_pretrained(args.model, dtype=args.dtype, weights=args.weights, preset=chosen)
+    model = load_model(args, source, chosen)
     with warnings.catch_warnings(record=args.queries is not None) as told:
         vectors = model.encode(
             queries.items,
@@ -109,7 +120,7 @@ def _show(args: argparse.Namespace, kind: str | None, name: str, table: str, rec
         print(f"{rank:4d}  {score:7.4f}  {one_line(name)}")
 
 
-def check_origin(args: argparse.Namespace, recorded: Mapping[str, Any] | None, chosen: Preset) -> None:
+def check_origin(args: argparse.Namespace, recorded: Mapping[str, Any] | None, source: ModelSource, chosen: Preset) -> None:
     """Compares what an index was made with (None: unknown) and what searches it, before weights are read.
 
     Raises:
@@ -119,10 +130,9 @@ def check_origin(args: argparse.Namespace, recorded: Mapping[str, Any] | None, c
         print(f"{args.index[0]}: what it was made with is not recorded; search it with the model and preset that made it", file=sys.stderr)
         return
     from omni_jax.api.made_with import made_with
-    from omni_jax.api.weights import open_model
     from omni_jax.retrieval.search import FREE
 
-    here = made_with(open_model(args.model, weights=args.weights), chosen, dtype=args.dtype)
+    here = made_with(source, chosen, dtype=args.dtype, recorded=recorded)
     found = made_otherwise(recorded, here, FREE)
     if held := held_otherwise(recorded, here):
         print(f"{args.index[0]}: was made with weights of another precision: {listed(held)}; cosines differ a little", file=sys.stderr)

@@ -10,7 +10,15 @@ import socket
 from pathlib import Path
 
 from omni_jax.cli.argtypes import positive
-from omni_jax.cli.embed import add_model_arguments, add_preset_arguments, add_weights_arguments, choose_preset
+from omni_jax.cli.embed import (
+    add_model_arguments,
+    add_preset_arguments,
+    add_weights_arguments,
+    check_preset,
+    choose_preset,
+    load_model,
+    named_model,
+)
 from omni_jax.cli.search import check_origin
 from omni_jax.types import InputError
 
@@ -78,21 +86,22 @@ def run(args: argparse.Namespace) -> int:
         records = records_of(args.manifest, args.media)
         indexes = open_indexes(args.index)
         made_with = next(iter(indexes.values())).made_with
-        chosen = choose_preset(args, made_with)
-        check_origin(args, made_with, chosen)
+        check_preset(args)
+        source = named_model(args)
+        chosen = choose_preset(args, source, made_with)
+        check_origin(args, made_with, source, chosen)
         library = Library(indexes, records, Path(args.media) if args.media is not None else None)
 
-        from omni_jax.api import OmniRetriever
         from omni_jax.serve.app import make_app
         from omni_jax.serve.embedding import Embedder
 
-        model = OmniRetriever.from_pretrained(args.model, dtype=args.dtype, weights=args.weights, preset=chosen)
+        model = load_model(args, source, chosen)
         workers = args.workers or max(1, (os.cpu_count() or 1) - 1)
         embedder = Embedder(model, batch_size=args.batch_size, workers=workers, timeout_s=args.timeout, most_waiting=args.max_waiting)
         names = (*(LOOPBACK if local else (args.host,)), *(name.lower() for name in args.allow_host))
         hosts = () if args.host in ("0.0.0.0", "::") and not args.allow_host else names
         rules = Rules(hosts, args.token, int(args.max_upload * 2**20), args.upload_time)
-        app = make_app(embedder, library, rules, args.model.resolve().name)
+        app = make_app(embedder, library, rules, source.home.resolve().name)
         model.encode(texts=["warm"])  # so that the first client need not wait for the program of a caption
         bound.listen(socket.SOMAXCONN)  # clients of the address that is printed next wait, and are not refused
         host, port = bound.getsockname()[:2]

@@ -19,7 +19,7 @@ HELD = ("model.weights", "model.kept")
 """Fields of it that say how matrices are held: int8 moves a vector further than rounding does, and leaves it near."""
 
 _WEIGHTS = re.compile(r"weights\.(\w+) weights")  # "weights.base weights", as records have it: once is enough
-_DIGEST = re.compile(r"[0-9a-f]{32,}")
+_DIGEST = re.compile(r"(fingerprints:)?[0-9a-f]{32,}")
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -37,9 +37,10 @@ class Tokenizer:
       im_end: index of `<|im_end|>`, which ends a prompt.
       im_start: index of `<|im_start|>`, which begins a turn of the chat template; None where the tokenizer has none.
       control: indices of the control tokens, by the field names of `config.SpecialTokens`.
+      digest: of all files of its folder that may be read for it: equal for equal files; "" of one that was not read from a folder.
     """
 
-    def __init__(self, plain: tokenizers.Tokenizer, added: Mapping[str, int], where: str = "the tokenizer"):
+    def __init__(self, plain: tokenizers.Tokenizer, added: Mapping[str, int], where: str = "the tokenizer", digest: str = ""):
         """Takes a tokenizer without added tokens and the added tokens apart.
 
         Raises:
@@ -50,6 +51,7 @@ class Tokenizer:
             raise InputError(f"{where}: the tokenizer lacks {', '.join(missing)}; use the folder of a WAVE-7B checkpoint")
         self._plain = plain
         self._where = where
+        self.digest = digest
         self.im_end = added[END]
         self.im_start = added.get(START)
         self.control = {field: added[name] for field, name in CONTROL_TOKENS.items()}
@@ -65,12 +67,13 @@ class Tokenizer:
         if not folder.is_dir():
             raise InputError(f"{folder}: not a folder; give the folder of a checkpoint")
         file = folder / "tokenizer.json"
-        if file.is_file():
+        files = _read_files(folder)
+        if file.name in files:
             try:
-                text = file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as e:
+                text = files[file.name].decode()
+            except UnicodeDecodeError as e:
                 raise InputError(f"{file}: cannot be read ({_line(e)}); copy it again from the checkpoint") from None
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        elif {"vocab.json", "merges.txt"} <= files.keys():
             text = _from_slow_files(folder)
         else:
             raise InputError(f"{folder}: no tokenizer.json, nor vocab.json with merges.txt; copy them from the checkpoint")
@@ -81,7 +84,7 @@ class Tokenizer:
             plain = tokenizers.Tokenizer.from_str(json.dumps({**record, "added_tokens": [], "truncation": None, "padding": None}))
         except Exception as e:  # the library raises bare Exception
             raise InputError(f"{file}: cannot be read as a tokenizer ({_line(e)}); copy it again from the checkpoint") from None
-        return cls(plain, {**_added_tokens(folder), **added}, str(folder))
+        return cls(plain, {**_added_tokens(folder, files), **added}, str(folder), _digest(files))
 
     def check(self, tokens: SpecialTokens) -> None:
         """Holds the control tokens against those of a model, padding aside: any index may stand where nothing is read.
@@ -110,31 +113,39 @@ class Tokenizer:
         return list(self._plain.encode(text, add_special_tokens=False).ids)
 
 
-def tokenizer_digest(directory: str | PathLike[str]) -> str:
-    """Returns a digest of all files of a checkpoint folder that `Tokenizer.from_pretrained` may read: equal for equal files."""
+def _read_files(folder: epath.Path) -> dict[str, bytes]:
+    found = {}
+    for file in (folder / name for name in FILES):
+        try:
+            if file.is_file():
+                found[file.name] = file.read_bytes()
+        except OSError as e:
+            raise InputError(f"{file}: cannot be read ({_line(e)}); copy it again from the checkpoint") from None
+    return found
+
+
+def _digest(files: Mapping[str, bytes]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name in FILES:
-        file = epath.Path(directory) / name
-        content = file.read_bytes() if file.is_file() else b""
+        content = files.get(name, b"")
         digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
 
-def _added_tokens(folder: epath.Path) -> dict[str, int]:
+def _added_tokens(folder: epath.Path, files: Mapping[str, bytes]) -> dict[str, int]:
     """Control tokens that older checkpoints list beside the tokenizer."""
     found: dict[str, int] = {}
     for name in ("added_tokens.json", "tokenizer_config.json"):
-        file = folder / name
-        if not file.is_file():
+        if name not in files:
             continue
         try:
-            record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            record: dict[str, Any] = json.loads(files[name].decode())
             if name == "added_tokens.json":
                 found.update({content: int(index) for content, index in record.items()})
             else:
                 found.update({token["content"]: int(index) for index, token in record.get("added_tokens_decoder", {}).items()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise InputError(f"{file}: cannot be read ({_line(e)}); copy it again from the checkpoint") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise InputError(f"{folder / name}: cannot be read ({_line(e)}); copy it again from the checkpoint") from None
     return found
 
 

@@ -214,12 +214,30 @@ def read_trainable(folder: epath.PathLike, step: int) -> dict[str, np.ndarray]:
     return {name.replace(".", "/"): np.asarray(x) for name, x in found.items()}
 
 
+def trainable_fingerprints(folder: epath.PathLike, step: int) -> dict[str, str] | None:
+    """Returns path -> fingerprint of what `read_trainable` gives; None for a checkpoint of an earlier version, which has none.
+
+    Raises:
+      InputError: when they cannot be read.
+    """
+    path = epath.Path(folder).absolute() / str(step)
+    try:
+        recorded = _recorded(path)
+        return None if recorded is None else {name.replace(".", "/"): str(digits) for name, digits in recorded[TRAINABLE].items()}
+    except (OSError, ValueError, KeyError, AttributeError) as e:
+        raise InputError(f"{path / DIGESTS}: cannot be read ({one_line(e)}); choose another --step") from e
+
+
+def _recorded(step: epath.Path) -> dict[str, Any] | None:
+    file = step / DIGESTS / "metadata"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
 def _verify(step: epath.Path, item: str, arrays: Mapping[str, Any]) -> None:
     """Raises ValueError where arrays of a checkpoint are not those that were saved. One of an earlier version has no digests to compare."""
-    file = step / DIGESTS / "metadata"
-    if not file.exists():
+    if (digests := _recorded(step)) is None:
         return
-    recorded, found = json.loads(file.read_text())[item], fingerprints(arrays)
+    recorded, found = digests[item], fingerprints(arrays)
     wrong = [name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)]
     if wrong:
         raise ValueError(f"{item} {wrong[0].replace('.', '/')} holds other values than were saved")

@@ -65,25 +65,6 @@ class WorkdirConfig:
         return {"format": FORMAT, **dataclasses.asdict(self), "model": self.model.to_json()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """The model of one checkpoint.
-
-    Attributes:
-      base: the converted folder with its base weights.
-      model: the architecture, LoRA included.
-      trainable: path ("head/fc1/kernel") -> float32 array, of what trained; layer stacks have their leading axis.
-      step: updates made.
-      digests: as in `WorkdirConfig`.
-    """
-
-    base: epath.Path
-    model: ModelConfig
-    trainable: dict[str, np.ndarray]
-    step: int
-    digests: Mapping[str, str | None]
-
-
 def is_workdir(folder: epath.PathLike) -> bool:
     """Whether a folder is the workdir of a run (and not a converted folder)."""
     folder = epath.Path(folder)
@@ -108,14 +89,13 @@ def read_config(folder: epath.PathLike) -> WorkdirConfig | None:
         raise InputError(f"{path}: cannot be read ({e}); start again with another --workdir") from None
 
 
-def read_workdir(folder: epath.PathLike, step: int | None = None) -> Trained:
-    """Returns the model of a run's newest whole checkpoint, or of the one at `step`.
+def read_workdir(folder: epath.PathLike, step: int | None = None) -> tuple[WorkdirConfig, epath.Path, int]:
+    """Returns what a run was started with, its base weights' folder, and the step of its newest whole checkpoint, or `step`.
 
     Raises:
       InputError: when the folder is no workdir, has no such checkpoint, or its base weights are gone.
     """
-    from omni_jax.train.checkpoint import read_trainable, steps_of  # slow: who looks for a run may find none
-    from omni_jax.train.trainable import loss_scalars
+    from omni_jax.train.checkpoint import steps_of  # slow: who looks for a run may find none
 
     folder = epath.Path(folder)
     config = read_config(folder)
@@ -130,10 +110,33 @@ def read_workdir(folder: epath.PathLike, step: int | None = None) -> Trained:
     base = base_folder(folder, config)
     if not base.exists():
         raise InputError(f"{folder}: its base weights are no longer at {base}; put them back (config.json names the place)")
-    trainable = read_trainable(folder / CHECKPOINTS, chosen)
-    for name in loss_scalars(trainable):
-        del trainable[name]
-    return Trained(base, config.model, trainable, chosen, config.digests)
+    return config, base, chosen
+
+
+def read_trained(folder: epath.PathLike, step: int) -> dict[str, np.ndarray]:
+    """Returns path ("head/fc1/kernel") -> float32 array of what trained of the model, layer stacks with their leading axis.
+
+    Raises:
+      InputError: when the checkpoint of that step cannot be read.
+    """
+    from omni_jax.train.checkpoint import read_trainable
+    from omni_jax.train.trainable import loss_scalars
+
+    trainable = read_trainable(epath.Path(folder) / CHECKPOINTS, step)
+    return {name: array for name, array in trainable.items() if name not in loss_scalars(trainable)}
+
+
+def trained_fingerprints(folder: epath.PathLike, step: int) -> dict[str, str] | None:
+    """Returns path -> fingerprint of what `read_trained` gives, reading none of it; None of a checkpoint of a version that kept none.
+
+    Raises:
+      InputError: when the file of fingerprints cannot be read.
+    """
+    from omni_jax.train.checkpoint import trainable_fingerprints
+    from omni_jax.train.trainable import loss_scalars
+
+    found = trainable_fingerprints(epath.Path(folder) / CHECKPOINTS, step)
+    return None if found is None else {name: digits for name, digits in found.items() if name not in loss_scalars(found)}
 
 
 def base_folder(folder: epath.PathLike, config: WorkdirConfig) -> epath.Path:

@@ -12,7 +12,7 @@ import pytest
 
 from omni_jax import conversion
 from omni_jax.api.saving import save_model
-from omni_jax.api.weights import base_digests, load_params, open_model, own_preset
+from omni_jax.api.weights import base_digests, load_params, open_model
 from omni_jax.cli.embed import choose_preset
 from omni_jax.cli.main import build_parser, main
 from omni_jax.config import ModelConfig, preset
@@ -113,10 +113,11 @@ def test_a_workdir_is_read_as_it_was_trained(tmp_path: Path) -> None:
     trained_with = RunConfig.from_config(tiny.get_config()).data.resolved_preset()
     parser = build_parser("embed")
     usual = ["embed", "--model", str(run), "--manifest", "m.jsonl", "--out", "o.npz"]
-    assert choose_preset(parser.parse_args(usual)) == trained_with != preset("training")
-    assert choose_preset(parser.parse_args([*usual, "--set", "frames=2"])) == trained_with.override(["frames=2"])
-    assert choose_preset(parser.parse_args([*usual, "--preset", "training"])) == preset("training")
-    assert own_preset(tmp_path / "model") == preset("training")
+    source = open_model(run)
+    assert choose_preset(parser.parse_args(usual), source) == trained_with != preset("training")
+    assert choose_preset(parser.parse_args([*usual, "--set", "frames=2"]), source) == trained_with.override(["frames=2"])
+    assert choose_preset(parser.parse_args([*usual, "--preset", "training"]), source) == preset("training")
+    assert open_model(tmp_path / "model").preset == preset("training")
 
 
 def test_a_trained_model_is_saved_as_a_folder_of_its_own(tmp_path: Path) -> None:

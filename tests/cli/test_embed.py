@@ -239,7 +239,7 @@ def test_golden_presets_where_an_override_has_no_effect_are_left_out_and_told(go
         taken.append(name)
         raise InputError("no further")
 
-    monkeypatch.setattr(embed, "load_model", lambda args, preset: argparse.Namespace(preset=preset))
+    monkeypatch.setattr(embed, "load_model", lambda args, source, preset: argparse.Namespace(preset=preset))
     monkeypatch.setattr(embed, "embed", pass_over)
     assert main(arguments) == 2
     assert taken == ["training"]

@@ -17,10 +17,11 @@ from omni_jax.types import InputError
 
 @pytest.fixture(autouse=True)
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(args: argparse.Namespace, chosen: Preset) -> None:
+    def load(args: argparse.Namespace, source: None, chosen: Preset) -> None:
         raise InputError("the model was loaded")
 
-    monkeypatch.setattr(embed, "choose_preset", lambda args: Preset())
+    monkeypatch.setattr(embed, "named_model", lambda args: None)
+    monkeypatch.setattr(embed, "choose_preset", lambda args, source: Preset())
     monkeypatch.setattr(embed, "load_model", load)
 
 

@@ -7,11 +7,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from omni_jax.api import OmniRetriever
 from omni_jax.cli.main import main
 from omni_jax.config import Preset
 from omni_jax.retrieval import evaluate, read_embeddings, write_embeddings
@@ -217,9 +217,9 @@ def test_search_embeds_what_it_is_given(
             asked[:] = [{name: str(value) for name, value in item.items() if value is not None} for item in items]
             return VIDEO[7:8]
 
-    monkeypatch.setattr(OmniRetriever, "from_pretrained", lambda *_, **__: Model())
-    monkeypatch.setattr("omni_jax.api.weights.prompt_kind", lambda _: "plain")
-    monkeypatch.setattr("omni_jax.api.weights.own_preset", lambda _: Preset())
+    plain = SimpleNamespace(config=SimpleNamespace(prompt="plain"), preset=Preset())
+    monkeypatch.setattr("omni_jax.cli.search.named_model", lambda _: plain)
+    monkeypatch.setattr("omni_jax.cli.search.load_model", lambda *_: Model())
     ids = tuple(f"clip {i}" for i in range(40))
     write_embeddings(tmp_path / "e.npz", EmbeddingTable(ids, {"text": TEXT, "av": VIDEO, "audio": VIDEO, "video": VIDEO}))
     command = ["search", "--model", "none", "--index", str(tmp_path / "e.npz"), f"--{flag}", "x"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from etils import epath
 
 from omni_jax.api.publishing import model_card
-from omni_jax.api.weights import ModelSource, open_model
+from omni_jax.api.weights import open_model
 from omni_jax.cli.main import main
 from omni_jax.cli.status import BAD_INPUT, DONE
 from omni_jax.conversion import to_jax
@@ -56,8 +57,8 @@ def test_golden_a_card_states_recipe_and_the_newest_results(converted: Path, tmp
     result = evaluate(dict(zip(("text", "video", "audio"), rows, strict=True)), resamples=0)
     for step, n in ((3, 1), (6, 20), (9, 1)):
         (tmp_path / "evaluations" / f"{step}.json").write_text(json.dumps(result | {"n": n}))
-    trained = ModelSource(epath.Path(converted), source.config, {}, 7, {})
-    card = model_card(trained, tmp_path, repo="me/a", base="b/c", data="clips")
+    trained = dataclasses.replace(source, home=epath.Path(tmp_path), run=config, step=7)
+    card = model_card(trained, repo="me/a", base="b/c", data="clips")
     assert "| steps | 7 of 9 |" in card and "| clips a step | 24 |" in card and "| losses | " in card and "temperature=0.01" in card
     assert "After 6 steps, on 20 held-out clips, in percent" in card
     assert f"| t2v | {result['directions']['t2v']['R@1']:.2f} |" in card and f"| AVG-single | {result['AVG-single']:.2f} |" in card

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -77,7 +78,8 @@ def test_a_setting_without_effect_or_out_of_range_is_refused(name: str, assignme
 def test_of_several_presets_the_one_that_a_setting_does_not_fit_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("omni_jax.api.weights.prompt_kind", lambda folder: "plain")
+    plain = SimpleNamespace(config=SimpleNamespace(prompt="plain"))
+    monkeypatch.setattr("omni_jax.cli.embed.named_model", lambda args: plain)
     assert main(["presets", "--model", "m", "--manifest", "c.jsonl", "--set", "audio_crop=center"]) == 2
     error = capsys.readouterr().err
     assert "preset wave is left out: preset field audio_crop='center' has no effect" in error

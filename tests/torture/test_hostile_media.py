@@ -23,7 +23,7 @@ def test_golden_broken_files_cost_themselves_alone(
     assert main(["convert", "to-jax", "--base", str(golden().checkpoint), "--out", str(model)]) == 0
     load = functools.cache(lambda: OmniRetriever.from_pretrained(model))
 
-    def loaded(args: object, chosen: object) -> OmniRetriever:
+    def loaded(args: object, source: object, chosen: object) -> OmniRetriever:
         found = load()
         found.preset = chosen  # type: ignore[assignment]
         found._planners.clear()  # shapes are remembered from group to group; a new process begins without

@@ -114,7 +114,7 @@ def test_a_run_over_int8_resumes_embeds_and_gives_its_base_back(tmp_path: Path, 
     assert params["head", "fc1", "kernel"].dtype == jnp.float32
     whole = load_params(open_model(run, weights="int8"))
     assert whole["head", "fc1", "kernel"].dtype == jnp.int8
-    q, scale = rounded(source.trained["head/fc1/kernel"])
+    q, scale = rounded(source.read_trained()["head/fc1/kernel"])
     np.testing.assert_array_equal(whole["head", "fc1", "kernel"], q)
     np.testing.assert_array_equal(whole["head", "fc1", SCALE], scale)
     one, other = (OmniRetriever.from_pretrained(run, weights=kind).encode(texts=["a red ball"]) for kind in ("keep", "int8"))

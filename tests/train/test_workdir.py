@@ -19,7 +19,18 @@ from omni_jax.configs import tiny
 from omni_jax.train import RunConfig
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.lock import run_lock
-from omni_jax.train.workdir import LATER, WorkdirConfig, check_free, claim, is_workdir, read_config, read_workdir, run_of
+from omni_jax.train.workdir import (
+    LATER,
+    WorkdirConfig,
+    check_free,
+    claim,
+    is_workdir,
+    read_config,
+    read_trained,
+    read_workdir,
+    run_of,
+    trained_fingerprints,
+)
 from omni_jax.types import InputError
 from tests.train.random_batches import MODEL
 from tests.train.states import state
@@ -117,10 +128,10 @@ def test_checkpoints_are_models(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     assert is_workdir(tmp_path)
     for step, wanted in ((None, 4), (2, 2)):
-        found = read_workdir(tmp_path, step)
-        assert (found.step, found.base, found.model) == (wanted, epath.Path(tmp_path) / "base", MODEL)
-        assert sorted(found.trainable) == ["bridge/norm/scale", "head/fc1/kernel"]
-        np.testing.assert_array_equal(found.trainable["head/fc1/kernel"], state(wanted).trainable["head/fc1/kernel"])
+        assert read_workdir(tmp_path, step) == (CONFIG, epath.Path(tmp_path) / "base", wanted)
+        found = read_trained(tmp_path, wanted)
+        assert sorted(found) == sorted(trained_fingerprints(tmp_path, wanted) or ()) == ["bridge/norm/scale", "head/fc1/kernel"]
+        np.testing.assert_array_equal(found["head/fc1/kernel"], state(wanted).trainable["head/fc1/kernel"])
     with pytest.raises(InputError, match="no checkpoint of step 3; choose one of 2, 4"):
         read_workdir(tmp_path, 3)
 
