@@ -108,7 +108,7 @@ TOLERANCES: dict[str, tuple[str, float]] = {
     "int8_scale": ("absolute", 1e-8),
     # Published averages, each rounded to two places: the mean of two of them against a third.
     "published_percent": ("absolute", 0.0101),
-    # Operations counted by hand on a page, three digits, against the ledger: what the project asks of the page.
+    # Operations counted by hand on a page, three digits, against the code: what the project asks of the page.
     "hand_count": ("relative", 0.02),
 }
 

@@ -17,7 +17,6 @@ import numpy as np
 from omni_jax.config import BeatsConfig, ModelConfig
 from omni_jax.model.encoder import abstract_params
 from omni_jax.model.layers import causal_blocks
-from omni_jax.types import AudioBatch, BeatsBatch, EncoderBatch, RowBatch, VisionBatch
 
 PARTS = ("vision", "audio", "beats", "bridge", "decoder", "head")
 
@@ -64,28 +63,10 @@ class Attention:
 Terms = Sequence[Maps | Attention]
 
 
-def forward_work(config: ModelConfig, batch: EncoderBatch) -> dict[str, Work]:
-    """Returns part -> operations of embedding a batch once; the parts are PARTS."""
-    terms: dict[str, list[Maps | Attention]] = {part: [] for part in PARTS}
-    for vision in batch.vision:
-        terms["vision"] += _vision(config, vision)
-    for audio in batch.audio:
-        terms["audio"] += _audio(config, audio)
-    for beats in batch.beats:
-        assert config.beats is not None
-        terms["beats"] += _beats(config.beats, beats)
-        terms["bridge"] += bridge_terms(Work(beats.fbank.shape[0] * beats.max_tokens, int(beats.tokens.sum())))
-    for rows, owner in zip(batch.rows, batch.owners, strict=True):
-        asked = owner[..., 0] >= 0
-        terms["decoder"] += _decoder(config, rows, asked)
-        terms["head"] += head_terms(Work(rows.pool.size, int(asked.sum())))
-    return {part: operations(config, parts) for part, parts in terms.items()}
-
-
 def operations(config: ModelConfig, terms: Terms) -> Work:
     """Returns the operations of a forward through these terms."""
     sizes = matrix_sizes(config)
-    return total({str(n): term_operations(sizes, term) for n, term in enumerate(terms)})
+    return sum((term_operations(sizes, term) for term in terms), Work())
 
 
 def term_operations(sizes: Mapping[str, int], term: Maps | Attention) -> Work:
@@ -93,11 +74,6 @@ def term_operations(sizes: Mapping[str, int], term: Maps | Attention) -> Work:
     if isinstance(term, Attention):
         return term.pairs * (4.0 * term.width)
     return term.tokens * (2.0 * sum(sizes.get(path, 0) for path in term.paths))
-
-
-def total(work: Mapping[str, Work]) -> Work:
-    """Returns the sum over parts."""
-    return sum(work.values(), Work())
 
 
 @functools.lru_cache(maxsize=32)
@@ -116,9 +92,6 @@ def matrix_sizes(config: ModelConfig, only: frozenset[str] | None = None) -> Map
                 name = "/".join(path[:depth])
                 sizes[name] = sizes.get(name, 0) + repeat * int(np.prod(leaf.shape))
     return sizes
-
-
-# ---------------------------------------------------------------------------------------------------- the terms of each part, from counts
 
 
 def vision_terms(config: ModelConfig, patches: Work, pairs: Work) -> Terms:
@@ -177,60 +150,3 @@ def row_pairs(tokens: int, causal: bool = True) -> int:
     if not causal:
         return tokens**2
     return sum((stop - start) * stop for start, stop in causal_blocks(tokens))
-
-
-# ---------------------------------------------------------------------------------------------------------------- counts of a batch
-
-
-def _vision(config: ModelConfig, batch: VisionBatch) -> Terms:
-    cfg = config.vision
-    steps, patches = batch.window.shape
-    valid = (batch.window >= 0).sum(axis=1)
-    windows = sum(int((np.unique(row[row >= 0], return_counts=True)[1] ** 2).sum()) for row in batch.window)
-    full = len(set(cfg.full_attention_layers))
-    pairs = full * int((valid**2).sum()) + (cfg.num_layers - full) * windows
-    return vision_terms(config, Work(steps * patches, int(valid.sum())), Work(cfg.num_layers * steps * patches**2, pairs))
-
-
-def _audio(config: ModelConfig, batch: AudioBatch) -> Terms:
-    layers = config.audio.num_layers
-    chunks, frames = batch.mel.shape[:2]
-    seen = (batch.frames + 1) // 2
-    return audio_terms(
-        config,
-        frames=Work(chunks * frames, int(batch.frames.sum())),
-        seen=Work(chunks * frames // 2, int(seen.sum())),
-        tokens=Work(chunks * frames // 4, int((seen // 2).sum())),
-        pairs=Work(layers * chunks * (frames // 2) ** 2, layers * int((seen**2).sum())),
-    )
-
-
-def _beats(cfg: BeatsConfig, batch: BeatsBatch) -> Terms:
-    segments, frames = batch.fbank.shape[:2]
-    patches = frames // cfg.patch_size * cfg.frequency_patches
-    valid = batch.frames // cfg.patch_size * cfg.frequency_patches
-    return beats_terms(
-        cfg,
-        patches=Work(segments * patches, int(valid.sum())),
-        taps=Work(segments * kernel_taps(patches, cfg.conv_pos), sum(kernel_taps(int(n), cfg.conv_pos) for n in valid)),
-        pairs=Work(cfg.num_layers * segments * patches**2, cfg.num_layers * int((valid**2).sum())),
-    )
-
-
-def _decoder(config: ModelConfig, batch: RowBatch, asked: np.ndarray) -> Terms:
-    rows, tokens = batch.ids.shape
-    causal = config.attention == "causal"
-    seen = [_visible_keys(segment, branch, causal) for segment, branch in zip(batch.segment, batch.branch, strict=True)]
-    computed = Work(rows * tokens, int((batch.segment > 0).sum())), Work(rows * row_pairs(tokens, causal), int(np.sum(seen)))
-    if not config.has_head:
-        return decoder_terms(config, *computed)
-    pooled = sum(int(counts[pool[used]].sum()) for counts, pool, used in zip(seen, batch.pool, asked, strict=True))
-    return decoder_terms(config, *computed, (Work(batch.pool.size, int(asked.sum())), Work(batch.pool.size * tokens, pooled)))
-
-
-def _visible_keys(segment: np.ndarray, branch: np.ndarray, causal: bool = True) -> np.ndarray:
-    """Keys that the decoder's mask shows to each token of a row (S,); none to padding."""
-    same = (segment[:, None] == segment[None]) & (segment > 0)[:, None]
-    if causal:
-        same &= np.tri(len(segment), dtype=bool) & ((branch == 0)[None] | (branch[:, None] == branch[None]))
-    return same.sum(axis=1)

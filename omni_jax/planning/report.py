@@ -14,9 +14,10 @@ from omni_jax.planning.advice import OutOfMemory, change_for
 from omni_jax.planning.estimate import UTILISATION, Times, cost, memory_bytes, times
 from omni_jax.planning.hlo import Collective
 from omni_jax.planning.programs import EVALUATED, Program, Setting
+from omni_jax.planning.step_flops import clip_flops, padded_load, scale
 from omni_jax.planning.timing import KERNEL_SHARE
 from omni_jax.retrieval.ranks import tile_side
-from omni_jax.train import ledger, remat
+from omni_jax.train import remat
 from omni_jax.train.streams import TOWERS
 from omni_jax.train.trainable import count_groups, select
 
@@ -36,8 +37,8 @@ def train_record(setting: Setting, program: Program, mesh: Any, utilisation: flo
     kind, recipe, n = program.kind, setting.recipe, setting.micro_batches
     cached = recipe.losses.negatives == "global" and n > 1
     trains = select(setting.config, recipe.trainable)
-    load = ledger.padded_load(setting.config, kind, program.shapes)
-    parts = ledger.scale(ledger.clip_ledger(setting.config, load, trains, remat=recipe.remat, cached=cached), setting.clips * n)
+    load = padded_load(setting.config, kind, program.shapes)
+    parts = scale(clip_flops(setting.config, load, trains, remat=recipe.remat, cached=cached), setting.clips * n)
     trained = sum(count.trainable for count in count_groups(setting.config, trains))
     passes = part_passes(setting, cached, bool(kind.hard) and not kind.branches(setting.config.shares_prefix), trains)
     totals = {part: one.total for part, one in parts.items()}

@@ -14,13 +14,13 @@ import pytest
 
 from omni_jax.conversion.engine import tree_shapes
 from omni_jax.model import abstract_params
-from omni_jax.model.flops import forward_work, total
 from omni_jax.model.runner import Runner
 from omni_jax.tokens.batching import Planner, step_layout
 from tests.golden_set import manifest_7b
 from tests.tolerances import assert_close
 from tools.benchmarks import __main__ as command
 from tools.benchmarks import encoder_7b, mid_size, train_mid
+from tools.benchmarks.forward_work import forward_work, total
 from tools.benchmarks.timing import Pairs, interleave
 
 TINY = {"grid": (2, 4, 6), "seconds": 2}

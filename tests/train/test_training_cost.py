@@ -1,4 +1,4 @@
-"""docs/reports/training_cost.md: every figure counted by hand there, read out of the page, against the ledger. Valid tokens only."""
+"""docs/reports/training_cost.md: every figure counted by hand there, read out of the page, against the code. Valid tokens only."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import re
 
 import pytest
 
-from omni_jax.train import LossConfig, TrainableConfig, ledger
-from omni_jax.train.ledger import ClipSizes, Ledger, Load, RowLoad
+from omni_jax.planning.step_flops import Load, RowLoad, StepFlops, clip_flops
+from omni_jax.train import LossConfig, TrainableConfig
 from omni_jax.train.streams import TOWERS
 from omni_jax.train.trainable import select
 from tests.house import ROOT
 from tests.model.builders import SEVEN_B
 from tests.tolerances import assert_close
+from tools.training_cost import ClipSizes, mean, per_triple, released_per_triple, total
 
 PAGE = (ROOT / "docs/reports/training_cost.md").read_text()
 BY_HAND = PAGE.split("## By hand, at 7B\n")[1].split("\n## ")[0]
@@ -40,11 +41,11 @@ def tables() -> dict[str, dict[str, list[str]]]:
 TABLES = tables()
 
 
-def counted(run: str, remat: str) -> list[Ledger]:
-    """Returns the ledgers of the three step kinds."""
+def counted(run: str, remat: str) -> list[StepFlops]:
+    """Returns the counts of the three step kinds."""
     if run == "release":
-        return ledger.released_per_triple(SEVEN_B, SIZES, LOSSES, remat=remat)
-    return ledger.per_triple(SEVEN_B, SIZES, LOSSES, remat=remat, cached="global" in run)
+        return released_per_triple(SEVEN_B, SIZES, LOSSES, remat=remat)
+    return per_triple(SEVEN_B, SIZES, LOSSES, remat=remat, cached="global" in run)
 
 
 def forward(name: str, whole: bool = True) -> float:
@@ -53,7 +54,7 @@ def forward(name: str, whole: bool = True) -> float:
     pairs = tokens * (tokens + 1) // 2
     rows = RowLoad(tokens, pairs, tokens, pairs) if whole else RowLoad(tokens, pairs, 1, tokens)
     load = Load(towers={}, bridged=0, graded=RowLoad(), still=rows)
-    return ledger.clip_ledger(SEVEN_B, load, select(SEVEN_B, TrainableConfig()))["decoder"].forward
+    return clip_flops(SEVEN_B, load, select(SEVEN_B, TrainableConfig()))["decoder"].forward
 
 
 def number(pattern: str) -> float:
@@ -72,7 +73,7 @@ def test_the_page_has_these_tables():
 @pytest.mark.parametrize("remat", ["layer", "none"])
 @pytest.mark.parametrize("run", RUNS)
 def test_operations_of_a_step(run: str, remat: str):
-    steps = [ledger.total(one) / 1e12 for one in counted(run, remat)]
+    steps = [total(one) / 1e12 for one in counted(run, remat)]
     wanted = [float(cell) for cell in TABLES[f"TFLOP per triple, remat `{remat}`"][run]]
     assert len(wanted) == 4
     for page, got in zip(wanted, [*steps, sum(steps) / 3], strict=True):
@@ -100,7 +101,7 @@ def test_figures_in_the_text():
     )
     assert_close(number(r"4 x 3584 x 28 = ([\d.]+) MFLOP"), seen / 1e6, "hand_count")
     step = counted("release", "layer")[1]
-    assert_close(number(r"\+ 5\.36 \+ 3\.42 = (\d+)\."), ledger.total(step) / 1e12, "hand_count")
+    assert_close(number(r"\+ 5\.36 \+ 3\.42 = (\d+)\."), total(step) / 1e12, "hand_count")
     decoder = counted("release", "layer")[1]["decoder"]
     graded = decoder.forward - forward("anchor") - forward("audio")  # the hard negative and what is not in play take none
     again = decoder.recomputed / graded
@@ -109,7 +110,7 @@ def test_figures_in_the_text():
 
 
 def test_shares_in_the_text():
-    means = {(run, remat): ledger.total(ledger.mean(counted(run, remat))) / 1e12 for run in RUNS[:2] for remat in ("layer", "none")}
+    means = {(run, remat): total(mean(counted(run, remat))) / 1e12 for run in RUNS[:2] for remat in ("layer", "none")}
     saved = {remat: f"{100 * (1 - means[RUNS[1], remat] / means['release', remat]):.0f}" for remat in ("layer", "none")}
     assert f"thus {saved['layer']} % (remat `layer`) or {saved['none']} % (`none`)" in BY_HAND
     could = 109 * 3600 * 989e12 / 1e6 / 1e12  # TFLOP a triple

@@ -32,8 +32,8 @@ from flax import nnx
 
 from omni_jax.config import AudioConfig, BeatsConfig, DecoderConfig, ModelConfig, SpecialTokens, VisionConfig
 from omni_jax.model import Encoder, abstract_encoder, abstract_params, with_params
-from omni_jax.model.flops import forward_work, total
 from omni_jax.types import AudioBatch, BeatsBatch, EncoderBatch, RowBatch, VisionBatch
+from tools.benchmarks.forward_work import forward_work, total
 from tools.benchmarks.timing import PAIRS, clock, interleave
 
 # Dense bfloat16 products, TFLOP/s of one device as jax counts devices (makers' data sheets). The first name found in the kind holds.

@@ -35,8 +35,9 @@ from omni_jax.tokens.batching import attention_cost, step_layout
 from omni_jax.tokens.buckets import multiple_of
 from omni_jax.tokens.prompts import build_sequence
 from omni_jax.tokens.training import EDGES, PromptLengths, lay_out
-from omni_jax.train import LossConfig, OptimizerConfig, StepConfig, TrainBatch, TrainStep, fit_shapes, ledger, pack_micro_batch, step_kind
+from omni_jax.train import LossConfig, OptimizerConfig, StepConfig, TrainBatch, TrainStep, fit_shapes, pack_micro_batch, step_kind
 from omni_jax.types import AudioBatch, BeatsBatch, Example, Features, MediaBatch, TokenSequence, VisionBatch
+from tools import training_cost
 from tools.benchmarks import encoder_7b, mid_size
 from tools.benchmarks.timing import PAIRS, Pairs, interleave, product_rates
 
@@ -94,13 +95,13 @@ class Material:
         ]
         return cls(clips, copies, prompts, shuffle)
 
-    def sizes(self) -> list[ledger.ClipSizes]:
-        """Returns the sizes of each clip, for the ledger."""
+    def sizes(self) -> list[training_cost.ClipSizes]:
+        """Returns the sizes of each clip, for `tools.training_cost`."""
         found = []
         for clip, prompts in zip(self.clips, self.prompts[0], strict=True):
             assert clip.vision is not None and clip.audio is not None
             filler = len(prompts["video"].ids) - prompts["video"].prefix
-            sizes = ledger.ClipSizes(clip.vision.grid.thw, clip.audio[0].log_mel.shape[1], len(prompts["text"].ids), filler)
+            sizes = training_cost.ClipSizes(clip.vision.grid, clip.audio[0].log_mel.shape[1], len(prompts["text"].ids), filler)
             assert sizes.prompt("anchor") == len(prompts["anchor"].ids)
             found.append(sizes)
         return found
@@ -208,7 +209,7 @@ def media(clip: Features, config: ModelConfig) -> MediaBatch:
 
 
 def run(pairs: int = PAIRS, config: ModelConfig | None = None, clips: int = CLIPS, memory: bool = True, **shapes: Any) -> dict[str, Any]:
-    """Returns ratios (torch's time and memory over ours), rates and the ledger, and prints them.
+    """Returns ratios (torch's time and memory over ours), rates and operations, and prints them.
 
     Args:
       config: the mid-size settings unless told otherwise; `shapes` go to `mid_size.synthetic_clips`, over SHAPES.
@@ -259,14 +260,14 @@ def run(pairs: int = PAIRS, config: ModelConfig | None = None, clips: int = CLIP
 
 
 def _report(config: ModelConfig, material: Material, recipe: StepConfig, timed: Pairs) -> dict[str, Any]:
-    """Speed as figures and lines, with the ledger of each side beside it: operations without padding."""
+    """Speed as figures and lines, with the operations of each side, without padding, beside it."""
     counted = {
-        side: ledger.mean(
+        side: training_cost.mean(
             [part for sizes in material.sizes() for part in count(config, sizes, recipe.losses, remat=REMAT if side == "ours" else "none")]
         )
-        for side, count in (("ours", ledger.per_triple), ("torch", ledger.released_per_triple))
+        for side, count in (("ours", training_cost.per_triple), ("torch", training_cost.released_per_triple))
     }
-    operations = {side: ledger.total(made) for side, made in counted.items()}
+    operations = {side: training_cost.total(made) for side, made in counted.items()}
     rows = KINDS * len(material.clips)
     speed = {side: rows / seconds for side, seconds in zip(("ours", "torch"), timed.seconds, strict=True)}
     figures = {
@@ -277,8 +278,8 @@ def _report(config: ModelConfig, material: Material, recipe: StepConfig, timed: 
         "gflops": {side: operations[side] * speed[side] / 1e9 for side in speed},
         "operations_ratio": operations["torch"] / operations["ours"],
     }
-    print(f"operations of a clip, GFLOP, mean of the step kinds; ours:\n{ledger.table(counted['ours'], 1e9)}")
-    print(f"the release's way:\n{ledger.table(counted['torch'], 1e9)}")
+    print(f"operations of a clip, GFLOP, mean of the step kinds; ours:\n{training_cost.table(counted['ours'], 1e9)}")
+    print(f"the release's way:\n{training_cost.table(counted['torch'], 1e9)}")
     print(
         f"training step: {figures['ratio']:.2f}x torch (median of {len(timed.ours)} pairs: "
         f"{', '.join(f'{r:.2f}' for r in figures['ratios'])}); {speed['ours']:.3f} and {speed['torch']:.3f} clips/s; "

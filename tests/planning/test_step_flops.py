@@ -1,4 +1,4 @@
-"""The ledger of an update against a count by hand and against XLA's own."""
+"""The operations of an update against a count by hand and against XLA's own."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import pytest
 from omni_jax.config import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, ModelConfig, SpecialTokens, VisionConfig
 from omni_jax.model import abstract_params, flops
 from omni_jax.planning.abstract import abstract_batch
-from omni_jax.train import BatchShapes, LossConfig, TrainableConfig, TrainStep, kinds_of_update, ledger, step_kind
-from omni_jax.train.ledger import ClipSizes, Passes
+from omni_jax.planning.step_flops import Passes, clip_flops, padded_load
+from omni_jax.train import BatchShapes, LossConfig, TrainableConfig, TrainStep, kinds_of_update, step_kind
 from omni_jax.train.trainable import select
+from omni_jax.types import VideoGrid
 from tests.model.builders import SEVEN_B
 from tests.train.random_batches import recipe
+from tools.training_cost import ClipSizes, exact_load, mean, per_triple, released_load, released_per_triple, table, total, update_flops
 
 SHAPES = BatchShapes(steps=2, patches=64, chunks=2, fbank_frames=80, row_tokens=256, hard_tokens=192)
 CLIPS = 4
@@ -45,7 +47,7 @@ def one_layer() -> ModelConfig:
         (0, 1, "offload", "adapter"),
     ],
 )
-def test_the_ledger_is_what_xla_counts(update: int, micro: int, remat: str, choice: str) -> None:
+def test_counted_operations_are_what_xla_counts(update: int, micro: int, remat: str, choice: str) -> None:
     """XLA adds elementwise work, a few operations a value. A loop over micro-batches is counted as one of them."""
     config = one_layer()
     made = recipe(remat=remat, trainable=TrainableConfig(recipe=choice))
@@ -55,11 +57,11 @@ def test_the_ledger_is_what_xla_counts(update: int, micro: int, remat: str, choi
     batch = abstract_batch(config, kinds[0], SHAPES, clips=CLIPS, micro_batches=micro)
     cost = step.lower(state, frozen, batch).cost_analysis()
     assert cost is not None
-    load = ledger.padded_load(config, kinds[0], SHAPES)
-    counted = CLIPS * ledger.total(ledger.clip_ledger(config, load, step.names, remat=remat, cached=micro > 1))
+    load = padded_load(config, kinds[0], SHAPES)
+    counted = CLIPS * total(clip_flops(config, load, step.names, remat=remat, cached=micro > 1))
     assert counted <= cost["flops"] <= 1.03 * counted
-    whole = ledger.update_ledger(config, made, [(kind, SHAPES) for kind in kinds], clips=CLIPS)
-    assert ledger.total(whole) == pytest.approx(micro * counted)
+    whole = update_flops(config, made, [(kind, SHAPES) for kind in kinds], clips=CLIPS)
+    assert total(whole) == pytest.approx(micro * counted)
 
 
 def test_a_step_at_7b_equals_a_count_by_hand() -> None:
@@ -79,7 +81,7 @@ def test_a_step_at_7b_equals_a_count_by_hand() -> None:
     # Step 1: the hard negative exchanges the audio; L_A and L_D play text and video.
     graded = (anchor, anchor, text, video)
     tokens, forward = sum(graded), sum(ours[n] for n in graded)
-    counted = ledger.per_triple(SEVEN_B, sizes, LossConfig())[1]["decoder"]
+    counted = per_triple(SEVEN_B, sizes, LossConfig())[1]["decoder"]
     lora_keys = 2 * 16 * (3584 + 512)
     assert counted == Passes(
         forward=pytest.approx(forward + ours[anchor]),
@@ -89,14 +91,14 @@ def test_a_step_at_7b_equals_a_count_by_hand() -> None:
     )
     # The release computes all layers whole, and embeds the audio as well, which takes no gradient.
     forward, seen = sum(whole[n] for n in graded), sum(pairs[n] for n in graded)
-    assert ledger.released_per_triple(SEVEN_B, sizes, LossConfig())[1]["decoder"] == Passes(
+    assert released_per_triple(SEVEN_B, sizes, LossConfig())[1]["decoder"] == Passes(
         forward=pytest.approx(forward + whole[anchor] + whole[audio]),
         recomputed=pytest.approx(forward - 28 * 2 * 3584 * 18944 * tokens),
         activations=pytest.approx(forward + 28 * 4 * 3584 * seen),
         weights=pytest.approx(28 * 2 * lora * tokens),
     )
     # Step 0: the other caption is 40 tokens behind the anchor's media.
-    shared, apart = (ledger.exact_load(SEVEN_B, step_kind(0, LossConfig()), sizes, share_prefix=s) for s in (True, False))
+    shared, apart = (exact_load(SEVEN_B, step_kind(0, LossConfig()), sizes, share_prefix=s) for s in (True, False))
     assert shared.graded.tokens - apart.graded.tokens == 40 and apart.still.tokens == anchor and shared.still.tokens == 0
     assert shared.graded.pairs - apart.graded.pairs == 40 * (anchor - 40) + pairs[text]
     assert shared.graded.last_tokens - apart.graded.last_tokens == 1
@@ -104,7 +106,7 @@ def test_a_step_at_7b_equals_a_count_by_hand() -> None:
 
 
 def test_the_head_and_the_bridge_train_and_towers_run_once_a_copy() -> None:
-    step = ledger.per_triple(SEVEN_B, ClipSizes(), LossConfig())[1]
+    step = per_triple(SEVEN_B, ClipSizes(), LossConfig())[1]
     fc1, fc2 = 28 * 3584 * 3584, 3584 * 3584
     # Anchor, positive and video take a gradient, the hard negative none; text is read from the last layer.
     assert step["head"] == Passes(forward=2 * (fc1 + fc2) * 4, activations=2 * (fc1 + fc2) * 3, weights=2 * (fc1 + fc2) * 3)
@@ -112,7 +114,7 @@ def test_the_head_and_the_bridge_train_and_towers_run_once_a_copy() -> None:
     assert step["bridge"] == Passes(forward=2 * bridge * 600, activations=2 * bridge * 400, weights=2 * bridge * 400)
     for tower in ("vision", "audio", "beats"):
         assert step[tower].total == step[tower].forward > 0
-    cached = ledger.per_triple(SEVEN_B, ClipSizes(), LossConfig(), cached=True)[1]
+    cached = per_triple(SEVEN_B, ClipSizes(), LossConfig(), cached=True)[1]
     assert cached["head"].again == 2 * fc1 * 3 and cached["vision"] == step["vision"]
     last = flops.Work(1), flops.Work(660)
     hard = flops.decoder_terms(SEVEN_B, flops.Work(660), flops.Work(660 * 661 // 2), last)
@@ -121,9 +123,9 @@ def test_the_head_and_the_bridge_train_and_towers_run_once_a_copy() -> None:
 
 def test_what_is_frozen_costs_no_weight_gradient_and_what_trains_does() -> None:
     config, kind = one_layer(), step_kind(1, LossConfig())
-    load = ledger.padded_load(config, kind, SHAPES)
-    frozen = ledger.clip_ledger(config, load, select(config, TrainableConfig()))
-    whole = ledger.clip_ledger(config, load, select(config, TrainableConfig(recipe="all")))
+    load = padded_load(config, kind, SHAPES)
+    frozen = clip_flops(config, load, select(config, TrainableConfig()))
+    whole = clip_flops(config, load, select(config, TrainableConfig(recipe="all")))
     keys, others = 2 * 256 * 128, 256 * 512 * 3 + 2 * 256 * 256
     tokens, pooled = load.graded.tokens, load.graded.last_tokens
     assert whole["decoder"].weights - frozen["decoder"].weights == 2 * (2 * keys * tokens + others * (tokens + pooled))
@@ -134,21 +136,21 @@ def test_what_is_frozen_costs_no_weight_gradient_and_what_trains_does() -> None:
 def test_a_release_step_costs_more_and_caching_a_forward_more() -> None:
     sizes, losses = ClipSizes(), LossConfig()
     ours, cached, theirs = (
-        ledger.total(ledger.mean(made))
+        total(mean(made))
         for made in (
-            ledger.per_triple(SEVEN_B, sizes, losses),
-            ledger.per_triple(SEVEN_B, sizes, losses, cached=True),
-            ledger.released_per_triple(SEVEN_B, sizes, losses),
+            per_triple(SEVEN_B, sizes, losses),
+            per_triple(SEVEN_B, sizes, losses, cached=True),
+            released_per_triple(SEVEN_B, sizes, losses),
         )
     )
     assert ours < theirs < cached
-    assert f"{theirs / 1e12:.2f}" in ledger.table(ledger.mean(ledger.released_per_triple(SEVEN_B, sizes, losses))).splitlines()[-1]
+    assert f"{theirs / 1e12:.2f}" in table(mean(released_per_triple(SEVEN_B, sizes, losses))).splitlines()[-1]
 
 
 def test_windows_and_ragged_sizes_are_counted() -> None:
     """9 x 10 patches in windows of 8 x 8: 64 + 16 + 8 + 2 patches; 250 frames: a chunk of 100 convolved frames and one of 25."""
-    sizes = ClipSizes(grid=(1, 9, 10), mel_frames=250)
-    load = ledger.released_load(SEVEN_B, step_kind(0, LossConfig()), sizes)
+    sizes = ClipSizes(grid=VideoGrid((1, 9, 10), 2.0), mel_frames=250)
+    load = released_load(SEVEN_B, step_kind(0, LossConfig()), sizes)
     vision, audio = (
         sum(term.pairs.computed for term in load.towers[name] if isinstance(term, flops.Attention)) for name in ("vision", "audio")
     )
