@@ -30,12 +30,12 @@ def data_notes(run: RunConfig, source: ClipSource, planner: Planner, total: int)
     elif per_epoch * size < clips:
         left = clips - per_epoch * size
         yield f"an epoch of {per_epoch} steps of {size} clips leaves {left} of the {clips} clips out, other ones in each"
-    silent = sum(source.record(number).silent for number in range(clips))
+    silent = source.silent
     if silent:
         why = "no audio field" if isinstance(source, MediaSource) else "no sound"
         yield f"{silent} of {clips} clips have {why} and are trained with silence" + ("; nothing is learned of sound" * (silent == clips))
     for name in ("audio", "video") if not run.losses.hn_audio_only else ("audio",):
-        most = int(np.bincount(planner.alike(name)).max()) if "hard" in run.losses.needs else 0
+        most = _most_alike(planner, name) if "hard" in run.losses.needs else 0
         if 2 * most > clips:
             yield (
                 f"{most} of {clips} clips have the same {name}: where such clips fill more than half of a block, hard negatives that "
@@ -43,8 +43,16 @@ def data_notes(run: RunConfig, source: ClipSource, planner: Planner, total: int)
             )
 
 
+def _most_alike(planner: Planner, modality: str) -> int:
+    """Returns the largest number of clips that have one sound, or one picture; of prepared clips only silence is known to be equal."""
+    if isinstance(planner.source, MediaSource):
+        return int(np.bincount(planner.alike(modality, np.arange(len(planner.source)))).max())
+    return planner.source.silent if modality == "audio" else 1
+
+
 def trained_too(source: ClipSource, records: Sequence[Record]) -> list[str]:
     """Returns the ids of held-out records that are trained on: those of equal id and caption, or of one part of one file."""
-    known = set(zip(source.ids, source.captions, strict=True))
+    names = [record.id for record in records]
+    known = {(source.ids[number], source.captions[number]) for number in source.numbers_of(names)}
     files = {(str(r.video), r.timestamps) for r in source.records} if isinstance(source, MediaSource) else set()
     return [r.id for r in records if (r.id, r.text) in known or (str(r.video), r.timestamps) in files]

@@ -27,7 +27,7 @@ from omni_jax.config import ModelConfig, Preset
 from omni_jax.config.compile_cache import use_compile_cache
 from omni_jax.conversion.folder import Manifest, read_manifest
 from omni_jax.data.augment import AugmentConfig
-from omni_jax.data.clips import ClipSource
+from omni_jax.data.clips import ClipSource, digest_line
 from omni_jax.data.manifest import Problem
 from omni_jax.data.pipeline import TrainPipeline
 from omni_jax.data.plan import BatchConfig
@@ -320,14 +320,10 @@ def _later_digests(tokenizer: Tokenizer, preset: Preset, source: ClipSource) -> 
 
 
 def clips_digest(source: ClipSource) -> str:
-    """Returns a digest of all that is known of the clips before one is read: the same in every process and at every start.
-
-    Paths are not in it, since files may move; nor is what only decoding streamed media shows.
-    """
+    """Returns a digest of all that is known of the clips before one is read: the same in every process and at every start."""
+    if (known := getattr(source, "digest", None)) is not None:
+        return known
     digest = hashlib.blake2b(digest_size=16)
     for number in range(len(source)):
-        clip = source.record(number)
-        grid = (clip.grid.thw, clip.grid.second_per_grid) if clip.grid else (None, None)
-        known = clip.id, clip.caption, *grid, clip.samples, clip.silent, clip.timestamps
-        digest.update(f"{json.dumps(known)}\n".encode())
+        digest.update(digest_line(source.record(number)))
     return digest.hexdigest()

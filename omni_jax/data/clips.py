@@ -6,7 +6,8 @@ Letters: N clips, t temporal steps, h and w patches of a frame, P patches of a s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from omni_jax.config import Preset
@@ -34,6 +35,15 @@ class ClipInfo:
     timestamps: tuple[float, float] | None = None
     video: str | None = None
     audio: str | None = None
+
+
+def digest_line(clip: ClipInfo) -> bytes:
+    """Returns what a digest of a source's clips takes of one of them: what is known before it is read.
+
+    Paths are not in it, since files may move; nor is what only decoding streamed media shows.
+    """
+    grid = (clip.grid.thw, clip.grid.second_per_grid) if clip.grid else (None, None)
+    return f"{json.dumps((clip.id, clip.caption, *grid, clip.samples, clip.silent, clip.timestamps))}\n".encode()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +78,16 @@ class ClipSource(Protocol):
         """The N captions."""
         ...
 
+    @property
+    def silent(self) -> int:
+        """How many clips have silence in place of sound."""
+        ...
+
     def __len__(self) -> int: ...
+
+    def numbers_of(self, ids: Sequence[str]) -> Iterable[int]:
+        """Returns the numbers of the clips that have one of these ids."""
+        ...
 
     def record(self, index: int) -> ClipInfo:
         """Returns what is known of a clip without reading it."""

@@ -1,5 +1,8 @@
 """The order of clips and every draw of a training run, each a pure function of the seed and of what it is for.
 
+Up to WHOLE clips an epoch is shuffled as one. Of more, a place's clip is computed from the place, and the clips of a group are kept apart
+within windows of updates, so that time and memory do not grow with N.
+
 Letters: N clips of the source, U clips of an update, B clips of a micro-batch, G blocks that exchange features.
 """
 
@@ -7,10 +10,16 @@ from __future__ import annotations
 
 import collections
 import enum
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import numpy as np
 
 from omni_jax.types import InputError
+
+WHOLE = 1 << 20  # clips that are shuffled as one
+WINDOW = 1 << 16  # clips of a window, about
+ROUNDS = 6  # of the Feistel network; four make a permutation that is hard to tell from a random one
 
 
 class Draw(enum.IntEnum):
@@ -28,11 +37,20 @@ def generator(seed: int, purpose: Draw, first: int, second: int = 0) -> np.rando
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, int(purpose), first, second])))
 
 
-def epoch_order(seed: int, epoch: int, count: int, per_update: int, groups: np.ndarray | None = None) -> np.ndarray:
-    """Returns the clips of an epoch in order, (updates, U) int64: each clip at most once, the last N mod U of the shuffle left out.
+def window_updates(count: int, per_update: int) -> int:
+    """Returns the updates of a window: all of an epoch of up to WHOLE clips."""
+    return max(1, count // per_update if count <= WHOLE else WINDOW // per_update)
+
+
+def epoch_order(
+    seed: int, epoch: int, count: int, per_update: int, groups: Callable[[np.ndarray], np.ndarray] | None = None, window: int = 0
+) -> np.ndarray:
+    """Returns the clips of a window of an epoch in order, (updates, U) int64: each clip at most once in an epoch, the last N mod U of the
+    shuffle left out.
 
     Args:
-      groups: (N,) int, clips of a group do not share an update as long as there is another place for them.
+      groups: gives clips (n,) their groups (n,) int: clips of a group do not share an update as long as the window has another place.
+      window: its number; it holds `window_updates(count, per_update)` updates, or those that are left.
 
     Raises:
       InputError: where the source holds fewer clips than an update takes.
@@ -40,18 +58,60 @@ def epoch_order(seed: int, epoch: int, count: int, per_update: int, groups: np.n
     updates = count // per_update
     if not updates:
         raise InputError(f"{count} clips are fewer than the {per_update} of an update; lower batch.micro_batch or batch.micro_batches")
-    order = generator(seed, Draw.ORDER, epoch).permutation(count)
-    if groups is not None and len(np.unique(groups)) < count:
-        order = _spread(order, groups, updates, per_update)
-    return order[: updates * per_update].reshape(updates, per_update)
+    length = window_updates(count, per_update)
+    here = min(length, updates - window * length)
+    if count <= WHOLE:
+        order = generator(seed, Draw.ORDER, epoch).permutation(count)
+    else:
+        start = window * length * per_update
+        stop = count if here + window * length == updates else start + here * per_update
+        order = shuffled(np.arange(start, stop), count, generator(seed, Draw.ORDER, epoch))
+    if groups is not None:
+        order = _spread(order, groups(order), here, per_update)
+    return order[: here * per_update].reshape(here, per_update)
+
+
+def shuffled(places: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns the clips (n,) int64 at some places of a shuffle of `count`, without the others.
+
+    A Feistel network permutes the numbers below a power of four; one that comes out at `count` or above goes through it again.
+    """
+    bits = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))  # of half a number
+    mask = np.uint64((1 << int(bits)) - 1)
+    keys = rng.integers(0, 1 << 64, ROUNDS, np.uint64)
+    found = places.astype(np.uint64)
+    left = np.arange(len(found))
+    while len(left):
+        high, low = found[left] >> bits, found[left] & mask
+        for key in keys:
+            high, low = low, high ^ (_mixed(low ^ key) & mask)
+        found[left] = high << bits | low
+        left = left[found[left] >= count]
+    return found.astype(np.int64)
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """Hashes uint64 numbers (the finalizer of SplitMix64)."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+def numbered(values: Iterable[Hashable]) -> np.ndarray:
+    """Returns an int64 for each value, equal for equal ones, from 0 in the order in which they come."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
 
 
 def _spread(order: np.ndarray, groups: np.ndarray, updates: int, per_update: int) -> np.ndarray:
-    """Moves a clip whose group is in its update already to the next update that lacks the group, if any is left."""
-    stream = iter(order.tolist())
+    """Moves a clip whose group is in its update already to the next update that lacks the group, if any is left.
+
+    Args:
+      groups: of the clips, in their order.
+    """
+    stream = iter(zip(order.tolist(), groups.tolist(), strict=True))
     later: collections.OrderedDict[int, collections.deque[int]] = collections.OrderedDict()
     placed: list[int] = []
-    group_of = groups.tolist()
     for _ in range(updates):
         update: list[int] = []
         seen: set[int] = set()
@@ -60,8 +120,8 @@ def _spread(order: np.ndarray, groups: np.ndarray, updates: int, per_update: int
             seen.add(group)
             if not later[group]:
                 del later[group]
-        while len(update) < per_update and (clip := next(stream, None)) is not None:
-            group = group_of[clip]
+        while len(update) < per_update and (upcoming := next(stream, None)) is not None:
+            clip, group = upcoming
             if group in seen:
                 later.setdefault(group, collections.deque()).append(clip)
             else:
@@ -116,7 +176,8 @@ def stand_ins(seed: int, update: int, place: int, held: np.ndarray, count: int, 
       count: N.
       most: clips returned of each kind.
     """
-    order = generator(seed, Draw.REPLACE, update).permutation(count)
+    rng = generator(seed, Draw.REPLACE, update)
+    order = rng.permutation(count) if count <= WHOLE else shuffled(np.arange(2 * max(WINDOW, len(held))), count, rng)
     order = order[~np.isin(order, held)]
     number = np.arange(len(order))
     away = (number - place) % len(held)  # places between this one and the one that a clip belongs to
@@ -124,28 +185,28 @@ def stand_ins(seed: int, update: int, place: int, held: np.ndarray, count: int, 
     return np.concatenate([order[away == 0][:most], order[others][:most]])
 
 
-def other_captions(seed: int, micro_batch: int, texts: np.ndarray, everywhere: np.ndarray) -> np.ndarray:
-    """Returns for each clip of a micro-batch the text number of a hard negative: another clip's, never its own.
+def other_captions(seed: int, micro_batch: int, clips: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    """Returns for each clip of a micro-batch (B,) the clip whose caption is its hard negative: never one of the same caption.
 
     Args:
-      texts: (B,) int, number of each clip's caption; equal captions have equal numbers.
-      everywhere: (N,) int, the same of all clips: read where the micro-batch holds no other caption.
+      captions: of all N clips: others are looked at where the micro-batch holds no other caption.
 
     Raises:
       InputError: where all captions of the source are equal.
     """
     rng = generator(seed, Draw.CAPTION, micro_batch)
-    size = len(texts)
-    chosen = texts.copy()
+    size = len(clips)
+    texts = numbered(captions[clip] for clip in clips.tolist())
+    chosen = clips.copy()
     for b, start in enumerate(rng.integers(0, size, size)):
-        turned = np.roll(texts, -int(start))
-        others = np.flatnonzero(turned != texts[b])
+        turned = np.roll(np.arange(size), -int(start))
+        others = np.flatnonzero(texts[turned] != texts[b])
         if len(others):
-            chosen[b] = turned[others[0]]
+            chosen[b] = clips[turned[others[0]]]
             continue
-        turned = np.roll(everywhere, -int(rng.integers(len(everywhere))))
-        others = np.flatnonzero(turned != texts[b])
-        if not len(others):
+        own, first = captions[int(clips[b])], int(rng.integers(len(captions)))
+        other = next((n for n in itertools.chain(range(first, len(captions)), range(first)) if captions[n] != own), None)
+        if other is None:
             raise InputError("all captions are equal, so that none can be a hard negative; give clips captions of their own")
-        chosen[b] = turned[others[0]]
+        chosen[b] = other
     return chosen

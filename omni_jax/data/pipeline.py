@@ -243,7 +243,7 @@ class TrainPipeline:
         if not kind.shuffles:
             return False
         clips = [loaded[n].clip for n in (place, taken)]
-        one, other = self.planner.alike(kind.hard)[clips]
+        one, other = self.planner.alike(kind.hard, np.array(clips))
         return bool(one == other or (kind.hard == "audio" and without[place] and without[taken]))
 
     def _load(self, plan: UpdatePlan, micro: int, place: int, errors: list[tuple[str, str]]) -> _Loaded:
@@ -262,7 +262,8 @@ class TrainPipeline:
         held = plan.clips.ravel()
         number = micro * plan.clips.shape[1] + place
         drawn = stand_ins(self.planner.batch.seed, plan.update, number, held, len(self._source), CANDIDATES)
-        twice = np.isin(self.planner.groups[drawn], self.planner.groups[held[held != planned]])
+        groups = self.planner.groups(np.concatenate([drawn, held[held != planned]]))
+        twice = np.isin(groups[: len(drawn)], groups[len(drawn) :])
         room = self.planner.lengths(plan, micro, place, planned)
         left = ATTEMPTS
         for other in drawn[np.argsort(twice, kind="stable")].tolist():
@@ -324,7 +325,7 @@ class TrainPipeline:
 
     def _hard_caption(self, plan: UpdatePlan, micro: int, place: int, caption: str) -> str:
         """Returns the planned caption; where a clip that stands in for another has that very one, the caption of the clip it replaced."""
-        planned = self.planner.texts[plan.texts[micro, place]]
+        planned = self._source.captions[int(plan.texts[micro, place])]
         return planned if planned != caption else self._source.captions[int(plan.clips[micro, place])]
 
     def _prompt(self, table: str, caption: str, seen: Features, heard: Features) -> TokenSequence:

@@ -13,7 +13,7 @@ import numpy as np
 
 from omni_jax.config import ConfigError, ModelConfig, Preset
 from omni_jax.data.augment import AugmentConfig, augment_text
-from omni_jax.data.order import Draw, apart, epoch_order, exchange, generator, other_captions
+from omni_jax.data.order import Draw, apart, epoch_order, exchange, generator, numbered, other_captions, window_updates
 from omni_jax.data.sources import BEATS_PATCH, ClipSource, fbank_frames, tokens_of
 from omni_jax.features.audio import HOP
 from omni_jax.tokens.batching import attention_cost
@@ -74,7 +74,7 @@ class UpdatePlan:
       update: its number, from 0.
       kinds: of its micro-batches, with the layout of their rows.
       clips: (M, B) int64, numbers of the source's clips.
-      texts: (M, B) int64, number of the caption that each clip's hard negative has; its own where no text is exchanged.
+      texts: (M, B) int64, the clip whose caption each clip's hard negative has; the clip itself where no text is exchanged.
       shuffles: M of (G, B / G) int32.
       shapes: static sizes of each micro-batch's arrays, equal for equal kinds.
     """
@@ -93,12 +93,10 @@ class UpdatePlan:
 
 
 class Planner:
-    """Plans of updates, each a pure function of the seed and its number.
+    """Plans of updates, each a pure function of the seed and its number. Nothing is held that grows with N beyond `order.WHOLE` clips.
 
     Attributes:
       source, batch: as given.
-      texts: caption by number; `text_of` (N,) gives each clip's.
-      groups: (N,) int, clips of a group do not share an update if that can be helped.
       updates_per_epoch: whole updates in one pass over the clips.
     """
 
@@ -119,9 +117,6 @@ class Planner:
         """
         self.source, self.batch, self._kinds = source, batch, kinds
         self._tokenizer, self._config, self._preset, self._augment = tokenizer, config, preset, augment
-        numbers: dict[str, int] = {}
-        self.text_of = np.array([numbers.setdefault(caption, len(numbers)) for caption in source.captions], np.int64)
-        self.texts = list(numbers)
         self.updates_per_epoch = len(source) // batch.clips
         played = [kind for update in range(3) for kind in kinds(update)]
         if batch.micro_batch == batch.blocks and any(kind.shuffles for kind in played):
@@ -129,13 +124,12 @@ class Planner:
                 f"hard negatives exchange audio or video within a block, and a micro-batch of {batch.micro_batch} in {batch.blocks} blocks "
                 f"has blocks of one clip; raise batch.micro_batch or lower batch.blocks"
             )
-        if len(self.texts) == 1 and any(kind.hard == "text" for kind in played):
+        alike = all(caption == source.captions[0] for caption in source.captions)
+        if alike and any(kind.hard == "text" for kind in played):
             raise InputError("all captions are equal, so that none can be a hard negative; give clips captions of their own")
-        self.groups = self._group_numbers()
-        self._epochs: dict[int, np.ndarray] = {}
-        self._same: dict[str | None, np.ndarray] = {}
+        self._windows: dict[tuple[int, int], np.ndarray] = {}
         self._text_tokens = functools.lru_cache(maxsize=1 << 17)(self._count_text)
-        self._order(0)
+        self._clips(0)
         self._layouts: dict[StepKind, StepKind] = {}
         self._sizes: dict[StepKind, list[int]] = {}
         self._hard_sizes: dict[StepKind, int] = {}
@@ -172,7 +166,7 @@ class Planner:
             hard_audio=other_audio if kind.hard == "audio" else audio,
             caption=own,
             positive=self._text_tokens("tva", self.positive_caption(plan.update, clip)) if kind.positive else 0,
-            hard=self._text_tokens("tva", self.texts[plan.texts[micro, place]]) if kind.hard == "text" else own,
+            hard=self._text_tokens("tva", self.source.captions[int(plan.texts[micro, place])]) if kind.hard == "text" else own,
             alone=self._text_tokens("text", caption),
             filler=max(self._text_tokens("video", ""), self._text_tokens("audio", "")),
         )
@@ -199,18 +193,17 @@ class Planner:
     def _drawn(self, update: int) -> tuple[UpdatePlan, dict[StepKind, list[PromptLengths]]]:
         """Returns a plan whose rows are not laid out yet, and the lengths of the clips of each kind."""
         batch = self.batch
-        epoch, place = divmod(update, self.updates_per_epoch)
-        clips = self._order(epoch)[place].reshape(batch.micro_batches, batch.micro_batch)
+        clips = self._clips(update).reshape(batch.micro_batches, batch.micro_batch)
         kinds = self._kinds(update)
         if len(kinds) != batch.micro_batches:
             raise ValueError(f"{len(kinds)} step kinds for {batch.micro_batches} micro-batches")
-        texts, shuffles = self.text_of[clips], []
+        texts, shuffles = clips.copy(), []
         for m, kind in enumerate(kinds):
             number = update * batch.micro_batches + m
             shuffle = exchange(batch.seed, number, batch.micro_batch, batch.blocks)
-            shuffles.append(apart(shuffle, self.alike(kind.hard)[clips[m]]) if kind.shuffles else shuffle)
+            shuffles.append(apart(shuffle, self.alike(kind.hard, clips[m])) if kind.shuffles else shuffle)
             if kind.hard == "text":
-                texts[m] = other_captions(batch.seed, number, texts[m], self.text_of)
+                texts[m] = other_captions(batch.seed, number, clips[m], self.source.captions)
         plan = UpdatePlan(update, kinds, clips, texts, tuple(shuffles), ())
         lengths: dict[StepKind, list[PromptLengths]] = {}
         for m, kind in enumerate(kinds):
@@ -226,34 +219,34 @@ class Planner:
         hard_tokens = known if hard <= known else round_up(hard, multiple)
         return laid, dataclasses.replace(self.media_shapes(), row_tokens=row_tokens, hard_tokens=hard_tokens)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._epochs:
-            order = epoch_order(self.batch.seed, epoch, len(self.source), self.batch.clips, self.groups)
-            self._epochs = {**{e: o for e, o in self._epochs.items() if abs(e - epoch) <= 1}, epoch: order}
-            return order
-        return self._epochs[epoch]
+    def _clips(self, update: int) -> np.ndarray:
+        """The clips of an update (U,)."""
+        epoch, place = divmod(update, max(1, self.updates_per_epoch))
+        length = window_updates(len(self.source), self.batch.clips)
+        at = epoch, place // length
+        if at not in self._windows:
+            groups = None if self.batch.distinct == "none" else self.groups
+            order = epoch_order(self.batch.seed, epoch, len(self.source), self.batch.clips, groups, at[1])
+            self._windows = {**dict(list(self._windows.items())[-1:]), at: order}
+        return self._windows[at][place % length]
 
-    def alike(self, modality: str | None) -> np.ndarray:
-        """Returns (N,) int, equal numbers for clips whose sound, or picture, is known to be equal: one part of a file, or no sound."""
-        if modality not in self._same:
-            numbers: dict[object, int] = {}
-            found = np.zeros(len(self.source), np.int64)
-            for i in range(len(found)):
-                clip = self.source.record(i)
-                silent = modality == "audio" and clip.silent
-                file = clip.audio if modality == "audio" else clip.video
-                key = "silent" if silent else (file, clip.timestamps) if file is not None else i
-                found[i] = numbers.setdefault(key, len(numbers))
-            self._same[modality] = found
-        return self._same[modality]
-
-    def _group_numbers(self) -> np.ndarray:
+    def groups(self, clips: np.ndarray) -> np.ndarray:
+        """Returns (n,) int of clips (n,), equal for those that do not share an update if that can be helped."""
         if self.batch.distinct == "none":
-            return np.arange(len(self.source))
+            return numbered(clips.tolist())
         if self.batch.distinct == "caption":
-            return self.text_of
-        numbers: dict[str, int] = {}
-        return np.array([numbers.setdefault(name.rpartition("-")[0] or name, len(numbers)) for name in self.source.ids], np.int64)
+            return numbered(self.source.captions[clip] for clip in clips.tolist())
+        return numbered(name.rpartition("-")[0] or name for name in (self.source.ids[clip] for clip in clips.tolist()))
+
+    def alike(self, modality: str | None, clips: np.ndarray) -> np.ndarray:
+        """Returns (n,) int, equal for clips whose sound, or picture, is known to be equal: one part of a file, or no sound."""
+
+        def key(number: int) -> object:
+            clip = self.source.record(number)
+            file = clip.audio if modality == "audio" else clip.video
+            return "silent" if modality == "audio" and clip.silent else (file, clip.timestamps) if file is not None else number
+
+        return numbered(key(clip) for clip in clips.tolist())
 
     def _count_text(self, table: str, caption: str) -> int:
         return text_tokens(self._tokenizer, self._config, self._preset, table, caption)

@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from omni_jax.config import Preset
+from omni_jax.data.clip_index import INDEX, Extents, write_index, write_json, write_rows
 from omni_jax.data.loading import load_training_clip
 from omni_jax.data.manifest import Problem, write_jsonl_atomic
 from omni_jax.data.shards import (
-    INDEX,
     ShardWriter,
     encode_clip,
+    extents,
     index_row,
     media_fields,
     open_shard,
     shard_name,
     stored_fields,
     write_dataset_info,
-    write_index,
-    write_json,
 )
 from omni_jax.data.sources import trainable
 from omni_jax.media.workers import run_guarded
@@ -119,19 +118,26 @@ class Preparation:
 
     def finish(self) -> Summary:
         """Writes the index, TFDS's files and the list of errors, and says what came of it all."""
-        parts = [self._part(i) for i in range(len(self._shards))]
-        rows = [row for part in parts for row in part["rows"]]
-        failed = [Problem(**row) for part in parts for row in part["errors"]]
+        failed: list[Problem] = []
+        warnings: list[str] = []
+
+        def shards() -> Iterator[tuple[list[dict[str, Any]], Extents]]:
+            for shard in range(len(self._shards)):
+                part = self._part(shard)
+                failed.extend(Problem(**row) for row in part["errors"])
+                warnings.extend(part["warnings"])
+                # Parts of earlier versions do not say where the records lie.
+                yield part["rows"], Extents(part["bounds"], part["size"]) if "size" in part else extents(self._path(shard))
+
+        said = write_rows(self._out, shards())
         errors = tuple(sorted([*self._problems, *failed], key=lambda p: p.line))
         path = self._out / ERRORS
         path.unlink(missing_ok=True)
         if errors:
             write_jsonl_atomic(path, (p.row() for p in errors))
-        lengths = [len(part["rows"]) for part in parts]
-        write_dataset_info(self._out, lengths)
-        write_index(self._out, self._preset, lengths, rows)
-        warnings = tuple(line for part in parts for line in part["warnings"])
-        return Summary(len(rows), sum(row["silent"] for row in rows), errors, warnings)
+        write_dataset_info(self._out, said["shards"])
+        write_index(self._out, self._preset, said)
+        return Summary(sum(said["shards"]), said["silent"], errors, tuple(warnings))
 
     def _claim(self, settings: dict[str, Any]) -> None:
         state = self._out / STATE
@@ -187,10 +193,11 @@ class Preparation:
                     rows.append(outcome.row)
                     warnings += outcome.warnings
                 yield 1
-            writer.finish()
+            found = writer.finish()
         finally:
             writer.discard()
-        write_json(self._part_path(shard), {"rows": rows, "errors": errors, "warnings": warnings})
+        lies = {"bounds": found.bounds, "size": found.size}
+        write_json(self._part_path(shard), {"rows": rows, "errors": errors, "warnings": warnings, **lies})
 
 
 def prepare_record(item: tuple[Record, Preset]) -> Prepared:

@@ -2,7 +2,7 @@
 
 A folder that `omni-jax prepare` wrote holds
   clips-train.array_record-00000-of-00004  one tf.train.Example a clip, no pickle: see `example_features`
-  index.json                               what is known of each clip without reading it, the preset, the number of clips in each shard
+  index.json, index.arrow                  what is known of the clips without reading one: see `clip_index`
   dataset_info.json, features.json         the same for `tfds.builder_from_directory(DIR).as_data_source("train")`
   parts/, preparation.json                 the state from which an interrupted preparation resumes
 
@@ -16,25 +16,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from omni_jax.config import Preset
-from omni_jax.data.clips import ClipInfo, Limits
+from omni_jax.data.clip_index import AGAIN, ClipIndex, Extents
+from omni_jax.data.clips import ClipInfo
 from omni_jax.features.vision import FRAMES_PER_STEP, PATCH, temporal_steps
-from omni_jax.io import WholeFile, replacing
-from omni_jax.types import Clip, ClipError, InputError, Record, VideoFrames, VideoGrid
+from omni_jax.io import WholeFile
+from omni_jax.types import Clip, ClipError, InputError, Record, VideoFrames
 
-FORMAT = "omni_jax.clips/1"
-INDEX = "index.json"
 NAME, SPLIT = "clips", "train"
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-COLUMNS = ("id", "caption", "grid", "second_per_grid", "seconds", "frames", "samples", "silent")
 MEDIA_FIELDS = (
     *("audio_crop", "audio_seconds", "audio_pad", "audio_start", "audio_track", "channels"),
     *("frames", "fps", "max_frames", "frame_rounding", "frame_crop", "pixels", "min_pixels", "max_pixels", "video_track"),
@@ -46,7 +43,8 @@ TEXT_FIELDS = ("text_head", "end_token", "filler", "filler_audio", "filler_video
 
 _WRITER = "group_size:1,zstd:1"  # a record is read alone
 _READER = "readahead_buffer_size:0,max_parallelism:0"  # random access
-_AGAIN = "run 'omni-jax prepare' again with the same arguments"
+OPEN = 64  # shards that are open at once
+BLOCK, BLOCK_HEAD, CHUNK_HEAD = 1 << 16, 24, 40  # bytes, of Riegeli's file format
 
 
 def shard_name(number: int, count: int) -> str:
@@ -151,11 +149,13 @@ class ShardWriter:
         with self._writing():
             self._writer.write(data)
 
-    def finish(self) -> None:
-        """Gives the shard its name. Raises InputError when it could not be written whole."""
+    def finish(self) -> Extents:
+        """Gives the shard its name and returns where its records lie. Raises InputError when it could not be written whole."""
         with self._writing():
             self._writer.close()  # says so where anything was not written
+            found = extents(self._file.path)
             self._file.finish()
+        return found
 
     def discard(self) -> None:
         """Removes what was written and not finished."""
@@ -172,6 +172,21 @@ class ShardWriter:
             raise InputError(f"{self._path}: cannot be written ({_line(error)}); check that the disk has room") from None
 
 
+def check_shard(path: Path, records: int, size: int | None) -> None:
+    """Looks at a shard's size, or where that is not known at its end.
+
+    Raises:
+      InputError: when it is missing, damaged, or another than the index was written for.
+    """
+    try:
+        if size is None:
+            open_shard(path, records).close()
+        elif (there := path.stat().st_size) != size:
+            raise InputError(f"{path}: has {there} bytes where the index has {size}; {AGAIN}")
+    except OSError as error:
+        raise InputError(f"{path}: shard not found ({error.strerror or error}); {AGAIN}") from None
+
+
 def open_shard(path: Path, records: int) -> Any:
     """Returns a reader of a shard.
 
@@ -181,15 +196,45 @@ def open_shard(path: Path, records: int) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
     if not path.is_file():
-        raise InputError(f"{path}: shard not found; {_AGAIN}")
+        raise InputError(f"{path}: shard not found; {AGAIN}")
     try:
         reader = ArrayRecordReader(str(path), _READER)
         there = reader.num_records()
     except Exception as error:  # the library raises whatever its status says
-        raise InputError(f"{path}: cannot be read as a shard ({_line(error)}); {_AGAIN}") from None
+        raise InputError(f"{path}: cannot be read as a shard ({_line(error)}); {AGAIN}") from None
     if there != records:
-        raise InputError(f"{path}: holds {there} clips where the index has {records}; {_AGAIN}")
+        raise InputError(f"{path}: holds {there} clips where the index has {records}; {AGAIN}")
     return reader
+
+
+def extents(path: Path) -> Extents:
+    """Returns where the records of a shard lie, by the heads of its chunks: with groups of one a chunk is a record.
+
+    Source: github.com/google/riegeli, doc/riegeli_records_file_format.md. Block headers stand at every multiple of 64 KiB.
+    """
+    size, bounds = path.stat().st_size, []
+
+    def after(place: int, count: int) -> int:
+        """Where `count` bytes that begin at a place end, with the block headers among them."""
+        while count:
+            place += BLOCK_HEAD if place % BLOCK == 0 else 0
+            step = min(count, BLOCK - place % BLOCK)
+            place, count = place + step, count - step
+        return place
+
+    with path.open("rb") as file:
+        place = after(0, CHUNK_HEAD)  # the signature
+        while place < size:
+            file.seek(place)
+            raw = file.read(2 * BLOCK_HEAD + CHUNK_HEAD)
+            cut = BLOCK_HEAD if place % BLOCK == 0 else 0
+            until = BLOCK - (place + cut) % BLOCK  # bytes to the next block header
+            head = raw[cut : cut + until] + raw[cut + until + BLOCK_HEAD :] if until < CHUNK_HEAD else raw[cut:]
+            bounds.append(place)
+            if head[24:25] != b"r" or int.from_bytes(head[25:32], "little") != 1:
+                break
+            place = after(after(place, CHUNK_HEAD), int.from_bytes(head[8:16], "little"))
+    return Extents(tuple(bounds), size)
 
 
 def write_dataset_info(folder: Path, lengths: Sequence[int]) -> None:
@@ -215,98 +260,63 @@ def write_dataset_info(folder: Path, lengths: Sequence[int]) -> None:
 class ShardSource:
     """The clips of a prepared folder, by number. See `clips.ClipSource`."""
 
-    def __init__(self, directory: os.PathLike[str] | str, preset: Preset) -> None:
-        """Reads the index and the ends of all shards.
+    def __init__(self, directory: os.PathLike[str] | str, preset: Preset, *, check: bool = True) -> None:
+        """Opens the index.
+
+        Args:
+          check: looks whether every shard is there and as long as the index says.
 
         Raises:
           InputError: when the folder is not whole, or was prepared under other settings than `preset`.
         """
         self._folder, self.preset = Path(directory), preset
-        index = read_index(self._folder)
-        wanted, stored = media_fields(preset), stored_fields(index["preset"])
+        self._index = index = ClipIndex(self._folder)
+        wanted, stored = media_fields(preset), stored_fields(index.preset)
         if differing := [name for name in MEDIA_FIELDS if stored[name] != wanted[name]]:
             name = differing[0]
             raise InputError(
                 f"{directory}: prepared with {name}={stored[name]!r}, but training asks for {name}={wanted[name]!r}; "
                 f"prepare it again, or give the preset that it was prepared with"
             )
-        self._rows: Mapping[str, list[Any]] = index["records"]
-        lengths = index["shards"]
-        self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(index.lengths)]).astype(np.int64)
         if not len(self):
             raise InputError(f"{directory}: holds no clips; errors.jsonl there says why")
-        names = [shard_name(i, len(lengths)) for i in range(len(lengths))]
-        self._readers = [open_shard(self._folder / name, count) for name, count in zip(names, lengths, strict=True)]
-        grids = self._rows["grid"]
-        self.limits = Limits(max(t for t, _, _ in grids), max(h * w for _, h, w in grids), max(self._rows["samples"]))
-
-    @property
-    def ids(self) -> Sequence[str]:
-        return self._rows["id"]
-
-    @property
-    def captions(self) -> Sequence[str]:
-        return self._rows["caption"]
+        if check:
+            for shard, length in enumerate(index.lengths):
+                check_shard(self._path(shard), length, index.sizes[shard] if index.sizes is not None else None)
+        self.limits, self.silent, self.digest = index.limits, index.silent, index.digest
+        self.ids, self.captions = index.ids, index.captions
+        self._reader = functools.lru_cache(maxsize=OPEN)(lambda shard: open_shard(self._path(shard), index.lengths[shard]))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def record(self, index: int) -> ClipInfo:
-        at = {name: self._rows[name][index] for name in COLUMNS}
-        t, h, w = at["grid"]
-        return ClipInfo(at["id"], at["caption"], VideoGrid((t, h, w), at["second_per_grid"]), at["samples"], at["silent"])
+        return self._index.info(index)
+
+    def numbers_of(self, ids: Iterable[str]) -> Iterator[int]:
+        """Yields the numbers of the clips that have one of these ids."""
+        return self._index.numbers_of(ids)
 
     def load(self, index: int) -> Clip:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        path = self._folder / shard_name(shard, len(self._readers))
         try:
-            (data,) = self._readers[shard].read([index - int(self._starts[shard])])
+            (data,) = self._reader(shard).read([index - int(self._starts[shard])])
             clip = decode_clip(data)
         except Exception as error:
-            raise ClipError(f"{path}: clip {self.ids[index]!r} cannot be read ({_line(error)}); {_AGAIN}") from None
+            raise ClipError(f"{self._path(shard)}: clip {self.ids[index]!r} cannot be read ({_line(error)}); {AGAIN}") from None
         if clip.record.id != self.ids[index]:
-            raise ClipError(f"{path}: holds clip {clip.record.id!r} where the index has {self.ids[index]!r}; {_AGAIN}")
-        return dataclasses.replace(clip, silent=self._rows["silent"][index])
+            raise ClipError(f"{self._path(shard)}: holds clip {clip.record.id!r} where the index has {self.ids[index]!r}; {AGAIN}")
+        return dataclasses.replace(clip, silent=self._index.is_silent(index))
+
+    def _path(self, shard: int) -> Path:
+        return self._folder / shard_name(shard, len(self._index.lengths))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"directory": self._folder, "preset": self.preset}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["directory"], state["preset"])
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """Returns the index of a prepared folder.
-
-    Raises:
-      InputError: when there is none, or one that cannot be read.
-    """
-    path = folder / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        if index["format"] != FORMAT:
-            raise InputError(f"{path}: format {index['format']!r} is not {FORMAT!r}; prepare the clips with this version")
-        rows = index["records"]
-        if sum(index["shards"]) != len(rows["id"]) or {len(rows[name]) for name in COLUMNS} != {len(rows["id"])}:
-            raise ValueError("its columns differ in length")
-        return index
-    except FileNotFoundError:
-        unfinished = "its preparation was interrupted" if (folder / "preparation.json").is_file() else "not a prepared folder"
-        raise InputError(f"{folder}: {unfinished} (no {INDEX}); run 'omni-jax prepare'") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read ({_line(error)}); {_AGAIN}") from None
-
-
-def write_index(folder: Path, preset: Preset, lengths: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the index under its name when it is whole."""
-    columns = {name: [row[name] for row in rows] for name in COLUMNS}
-    write_json(folder / INDEX, {"format": FORMAT, "preset": dataclasses.asdict(preset), "shards": list(lengths), "records": columns})
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that appears whole or not at all. Raises InputError where it cannot be written."""
-    with replacing(path, "check that the disk has room") as partial, partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False)
+        self.__init__(state["directory"], state["preset"], check=False)
 
 
 def _line(error: BaseException) -> str:

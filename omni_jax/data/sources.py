@@ -60,6 +60,7 @@ class MediaSource:
         self.preset = preset
         self.ids = [r.id for r in self.records]
         self.captions = [r.text or "" for r in self.records]
+        self.silent = sum(r.audio is None for r in self.records)
         self.limits = Limits(
             temporal_steps(preset.most_frames),
             most_patches(*preset.areas),
@@ -75,6 +76,11 @@ class MediaSource:
         samples = self.limits.samples if self.preset.audio_pad else None
         video, audio = (None if file is None else str(file) for file in (r.video, r.audio))
         return ClipInfo(r.id, r.text or "", samples=samples, silent=audio is None, timestamps=r.timestamps, video=video, audio=audio)
+
+    def numbers_of(self, ids: Sequence[str]) -> list[int]:
+        """Returns the numbers of the clips that have one of these ids."""
+        wanted = set(ids)
+        return [number for number, name in enumerate(self.ids) if name in wanted]
 
     def load(self, index: int) -> Clip:
         record = self.records[index]

@@ -393,16 +393,16 @@ def test_no_clip_stands_in_twice_within_an_update_of_any_number_of_processes(cou
 
 def test_silent_clips_take_sound_from_others_and_what_cannot_be_helped_is_counted():
     class Half(MemorySource):
-        silent = 2
+        every = 2
 
         def record(self, index: int) -> ClipInfo:
-            return dataclasses.replace(super().record(index), silent=index % self.silent == 0)
+            return dataclasses.replace(super().record(index), silent=index % self.every == 0)
 
     batch = BatchConfig(micro_batch=8, micro_batches=1, blocks=1)
     audio = LossConfig(hn_audio_only=True)
     for every, expected in ((2, 0), (1, 8)):
         source = Half(captions(64))
-        source.silent = every
+        source.every = every
         made = pipeline(source, batch, audio)
         equal = 0
         for update in range(6):

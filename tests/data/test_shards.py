@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import shutil
@@ -13,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from omni_jax.api.training import clips_digest
 from omni_jax.cli.main import main
 from omni_jax.config import preset
+from omni_jax.data.clip_index import ClipIndex, write_json
 from omni_jax.data.loading import load_training_clip, record_features, training_features
 from omni_jax.data.manifest import read_manifest
 from omni_jax.data.prepare import Preparation
-from omni_jax.data.shards import ShardSource, read_index, shard_name, write_json
+from omni_jax.data.shards import ShardSource, decode_clip, open_shard, shard_name
 from omni_jax.data.sources import MediaSource, open_source
 from omni_jax.types import Features, InputError
 from tests.full_disk import files_of_at_most
@@ -146,7 +149,7 @@ def test_a_damaged_shard_is_refused_and_made_again(manifest: Path, shards: Path,
     path = copy / shard_name(1, 3)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"00001-of-00003: holds 0 clips where the index has 2; run 'omni-jax prepare' again"):
+    with pytest.raises(InputError, match=r"00001-of-00003: has \d+ bytes where the index has \d+; run 'omni-jax prepare' again"):
         ShardSource(copy, PRESET)
     path.unlink()
     with pytest.raises(InputError, match="shard not found"):
@@ -163,7 +166,7 @@ def test_an_interrupted_preparation_goes_on_without_losing_or_doubling(manifest:
         next(work)
     work.close()  # type: ignore[attr-defined] (a generator)
     with pytest.raises(InputError, match="preparation was interrupted"):
-        read_index(out)
+        ClipIndex(out)
     again = Preparation(out, records, (), PRESET, 3)
     assert again.done == 2
     assert sum(again.run(0, 60)) == again.total - 2
@@ -242,6 +245,54 @@ def test_silence_has_the_presets_length(manifest: Path):
     assert clip.waveform.shape == (16_000,)
     assert not clip.waveform.any()
     assert clip.warnings == ("record 'mute': no audio; silence is used instead",) and clip.silent
+
+
+def test_a_folder_of_an_earlier_version_holds_the_same_clips(shards: Path, tmp_path: Path):
+    source, copy = ShardSource(shards, PRESET), tmp_path / "shards"
+    shutil.copytree(shards, copy)
+    (copy / "index.arrow").unlink()
+    said = json.loads((copy / "index.json").read_text())
+    infos, clips = [source.record(i) for i in range(6)], [source.load(i) for i in range(6)]
+    columns = {
+        "id": [info.id for info in infos],
+        "caption": [info.caption for info in infos],
+        "grid": [list(info.grid.thw) for info in infos if info.grid],
+        "second_per_grid": [info.grid.second_per_grid for info in infos if info.grid],
+        "seconds": [clip.video.seconds for clip in clips if clip.video],
+        "frames": [len(clip.video.frames) for clip in clips if clip.video],
+        "samples": [info.samples for info in infos],
+        "silent": [info.silent for info in infos],
+    }
+    first = {"format": "omni_jax.clips/1", "preset": said["preset"], "shards": said["shards"], "records": columns}
+    (copy / "index.json").write_text(json.dumps(first))
+    earlier = ShardSource(copy, PRESET)
+    assert [earlier.record(i) for i in range(6)] == infos and earlier.limits == source.limits and earlier.silent == source.silent == 2
+    assert earlier.digest is None and clips_digest(earlier) == source.digest == clips_digest(source)
+    assert [earlier.load(i).record.id for i in range(6)] == list(source.ids)
+    assert list(earlier.numbers_of(["mute", "clip-1", "gone"])) == list(source.numbers_of(["mute", "clip-1", "gone"])) == [1, 5]
+
+
+def test_the_index_says_where_each_clip_lies(shards: Path):
+    """Each range of bytes holds its clip's frames and no other clip's; together they are all of a shard but its head and end."""
+    index = ClipIndex(shards)
+    source, number = ShardSource(shards, PRESET), 0
+    for shard, length in enumerate(index.lengths):
+        data = (shards / shard_name(shard, 3)).read_bytes()
+        assert index.sizes is not None and len(data) == index.sizes[shard]
+        ends = [index.extent(i) for i in range(number, number + length)]
+        assert ends[0][0] == 64 and all(one[1] == other[0] for one, other in itertools.pairwise(ends))
+        for i, (start, stop) in zip(range(number, number + length), ends, strict=True):
+            damaged = bytearray(data)
+            damaged[start + 60 : stop - 60] = bytes(stop - start - 120)
+            (copy := shards.parent / "one.array_record").write_bytes(damaged)
+            reader = open_shard(copy, length)
+            for other in range(length):
+                if other + number == i:
+                    with pytest.raises(Exception, match=r"(?i)hash|corrupt|invalid"):
+                        reader.read([other])
+                else:
+                    assert decode_clip(reader.read([other])[0]).record.id == source.ids[number + other]
+        number += length
 
 
 @pytest.mark.slow

@@ -49,6 +49,13 @@ class MemorySource:
         known = (VideoGrid(GRIDS[index % len(GRIDS)], 0.5), 16_000) if self.known else (None, None)
         return ClipInfo(self.ids[index], self.captions[index], *known, silent=index % 5 == 0)
 
+    @property
+    def silent(self) -> int:
+        return len(range(0, len(self), 5))
+
+    def numbers_of(self, ids: Sequence[str]) -> list[int]:
+        return [self.ids.index(name) for name in ids if name in self.ids]
+
     def load(self, index: int) -> Clip:
         if index in self.broken:
             raise ClipError(f"{self.ids[index]}.mp4: truncated")
