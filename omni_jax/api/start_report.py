@@ -35,7 +35,7 @@ def data_notes(run: RunConfig, source: ClipSource, planner: Planner, total: int)
         why = "no audio field" if isinstance(source, MediaSource) else "no sound"
         yield f"{silent} of {clips} clips have {why} and are trained with silence" + ("; nothing is learned of sound" * (silent == clips))
     for name in ("audio", "video") if not run.losses.hn_audio_only else ("audio",):
-        most = _most_alike(planner, name) if "hard" in run.losses.needs else 0
+        most = _most_alike(source, planner, name) if "hard" in run.losses.needs else 0
         if 2 * most > clips:
             yield (
                 f"{most} of {clips} clips have the same {name}: where such clips fill more than half of a block, hard negatives that "
@@ -43,11 +43,11 @@ def data_notes(run: RunConfig, source: ClipSource, planner: Planner, total: int)
             )
 
 
-def _most_alike(planner: Planner, modality: str) -> int:
+def _most_alike(source: ClipSource, planner: Planner, modality: str) -> int:
     """Returns the largest number of clips that have one sound, or one picture; of prepared clips only silence is known to be equal."""
-    if isinstance(planner.source, MediaSource):
-        return int(np.bincount(planner.alike(modality, np.arange(len(planner.source)))).max())
-    return planner.source.silent if modality == "audio" else 1
+    if isinstance(source, MediaSource):
+        return int(np.bincount(planner.alike(modality, np.arange(len(source)))).max())
+    return source.silent if modality == "audio" else 1
 
 
 def trained_too(source: ClipSource, records: Sequence[Record]) -> list[str]:

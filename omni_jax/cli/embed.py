@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from omni_jax.retrieval.embedding_pass import Outcome, Part
 
 TIMEOUT_S = 120.0
+FILE_GIB = 2.0  # of vectors in one file
 
 EXAMPLE = "omni-jax embed --model omni7b --manifest clips.jsonl --out clips.npz --tables text,video,audio,av,tv,at"
 
@@ -36,9 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part",
         type=_part,
-        default=(0, 1),
         metavar="I/N",
         help="embed the I-th of N slices (from 0), written as FILE-I-of-N.npz; eval reads all",
+    )
+    parser.add_argument(
+        "--file-size",
+        type=positive(float),
+        default=FILE_GIB,
+        metavar="GIB",
+        help="vectors of more than this are written as several files FILE-I-of-N.npz, which FILE.npz names together (default: %(default)g)",
     )
     parser.add_argument("--no-normalize", action="store_true", help="do not scale vectors to length 1")
     parser.add_argument("--official-keys", action="store_true", help="write '{id}__table' arrays, as the published extractor does")
@@ -160,48 +169,117 @@ def run(args: argparse.Namespace) -> int:
     source = named_model(args)
     chosen = choose_preset(args, source)
     tables = parse_tables(args.tables)
-    index, count = args.part
-    out = args.out if count == 1 else args.out.with_name(f"{args.out.stem}-{index:05}-of-{count:05}.npz")
     if args.out.suffix != ".npz":
         raise InputError(f"--out {args.out}: the name of an embedding file ends in .npz")
 
     # Late, so that `--help` and usage errors answer at once.
-    from omni_jax.cli.stopping import Terminated, sigterm_raises
     from omni_jax.data.manifest import read_manifest
-    from omni_jax.retrieval.embedding_file import check_place, write_embeddings
+    from omni_jax.retrieval.embedding_file import check_place, part_path
+    from omni_jax.retrieval.embedding_pass import first_of_prompts
+
+    index, count = args.part or (0, 1)
+    check_place(part_path(args.out, index, count))
+    whole = read_manifest(args.manifest, args.media_root)
+    tables = usable_tables(args, whole, tables, part_path(args.out, index, count))
+    model = load_model(args, source, chosen)
+    made_with = model.made_with(normalize=not args.no_normalize)
+    files = _files(args, whole, tables, model.dim)
+    same = first_of_prompts(whole.records, tables) if files[0].of > 1 else {}
+    bad = done = 0
+    for file in files:
+        stopped, embedded, skipped = _embed_file(args, model, file, tables, made_with, same)
+        if stopped is not None:
+            return stopped
+        bad, done = bad + skipped, done + embedded
+    if not done:
+        raise InputError(f"{args.manifest}: no record could be embedded; {_beside(files[0].out, 'errors')} says why")
+    if len(files) > 1:
+        print(f"{args.out}: {done} records in {len(files)} files, which this name stands for")
+    return DONE_WITH_SKIPPED if bad else DONE
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """One file of embeddings to write: its records, and which file it is of how many."""
+
+    out: epath.Path
+    manifest: Manifest
+    index: int
+    of: int
+
+
+def _files(args: argparse.Namespace, whole: Manifest, tables: tuple[str, ...], width: int) -> list[_File]:
+    """Returns the part that was asked for, or as many files as keep to --file-size, with the records in the order of the manifest."""
+    from omni_jax.retrieval.embedding_file import part_path
+
+    if args.part:
+        index, of = args.part
+        part = dataclasses.replace(whole, records=whole.records[index::of], problems=whole.problems[index::of])
+        return [_File(part_path(args.out, index, of), part, index, of)]
+    size = 4 * width * sum(TABLE_MODALITIES[name] <= record.modalities for record in whole.records for name in tables)
+    of = 1 if args.official_keys else min(-(-size // max(1, int(args.file_size * 2**30))), len(whole.records))
+    cuts = [len(whole.records) * number // of for number in range(of + 1)]
+    return [
+        _File(
+            part_path(args.out, number, of),
+            dataclasses.replace(whole, records=whole.records[start:stop], problems=() if number else whole.problems),
+            number,
+            of,
+        )
+        for number, (start, stop) in enumerate(itertools.pairwise(cuts))
+    ]
+
+
+def _embed_file(
+    args: argparse.Namespace,
+    model: OmniRetriever,
+    file: _File,
+    tables: tuple[str, ...],
+    made_with: Mapping[str, Any] | None,
+    same: Mapping[str, Mapping[str, str]],
+) -> tuple[int | None, int, int]:
+    """Writes one file. Returns the exit status where it was stopped, how many records it has, and how many were skipped.
+
+    A file of several that an earlier run of the same settings finished stays as it is.
+    """
+    import numpy as np
+
+    from omni_jax.cli.stopping import Terminated, sigterm_raises
+    from omni_jax.retrieval.embedding_file import finished, write_embeddings
     from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt, same_in_other_parts
     from omni_jax.retrieval.journal import Journal
 
-    check_place(out)
-    whole = read_manifest(args.manifest, args.media_root)
-    tables = usable_tables(args, whole, tables, out)
-    manifest = dataclasses.replace(whole, records=whole.records[index::count], problems=whole.problems[index::count])
-    model = load_model(args, source, chosen)
-    made_with = model.made_with(normalize=not args.no_normalize)
-    journal = Journal(out.with_name(f".{out.stem}.unfinished"), _settings(made_with, tables, manifest))
-    finished = journal.finished()
-    left = [record for record in manifest.records if record.id not in finished]
+    settings = _settings(made_with, tables, file.manifest)
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
+    several = file.of > 1 and not args.part
+    if several and (there := finished(file.out, digest)) is not None:
+        print(f"{file.out}: {there} records, finished before", file=sys.stderr)
+        return None, there, len(file.manifest.records) - there + len(file.manifest.problems)
+    journal = Journal(file.out.with_name(f".{file.out.stem}.unfinished"), settings)
+    known = journal.finished()
+    left = [record for record in file.manifest.records if record.id not in known]
     try:
         with sigterm_raises():
-            for part in embed(args, model, left, tables, "embed", done=len(manifest.records) - len(left)):
+            what = f"embed {file.index + 1}/{file.of}" if several else "embed"
+            for part in embed(args, model, left, tables, what, done=len(file.manifest.records) - len(left)):
                 journal.add(part)
     except (Terminated, KeyboardInterrupt) as e:
-        kept = f"{len(journal.finished())} of {len(manifest.records)} records"
+        kept = f"{len(journal.finished())} of {len(file.manifest.records)} records" + (f" of {file.out.name}" if several else "")
         by, status = ("SIGTERM", STOPPED_AND_SAVED) if isinstance(e, Terminated) else ("Ctrl-C", INTERRUPTED)
         print(f"\nstopped by {by}; {kept} are kept: run it again to resume", file=sys.stderr)
-        return status
-    outcome = one_row_a_prompt(manifest.records, assemble(manifest.records, journal.parts))
-    bad = report(out, manifest, outcome)
-    if not outcome.table.ids:
-        journal.remove()
-        raise InputError(f"{args.manifest}: no record could be embedded; {_beside(out, 'errors')} says why")
-    same = same_in_other_parts(whole.records, set(outcome.table.ids), outcome.table.tables) if count > 1 else {}
-    table = dataclasses.replace(outcome.table, made_with=made_with, parts=(index,), of=count, same=same)
-    write_embeddings(out, table, args.official_keys)
+        return status, 0, 0
+    outcome = one_row_a_prompt(file.manifest.records, assemble(file.manifest.records, journal.parts))
+    bad = report(file.out, file.manifest, outcome)
+    table = outcome.table
+    if table.ids or several:
+        rows = table.tables or {name: np.zeros((0, model.dim), np.float32) for name in tables}  # a set has all its files
+        elsewhere = same_in_other_parts(same, set(table.ids))
+        table = dataclasses.replace(table, tables=rows, made_with=made_with, parts=(file.index,), of=file.of, same=elsewhere)
+        write_embeddings(file.out, table, args.official_keys, digest if several else "")
+        names = ", ".join(rows)
+        print(f"{file.out}: {len(table.ids)} records, tables {names}; {outcome.padded_share:.0%} of the tokens were padding")
     journal.remove()
-    names = ", ".join(outcome.table.tables)
-    print(f"{out}: {len(outcome.table.ids)} records, tables {names}; {outcome.padded_share:.0%} of the tokens were padding")
-    return DONE_WITH_SKIPPED if bad else DONE
+    return None, len(table.ids), bad
 
 
 def usable_tables(args: argparse.Namespace, manifest: Manifest, tables: tuple[str, ...] | None, out: epath.Path | None) -> tuple[str, ...]:

@@ -5,6 +5,9 @@ Three forms (SPEC section 9). Ours holds `ids` (N,) and one (N, D) array per tab
 `omni-jax export --to int8` writes it. The official one holds one (D,) array per record and table under `{id}__text`, `{id}__video`,
 `{id}__audio`, `{id}__av`, `{id}__tv`, `{id}__at`. The published scorer's holds `text_embeds` and `mllm_embeds`, each (N, D).
 
+A set of parts is one table in several files, `NAME-IIIII-of-NNNNN.npz`, which `NAME.npz` names together. Above STAY bytes the rows of local
+files stay on disk and are read a block at a time (`stored_rows`).
+
 What the vectors were made with stands as JSON in a member `made_with` of ours; in the official form, whose readers may take every member
 for a vector, in the archive's comment. A Parquet file (`omni_jax.retrieval.parquet`) is read as ours is.
 """
@@ -22,11 +25,13 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from omni_jax.config import TABLES
 from omni_jax.config.made_with import ROUNDING, listed, made_otherwise
 from omni_jax.retrieval.npz import PathLike, check_place, load_arrays, output_file, write_members
 from omni_jax.retrieval.parquet import SUFFIX, load_columns
+from omni_jax.retrieval.stored_rows import StoredRows
 from omni_jax.types import EmbeddingTable, InputError
 
 __all__ = ["check_place", "output_file", "read_embeddings", "write_embeddings"]
@@ -34,35 +39,48 @@ __all__ = ["check_place", "output_file", "read_embeddings", "write_embeddings"]
 IDS = "ids"
 MADE_WITH = "made_with"
 SEPARATOR = "__"
+NPZ = ".npz"
 SCALE = "_scale"
 OWN_IDS = "_ids"
 TEXT_EMBEDS, MEDIA_EMBEDS = "text_embeds", "mllm_embeds"
 MEDIA_TABLE = "av"  # what `mllm_embeds` holds unless it is said otherwise
+
+STAY = 1 << 30  # bytes of files whose tables are not loaded
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 Choose = Callable[[Collection[str]], str]
 
 
-def write_embeddings(path: PathLike, table: EmbeddingTable, official_keys: bool = False) -> None:
+def write_embeddings(path: PathLike, table: EmbeddingTable, official_keys: bool = False, settings: str = "") -> None:
     """Writes `table` as float32 `.npz`, atomically.
 
     Args:
       path: a local or gs:// file, its name taken as it is.
       official_keys: one array per record and table, as the official scorer reads it.
+      settings: a digest of all that the file depends on, for `finished`; not in the official form.
 
     Raises:
       InputError: for duplicate or empty ids, tables of another shape, or a place that cannot be written.
     """
     _check(table, str(path))
-    tables = {name: np.ascontiguousarray(rows, dtype=np.float32) for name, rows in table.tables.items()}
+    tables = {n: rows if isinstance(rows, StoredRows) else np.ascontiguousarray(rows, np.float32) for n, rows in table.tables.items()}
     if official_keys:
         rows = {
             f"{record}{SEPARATOR}{name}": row for name, rows in tables.items() for record, row in zip(table.ids_of(name), rows, strict=True)
         }
         write_members(path, rows, _written_origin(table))
     else:
-        write_members(path, {IDS: np.array(table.ids, dtype=np.str_), **own_ids(table), **origin_member(table), **tables})
+        write_members(path, {IDS: np.array(table.ids, dtype=np.str_), **own_ids(table), **origin_member(table, settings), **tables})
+
+
+def finished(path: PathLike, settings: str) -> int | None:
+    """Returns how many records a file has, where it was written with these settings; None where it was not, or does not exist."""
+    try:
+        found, _ = load_arrays(path, lambda names: {IDS, MADE_WITH} & set(names), mapped=True)
+        return len(found[IDS]) if json.loads(str(found[MADE_WITH]))["settings"] == settings else None
+    except (InputError, ValueError, KeyError, TypeError):
+        return None
 
 
 def own_ids(table: EmbeddingTable) -> dict[str, np.ndarray]:
@@ -70,9 +88,9 @@ def own_ids(table: EmbeddingTable) -> dict[str, np.ndarray]:
     return {name + OWN_IDS: np.array(ids, dtype=np.str_) for name, ids in table.own.items()}
 
 
-def origin_member(table: EmbeddingTable) -> dict[str, np.ndarray]:
+def origin_member(table: EmbeddingTable, settings: str = "") -> dict[str, np.ndarray]:
     """Returns the member of our form that says what a table was made with, or none."""
-    written = _written_origin(table, same=table.same)  # an archive's comment, where other forms have it, holds 64 kB
+    written = _written_origin(table, same=table.same, settings=settings)  # an archive's comment, where other forms have it, holds 64 kB
     return {MADE_WITH: np.array(written)} if written else {}
 
 
@@ -84,17 +102,20 @@ def read_embeddings(path: PathLike | Sequence[PathLike], choose: Choose | None =
     Args:
       choose: picks one table by the names of those there are; only that one is read, mapped into memory where that is possible.
 
+    The rows of files of over STAY bytes together stay on disk (`stored_rows.StoredRows`), where these are local, uncompressed and `.npz`.
+
     Raises:
       InputError: for a file that is missing, truncated, no `.npz`, or pickled; ids that are missing, doubled (also across parts) or
         do not fit the tables; parts of different widths, or made with different models or settings.
     """
-    paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+    paths = whole_set(path)
     if not paths:
         raise InputError("no embedding file was given")
+    stay = all("://" not in os.fspath(p) and os.path.isfile(p) for p in paths) and sum(os.path.getsize(p) for p in paths) > STAY
     if choose is not None and len(paths) > 1:
         there = {name for p in paths for name in _tables_in(p)}
         choose = functools.partial(_the, choose([name for name in TABLES if name in there]))
-    parts = [_read_one(p, choose) for p in paths]
+    parts = [_read_one(p, choose, stay) for p in paths]
     first = parts[0]
     other, others = first_known(zip(paths, parts, strict=True))
     home: dict[str, PathLike] = {}
@@ -125,7 +146,7 @@ def read_embeddings(path: PathLike | Sequence[PathLike], choose: Choose | None =
     }
     joined = EmbeddingTable(
         tuple(home),
-        {name: np.concatenate([part.tables[name] for part in those]) for name, those in having.items()},
+        {name: _concatenated([part.tables[name] for part in those]) for name, those in having.items()},
         own=own,
         named=all(part.named for part in parts),
         made_with=first.made_with if all(part.made_with is not None for part in parts) else None,
@@ -137,15 +158,42 @@ def read_embeddings(path: PathLike | Sequence[PathLike], choose: Choose | None =
     return joined
 
 
+def whole_set(path: PathLike | Sequence[PathLike]) -> list[PathLike]:
+    """Returns the files of one path or several; the name of a set, `NAME.npz`, stands for its parts where there is no such file."""
+    found: list[PathLike] = []
+    for given in [path] if isinstance(path, str | os.PathLike) else path:
+        file = epath.Path(given)
+        known = file.exists() or file.suffix != NPZ
+        parts = [] if known else sorted(p for p in file.parent.glob(f"{file.stem}-*-of-*{NPZ}") if _PART.sub("", p.stem) == file.stem)
+        found += parts or [given]
+    return found
+
+
+def part_path(path: epath.Path, number: int, of: int) -> epath.Path:
+    """Returns the file of a part of a set, numbered from 0; the path itself where there is one part."""
+    return path if of == 1 else path.with_name(f"{path.stem}-{number:05}-of-{of:05}{NPZ}")
+
+
+def _concatenated(tables: Sequence[Any]) -> Any:
+    tables = [rows for rows in tables if len(rows)] or tables[:1]
+    if all(isinstance(rows, StoredRows) for rows in tables):
+        return StoredRows.joined(tables)
+    return np.concatenate([np.asarray(rows) for rows in tables])
+
+
 def _one_row_a_prompt(joined: EmbeddingTable, name: str, parts: Sequence[EmbeddingTable]) -> None:
     """Gives records of several parts that have the same prompt for a table the row of the first of them."""
     same = {record: key for part in parts for record, key in part.same.get(name, {}).items()}
-    place = {record: n for n, record in enumerate(joined.ids_of(name))} if same else {}
+    if not same:
+        return
+    place = {record: n for n, record in enumerate(joined.ids_of(name))}
     row_of: dict[str, int] = {}
-    for record, key in same.items():
-        if record in place:
-            rows = joined.tables[name]
-            rows[place[record]] = rows[row_of.setdefault(key, place.get(key, place[record]))]
+    by = {place[record]: row_of.setdefault(key, place.get(key, place[record])) for record, key in same.items() if record in place}
+    rows = joined.tables[name]
+    if isinstance(rows, StoredRows):
+        joined.tables[name] = StoredRows.joined([rows], by)
+    else:
+        rows[list(by)] = rows[list(by.values())]
 
 
 def first_known(files: Iterable[tuple[PathLike, EmbeddingTable]]) -> tuple[PathLike, Mapping[str, Any] | None]:
@@ -189,7 +237,7 @@ def _load(path: PathLike, wanted: Callable[[list[str]], Collection[str]], mapped
     return load_columns(path, wanted) if PurePath(path).suffix == SUFFIX else load_arrays(path, wanted, mapped)
 
 
-def _read_one(path: PathLike, choose: Choose | None) -> EmbeddingTable:
+def _read_one(path: PathLike, choose: Choose | None, stay: bool) -> EmbeddingTable:
     def wanted(names: list[str]) -> list[str]:
         tables = [name for name in TABLES if name in names]
         if choose is None or IDS not in names or not tables or {MEDIA_EMBEDS, TEXT_EMBEDS} & set(names):
@@ -198,12 +246,12 @@ def _read_one(path: PathLike, choose: Choose | None) -> EmbeddingTable:
         left_out = set(tables) - {picked if picked in tables else tables[0]}
         return [name for name in names if name.removesuffix(SCALE).removesuffix(OWN_IDS) not in left_out]
 
-    arrays, comment = _load(path, wanted, mapped=choose is not None)
+    arrays, comment = _load(path, wanted, mapped=stay or choose is not None)
     said = _origin(arrays.pop(MADE_WITH) if IDS in arrays and MADE_WITH in arrays else comment, path)
     if MEDIA_EMBEDS in arrays or TEXT_EMBEDS in arrays:
         table = from_two_arrays(arrays, str(path))
     elif IDS in arrays:
-        table = _from_ours(arrays, str(path))
+        table = _from_ours(arrays, str(path), stay)
     else:
         table = _from_official(arrays, str(path))
     if choose is not None:
@@ -214,9 +262,10 @@ def _read_one(path: PathLike, choose: Choose | None) -> EmbeddingTable:
     return dataclasses.replace(table, **(said | {"named": table.named and said["named"]}))
 
 
-def _written_origin(table: EmbeddingTable, same: Mapping[str, Mapping[str, str]] = types.MappingProxyType({})) -> str:
+def _written_origin(table: EmbeddingTable, same: Mapping[str, Mapping[str, str]] = types.MappingProxyType({}), settings: str = "") -> str:
     parts = table.parts if table.of > 1 else None
     said = {"vectors": table.made_with, "parts": parts, "named": None if table.named else False, "same": dict(same) or None}
+    said["settings"] = settings or None
     said = {name: value for name, value in said.items() if value is not None}
     if "parts" in said:
         said["of"] = table.of
@@ -286,7 +335,7 @@ def id_names(ids: np.ndarray, path: str) -> tuple[str, ...]:
         raise InputError(f"{path}: 'ids' is not UTF-8 text ({e.reason})") from e
 
 
-def _from_ours(arrays: dict[str, np.ndarray], path: str) -> EmbeddingTable:
+def _from_ours(arrays: dict[str, np.ndarray], path: str, stay: bool = False) -> EmbeddingTable:
     names = id_names(arrays.pop(IDS), path)
     own = {name: id_names(arrays.pop(name + OWN_IDS), path) for name in TABLES if name + OWN_IDS in arrays}
     scales = {name: arrays.pop(name + SCALE) for name in TABLES if name in arrays and name + SCALE in arrays}
@@ -298,8 +347,13 @@ def _from_ours(arrays: dict[str, np.ndarray], path: str) -> EmbeddingTable:
     for name, scale in scales.items():
         if arrays[name].dtype != np.int8 or scale.dtype.kind != "f" or scale.shape != arrays[name].shape[:1]:
             raise InputError(f"{path}: table {name!r} and its scales do not fit together; export the file again")
-        arrays[name] = arrays[name].astype(np.float32) * scale[:, None].astype(np.float32)
-    tables = {name: float32_rows(arrays[name], name, path) for name in TABLES if name in arrays}
+    stored = {n: StoredRows.of(a, scales.get(n)) for n, a in arrays.items() if stay and isinstance(a, np.memmap)}
+    tables: dict[str, Any] = {}
+    for name in (name for name in TABLES if name in arrays):
+        rows = stored.get(name)
+        if rows is None and name in scales:
+            rows = arrays[name].astype(np.float32) * scales[name][:, None].astype(np.float32)
+        tables[name] = rows if rows is not None else float32_rows(arrays[name], name, path)
     return EmbeddingTable(names, tables, own={name: ids for name, ids in own.items() if name in tables})
 
 

@@ -6,7 +6,7 @@ Planning (tokens) and encoding (model) are passed in as functions; this file kno
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -178,13 +178,20 @@ def one_row_a_prompt(records: Iterable[Record], outcome: Outcome) -> Outcome:
     return dataclasses.replace(outcome, table=dataclasses.replace(outcome.table, tables=tables))
 
 
-def same_in_other_parts(records: Sequence[Record], part: Container[str], tables: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Returns, for records of a part, table -> id -> the first of all records with the same prompt, where that one is of another part."""
+def first_of_prompts(records: Sequence[Record], tables: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Returns table -> id -> the first of all records with the same prompt, for the records that are not the first themselves."""
     found = {}
     for name in tables:
         able = [record for record in records if TABLE_MODALITIES[name] <= record.modalities]
-        pairs = {able[n].id: able[first].id for n, first in enumerate(_first_of_prompt(able, name))}
-        found[name] = {record: first for record, first in pairs.items() if record in part and first not in part}
+        found[name] = {able[n].id: able[first].id for n, first in enumerate(_first_of_prompt(able, name)) if first != n}
+    return found
+
+
+def same_in_other_parts(firsts: Mapping[str, Mapping[str, str]], part: Container[str]) -> dict[str, dict[str, str]]:
+    """Returns of `first_of_prompts` what concerns records of a part whose first record is of another part."""
+    found = {
+        name: {record: first for record, first in pairs.items() if record in part and first not in part} for name, pairs in firsts.items()
+    }
     return {name: pairs for name, pairs in found.items() if pairs}
 
 

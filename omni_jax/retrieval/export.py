@@ -15,13 +15,14 @@ import numpy as np
 from etils import epath
 
 from omni_jax.retrieval.directions import possible
-from omni_jax.retrieval.embedding_file import IDS, MADE_WITH, SCALE, origin_member, own_ids
+from omni_jax.retrieval.embedding_file import IDS, MADE_WITH, SCALE, origin_member, own_ids, read_embeddings
 from omni_jax.retrieval.inputs import IDS_FILE, ORIGIN_FILE
 from omni_jax.retrieval.metrics import RECALL_AT, direction_metrics, evaluate
-from omni_jax.retrieval.npz import check_place, output_file, write_members
+from omni_jax.retrieval.npz import check_place, output_file, write_array, write_members
 from omni_jax.retrieval.parquet import write_columns
 from omni_jax.retrieval.ranks import prepare, rank_pair
 from omni_jax.retrieval.rows import quantized
+from omni_jax.retrieval.stored_rows import StoredRows
 from omni_jax.types import EmbeddingTable, InputError
 
 FACTORY = "Flat"  # exact
@@ -38,7 +39,7 @@ def export_npy(table: EmbeddingTable, folder: str | os.PathLike[str]) -> list[st
     origin = _write_origin(table, target)
     for name, rows in table.tables.items():
         with output_file(target / f"{name}.npy") as file:
-            np.lib.format.write_array(file, np.ascontiguousarray(rows, np.float32), allow_pickle=False)
+            write_array(file, rows if isinstance(rows, StoredRows) else np.ascontiguousarray(rows, np.float32))
     names = [*(f"{name}.npy" for name in table.tables), *origin]
     if not table.named:  # row numbers are no ids: beside another table they would be taken for them
         (target / IDS_FILE).unlink(missing_ok=True)
@@ -48,13 +49,27 @@ def export_npy(table: EmbeddingTable, folder: str | os.PathLike[str]) -> list[st
 
 def export_int8(table: EmbeddingTable, path: str | os.PathLike[str]) -> EmbeddingTable:
     """Writes an embedding file of int8 tables, which `eval` and `search` read like any other, and returns what they will read."""
-    members: dict[str, np.ndarray] = {IDS: np.array(table.ids, dtype=np.str_), **own_ids(table), **origin_member(table)}
-    held = {}
+    members: dict[str, Any] = {IDS: np.array(table.ids, dtype=np.str_), **own_ids(table), **origin_member(table)}
     for name, rows in table.tables.items():
-        members[name], members[name + SCALE] = quantized(rows)
-        held[name] = members[name].astype(np.float32) * members[name + SCALE][:, None]
+        members[name] = _Int8(rows)
+        members[name + SCALE] = np.concatenate([quantized(rows[n : n + BLOCK])[1] for n in range(0, max(1, len(rows)), BLOCK)])
     write_members(path, members)
-    return dataclasses.replace(table, tables=held)
+    return dataclasses.replace(table, tables=read_embeddings(path).tables)
+
+
+class _Int8:
+    """The int8 values of a table, made a block at a time."""
+
+    dtype = np.dtype(np.int8)
+
+    def __init__(self, rows: Any) -> None:
+        self._rows, self.shape = rows, rows.shape
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return quantized(self._rows[part])[0]
 
 
 def recall_loss(

@@ -10,7 +10,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -20,6 +20,7 @@ from omni_jax.types import InputError
 
 ALIGNMENT = 64  # bytes; a CPU backend reads an array that starts so without copying it
 BLOCK = 1 << 20  # bytes read together
+ROWS = 8192  # rows written together
 LOCAL_HEAD, ZIP64_FIELD = 30, 20  # bytes of a zip member's header: its fixed part, and the field of 64-bit sizes
 PADDING_FIELD = 0xD935  # the extra field that other tools pad members with
 ENCRYPTED = 1  # of a zip member's flags
@@ -54,8 +55,11 @@ def output_file(path: PathLike) -> Iterator[IO[bytes]]:
         yield file
 
 
-def write_members(path: PathLike, arrays: Mapping[str, np.ndarray], comment: str = "") -> None:
-    """Writes an `.npz` of these arrays, atomically, each of them where it can be mapped into memory; `comment` is the archive's own.
+def write_members(path: PathLike, arrays: Mapping[str, Any], comment: str = "") -> None:
+    """Writes an `.npz` of arrays, or of tables that stay on disk, atomically, each of them where it can be mapped into memory.
+
+    Args:
+      comment: of the archive.
 
     Raises:
       InputError: for a place that cannot be written.
@@ -65,7 +69,18 @@ def write_members(path: PathLike, arrays: Mapping[str, np.ndarray], comment: str
         archive.comment = comment.encode()
         for name, array in arrays.items():
             with archive.open(_aligned(f"{name}.npy", file.tell()), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
+                write_array(member, array)
+
+
+def write_array(file: IO[bytes], rows: Any) -> None:
+    """Writes an array, or a table that stays on disk a block at a time, as an `.npy` file."""
+    if isinstance(rows, np.ndarray):
+        np.lib.format.write_array(file, rows, allow_pickle=False)
+        return
+    shape = tuple(map(int, rows.shape))
+    np.lib.format.write_array_header_1_0(file, {"descr": np.dtype(rows.dtype).str, "fortran_order": False, "shape": shape})
+    for start in range(0, len(rows), ROWS):
+        file.write(np.ascontiguousarray(rows[start : start + ROWS]).data)
 
 
 def _aligned(name: str, start: int) -> zipfile.ZipInfo:
@@ -147,8 +162,7 @@ def read_array(file: IO[bytes]) -> np.ndarray:
     """
     shape, by_column, dtype = _header(file)
     size = math.prod(shape) * dtype.itemsize
-    room = np.empty(size + ALIGNMENT, np.uint8)
-    flat = room[-room.ctypes.data % ALIGNMENT :][:size]
+    flat = aligned_empty((size,), np.uint8)
     for start in range(0, size, BLOCK):
         block = flat[start : start + BLOCK]
         data = file.read(len(block))
@@ -158,6 +172,13 @@ def read_array(file: IO[bytes]) -> np.ndarray:
     if file.read(1):  # also makes a zip member check its sum
         raise ValueError("more values than the header says")
     return flat.view(dtype).reshape(shape, order="F" if by_column else "C")
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """Returns an array that the CPU backend reads without copying it; its values are any."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + ALIGNMENT, np.uint8)
+    return room[-room.ctypes.data % ALIGNMENT :][:size].view(dtype).reshape(shape)
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

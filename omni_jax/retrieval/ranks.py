@@ -23,8 +23,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from omni_jax.retrieval.npz import ALIGNMENT, aligned_empty
 from omni_jax.retrieval.relevance import count_up, relevant_pairs
 from omni_jax.retrieval.rows import as_rows, lengths, parts
+from omni_jax.retrieval.stored_rows import StoredRows
 from omni_jax.types import InputError
 
 Item = TypeVar("Item")
@@ -36,7 +38,6 @@ ACCELERATOR_CHUNK = 4096  # rows; an accelerator would otherwise wait for the ho
 TILE_STEP = 16  # rows; the side of a tile is a multiple, so that vector instructions leave no tail
 UNSCALED = (1e-9, 1e9)  # rows of such norms are multiplied as they are, without a scaled copy: their products stay far inside float32
 PACKED = 1 << 15  # a tile of fewer candidates has both its counts in the halves of one int32
-ALIGNMENT = 64  # bytes; the CPU backend reads an array that starts so without copying it
 
 NO_ROW, NO_ITEM = -1, -2  # `same` of a padded row and of an absent relevant item; they differ so that padding matches nothing
 
@@ -46,13 +47,13 @@ class Vectors:
     """A checked table, ready to be ranked.
 
     Attributes:
-      rows: (N, D) float32 or bfloat16, as given.
+      rows: (N, D) float32 or bfloat16, as given; they may stay on disk.
       scale: (N,) float32, reciprocal norms.
       same: (N,) int32, first row that holds the same direction bit for bit.
       unscaled: whether every norm lies within UNSCALED.
     """
 
-    rows: np.ndarray
+    rows: np.ndarray | StoredRows
     scale: np.ndarray
     same: np.ndarray
     unscaled: bool = False
@@ -79,7 +80,7 @@ class Ranks:
     equal: np.ndarray
 
 
-def prepare(rows: np.ndarray, name: str = "embeddings", ids: Sequence[str] | None = None) -> Vectors:
+def prepare(rows: np.ndarray | StoredRows, name: str = "embeddings", ids: Sequence[str] | None = None) -> Vectors:
     """Returns the table with its reciprocal norms and its duplicate rows found.
 
     Args:
@@ -97,7 +98,7 @@ def prepare(rows: np.ndarray, name: str = "embeddings", ids: Sequence[str] | Non
     return Vectors(rows, scale, _duplicates(rows, scale), bool(norms.min() >= UNSCALED[0] and norms.max() <= UNSCALED[1]))
 
 
-def _duplicates(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def _duplicates(rows: np.ndarray | StoredRows, scale: np.ndarray) -> np.ndarray:
     """(N,) int32: for each row the first row of the same direction. Only rows whose bits have the sum of another's are compared in full."""
 
     def unit(index: slice | np.ndarray) -> np.ndarray:
@@ -187,7 +188,9 @@ class _Side:
         if self._in_order and self.table.unscaled and len(self.order) >= self.tile:
             return self.table.rows[part], self.table.scale[part]
         index = self.order[part]
-        rows = _aligned_zeros((self.tile, self.table.rows.shape[1]), self.table.rows.dtype if self.table.unscaled else np.dtype(np.float32))
+        width, kept = self.table.rows.shape[1], self.table.unscaled
+        rows = aligned_empty((self.tile, width), self.table.rows.dtype if kept else np.dtype(np.float32))
+        rows[len(index) :] = 0
         scale = np.zeros(self.tile, np.float32)
         if self.table.unscaled:
             rows[: len(index)], scale[: len(index)] = self.table.rows[index], self.table.scale[index]
@@ -260,7 +263,8 @@ def _count(side: _Side, other: _Side, counted: np.ndarray, mesh: Mesh) -> None:
         if j not in in_place:
             vectors = other.vectors(j)
             placed = run.put(*vectors)
-            if not run.reads_in_place(vectors[0]) or not np.may_share_memory(vectors[0], other.table.rows):
+            whole = isinstance(other.table.rows, np.ndarray)  # and not rows that are read from disk for each tile
+            if not whole or not run.reads_in_place(vectors[0]) or not np.may_share_memory(vectors[0], other.table.rows):
                 return placed
             in_place[j] = placed
         return in_place[j]
@@ -410,13 +414,6 @@ def _tile_rows(n: int, chunk: int) -> int:
     fewest = -(-n // chunk)
     sides = [min(chunk, -(-n // (blocks * TILE_STEP)) * TILE_STEP) for blocks in range(fewest, fewest + fewest // 2 + 1)]
     return min(sides, key=lambda side: -(-n // side) * side)
-
-
-def _aligned_zeros(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-    """Zeros that the CPU backend reads without copying them."""
-    size = shape[0] * shape[1] * dtype.itemsize
-    room = np.zeros(size + ALIGNMENT, np.uint8)
-    return room[-room.ctypes.data % ALIGNMENT :][:size].view(dtype).reshape(shape)
 
 
 def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
+from omni_jax.retrieval.stored_rows import StoredRows
 from omni_jax.types import InputError
 
 NORMS = (1e-30, 1e30)  # outside, the reciprocal of a norm or a product of two rows leaves float32
@@ -13,21 +15,24 @@ INT8 = 127  # largest value of an int8 row
 TOGETHER = 32  # rows handled together in float64
 
 
-def as_rows(rows: np.ndarray, name: str) -> np.ndarray:
-    """Returns (N, D) float32, or bfloat16 as it was given.
+def as_rows(rows: np.ndarray | StoredRows, name: str) -> Any:
+    """Returns (N, D) float32, or bfloat16 as it was given; rows that stay on disk stay there.
 
     Raises:
       InputError: for an array that is not (N, D) with N, D >= 1, or holds no numbers.
     """
-    rows = np.asarray(rows)
+    if not isinstance(rows, StoredRows):
+        rows = np.asarray(rows)
     if rows.ndim != 2 or 0 in rows.shape:
         raise InputError(f"table {name!r} has shape {rows.shape}; expected (records, width), both at least 1")
     if rows.dtype.kind not in "fiu" and rows.dtype.name != "bfloat16":
         raise InputError(f"table {name!r} holds {rows.dtype}; expected floating point numbers")
+    if isinstance(rows, StoredRows):
+        return rows
     return np.ascontiguousarray(rows, dtype=rows.dtype if rows.dtype.name == "bfloat16" else np.float32)
 
 
-def lengths(rows: np.ndarray, name: str, ids: Sequence[str] | None = None, numbers: np.ndarray | None = None) -> np.ndarray:
+def lengths(rows: np.ndarray | StoredRows, name: str, ids: Sequence[str] | None = None, numbers: np.ndarray | None = None) -> np.ndarray:
     """Returns the norms of rows (N, D), float64.
 
     Args:

@@ -6,7 +6,6 @@ Letters: Q queries, N rows of the table, D width, k results.
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from omni_jax.config.made_with import HELD, ROUNDING, held_otherwise, listed
-from omni_jax.retrieval.embedding_file import check_alike, read_embeddings
+from omni_jax.retrieval.embedding_file import check_alike, read_embeddings, whole_set
 from omni_jax.retrieval.norms import read_norms, write_norms
 from omni_jax.retrieval.npz import PathLike
 from omni_jax.retrieval.rows import as_rows, lengths, parts
@@ -96,9 +95,11 @@ class Index:
 
     @classmethod
     def open(cls, path: PathLike | Sequence[PathLike], table: str | None = None, *, made_with: Mapping[str, Any] | None = None) -> Index:
-        """Opens a table of an embedding file, mapped into memory where it is one file of uncompressed float32.
+        """Opens a table of an embedding file, mapped into memory where it is one file of uncompressed float32, or read in blocks where it
+        is large (`read_embeddings`).
 
-        The lengths of its rows are kept beside the file (`FILE.TABLE.norms.npz`), where that may be written: later openings read no row.
+        The lengths of its rows are kept beside the (first) file (`FILE.TABLE.norms.npz`), where that may be written: later openings read
+        no row.
 
         Args:
           path: embedding file, or the parts of one set.
@@ -111,18 +112,18 @@ class Index:
         Warns:
           UserWarning: where the two were made with weights of different precision.
         """
-        found = read_embeddings(path, functools.partial(target_table, "text", chosen=table))
-        paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+        paths = whole_set(path)
+        found = read_embeddings(paths, functools.partial(target_table, "text", chosen=table))
         if not found.ids:
             raise InputError(f"{paths[0]}: holds no records")
         check_alike("the query", made_with, paths[0], found.made_with, FREE)
         if made_with is not None and found.made_with is not None and (held := held_otherwise(found.made_with, made_with)):
             warnings.warn(f"{paths[0]}: was made with weights of another precision: {listed(held)}", stacklevel=2)
         (name,) = found.tables
-        norms = read_norms(paths[0], name, len(found.ids_of(name))) if len(paths) == 1 else None
+        norms = read_norms(paths, name, len(found.ids_of(name)))
         index = cls(found.tables[name], name, found.ids_of(name), norms=norms, made_with=found.made_with)
-        if norms is None and len(paths) == 1:
-            write_norms(paths[0], name, index.norms)
+        if norms is None:
+            write_norms(paths, name, index.norms)
         return index
 
     def search(self, queries: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ COUNTS = ("queries", "gallery")  # sizes, which no rounding changes
 
 def stored(tables: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
     """Returns the tables in the type they are to be kept in, one of STORAGE; `evaluate` multiplies and sums in float32 either way."""
-    return {name: rows.astype(jnp.dtype(dtype), copy=False) for name, rows in tables.items()}
+    return {name: rows if rows.dtype == jnp.dtype(dtype) else rows[:].astype(jnp.dtype(dtype)) for name, rows in tables.items()}
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, dict[str, float]]:

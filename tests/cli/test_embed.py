@@ -183,6 +183,29 @@ class TestGoingOn:
         assert_close(found.tables["text"], read_embeddings(embedded).tables["text"], "invariance")
         assert [p.name for p in tmp_path.iterdir()] == ["o.npz"]
 
+    def test_golden_a_large_output_is_several_files_and_resumes_at_the_one_it_was_at(self, golden, embedded, arguments, tmp_path, capsys):
+        def refuse(self: Journal, part: Part) -> None:
+            if part.ids[0] == golden.records[1].id:
+                raise OSError(28, "No space left on device", "part")
+            original(self, part)
+
+        original, clips = Journal.add, golden.clips
+        several = [*arguments, "--file-size", "1e-9"]
+        names = [f"o-{index:05}-of-{clips:05}.npz" for index in range(clips)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "add", refuse)
+            assert main(several) == 2
+        assert [p.name for p in tmp_path.glob("*.npz")] == names[:1]
+        kept = (tmp_path / names[0]).stat().st_mtime_ns
+        assert main(several) == 0
+        assert f"{clips} records in {clips} files, which this name stands for" in capsys.readouterr().out
+        assert sorted(p.name for p in tmp_path.iterdir()) == names and (tmp_path / names[0]).stat().st_mtime_ns == kept
+        found, whole = read_embeddings(tmp_path / "o.npz"), read_embeddings(embedded)
+        assert found.ids == whole.ids
+        assert_close(found.tables["text"], whole.tables["text"], "invariance")
+        assert main([*several, "--no-normalize"]) == 0, "a file of other settings is written again"
+        assert (tmp_path / names[0]).stat().st_mtime_ns != kept
+
     def test_golden_parts_of_several_hosts_are_read_together(self, golden, embedded, arguments, tmp_path, capsys):
         for index in range(2):
             assert main([*arguments, "--part", f"{index}/2"]) == 0

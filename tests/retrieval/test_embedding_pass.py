@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from omni_jax.retrieval.embedding_pass import Outcome, Part, assemble, embedding_pass, one_row_a_prompt, same_in_other_parts
+from omni_jax.retrieval.embedding_pass import (
+    Outcome,
+    Part,
+    assemble,
+    embedding_pass,
+    first_of_prompts,
+    one_row_a_prompt,
+    same_in_other_parts,
+)
 from omni_jax.retrieval.metrics import evaluate
 from omni_jax.types import ClipError, EncoderBatch, Features, Record, TokenizedClip
 
@@ -134,6 +142,7 @@ def test_equal_prompts_have_one_row_whatever_their_groups_rounded():
 def test_a_part_knows_which_prompts_another_part_has_first():
     records = [Record(f"c{i}", text=None if i == 4 else f"caption {i % 2}", audio=Path("a.wav") if i > 2 else None) for i in range(6)]
     tables = ("text", "audio", "video")
-    assert same_in_other_parts(records, {"c0", "c2", "c4"}, tables) == {"audio": {"c4": "c3"}}
-    assert same_in_other_parts(records, {"c2", "c3", "c4"}, tables) == {"text": {"c2": "c0", "c3": "c1"}}
-    assert same_in_other_parts(records, {r.id for r in records}, tables) == {}
+    firsts = first_of_prompts(records, tables)
+    assert same_in_other_parts(firsts, {"c0", "c2", "c4"}) == {"audio": {"c4": "c3"}}
+    assert same_in_other_parts(firsts, {"c2", "c3", "c4"}) == {"text": {"c2": "c0", "c3": "c1"}}
+    assert same_in_other_parts(firsts, {r.id for r in records}) == {}
