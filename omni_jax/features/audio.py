@@ -18,6 +18,8 @@ MEL_BINS = 128
 HOP = SAMPLE_RATE // 100  # samples between frames, 10 ms, of both spectrograms
 
 WHISPER_WINDOW = SAMPLE_RATE // 40  # samples, 25 ms
+WHISPER_FLOOR = 1e-10  # of a mel bin before the logarithm
+BLOCK = 4096  # windows transformed at once: blocks bound the memory of a long track
 SEGMENT_SECONDS = 300  # longest audio encoded in one piece
 SEGMENT_SAMPLES = SEGMENT_SECONDS * SAMPLE_RATE
 
@@ -43,18 +45,31 @@ def log_mel(waveform: np.ndarray) -> np.ndarray:
     # The spectrogram mirrors half a window at both ends, which needs more samples than that.
     zeros = max(HOP, WHISPER_WINDOW + HOP - waveform.size)
     padded = np.pad(waveform.astype(np.float32), (0, zeros))
-    mel = _whisper()(padded, sampling_rate=SAMPLE_RATE, padding="do_not_pad", truncation=False, return_tensors="np")
-    return np.ascontiguousarray(mel["input_features"][0][:, :frames], np.float32)
+    padded = np.pad(padded, WHISPER_WINDOW // 2, mode="reflect").astype(np.float64)
+    filters, window = _whisper()
+    windows = np.lib.stride_tricks.sliding_window_view(padded, WHISPER_WINDOW)[::HOP]
+    power = np.empty((len(windows), WHISPER_WINDOW // 2 + 1))
+    for start in range(0, len(windows), BLOCK):
+        # complex64 between the transform and the power, as the feature extractor of transformers has it.
+        spectrum = np.fft.rfft(windows[start : start + BLOCK] * window, axis=1).astype(np.complex64)
+        power[start : start + BLOCK] = np.abs(spectrum, dtype=np.float64) ** 2.0
+    mel = np.log10(np.maximum(WHISPER_FLOOR, filters.T @ power.T)).astype(np.float32)[:, :-1]
+    mel = (np.maximum(mel, mel.max() - 8.0) + 4.0) / 4.0
+    return np.ascontiguousarray(mel[:, :frames], np.float32)
 
 
 @functools.cache
-def _whisper():
+def _whisper() -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mel filters (WHISPER_WINDOW / 2 + 1, 128) and the window (WHISPER_WINDOW,), float64.
+
+    The extractor itself transforms frame by frame in Python, three times slower, and computes otherwise where PyTorch is installed.
+    """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises PyTorch, which is not needed
     from transformers import WhisperFeatureExtractor  # half a second; only clips with audio need it
+    from transformers.audio_utils import window_function
 
-    return WhisperFeatureExtractor(
-        feature_size=MEL_BINS, sampling_rate=SAMPLE_RATE, hop_length=HOP, chunk_length=SEGMENT_SECONDS, n_fft=WHISPER_WINDOW
-    )
+    extractor = WhisperFeatureExtractor(feature_size=MEL_BINS, sampling_rate=SAMPLE_RATE, hop_length=HOP, n_fft=WHISPER_WINDOW)
+    return extractor.mel_filters, window_function(WHISPER_WINDOW, "hann").astype(np.float64)
 
 
 def kaldi_fbank(waveform: np.ndarray) -> np.ndarray:
@@ -70,9 +85,8 @@ def kaldi_fbank(waveform: np.ndarray) -> np.ndarray:
         return np.zeros((0, MEL_BINS), np.float32)
     rows = []
     windows = np.lib.stride_tricks.sliding_window_view(samples, KALDI_WINDOW)[::HOP]
-    # Blocks bound the memory of a long track.
-    for start in range(0, len(windows), 4096):
-        x = windows[start : start + 4096]
+    for start in range(0, len(windows), BLOCK):
+        x = windows[start : start + BLOCK]
         x = x - x.mean(axis=1, keepdims=True)
         before = np.concatenate([x[:, :1], x[:, :-1]], axis=1)
         x = (x - PREEMPHASIS * before) * _povey_window()

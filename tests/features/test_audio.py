@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import WhisperFeatureExtractor
 
 from omni_jax.config import preset
 from omni_jax.features import audio, audio_segments, audio_tokens, kaldi_fbank, log_mel
@@ -46,6 +47,17 @@ def test_short_padding_equals_300_seconds_of_zeros(samples: int) -> None:
     mel = log_mel(waveform)
     assert mel.shape == (128, frames)
     np.testing.assert_allclose(mel, log_mel(padded)[:, :frames], atol=TOLERANCES["log_mel"][1])
+
+
+@pytest.mark.parametrize("samples", [560, 16001, audio.HOP * (audio.BLOCK + 1)])
+def test_log_mel_is_the_feature_extractor_s_of_transformers_bit_for_bit(samples: int) -> None:
+    """The largest goes through two blocks."""
+    waveform = _noise(samples)
+    extract = WhisperFeatureExtractor(feature_size=128, hop_length=160, n_fft=400)
+    padded = np.concatenate([waveform, np.zeros(audio.HOP, np.float32)])
+    whole = extract(padded, sampling_rate=16_000, padding="do_not_pad", truncation=False, return_tensors="np")["input_features"][0]
+    mel = log_mel(waveform)
+    np.testing.assert_array_equal(mel, whole[:, : mel.shape[1]])
 
 
 def test_constants_divide() -> None:
