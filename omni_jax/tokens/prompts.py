@@ -6,6 +6,7 @@ Letters: S tokens, M media tokens.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -28,10 +29,11 @@ class MediaBlock:
     next: int
 
 
+@functools.lru_cache(maxsize=1024)
 def media_block(
     config: ModelConfig, video: VideoGrid | None, audio_tokens: int | None, *, start: int = 0, audio_repeat: int | None = None
 ) -> MediaBlock:
-    """Returns the tokens of a prompt's media, bos and eos included.
+    """Returns the tokens of a prompt's media, bos and eos included: arrays to read only, since clips of one shape share them.
 
     Args:
       video: the video's grid, None for a prompt without video.
@@ -46,13 +48,16 @@ def media_block(
     eos = [tokens.audio_eos] * (audio_tokens is not None) + [tokens.vision_eos] * (video is not None)
     media = np.where(order.source == SOURCE_VIDEO, tokens.video, tokens.audio)
     edges = (len(bos), len(eos))
-    return MediaBlock(
+    block = MediaBlock(
         ids=np.concatenate([bos, media, eos]).astype(np.int32),
         positions=positions,
         source=np.pad(order.source, edges, constant_values=SOURCE_TEXT),
         source_index=np.pad(order.index, edges),
         next=after,
     )
+    for array in (block.ids, block.positions, block.source, block.source_index):
+        array.setflags(write=False)
+    return block
 
 
 SYSTEM = "system\nYou are a helpful assistant."
