@@ -186,7 +186,7 @@ def _record(clip: SyntheticClip, config: SyntheticConfig) -> dict[str, str]:
 def _write_clip(clip: SyntheticClip, folder: Path, config: SyntheticConfig) -> None:
     file = _file(folder, clip)
     # Under its name only when complete, so that an interrupted run can be taken up again.
-    with replacing(file) as part:
+    with replacing(file, flush=False) as part:
         write_mp4(part, *render(clip, config))
 
 

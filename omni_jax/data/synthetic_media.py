@@ -102,6 +102,7 @@ def write_mp4(path: Path, frames: np.ndarray, samples: np.ndarray) -> None:
         video.options = {"threads": "1", "preset": "ultrafast", "crf": "14"}
         audio: Any = container.add_stream("aac", rate=RATE, layout="mono")
         audio.bit_rate = 96_000
+        audio.options = {"aac_coder": "fast"}  # half the time of a clip, and nearer to the samples than the default at this rate
         for frame in frames:
             container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(video.encode(None))

@@ -24,14 +24,15 @@ class WholeFile:
       path: the temporary name, hidden, ending in ".unfinished".
     """
 
-    def __init__(self, target: Path | epath.Path):
-        self._target = target
+    def __init__(self, target: Path | epath.Path, *, flush: bool = True):
+        """Takes the place, and whether the disk must have the file before its name: a loss of power then leaves none that is cut."""
+        self._target, self._flush = target, flush
         self.path: Path = cast(Path, target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.unfinished"))
         self._finished = False
 
     def finish(self) -> None:
-        """Gives the file its name, once the disk has it. Raises OSError."""
-        if "://" not in os.fspath(self.path):
+        """Gives the file its name. Raises OSError."""
+        if self._flush and "://" not in os.fspath(self.path):
             with open(self.path, "rb+") as file:
                 os.fsync(file.fileno())
         self.path.replace(self._target)
@@ -45,13 +46,16 @@ class WholeFile:
 
 
 @contextlib.contextmanager
-def replacing(target: Path | epath.Path, hint: str = HINT) -> Iterator[Path]:
+def replacing(target: Path | epath.Path, hint: str = HINT, *, flush: bool = True) -> Iterator[Path]:
     """Yields the name under which to write what takes the place of `target` when the block ends well; otherwise nothing stays.
+
+    Args:
+      flush: whether the disk must have the file first. Thousands of small ones that can be made again need not wait for that.
 
     Raises:
       InputError: when it cannot be written; `hint` says what to do.
     """
-    file = WholeFile(target)
+    file = WholeFile(target, flush=flush)
     try:
         yield file.path
         file.finish()
