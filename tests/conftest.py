@@ -20,7 +20,7 @@ os.environ["OMNI_JAX_CACHE"] = "off"  # tests write nothing into the home folder
 import jax  # noqa: E402 (the environment must be set first)
 import pytest  # noqa: E402
 
-from tests import golden_set, programs  # noqa: E402
+from tests import golden_set, order, programs  # noqa: E402
 from tests.offline import refuse_network  # noqa: E402
 from tests.workers import pytest_xdist_auto_num_workers, pytest_xdist_make_scheduler  # noqa: E402, F401 (hooks)
 
@@ -31,6 +31,7 @@ refuse_network()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     programs.add_options(parser)
+    order.add_options(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,8 +52,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):
+    if (seed := config.getoption("order")) is not None:
+        order.shuffle(items, seed)
+    elif hasattr(config, "workerinput"):
         workers.put_long_files_first(items)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    programs.drop(item, nextitem)
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +84,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("CI") and exitstatus == 0 and reporter and _count(reporter, "skipped", "xfailed", "xpassed"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    seed = config.getoption("order")
+    return None if seed is None else f"order: shuffled, --order {seed}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
