@@ -9,6 +9,8 @@ PYTEST_ARGS ?=
 WORKERS = -n auto --dist loadfile --no-loadscope-reorder
 # As on a user's machine: every optimization, and no program from another test.
 FULL = --compiler full
+# glibc asks for large pages: each update of the demo takes and gives back 400 MB, and the kernel would fill a hundred thousand small ones.
+PAGES = GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 # Without bytecode each worker would parse and rewrite all test files, and each command all of the project.
 unexport PYTHONDONTWRITEBYTECODE
 PIP = -m pip install --quiet --disable-pip-version-check --no-deps
@@ -80,10 +82,10 @@ python313:  # where Python 3.13 is
 	@echo $(PYTHON313)
 
 demo: $(SETUP)  ## compare a tiny checkpoint with PyTorch, then train a small model on synthetic clips and score clips it never saw
-	.venv/bin/omni-jax demo
+	$(PAGES) .venv/bin/omni-jax demo
 
 demo-ablation: $(SETUP)  ## train configs/tiny.py with one, two and three losses and compare (half an hour)
-	.venv/bin/omni-jax demo --ablation
+	$(PAGES) .venv/bin/omni-jax demo --ablation
 
 test-fast: $(SETUP)  ## what compiles nothing, within a minute
 	.venv/bin/python -m pytest $(WORKERS) -m "not jit and not slow and not reference and not tpu and not docs" $(PYTEST_ARGS)
