@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
 import fnmatch
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from omni_jax.conversion.folder import MANIFEST
+from omni_jax.io.lock import lock
 from omni_jax.types import InputError
 
 DEFAULT = "main"
 _SIDE = ("*.json", "*.txt", "*.jinja", "*.model", "BEATs*.pt", "beats*.pt")  # of the top folder; the .pt file holds settings of a tower
 _BIN = ("pytorch_model*.bin", "model*.bin", "adapter_model*.bin")  # other .bin files, as training_args.bin, hold no weights
 _CONVERTED = ("weights/*", "adapter/*")
+PART = ".omni_jax-part"  # of a file's name, while only a part of it is there
+AT_A_TIME = 4  # files
 _CODE = (".py", ".so", ".sh", ".pkl", ".pickle")
 
 
@@ -96,7 +101,8 @@ def needed_files(names: Iterable[str]) -> list[str]:
 def fetch(remote: Remote, log: Callable[[str], None], token: str | bool | None = None) -> Path:
     """Returns the folder of a repository's files in the Hub's own cache, fetched where they are not there.
 
-    A connection that drops resumes within the file; after an error files that were fetched whole are kept.
+    Weights resume within the file, after a connection that drops and after a kill. The Hub's library alone begins a file anew then, under a
+    name of its own each time, for file systems whose locks hold nobody off.
 
     Raises:
       InputError: when a file cannot be fetched or kept, or is not what the Hub says it is.
@@ -104,6 +110,10 @@ def fetch(remote: Remote, log: Callable[[str], None], token: str | bool | None =
     from huggingface_hub import snapshot_download
 
     with _one_line(remote.name, remote.asked):
+        large = [file for file, digest in remote.digests.items() if len(digest) == 64 and not _is_cached(remote, file)]
+        with concurrent.futures.ThreadPoolExecutor(AT_A_TIME) as pool:
+            for _ in pool.map(lambda file: _fetch_blob(remote, file, token), large):
+                pass
         folder = Path(
             snapshot_download(remote.name, revision=remote.commit, allow_patterns=[_literal(f) for f in remote.sizes], token=token)
         )
@@ -119,6 +129,38 @@ def fetch(remote: Remote, log: Callable[[str], None], token: str | bool | None =
                 f"{remote.name}: {file} is not what the Hub says it is ({digest[:12]}...); it was removed; run it again to fetch it"
             )
     return folder
+
+
+def _fetch_blob(remote: Remote, file: str, token: str | bool | None) -> None:
+    """Fetches a file to where the Hub's cache keeps it by its digest; what an earlier process fetched of it is not fetched again."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    blob, part = _blob(remote, file), _part(remote, file)
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    with lock(part, wait=True) or contextlib.nullcontext() as held:
+        assert held is not None
+        if not blob.exists():  # else another process was first
+            if held.seek(0, os.SEEK_END) > remote.sizes[file]:
+                held.truncate(0)
+            url = hf_hub_url(remote.name, file, revision=remote.commit)
+            size = held.seek(0, os.SEEK_END)
+            http_get(url, held, resume_size=size, headers=build_hf_headers(token=token), expected_size=remote.sizes[file])
+            held.flush()
+            part.rename(blob)
+        part.unlink(missing_ok=True)
+
+
+def _blob(remote: Remote, file: str) -> Path:
+    from huggingface_hub.file_download import repo_folder_name
+
+    return hub_cache() / repo_folder_name(repo_id=remote.name, repo_type="model") / "blobs" / remote.digests[file]
+
+
+def _part(remote: Remote, file: str) -> Path:
+    blob = _blob(remote, file)
+    return blob.with_name(f"{blob.name}{PART}")
 
 
 def upload(folder: Path, name: str, *, private: bool = False, token: str | bool | None = None) -> str:
@@ -145,10 +187,15 @@ def hub_cache() -> Path:
 
 def missing_bytes(remote: Remote) -> int:
     """Returns how much of a repository is not in the Hub's cache."""
+    missing = {file: size for file, size in remote.sizes.items() if not _is_cached(remote, file)}
+    parts = (_part(remote, file) for file in missing if file in remote.digests)
+    return max(0, sum(missing.values()) - sum(part.stat().st_size for part in parts if part.is_file()))
+
+
+def _is_cached(remote: Remote, file: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    known = (try_to_load_from_cache(remote.name, file, revision=remote.commit) for file in remote.sizes)
-    return sum(size for size, path in zip(remote.sizes.values(), known, strict=True) if not isinstance(path, str))
+    return isinstance(try_to_load_from_cache(remote.name, file, revision=remote.commit), str)
 
 
 def check_space(needs: Mapping[Path, int], what: str) -> str:
@@ -227,9 +274,9 @@ def _reason(error: Any, revision: str) -> tuple[str, bool]:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "no such folder here, and HF_HUB_OFFLINE says not to ask the Hub; unset it, or name a folder", False
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space is left in {hub_cache()}; free some and run it again: files that were fetched whole are kept", True
+        return f"no space is left in {hub_cache()}; free some and run it again: what was fetched is kept", True
     text = " ".join(str(error).split())[:200]
     return (
-        f"cannot be fetched ({type(error).__name__}: {text}); check the network and run it again: files that were fetched whole are kept",
+        f"cannot be fetched ({type(error).__name__}: {text}); check the network and run it again: what was fetched is kept",
         False,
     )

@@ -26,6 +26,7 @@ class Repository:
       gated: whether only people who accepted its terms may read files.
       cut: file -> places where the connection is closed, one for each time that the file is asked for.
       served: file -> bytes sent in place of its own.
+      stall: file -> bytes after which nothing more comes, though the connection stays.
     """
 
     files: dict[str, bytes]
@@ -34,6 +35,7 @@ class Repository:
     gated: bool = False
     cut: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     served: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    stall: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -43,6 +45,7 @@ class Hub:
     url: str
     repositories: dict[str, Repository]
     requests: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+    ended: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def fetched(self) -> list[str]:
         """Returns the paths of the files that were asked for by GET."""
@@ -119,9 +122,10 @@ def hub_on_loopback(repositories: dict[str, Repository]) -> Iterator[Hub]:
             digest, data = _etag(repository.files[file]), repository.served.get(file, repository.files[file])
             headers = {"ETag": f'"{digest}"', "X-Repo-Commit": repository.commit, "Accept-Ranges": "bytes"}
             cuts = repository.cut.get(file) if body else None
-            return self._send(data, headers, body, cuts.pop(0) if cuts else None)
+            stalled = repository.stall.get(file)
+            return self._send(data, headers, body, cuts.pop(0) if cuts else stalled, stalled is not None)
 
-        def _send(self, data: bytes, headers: dict[str, str], body: bool, cut: int | None = None) -> None:
+        def _send(self, data: bytes, headers: dict[str, str], body: bool, cut: int | None = None, stay: bool = False) -> None:
             start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
             self.send_response(206 if "Range" in self.headers else 200)
             for key, value in {**headers, "Content-Length": str(len(data) - start)}.items():
@@ -133,6 +137,8 @@ def hub_on_loopback(repositories: dict[str, Repository]) -> Iterator[Hub]:
                 self.wfile.write(data[start:cut])
                 if cut is not None:
                     self.wfile.flush()
+                    if stay:
+                        hub.ended.wait(120)
                     self.close_connection = True
 
         def _refuse(self, status: int, code: str) -> None:
@@ -149,6 +155,7 @@ def hub_on_loopback(repositories: dict[str, Repository]) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.ended.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from omni_jax.config.hub_name import is_hub_name
 from omni_jax.conversion.cached import converted
 from omni_jax.conversion.folder import read_manifest
-from omni_jax.conversion.hub import needed_files
+from omni_jax.conversion.hub import PART, needed_files
 from omni_jax.conversion.importer import to_jax
 from omni_jax.types import InputError
 from tests.conversion.hub_server import Hub, Repository, files_of, hub_on_loopback
@@ -66,14 +67,19 @@ def ask(hub: Hub, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     """Calls `converted` in a process whose Hub is the one on loopback."""
 
     def run(*calls: tuple[list[str], dict[str, Any]], free: int | None = None, **variables: str) -> list[dict[str, Any]]:
-        environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN")}
-        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "OMNI_JAX_CACHE": str(tmp_path / "cache"), **variables}
         arguments = [json.dumps(calls), *([] if free is None else [str(free)])]
+        environment = around(hub, tmp_path) | variables
         done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     return run
+
+
+def around(hub: Hub, folder: Path) -> dict[str, str]:
+    """Returns an environment in which the Hub is the one on loopback, and the caches lie in `folder`."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN")}
+    return kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "OMNI_JAX_CACHE": str(folder / "cache")}
 
 
 def largest(repository: Repository) -> str:
@@ -119,12 +125,34 @@ def test_golden_a_connection_that_drops_resumes_within_the_file(hub: Hub, ask: C
     ]
 
 
+@pytest.mark.slow
+def test_golden_a_kill_costs_nothing_of_what_was_fetched(hub: Hub, ask: Callable[..., list[dict[str, Any]]], tmp_path: Path):
+    weights = largest(hub.repositories[BASE])
+    half = len(hub.repositories[BASE].files[weights]) // 2 >> 16 << 16
+    hub.repositories[BASE].stall[weights] = half
+    command = [sys.executable, "-c", SCRIPT, json.dumps([[[BASE], {}]])]
+    with subprocess.Popen(command, env=around(hub, tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            end = time.monotonic() + 120
+            while sum(part.stat().st_size for part in tmp_path.rglob(f"*{PART}")) < half > 0:
+                assert time.monotonic() < end and process.poll() is None
+                time.sleep(0.05)
+        finally:
+            process.kill()
+    hub.repositories[BASE].stall.clear()
+    hub.requests.clear()
+    (whole,) = ask(([BASE], {}))
+    assert "place" in whole, whole
+    assert [asked for method, path, asked in hub.requests if method == "GET" and path.endswith(weights)] == [f"bytes={half}-"]
+    assert not list(tmp_path.rglob(f"*{PART}"))
+
+
 def test_golden_files_that_were_fetched_whole_are_kept(hub: Hub, ask: Callable[..., list[dict[str, Any]]]):
     weights = largest(hub.repositories[BASE])
     hub.repositories[BASE].cut[weights] = [1000] * 20
     (broken,) = ask(([BASE], {}))
     assert broken["error"].startswith(f"{BASE}: cannot be fetched (")
-    assert "run it again: files that were fetched whole are kept" in broken["error"]
+    assert "run it again: what was fetched is kept" in broken["error"]
     kept = {path for path in hub.fetched() if not path.endswith(weights)}
     hub.repositories[BASE].cut.clear()
     hub.requests.clear()
