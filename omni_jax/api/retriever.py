@@ -51,6 +51,7 @@ class OmniRetriever:
         self.preset = preset
         self._tokenizer = tokenizer
         self._runner = Runner(encoder, mesh)
+        self._mesh = mesh
         self._rows = 1 if mesh is None else batch_shards(mesh)
         self._planners: dict[Preset, Planner] = {}
         self._origin = origin
@@ -134,6 +135,13 @@ class OmniRetriever:
         """Embeds with other parameters of the same shapes, types and places from now on; nothing is compiled again."""
         self._runner.assign(dict(params))
         self._origin = self._source = None
+
+    def as_int8(self) -> OmniRetriever:
+        """Returns the model with what its matrices multiply not rounded, as "int8" has it; both share one copy of the weights in memory."""
+        from omni_jax.model import abstract_encoder, with_params
+
+        encoder = abstract_encoder(self.config.with_weights("int8", self.config.kept), dtype=self._dtype)
+        return OmniRetriever(with_params(encoder, self._runner.params), self._tokenizer, self.preset, self._mesh)
 
     def made_with(self, *, normalize: bool = True) -> dict[str, Any] | None:
         """Returns what embeddings by this model depend on under its preset, for `EmbeddingTable.made_with` (see `omni_jax.api.made_with`).

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 120.0
 FILE_GIB = 2.0  # of vectors in one file
+SAMPLE = 256
 
 EXAMPLE = "omni-jax embed --model omni7b --manifest clips.jsonl --out clips.npz --tables text,video,audio,av,tv,at"
 
@@ -50,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="vectors of more than this are written as several files FILE-I-of-N.npz, which FILE.npz names together (default: %(default)g)",
     )
     parser.add_argument("--no-normalize", action="store_true", help="do not scale vectors to length 1")
+    parser.add_argument(
+        "--sample",
+        type=whole,
+        default=SAMPLE,
+        metavar="N",
+        help="with --weights int8-dynamic, records that are embedded with int8, too, to say what is lost (default: %(default)s, 0: none)",
+    )
     parser.add_argument("--official-keys", action="store_true", help="write '{id}__table' arrays, as the published extractor does")
 
 
@@ -279,6 +287,10 @@ def _embed_file(
         names = ", ".join(rows)
         print(f"{file.out}: {len(table.ids)} records, tables {names}; {outcome.padded_share:.0%} of the tokens were padding")
     journal.remove()
+    if model.config.weights == "int8-dynamic" and args.sample and table.ids and not file.index:
+        from omni_jax.cli.rounding_sample import loss_line
+
+        print(loss_line(model, file.manifest.records, table, args.sample, lambda *a: embed(args, *a, what="int8 sample")))
     return None, len(table.ids), bad
 
 

@@ -84,6 +84,11 @@ class Runner:
         self._beats = program("beats", beats, donate_argnums=1, static_argnames="max_tokens")
         self._rows = program("rows", rows)
 
+    @property
+    def params(self) -> dict[tuple[str, ...], jax.Array]:
+        """Every parameter where it lies on the devices."""
+        return {path: slot.get_raw_value() for path, slot in nnx.to_flat_state(self._params)}
+
     def assign(self, params: dict[tuple[str, ...], jax.Array]) -> None:
         """Takes other parameters of the same shapes, types and places; nothing is compiled again."""
         flat = nnx.to_flat_state(self._params)

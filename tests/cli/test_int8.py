@@ -48,6 +48,27 @@ def test_golden_captions_embedded_in_int8_are_near_and_say_so(folder: Path, kind
     assert held.made_with is not None and held.made_with["model"]["weights"] == kind
 
 
+def test_golden_embedding_in_int8_dynamic_says_what_it_loses(folder: Path, converted: Path, tmp_path: Path, capsys):
+    capsys.readouterr()
+    given = [*embed(folder, converted), "--out", str(tmp_path / "o.npz"), "--weights", "int8-dynamic"]
+    assert main(given) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    rows = [read_embeddings(folder / f"{kind}.npz").tables["text"] for kind in KINDS]
+    smallest = np.vecdot(*rows).min()
+    assert said == f"int8-dynamic on 3 of these records, against int8: smallest cosine {smallest:.4f} (text)" and smallest < 0.99999
+    assert main([*given, "--sample", "0"]) == 0
+    assert "against int8" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_golden_what_is_not_rounded_takes_the_dtype_that_was_asked_for(folder: Path, converted: Path, tmp_path: Path, dtype: str):
+    out = tmp_path / "o.npz"
+    assert main([*embed(folder, converted), "--out", str(out), "--weights", "int8", "--dtype", dtype]) == 0
+    held = read_embeddings(out)
+    assert held.made_with is not None and (held.made_with["dtype"], held.made_with["model"]["weights"]) == (dtype, "int8")
+    assert_close(held.tables["text"], read_embeddings(folder / "keep.npz").tables["text"], "int8_embedding")
+
+
 def test_golden_a_folder_in_int8_embeds_what_reading_in_int8_does(folder: Path, tmp_path: Path):
     assert main([*embed(folder, folder / "model"), "--out", str(tmp_path / "o.npz")]) == 0
     held = read_embeddings(tmp_path / "o.npz")
