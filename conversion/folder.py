@@ -6,6 +6,7 @@ weights/                      base weights (see store.py)
 adapter/                      LoRA and modules saved whole, kept apart from the base; absent without an adapter
 adapter/files/                side files of the adapter, adapter_config.json included
 extra/                        tensors of the source that no embedding needs, for the way back; absent where it has none
+modules.json, config_sentence_transformers.json   by which sentence-transformers loads the folder, unless the source has its own
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from etils import epath
 
-from omni_jax.config import ModelConfig
+from omni_jax.config import PREFIXES, ModelConfig
 from omni_jax.types import InputError
 
 MANIFEST = "omni_jax.json"
@@ -29,6 +30,7 @@ WEIGHTS = "weights"
 ADAPTER = "adapter"
 EXTRA = "extra"
 ADAPTER_FILES = f"{ADAPTER}/files"
+MODULES, MODULES_CONFIG = "modules.json", "config_sentence_transformers.json"
 FORMAT = 1
 
 
@@ -87,9 +89,22 @@ class Manifest:
     extra_digest: str | None = None
 
     def write(self, folder: epath.Path) -> None:
-        """Writes `omni_jax.json` into a folder, as `read_manifest` reads it."""
+        """Writes `omni_jax.json` into a folder, as `read_manifest` reads it, and what sentence-transformers reads."""
         value = dataclasses.asdict(self) | {"format": FORMAT, "model": self.model.to_json()}
         (folder / MANIFEST).write_text(json.dumps(value, indent=1) + "\n")
+        write_modules(folder, self.model)
+
+
+def write_modules(folder: epath.Path, model: ModelConfig) -> None:
+    """Writes the files by which sentence-transformers loads a converted folder; files of these names that the checkpoint has stay."""
+    if (folder / MODULES).exists():
+        return
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "omni_jax.api.sentence_transformers.OmniRetrieverModule"}]
+    prompts = dict(zip(("document", "query"), (f"{name}: " for name in PREFIXES), strict=True)) if model.prompt == "chat" else {}
+    config = {"model_type": "SentenceTransformer", "prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    (folder / MODULES).write_text(json.dumps(modules, indent=1) + "\n")
+    if not (folder / MODULES_CONFIG).exists():
+        (folder / MODULES_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
 
 def read_manifest(folder: epath.PathLike) -> Manifest:

@@ -77,7 +77,7 @@ def test_no_other_framework_and_no_network() -> None:
         str(found)
         for file in house.sources(*house.PRODUCT)
         for found in house.imports(file)
-        for allowed in (house.NETWORK.get(file.relative_to(house.ROOT).as_posix(), set()),)
+        for allowed in (house.ALLOWED.get(file.relative_to(house.ROOT).as_posix(), set()),)
         if any(found.name == p or found.name.startswith(f"{p}.") for p in house.FORBIDDEN_PACKAGES - allowed)
     ]
     assert not wrong, "\n".join(wrong)

@@ -25,6 +25,7 @@ def save_model(source: ModelSource, out: str | os.PathLike[str]) -> None:
         names = tuple(str(item.relative_to(home)) for item in sorted(home.rglob("*")) if item.is_file())
         with folder.new_folder(target) as temporary:
             folder.copy_files(source.folder, names, temporary)
+            folder.write_modules(temporary, source.config)  # which folders of earlier versions lack
         return
     from omni_jax.conversion import to_jax, write_trained  # late: who embeds needs neither
 
