@@ -27,11 +27,11 @@ PYTHON313 ?= $(shell for p in python3.13 $$(ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}
 STACK = tests/config tests/features tests/media tests/tokens tests/conversion/test_safetensors_io.py tests/conversion/test_round_trip.py \
 	tests/data/test_shards.py tests/data/test_pipeline.py tests/model/test_golden_encoder.py tests/retrieval/test_report.py \
 	tests/retrieval/test_search.py tests/train/test_checkpoint.py tests/train/test_golden_run.py tests/train/test_metrics.py \
-	tests/cli/test_embed.py tests/test_dependencies.py
+	tests/cli/test_embed.py tests/serve tests/conversion/test_hub.py tests/test_dependencies.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-ablation test-fast test test-slow test-reference test-tpu test-lowest test-newest python313 test-all docs test-docs bench \
-	torture report-check pods-table lint format lock lock-docs clean
+	torture report-check serve-check pods-table lint format lock lock-docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -124,6 +124,9 @@ torture: $(SETUP)  ## try to break everything, at most 75 minutes; results go to
 
 report-check: $(SETUP)  ## use a report in a headless Chromium (needs one on PATH; REPORT_ARGS="page.html --out shots")
 	.venv/bin/python -m tools.browser.check_report $(REPORT_ARGS)
+
+serve-check: $(SETUP)  ## use the page of omni-jax serve in a headless Chromium (needs one on PATH; SERVE_ARGS="--out shots")
+	.venv/bin/python -m tools.browser.check_serve $(SERVE_ARGS)
 
 pods-table: $(TPU)  ## compile the 7B programs for TPU pods at full effort, some hours; the table goes to docs/reports/pods_table.json
 	.venv-tpu/bin/python -m tools.pods_table $(PODS_ARGS)

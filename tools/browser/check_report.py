@@ -87,13 +87,7 @@ def check(page: Path, out: Path | None) -> list[str]:
         tab.press("Tab")
         expect(tab.run("document.activeElement.className") == "skip", "the first stop of the keyboard is not the skip link")
         expect(tab.run("getComputedStyle(document.activeElement).outlineStyle") != "none", "the focus cannot be seen")
-        nameless = [
-            node["role"]["value"]
-            for node in tab.send("Accessibility.getFullAXTree")["nodes"]
-            if node.get("role", {}).get("value") in {"link", "button", "combobox", "searchbox", "radio", "image", "img", "region", "table"}
-            and not node.get("ignored")
-            and not node.get("name", {}).get("value")
-        ]
+        nameless = tab.nameless()
         expect(not nameless, f"without a name for a screen reader: {nameless[:5]}")
         expect(not tab.complaints, f"the browser complains: {tab.complaints[:5]}")
         asked = {url for url in tab.requests if url not in (page.resolve().as_uri(), "about:blank")}

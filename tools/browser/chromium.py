@@ -76,11 +76,11 @@ class Tab:
             raise RuntimeError(f"{script[:80]}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
-    def open(self, page: Path, width: int = 1280, height: int = 1000, scheme: str = "light") -> None:
-        """Loads a file in a window of that size and colour scheme."""
+    def open(self, page: Path | str, width: int = 1280, height: int = 1000, scheme: str = "light") -> None:
+        """Loads a file or an address in a window of that size and colour scheme."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.send("Page.navigate", url=page.resolve().as_uri())
+        self.send("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         end = time.monotonic() + LIMIT
         while self.run("document.readyState") != "complete" and time.monotonic() < end:
             self.wait(0.1)
@@ -93,9 +93,38 @@ class Tab:
             self._next(left)
 
     def press(self, key: str) -> None:
-        """Presses a key that types nothing, such as Tab."""
-        for kind in ("rawKeyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode={"Tab": 9}[key])
+        """Presses Tab or Enter."""
+        code, text = {"Tab": (9, ""), "Enter": (13, "\r")}[key]
+        for kind in ("keyDown" if text else "rawKeyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text)
+
+    def type(self, text: str) -> None:
+        """Types into what has the focus."""
+        self.send("Input.insertText", text=text)
+
+    def choose(self, selector: str, file: Path) -> None:
+        """Gives a file to an input of the page, as its dialog would."""
+        root = self.send("DOM.getDocument")["root"]["nodeId"]
+        node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.send("DOM.setFileInputFiles", nodeId=node, files=[str(file.resolve())])
+
+    def until(self, script: str, seconds: float = LIMIT) -> bool:
+        """Returns whether an expression in the page becomes true in that time."""
+        end = time.monotonic() + seconds
+        while not self.run(script):
+            if time.monotonic() > end:
+                return False
+            self.wait(0.1)
+        return True
+
+    def nameless(self) -> list[str]:
+        """Returns the roles of what a screen reader finds no name for."""
+        roles = {"link", "button", "combobox", "textbox", "searchbox", "spinbutton", "radio", "image", "img", "region", "table"}
+        return [
+            node["role"]["value"]
+            for node in self.send("Accessibility.getFullAXTree")["nodes"]
+            if node.get("role", {}).get("value") in roles and not node.get("ignored") and not node.get("name", {}).get("value")
+        ]
 
     def picture(self, path: Path, whole: bool = False) -> None:
         """Writes a screenshot as PNG: of the window, or of the whole page."""
