@@ -25,7 +25,8 @@ MODULES = {
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TRAIN = [Requirement(line) for line in PROJECT["optional-dependencies"]["train"]]
-DECLARED = {r.name.lower(): r for r in [*map(Requirement, PROJECT["dependencies"]), *TRAIN]}
+SERVE = [Requirement(line) for line in PROJECT["optional-dependencies"]["serve"]]
+DECLARED = {r.name.lower(): r for r in [*map(Requirement, PROJECT["dependencies"]), *TRAIN, *SERVE]}
 OPTIONAL = {Requirement(line).name for lines in PROJECT["optional-dependencies"].values() for line in lines}
 
 

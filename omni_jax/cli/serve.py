@@ -24,7 +24,7 @@ from omni_jax.types import InputError
 
 EXAMPLE = "omni-jax serve --model omni7b --index clips.npz --manifest clips.jsonl --media clips"
 
-PACKAGES = ("starlette", "uvicorn", "multipart", "prometheus_client")
+PACKAGES = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
 SHORTEST = 16  # characters of a token
 
 

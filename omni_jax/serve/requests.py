@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
@@ -54,7 +55,10 @@ async def read_query(request: Request) -> Query:
 
 
 async def _form(request: Request) -> Query:
-    form = await request.form(max_files=len(MEDIA), max_fields=16)
+    try:
+        form = await request.form(max_files=len(MEDIA), max_fields=16)
+    except FormParserError:  # which older versions of starlette let through
+        raise Refused(400, "the body is no form of the kind that its header says") from None
     item: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for name, value in form.multi_items():
