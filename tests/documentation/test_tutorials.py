@@ -110,13 +110,19 @@ def test_the_tutorials_run_as_they_stand_on_the_golden_checkpoint(folder: Path, 
 @pytest.mark.slow
 @pytest.mark.jit
 def test_the_commands_of_the_readme_run_on_the_golden_checkpoint(folder: Path) -> None:
-    """All but those that install or test the project itself. Its Python is that of docs/guides/python.md, which tests run."""
+    """All but those that install or test the project, or download; with int8 weights, too, as for one small chip.
+
+    Its Python is that of docs/guides/python.md, which tests run.
+    """
     shown = [words for language, text in blocks(house.ROOT / "README.md") if language == "sh" for words in commands(text)]
-    own = [words for words in shown if words[0] not in ("pip", "make")]
+    own = [words for words in shown if words[0] not in ("pip", "make", "hf")]
     assert {"convert", "embed", "search", "eval", "prepare", "train"} <= {words[1] for words in own}
     for words in own:
         run(words)
     assert (folder / "clips.html").exists() and (folder / "my-adapter/adapter_config.json").exists()
+    for words in own[:3]:
+        names = {"omni7b": "omni7b-int8", "clips.npz": "clips-of-int8.npz"}
+        run([names.get(word, word) for word in words] + (["--weights", "int8"] if words[1] == "convert" else []))
     tested = [text for language, text in blocks(house.ROOT / "docs/guides/python.md") if language == "python"]
     assert [text for language, text in blocks(house.ROOT / "README.md") if language == "python"] == tested[:1]
 
