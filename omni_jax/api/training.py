@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,14 +25,16 @@ from omni_jax.api.retriever import check_preprocessing
 from omni_jax.api.start_report import data_notes, trained_too
 from omni_jax.api.weights import base_digests
 from omni_jax.config import ModelConfig, Preset
-from omni_jax.config.compile_cache import use_compile_cache
+from omni_jax.config.compile_cache import cache_root, use_compile_cache
 from omni_jax.conversion.folder import Manifest, read_manifest
 from omni_jax.data.augment import AugmentConfig
 from omni_jax.data.clips import ClipSource, digest_line
 from omni_jax.data.manifest import Problem
 from omni_jax.data.pipeline import TrainPipeline
 from omni_jax.data.plan import BatchConfig
+from omni_jax.data.record_cache import RecordCache
 from omni_jax.data.sources import MediaSource, open_source
+from omni_jax.io.remote import is_remote
 from omni_jax.model import param_shardings
 from omni_jax.parallel import batch_axes, batch_shards, make_mesh
 from omni_jax.tokens.tokenizer import Tokenizer
@@ -102,7 +105,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
     check_equal("the config", run.to_json())
     mesh = on_all_processes(lambda: _mesh(run))
     preset = run.data.resolved_preset()
-    source = on_all_processes(lambda: open_source(run.data.train, preset, run.data.media_root or None, timeout_s=run.data.timeout))
+    source = on_all_processes(lambda: _source(run, preset))
     problems: Sequence[Problem] = getattr(source, "problems", ())
     with contextlib.ExitStack() as held:
         on_process_0(lambda: check_free(folder))
@@ -191,6 +194,17 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
                 raise
             raise InputError(f"another process was lost ({one_line(e)}); {checkpoints.kept()}; start all processes again to resume") from e
         return Outcome(int(state.step), total, done)
+
+
+def _source(run: RunConfig, preset: Preset) -> ClipSource:
+    """Returns the training clips; those in an object store are read through a cache on the local disk."""
+    data, cache = run.data, None
+    if is_remote(data.train):
+        root = cache_root()
+        if not data.cache and root is None:
+            raise InputError(f"{data.train}: is read through a cache, and OMNI_JAX_CACHE switches that off; name a folder as data.cache")
+        cache = RecordCache(Path(data.cache or f"{root}/clips").absolute(), int(data.cache_gb * 1e9), data.workers)
+    return open_source(data.train, preset, data.media_root or None, timeout_s=data.timeout, cache=cache)
 
 
 def _model(base: epath.Path, run: RunConfig, preset: Preset) -> tuple[Manifest, ModelConfig, Tokenizer]:

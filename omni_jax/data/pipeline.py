@@ -47,7 +47,7 @@ CANDIDATES = 256  # clips looked at to replace one that cannot be read
 ATTEMPTS = 16  # of them read, at most
 RESTARTS = 3  # workers that may die in a row before the run gives up
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.ENOMEM)
-AHEAD = 2  # updates made ahead in a thread where there are no workers
+AHEAD = 2  # updates made ahead in a thread where there are no workers, and whose clips are read ahead by each worker
 
 
 class Pack(Protocol):
@@ -145,7 +145,7 @@ class TrainPipeline:
         self._augment = augment or AugmentConfig()
         self.planner = Planner(source, batch, kinds, tokenizer, config, preset, self._augment)
         self._source, self._tokenizer, self._config, self._preset, self._pack = source, tokenizer, config, preset, pack
-        self._workers = workers
+        self._workers, self._stop = workers, 0
         size = batch.micro_batch // process_count
         self._slice = slice(process_index * size, (process_index + 1) * size)
         self._local_blocks = slice(process_index * batch.blocks // process_count, (process_index + 1) * batch.blocks // process_count)
@@ -158,7 +158,7 @@ class TrainPipeline:
         Raises:
           InputError: when workers die again and again or have no room to hand a batch over, or nearly no clip can be read.
         """
-        restarts = 0
+        restarts, self._stop = 0, stop
         update = start
         while update < stop:
             iterator = self._iterator(update, stop)
@@ -203,6 +203,7 @@ class TrainPipeline:
 
     def make(self, update: int) -> PipelineBatch:
         """Returns the batch of one update, made in this thread."""
+        self._read_ahead(update)
         plan = self.planner.plan(update)
         parts, ids, errors = [], [], []
         silent = repaired = truncated = equal = used = total = 0
@@ -234,6 +235,13 @@ class TrainPipeline:
             used_tokens=used,
             total_tokens=total,
         )
+
+    def _read_ahead(self, update: int) -> None:
+        """Has a source that reads from afar begin with the clips of an update, and of the next ones that this worker makes."""
+        if (ahead := getattr(self._source, "ahead", None)) is not None:
+            step = max(1, self._workers)
+            coming = [n for n in range(update, update + (AHEAD + 1) * step, step) if n == update or n < self._stop]
+            ahead(np.concatenate([self.planner.clips(n)[:, self._slice].ravel() for n in coming]).tolist())
 
     def _silent(self, got: _Loaded) -> bool:
         return self._source.record(got.clip).silent or got.features.silent

@@ -129,7 +129,7 @@ class Planner:
             raise InputError("all captions are equal, so that none can be a hard negative; give clips captions of their own")
         self._windows: dict[tuple[int, int], np.ndarray] = {}
         self._text_tokens = functools.lru_cache(maxsize=1 << 17)(self._count_text)
-        self._clips(0)
+        self.clips(0)
         self._layouts: dict[StepKind, StepKind] = {}
         self._sizes: dict[StepKind, list[int]] = {}
         self._hard_sizes: dict[StepKind, int] = {}
@@ -193,7 +193,7 @@ class Planner:
     def _drawn(self, update: int) -> tuple[UpdatePlan, dict[StepKind, list[PromptLengths]]]:
         """Returns a plan whose rows are not laid out yet, and the lengths of the clips of each kind."""
         batch = self.batch
-        clips = self._clips(update).reshape(batch.micro_batches, batch.micro_batch)
+        clips = self.clips(update)
         kinds = self._kinds(update)
         if len(kinds) != batch.micro_batches:
             raise ValueError(f"{len(kinds)} step kinds for {batch.micro_batches} micro-batches")
@@ -219,8 +219,8 @@ class Planner:
         hard_tokens = known if hard <= known else round_up(hard, multiple)
         return laid, dataclasses.replace(self.media_shapes(), row_tokens=row_tokens, hard_tokens=hard_tokens)
 
-    def _clips(self, update: int) -> np.ndarray:
-        """The clips of an update (U,)."""
+    def clips(self, update: int) -> np.ndarray:
+        """Returns the clips of an update (M, B) int64."""
         epoch, place = divmod(update, max(1, self.updates_per_epoch))
         length = window_updates(len(self.source), self.batch.clips)
         at = epoch, place // length
@@ -228,7 +228,7 @@ class Planner:
             groups = None if self.batch.distinct == "none" else self.groups
             order = epoch_order(self.batch.seed, epoch, len(self.source), self.batch.clips, groups, at[1])
             self._windows = {**dict(list(self._windows.items())[-1:]), at: order}
-        return self._windows[at][place % length]
+        return self._windows[at][place % length].reshape(self.batch.micro_batches, self.batch.micro_batch)
 
     def groups(self, clips: np.ndarray) -> np.ndarray:
         """Returns (n,) int of clips (n,), equal for those that do not share an update if that can be helped."""
@@ -236,7 +236,8 @@ class Planner:
             return numbered(clips.tolist())
         if self.batch.distinct == "caption":
             return numbered(self.source.captions[clip] for clip in clips.tolist())
-        return numbered(name.rpartition("-")[0] or name for name in (self.source.ids[clip] for clip in clips.tolist()))
+        names = [self.source.ids[int(clip)] for clip in clips]
+        return numbered(name.rpartition("-")[0] or name for name in names)
 
     def alike(self, modality: str | None, clips: np.ndarray) -> np.ndarray:
         """Returns (n,) int, equal for clips whose sound, or picture, is known to be equal: one part of a file, or no sound."""

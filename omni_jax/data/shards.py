@@ -26,8 +26,11 @@ import numpy as np
 from omni_jax.config import Preset
 from omni_jax.data.clip_index import AGAIN, ClipIndex, Extents
 from omni_jax.data.clips import ClipInfo
+from omni_jax.data.record_cache import RecordCache
+from omni_jax.data.remote_shards import RemoteShards
 from omni_jax.features.vision import FRAMES_PER_STEP, PATCH, temporal_steps
 from omni_jax.io import WholeFile
+from omni_jax.io.remote import is_remote
 from omni_jax.types import Clip, ClipError, InputError, Record, VideoFrames
 
 NAME, SPLIT = "clips", "train"
@@ -260,17 +263,24 @@ def write_dataset_info(folder: Path, lengths: Sequence[int]) -> None:
 class ShardSource:
     """The clips of a prepared folder, by number. See `clips.ClipSource`."""
 
-    def __init__(self, directory: os.PathLike[str] | str, preset: Preset, *, check: bool = True) -> None:
+    def __init__(self, directory: os.PathLike[str] | str, preset: Preset, *, cache: RecordCache | None = None, check: bool = True) -> None:
         """Opens the index.
 
         Args:
+          directory: a folder that may be in an object store.
+          cache: of what is read from there.
           check: looks whether every shard is there and as long as the index says.
 
         Raises:
           InputError: when the folder is not whole, or was prepared under other settings than `preset`.
         """
-        self._folder, self.preset = Path(directory), preset
-        self._index = index = ClipIndex(self._folder)
+        self._folder, self.preset, self._cache = os.fspath(directory), preset, cache
+        self._remote = None
+        if is_remote(directory):
+            if cache is None:
+                raise InputError(f"{directory}: clips in an object store are read by training alone; copy the folder to a local disk")
+            self._remote = RemoteShards(self._folder, cache)
+        self._index = index = ClipIndex(Path(self._folder) if self._remote is None else self._remote.index)
         wanted, stored = media_fields(preset), stored_fields(index.preset)
         if differing := [name for name in MEDIA_FIELDS if stored[name] != wanted[name]]:
             name = differing[0]
@@ -282,11 +292,10 @@ class ShardSource:
         if not len(self):
             raise InputError(f"{directory}: holds no clips; errors.jsonl there says why")
         if check:
-            for shard, length in enumerate(index.lengths):
-                check_shard(self._path(shard), length, index.sizes[shard] if index.sizes is not None else None)
+            self._check()
         self.limits, self.silent, self.digest = index.limits, index.silent, index.digest
         self.ids, self.captions = index.ids, index.captions
-        self._reader = functools.lru_cache(maxsize=OPEN)(lambda shard: open_shard(self._path(shard), index.lengths[shard]))
+        self._reader = functools.lru_cache(maxsize=OPEN)(lambda shard: open_shard(Path(self._path(shard)), index.lengths[shard]))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -298,25 +307,63 @@ class ShardSource:
         """Yields the numbers of the clips that have one of these ids."""
         return self._index.numbers_of(ids)
 
+    def ahead(self, numbers: Iterable[int]) -> None:
+        """Begins to read clips that will be loaded soon, where they lie in an object store."""
+        if self._remote is not None:
+            shards = [self._shard_of(number) for number in numbers]
+            ends = [(self._name(shard), *self._end(shard)) for shard in dict.fromkeys(shards)]
+            clips = [(self._name(shard), *self._extent(n)) for shard, n in zip(shards, numbers, strict=True)]
+            self._remote.ahead([*ends, *clips])
+
     def load(self, index: int) -> Clip:
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        shard = self._shard_of(index)
+        number = index - int(self._starts[shard])
         try:
-            (data,) = self._reader(shard).read([index - int(self._starts[shard])])
+            if self._remote is None:
+                (data,) = self._reader(shard).read([number])
+            else:
+                data = self._remote.record(self._name(shard), number, self._extent(index), self._end(shard))
             clip = decode_clip(data)
+        except InputError:  # of a store or a shard that is gone; of a damaged record the library says whatever its status says
+            raise
         except Exception as error:
             raise ClipError(f"{self._path(shard)}: clip {self.ids[index]!r} cannot be read ({_line(error)}); {AGAIN}") from None
         if clip.record.id != self.ids[index]:
             raise ClipError(f"{self._path(shard)}: holds clip {clip.record.id!r} where the index has {self.ids[index]!r}; {AGAIN}")
         return dataclasses.replace(clip, silent=self._index.is_silent(index))
 
-    def _path(self, shard: int) -> Path:
-        return self._folder / shard_name(shard, len(self._index.lengths))
+    def _check(self) -> None:
+        sizes = self._index.sizes
+        there = None if self._remote is None else self._remote.sizes()
+        for shard, length in enumerate(self._index.lengths):
+            if there is None:
+                check_shard(Path(self._path(shard)), length, sizes[shard] if sizes is not None else None)
+            elif sizes is not None and (found := there.get(self._name(shard))) != sizes[shard]:
+                raise InputError(f"{self._path(shard)}: has {found or 0} bytes where the index has {sizes[shard]}; {AGAIN}")
+
+    def _shard_of(self, number: int) -> int:
+        return int(np.searchsorted(self._starts, number, side="right")) - 1
+
+    def _extent(self, number: int) -> tuple[int, int]:
+        found = self._index.extent(number)
+        assert found is not None, "folders of earlier versions are not read from a store"
+        return found
+
+    def _end(self, shard: int) -> tuple[int, int]:
+        assert self._index.sizes is not None
+        return self._extent(int(self._starts[shard + 1]) - 1)[1], self._index.sizes[shard]
+
+    def _name(self, shard: int) -> str:
+        return shard_name(shard, len(self._index.lengths))
+
+    def _path(self, shard: int) -> str:
+        return f"{self._folder.rstrip('/')}/{self._name(shard)}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"directory": self._folder, "preset": self.preset}
+        return {"directory": self._folder, "preset": self.preset, "cache": self._cache}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["directory"], state["preset"], check=False)
+        self.__init__(**state, check=False)
 
 
 def _line(error: BaseException) -> str:

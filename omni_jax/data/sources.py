@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -15,13 +15,16 @@ from omni_jax.config import Preset
 from omni_jax.data.clips import ClipInfo, ClipSource, Limits
 from omni_jax.data.loading import DECODE_LIMIT_S, load_training_clip
 from omni_jax.data.manifest import Problem, read_manifest
+from omni_jax.data.record_cache import RecordCache
 from omni_jax.features.audio import HOP, KALDI_WINDOW, SAMPLE_RATE, audio_tokens
 from omni_jax.features.vision import PATCH, smart_resize, temporal_steps
+from omni_jax.io.remote import is_remote
 from omni_jax.media.workers import Guarded
 from omni_jax.types import Clip, InputError, Record
 
 __all__ = ["ClipInfo", "ClipSource", "Limits", "MediaSource", "open_source"]
 
+MANIFESTS = (".jsonl", ".json")
 BEATS_PATCH = 16  # fbank frames
 LONGEST_ASPECT = 4  # of a streamed clip's frames: shapes are fixed before any of them is seen
 
@@ -93,16 +96,21 @@ def open_source(
     media_root: os.PathLike[str] | str | None = None,
     *,
     timeout_s: float = DECODE_LIMIT_S,
+    cache: RecordCache | None = None,
 ) -> ClipSource:
     """Returns the clips of a folder that `omni-jax prepare` wrote, or of a manifest whose files are decoded while training.
+
+    Args:
+      path: either may be in an object store, where the name of a manifest ends in .jsonl or .json.
+      cache: of clips that are read from there.
 
     Raises:
       InputError: when there is neither, the shards are damaged or belong to another preset, or no record can be used.
     """
-    if Path(path).is_dir():
+    if Path(path).is_dir() or (is_remote(path) and PurePath(path).suffix not in MANIFESTS):
         from omni_jax.data.shards import ShardSource  # the reader of shards is loaded for shards alone
 
-        return ShardSource(path, preset)
+        return ShardSource(path, preset, cache=cache)
     manifest = read_manifest(path, media_root)
     try:
         return MediaSource(manifest.records, preset, problems=manifest.problems, notes=manifest.notes, timeout_s=timeout_s)

@@ -67,12 +67,14 @@ class DataSection:
     """What is trained on.
 
     Attributes:
-      train: folder that `omni-jax prepare` wrote, or a manifest whose media are decoded while training.
+      train: folder that `omni-jax prepare` wrote, local or at gs:// or s3://, or a manifest whose media are decoded while training.
       media_root: folder that relative media paths start from; "" for the manifest's own.
       preset, preset_fields: how clips and captions become tokens, and fields that differ from the named preset.
       distinct: what an update holds once only: "caption", "id_prefix" or "none".
       workers: decoding processes; 0 decodes in this one.
       timeout: seconds one clip may take to decode.
+      cache: local folder for clips that are read from gs:// or s3://; "" for `clips` in the cache of omni_jax (OMNI_JAX_CACHE).
+      cache_gb: gigabytes of clips in it, at most; all processes of a host share it.
       augment: of the positive tuple.
     """
 
@@ -83,6 +85,8 @@ class DataSection:
     distinct: str = "caption"
     workers: int = 2
     timeout: float = 120.0
+    cache: str = ""
+    cache_gb: float = 16.0
     augment: AugmentSection = AugmentSection()
 
     def __post_init__(self) -> None:
@@ -90,6 +94,8 @@ class DataSection:
             raise ConfigError("config field data.train: empty; give a folder of shards or a manifest (--config.data.train=...)")
         if self.workers < 0 or not self.timeout > 0:
             raise ConfigError("config fields data.workers and data.timeout: must not be negative, timeout must be positive")
+        if not self.cache_gb > 0:
+            raise ConfigError(f"config field data.cache_gb={self.cache_gb}: must be positive")
         self.resolved_preset()
 
     def resolved_preset(self) -> Preset:
