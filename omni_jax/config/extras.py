@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-TRAIN = ("absl", "array_record", "clu", "grain", "ml_collections", "optax", "pyarrow", "tensorboard", "tensorflow_datasets")
+TRAIN = ("absl", "array_record", "clu", "fsspec", "grain", "ml_collections", "optax", "pyarrow", "tensorboard", "tensorflow_datasets")
 """Modules of the extra `train`."""
 
 
