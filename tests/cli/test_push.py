@@ -45,6 +45,7 @@ def test_golden_adapter_and_card_are_written_and_nothing_is_uploaded(
         assert part in card
 
 
+@pytest.mark.jit
 def test_golden_a_card_states_recipe_and_the_newest_results(converted: Path, tmp_path: Path):
     source = open_model(converted)
     run = RunConfig.from_config(
