@@ -25,6 +25,8 @@ NAMES = (
     "msvd",
     "didemo",
     "vatex",
+    "youcook2",
+    "youcook2_train",
 )  # those of omni_jax.data.benchmarks, imported late
 
 
@@ -33,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", required=True, metavar="FILE", help="annotation file as published")
     parser.add_argument("--media", required=True, metavar="DIR", help="folder of the clips, or of whole sources; searched recursively")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="manifest of the clips that are present")
+    parser.add_argument(
+        "--training", action="store_true", help="a record a caption, with picture and sound of its file, as train takes them"
+    )
     parser.add_argument("--split", metavar="FILE", help="keep the clips whose ids are listed in this file, one a line")
     parser.add_argument(
         "--column",
@@ -76,18 +81,19 @@ def run(args: argparse.Namespace) -> int:
         names = ", ".join(coverage.doubtful[:5])
         print(f"names of several files of the same content, the first taken: {len(coverage.doubtful)}: {names}", file=sys.stderr)
     if args.out:
-        _write_manifests(args.out, args.media, media, found, coverage)
+        _write_manifests(args.out, args.media, media, found, coverage, args.training)
     return 1 if coverage.missing or found.problems else 0
 
 
-def _write_manifests(out: Path, folder: str, media: tuple[str, ...], found: Annotations, coverage: Coverage) -> None:
-    from omni_jax.data.benchmarks import manifest_rows
+def _write_manifests(out: Path, folder: str, media: tuple[str, ...], found: Annotations, coverage: Coverage, training: bool) -> None:
+    from omni_jax.data.benchmarks import manifest_rows, training_rows
     from omni_jax.data.manifest import write_jsonl_atomic
 
     if not coverage.found:
         first = coverage.missing[0].id
         raise InputError(f"{folder}: holds no file of the {len(found.items)} clips; the first, {first!r}: {coverage.reasons[first]}")
-    clips, captions = manifest_rows(coverage, media, out.absolute().parent)
+    folder_of_rows = out.absolute().parent
+    clips, captions = (list(training_rows(coverage, folder_of_rows)), []) if training else manifest_rows(coverage, media, folder_of_rows)
     beside = {kind: out.with_name(f"{out.stem}.{kind}.jsonl") for kind in ("captions", "missing")}
     missing = [{"id": item.id, "url": item.url, "reason": coverage.reasons[item.id]} for item in coverage.missing]
     missing += [{"id": None, "url": None, "reason": line} for line in found.problems]
@@ -97,7 +103,8 @@ def _write_manifests(out: Path, folder: str, media: tuple[str, ...], found: Anno
         if rows:
             write_jsonl_atomic(path, rows)
     rest = f", {len(captions)} captions in {beside['captions']}" if captions else ""
-    print(f"{out}: {len(clips)} of {len(found.items)} clips{rest}")
+    records = f", {len(clips)} records to train on" if training else ""
+    print(f"{out}: {len(coverage.found)} of {len(found.items)} clips{records}{rest}")
     if missing:
         print(f"not in it: {len(missing)}, listed in {beside['missing']}", file=sys.stderr)
 

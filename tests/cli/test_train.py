@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from pathlib import Path
@@ -162,6 +163,13 @@ def test_a_packaged_config_is_found_by_name_and_a_file_of_the_same_name_is_anoth
     assert main(["train", "--list-configs"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == sorted(f.stem for f in (ROOT / "configs").glob("*.py") if f.stem != "__init__")
+
+
+def test_continuing_from_the_released_adapter_changes_the_recipe_in_what_it_says_alone() -> None:
+    released, continued = read_config("omniretriever_7b"), read_config("continue_adapter")
+    assert continued.model.lora is None and continued.losses.negatives == "global" and continued.data.distinct == "id_prefix"
+    same = dataclasses.replace(continued, model=released.model, data=released.data, losses=released.losses, epochs=released.epochs)
+    assert same == released
 
 
 def test_a_recipe_that_a_config_does_not_have() -> None:

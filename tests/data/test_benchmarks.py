@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from omni_jax.conversion.torch_pickle import read_pickle
-from omni_jax.data.benchmarks import BENCHMARKS, Annotations, Item, fetch_rows, look_for, manifest_rows, read_annotations
+from omni_jax.data.benchmarks import BENCHMARKS, Annotations, Item, fetch_rows, look_for, manifest_rows, read_annotations, training_rows
 from omni_jax.data.manifest import read_manifest, write_jsonl_atomic
 from omni_jax.types import InputError
 
@@ -105,6 +105,40 @@ def test_vatex_takes_the_english_captions(tmp_path: Path) -> None:
     assert found.problems == (f"{path}: entry 2: clip 'x' has no caption",)
     with pytest.raises(InputError, match="entry 1 has no videoID or no enCap"):
         read("vatex", write_json(tmp_path / "v.json", [{"id": 1}]))
+
+
+def test_youcook2_has_a_clip_a_step_of_each_subset(tmp_path: Path) -> None:
+    steps = [{"segment": [5, 21.5], "id": 0, "sentence": "Grill the\ntomatoes."}, {"segment": [9, 2], "id": 1, "sentence": "x"}, {}]
+    videos = {
+        "GLd3aX16zBg": {"subset": "validation", "annotations": steps},
+        "xHr8X2Wpmno": {"subset": "training", "annotations": steps[:1]},
+    }
+    path = write_json(tmp_path / "y.json", {"database": {**videos, "gone": {}}})
+    found = read("youcook2", path)
+    assert told(found) == {"GLd3aX16zBg_0": ("Grill the tomatoes.",)} and found.items[0].interval == (5, 21.5)
+    assert found.items[0].url == "https://www.youtube.com/watch?v=GLd3aX16zBg" and found.items[0].sources == ("GLd3aX16zBg",)
+    assert [line.partition(": ")[2] for line in found.problems] == [
+        "video 'GLd3aX16zBg': step 1 has an empty sentence or segment",
+        "video 'GLd3aX16zBg': step 2 has no segment and sentence",
+        "video 'gone' has no annotations",
+    ]
+    assert list(told(read("youcook2_train", path))) == ["xHr8X2Wpmno_0"]
+    for content in ([], {"database": {}}, {"database": {"a": {"subset": "testing", "annotations": []}}}):
+        with pytest.raises(InputError, match=r"y\.json: (expected an object|holds no clip)"):
+            read("youcook2", write_json(tmp_path / "y.json", content))
+
+
+def test_training_rows_are_a_record_a_caption_that_prepare_takes(tmp_path: Path) -> None:
+    (tmp_path / "abcdefghijk.mp4").write_bytes(b"film")
+    items = (Item("abcdefghijk_1_3", ("One.", "Two."), ("abcdefghijk_1_3",), ("abcdefghijk",), (1.0, 3.0)),)
+    rows = list(training_rows(look_for(items, tmp_path, ("video",)), tmp_path))
+    assert rows[1] == {
+        "id": "abcdefghijk_1_3-1",
+        "text": "Two.",
+        "timestamps": [1.0, 3.0],
+        "video": "abcdefghijk.mp4",
+        "audio": "abcdefghijk.mp4",
+    }
 
 
 BENCH = [

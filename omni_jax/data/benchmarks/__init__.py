@@ -1,7 +1,18 @@
 """Public retrieval benchmarks: from their published annotation files to manifests of the clips that are at hand."""
 
-from omni_jax.data.benchmarks.coverage import Coverage, fetch_rows, look_for, manifest_rows
+from omni_jax.data.benchmarks.coverage import Coverage, fetch_rows, look_for, manifest_rows, training_rows
 from omni_jax.data.benchmarks.items import Annotations, Item
 from omni_jax.data.benchmarks.registry import BENCHMARKS, Benchmark, read_annotations
 
-__all__ = ["BENCHMARKS", "Annotations", "Benchmark", "Coverage", "Item", "fetch_rows", "look_for", "manifest_rows", "read_annotations"]
+__all__ = [
+    "BENCHMARKS",
+    "Annotations",
+    "Benchmark",
+    "Coverage",
+    "Item",
+    "fetch_rows",
+    "look_for",
+    "manifest_rows",
+    "read_annotations",
+    "training_rows",
+]

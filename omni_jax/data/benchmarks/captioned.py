@@ -7,6 +7,7 @@ msrvtt      MSRVTT_JSFUSION_test.csv (1k-A): video_id, sentence
 msvd        raw-captions.pkl (captions as lists of words, by clip id), JSON of the same, or AllVideoDescriptions.txt
 didemo      test_data.json: moments of a video, whose descriptions in their order are its one paragraph
 vatex       vatex_*.json: videoID, enCap
+youcook2    youcookii_annotations_trainval.json: segment, id and sentence of each step of a recipe; youcook2_train: its other subset
 """
 
 from __future__ import annotations
@@ -121,6 +122,47 @@ def vatex(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
     """Returns the clips of VATEX with their ten English captions."""
     rows = _records(path, read_json(path), "videoID", "enCap")
     return _gathered(path, ((f"entry {n}", row["videoID"], row["enCap"]) for n, row in rows))
+
+
+def youcook2(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
+    """Returns the clips of YouCook2's validation subset: a step of a recipe each, with one caption, VIDEO_NUMBER by name."""
+    return _youcook2(path, "validation")
+
+
+def youcook2_train(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
+    """Returns the clips of YouCook2's training subset, as `youcook2` those of the other."""
+    return _youcook2(path, "training")
+
+
+def _youcook2(path: PathLike, subset: str) -> Annotations:
+    content = read_json(path)
+    videos = content.get("database") if isinstance(content, dict) else None
+    if not isinstance(videos, dict) or not videos:
+        raise InputError(f"{path}: expected an object with database; is this youcookii_annotations_trainval.json?")
+    items: list[Item] = []
+    problems: list[str] = []
+    for video, found in videos.items():
+        steps = found.get("annotations") if isinstance(found, dict) else None
+        if not isinstance(steps, list):
+            problems.append(f"{path}: video {video!r} has no annotations")
+            continue
+        if found.get("subset") != subset:
+            continue
+        for number, step in enumerate(steps):
+            try:
+                start, end = map(float, step["segment"])
+                text, number = " ".join(step["sentence"].split()), int(step.get("id", number))
+            except (AttributeError, KeyError, TypeError, ValueError):
+                problems.append(f"{path}: video {video!r}: step {number} has no segment and sentence")
+                continue
+            if not text or not 0 <= start < end:
+                problems.append(f"{path}: video {video!r}: step {number} has an empty sentence or segment")
+                continue
+            name = f"{video}_{number}"
+            items.append(Item(name, (text,), (name,), (video,), (start, end), YOUTUBE + video))
+    if not items:
+        raise InputError(f"{path}: holds no clip of the subset {subset!r}" + (f"; {problems[0]}" if problems else ""))
+    return Annotations(tuple(items), tuple(problems))
 
 
 def _records(path: PathLike, content: Any, *keys: str) -> list[tuple[int, dict[str, Any]]]:

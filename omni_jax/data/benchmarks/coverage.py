@@ -138,6 +138,18 @@ def manifest_rows(
     return clips, captions
 
 
+def training_rows(coverage: Coverage, folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a manifest to train on: a record a caption, called CLIP-NUMBER, whose file is both video and sound.
+
+    Args:
+      folder: as in `manifest_rows`.
+    """
+    for item, path, whole in coverage.found:
+        media = dict.fromkeys(("video", "audio"), os.path.relpath(path, folder))
+        times = {"timestamps": list(item.interval)} if whole and item.interval is not None else {}
+        yield from ({"id": f"{item.id}-{number}", "text": text, **media, **times} for number, text in enumerate(item.captions))
+
+
 def fetch_rows(items: Iterable[Item]) -> Iterator[tuple[str, str, str, str]]:
     """Yields (id, URL, start, end) of clips to be fetched, in seconds, empty for a whole recording; clips without a URL are left out."""
     for item in items:

@@ -36,6 +36,8 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "msvd": Benchmark(("video",), captioned.msvd, "test_list.txt"),
     "didemo": Benchmark(("video",), captioned.didemo),
     "vatex": Benchmark(("video",), captioned.vatex, "a list of test ids"),
+    "youcook2": Benchmark(("video",), captioned.youcook2),
+    "youcook2_train": Benchmark(("video",), captioned.youcook2_train),
 }
 
 
