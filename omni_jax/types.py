@@ -6,9 +6,10 @@ Letters: B batch, S tokens, N items, P patches, F frames, D LLM width, L layers,
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,13 +28,45 @@ class ClipError(InputError):
 
 
 @dataclasses.dataclass(frozen=True)
+class FilePart(os.PathLike[str]):
+    """A media file that lies inside another file and is read there: a member of a tar, or a cell of a Parquet column.
+
+    As a path it is FILE/NAME, which is what messages call it. `media.parts` opens it.
+
+    Attributes:
+      file: the absolute path of the file that holds it.
+      name: what it is called there, with the suffix of its kind.
+      start, size: bytes of a tar's member.
+      column, group, row: dotted name of a Parquet column, number of the row group, number of the row in it; "" for a tar's member.
+    """
+
+    file: Path
+    name: str
+    start: int = 0
+    size: int = 0
+    column: str = ""
+    group: int = 0
+    row: int = 0
+
+    def __fspath__(self) -> str:
+        return f"{os.fspath(self.file)}/{self.name}"
+
+    def __str__(self) -> str:
+        return self.__fspath__()
+
+
+MediaFile: TypeAlias = "Path | FilePart"
+"""Where a record's video or sound lies."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Record:
     """One line of a manifest. Absent modalities are None; paths are absolute."""
 
     id: str
     text: str | None = None
-    video: Path | None = None
-    audio: Path | None = None
+    video: MediaFile | None = None
+    audio: MediaFile | None = None
     timestamps: tuple[float, float] | None = None  # seconds, [start, end)
     line: int = 0  # line of the manifest, from 1; 0 where it did not come from a file
     prefix: str | None = None  # what the caption is, "passage" or "query", for models trained with one; None: the preset's

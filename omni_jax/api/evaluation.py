@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from omni_jax.api.retriever import OmniRetriever
 from omni_jax.config import ModelConfig
+from omni_jax.data.formats.table import is_source
 from omni_jax.data.loading import load_features, training_features
 from omni_jax.data.manifest import Problem, read_manifest
 from omni_jax.data.sources import open_source
@@ -55,7 +56,7 @@ class Evaluator:
         """
         self._settings, self._workdir, self._log, self._stopping = run.evaluation, workdir, log, stopping
         self._preset, clips = run.data.resolved_preset(), Path(self._settings.manifest)
-        self._source = open_source(clips, self._preset) if clips.is_dir() else None
+        self._source = open_source(clips, self._preset) if clips.is_dir() and not is_source(clips) else None
         problems: Sequence[Problem] = ()
         if self._source is None:
             manifest = read_manifest(clips, self._settings.media_root or None)

@@ -13,7 +13,7 @@ import jax
 
 from omni_jax.api.weights import ModelSource, base_digests
 from omni_jax.config import Preset
-from omni_jax.types import Record
+from omni_jax.types import FilePart, Record
 
 
 def made_with(
@@ -59,10 +59,13 @@ def media_digest(records: Iterable[Record], *, times: bool = True) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for record in records:
         for path in (record.video, record.audio):
+            part = path if isinstance(path, FilePart) else None
             try:
-                found = os.stat(path) if path is not None else None
+                found = os.stat(part.file if part else path) if path is not None else None
             except (OSError, ValueError):
                 found = None
-            known = (found.st_size, found.st_mtime_ns if times else 0) if found is not None else None
+            known: Any = (found.st_size, found.st_mtime_ns if times else 0) if found is not None else None
+            if part and known:  # another part of one file
+                known = (*known, part.name, part.start, part.size, part.column, part.group, part.row)
             digest.update(f"{record.id} {known}\n".encode(errors="surrogatepass"))
     return digest.hexdigest()

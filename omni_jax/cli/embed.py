@@ -15,6 +15,7 @@ from etils import epath
 
 from omni_jax.cli.argtypes import positive, whole
 from omni_jax.cli.printing import one_line
+from omni_jax.cli.source import add_source_arguments, read_source
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED, INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.config import PREFIXES, PRESETS, TABLE_MODALITIES, TABLES, ConfigError, Preset, preset
 from omni_jax.config.made_with import recorded_preset
@@ -104,7 +105,7 @@ def choose_preset(args: argparse.Namespace, source: ModelSource, made_with: Mapp
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what every command that embeds a manifest takes."""
     add_model_arguments(parser)
-    parser.add_argument("--manifest", required=True, metavar="FILE.jsonl", help="plain or official manifest, one JSON record a line")
+    add_source_arguments(parser)
     parser.add_argument("--tables", metavar="LIST", help=f"comma-separated, among {','.join(TABLES)} (default: all that the fields allow)")
     parser.add_argument("--batch-size", type=positive(int), default=16, metavar="N", help="clips encoded together (default: %(default)s)")
     add_weights_arguments(parser)
@@ -181,13 +182,12 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--out {args.out}: the name of an embedding file ends in .npz")
 
     # Late, so that `--help` and usage errors answer at once.
-    from omni_jax.data.manifest import read_manifest
     from omni_jax.retrieval.embedding_file import check_place, part_path
     from omni_jax.retrieval.embedding_pass import first_of_prompts
 
     index, count = args.part or (0, 1)
     check_place(part_path(args.out, index, count))
-    whole = read_manifest(args.manifest, args.media_root)
+    whole = read_source(args)
     tables = usable_tables(args, whole, tables, part_path(args.out, index, count))
     model = load_model(args, source, chosen)
     made_with = model.made_with(normalize=not args.no_normalize)

@@ -39,6 +39,7 @@ COMMANDS = {
     "serve": "search clips on a local page, and embed and search over HTTP",
     "export": "turn an embedding file into FAISS indexes, Parquet, .npy files or int8, with the recall that int8 costs",
     "mteb": "run tasks of mteb, whose data it downloads, and keep results that can be submitted",
+    "manifest": "make a manifest from WebDataset tars, Parquet, tables or folders",
     "bench-data": "make a manifest from a public benchmark's annotations and the media you have",
     "mine": "find hard negatives for the records of a manifest",
     "prepare": "decode a manifest of clips into shards for training",

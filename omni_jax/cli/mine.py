@@ -113,16 +113,11 @@ def _same(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 
 def _rows(manifest: Manifest, mined: Mined, folder: Path) -> Iterator[dict[str, Any]]:
-    """Yields each record as a line of a manifest in `folder`: files within it are named from there."""
+    """Yields each record as a line of a manifest in `folder`, with its negatives."""
+    from omni_jax.data.manifest import row_of
+
     for record in manifest.records:
-        row: dict[str, Any] = {"id": record.id}
-        for name in ("text", "video", "audio", "timestamps", "prefix"):
-            value = getattr(record, name)
-            if isinstance(value, Path):
-                value = str(value.relative_to(folder) if value.is_relative_to(folder) else value)
-            if value is not None:
-                row[name] = value
-        yield {**row, **record.extra, "negatives": mined.negatives.get(record.id, {})}
+        yield {**row_of(record, folder), "negatives": mined.negatives.get(record.id, {})}
 
 
 def _summary(mined: Mined) -> str:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from omni_jax.cli.argtypes import positive, whole
+from omni_jax.cli.source import add_source_arguments, read_source
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED, STOPPED_AND_SAVED
 from omni_jax.config import PRESETS, preset
 from omni_jax.types import InputError
@@ -16,7 +17,7 @@ EXAMPLE = "omni-jax prepare --manifest clips.jsonl --out shards --workers 16"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--manifest", required=True, metavar="FILE.jsonl", help="plain or official manifest, one JSON record a line")
+    add_source_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; an interrupted preparation continues")
     parser.add_argument("--shards", type=positive(int), metavar="N", help="files to write (default: one for every 256 clips)")
     parser.add_argument("--preset", default="training", help=f"one of {', '.join(PRESETS)} (default: %(default)s)")
@@ -43,7 +44,6 @@ def run(args: argparse.Namespace) -> int:
     # Late, so that `--help` and usage errors answer at once.
     from omni_jax.cli.progress import Progress
     from omni_jax.cli.stopping import Terminated, sigterm_raises
-    from omni_jax.data.manifest import read_manifest
     from omni_jax.data.prepare import ERRORS, Preparation
     from omni_jax.data.shards import TEXT_FIELDS
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
 
-    manifest = read_manifest(args.manifest, args.media_root)
+    manifest = read_source(args)
     for note in manifest.notes:
         print(f"{args.manifest}: {note}", file=sys.stderr)
     try:

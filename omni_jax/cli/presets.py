@@ -9,6 +9,7 @@ import sys
 from etils import epath
 
 from omni_jax.cli import embed
+from omni_jax.cli.source import read_source
 from omni_jax.config import ConfigError, Preset, presets_for
 from omni_jax.types import InputError
 
@@ -55,11 +56,10 @@ def run(args: argparse.Namespace) -> int:
     tables = embed.parse_tables(args.tables)
 
     # Late, so that `--help` and usage errors answer at once.
-    from omni_jax.data.manifest import read_manifest
     from omni_jax.retrieval import evaluate, format_comparison, write_embeddings
     from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt
 
-    manifest = read_manifest(args.manifest, args.media_root)
+    manifest = read_source(args)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     tables = embed.usable_tables(args, manifest, tables, args.out / "manifest.npz" if args.out else None)

@@ -20,7 +20,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from omni_jax.config import PREFIXES
-from omni_jax.types import InputError, Record
+from omni_jax.types import FilePart, InputError, Record
 
 PLAIN = ("id", "text", "video", "audio", "timestamps", "prefix")
 OFFICIAL = ("id", "conversations", "video", "audio", "timestamps", "prefix", "pos_image")
@@ -66,6 +66,13 @@ class BadEntry(Exception):
     """One entry cannot be used; the message completes "FILE:LINE: ..."."""
 
 
+class RemoteMedia(BadEntry):
+    """An entry whose media lie at a web address, which is never asked."""
+
+    address: str = ""
+    interval: tuple[str, str] = ("", "")  # start and end in seconds, as text
+
+
 def spelled(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Returns an entry with its fields under their own names where only capitals differ ("Audio"), and the names that it had for them.
 
@@ -81,18 +88,19 @@ def spelled(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return {found.get(name, name): value for name, value in kept.items()}, list(found)
 
 
-def name_of(fields: Mapping[str, Any]) -> tuple[str, bool]:
+def name_of(fields: Mapping[str, Any], nameless: bool = False) -> tuple[str, bool]:
     """Returns an entry's id, and whether it was made here.
 
-    A conversation without one is called by its file and a digest of what it holds, so that the same entry has the same name in every
-    manifest and in every order.
+    A conversation without one, or a plain entry that may be `nameless`, is called by its file and a digest of what it holds, so that the
+    same entry has the same name in every manifest and in every order.
 
     Raises:
       BadEntry: for an id that cannot be used, or a plain entry without one.
     """
     value = fields.get("id")
-    if value is None and fields.get("conversations") is not None:
-        held = {name: fields.get(name) for name in OFFICIAL if name not in ("id", "prefix")}
+    if value is None and (nameless or fields.get("conversations") is not None):
+        kept = OFFICIAL if fields.get("conversations") is not None else PLAIN
+        held = {name: fields.get(name) for name in kept if name not in ("id", "prefix")}
         try:
             digest = hashlib.blake2b(json.dumps(held, sort_keys=True).encode(), digest_size=4).hexdigest()
         except RecursionError:
@@ -241,11 +249,25 @@ def _media_path(fields: Mapping[str, Any], key: str, name: str, root: Any, confi
     value = fields.get(key)
     if value is None:
         return None
+    if isinstance(value, FilePart):
+        return value
+    if isinstance(value, Mapping):
+        return _part(value, key, name, root, confined)
     if isinstance(value, list):
         raise BadEntry(f"record {name!r}: {key} lists {len(value)} files; a record has one: write one record a file, or join them")
     if not isinstance(value, str) or not value or "\0" in value:
         raise BadEntry(f"record {name!r}: {key} is {kind(value)}; make it the path of a file")
     _encodable(value, key)
+    if is_web_address(value):
+        found = RemoteMedia(
+            f"record {name!r}: {key} {value[:80]}: is a web address, and nothing is fetched; 'omni-jax manifest from SOURCE --fetch-list "
+            f"FILE' writes the list for a downloader, and --fetched DIR takes the files of these ids"
+        )
+        times = fields.get("timestamps")
+        found.address = value
+        if isinstance(times, list) and len(times) == 2:
+            found.interval = str(times[0]), str(times[1])
+        raise found
     try:
         path = absolute(value) if "://" in value else root / value
     except InputError as error:
@@ -253,6 +275,28 @@ def _media_path(fields: Mapping[str, Any], key: str, name: str, root: Any, confi
     if confined and not _inside(path, root):
         raise BadEntry(f"record {name!r}: {key} {value!r} leads out of the media root {root}; move the file there or choose another root")
     return path
+
+
+def is_web_address(value: Any) -> bool:
+    return isinstance(value, str) and value.lower().startswith(("http://", "https://", "ftp://"))
+
+
+def _part(value: Mapping[str, Any], key: str, name: str, root: Any, confined: bool) -> FilePart:
+    """Returns the part of a file that an object of "file", "name" and a place stands for, as `manifest.row_of` writes it."""
+    places = ("column", "group", "row") if "column" in value else ("start", "size")
+    numbers = [value.get(place) for place in places if place != "column"]
+    if set(value) != {"file", "name", *places} or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        raise BadEntry(
+            f'record {name!r}: {key} is an object, and no part of a file: {{"file", "name", "start", "size"}} of a tar, or '
+            f'{{"file", "name", "column", "group", "row"}} of Parquet; make it with \'omni-jax manifest\''
+        )
+    called, column = value["name"], value.get("column", "")
+    if not (isinstance(called, str) and called and "\0" not in called and isinstance(column, str)):
+        raise BadEntry(f"record {name!r}: {key} is a part of a file without a name; make it with 'omni-jax manifest'")
+    file = _media_path({"file": _encodable(value["file"], key) if isinstance(value["file"], str) else None}, "file", name, root, confined)
+    if file is None:
+        raise BadEntry(f"record {name!r}: {key} is a part of no file; make it with 'omni-jax manifest'")
+    return FilePart(file, _encodable(called, key), **{place: value[place] for place in places})
 
 
 def _inside(path: Any, root: Any) -> bool:

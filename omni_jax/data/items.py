@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 import numpy as np
 
 from omni_jax.config import Preset
-from omni_jax.types import ClipError, Record, VideoFrames
+from omni_jax.types import ClipError, FilePart, Record, VideoFrames
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -250,8 +250,10 @@ class _Parser:
             return None, sound(value[0], value[1], "its audio")
         raise ClipError(f'its audio is a {type(value).__name__}; give (waveform, rate), {{"array", "sampling_rate"}}, a path or bytes')
 
-    def file(self, value: Any, what: str) -> Path:
+    def file(self, value: Any, what: str) -> Any:
         """Returns where a file lies; what is no path is written to the folder first."""
+        if isinstance(value, FilePart):
+            return value
         if isinstance(value, Mapping):
             _known(value, what, {"bytes", "path"})
             value = value.get("bytes") or value.get("path")

@@ -15,7 +15,7 @@ import numpy as np
 from omni_jax.config import Preset
 from omni_jax.data.items import Item
 from omni_jax.media.workers import run_guarded
-from omni_jax.types import Clip, ClipError, Features, Record
+from omni_jax.types import Clip, ClipError, Features, MediaFile, Record
 
 if TYPE_CHECKING:
     from omni_jax.media.audio import Waveform
@@ -236,7 +236,7 @@ def training_features(clip: Clip, preset: Preset) -> Features:
 
 
 @contextlib.contextmanager
-def _naming(record: Record, file: Path | None) -> Iterator[None]:
+def _naming(record: Record, file: MediaFile | None) -> Iterator[None]:
     """Puts the file at fault before the message of a ClipError."""
     try:
         yield

@@ -13,6 +13,7 @@ import numpy as np
 
 from omni_jax.config import Preset
 from omni_jax.data.clips import ClipInfo, ClipSource, Limits
+from omni_jax.data.formats.table import is_source
 from omni_jax.data.loading import DECODE_LIMIT_S, load_training_clip
 from omni_jax.data.manifest import Problem, read_manifest
 from omni_jax.data.record_cache import RecordCache
@@ -24,7 +25,7 @@ from omni_jax.types import Clip, InputError, Record
 
 __all__ = ["ClipInfo", "ClipSource", "Limits", "MediaSource", "open_source"]
 
-MANIFESTS = (".jsonl", ".json")
+MANIFESTS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
 BEATS_PATCH = 16  # fbank frames
 LONGEST_ASPECT = 4  # of a streamed clip's frames: shapes are fixed before any of them is seen
 
@@ -98,16 +99,16 @@ def open_source(
     timeout_s: float = DECODE_LIMIT_S,
     cache: RecordCache | None = None,
 ) -> ClipSource:
-    """Returns the clips of a folder that `omni-jax prepare` wrote, or of a manifest whose files are decoded while training.
+    """Returns the clips of a folder that `omni-jax prepare` wrote, or of a manifest, in any format, whose files are decoded while training.
 
     Args:
-      path: either may be in an object store, where the name of a manifest ends in .jsonl or .json.
+      path: either may be in an object store, where the name of a manifest has one of the suffixes `MANIFESTS`.
       cache: of clips that are read from there.
 
     Raises:
       InputError: when there is neither, the shards are damaged or belong to another preset, or no record can be used.
     """
-    if Path(path).is_dir() or (is_remote(path) and PurePath(path).suffix not in MANIFESTS):
+    if (Path(path).is_dir() and not is_source(path)) or (is_remote(path) and PurePath(path).suffix not in MANIFESTS):
         from omni_jax.data.shards import ShardSource  # the reader of shards is loaded for shards alone
 
         return ShardSource(path, preset, cache=cache)

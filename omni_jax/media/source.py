@@ -15,8 +15,10 @@ import av.error
 import av.logging
 import av.stream
 
+from omni_jax.io.remote import is_remote
+from omni_jax.media.parts import Window, check_part, open_binary, open_part
 from omni_jax.media.workers import goes_on
-from omni_jax.types import ClipError
+from omni_jax.types import ClipError, FilePart
 
 av.logging.set_level(None)  # FFmpeg writes to the terminal itself otherwise
 
@@ -30,13 +32,12 @@ PLAYLISTS = frozenset({"concat", "dash", "hls", "imf", "lavfi", "rtp", "rtsp", "
 """Formats of FFmpeg's that hold no media but name where they lie: other files, outside the media root too, or hosts."""
 
 
-def is_remote(path: os.PathLike[str] | str) -> bool:
-    """Whether a path names an object store (`gs://bucket/...`) and not a file of this machine."""
-    return "://" in os.fspath(path)
-
-
 def check_file(path: os.PathLike[str] | str) -> None:
     """Raises ClipError unless `path` is a file with something in it that may be read."""
+    if isinstance(path, FilePart):
+        check_file(path.file)
+        check_part(path)
+        return
     if is_remote(path):
         return  # the object store answers when the file is opened
     try:
@@ -57,17 +58,11 @@ def check_file(path: os.PathLike[str] | str) -> None:
 
 @contextlib.contextmanager
 def opened(path: os.PathLike[str] | str) -> Iterator[str | IO[bytes]]:
-    """Yields what a reader library opens: the path itself, or a binary file for an object of a remote store."""
-    if not is_remote(path):
+    """Yields what a reader library opens: the path itself, or a binary file for a part of a file and for an object of a remote store."""
+    if not isinstance(path, FilePart) and not is_remote(path):
         yield os.fspath(path)
         return
-    from etils import epath  # reading gs:// alone needs it
-
-    try:
-        file = epath.Path(os.fspath(path)).open("rb")
-    except Exception as error:  # every store has its own exceptions
-        raise ClipError(f"{path}: cannot be opened ({reason(error)}); check the path and your access to it") from None
-    with file:
+    with open_part(path) if isinstance(path, FilePart) else open_binary(path) as file:
         yield file
 
 
@@ -164,7 +159,7 @@ class Decoding:
         # FFmpeg ends where the next stream of an Ogg chain has another layout or rate.
         while self.stopped and self._container.format.name == "ogg" and (start := _next_in_chain(self._path, self._place)):
             self.stopped = ""
-            with av.open(f"subfile,,start,{start},end,0,,:{os.fspath(self._path)}", options={"protocol_whitelist": "subfile,file"}) as rest:
+            with _from(self._path, start) as file, av.open(file, options={"protocol_whitelist": "subfile,file"}) as rest:
                 if found := tracks(rest, self._stream.type):
                     yield from self._demux(rest, found[0], start)
 
@@ -317,7 +312,7 @@ def _next_in_chain(path: os.PathLike[str] | str, place: int) -> int:
     if is_remote(path):
         return 0
     first = True  # of the pages that begin streams: those of the stream itself are passed over
-    with open(path, "rb") as file:
+    with open_part(path) if isinstance(path, FilePart) else open(path, "rb") as file:
         while True:
             file.seek(place)
             head = file.read(27)
@@ -329,6 +324,16 @@ def _next_in_chain(path: os.PathLike[str] | str, place: int) -> int:
             first &= begins
             table = file.read(head[26])
             place += 27 + len(table) + sum(table)
+
+
+@contextlib.contextmanager
+def _from(path: os.PathLike[str] | str, start: int) -> Iterator[Any]:
+    """Yields what FFmpeg opens to read a file from a byte on."""
+    if not isinstance(path, FilePart):
+        yield f"subfile,,start,{start},end,0,,:{os.fspath(path)}"
+        return
+    with open_part(path) as file:
+        yield Window(file, start, file.seek(0, os.SEEK_END) - start, path.name)
 
 
 def _ogg_end(file: IO[bytes], length: int) -> int:

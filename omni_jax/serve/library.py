@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import stat
 import threading
 from collections.abc import Collection, Mapping, Sequence
@@ -15,7 +16,7 @@ from omni_jax.media.preview import Preview, record_preview
 from omni_jax.media.workers import Guarded
 from omni_jax.retrieval.embedding_file import read_embeddings
 from omni_jax.retrieval.search import Index, target_table
-from omni_jax.types import ClipError, Record
+from omni_jax.types import ClipError, FilePart, MediaFile, Record
 
 TYPES = {
     ".mp4": "video/mp4",
@@ -76,7 +77,7 @@ class Library:
         if record is None:
             return {"caption": None, "image": False, "sound": False, "file": None}
         video, audio = (self._confined(path) for path in (record.video, record.audio))
-        playable = next((path for path in (video, audio) if path is not None and path.suffix.lower() in TYPES), None)
+        playable = next((path for path in (video, audio) if isinstance(path, Path) and path.suffix.lower() in TYPES), None)
         kind = TYPES[playable.suffix.lower()].partition("/")[0] if playable is not None else None
         return {"caption": record.text, "image": video is not None, "sound": audio is not None, "file": kind}
 
@@ -85,7 +86,7 @@ class Library:
         record = self._record(number)
         for path in (record.video, record.audio) if record is not None else ():
             found = self._confined(path)
-            if found is not None and (kind := TYPES.get(found.suffix.lower())) is not None:
+            if isinstance(found, Path) and (kind := TYPES.get(found.suffix.lower())) is not None:
                 return found, kind
         return None
 
@@ -116,10 +117,13 @@ class Library:
     def _record(self, number: int) -> Record | None:
         return self._records.get(self.ids[number]) if 0 <= number < len(self.ids) else None
 
-    def _confined(self, path: Path | None) -> Path | None:
-        """The file itself, links followed, where it lies in the folder of media and is a regular file."""
+    def _confined(self, path: MediaFile | None) -> MediaFile | None:
+        """The file itself, links followed, where it lies in the folder of media and is a regular file; of a part, where its file does."""
         if path is None or self._media is None:
             return None
+        if isinstance(path, FilePart):
+            file = self._confined(path.file)
+            return dataclasses.replace(path, file=file) if isinstance(file, Path) else None
         try:
             found = path.resolve(strict=True)
             inside = found.is_relative_to(self._media) and stat.S_ISREG(found.stat().st_mode)

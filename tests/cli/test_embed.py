@@ -8,10 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import omni_jax
@@ -48,6 +51,29 @@ def test_golden_rows_from_media_files_through_the_command_line(golden: GoldenSet
     found = read_embeddings(embedded)
     assert found.ids == tuple(record.id for record in golden.records)
     assert_close(found.tables[table], _reference(golden, table), "file_to_embedding_cosine")
+
+
+@pytest.mark.parametrize("name", ["clips.tar", "clips.parquet"])
+def test_golden_vectors_of_clips_in_one_file_are_those_of_loose_files_bit_for_bit(
+    golden: GoldenSet, embedded: Path, converted: Path, settings: list[str], tmp_path: Path, name: str
+):
+    rows = [{"id": r.id, "text": r.text, "video": {"bytes": Path(str(r.video)).read_bytes(), "path": None}} for r in golden.records]
+    if name.endswith(".parquet"):
+        columns = "audio=video,video=video"
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name, row_group_size=4)
+    else:
+        columns = "audio=mp4"
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for row, record in zip(rows, golden.records, strict=True):
+                tar.add(str(record.video), f"{row['id']}.mp4")
+                (tmp_path / "text").write_text(row["text"])
+                tar.add(tmp_path / "text", f"{row['id']}.txt")
+    arguments = ["--manifest", str(tmp_path / name), "--columns", columns, "--out", str(tmp_path / "o.npz"), "--tables", ",".join(TABLES)]
+    assert main(["embed", "--model", str(converted), *arguments, *settings]) == 0
+    found, expected = read_embeddings(tmp_path / "o.npz"), read_embeddings(embedded)
+    assert found.ids == expected.ids
+    for table in TABLES:
+        assert np.array_equal(found.tables[table], expected.tables[table])
 
 
 def test_golden_run_leaves_no_lists_where_nothing_went_wrong(embedded: Path):

@@ -150,7 +150,7 @@ BAD_LINES: dict[str, tuple[bytes | dict[str, Any], str | None, str]] = {
     "number as path": ({"id": "x", "video": 3}, "x", "record 'x': video is a number; make it the path of a file"),
     "empty path": ({"id": "x", "audio": ""}, "x", "record 'x': audio is an empty string"),
     "nul in path": ({"id": "x", "audio": "a\0.wav"}, "x", "record 'x': audio is a string; make it the path"),
-    "web address": ({"id": "x", "video": "http://a.b/c.mp4"}, "x", "record 'x': video http://a.b/c.mp4: not a kind of storage"),
+    "web address": ({"id": "x", "video": "http://a.b/c.mp4"}, "x", "record 'x': video http://a.b/c.mp4: is a web address, and"),
     "no modality": ({"id": "x"}, "x", "record 'x': has no text, video or audio"),
     "all null": ({"id": "x", "text": None, "video": None}, "x", "record 'x': has no text, video or audio"),
     "no turns": ({"id": "x", "conversations": []}, "x", "conversations must be"),

@@ -13,7 +13,7 @@ from omni_jax.cli import main as cli
 from omni_jax.cli import status
 from omni_jax.config import LoraConfig, Preset
 from omni_jax.conversion.folder import Manifest
-from omni_jax.data import entries, prepare, shards
+from omni_jax.data import clip_index, entries, prepare
 from omni_jax.retrieval.directions import AVERAGES
 from omni_jax.retrieval.metrics import NDCG_AT, RECALL_AT
 from omni_jax.train.run_config import SECTIONS, RunConfig
@@ -33,7 +33,7 @@ def test_every_command_and_option_is_on_the_page_of_commands() -> None:
     text = pages.commands_page()
     for name in cli.COMMANDS:
         assert f"\n## omni-jax {name}\n" in text
-    assert "\n### omni-jax convert to-jax\n" in text and "| `--manifest FILE.jsonl` | yes |" in text
+    assert "\n### omni-jax convert to-jax\n" in text and "| `--manifest SOURCE` | yes |" in text
     assert "omni-jax embed --model omni7b --manifest clips.jsonl" in text
 
 
@@ -91,8 +91,24 @@ def test_the_file_formats_name_every_field_and_file() -> None:
     text = _page("reference/file_formats.md")
     names = {field.name for record in (Manifest, WorkdirConfig) for field in dataclasses.fields(record)}
     names |= {*entries.PLAIN, *entries.OFFICIAL}
-    names |= {*shards.COLUMNS, shards.INDEX, prepare.STATE, prepare.ERRORS}
+    names |= {*clip_index.COLUMNS, clip_index.INDEX, prepare.STATE, prepare.ERRORS}
     assert not {name for name in names if f"`{name}`" not in text and f"`{name}/`" not in text}
+
+
+def test_the_costs_of_the_recipes_follow_from_the_pages_of_pods() -> None:
+    """v5e: the predicted step of the three kinds together; v5p and v6e: the mean of the three kinds in the table."""
+    pods = _page("guides/pods.md")
+    hours = [float(re.findall(r"together (\d+) chip-hours per million triples on\s+16 v5e", pods)[0])]
+    for topology in ("v5p:4x4x4", "v6e:8x8"):
+        kinds = [float(x) for x in re.findall(rf"^\| {topology} \|.*\| layer \| 128 \| train.*\| \((\d+)\) \|$", pods, re.MULTILINE)]
+        assert len(kinds) == 3
+        hours.append(round(sum(kinds) / 3))
+    rows = re.findall(
+        r"^\| \w[\w-]+ \| [^|]+ \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", _page("guides/recipes.md"), re.MULTILINE
+    )
+    assert len(rows) == 4
+    for records, *shown in rows:
+        assert shown == [f"{int(records.replace(',', '')) * per_million / 1e6:.1f}" for per_million in hours]
 
 
 def test_the_metrics_of_an_evaluation_are_explained() -> None:

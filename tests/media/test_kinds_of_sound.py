@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from av.codec.codec import Codec, UnknownCodecError
 
 from omni_jax.media import source
 from omni_jax.media.audio import read_waveform
-from omni_jax.types import ClipError
+from omni_jax.types import ClipError, FilePart
 from tests.media.containers import copy_tracks, damage_packets, wav_bytes, write_audio, write_video
 from tests.media_samples import tones, write_clip, write_sound
 
@@ -219,6 +220,10 @@ def test_chains_of_other_layouts_and_rates(tmp_path: Path, name: str, codec: str
     assert got.warnings == () and abs(len(got.samples) - 8 * RATE) < 0.1 * RATE
     for i in range(4):
         assert pitch(got.samples[int((2 * i + 0.5) * RATE) : int((2 * i + 1.5) * RATE)]) == pytest.approx(440 * (i + 1), abs=2)
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.add(tmp_path / name, name)
+    part = FilePart(tmp_path / "x.tar", name, 512, (tmp_path / name).stat().st_size)
+    assert np.array_equal(read_waveform(part, seconds=0).samples, got.samples), "a chain inside a tar ends with its member"
 
 
 def test_a_file_that_cannot_be_read_on_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

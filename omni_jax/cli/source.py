@@ -1,0 +1,57 @@
+"""The manifest of a command, in any format: its arguments and its records."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from omni_jax.types import InputError
+
+if TYPE_CHECKING:
+    from omni_jax.data.manifest import Manifest
+
+FORMATS = ("json", "csv", "parquet", "webdataset", "metadata", "files")  # those of omni_jax.data.formats.table, imported late
+ROLES = ("id", "text", "video", "audio", "image", "timestamps", "start", "end", "prefix")  # of omni_jax.data.formats.entry, likewise
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --manifest, and how it is read."""
+    parser.add_argument(
+        "--manifest", required=True, metavar="SOURCE", help="JSON lines, CSV, Parquet, WebDataset tars or a folder; a pattern names several"
+    )
+    add_format_arguments(parser)
+
+
+def add_format_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=FORMATS, help="what the manifest is (default: as its content and name say)")
+    parser.add_argument(
+        "--columns",
+        type=columns,
+        action="extend",
+        default=[],
+        metavar="ROLE=NAME,...",
+        help="columns, members or fields with names of their own, as in text=caption,video=path",
+    )
+
+
+def read_source(args: argparse.Namespace) -> Manifest:
+    """Returns the records that the arguments name.
+
+    Raises:
+      InputError: when they cannot be read.
+    """
+    from omni_jax.data.manifest import read_manifest
+
+    fetched = getattr(args, "fetched", None)
+    return read_manifest(args.manifest, args.media_root, format=args.format, columns=dict(args.columns), fetched=fetched)
+
+
+def columns(text: str) -> list[tuple[str, str]]:
+    """Returns (role, name) of each part of "ROLE=NAME,..."."""
+    found = []
+    for part in text.split(","):
+        role, sign, name = (word.strip() for word in part.partition("="))
+        if role not in ROLES or not sign or not name:
+            raise InputError(f"--columns {text}: {part!r} is not ROLE=NAME; the roles are {', '.join(ROLES)}")
+        found.append((role, name))
+    return found

@@ -1,0 +1,177 @@
+"""Parquet files, in the layout of Hugging Face's `datasets` or any other. Captions are read here, media stay where they are.
+
+A column of media holds paths, bytes, or both: struct<bytes, path>, as the features Audio, Video and Image of `datasets` are stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+from omni_jax.data.entries import BadEntry, absolute
+from omni_jax.data.formats.entry import Entry, Notes, check_columns, media_kind, reading, table_fields
+from omni_jax.media.parts import parquet_module
+from omni_jax.types import FilePart, InputError
+
+_ROWS = 1024  # read together; their media are not
+
+
+class _Media(NamedTuple):
+    """A column of media: its name, and its leaves that hold bytes and paths, "" for none."""
+
+    name: str
+    bytes: str
+    path: str
+
+
+def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes) -> Iterator[Entry]:
+    """Yields the rows of a file; bytes in it are parts of the file.
+
+    Raises:
+      InputError: for a file that is no Parquet, lacks a column that is asked for, or has none that can be read; and where pyarrow is
+        missing.
+    """
+    parquet = parquet_module()
+    with reading(path):
+        opened: Any = absolute(path).open("rb")
+    with opened as file:
+        try:
+            table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+        except Exception as error:  # pyarrow's errors have no class of their own
+            raise InputError(f"{path}: is no whole Parquet file ({_line(error)}); fetch it again") from None
+        yield from _rows(path, table, columns, notes)
+
+
+def _rows(path: os.PathLike[str] | str, table: Any, columns: Mapping[str, str], notes: Notes) -> Iterator[Entry]:
+    schema = table.schema_arrow
+    scalars = [field.name for field in schema if _is_plain(field.type)]
+    media = [found for field in schema if (found := _media(field)) is not None]
+    roles = _roles(path, schema, media, columns)
+    check_columns(path, schema.names, columns, list(roles.values()))
+    used = [column for column in media if column.name in roles or column.name in columns.values()]
+    if idle := [name for name in schema.names if name not in scalars and name not in {column.name for column in used}]:
+        notes.add(f"files with columns that are not read ({', '.join(idle)})", path)
+    wanted = scalars + [column.path for column in used if column.path]
+    names_itself = "id" in schema.names or "id" in columns
+    first = 0
+    for group in range(table.metadata.num_row_groups):
+        count = table.metadata.row_group(group).num_rows
+        try:
+            held = {column.name: _held(table, group, column.bytes) for column in used if column.bytes}
+            for row, cells in enumerate(_cells(table, group, wanted, count)):
+                fields: Any = {name: cells.get(name) for name in scalars}
+                for column in used:
+                    value = _value(absolute(path), column, cells, held, (first + row, group, row))
+                    fields[column.name if column.name in columns.values() else roles[column.name]] = value
+                fields = table_fields(fields, columns)
+                number = first + row
+                if not names_itself and isinstance(fields, dict):
+                    fields["id"] = f"{PurePath(os.fspath(path)).stem}-{number}"
+                yield Entry(path, f"row {number + 1}", fields, number + 1)
+        except Exception as error:
+            yield Entry(
+                path, f"row {first + 1}", BadEntry(f"its {count} rows cannot be read ({_line(error)}); fetch the file again"), first + 1
+            )
+        first += count
+
+
+def _roles(path: os.PathLike[str] | str, schema: Any, media: list[_Media], columns: Mapping[str, str]) -> dict[str, str]:
+    """Returns column -> role of media that `columns` does not name: by the feature of `datasets`, or by the name.
+
+    Raises:
+      InputError: where two columns have one role.
+    """
+    features: Mapping[str, Any] = {}
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    found: dict[str, str] = {}
+    for column in media:
+        feature = features.get(column.name)
+        feature = feature.get("_type") if isinstance(feature, dict) else None
+        role = {"Audio": "audio", "Video": "video", "Image": "image"}.get(str(feature))
+        role = role or (column.name if column.name in ("video", "audio", "image") else media_kind(column.name))
+        if role is None or role in columns or column.name in columns.values():
+            continue
+        if role in found.values():
+            other = next(name for name, known in found.items() if known == role)
+            raise InputError(
+                f"{path}: columns {other!r} and {column.name!r} both hold {role}; say which with --columns {role}={column.name}"
+            )
+        found[column.name] = role
+    if "image" in found.values():
+        name = next(name for name, role in found.items() if role == "image")
+        if "video" in found.values() or "video" in columns:
+            del found[name]
+        else:
+            found[name] = "video"  # a picture is a video of one frame
+    return found
+
+
+def _media(field: Any) -> _Media | None:
+    if _is_bytes(field.type):
+        return _Media(field.name, field.name, "")
+    if not hasattr(field.type, "get_field_index"):
+        return None
+    leaves = {leaf.name: leaf.type for leaf in field.type}
+    if not leaves or not leaves.keys() <= {"bytes", "path"}:
+        return None
+    held = f"{field.name}.bytes" if "bytes" in leaves and _is_bytes(leaves["bytes"]) else ""
+    return _Media(field.name, held, f"{field.name}.path" if "path" in leaves else "")
+
+
+def _value(
+    path: Path, column: _Media, cells: Mapping[str, Any], held: Mapping[str, list[bool] | bool], place: tuple[int, int, int]
+) -> FilePart | str | None:
+    """Returns a cell of media: a part of the file where it has bytes, else its path, else None."""
+    number, group, row = place
+    named = (cells.get(column.name) or {}).get("path") if column.path else None
+    there = held.get(column.name, False)
+    if there if isinstance(there, bool) else there[row]:
+        name = "/".join([str(number), column.name, *([PurePath(named).name] if named else [])])
+        return FilePart(path, name, column=column.bytes, group=group, row=row)
+    return named
+
+
+def _held(table: Any, group: int, leaf: str) -> list[bool] | bool:
+    """Returns whether the cells of a row group hold bytes: for all at once where the file's statistics tell, else for each."""
+    metadata = table.metadata.row_group(group)
+    chunks: list[Any] = [metadata.column(i) for i in range(metadata.num_columns)]
+    statistics = next(chunk.statistics for chunk in chunks if chunk.path_in_schema == leaf)
+    if statistics is not None and statistics.has_null_count and statistics.null_count in (0, metadata.num_rows):
+        return statistics.null_count == 0
+    found: list[bool] = []
+    for batch in table.iter_batches(batch_size=1, row_groups=[group], columns=[leaf], use_threads=False):
+        value = batch.column(0)
+        while value.type.num_fields:
+            value = value.flatten()[0]
+        found += value.is_valid().to_pylist()
+    return found
+
+
+def _cells(table: Any, group: int, columns: list[str], count: int) -> Iterator[Mapping[str, Any]]:
+    """Yields the rows of a row group as column -> value."""
+    if not columns:
+        yield from ({} for _ in range(count))
+        return
+    for batch in table.iter_batches(batch_size=_ROWS, row_groups=[group], columns=columns, use_threads=False):
+        yield from batch.to_pylist()
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether a column holds texts, numbers or lists of them, which JSON can hold too."""
+    text = str(kind)
+    if text.startswith(("list<", "large_list<", "fixed_size_list<")):
+        return _is_plain(kind.value_type)
+    return text.startswith(("string", "large_string", "int", "uint", "float", "double", "bool", "halffloat", "dictionary<values=string"))
+
+
+def _is_bytes(kind: Any) -> bool:
+    return str(kind) in ("binary", "large_binary", "binary_view")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,193 @@
+"""Files that are grouped by what stands before the first dot of their names: members of a tar (WebDataset), or files of a folder.
+
+`clip1.mp4`, `clip1.wav`, `clip1.txt` and `clip1.json` are one record, clip1. Text is the caption, JSON its other fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from omni_jax.data.entries import BadEntry, absolute
+from omni_jax.data.formats.entry import Entry, Notes, media_kind, reading, renamed
+from omni_jax.data.formats.json_entries import parse
+from omni_jax.types import FilePart, InputError
+
+_LONGEST_TEXT = 1 << 20  # bytes of a member that holds a caption or fields
+
+
+@dataclasses.dataclass
+class _Group:
+    """Files of one key: what each is by its extension (a media file, or the bytes of a text), and what is wrong with one of them."""
+
+    files: dict[str, FilePart | str | bytes] = dataclasses.field(default_factory=dict)
+    wrong: str = ""
+
+    def add(self, extension: str, held: FilePart | str | bytes) -> None:
+        if extension in self.files:
+            self.wrong = self.wrong or f"has two files .{extension}; keep one"
+        self.files[extension] = held
+
+
+def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes) -> Iterator[Entry]:
+    """Yields the records of a tar, which is listed and not unpacked: media are parts of it.
+
+    Raises:
+      InputError: for a file that is no tar, or a compressed one, whose members have no place in it.
+    """
+    groups: dict[str, _Group] = {}
+    damaged = ""
+    with reading(path):
+        opened: Any = absolute(path).open("rb")
+        with opened as file:
+            try:
+                for name, extension, held in _members(file, absolute(path), columns.get("text")):
+                    group = groups.setdefault(name, _Group())
+                    if isinstance(held, BadEntry):
+                        group.wrong = group.wrong or str(held)
+                    else:
+                        group.add(extension, held)
+            except tarfile.TarError as error:
+                if not groups:
+                    raise InputError(f"{path}: is no tar that can be read ({error}); fetch it again") from None
+                damaged = str(error)
+    yield from _records(path, groups, columns, notes)
+    if damaged:
+        reason = f"the tar is truncated or damaged after {len(groups)} records ({damaged}); fetch it again"
+        yield Entry(path, "end", BadEntry(reason), len(groups) + 1)
+
+
+def read_folder(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes) -> Iterator[Entry]:
+    """Yields the records of a folder of media files, with texts of the same names beside them or not."""
+    folder = absolute(path)
+    groups: dict[str, _Group] = {}
+    for file in sorted(folder.rglob("*")):
+        name = os.fspath(file)[len(os.fspath(folder).rstrip("/")) + 1 :]
+        if any(part.startswith(".") for part in name.split("/")) or not file.is_file():
+            continue
+        key, extension = _key(name)
+        is_text = _is_text(extension, columns.get("text"))
+        groups.setdefault(key, _Group()).add(extension, _text(file) if is_text else os.fspath(file))
+    kept = {key: group for key, group in groups.items() if any(media_kind(extension) for extension in group.files)}
+    yield from _records(path, kept, columns, notes)
+
+
+def _members(file: IO[bytes], path: Path, caption: str | None) -> Iterator[tuple[str, str, FilePart | bytes | BadEntry]]:
+    """Yields key, extension and content of each member that is a file. Raises TarError where the tar ends too soon."""
+    length = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
+        known: list[Any] = getattr(tar, "members")  # noqa: B009 - not in the types of the standard library
+        while (member := tar.next()) is not None:
+            known.clear()  # it keeps every one of them otherwise
+            if member.isdir():
+                continue
+            name = member.name.removeprefix("./")
+            key, extension = _key(name)
+            start, size = member.offset_data, member.size
+            if member.issym() or member.islnk():
+                yield key, extension, BadEntry(f"member {name!r} is a link, which is not followed; put the file itself into the tar")
+            elif not member.isreg() or member.issparse():
+                yield key, extension, BadEntry(f"member {name!r} is not a plain file; put the file itself into the tar")
+            elif name.startswith("/") or ".." in name.split("/"):
+                yield key, extension, BadEntry(f"member {name!r} has a name that leads out of the tar; rename it")
+            elif start + size > length:
+                yield key, extension, BadEntry(f"member {name!r} is truncated: the tar ends within it; fetch the tar again")
+            elif _is_text(extension, caption):
+                file.seek(start)
+                yield key, extension, file.read(min(size, _LONGEST_TEXT))
+            else:
+                yield key, extension, FilePart(path, name, start, size)
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0") or length < tar.offset + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"no header and no end mark at byte {tar.offset}")
+
+
+def _key(name: str) -> tuple[str, str]:
+    """Returns what a file's name has before and after the first dot of its last part, in small letters the latter."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def _is_text(extension: str, caption: str | None) -> bool:
+    return extension == caption or extension.rpartition(".")[2] in ("txt", "json")
+
+
+def _text(file: Any) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(_LONGEST_TEXT)
+
+
+def _records(path: os.PathLike[str] | str, groups: Mapping[str, _Group], columns: Mapping[str, str], notes: Notes) -> Iterator[Entry]:
+    """Yields an entry for each group; says which lack what others have, and which files are not read."""
+    held = {key: {_kind(extension) for extension in group.files} for key, group in groups.items() if not group.wrong}
+    for kind in sorted({kind for kinds in held.values() for kind in kinds if kind}):
+        if lacking := [key for key, kinds in held.items() if kind not in kinds]:
+            notes.add(f"records without a file of {kind}, which others have", f"{path}:{lacking[0]}", len(lacking))
+    for key, group in groups.items():
+        for extension in group.files:
+            if not _kind(extension) and extension not in columns.values():
+                notes.add(f"files .{extension} that are not read", f"{path}:{key}")
+    if {"video"} in held.values() or {"video", "text"} in held.values():
+        _note_sound(path, groups, held, columns, notes)
+    for number, (key, group) in enumerate(groups.items(), 1):
+        yield Entry(path, key, BadEntry(group.wrong) if group.wrong else _fields(key, group.files, columns), number, id=key)
+
+
+def _note_sound(
+    path: os.PathLike[str] | str,
+    groups: Mapping[str, _Group],
+    held: Mapping[str, set[str | None]],
+    columns: Mapping[str, str],
+    notes: Notes,
+) -> None:
+    if "audio" in columns or any("audio" in kinds for kinds in held.values()):
+        return
+    first = next(e for key in held for e in groups[key].files if _kind(e) == "video")
+    notes.add(f"sources whose videos may have sound, which --columns audio={first} uses", path)
+
+
+def _kind(extension: str) -> str | None:
+    """Returns what a file is by its extension: "text", "fields", "video", "audio", "image", or None for what is not read."""
+    return {"txt": "text", "json": "fields"}.get(extension) or media_kind(extension)
+
+
+def _fields(key: str, files: Mapping[str, FilePart | str | bytes], columns: Mapping[str, str]) -> dict[str, Any] | BadEntry:
+    """Returns the fields of a record from its files. A file stands above a field of JSON, and `columns` above both."""
+    fields: dict[str, Any] = {}
+    contents: dict[str, Any] = {}
+    for extension, held in files.items():
+        if not isinstance(held, bytes):
+            contents[extension] = held
+        elif extension == "json":
+            read = parse(held)
+            if isinstance(read, BadEntry):
+                return BadEntry(f".json: {read}")
+            fields = read
+        else:
+            try:
+                contents[extension] = held.decode("utf-8-sig").strip("\r\n")
+            except UnicodeDecodeError as error:
+                return BadEntry(f".{extension}: byte {error.start + 1} is not UTF-8; save it as UTF-8")
+    found = renamed({**fields, **contents}, columns)
+    if isinstance(found, BadEntry):
+        return found
+    taken = {role for role, name in columns.items() if name in fields or name in contents}
+    found = {name: value for name, value in found.items() if name in taken or name not in contents}
+    if "txt" in contents and "text" not in taken:
+        found["text"] = contents["txt"]
+    for kind in ("video", "audio", "image"):
+        choice = [extension for extension in files if _kind(extension) == kind] if kind not in taken else []
+        for better in (lambda e: e not in columns.values(), lambda e: "." not in e):
+            choice = [extension for extension in choice if better(extension)] or choice if len(choice) > 1 else choice
+        if len(choice) > 1:
+            listed = ", ".join(f".{extension}" for extension in choice)
+            return BadEntry(f"has several files of {kind} ({listed}); say which with --columns {kind}={choice[0]}")
+        if choice and (kind != "image" or found.get("video") is None):
+            found["video" if kind == "image" else kind] = contents[choice[0]]
+    return {**found, "id": found.get("id") if "id" in taken else key}

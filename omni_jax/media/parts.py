@@ -1,0 +1,175 @@
+"""Media files that lie inside other files, read there: members of a tar and cells of a Parquet column. Nothing is unpacked.
+
+A member is a byte range of its tar. A cell lies in a page, which is compressed and often shared by all rows of a row group. So a row group
+is read in order; a process keeps its place in the last two columns, and the next row costs that row alone.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import importlib
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from typing import IO, Any, cast
+
+from omni_jax.io.remote import is_remote
+from omni_jax.media.workers import goes_on
+from omni_jax.types import ClipError, FilePart, InputError
+
+_BLOCK = 512  # bytes: a tar's unit; the header of a member stands in the block before its bytes
+_LARGEST = 8 << 30  # bytes: the header of a larger member may state its size elsewhere
+_KEPT_COLUMNS = 2  # a record has two media files at most; each holds the pages that it reads, at most twice its bytes of a row group
+_BUFFER = 1 << 20  # bytes of a file that are read at a time, not a whole column of a row group
+
+
+def open_binary(path: os.PathLike[str] | str) -> IO[bytes]:
+    """Returns a file opened for reading, of this machine or of an object store. Raises ClipError where it cannot be opened."""
+    try:
+        if not is_remote(path):
+            return open(path, "rb")
+        from etils import epath  # reading gs:// alone needs it
+
+        return cast("IO[bytes]", epath.Path(os.fspath(path)).open("rb"))
+    except Exception as error:  # every store has its own exceptions
+        why = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
+        raise ClipError(f"{path}: cannot be opened ({why}); check the path and your access to it") from None
+
+
+def parquet_module() -> Any:
+    """Returns `pyarrow.parquet`. Raises InputError where pyarrow is not installed."""
+    try:
+        return importlib.import_module("pyarrow.parquet")
+    except ModuleNotFoundError as error:
+        raise InputError("pyarrow is not installed, which reads Parquet; run pip install 'omni-jax[parquet]'") from error
+
+
+class Window(io.RawIOBase):
+    """Bytes [start, start + size) of an open file, as a file of its own. FFmpeg goes by its name, too."""
+
+    def __init__(self, file: IO[bytes], start: int, size: int, name: str) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+        self.name = name
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = max(0, origin + offset)
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._at)
+        self._file.seek(self._start + self._at)
+        data = self._file.read(left if size is None or size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class _Cell(io.BytesIO):
+    """The bytes of a cell, with a name."""
+
+    def __init__(self, data: bytes, name: str) -> None:
+        super().__init__(data)
+        self.name = name
+
+
+@contextlib.contextmanager
+def open_part(part: FilePart) -> Iterator[IO[bytes]]:
+    """Yields a part of a file as a binary file of its own.
+
+    Raises:
+      ClipError: when it cannot be read there.
+    """
+    if part.column:
+        data = _cell(part)
+        # FFmpeg knows WAV by its name, and cells may have none.
+        yield _Cell(data, part.name + ".wav" * (data[:4] == b"RIFF" and data[8:12] == b"WAVE" and not os.path.splitext(part.name)[1]))
+        return
+    with open_binary(part.file) as file:
+        yield cast("IO[bytes]", Window(file, part.start, part.size, part.name))
+
+
+def check_part(part: FilePart) -> None:
+    """Raises ClipError where a tar's member is empty, is cut off, or is not where it was when the tar was listed."""
+    if part.column:
+        if not _cell(part):
+            raise ClipError(f"{part}: the cell is empty; remove the row, or fill it")
+        return
+    if not part.size:
+        raise ClipError(f"{part}: the member is empty; make the tar again")
+    with open_binary(part.file) as file:
+        if file.seek(0, os.SEEK_END) < part.start + part.size:
+            raise ClipError(f"{part}: truncated: the tar ends within the member; fetch the tar again")
+        file.seek(max(0, part.start - _BLOCK))
+        try:
+            found = tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape").size
+        except tarfile.HeaderError:
+            found = -1
+        if found != part.size and (found < 0 or part.size < _LARGEST):
+            raise ClipError(f"{part}: the tar has no such member at byte {part.start} any more; list it again with 'omni-jax manifest'")
+
+
+class _Column:
+    """Cells of one column of one row group, in order, with the last one kept."""
+
+    def __init__(self, part: FilePart) -> None:
+        self._file = open_binary(part.file)
+        parquet = parquet_module().ParquetFile(self._file, buffer_size=_BUFFER, pre_buffer=False)
+        self._batches = parquet.iter_batches(batch_size=1, row_groups=[part.group], columns=[part.column], use_threads=False)
+        self.row, self.data = -1, b""
+
+    def move_to(self, row: int) -> None:
+        while self.row < row:
+            goes_on()
+            value: Any = next(self._batches).column(0)
+            while value.type.num_fields:  # a struct of the one leaf
+                value = value.flatten()[0]
+            self.data = value[0].as_py() or b""
+            self.row += 1
+
+    def close(self) -> None:
+        self._file.close()
+
+
+_columns: collections.OrderedDict[tuple[str, str, int], _Column] = collections.OrderedDict()
+
+
+def _cell(part: FilePart) -> bytes:
+    """Returns the bytes of a cell; b"" for null."""
+    key = os.fspath(part.file), part.column, part.group
+    column = _columns.pop(key, None)
+    try:
+        if column is None or column.row > part.row:
+            if column is not None:
+                column.close()
+            column = _Column(part)
+        column.move_to(part.row)
+    except StopIteration:
+        raise ClipError(f"{part}: the file has no such row any more; list it again with 'omni-jax manifest'") from None
+    except (InputError, ImportError):
+        raise
+    except Exception as error:  # pyarrow's errors have no class of their own
+        why = " ".join(str(error).split())
+        raise ClipError(f"{part}: cannot be read ({why}); fetch the file again, or list it again with 'omni-jax manifest'") from None
+    _columns[key] = column
+    while len(_columns) > _KEPT_COLUMNS:
+        _columns.popitem(last=False)[1].close()
+    return column.data
