@@ -193,6 +193,19 @@ class LayerNorm(nnx.Module):
         return (wide * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
+@jax.custom_vjp
+def materialize_gradient(x: jax.Array) -> jax.Array:
+    """Returns x. Its gradient is computed once and stored.
+
+    Left alone, the TPU compiler computes an elementwise gradient again inside each product that reads it, which makes these products
+    slower by a third.
+    """
+    return x
+
+
+materialize_gradient.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
+
+
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
@@ -202,7 +215,8 @@ class SwiGLU(nnx.Module):
         self.down = Linear(make / "down", inner, width, ("mlp", "embed"), bias=bias)
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x, dropout_key)) * self.up(x, dropout_key), dropout_key)
+        gate, up = (materialize_gradient(part(x, dropout_key)) for part in (self.gate, self.up))
+        return self.down(jax.nn.silu(gate) * up, dropout_key)
 
 
 def gelu(x: jax.Array) -> jax.Array:
