@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -24,9 +26,9 @@ from omni_jax.config import preset as preset_named
 from omni_jax.config.compile_cache import use_compile_cache
 from omni_jax.data.loading import DECODE_LIMIT_S, load_features
 from omni_jax.parallel import batch_shards, make_mesh
-from omni_jax.retrieval.embedding_pass import Part, embedding_pass
+from omni_jax.retrieval.embedding_pass import Part, embedding_pass, start_group
 from omni_jax.tokens.batching import Planner, build_batches
-from omni_jax.tokens.prompts import build_sequences
+from omni_jax.tokens.prompts import able_records, tokenized_clip
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.types import ClipError, EncoderBatch, Features, InputError, Record, TokenizedClip
 
@@ -39,6 +41,7 @@ class OmniRetriever:
 
     Attributes:
       preset: how clips and captions become tokens; assign another one at any time.
+      row_multiple: rows of a batch are a multiple of it, so that they spread over the devices.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class OmniRetriever:
         self._tokenizer = tokenizer
         self._runner = Runner(encoder, mesh)
         self._mesh = mesh
-        self._rows = 1 if mesh is None else batch_shards(mesh)
+        self.row_multiple = 1 if mesh is None else batch_shards(mesh)
         self._planners: dict[Preset, Planner] = {}
         self._origin = origin
         self._dtype = jnp.dtype(encoder.dtype)
@@ -290,6 +293,7 @@ class OmniRetriever:
         timeout: float = DECODE_LIMIT_S,
         share_prefix: bool | None = None,
         load: Callable[[Sequence[Record]], Iterable[Features | ClipError]] | None = None,
+        shapes: Mapping[str, Iterable[tuple[int, ...]]] | None = None,
     ) -> Iterator[Part]:
         """Embeds records into tables, a group at a time; a record that cannot be embedded is set aside and never stops the others.
 
@@ -304,6 +308,8 @@ class OmniRetriever:
           share_prefix: whether prompts that start with the same media share its tokens; the embeddings are the same. None: where the
             backbone's attention is causal.
           load: gives the features of records, or the reason why there are none, in their order; None decodes their files.
+          shapes: `Part.shapes` of the last part of an interrupted pass, {} to begin one, whose bits then depend on nothing that was
+            embedded before. None: shapes of earlier calls are used again, too.
 
         Raises:
           ConfigError: for an unknown table, or prefixes that are to be shared and cannot be.
@@ -316,18 +322,16 @@ class OmniRetriever:
         share_prefix = self.config.shares_prefix if share_prefix is None else share_prefix
         self.config.check_share_prefix(share_prefix)
         needed = frozenset().union(*(TABLE_MODALITIES[name] for name in tables))
-        fits = [any(TABLE_MODALITIES[name] <= r.modalities for name in tables) for r in records]
-        unable = [(r.id, _missing(r, tables)) for r, fit in zip(records, fits, strict=True) if not fit]
+        able, unable = able_records(records, tables)
         if unable:
-            yield Part(problems=tuple(unable))
-        able = [r for r, fit in zip(records, fits, strict=True) if fit]
+            yield Part(problems=unable)
 
         if workers is None:
             workers = max(1, (os.cpu_count() or 1) - 1) if needed != {"t"} else 0
         features = load_features(able, self.preset, needed, workers=workers, timeout_s=timeout) if load is None else load(able)
         clips = zip(able, features, strict=True)
         yield from self.embed_features(
-            clips, tables, lambda _: tables, batch_size=batch_size, normalize=normalize, share_prefix=share_prefix
+            clips, tables, lambda _: tables, batch_size=batch_size, normalize=normalize, share_prefix=share_prefix, shapes=shapes
         )
 
     def embed_features(
@@ -339,6 +343,7 @@ class OmniRetriever:
         batch_size: int,
         normalize: bool,
         share_prefix: bool | None = None,
+        shapes: Mapping[str, Iterable[tuple[int, ...]]] | None = None,
     ) -> Generator[Part]:
         """Embeds decoded clips, a group at a time, as `embed` does.
 
@@ -346,35 +351,58 @@ class OmniRetriever:
           clips: records with their features, or with the reason why there are none.
           tables: all that some clip may be embedded into.
           tables_of: those that a clip is embedded into.
+          shapes: as in `embed`.
         """
-        planner = self._planners.setdefault(self.preset, Planner(row_multiple=self._rows))
+        planner = self._planners.setdefault(self.preset, Planner(row_multiple=self.row_multiple))
+        if shapes is not None:
+            planner = Planner(row_multiple=self.row_multiple)
+            planner.learn(shapes)
+        planned: collections.deque[dict[str, list[tuple[int, ...]]]] = collections.deque()
 
         def tokenized(record: Record, item: Features | ClipError) -> tuple[Record, TokenizedClip | ClipError]:
             if isinstance(item, ClipError):
                 return record, item
-            try:
-                return record, TokenizedClip(item, build_sequences(item, tables_of(item), self._tokenizer, self.config, self.preset))
-            except ClipError as e:
-                return record, ClipError(f"{_who(record)}: {e}")
+            return record, tokenized_clip(item, tables_of(item), self._tokenizer, self.config, self.preset)
 
         def plan(group: Sequence[TokenizedClip]) -> EncoderBatch:
-            return build_batches(
-                [clip.features for clip in group],
-                tables,
-                self._tokenizer,
-                self.config,
-                self.preset,
-                share_prefix=share_prefix,
-                planner=planner,
-                sequences=[clip.sequences for clip in group],
-            )
+            batch = self._batch(group, tables, planner, share_prefix)
+            planned.append(planner.known())
+            return batch
 
-        def encode(batch: EncoderBatch) -> Iterator[tuple[int, str, np.ndarray]]:
-            return self._runner.embed(batch, self.preset.text_head)
+        for part in embedding_pass(
+            itertools.starmap(tokenized, clips), tables, plan=plan, encode=self._encode, group=batch_size, normalize=normalize
+        ):
+            yield dataclasses.replace(part, shapes=planned.popleft()) if part.total_tokens else part
 
-        yield from embedding_pass(
-            itertools.starmap(tokenized, clips), tables, plan=plan, encode=encode, group=batch_size, normalize=normalize
+    def start_group(
+        self, clips: Sequence[TokenizedClip], tables: Sequence[str], shapes: Mapping[str, Iterable[tuple[int, ...]]], *, normalize: bool
+    ) -> Callable[[], Part]:
+        """Starts the devices on one group of `embed`, planned elsewhere; the function that is returned waits for them and gives its part.
+
+        Args:
+          shapes: what the planner knew before this group.
+        """
+        planner = Planner(row_multiple=self.row_multiple)
+        planner.learn(shapes)
+        plan = functools.partial(self._batch, tables=tables, planner=planner)
+        return start_group(clips, [], tables, plan=plan, encode=self._encode, normalize=normalize)
+
+    def _batch(
+        self, group: Sequence[TokenizedClip], tables: Sequence[str], planner: Planner, share_prefix: bool | None = None
+    ) -> EncoderBatch:
+        return build_batches(
+            [clip.features for clip in group],
+            tables,
+            self._tokenizer,
+            self.config,
+            self.preset,
+            share_prefix=share_prefix,
+            planner=planner,
+            sequences=[clip.sequences for clip in group],
         )
+
+    def _encode(self, batch: EncoderBatch) -> Iterator[tuple[int, str, np.ndarray]]:
+        return self._runner.embed(batch, self.preset.text_head)
 
     @contextlib.contextmanager
     def report_programs(self, log: Callable[[str], None]) -> Iterator[None]:
@@ -384,18 +412,6 @@ class OmniRetriever:
             yield
         finally:
             self._runner.compiling = None
-
-
-def _missing(record: Record, tables: Sequence[str]) -> str:
-    names = {"t": "text", "v": "video", "a": "audio"}
-    # Of the table that needs least besides what is there.
-    lacks = min((TABLE_MODALITIES[name] - record.modalities for name in tables), key=len)
-    lacking = [names[m] for m in "tva" if m in lacks]
-    return f"{_who(record)}: has no {' and no '.join(lacking)}, which the requested tables need; add the field or choose other --tables"
-
-
-def _who(record: Record) -> str:
-    return f"record {record.id!r}" + (f" (line {record.line} of the manifest)" if record.line else "")
 
 
 def check_preprocessing(folder: epath.Path, config: ModelConfig) -> None:

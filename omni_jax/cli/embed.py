@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from omni_jax.cli.argtypes import positive, whole
+from omni_jax.cli.on_ray import add_actor_arguments, add_ray_argument, check_ray, embedding_on_ray
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.source import add_source_arguments, read_source
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED, INTERRUPTED, STOPPED_AND_SAVED
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from omni_jax.api import OmniRetriever
     from omni_jax.api.weights import ModelSource
     from omni_jax.data.manifest import Manifest
+    from omni_jax.engines.ray_embed import RayEmbedding
     from omni_jax.retrieval.embedding_pass import Outcome, Part
 
 TIMEOUT_S = 120.0
@@ -38,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
     parser.add_argument("--out", type=epath.Path, required=True, metavar="FILE.npz", help="embedding file to write")
     add_preset_arguments(parser)
+    add_ray_argument(parser)
+    add_actor_arguments(parser)
     parser.add_argument(
         "--part",
         type=_part,
@@ -174,6 +179,7 @@ def run(args: argparse.Namespace) -> int:
       InputError, ConfigError: for anything in the arguments that cannot be used.
     """
     check_timeout(args)
+    check_ray(args)
     check_preset(args)
     source = named_model(args)
     chosen = choose_preset(args, source)
@@ -189,16 +195,17 @@ def run(args: argparse.Namespace) -> int:
     check_place(part_path(args.out, index, count))
     whole = read_source(args)
     tables = usable_tables(args, whole, tables, part_path(args.out, index, count))
-    model = load_model(args, source, chosen)
-    made_with = model.made_with(normalize=not args.no_normalize)
-    files = _files(args, whole, tables, model.dim)
-    same = first_of_prompts(whole.records, tables) if files[0].of > 1 else {}
-    bad = done = 0
-    for file in files:
-        stopped, embedded, skipped = _embed_file(args, model, file, tables, made_with, same)
-        if stopped is not None:
-            return stopped
-        bad, done = bad + skipped, done + embedded
+    with contextlib.ExitStack() as held:
+        model = load_model(args, source, chosen) if args.ray is None else held.enter_context(embedding_on_ray(args, source, chosen))
+        made_with = model.made_with(normalize=not args.no_normalize)
+        files = _files(args, whole, tables, model.dim)
+        same = first_of_prompts(whole.records, tables) if files[0].of > 1 else {}
+        bad = done = 0
+        for file in files:
+            stopped, embedded, skipped = _embed_file(args, model, file, tables, made_with, same)
+            if stopped is not None:
+                return stopped
+            bad, done = bad + skipped, done + embedded
     if not done:
         raise InputError(f"{args.manifest}: no record could be embedded; {_beside(files[0].out, 'errors')} says why")
     if len(files) > 1:
@@ -240,7 +247,7 @@ def _files(args: argparse.Namespace, whole: Manifest, tables: tuple[str, ...], w
 
 def _embed_file(
     args: argparse.Namespace,
-    model: OmniRetriever,
+    model: OmniRetriever | RayEmbedding,
     file: _File,
     tables: tuple[str, ...],
     made_with: Mapping[str, Any] | None,
@@ -252,6 +259,7 @@ def _embed_file(
     """
     import numpy as np
 
+    from omni_jax.api import OmniRetriever
     from omni_jax.cli.stopping import Terminated, sigterm_raises
     from omni_jax.retrieval.embedding_file import finished, write_embeddings
     from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt, same_in_other_parts
@@ -269,7 +277,7 @@ def _embed_file(
     try:
         with sigterm_raises():
             what = f"embed {file.index + 1}/{file.of}" if several else "embed"
-            for part in embed(args, model, left, tables, what, done=len(file.manifest.records) - len(left)):
+            for part in embed(args, model, left, tables, what, done=len(file.manifest.records) - len(left), shapes=journal.shapes):
                 journal.add(part)
     except (Terminated, KeyboardInterrupt) as e:
         kept = f"{len(journal.finished())} of {len(file.manifest.records)} records" + (f" of {file.out.name}" if several else "")
@@ -287,7 +295,7 @@ def _embed_file(
         names = ", ".join(rows)
         print(f"{file.out}: {len(table.ids)} records, tables {names}; {outcome.padded_share:.0%} of the tokens were padding")
     journal.remove()
-    if model.config.weights == "int8-dynamic" and args.sample and table.ids and not file.index:
+    if isinstance(model, OmniRetriever) and model.config.weights == "int8-dynamic" and args.sample and table.ids and not file.index:
         from omni_jax.cli.rounding_sample import loss_line
 
         print(loss_line(model, file.manifest.records, table, args.sample, lambda *a: embed(args, *a, what="int8 sample")))
@@ -326,16 +334,26 @@ def load_model(args: argparse.Namespace, source: ModelSource, chosen: Preset) ->
 
 
 def embed(
-    args: argparse.Namespace, model: OmniRetriever, records: Sequence[Record], tables: tuple[str, ...], what: str, done: int = 0
+    args: argparse.Namespace,
+    model: OmniRetriever | RayEmbedding,
+    records: Sequence[Record],
+    tables: tuple[str, ...],
+    what: str,
+    done: int = 0,
+    shapes: Mapping[str, Iterable[tuple[int, ...]]] | None = None,
 ) -> Iterator[Part]:
-    """Yields the parts of an embedding pass under a progress bar."""
+    """Yields the parts of an embedding pass under a progress bar. `shapes`: of the last part of an earlier run that is resumed."""
     from omni_jax.cli.progress import Progress
 
-    normalize = not getattr(args, "no_normalize", False)
+    options: dict[str, Any] = {
+        "batch_size": args.batch_size,
+        "normalize": not getattr(args, "no_normalize", False),
+        "timeout": args.timeout,
+        "shapes": shapes,
+    }
     with Progress(done + len(records), what, done=done) as progress:
-        for part in model.embed(
-            records, tables, batch_size=args.batch_size, normalize=normalize, workers=args.workers, timeout=args.timeout
-        ):
+        options |= {"workers": args.workers} if getattr(args, "ray", None) is None else {"report": progress}
+        for part in model.embed(records, tables, **options):
             progress.update(part.records)
             yield part
 

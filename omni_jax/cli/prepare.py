@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from omni_jax.cli.argtypes import positive, whole
+from omni_jax.cli.on_ray import add_ray_argument, check_ray, local_cpus
 from omni_jax.cli.source import add_source_arguments, read_source
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED, STOPPED_AND_SAVED
 from omni_jax.config import PRESETS, preset
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="a clip whose decoding stands still for so long, or takes ten times as long, is skipped (default: 120)",
     )
+    add_ray_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
       InputError, ConfigError: for anything in the arguments that cannot be used.
     """
     chosen = preset(args.preset).override(args.overrides)
+    check_ray(args)
 
     # Late, so that `--help` and usage errors answer at once.
     from omni_jax.cli.progress import Progress
@@ -61,11 +63,17 @@ def run(args: argparse.Namespace) -> int:
         work = Preparation(args.out, manifest.records, manifest.problems, chosen, args.shards)
     except InputError as error:
         raise InputError(f"{args.manifest}: {error}") from None
-    workers = args.workers if args.workers is not None else max(1, len(os.sched_getaffinity(0)) - 1)
     done = work.done
     try:
         with sigterm_raises(), Progress(work.total, "prepare", done=done) as progress:
-            for count in work.run(workers, args.timeout):
+            if args.ray is None:
+                workers = args.workers if args.workers is not None else local_cpus(args)
+                counts = work.run(workers, args.timeout)
+            else:
+                from omni_jax.engines.ray_prepare import write_shards
+
+                counts = write_shards(work.begin(), args.ray, local_cpus(args), args.timeout, progress)
+            for count in counts:
                 progress.update(count)
     except Terminated:
         print(f"stopped by SIGTERM; finished shards in {args.out} are kept: run it again to resume", file=sys.stderr)

@@ -16,6 +16,8 @@ def lacking() -> str | None:
 def advice(module: str | None) -> str | None:
     """Returns one line that says how to install a missing module, None for a module that no extra brings."""
     package = (module or "").partition(".")[0]
+    if package == "ray":
+        return "ray is not installed; --ray needs it: run pip install 'omni-jax[ray]'"
     if package not in TRAIN:
         return None
     return f"{package} is not installed; training, prepared clips and configs need it: run pip install 'omni-jax[train]'"

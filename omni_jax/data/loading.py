@@ -47,7 +47,7 @@ def load_features(
       timeout_s: seconds one record may take, as in `run_guarded`.
     """
     function = functools.partial(record_features, preset=preset, modalities=frozenset(modalities))
-    for _, outcome in run_guarded(function, records, workers, timeout_s, name=_name):
+    for _, outcome in run_guarded(function, records, workers, timeout_s, name=media_name):
         yield outcome
 
 
@@ -244,6 +244,7 @@ def _naming(record: Record, file: MediaFile | None) -> Iterator[None]:
         raise ClipError(f"{file or f'record {record.id!r}'}: {e}") from None
 
 
-def _name(record: Record) -> str:
+def media_name(record: Record) -> str:
+    """Returns what to call a record whose media are at fault: its files."""
     files = dict.fromkeys(str(path) for path in (record.video, record.audio) if path is not None)
     return " + ".join(files) or f"record {record.id}"

@@ -47,6 +47,21 @@ class Prepared:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShardJob:
+    """One shard to make: what goes into it, and where it and its part of the index are written."""
+
+    path: Path
+    part: Path
+    records: tuple[Record, ...]
+    preset: Preset
+
+    @property
+    def items(self) -> list[tuple[Record, Preset]]:
+        """What `prepare_record` takes."""
+        return [(record, self.preset) for record in self.records]
+
+
+@dataclasses.dataclass(frozen=True)
 class Summary:
     """What a preparation came to.
 
@@ -102,18 +117,26 @@ class Preparation:
         self._left = [i for i in range(count) if not self._finished(i)]
         self.done = self.total - sum(len(self._shards[i]) for i in self._left)
 
+    def begin(self) -> list[ShardJob]:
+        """Returns the shards that are missing, each of which `write_shard` makes, in any order and anywhere that sees their folder."""
+        if self._left:  # until it is whole again, the folder is not taken for one
+            (self._out / INDEX).unlink(missing_ok=True)
+        for i in self._left:
+            self._part_path(i).unlink(missing_ok=True)
+        return [ShardJob(self._path(i), self._part_path(i), tuple(self._shards[i]), self._preset) for i in self._left]
+
     def run(self, workers: int, timeout_s: float) -> Iterator[int]:
         """Makes the shards that are missing; yields the number of records dealt with, one by one.
 
         Args:
           workers, timeout_s: as in `media.workers.run_guarded`.
         """
-        if self._left:  # until it is whole again, the folder is not taken for one
-            (self._out / INDEX).unlink(missing_ok=True)
-        items = ((record, self._preset) for i in self._left for record in self._shards[i])
-        outcomes = run_guarded(prepare_record, items, workers, timeout_s, name=_name)
-        for i in self._left:
-            yield from self._write(i, outcomes)
+        jobs = self.begin()
+        items = (item for job in jobs for item in job.items)
+        outcomes = run_guarded(prepare_record, items, workers, timeout_s, name=media_names)
+        for job in jobs:
+            for _ in write_shard(job, outcomes):
+                yield 1
         self._left = []
 
     def finish(self) -> Summary:
@@ -179,25 +202,34 @@ class Preparation:
             return False
         return True
 
-    def _write(self, shard: int, outcomes: Iterator[tuple[Any, Any]]) -> Iterator[int]:
-        rows, errors, warnings = [], [], []
-        self._part_path(shard).unlink(missing_ok=True)
-        writer = ShardWriter(self._path(shard))
-        try:
-            for _ in self._shards[shard]:
-                (record, _), outcome = next(outcomes)
-                if isinstance(outcome, ClipError):
-                    errors.append(Problem(record.id, record.line, str(record.video), str(outcome)).row())
-                else:
-                    writer.write(outcome.data)
-                    rows.append(outcome.row)
-                    warnings += outcome.warnings
-                yield 1
-            found = writer.finish()
-        finally:
-            writer.discard()
-        lies = {"bounds": found.bounds, "size": found.size}
-        write_json(self._part_path(shard), {"rows": rows, "errors": errors, "warnings": warnings, **lies})
+
+def write_shard(job: ShardJob, outcomes: Iterator[tuple[Any, Any]]) -> Iterator[dict[str, int]]:
+    """Writes a shard, then its part of the index; yields what to count of each record: `silent`, `skipped` and `bytes`.
+
+    Args:
+      outcomes: (item, `Prepared` or ClipError) of the job's items in order, and perhaps of others behind them.
+
+    Raises:
+      InputError: when it cannot be written.
+    """
+    rows, errors, warnings = [], [], []
+    writer = ShardWriter(job.path)
+    try:
+        for _ in job.records:
+            (record, _), outcome = next(outcomes)
+            if isinstance(outcome, ClipError):
+                errors.append(Problem(record.id, record.line, str(record.video), str(outcome)).row())
+                yield {"skipped": 1}
+            else:
+                writer.write(outcome.data)
+                rows.append(outcome.row)
+                warnings += outcome.warnings
+                yield {"silent": int(outcome.row["silent"]), "bytes": len(outcome.data)}
+        found = writer.finish()
+    finally:
+        writer.discard()
+    lies = {"bounds": found.bounds, "size": found.size}
+    write_json(job.part, {"rows": rows, "errors": errors, "warnings": warnings, **lies})
 
 
 def prepare_record(item: tuple[Record, Preset]) -> Prepared:
@@ -206,6 +238,7 @@ def prepare_record(item: tuple[Record, Preset]) -> Prepared:
     return Prepared(encode_clip(clip), index_row(clip), clip.warnings)
 
 
-def _name(item: tuple[Record, Preset]) -> str:
+def media_names(item: tuple[Record, Preset]) -> str:
+    """Returns what to call an item whose media are at fault: its files."""
     record = item[0]
     return " + ".join(dict.fromkeys(os.fspath(p) for p in (record.video, record.audio) if p is not None))

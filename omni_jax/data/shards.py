@@ -92,7 +92,10 @@ def encode_clip(clip: Clip) -> bytes:
     assert clip.video is not None
     assert clip.waveform is not None
     video = clip.video
-    return example_features().serialize_example(
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    features = example_features()
+    encoded = features.encode_example(
         {
             "id": clip.record.id,
             "caption": clip.record.text or "",
@@ -104,6 +107,8 @@ def encode_clip(clip: Clip) -> bytes:
             "num_frames": np.array([video.num_frames], np.int64),
         }
     )
+    # As features.serialize_example, whose fields come in an order that differs from process to process.
+    return ExampleSerializer(features.get_serialized_info()).get_tf_example(encoded).SerializeToString(deterministic=True)
 
 
 def decode_clip(data: bytes) -> Clip:

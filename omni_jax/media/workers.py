@@ -91,12 +91,12 @@ def run_guarded(
     if not (timeout_s > 0 and math.isfinite(timeout_s)):
         raise InputError(f"time limit {timeout_s}: must be a positive number of seconds")
     if workers == 0:
-        return _stop_at_our_fault((item, _attempt(function, item, name(item))) for item in items)
+        return stop_at_our_fault((item, _attempt(function, item, name(item))) for item in items)
     guarded = Guarded(function, timeout_s, must_start=True)
-    return _stop_at_our_fault(_in_order(guarded, items, workers, name, in_flight or 4 * workers, here))
+    return stop_at_our_fault(_in_order(guarded, items, workers, name, in_flight or 4 * workers, here))
 
 
-def _stop_at_our_fault(outcomes: Generator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+def stop_at_our_fault(outcomes: Generator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
     """Yields the outcomes. Raises InputError where they begin with `ALIKE` equal faults of our own, or are two or more of those alone."""
     alike, first = 0, ""
     with contextlib.closing(outcomes):

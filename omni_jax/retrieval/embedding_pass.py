@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -29,6 +30,7 @@ class Part:
       warnings: (record id, line): what was replaced or left out so that the record could be used.
       used_tokens, total_tokens: tokens encoded without and with padding.
       truncated: captions that were cut.
+      shapes: kind -> shapes that the planner knew after this group, from which a resumed pass goes on as one that was not interrupted.
     """
 
     ids: tuple[str, ...] = ()
@@ -39,6 +41,7 @@ class Part:
     total_tokens: int = 0
     truncated: int = 0
     own: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    shapes: dict[str, list[tuple[int, ...]]] = dataclasses.field(default_factory=dict)
 
     @property
     def records(self) -> int:
@@ -67,28 +70,47 @@ def embedding_pass(
       normalize: whether rows are scaled to length 1.
     """
 
-    def start(waiting: list[TokenizedClip], problems: list[tuple[str, str]]) -> Callable[[], Part]:
-        batch = plan(waiting) if waiting else None
-        vectors = encode(batch) if batch else iter(())
-        return lambda: _collect(waiting, problems, batch, vectors, tables, normalize)
-
-    waiting: list[TokenizedClip] = []
-    problems: list[tuple[str, str]] = []
     started: Callable[[], Part] | None = None
+    for waiting, problems in grouped(clips, group):
+        before, started = started, start_group(waiting, problems, tables, plan=plan, encode=encode, normalize=normalize)
+        if before:
+            yield before()
+    if started:
+        yield started()
+
+
+Clip = TypeVar("Clip")
+
+
+def grouped(clips: Iterable[tuple[Record, Clip | ClipError]], size: int) -> Iterator[tuple[list[Clip], list[tuple[str, str]]]]:
+    """Yields `size` usable clips at a time, the last time fewer, with (record id, reason) of the records skipped in between."""
+    waiting: list[Clip] = []
+    problems: list[tuple[str, str]] = []
     for record, item in clips:
         if isinstance(item, ClipError):
             problems.append((record.id, str(item)))
         else:
             waiting.append(item)
-        if len(waiting) == group:
-            before, started = started, start(waiting, problems)
+        if len(waiting) == size:
+            yield waiting, problems
             waiting, problems = [], []
-            if before:
-                yield before()
-    last = start(waiting, problems) if waiting or problems else None
-    for finish in (started, last):
-        if finish:
-            yield finish()
+    if waiting or problems:
+        yield waiting, problems
+
+
+def start_group(
+    clips: Sequence[TokenizedClip],
+    problems: list[tuple[str, str]],
+    tables: Sequence[str],
+    *,
+    plan: Plan,
+    encode: Encode,
+    normalize: bool = True,
+) -> Callable[[], Part]:
+    """Starts the devices on a group of clips; the function that is returned waits for them and gives the group's part."""
+    batch = plan(clips) if clips else None
+    vectors = encode(batch) if batch else iter(())
+    return lambda: _collect(clips, problems, batch, vectors, tables, normalize)
 
 
 def _collect(

@@ -55,6 +55,11 @@ class Journal:
         """Ids of the records that are embedded or skipped."""
         return frozenset(i for part in self.parts for i in (*part.ids, *(name for name, _ in part.problems)))
 
+    @property
+    def shapes(self) -> dict[str, list[tuple[int, ...]]]:
+        """Shapes that the planner knew after the last part; {} where there is none."""
+        return next((part.shapes for part in reversed(self.parts) if part.shapes), {})
+
     def add(self, part: Part) -> None:
         """Keeps a part."""
         fields = dataclasses.asdict(part)
@@ -121,4 +126,5 @@ def _read(path: epath.Path) -> Part:
         raise InputError(f"{path}: cannot be read ({e}); remove the folder {path.parent} to begin again") from None
     pairs: dict[str, Any] = {name: tuple((i, line) for i, line in fields[name]) for name in ("problems", "warnings")}
     own = {name: tuple(ids) for name, ids in fields.get("own", {}).items()}
-    return Part(**{**fields, **pairs, "ids": tuple(fields["ids"]), "rows": rows, "own": own})
+    shapes = {kind: [tuple(shape) for shape in known] for kind, known in fields.get("shapes", {}).items()}
+    return Part(**{**fields, **pairs, "ids": tuple(fields["ids"]), "rows": rows, "own": own, "shapes": shapes})

@@ -5,13 +5,13 @@ Letters: N items, P patches, F frames, R rows, S tokens, K prompts per row, k au
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from omni_jax.config import DecoderConfig, ModelConfig, Preset
-from omni_jax.tokens.buckets import BEATS_PATCH, Piece, Planner, beats_tokens
+from omni_jax.tokens.buckets import BEATS_PATCH, Piece, Planner, RowPlan, beats_tokens
 from omni_jax.tokens.packing import MediaRows, group_prompts, owners, row_batch
 from omni_jax.tokens.prompts import build_sequences
 from omni_jax.tokens.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ from omni_jax.types import (
     VisionFeatures,
 )
 
-__all__ = ["Planner", "build_batches", "mel_chunks", "step_layout", "whole_patches"]
+__all__ = ["Planner", "build_batches", "clip_sizes", "mel_chunks", "plan_group", "step_layout", "whole_patches"]
 
 NONE = np.zeros(0, np.int32)
 
@@ -63,26 +63,22 @@ def build_batches(
     if sequences is None:
         sequences = [build_sequences(f, tables, tokenizer, config, preset) for f in features]
     groups = [g for clip, found in enumerate(sequences) for g in group_prompts(clip, found, share_prefix)]
-    lengths = [g.length for g in groups]
-
     seen = [c for c in range(len(features)) if _contains(sequences[c], SOURCE_VIDEO)]
     heard = [c for c in range(len(features)) if _contains(sequences[c], SOURCE_AUDIO)]
     steps = [(c, t) for c in seen for t in range(_vision(features[c]).grid.thw[0])]
     segments = [(c, s) for c in heard for s in features[c].audio or ()]
-    merge = config.vision.merge_size**2
-    step_tokens = [math.prod(_vision(features[c]).grid.thw[1:]) // merge for c, _ in steps]
-    used = sum(step_tokens) + config.audio_repeat * sum(s.tokens for _, s in segments) + sum(lengths)
-    cost = planner.new_cost(used)
+    sizes = [clip_sizes(f, found, config, share_prefix) for f, found in zip(features, sequences, strict=True)]
+    plan = plan_group(sizes, config, planner)
 
     table = _Table()
     video_rows: dict[int, list[np.ndarray]] = {}
-    vision = _vision_batches(planner.vision(step_tokens, cost), steps, features, config, table, video_rows)
+    vision = _vision_batches(plan.vision, steps, features, config, table, video_rows)
     chunks = [mel_chunks(s, config) for _, s in segments]
-    audio, whisper = _audio_batches(planner.audio(sum(map(len, chunks)), config.audio.chunk_tokens, cost), chunks, config, table)
+    audio, whisper = _audio_batches(plan.audio, chunks, config, table)
     beats: tuple[BeatsBatch, ...] = ()
     streams = [whisper]
     if config.beats is not None:
-        beats, second = _beats_batches(planner.beats([whole_patches(s) for _, s in segments], cost) if segments else [], segments, table)
+        beats, second = _beats_batches(plan.beats, segments, table)
         streams.append(second)
 
     heard_rows: dict[int, list[np.ndarray]] = {}
@@ -95,20 +91,86 @@ def build_batches(
     }
     rows: list[RowBatch] = []
     owned: list[np.ndarray] = []
-    if groups:
-        for plan in planner.rows(lengths, [len(g.prompts) for g in groups], cost, attention_cost(config.decoder)):
-            filled = [[groups[g] for g in row] for row in plan.rows]
-            rows.append(row_batch(filled, count=plan.count, size=plan.size, slots=plan.slots, media=media, pad=config.tokens.pad))
-            owned.append(owners(filled, count=plan.count, slots=plan.slots))
+    for batch in plan.rows:
+        filled = [[groups[g] for g in row] for row in batch.rows]
+        rows.append(row_batch(filled, count=batch.count, size=batch.size, slots=batch.slots, media=media, pad=config.tokens.pad))
+        owned.append(owners(filled, count=batch.count, slots=batch.slots))
     return EncoderBatch(
         vision=vision,
         audio=audio,
         beats=beats,
         rows=tuple(rows),
         owners=tuple(owned),
-        used_tokens=used,
+        used_tokens=plan.used,
         total_tokens=table.rows + sum(r.ids.size for r in rows),
         truncated=sum(any(s.truncated for s in found.values()) for found in sequences),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipSizes:
+    """What the shapes that a clip is encoded in follow from; none of its pixels or samples.
+
+    Attributes:
+      steps: merged tokens of each temporal step.
+      tokens: audio tokens of each segment.
+      frames: fbank frames of each segment, in whole patches.
+      chunks: log-mel chunks of all segments.
+      lengths, prompts: decoder tokens, and prompts, of each group of prompts that share a prefix.
+    """
+
+    steps: tuple[int, ...]
+    tokens: tuple[int, ...]
+    frames: tuple[int, ...]
+    chunks: int
+    lengths: tuple[int, ...]
+    prompts: tuple[int, ...]
+
+
+def clip_sizes(features: Features, sequences: Mapping[str, TokenSequence], config: ModelConfig, share_prefix: bool) -> ClipSizes:
+    """Returns the sizes of a clip with its prompts, as `build_sequences` returned them."""
+    groups = group_prompts(0, sequences, share_prefix)
+    steps: tuple[int, ...] = ()
+    if _contains(sequences, SOURCE_VIDEO):
+        t, h, w = _vision(features).grid.thw
+        steps = (h * w // config.vision.merge_size**2,) * t
+    segments = (features.audio or ()) if _contains(sequences, SOURCE_AUDIO) else ()
+    return ClipSizes(
+        steps=steps,
+        tokens=tuple(s.tokens for s in segments),
+        frames=tuple(map(whole_patches, segments)),
+        chunks=sum(len(mel_chunks(s, config)) for s in segments),
+        lengths=tuple(g.length for g in groups),
+        prompts=tuple(len(g.prompts) for g in groups),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupPlan:
+    """The batches of a group of clips: items are numbered through the whole group. `used` counts tokens without padding."""
+
+    vision: list[Piece]
+    audio: list[Piece]
+    beats: list[Piece]
+    rows: list[RowPlan]
+    used: int
+
+
+def plan_group(sizes: Sequence[ClipSizes], config: ModelConfig, planner: Planner) -> GroupPlan:
+    """Returns the batches that clips of these sizes are encoded in; the planner remembers their shapes."""
+
+    def all_of(name: str) -> list[int]:
+        return [value for clip in sizes for value in getattr(clip, name)]
+
+    steps, frames, lengths = all_of("steps"), all_of("frames"), all_of("lengths")
+    used = sum(steps) + config.audio_repeat * sum(all_of("tokens")) + sum(lengths)
+    cost = planner.new_cost(used)
+    return GroupPlan(
+        vision=planner.vision(steps, cost),
+        audio=planner.audio(sum(clip.chunks for clip in sizes), config.audio.chunk_tokens, cost),
+        beats=planner.beats(frames, cost) if frames and config.beats is not None else [],
+        rows=planner.rows(lengths, all_of("prompts"), cost, attention_cost(config.decoder)) if lengths else [],
+        used=used,
     )
 
 

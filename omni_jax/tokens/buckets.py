@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from omni_jax.tokens.packing import first_fit_decreasing
 
@@ -166,6 +166,15 @@ class Planner:
         self._batch_tokens, self._longest_row = batch_tokens, longest_row
         self._share, self._least = new_shape_share, new_shape_tokens
         self.shapes: dict[str, set[tuple[int, ...]]] = {"vision": set(), "audio": set(), "beats": set(), "rows": set()}
+
+    def known(self) -> dict[str, list[tuple[int, ...]]]:
+        """Returns the shapes in lists, to be kept or handed to `learn`."""
+        return {kind: sorted(shapes) for kind, shapes in self.shapes.items()}
+
+    def learn(self, known: Mapping[str, Iterable[tuple[int, ...]]]) -> None:
+        """Takes shapes that another planner knew, so that this one chooses as it would."""
+        for kind, shapes in known.items():
+            self.shapes[kind].update(shapes)
 
     @property
     def programs(self) -> int:

@@ -15,7 +15,7 @@ from omni_jax.config import TABLE_MODALITIES, ConfigError, ModelConfig, Preset
 from omni_jax.tokens.interleave import interleave
 from omni_jax.tokens.positions import line, media_positions
 from omni_jax.tokens.tokenizer import Tokenizer
-from omni_jax.types import SOURCE_TEXT, SOURCE_VIDEO, ClipError, Features, InputError, TokenSequence, VideoGrid
+from omni_jax.types import SOURCE_TEXT, SOURCE_VIDEO, ClipError, Features, InputError, Record, TokenizedClip, TokenSequence, VideoGrid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,3 +207,33 @@ def build_sequences(
                 f"lower the preset's audio_seconds, pixels or frames"
             )
     return found
+
+
+def tokenized_clip(
+    features: Features, tables: Sequence[str], tokenizer: Tokenizer, config: ModelConfig, preset: Preset
+) -> TokenizedClip | ClipError:
+    """Returns a clip with the prompts of `build_sequences`, or why there are none, with the record's name."""
+    try:
+        return TokenizedClip(features, build_sequences(features, tables, tokenizer, config, preset))
+    except ClipError as e:
+        return ClipError(f"{who(features.record)}: {e}")
+
+
+def who(record: Record) -> str:
+    """Returns what to call a record in a message."""
+    return f"record {record.id!r}" + (f" (line {record.line} of the manifest)" if record.line else "")
+
+
+def able_records(records: Sequence[Record], tables: Sequence[str]) -> tuple[list[Record], tuple[tuple[str, str], ...]]:
+    """Returns the records that have what some table needs, and (record id, reason) of the others."""
+    fits = [any(TABLE_MODALITIES[name] <= r.modalities for name in tables) for r in records]
+    unable = tuple((r.id, _missing(r, tables)) for r, fit in zip(records, fits, strict=True) if not fit)
+    return [r for r, fit in zip(records, fits, strict=True) if fit], unable
+
+
+def _missing(record: Record, tables: Sequence[str]) -> str:
+    names = {"t": "text", "v": "video", "a": "audio"}
+    # Of the table that needs least besides what is there.
+    lacks = min((TABLE_MODALITIES[name] - record.modalities for name in tables), key=len)
+    lacking = [names[m] for m in "tva" if m in lacks]
+    return f"{who(record)}: has no {' and no '.join(lacking)}, which the requested tables need; add the field or choose other --tables"

@@ -109,6 +109,17 @@ def test_the_tutorials_run_as_they_stand_on_the_golden_checkpoint(folder: Path, 
 
 @pytest.mark.slow
 @pytest.mark.jit
+def test_the_way_from_a_bucket_to_an_adapter_runs_as_it_stands_on_the_golden_checkpoint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES", str(100 << 20))
+    assert execute(TUTORIALS / "bucket_to_adapter.md") == 8
+    assert (folder / "bucket-adapter/adapter_config.json").exists()
+    assert json.loads((folder / "bucket.json").read_text())["n"] == HELD_OUT
+
+
+@pytest.mark.slow
+@pytest.mark.jit
 def test_the_commands_of_the_readme_run_on_the_golden_checkpoint(folder: Path) -> None:
     """All but those that install or test the project, or download; with int8 weights, too, as for one small chip.
 
@@ -129,6 +140,6 @@ def test_the_commands_of_the_readme_run_on_the_golden_checkpoint(folder: Path) -
 
 def test_every_tutorial_is_executed_or_compiled() -> None:
     """The pod's commands need a cloud; `omni-jax compile` is lowered by tests/planning/test_documented.py."""
-    executed = {"embed_and_search.md", "finetune_adapter.md", "evaluate_a_benchmark.md"}
+    executed = {"bucket_to_adapter.md", "embed_and_search.md", "finetune_adapter.md", "evaluate_a_benchmark.md"}
     assert {path.name for path in TUTORIALS.glob("*.md")} == executed | {"tpu_pod.md"}
     assert {words[1] for language, text in blocks(TUTORIALS / "tpu_pod.md") if language == "sh" for words in commands(text)} == {"compile"}

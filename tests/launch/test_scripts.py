@@ -83,7 +83,7 @@ def gke_words(accelerator: str, *more: str) -> list[str]:
 
 
 def test_there_are_scripts_and_all_can_be_started() -> None:
-    assert {path.name for path in SCRIPTS} == {"gke.sh", "host.sh", "local.sh", "tpu_vm.sh"}
+    assert {path.name for path in SCRIPTS} == {"gke.sh", "host.sh", "local.sh", "ray.sh", "tpu_vm.sh"}
     assert all(path.stat().st_mode & 0o111 for path in SCRIPTS)
 
 

@@ -24,12 +24,15 @@ def _part(*numbers: int, problems: tuple[tuple[str, str], ...] = ()) -> Part:
 
 def test_what_was_added_is_read_back(tmp_path: Path):
     parts = [_part(0, 1), _part(3, problems=(("clip2", "clip2.mp4: broken"),)), _part(problems=(("clip4", "gone"),))]
+    shapes = {"rows": [(1, 64, 4), (2, 128, 8)], "vision": []}
+    parts[1] = dataclasses.replace(parts[1], shapes=shapes)
     journal = Journal(tmp_path / "j", SETTINGS)
     for part in parts:
         journal.add(part)
     del journal  # its process has ended
     again = Journal(tmp_path / "j", SETTINGS)
     assert again.finished() == {f"clip{n}" for n in range(5)}
+    assert again.shapes == shapes  # of the last part that has some
     for found, wanted in zip(again.parts, parts, strict=True):
         for field in dataclasses.fields(Part):
             np.testing.assert_equal(getattr(found, field.name), getattr(wanted, field.name))

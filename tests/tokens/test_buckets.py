@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from omni_jax.config import TABLES, BeatsConfig, ModelConfig, preset
 from omni_jax.features.audio import KALDI_WINDOW
-from omni_jax.tokens.batching import Planner, build_batches
+from omni_jax.tokens.batching import Planner, build_batches, clip_sizes, plan_group
 from omni_jax.tokens.buckets import MAX_PAIRS, beats_tokens, cover, round_up, row_size
+from omni_jax.tokens.prompts import build_sequences
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.types import EncoderBatch, Features
 from tests.golden_set import find
@@ -136,6 +137,22 @@ def test_plans_are_deterministic_golden() -> None:
     assert _shapes(one) == _shapes(two)
     for a, b in zip((*(rows.ids for rows in one.rows), *one.owners), (*(rows.ids for rows in two.rows), *two.owners), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_groups_planned_from_sizes_and_learned_shapes_are_those_of_one_planner_golden() -> None:
+    """So a group may be planned where its clips are not, and encoded where no other group was."""
+    features, chosen = synthetic.clips(30, preset("mteb"), seed=9, seconds=(1.0, 30.0)), preset("mteb")
+    together, ahead = Planner(), Planner()
+    for start in range(0, len(features), 6):
+        group = features[start : start + 6]
+        sequences = [build_sequences(clip, TABLES, TOKENIZER, CONFIG, chosen) for clip in group]
+        before = ahead.known()
+        plan_group([clip_sizes(*pair, CONFIG, CONFIG.shares_prefix) for pair in zip(group, sequences, strict=True)], CONFIG, ahead)
+        elsewhere = Planner()
+        elsewhere.learn(before)
+        one, two = (build_batches(group, TABLES, TOKENIZER, CONFIG, chosen, planner=planner) for planner in (together, elsewhere))
+        assert _shapes(one) == _shapes(two)
+        assert together.known() == elsewhere.known() == ahead.known()
 
 
 def test_equal_audio_gets_an_exact_beats_shape_golden() -> None:
