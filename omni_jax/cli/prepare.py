@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -73,8 +74,9 @@ def run(args: argparse.Namespace) -> int:
                 from omni_jax.engines.ray_prepare import write_shards
 
                 counts = write_shards(work.begin(), args.ray, local_cpus(args), args.timeout, progress)
-            for count in counts:
-                progress.update(count)
+            with contextlib.closing(counts):
+                for count in counts:
+                    progress.update(count)
     except Terminated:
         print(f"stopped by SIGTERM; finished shards in {args.out} are kept: run it again to resume", file=sys.stderr)
         return STOPPED_AND_SAVED

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ class Preparation:
             self._part_path(i).unlink(missing_ok=True)
         return [ShardJob(self._path(i), self._part_path(i), tuple(self._shards[i]), self._preset) for i in self._left]
 
-    def run(self, workers: int, timeout_s: float) -> Iterator[int]:
+    def run(self, workers: int, timeout_s: float) -> Generator[int]:
         """Makes the shards that are missing; yields the number of records dealt with, one by one.
 
         Args:

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -24,7 +24,7 @@ class _Task:
     attempts: int = 0
 
 
-def write_shards(jobs: Sequence[ShardJob], address: str, local_cpus: int, timeout_s: float, report: Report) -> Iterator[int]:
+def write_shards(jobs: Sequence[ShardJob], address: str, local_cpus: int, timeout_s: float, report: Report) -> Generator[int]:
     """Makes shards on a cluster, in any order; yields the number of records in each that is finished.
 
     Args:

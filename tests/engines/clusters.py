@@ -126,7 +126,7 @@ def finish(process: subprocess.Popen[str], log: Path, status: int, timeout_s: fl
     return said
 
 
-def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], log: Path, timeout_s: float = 240) -> Any:
+def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], log: Path, timeout_s: float = 600) -> Any:
     """Returns the first true value of a function, which must come before the command ends."""
     deadline = time.monotonic() + timeout_s
     while not (found := what()):
