@@ -367,3 +367,30 @@ def test_bad_rows_of_a_table_are_problems_of_those_rows(tmp_path: Path) -> None:
         (4, "is not UTF-8"),
         (5, "record 'd': "),
     ]
+
+
+@pytest.mark.parametrize("name", ["s.tar", "s.parquet", "s.csv"])
+def test_damaged_bytes_are_problems_or_one_line_and_nothing_else(tmp_path: Path, name: str) -> None:
+    rows = [{"text": f"caption {i}", "video": {"bytes": b"y" * 300, "path": f"{i}.mp4"}} for i in range(6)]
+    make_tar(tmp_path / "s.tar", {f"{i}.{kind}": data for i in range(4) for kind, data in (("mp4", b"x" * 700), ("txt", b"words"))})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "s.parquet", row_group_size=2)
+    (tmp_path / "s.csv").write_text("id,text,video\n" + "".join(f'{i},"cap, {i}",{i}.mp4\n' for i in range(6)))
+    whole, rng = (tmp_path / name).read_bytes(), np.random.default_rng(0)
+    read = 0
+    for number in range(60):
+        data = bytearray(whole if number % 4 else whole[: rng.integers(1, len(whole))])
+        for place in rng.integers(0, len(data), rng.integers(1, 8)):
+            data[place] = rng.integers(256)
+        (tmp_path / name).write_bytes(data)
+        try:
+            records = read_manifest(tmp_path / name).records
+        except InputError as error:
+            assert "\n" not in str(error)
+            continue
+        read += 1
+        for part in (record.video for record in records if isinstance(record.video, FilePart)):
+            try:
+                parts.check_part(part)
+            except ClipError as error:
+                assert "\n" not in str(error)
+    assert read > 5

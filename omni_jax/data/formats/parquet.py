@@ -6,6 +6,7 @@ A column of media holds paths, bytes, or both: struct<bytes, path>, as the featu
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -14,9 +15,11 @@ from typing import Any, NamedTuple
 
 from omni_jax.data.entries import BadEntry, absolute
 from omni_jax.data.formats.entry import Entry, Notes, check_columns, media_kind, reading, table_fields
-from omni_jax.media.parts import parquet_module
-from omni_jax.types import FilePart, InputError
+from omni_jax.media.parts import open_binary, parquet_module
+from omni_jax.media.workers import Guarded, goes_on
+from omni_jax.types import ClipError, FilePart, InputError
 
+_LIMIT_S = 120.0  # without progress in reading what cells there are
 _ROWS = 1024  # read together; their media are not
 
 
@@ -57,11 +60,16 @@ def _rows(path: os.PathLike[str] | str, table: Any, columns: Mapping[str, str], 
         notes.add(f"files with columns that are not read ({', '.join(idle)})", path)
     wanted = scalars + [column.path for column in used if column.path]
     names_itself = "id" in schema.names or "id" in columns
+    leaves = tuple(column.bytes for column in used if column.bytes)
+    try:
+        there = _apart()((path, leaves), name=str(path)) if leaves else []
+    except ClipError:
+        raise InputError(f"{path}: is no whole Parquet file (which cells hold bytes cannot be read); fetch it again") from None
     first = 0
     for group in range(table.metadata.num_row_groups):
         count = table.metadata.row_group(group).num_rows
         try:
-            held = {column.name: _held(table, group, column.bytes) for column in used if column.bytes}
+            held = there[group] if leaves else {}
             for row, cells in enumerate(_cells(table, group, wanted, count)):
                 fields: Any = {name: cells.get(name) for name in scalars}
                 for column in used:
@@ -129,27 +137,44 @@ def _value(
     """Returns a cell of media: a part of the file where it has bytes, else its path, else None."""
     number, group, row = place
     named = (cells.get(column.name) or {}).get("path") if column.path else None
-    there = held.get(column.name, False)
+    there = held.get(column.bytes, False)
     if there if isinstance(there, bool) else there[row]:
         name = "/".join([str(number), column.name, *([PurePath(named).name] if named else [])])
         return FilePart(path, name, column=column.bytes, group=group, row=row)
     return named
 
 
-def _held(table: Any, group: int, leaf: str) -> list[bool] | bool:
-    """Returns whether the cells of a row group hold bytes: for all at once where the file's statistics tell, else for each."""
+def cells_with_bytes(item: tuple[os.PathLike[str] | str, tuple[str, ...]]) -> list[dict[str, list[bool] | bool]]:
+    """Returns, for each row group, leaf -> whether its cells hold bytes: all at once where the file's statistics tell, else each.
+
+    Runs in a process of its own: pyarrow ends the process that asks it for the statistics of a damaged footer.
+    """
+    path, leaves = item
+    with open_binary(path) as file:
+        table = parquet_module().ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+        numbers = {table.schema.column(i).path: i for i in range(len(table.schema))}
+        groups = range(table.metadata.num_row_groups)
+        return [{leaf: _held(table, group, leaf, numbers[leaf]) for leaf in leaves} for group in groups]
+
+
+def _held(table: Any, group: int, leaf: str, number: int) -> list[bool] | bool:
     metadata = table.metadata.row_group(group)
-    chunks: list[Any] = [metadata.column(i) for i in range(metadata.num_columns)]
-    statistics = next(chunk.statistics for chunk in chunks if chunk.path_in_schema == leaf)
+    statistics: Any = metadata.column(number).statistics
     if statistics is not None and statistics.has_null_count and statistics.null_count in (0, metadata.num_rows):
         return statistics.null_count == 0
     found: list[bool] = []
     for batch in table.iter_batches(batch_size=1, row_groups=[group], columns=[leaf], use_threads=False):
+        goes_on()
         value = batch.column(0)
         while value.type.num_fields:
             value = value.flatten()[0]
         found += value.is_valid().to_pylist()
     return found
+
+
+@functools.cache
+def _apart() -> Guarded:
+    return Guarded(cells_with_bytes, _LIMIT_S)
 
 
 def _cells(table: Any, group: int, columns: list[str], count: int) -> Iterator[Mapping[str, Any]]:
