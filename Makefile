@@ -84,7 +84,7 @@ python313:  # where Python 3.13 is
 demo: $(SETUP)  ## compare a tiny checkpoint with PyTorch, then train a small model on synthetic clips and score clips it never saw
 	$(PAGES) .venv/bin/omni-jax demo
 
-demo-ablation: $(SETUP)  ## train configs/tiny.py with one, two and three losses and compare (half an hour)
+demo-ablation: $(SETUP)  ## what each loss buys on small synthetic clips, over five seeds: omni-jax ablate
 	$(PAGES) .venv/bin/omni-jax demo --ablation
 
 test-fast: $(SETUP)  ## what compiles nothing, within a minute

@@ -1,4 +1,4 @@
-"""A model of about a million parameters, trained from scratch in float32 on two CPU cores; `make demo-ablation` runs it.
+"""A model of about a million parameters, trained from scratch in float32 on two CPU cores.
 
 Clips are a second long, so that a chunk of log-mel is: `n_window` is half of the published one. Prompts of one medium have no filler.
 

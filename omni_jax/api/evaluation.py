@@ -12,13 +12,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from omni_jax.api.retriever import OmniRetriever
+from omni_jax.api.shared import Shared
 from omni_jax.config import ModelConfig
 from omni_jax.data.formats.table import is_source
 from omni_jax.data.loading import load_features, training_features
 from omni_jax.data.manifest import Problem, read_manifest
 from omni_jax.data.sources import open_source
 from omni_jax.io import write_whole
-from omni_jax.model import abstract_encoder, with_params
 from omni_jax.retrieval import evaluate
 from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt
 from omni_jax.tokens.tokenizer import Tokenizer
@@ -48,8 +48,9 @@ class Evaluator:
         mesh: Mesh | None,
         log: Callable[[str], None],
         stopping: Callable[[], bool],
+        programs: Shared | None = None,
     ):
-        """Reads the manifest, or the index of the folder.
+        """Reads the manifest, or the index of the folder; `programs` has those that an earlier run compiled.
 
         Raises:
           InputError: when it cannot be read, was prepared under another preset, or has no record with text, video and audio.
@@ -76,14 +77,14 @@ class Evaluator:
         self._frozen, self._model, self._dtype, self._mesh = frozen, model, jnp.dtype(run.model.dtype), mesh
         self._workers, self._tokenizer, self._timeout = run.data.workers, tokenizer, run.data.timeout
         self._retriever: OmniRetriever | None = None
+        self._programs = programs or Shared()
 
     def __call__(self, number: int, trainable: Arrays) -> Mapping[str, float] | None:
         """Returns averages and R@1 by name, and writes the whole result to evaluations/N.json; None when the run is to stop meanwhile."""
         # As a checkpoint of this step would be loaded: in the type of the weights that stay.
         params = join({name: x.astype(self._dtype) for name, x in trainable.items()}, self._frozen)
         if self._retriever is None:
-            encoder = with_params(abstract_encoder(self._model, dtype=self._dtype), params)
-            self._retriever = OmniRetriever(encoder, self._tokenizer, self._preset, self._mesh)
+            self._retriever = self._programs.retriever(self._model, params, self._tokenizer, self._preset, self._dtype, self._mesh)
         else:
             self._retriever.assign(params)
         parts = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -145,6 +146,18 @@ class OmniRetriever:
 
         encoder = abstract_encoder(self.config.with_weights("int8", self.config.kept), dtype=self._dtype)
         return OmniRetriever(with_params(encoder, self._runner.params), self._tokenizer, self.preset, self._mesh)
+
+    def with_weights(
+        self, params: Mapping[tuple[str, ...], jax.Array], config: ModelConfig, tokenizer: Tokenizer, preset: Preset
+    ) -> OmniRetriever:
+        """Returns a model of the same architecture with other parameters, tokenizer and preset, whose compiled programs are this one's.
+
+        This one then has the parameters, too.
+        """
+        self.assign(params)
+        model = copy.copy(self)
+        model.config, model.preset, model._tokenizer, model._planners = config, preset, tokenizer, {}
+        return model
 
     def made_with(self, *, normalize: bool = True) -> dict[str, Any] | None:
         """Returns what embeddings by this model depend on under its preset, for `EmbeddingTable.made_with` (see `omni_jax.api.made_with`).

@@ -22,6 +22,7 @@ from omni_jax.api.evaluation import Evaluator
 from omni_jax.api.made_with import media_digest
 from omni_jax.api.processes import check_equal, check_shared, on_all_processes, on_process_0
 from omni_jax.api.retriever import check_preprocessing
+from omni_jax.api.shared import Shared
 from omni_jax.api.start_report import data_notes, trained_too
 from omni_jax.api.weights import base_digests
 from omni_jax.config import ModelConfig, Preset
@@ -38,7 +39,7 @@ from omni_jax.io.remote import is_remote
 from omni_jax.model import param_shardings
 from omni_jax.parallel import batch_axes, batch_shards, make_mesh
 from omni_jax.tokens.tokenizer import Tokenizer
-from omni_jax.train import RunConfig, TrainState, TrainStep, kinds_of_update, pack_update, report
+from omni_jax.train import RunConfig, TrainState, kinds_of_update, pack_update, report
 from omni_jax.train.checkpoint import Checkpoints, one_line
 from omni_jax.train.lock import run_lock
 from omni_jax.train.loop import LoopCallbacks, Row, train
@@ -57,7 +58,7 @@ from omni_jax.train.workdir import (
     claim,
     read_config,
 )
-from omni_jax.types import InputError
+from omni_jax.types import Clip, Features, InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +92,13 @@ class Outcome:
     finished: bool
 
 
-def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallbacks) -> Outcome:
+def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallbacks, shared: Shared | None = None) -> Outcome:
     """Trains to the last step, or until `callbacks.stopping()`, saves a checkpoint and returns where the run stands.
 
     A run that was stopped in this workdir continues. Every process of a run calls it with the same arguments.
+
+    Args:
+      shared: what runs of this process share; their clips' features are kept in it. None: nothing.
 
     Raises:
       InputError, ConfigError: for anything in the config, the data or the workdir that cannot be used.
@@ -123,9 +127,12 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
         keep(problems if read_config(folder) is None else ())
         base = _base(run, folder, source.captions)
         manifest, model, tokenizer = on_all_processes(lambda: _model(base, run, preset))
-        data = on_all_processes(lambda: _pipeline(run, source, tokenizer, model))
+        clips = clips_digest(source)
+        kept = None if shared is None else shared.features(f"{run.data.train} {clips}", preset)
+        data = on_all_processes(lambda: _pipeline(run, source, tokenizer, model, kept))
         total = run.total_steps(data.planner.updates_per_epoch)
-        step = TrainStep(model, run.step_config(total), dtype=run.model.dtype, mesh=mesh)
+        programs = shared or Shared()
+        step = programs.step(model, run.step_config(total), run.model.dtype, mesh)
         callbacks.log(report(step.groups))
         for note in data_notes(run, source, data.planner, total):
             callbacks.log(note)
@@ -135,7 +142,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
             callbacks.log(f"freshly initialised in {base}: {', '.join(manifest.fresh)}")
         digests = {
             **base_digests(manifest),
-            "clips": clips_digest(source),
+            "clips": clips,
             **on_all_processes(lambda: _later_digests(tokenizer, preset, source)),
         }
         stored = BASE if not run.model.base else str(base)
@@ -161,7 +168,8 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
 
         evaluator = None
         if run.evaluation.manifest:
-            evaluator = on_all_processes(lambda: Evaluator(run, folder, tokenizer, model, frozen, mesh, callbacks.log, callbacks.stopping))
+            watched = (callbacks.log, callbacks.stopping, programs)
+            evaluator = on_all_processes(lambda: Evaluator(run, folder, tokenizer, model, frozen, mesh, *watched))
             found = evaluator.problems
             keep(found)
             if found:
@@ -293,7 +301,9 @@ def _params(
     return params
 
 
-def _pipeline(run: RunConfig, source: ClipSource, tokenizer: Tokenizer, model: ModelConfig) -> TrainPipeline:
+def _pipeline(
+    run: RunConfig, source: ClipSource, tokenizer: Tokenizer, model: ModelConfig, kept: dict[int, tuple[Clip, Features]] | None
+) -> TrainPipeline:
     sizes = run.batch
     return TrainPipeline(
         source,
@@ -307,6 +317,7 @@ def _pipeline(run: RunConfig, source: ClipSource, tokenizer: Tokenizer, model: M
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         augment=AugmentConfig(**dataclasses.asdict(run.data.augment)),
+        kept=kept,
     )
 
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="folder for the results (default: %(default)s)")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--parity", action="store_true", help="the comparison with PyTorch alone")
-    only.add_argument("--ablation", action="store_true", help="train with L_A, with L_A + L_D and with all three losses, and compare")
+    only.add_argument("--ablation", action="store_true", help="what each loss buys: omni-jax ablate --out DIR/ablation")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,6 +32,10 @@ def run(args: argparse.Namespace) -> int:
     # Before NumPy is imported. Its threads would fight with the step for the cores: features are small and many.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _check_place(args.out)
+    if args.ablation:
+        from omni_jax.cli.main import main
+
+        return main(["ablate", "--out", str(args.out / "ablation")])
     with interrupts_noted() as signals:
         try:
             status = _parts(args, signals)
@@ -48,10 +52,6 @@ def _parts(args: argparse.Namespace, signals: Signals) -> int:
 
     missing = None if args.parity else lacking()
     try:
-        if args.ablation:
-            if missing:
-                raise InputError(missing)
-            return demo_training.ablate(args.out, demo_training.FULL, signals)
         status = parity.compare_with_reference(args.out)
         if signals.seen:
             return INTERRUPTED

@@ -27,15 +27,7 @@ if TYPE_CHECKING:
     from omni_jax.train import RunConfig
 
 CONFIG = "tiny"
-ABLATION = {
-    "L_A": {"tuple": 0.0, "distillation": 0.0, "pairwise": 1.0},
-    "L_A + L_D": {"tuple": 0.0, "distillation": 1.0, "pairwise": 1.0},
-    "L_A + L_D + L_T": {"tuple": 1.0, "distillation": 1.0, "pairwise": 1.0},
-}
 AVG_ALL, DIRECTION = 60.0, 25.0  # R@1 in percent that `make demo` must reach on 64 held-out clips, where chance is 1.6
-EQUAL_TIME = "L_A, equal CPU time"
-CAVEAT = """Equal steps are not equal compute, one seed and one split were run, and nothing has converged: the table compares how fast
-the losses learn here, not what they reach. Each direction of a gallery of 64 carries about +-6 points."""
 
 NEXT = """Your own clips: a line {"id": "a", "text": "A dog barks.", "video": "a.mp4", "audio": "a.mp4"} of clips.jsonl for each, and
   omni-jax convert to-jax --base WAVE-7B --adapter OmniRetriever-7B --out omni7b   # the released weights, which you download
@@ -60,7 +52,6 @@ class Scale:
 
 
 DEMO = Scale(config=f"{CONFIG}:quick")
-FULL = Scale()
 
 
 class Stopped(Exception):
@@ -161,51 +152,6 @@ def _announced(out: Path, scale: Scale) -> str:
         f"That takes about {duration(seconds)} on two free cores,\n{duration(SECONDS[TRAIN])} of it training; twice that on slower ones. "
         f"Ctrl-C leaves what is finished in {out}, and the same command resumes."
     )
-
-
-def ablate(out: Path, scale: Scale, signals: Signals) -> int:
-    """Trains with one, two and three losses for the same steps, and with one for the CPU time of three; prints a table.
-
-    Writes `ablation.json` and a workdir for each into `out`/ablation. Returns the exit status.
-    """
-    stages, folder = Stages(signals), out / "ablation"
-    folder.mkdir(parents=True, exist_ok=True)
-    _make_data(folder, scale, stages)
-    found = {}
-    for name, weights in ABLATION.items():
-        found[name] = _variant(name, folder, scale, signals, {"losses.weights." + k: v for k, v in weights.items()})
-    most = found[list(ABLATION)[-1]]
-    steps = max(1, round(most["steps"] * most["cpu"] / found["L_A"]["cpu"]))
-    weights = {"losses.weights." + k: v for k, v in ABLATION["L_A"].items()}
-    found[EQUAL_TIME] = _variant(EQUAL_TIME, folder, scale, signals, {**weights, "steps": steps})
-    (folder / "ablation.json").write_text(json.dumps(found, indent=1) + "\n")
-    directions = list(most["directions"])
-    print(f"\n{'held-out R@1, %':<22}{'steps':>7}{'CPU s':>8}{'AVG-all':>9}" + "".join(f"{d:>7}" for d in directions))
-    for name, row in found.items():
-        cells = "".join(f"{row['directions'][d]:>7.1f}" for d in directions)
-        print(f"{name:<22}{row['steps']:>7}{row['cpu']:>8.0f}{row['AVG-all']:>9.1f}{cells}")
-    print(f"chance {most['chance']:.1f} %\n\n{CAVEAT}")
-    return 0
-
-
-def _variant(name: str, folder: Path, scale: Scale, signals: Signals, changes: dict[str, Any]) -> dict[str, Any]:
-    """Returns steps, CPU seconds of training and scores of one run; those of an earlier call where they are there."""
-    stem = "".join(c if c.isalnum() else "_" for c in name).strip("_")
-    kept, workdir = folder / f"{stem}.json", folder / stem
-    ours = dataclasses.replace(scale, changes=(*scale.changes, *changes.items()))
-    if kept.exists():
-        return json.loads(kept.read_text())
-    stages = Stages(signals)
-    with stages(f"train with {name}"):
-        # A run that was stopped begins again: how many seconds it took is not known.
-        if workdir.exists():
-            shutil.rmtree(workdir)
-        _train(folder, workdir, ours)
-    with stages(f"score {name}"):
-        _score(workdir, folder / "clips" / "held_out.jsonl", str(folder / f"{stem}-held_out"), ours, [])
-    row = {"steps": _settings(ours).steps, "cpu": stages.done[0].cpu, **_result(folder / f"{stem}-held_out.json")}
-    kept.write_text(json.dumps(row, indent=1) + "\n")
-    return row
 
 
 # ----------------------------------------------------------------------------------------------------------------- stages

@@ -44,6 +44,7 @@ COMMANDS = {
     "mine": "find hard negatives for the records of a manifest",
     "prepare": "decode a manifest of clips into shards for training",
     "train": "train from a config, or resume a run",
+    "ablate": "train with and without each loss, or any other field, over several seeds: one table with intervals",
     "push": "upload an adapter with a model card to the Hub, or write both to a folder",
     "smoke": "check devices, processes and storage with one step of a small model",
     "compile": "compile a run ahead of time for a TPU topology, without a TPU: memory, collectives, time, cost",

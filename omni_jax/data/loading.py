@@ -15,7 +15,7 @@ import numpy as np
 from omni_jax.config import Preset
 from omni_jax.data.items import Item
 from omni_jax.media.workers import run_guarded
-from omni_jax.types import Clip, ClipError, Features, MediaFile, Record
+from omni_jax.types import AudioSegment, Clip, ClipError, Features, MediaFile, Record
 
 if TYPE_CHECKING:
     from omni_jax.media.audio import Waveform
@@ -217,8 +217,11 @@ def load_training_clip(item: tuple[Record, Preset]) -> Clip:
     return clip
 
 
-def training_features(clip: Clip, preset: Preset) -> Features:
+def training_features(clip: Clip, preset: Preset, audio: tuple[AudioSegment, ...] | None = None) -> Features:
     """Returns the model-ready arrays of a clip from `load_training_clip`: those that `clip_features` gives for the file.
+
+    Args:
+      audio: those of its sound where they are known.
 
     Raises:
       ClipError: when they cannot be computed.
@@ -231,7 +234,7 @@ def training_features(clip: Clip, preset: Preset) -> Features:
     with _naming(clip.record, clip.record.video):
         vision = patch_features(clip.video)
     with _naming(clip.record, clip.record.audio):
-        audio = audio_segments(clip.waveform, preset)
+        audio = audio or audio_segments(clip.waveform, preset)
     return Features(record=clip.record, vision=vision, audio=audio, warnings=clip.warnings, silent=clip.silent)
 
 

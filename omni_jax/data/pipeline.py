@@ -32,6 +32,7 @@ from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.tokens.training import PromptLengths, clip_media
 from omni_jax.types import (
     PATCHES_PER_TOKEN,
+    AudioSegment,
     BatchShapes,
     Clip,
     ClipError,
@@ -123,6 +124,7 @@ class TrainPipeline:
         process_index: int = 0,
         process_count: int = 1,
         augment: AugmentConfig | None = None,
+        kept: dict[int, tuple[Clip, Features]] | None = None,
     ) -> None:
         """Takes the clips and all that a batch depends on; nothing is read yet.
 
@@ -132,6 +134,8 @@ class TrainPipeline:
           workers: processes that make batches, an update each; 0 makes them in a thread.
           process_index, process_count: of this process among those that share every micro-batch.
           augment: which changes the augmented copies have; default all.
+          kept: clip of the source -> what was read of it, with its features: filled and used here, for sets that fit in memory; None keeps
+            nothing.
 
         Raises:
           InputError: where the clips, the processes or the captions do not allow such batches.
@@ -145,7 +149,8 @@ class TrainPipeline:
         self._augment = augment or AugmentConfig()
         self.planner = Planner(source, batch, kinds, tokenizer, config, preset, self._augment)
         self._source, self._tokenizer, self._config, self._preset, self._pack = source, tokenizer, config, preset, pack
-        self._workers, self._stop = workers, 0
+        self._workers, self._stop, self._kept = workers, 0, kept
+        self._prompts: dict[tuple[Any, ...], TokenSequence] = {}
         size = batch.micro_batch // process_count
         self._slice = slice(process_index * size, (process_index + 1) * size)
         self._local_blocks = slice(process_index * batch.blocks // process_count, (process_index + 1) * batch.blocks // process_count)
@@ -295,16 +300,23 @@ class TrainPipeline:
         return lengths.row(*how) <= plan.shapes[micro].row_tokens and lengths.hard_row(*how) <= plan.shapes[micro].hard_tokens
 
     def _read(self, plan: UpdatePlan, micro: int, clip: int) -> _Loaded:
-        read = self._source.load(clip)
-        features = self._fitting(read)
+        known = None if self._kept is None else self._kept.get(clip)
+        if known is None:
+            read = self._source.load(clip)
+            known = read, self._fitting(read)
+            if self._kept is not None:
+                self._kept[clip] = known
+        read, features = known
         augmented = None
         if plan.kinds[micro].positive:
-            augmented = self._fitting(augment_clip(read, self.planner.streams(plan.update, clip)[1], self._augment))
+            copy = augment_clip(read, self.planner.streams(plan.update, clip)[1], self._augment)
+            augmented = self._fitting(copy, None if self._augment.audio else features.audio)
         return _Loaded(clip, features, augmented)
 
-    def _fitting(self, clip: Clip) -> Features:
-        """Returns features. Raises ClipError where they exceed what the source says its largest clip has."""
-        features = training_features(clip, self._preset)
+    def _fitting(self, clip: Clip, audio: tuple[AudioSegment, ...] | None = None) -> Features:
+        """Returns features, those of the sound where they are known. Raises ClipError where they exceed what the source says its largest
+        clip has."""
+        features = training_features(clip, self._preset, audio)
         limits = self._source.limits
         assert features.vision is not None
         assert clip.waveform is not None
@@ -338,7 +350,14 @@ class TrainPipeline:
 
     def _prompt(self, table: str, caption: str, seen: Features, heard: Features) -> TokenSequence:
         assert seen.vision is not None
-        return build_sequence(self._tokenizer, self._config, self._preset, table, caption, seen.vision.grid, heard.audio_tokens)
+        media = seen.vision.grid, heard.audio_tokens
+        key = table, caption, *media
+        if key in self._prompts:
+            return self._prompts[key]
+        made = build_sequence(self._tokenizer, self._config, self._preset, table, caption, *media)
+        if self._kept is not None:
+            self._prompts[key] = made
+        return made
 
 
 def _tokens(example: Example, kind: StepKind, shapes: BatchShapes, config: ModelConfig) -> tuple[int, int]:

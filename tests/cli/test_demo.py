@@ -17,7 +17,6 @@ import pytest
 from omni_jax.api.training_curves import read_rows
 from omni_jax.cli import demo_training, parity
 from omni_jax.cli.main import main
-from omni_jax.cli.stopping import Signals
 from omni_jax.conversion.source import model_config, open_checkpoint
 from omni_jax.data.synthetic import SyntheticConfig, SyntheticSet
 from omni_jax.types import InputError
@@ -136,19 +135,19 @@ def test_an_output_that_cannot_be_written_is_said_at_once(tmp_path, capsys, plac
     assert not said.out
 
 
-@pytest.mark.parametrize("ablation", [[], ["--ablation"]])
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), demo_training.Stopped(130), demo_training.Stopped(75)])
-def test_a_stopped_demo_says_what_stays_and_returns_the_status_of_the_stop(tmp_path, capsys, monkeypatch, stop, ablation):
+def test_a_stopped_demo_says_what_stays_and_returns_the_status_of_the_stop(tmp_path, capsys, monkeypatch, stop):
     def stopped(out, scale, stages):
         (out / "clips").mkdir(parents=True)
         raise stop
 
     monkeypatch.setattr(parity, "compare_with_reference", lambda out: 0)
     monkeypatch.setattr(demo_training, "_make_data", stopped)
-    assert main(["demo", "--out", str(tmp_path / "demo"), *ablation]) == getattr(stop, "status", 130)
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == getattr(stop, "status", 130)
     last = capsys.readouterr().err.splitlines()[-1]
-    kept = tmp_path / "demo" / ("ablation" if ablation else "clips")
-    assert last.startswith(f"the demo was stopped; what is finished stays ({kept}") and last.endswith("run it again to resume")
+    assert last.startswith(f"the demo was stopped; what is finished stays ({tmp_path / 'demo' / 'clips'}") and last.endswith(
+        "run it again to resume"
+    )
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -232,32 +231,3 @@ def test_the_chance_and_the_weakest_direction_are_said(tmp_path):
         "held-out clips, gallery of 8: AVG-all 31.2 % (chance 12.5 %), weakest v2t 12.5 %; 25.0 % of the training tokens were padding"
     )
     assert "padding" not in demo_training._said(result, demo_training._padding([{"loss": 1.0}]))
-
-
-def test_the_ablation_gives_one_loss_the_time_of_three_and_keeps_what_was_run(tmp_path, monkeypatch, capsys):
-    clock, trained = [0.0], []
-
-    def train(out, workdir, scale):
-        changes = dict(scale.changes)
-        trained.append((workdir.name, changes))
-        clock[0] += changes.get("steps", 10) * (2.0 if changes["losses.weights.tuple"] else 1.0)
-
-    def score(model, manifest, name, scale, report):
-        rate = 10.0 * len(trained)
-        Path(f"{name}.json").write_text(json.dumps({"directions": {"t2v": {"R@1": rate}}, "AVG-all": rate, "n": 50}))
-
-    monkeypatch.setattr(demo_training, "_make_data", lambda *_: None)
-    monkeypatch.setattr(demo_training, "_train", train)
-    monkeypatch.setattr(demo_training, "_score", score)
-    monkeypatch.setattr(demo_training, "_cpu_seconds", lambda: clock[0])
-    scale = demo_training.Scale(changes=(("steps", 10),))
-    assert demo_training.ablate(tmp_path, scale, Signals()) == 0
-    assert [name for name, _ in trained] == ["L_A", "L_A___L_D", "L_A___L_D___L_T", "L_A__equal_CPU_time"]
-    assert [changes["losses.weights.distillation"] for _, changes in trained] == [0.0, 1.0, 1.0, 0.0]
-    assert [changes["steps"] for _, changes in trained] == [10, 10, 10, 20]
-    kept = json.loads((tmp_path / "ablation" / "ablation.json").read_text())
-    assert [(row["steps"], row["cpu"], row["AVG-all"]) for row in kept.values()] == [(10, 10, 10), (10, 10, 20), (10, 20, 30), (20, 20, 40)]
-    said = capsys.readouterr().out
-    assert "Equal steps are not equal compute" in said and "nothing has converged" in said and "chance 2.0 %" in said
-    demo_training.ablate(tmp_path, scale, Signals())
-    assert len(trained) == 4

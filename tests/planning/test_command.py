@@ -108,8 +108,8 @@ def test_the_note_on_the_evaluator_stands_only_where_it_was_asked_for(capsys: py
         (["--sweep", "--table", "t.json"], "--table takes plans, and --sweep makes none: leave one out, or write --json"),
         (
             ["--config", "nowhere.py"],
-            "--config nowhere.py: no such config; name a Python file, or one of omni_embed_nemotron_3b, omniretriever_7b, "
-            "paper_ablations, tiny, tiny_nemotron",
+            "--config nowhere.py: no such config; name a Python file, or one of ablation, continue_adapter, omni_embed_nemotron_3b, "
+            "omniretriever_7b, paper_ablations, tiny, tiny_nemotron",
         ),
     ],
 )
