@@ -90,6 +90,9 @@ TOLERANCES: dict[str, tuple[str, float]] = {
     "int8_dynamic_embedding": ("cosine", 0.996),
     "int8_outliers": ("cosine", 0.998),
     "int8_dynamic_outliers": ("cosine", 0.97),
+    # Of trained weights, from mp4 files: measured 0.99985 and 0.99968 on the whole demo's model, in bfloat16.
+    "int8_trained": ("cosine", 0.9995),
+    "int8_dynamic_trained": ("cosine", 0.999),
     # Retrieval figures are counts and short sums in float64.
     "metric": ("absolute", 1e-9),
     # mteb's figures, which are rounded to five places, against ours rounded likewise; before it rounds, float32 scores in another order.

@@ -44,8 +44,9 @@ class RoundingLoss:
             return line
         most = max(self.lost, key=lambda name: self.lost[name])
         ours, theirs = (float(np.mean(list(rates.values()))) for rates in (self.rounded, self.exact))
-        line += f"; mean R@1 of {len(self.exact)} directions {ours:.1f} %, with {exact} {theirs:.1f} %: {theirs - ours:.1f} points lost"
-        line += f", most in {most} ({self.lost[most]:.1f})" if self.lost[most] > 0 else ""
+        points = f"{abs(theirs - ours):.1f} points {'lost' if theirs >= ours else 'gained'}"
+        line += f"; mean R@1 of {len(self.exact)} directions {ours:.1f} %, with {exact} {theirs:.1f} %: {points}"
+        line += f", most lost in {most} ({self.lost[most]:.1f})" if self.lost[most] > 0 else ""
         return f"{line}; choose {exact} instead" if self.lost[most] > NOTABLE else line
 
 

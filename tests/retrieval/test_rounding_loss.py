@@ -23,7 +23,7 @@ def test_a_loss_of_more_than_two_points_says_how_much_and_what_to_choose():
     assert found.exact == {"t2v": 100.0, "v2t": 100.0} and max(found.lost.values()) > 2
     ours = sum(found.rounded.values()) / 2
     said = found.said("int8-dynamic", "int8")
-    assert f"mean R@1 of 2 directions {ours:.1f} %, with int8 100.0 %: {100 - ours:.1f} points lost, most in " in said
+    assert f"mean R@1 of 2 directions {ours:.1f} %, with int8 100.0 %: {100 - ours:.1f} points lost, most lost in " in said
     assert said.startswith(f"int8-dynamic on 40 of these records, against int8: smallest cosine {found.cosine:.4f} ({found.table})")
     assert said.endswith("; choose int8 instead") and "\n" not in said
 

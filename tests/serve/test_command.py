@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from omni_jax import OmniRetriever
 from omni_jax.cli.main import main
+from omni_jax.retrieval import read_embeddings, write_embeddings
 from tests.golden_set import GoldenSet
 
 BARE = ["serve", "--model", "none", "--index", "none.npz"]
@@ -45,6 +48,20 @@ def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         port = taken.getsockname()[1]
         assert main([*BARE, "--port", str(port)]) == 2
     assert f"--port {port}: is in use on 127.0.0.1; end the other program, or choose another port" in capsys.readouterr().err
+
+
+@pytest.mark.jit
+def test_golden_index_of_another_model_is_one_line_before_weights_are_read(
+    folder: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OmniRetriever, "from_source", lambda *_, **__: pytest.fail("nothing may be loaded"))
+    found = read_embeddings(index)
+    assert found.made_with is not None
+    made = {**found.made_with, "weights": {**found.made_with["weights"], "base weights": "0" * 32}}
+    write_embeddings(tmp_path / "other.npz", dataclasses.replace(found, made_with=made))
+    assert main(["serve", "--model", str(folder), "--index", str(tmp_path / "other.npz"), "--port", "0"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert "other.npz: was made otherwise than --model" in line and "weights.base differs" in line and "\n" not in line
 
 
 @pytest.mark.slow
