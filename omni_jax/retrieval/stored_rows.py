@@ -61,6 +61,13 @@ class StoredRows:
         """Returns the rows of tables of one width, one after the other; `same`: row -> the row that is read in its place."""
         return cls([piece for table in tables for piece in table._pieces], tables[0].shape[1], same)
 
+    def mapped(self) -> StoredRows | np.ndarray:
+        """Returns the rows of one float32 file mapped into memory, for those who read them again and again; itself where that cannot be."""
+        if len(self._pieces) != 1 or len(self._replaced) or self._pieces[0].kind != "<f4":
+            return self
+        (piece,) = self._pieces
+        return np.memmap(piece.path, np.float32, "r", piece.offset, self.shape)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the rows as float32."""
