@@ -23,6 +23,7 @@ from omni_jax.config import preset
 from omni_jax.data.formats import entry, table
 from omni_jax.data.loading import load_features
 from omni_jax.data.manifest import Manifest, read_manifest
+from omni_jax.data.sources import MediaSource, open_source
 from omni_jax.media import parts
 from omni_jax.media.audio import read_waveform
 from omni_jax.types import ClipError, Features, FilePart, InputError, Record
@@ -108,6 +109,9 @@ def test_a_tar_gives_the_records_and_arrays_of_the_loose_files(loose: Path, tmp_
     assert isinstance(part, FilePart) and str(part) == f"{path}/a.mp4"
     assert path.read_bytes()[part.start : part.start + part.size] == (loose / "a.mp4").read_bytes()
     assert_same(found, expected, workers=1)
+    for source_of_clips in (path, loose):
+        streamed = open_source(source_of_clips, PRESET)
+        assert isinstance(streamed, MediaSource) and list(streamed.ids) == list(KEYS)
 
 
 def test_parquet_gives_the_arrays_of_the_loose_files_however_its_pages_are_kept(loose: Path, tmp_path: Path) -> None:
