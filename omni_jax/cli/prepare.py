@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omni_jax.cli.argtypes import positive, whole
 from omni_jax.cli.on_ray import add_ray_argument, check_ray, local_cpus
@@ -14,12 +16,17 @@ from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED, STOPPED_AND_SAVED
 from omni_jax.config import PRESETS, preset
 from omni_jax.types import InputError
 
+if TYPE_CHECKING:
+    from omni_jax.data.prepare import Preparation
+
 EXAMPLE = "omni-jax prepare --manifest clips.jsonl --out shards --workers 16"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; an interrupted preparation continues")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder to write, local or at gs:// or s3://; an interrupted preparation continues"
+    )
     parser.add_argument("--shards", type=positive(int), metavar="N", help="files to write (default: one for every 256 clips)")
     parser.add_argument("--preset", default="training", help=f"one of {', '.join(PRESETS)} (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help="override a preset field")
@@ -45,10 +52,9 @@ def run(args: argparse.Namespace) -> int:
     check_ray(args)
 
     # Late, so that `--help` and usage errors answer at once.
-    from omni_jax.cli.progress import Progress
-    from omni_jax.cli.stopping import Terminated, sigterm_raises
-    from omni_jax.data.prepare import ERRORS, Preparation
+    from omni_jax.data.prepare import Preparation
     from omni_jax.data.shards import TEXT_FIELDS
+    from omni_jax.io.remote import RemoteFolder, is_remote
 
     idle = [text for text in args.overrides if text.partition("=")[0] in TEXT_FIELDS]
     if idle:
@@ -60,10 +66,25 @@ def run(args: argparse.Namespace) -> int:
     manifest = read_source(args)
     for note in manifest.notes:
         print(f"{args.manifest}: {note}", file=sys.stderr)
-    try:
-        work = Preparation(args.out, manifest.records, manifest.problems, chosen, args.shards)
-    except InputError as error:
-        raise InputError(f"{args.manifest}: {error}") from None
+    store = RemoteFolder(args.out) if is_remote(args.out) else None
+    if store is not None and args.ray is not None:
+        raise InputError(f"--out {args.out}: with --ray, name a folder that all nodes share; without it, shards go to an object store")
+    with contextlib.ExitStack() as held:
+        # Shards are written on the local disk and go to the store when they are whole.
+        out = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="omni_jax-prepare-")) if store else args.out)
+        try:
+            work = Preparation(out, manifest.records, manifest.problems, chosen, args.shards, store)
+        except InputError as error:
+            raise InputError(f"{args.manifest}: {error}") from None
+        return _prepare(args, work)
+
+
+def _prepare(args: argparse.Namespace, work: Preparation) -> int:
+    """Runs a preparation and says what came of it; returns the exit status."""
+    from omni_jax.cli.progress import Progress
+    from omni_jax.cli.stopping import Terminated, sigterm_raises
+    from omni_jax.data.prepare import ERRORS
+
     done = work.done
     try:
         with sigterm_raises(), Progress(work.total, "prepare", done=done) as progress:
@@ -82,12 +103,12 @@ def run(args: argparse.Namespace) -> int:
         return STOPPED_AND_SAVED
     summary = work.finish()
     if summary.errors:
-        listed = args.out / ERRORS
+        listed = f"{args.out}/{ERRORS}"
         print(f"skipped records: {len(summary.errors)}, listed in {listed}; the first: {summary.errors[0].reason}", file=sys.stderr)
     if summary.warnings:
         print(f"repaired records: {len(summary.warnings)}; the first: {summary.warnings[0]}", file=sys.stderr)
     if not summary.clips:
-        raise InputError(f"{args.manifest}: no record could be prepared; {args.out / ERRORS} says why")
+        raise InputError(f"{args.manifest}: no record could be prepared; {args.out}/{ERRORS} says why")
     silent = f", {summary.silent} of them with silence for a missing audio track" if summary.silent else ""
     print(f"{args.out}: {summary.clips} clips{silent}")
     return DONE_WITH_SKIPPED if summary.errors else DONE

@@ -30,6 +30,7 @@ from omni_jax.data.shards import (
     write_dataset_info,
 )
 from omni_jax.data.sources import trainable
+from omni_jax.io.remote import RemoteFolder
 from omni_jax.media.workers import run_guarded
 from omni_jax.types import ClipError, InputError, Record
 
@@ -86,12 +87,19 @@ class Preparation:
     """
 
     def __init__(
-        self, out: Path, records: Sequence[Record], problems: Sequence[Problem], preset: Preset, shards: int | None = None
+        self,
+        out: Path,
+        records: Sequence[Record],
+        problems: Sequence[Problem],
+        preset: Preset,
+        shards: int | None = None,
+        store: RemoteFolder | None = None,
     ) -> None:
         """Begins, or resumes an earlier preparation of the same records.
 
         Args:
           shards: files to write; default one for every 256 clips.
+          store: where the folder is to be; `out` is then an empty folder, from which each file goes there once it is whole.
 
         Raises:
           InputError: when no record can be trained on, or the folder holds something else.
@@ -100,13 +108,14 @@ class Preparation:
         self._problems = (*problems, *unfit)
         if not usable:
             first = f"; the first: {self._problems[0].reason}" if self._problems else ""
-            if self._problems and self._is_free(out):
+            if self._problems and store is None and self._is_free(out):
                 out.mkdir(parents=True, exist_ok=True)
                 write_jsonl_atomic(out / ERRORS, (p.row() for p in self._problems))
                 first += f"; {out / ERRORS} lists all"
             raise InputError(f"no record can be prepared: each needs text and video{first}")
         count = min(shards or -(-len(usable) // CLIPS_PER_SHARD), len(usable))
-        self._out, self._preset, self.total = out, preset, len(usable)
+        self._out, self._preset, self._store, self.total = out, preset, store, len(usable)
+        self._stored = self._fetch() if store is not None else {}
         self._shards = [usable[i * len(usable) // count : (i + 1) * len(usable) // count] for i in range(count)]
         settings = {
             "preset": media_fields(preset),
@@ -121,6 +130,8 @@ class Preparation:
         """Returns the shards that are missing, each of which `write_shard` makes, in any order and anywhere that sees their folder."""
         if self._left:  # until it is whole again, the folder is not taken for one
             (self._out / INDEX).unlink(missing_ok=True)
+            if self._store is not None:
+                self._store.remove(INDEX)
         for i in self._left:
             self._part_path(i).unlink(missing_ok=True)
         return [ShardJob(self._path(i), self._part_path(i), tuple(self._shards[i]), self._preset) for i in self._left]
@@ -137,6 +148,7 @@ class Preparation:
         for job in jobs:
             for _ in write_shard(job, outcomes):
                 yield 1
+            self._keep(job)
         self._left = []
 
     def finish(self) -> Summary:
@@ -158,8 +170,18 @@ class Preparation:
         path.unlink(missing_ok=True)
         if errors:
             write_jsonl_atomic(path, (p.row() for p in errors))
-        write_dataset_info(self._out, said["shards"])
+        stand_ins = [self._path(shard) for shard in range(len(self._shards))] if self._store is not None else []
+        for path in stand_ins:  # TensorFlow Datasets looks for their names
+            path.touch()
+        write_dataset_info(self._out, said["shards"], said["sizes"])
+        for path in stand_ins:
+            path.unlink()
         write_index(self._out, self._preset, said)
+        if self._store is not None:
+            self._store.remove(ERRORS)
+            made = sorted((path.name for path in self._out.iterdir() if path.is_file()), key=lambda name: name == INDEX)
+            for name in made:  # the index last: it makes the folder a whole one
+                self._store.put(self._out / name, name)
         return Summary(sum(said["shards"]), said["silent"], errors, tuple(warnings))
 
     def _claim(self, settings: dict[str, Any]) -> None:
@@ -180,6 +202,28 @@ class Preparation:
             raise InputError(f"{self._out}: exists and was not made by 'omni-jax prepare'; give another --out")
         (self._out / PARTS).mkdir(parents=True, exist_ok=True)
         write_json(state, settings)
+        if self._store is not None:
+            self._store.put(state, STATE)
+
+    def _fetch(self) -> dict[str, int]:
+        """Copies what an earlier preparation left in the store, but for shards, and returns the sizes of what is there."""
+        assert self._store is not None
+        sizes = self._store.sizes()
+        if STATE in sizes:
+            (self._out / PARTS).mkdir()
+            self._store.fetch(STATE, self._out / STATE)
+            for name in self._store.sizes(PARTS):
+                self._store.fetch(f"{PARTS}/{name}", self._out / PARTS / name)
+        elif set(sizes) - {ERRORS}:
+            raise InputError(f"{self._store.location}: exists and was not made by 'omni-jax prepare'; give another --out")
+        return sizes
+
+    def _keep(self, job: ShardJob) -> None:
+        """Puts a shard, and then its part, where the store is, and removes the shard here."""
+        if self._store is not None:
+            self._store.put(job.path, job.path.name)
+            self._store.put(job.part, f"{PARTS}/{job.part.name}")
+            job.path.unlink()
 
     @staticmethod
     def _is_free(folder: Path) -> bool:
@@ -197,6 +241,8 @@ class Preparation:
 
     def _finished(self, shard: int) -> bool:
         try:
+            if self._store is not None:
+                return self._stored.get(self._path(shard).name) == self._part(shard)["size"]
             open_shard(self._path(shard), len(self._part(shard)["rows"]))
         except (OSError, ValueError, KeyError, InputError):
             return False

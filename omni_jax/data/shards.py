@@ -245,7 +245,7 @@ def extents(path: Path) -> Extents:
     return Extents(tuple(bounds), size)
 
 
-def write_dataset_info(folder: Path, lengths: Sequence[int]) -> None:
+def write_dataset_info(folder: Path, lengths: Sequence[int], sizes: Sequence[int]) -> None:
     """Writes what TensorFlow Datasets asks for to read the folder."""
     import tensorflow_datasets as tfds
     from etils import epath
@@ -254,8 +254,7 @@ def write_dataset_info(folder: Path, lengths: Sequence[int]) -> None:
     template = naming.ShardedFileTemplate(
         data_dir=epath.Path(folder), template=TEMPLATE, dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
     )
-    size = sum((folder / shard_name(i, len(lengths))).stat().st_size for i in range(len(lengths)))
-    split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=list(lengths), num_bytes=size, filename_template=template)
+    split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=list(lengths), num_bytes=sum(sizes), filename_template=template)
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         features=example_features(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,15 +16,20 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from omni_jax.cli.main import main
 from omni_jax.data.clip_index import write_index, write_rows
+from omni_jax.data.manifest import read_manifest
 from omni_jax.data.pipeline import PipelineBatch, TrainPipeline
 from omni_jax.data.plan import BatchConfig
+from omni_jax.data.prepare import Preparation
 from omni_jax.data.record_cache import RecordCache
 from omni_jax.data.shards import ShardSource, ShardWriter, encode_clip, index_row, shard_name
 from omni_jax.data.sources import open_source
 from omni_jax.io import remote
+from omni_jax.io.remote import RemoteFolder
 from omni_jax.types import ClipError, InputError
 from tests.data.training_clips import PRESET, MemorySource, captions, pipeline
+from tests.media_samples import write_clip
 
 CLIPS, SHARDS = 40, 3
 BATCH = BatchConfig(micro_batch=4, micro_batches=2, blocks=2)
@@ -60,16 +66,22 @@ class NoCredentialsError(Exception):
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 40 prepared clips in three shards."""
-    folder, source = tmp_path_factory.mktemp("prepared"), MemorySource(captions(CLIPS))
-    shards = []
-    for shard in range(SHARDS):
-        writer = ShardWriter(folder / shard_name(shard, SHARDS))
-        clips = [source.load(n) for n in range(shard * CLIPS // SHARDS, (shard + 1) * CLIPS // SHARDS)]
+    folder = tmp_path_factory.mktemp("prepared")
+    write_folder(folder, CLIPS, SHARDS)
+    return folder
+
+
+def write_folder(folder: Path, count: int, of: int) -> None:
+    """Writes a prepared folder of clips made from their number."""
+    folder.mkdir(exist_ok=True)
+    source, shards = MemorySource(captions(count)), []
+    for shard in range(of):
+        writer = ShardWriter(folder / shard_name(shard, of))
+        clips = [source.load(n) for n in range(shard * count // of, (shard + 1) * count // of)]
         for clip in clips:
             writer.write(encode_clip(clip))
         shards.append(([index_row(clip) for clip in clips], writer.finish()))
     write_index(folder, PRESET, write_rows(folder, shards))
-    return folder
 
 
 @pytest.fixture
@@ -205,3 +217,32 @@ def test_a_cache_keeps_to_its_size_and_forgets_what_was_used_longest_ago(tmp_pat
         assert held(tmp_path) <= 8000
     assert cache.get("a/199") is not None and cache.get("a/60") is None
     assert not list((tmp_path / "cache" / "a").glob(".*"))
+
+
+def test_a_preparation_in_a_store_is_that_of_a_local_folder_and_resumes_from_any_machine(store: dict, tmp_path: Path):
+    store.clear()
+    rows = []
+    for n in range(4):
+        write_clip(tmp_path / f"{n}.mp4", 1.0, fps=5, width=96, height=64, seed=n)
+        rows.append({"id": f"clip-{n}", "text": f"caption {n}", "video": f"{n}.mp4", "audio": f"{n}.mp4"})
+    rows.append({"id": "gone", "text": "x", "video": "gone.mp4", "audio": "gone.mp4"})
+    (tmp_path / "clips.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    records = read_manifest(tmp_path / "clips.jsonl").records
+    settings = [part for field in ("frames=4", "pixels=1568", "audio_seconds=1") for part in ("--set", field)]
+    arguments = ["prepare", "--manifest", str(tmp_path / "clips.jsonl"), *settings, "--shards", "3", "--workers", "0"]
+    assert main([*arguments, "--out", str(tmp_path / "local")]) == 1
+    (tmp_path / "stopped").mkdir()
+    stopped = Preparation(tmp_path / "stopped", records, (), PRESET, 3, RemoteFolder(STORE)).run(0, 60)
+    for _ in range(3):  # within the second shard
+        next(stopped)
+    stopped.close()  # type: ignore[attr-defined] (a generator)
+    first = f"/bucket/shards/{shard_name(0, 3)}"
+    assert {path for path in store if "array_record" in path} == {first}
+    made = store[first].modified
+    assert main([*arguments, "--out", STORE]) == 1
+    assert store[first].modified == made, "a finished shard is not made again"
+    local = {str(path.relative_to(tmp_path / "local")): path.read_bytes() for path in (tmp_path / "local").rglob("*") if path.is_file()}
+    assert {path.removeprefix("/bucket/shards/"): file.getvalue() for path, file in store.items()} == local
+    far = source(tmp_path)
+    assert [far.load(n).record.id for n in range(4)] == [f"clip-{n}" for n in range(4)]
+    assert main([*arguments, "--out", STORE, "--set", "frames=2"]) == 2

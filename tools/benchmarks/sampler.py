@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = (10**4, 10**5, 10**6, 10**7, 10**8)
-STEP, STEPS = 1024, 200  # clips of a step, and steps that are planned
+SIZES = (10**8, 10**7, 10**6, 10**5, 10**4)
+STEP, STEPS = 256, 50  # clips of a step, and steps that are planned
 CLIPS_A_SHARD, BYTES_A_CLIP = 16384, 1_600_000
 RUNS = 1 << 12  # captions' beginnings
 
