@@ -55,6 +55,12 @@ def test_who_embeds_imports_no_exporter_no_checkpoints_and_no_kernels_of_tpus() 
     assert "jax" in found and not [name for name in found if name.startswith(unwanted)]
 
 
+def test_what_hears_a_clip_imports_neither_jax_nor_transformers() -> None:
+    """Each process that decodes does: what it imports is paid for again and again."""
+    found = imported("import numpy\nfrom omni_jax.features import kaldi_fbank, log_mel\nlog_mel(numpy.zeros(800, 'float32'))")
+    assert "numpy" in found and not {"jax", "transformers"} & found
+
+
 def run(home: Path, first: str = "", **variables: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in ("OMNI_JAX_CACHE", "JAX_COMPILATION_CACHE_DIR")}
     environment |= {"HOME": str(home), **variables}

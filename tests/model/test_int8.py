@@ -61,6 +61,7 @@ def test_a_matrix_is_rounded_alike_whole_or_in_blocks(monkeypatch: pytest.Monkey
     assert_close(restored(*whole), matrix, "int8")
 
 
+@pytest.mark.jit
 def test_columns_of_zeros_stay_zero_and_no_scale_underflows():
     matrix = np.zeros((4, 3), np.float32)
     matrix[1, 1], matrix[2, 2] = 1e-42, -3e-38
