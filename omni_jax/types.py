@@ -353,10 +353,9 @@ class StepKind:
         return max(map(len, self.pooled(share_prefix)))
 
     @property
-    def towers(self) -> tuple[str, ...]:
-        """The towers whose tokens some prompt has."""
-        seen, heard = (self.anchor or modality in self.singles for modality in ("video", "audio"))
-        return ("vision",) * seen + ("audio", "beats") * heard
+    def media(self) -> tuple[str, ...]:
+        """The modalities besides text whose tokens some prompt has."""
+        return tuple(modality for modality in ("video", "audio") if self.anchor or modality in self.singles)
 
     @property
     def shuffles(self) -> bool:
@@ -394,10 +393,6 @@ class BatchShapes:
     fbank_frames: int
     row_tokens: int
     hard_tokens: int = 0
-
-    def media_tokens(self, chunk_tokens: int, audio_repeat: int) -> int:
-        """M, media tokens of one clip; `audio_repeat` as in `ModelConfig`."""
-        return self.steps * self.patches // PATCHES_PER_TOKEN + audio_repeat * self.chunks * chunk_tokens
 
 
 @dataclasses.dataclass(frozen=True)

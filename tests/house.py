@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 BASE = {"omni_jax.config", "omni_jax.types", "omni_jax.io"}
-CHAIN = {*BASE, "omni_jax.media", "omni_jax.features", "omni_jax.tokens"}
+CHAIN = {*BASE, "omni_jax.media", "omni_jax.features", "omni_jax.towers", "omni_jax.tokens"}
 ROOMS = {
     *CHAIN,
     "omni_jax.data",
@@ -34,15 +34,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "omni_jax.io": {"omni_jax.types"},
     "omni_jax.media": BASE,
     "omni_jax.features": BASE,
-    "omni_jax.tokens": BASE,
+    "omni_jax.towers": {"omni_jax.config", "omni_jax.types"},
+    "omni_jax.tokens": {*BASE, "omni_jax.towers"},
     "omni_jax.data": CHAIN,
     "omni_jax.parallel": set(),
-    "omni_jax.model": {*BASE, "omni_jax.parallel"},
+    "omni_jax.model": {*BASE, "omni_jax.towers", "omni_jax.parallel"},
     "omni_jax.objectives": set(),
     "omni_jax.retrieval": {*BASE, "omni_jax.parallel"},
-    "omni_jax.train": {*BASE, "omni_jax.tokens", "omni_jax.parallel", "omni_jax.model", "omni_jax.objectives"},
+    "omni_jax.train": {*BASE, "omni_jax.towers", "omni_jax.tokens", "omni_jax.parallel", "omni_jax.model", "omni_jax.objectives"},
     "omni_jax.planning": {
         *BASE,
+        "omni_jax.towers",
         "omni_jax.tokens",
         "omni_jax.parallel",
         "omni_jax.model",

@@ -9,11 +9,15 @@ import dataclasses
 from collections.abc import Sequence
 
 from omni_jax.config import ConfigError, ModelConfig
-from omni_jax.model.flops import PARTS, Terms
-from omni_jax.planning.step_flops import Load, Passes, RowLoad, StepFlops, clip_flops, padded_load, scale, tower_terms
+from omni_jax.model.flops import PARTS
+from omni_jax.planning.step_flops import Load, Passes, RowLoad, StepFlops, clip_flops, padded_load, scale
+from omni_jax.towers import of_modalities
+from omni_jax.towers.audio import audio_terms_of
+from omni_jax.towers.beats import beats_terms_of
+from omni_jax.towers.vision import vision_terms
+from omni_jax.towers.work import Terms, unpadded
 from omni_jax.train.plan import LossConfig, step_kind
 from omni_jax.train.step import StepConfig
-from omni_jax.train.streams import TOWERS
 from omni_jax.train.trainable import TrainableConfig, select
 from omni_jax.types import BatchShapes, StepKind, VideoGrid
 
@@ -120,9 +124,9 @@ def exact_load(config: ModelConfig, kind: StepKind, sizes: ClipSizes, *, share_p
         prefix = sizes.prompt("anchor") - sizes.caption
         graded += RowLoad(sizes.caption, sizes.caption * prefix + _triangle(sizes.caption), 1, prefix + sizes.caption, 1)
     own = bool(kind.hard) and not shared
-    beats, heard = "beats" in kind.towers, sizes.audio_tokens // 2
+    beats, heard = "audio" in kind.media, sizes.audio_tokens // 2
     return Load(
-        towers=_clip_terms(config, kind.towers, sizes, 1 + kind.positive),
+        towers=_clip_terms(config, kind.media, sizes, 1 + kind.positive),
         bridged=beats * (1 + kind.positive) * heard,
         graded=graded,
         still=_row(sizes.prompt("hard")) if own else RowLoad(),
@@ -141,7 +145,7 @@ def released_load(config: ModelConfig, kind: StepKind, sizes: ClipSizes) -> Load
     graded = [_row(sizes.prompt(name), name != "text", whole=True) for name in ("anchor", "positive", *kind.singles)]
     still = [_row(sizes.prompt(name), name != "text", whole=True) for name in ("hard", *idle)]
     return Load(
-        towers=_clip_terms(config, TOWERS, sizes, 2),
+        towers=_clip_terms(config, ("video", "audio"), sizes, 2),
         bridged=2 * (sizes.audio_tokens // 2),
         graded=sum(graded, RowLoad()),
         still=sum(still, RowLoad()),
@@ -159,14 +163,19 @@ def _triangle(tokens: int) -> int:
     return tokens * (tokens + 1) // 2
 
 
-def _clip_terms(config: ModelConfig, towers: Sequence[str], sizes: ClipSizes, copies: int) -> dict[str, Terms]:
+def _clip_terms(config: ModelConfig, modalities: Sequence[str], sizes: ClipSizes, copies: int) -> dict[str, Terms]:
     """Towers over one clip as it is: attention within windows where a layer has them."""
     vision, beats = config.vision, config.beats
+    assert beats is not None
     steps, high, wide = sizes.grid.thw
     side = vision.window_tokens * vision.merge_size
     windows = sum(min(side, high - y) ** 2 for y in range(0, high, side)) * sum(min(side, wide - x) ** 2 for x in range(0, wide, side))
     full = len(set(vision.full_attention_layers))
     pairs = steps * (full * (high * wide) ** 2 + (vision.num_layers - full) * windows)
-    # The fbank has two frames fewer than the log-mel: its frames lie within the waveform.
-    fbank = (sizes.mel_frames - 2) // beats.patch_size * beats.frequency_patches if beats else 0
-    return tower_terms(config, towers, copies, steps * high * wide, pairs, sizes.mel_frames, fbank)
+    made = {
+        "vision": vision_terms(config, unpadded(copies * steps * high * wide), unpadded(copies * pairs)),
+        "audio": audio_terms_of(config, sizes.mel_frames, copies),
+        # The fbank has two frames fewer than the log-mel: its frames lie within the waveform.
+        "beats": beats_terms_of(beats, sizes.mel_frames - 2, copies),
+    }
+    return {name: made[name] for name in of_modalities(modalities)}

@@ -430,7 +430,7 @@ class OmniRetriever:
 def check_preprocessing(folder: epath.Path, config: ModelConfig) -> None:
     """Raises InputError for towers whose input the preprocessing, which has one patch size, does not make."""
     from omni_jax.features import audio, vision
-    from omni_jax.tokens import buckets
+    from omni_jax.towers.beats import BEATS_PATCH
 
     made = {
         "vision.patch_size": (config.vision.patch_size, vision.PATCH),
@@ -440,7 +440,7 @@ def check_preprocessing(folder: epath.Path, config: ModelConfig) -> None:
         "audio.num_mel_bins": (config.audio.num_mel_bins, audio.MEL_BINS),
     }
     if config.beats is not None:
-        made["beats.patch_size"] = (config.beats.patch_size, buckets.BEATS_PATCH)
+        made["beats.patch_size"] = (config.beats.patch_size, BEATS_PATCH)
         made["beats.num_mel_bins"] = (config.beats.num_mel_bins, audio.MEL_BINS)
     for name, (value, fixed) in made.items():
         if value != fixed:

@@ -30,8 +30,8 @@ from omni_jax.data.sources import ClipSource
 from omni_jax.tokens.prompts import build_sequence
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.tokens.training import PromptLengths, clip_media
+from omni_jax.towers import media_tokens, towers_of
 from omni_jax.types import (
-    PATCHES_PER_TOKEN,
     AudioSegment,
     BatchShapes,
     Clip,
@@ -363,10 +363,9 @@ class TrainPipeline:
 def _tokens(example: Example, kind: StepKind, shapes: BatchShapes, config: ModelConfig) -> tuple[int, int]:
     """Returns one example's tokens of towers and rows that are not padding, and all of them."""
     copies = [m for m in (example.media, example.augmented) if m is not None]
-    repeat = config.audio_repeat
-    used = sum(int((m.vision.window >= 0).sum()) // PATCHES_PER_TOKEN + repeat * int(m.beats.tokens) for m in copies)
+    used = sum(int(np.sum(tower.valid(getattr(m, tower.name)))) for m in copies for tower in towers_of(config))
     used += sum(len(example.prompts[name].ids) for name in kind.prompts)
-    whole = len(copies) * shapes.media_tokens(config.audio.chunk_tokens, repeat) + len(kind.rows) * shapes.row_tokens
+    whole = len(copies) * media_tokens(shapes, config) + len(kind.rows) * shapes.row_tokens
     if kind.hard is not None:
         hard, branch = example.prompts["hard"], kind.branches(config.shares_prefix)
         used += len(hard.ids) - (hard.prefix if branch else 0)

@@ -17,10 +17,11 @@ from omni_jax.data.order import Draw, apart, epoch_order, exchange, generator, n
 from omni_jax.data.sources import BEATS_PATCH, ClipSource, fbank_frames, tokens_of
 from omni_jax.features.audio import HOP
 from omni_jax.tokens.batching import attention_cost
-from omni_jax.tokens.buckets import multiple_of, round_up
+from omni_jax.tokens.buckets import round_up
 from omni_jax.tokens.prompts import text_tokens
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.tokens.training import PromptLengths, lay_out
+from omni_jax.towers.base import multiple_of
 from omni_jax.types import PATCHES_PER_TOKEN, BatchShapes, InputError, StepKind
 
 DISTINCT = ("none", "caption", "id_prefix")

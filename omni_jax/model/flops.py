@@ -1,66 +1,22 @@
-"""Floating-point operations of a forward, counted from shapes: a product of (m, k) and (k, n) is 2 m k n, everything else is free.
+"""Floating-point operations of a forward, counted from shapes (see `omni_jax.towers.work`): matrices, decoder, bridge and head.
 
-Two counts of every part: `computed`, what the compiled programs multiply, padding and masked pairs included; `needed`, valid tokens and
-the pairs that attention may see alone. Elementwise work (norms, softmax, activations) is left out, as is usual for model FLOP/s.
-
-Letters: N items, P patches, F frames, T convolved frames, R rows, S tokens, K prompts per row, L layers, C tower width, D decoder width.
+Letters: S tokens, K prompts per row, L layers, D decoder width.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
-from omni_jax.config import BeatsConfig, ModelConfig
+from omni_jax.config import ModelConfig
 from omni_jax.model.encoder import abstract_params
 from omni_jax.model.layers import causal_blocks
+from omni_jax.towers import NAMES
+from omni_jax.towers.work import Attention, Maps, Terms, Work
 
-PARTS = ("vision", "audio", "beats", "bridge", "decoder", "head")
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """A count, of operations or of what causes them (tokens, pairs): `computed` with padding, `needed` without."""
-
-    computed: float = 0.0
-    needed: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.computed + other.computed, self.needed + other.needed)
-
-    def __mul__(self, factor: float) -> Work:
-        return Work(self.computed * factor, self.needed * factor)
-
-    @property
-    def padding(self) -> float:
-        """Share of the computed operations that nothing needed."""
-        return 1 - self.needed / self.computed if self.computed else 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Maps:
-    """Linear maps applied to so many tokens.
-
-    Attributes:
-      paths: path prefixes of their matrices, all layers of a stack together.
-    """
-
-    paths: tuple[str, ...]
-    tokens: Work
-
-
-@dataclasses.dataclass(frozen=True)
-class Attention:
-    """Logits and weighted sum of so many query-key pairs, counted over all layers; all heads together `width` wide."""
-
-    width: int
-    pairs: Work
-
-
-Terms = Sequence[Maps | Attention]
+PARTS = (*NAMES, "bridge", "decoder", "head")
 
 
 def operations(config: ModelConfig, terms: Terms) -> Work:
@@ -94,26 +50,6 @@ def matrix_sizes(config: ModelConfig, only: frozenset[str] | None = None) -> Map
     return sizes
 
 
-def vision_terms(config: ModelConfig, patches: Work, pairs: Work) -> Terms:
-    """Returns the vision tower on so many patches, whose layers see `pairs` in all."""
-    merged = patches * (1 / config.vision.merge_size**2)
-    maps = [Maps(("vision/patch_embed",), patches), Maps(("vision/layers",), patches), Maps(("vision/merger",), merged)]
-    return [*maps, Attention(config.vision.hidden_size, pairs)]
-
-
-def audio_terms(config: ModelConfig, frames: Work, seen: Work, tokens: Work, pairs: Work) -> Terms:
-    """Returns the audio tower on log-mel frames, convolved frames (half as many) and tokens (a quarter)."""
-    maps = [Maps(("audio/conv1",), frames), Maps(("audio/conv2", "audio/layers"), seen), Maps(("audio/proj",), tokens)]
-    return [*maps, Attention(config.audio.hidden_size, pairs)]
-
-
-def beats_terms(config: BeatsConfig, patches: Work, taps: Work, pairs: Work) -> Terms:
-    """Returns BEATs on so many patches; `taps` of the position convolution fall within their sequences (see `kernel_taps`)."""
-    maps = [Maps(("beats/patch_embed",), patches), Maps(("beats/input_proj", "beats/layers"), patches)]
-    convolution = Maps(("beats/pos_conv",), taps * (1 / config.conv_pos))
-    return [*maps, convolution, Attention(config.hidden_size, pairs)]
-
-
 def bridge_terms(tokens: Work) -> Terms:
     """Returns the bridge from BEATs to the decoder on so many tokens."""
     return [Maps(("bridge",), tokens)]
@@ -136,13 +72,6 @@ def decoder_terms(config: ModelConfig, tokens: Work, pairs: Work, last: tuple[Wo
 def head_terms(prompts: Work) -> Terms:
     """Returns the fusion head on so many prompts."""
     return [Maps(("head",), prompts)]
-
-
-def kernel_taps(length: int, taps: int) -> int:
-    """Returns the taps of a centred kernel that fall within a sequence, over all its positions."""
-    place = np.arange(length)
-    first, last = np.maximum(place - taps // 2, 0), np.minimum(place - taps // 2 + taps, length)
-    return int((last - first).sum())
 
 
 def row_pairs(tokens: int, causal: bool = True) -> int:

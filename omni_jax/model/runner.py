@@ -24,6 +24,7 @@ from omni_jax.config import TABLES
 from omni_jax.model.attention import choose_for
 from omni_jax.model.encoder import Encoder
 from omni_jax.parallel import sharding, use_mesh
+from omni_jax.towers import Tower, towers_of
 from omni_jax.types import EncoderBatch, RowBatch
 
 ROWS = tuple(field.name for field in dataclasses.fields(RowBatch))
@@ -51,7 +52,7 @@ class Runner:
         self.programs: list[str] = []
         self.compiling: Callable[[str], None] | None = None
 
-        def program(name: str, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        def program(name: str, function: Callable[..., Any], **options: Any) -> Any:
             def traced(params: Any, *args: Any, **kwargs: Any) -> Any:
                 # Python runs this once per compilation, never when a compiled program is reused.
                 self.programs.append(f"{name} {[tuple(x.shape) for x in jax.tree.leaves(args)]}")
@@ -66,22 +67,16 @@ class Runner:
             rows = tokens.reshape(-1, tokens.shape[-1]).astype(table.dtype)
             return jax.lax.dynamic_update_slice(table, rows, (offset, jnp.zeros((), offset.dtype)))
 
-        def vision(model: Encoder, table: jax.Array, offset: jax.Array, batch: Arrays) -> jax.Array:
-            return write(table, offset, model.video_tokens(*batch))
+        def media(tower: Tower) -> Any:
+            def run(model: Encoder, table: jax.Array, offset: jax.Array, batch: Arrays, tokens: int) -> jax.Array:
+                return write(table, offset, tower.media_tokens(model, batch, tokens))
 
-        def audio(model: Encoder, table: jax.Array, offset: jax.Array, batch: Arrays) -> jax.Array:
-            return write(table, offset, model.whisper_tokens(*batch))
-
-        def beats(model: Encoder, table: jax.Array, offset: jax.Array, batch: Arrays, max_tokens: int) -> jax.Array:
-            fbank, frames = batch
-            return write(table, offset, model.beats_tokens(fbank, frames, max_tokens))
+            return program(tower.name, run, donate_argnums=1, static_argnames="tokens")
 
         def rows(model: Encoder, table: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             return model.embed_rows(RowBatch(**batch), table, attention=kernel)
 
-        self._vision = program("vision", vision, donate_argnums=1)
-        self._audio = program("audio", audio, donate_argnums=1)
-        self._beats = program("beats", beats, donate_argnums=1, static_argnames="max_tokens")
+        self._media = {tower: media(tower) for tower in towers_of(encoder.config)}
         self._rows = program("rows", rows)
 
     @property
@@ -111,42 +106,34 @@ class Runner:
         Args:
           platform: lowers for another one ("tpu") than the mesh's or the default device's.
         """
-        tokens = sum(v.patches.shape[0] * v.patches.shape[1] // 4 for v in batch.vision)
-        tokens += sum(a.mel.shape[0] * a.mel.shape[1] // 4 for a in batch.audio)
-        tokens += sum(b.fbank.shape[0] * b.max_tokens for b in batch.beats)
+        calls = self._calls(batch)
+        tokens = sum(arrays[0].shape[0] * each for _, arrays, each in calls)
         table, offset = self._shape((_capacity(tokens), self._width), self._dtype, (None, None)), jax.ShapeDtypeStruct((), np.int32)
 
         def split(*arrays: Any) -> tuple[Any, ...]:
             return tuple(self._shape(a.shape, a.dtype, ("batch", *[None] * (a.ndim - 1))) for a in arrays)
 
-        calls: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = []
-        for v in batch.vision:
-            calls.append(("vision", self._vision, (table, offset, split(v.patches, v.coords, v.window)), {}))
-        for a in batch.audio:
-            calls.append(("audio", self._audio, (table, offset, split(a.mel, a.frames)), {}))
-        for b in batch.beats:
-            calls.append(("beats", self._beats, (table, offset, split(b.fbank, b.frames)), {"max_tokens": b.max_tokens}))
-        for rows in batch.rows:
-            calls.append(("rows", self._rows, (table, dict(zip(ROWS, split(*(getattr(rows, name) for name in ROWS)), strict=True))), {}))
         with self._context():
             platforms = None if platform is None else (platform,)
-            return {name: f.trace(self._params, *args, **static).lower(lowering_platforms=platforms) for name, f, args, static in calls}
+            traced = {t.name: self._media[t].trace(self._params, table, offset, split(*arrays), tokens=each) for t, arrays, each in calls}
+            for rows in batch.rows:
+                arrays = dict(zip(ROWS, split(*(getattr(rows, name) for name in ROWS)), strict=True))
+                traced["rows"] = self._rows.trace(self._params, table, arrays)
+            return {name: one.lower(lowering_platforms=platforms) for name, one in traced.items()}
 
     def _fill_table(self, batch: EncoderBatch) -> None:
         """Runs the towers; afterwards `self._table` holds the batch's media tokens in `EncoderBatch` order."""
-        steps: list[tuple[Callable[..., jax.Array], tuple[np.ndarray, ...], dict[str, Any], int]] = []
-        for v in batch.vision:
-            steps.append((self._vision, (v.patches, v.coords, v.window), {}, v.patches.shape[0] * v.patches.shape[1] // 4))
-        for a in batch.audio:
-            steps.append((self._audio, (a.mel, a.frames), {}, a.mel.shape[0] * a.mel.shape[1] // 4))
-        for b in batch.beats:
-            steps.append((self._beats, (b.fbank, b.frames), {"max_tokens": b.max_tokens}, b.fbank.shape[0] * b.max_tokens))
-        self._reserve(sum(tokens for *_, tokens in steps))
+        calls = self._calls(batch)
+        self._reserve(sum(arrays[0].shape[0] * each for _, arrays, each in calls))
         offset = 0
         with self._context():
-            for run, arrays, static, tokens in steps:
-                self._table = run(self._params, self._table, np.int32(offset), self._place(arrays), **static)
-                offset += tokens
+            for tower, arrays, each in calls:
+                self._table = self._media[tower](self._params, self._table, np.int32(offset), self._place(arrays), tokens=each)
+                offset += arrays[0].shape[0] * each
+
+    def _calls(self, batch: EncoderBatch) -> list[tuple[Tower, tuple[Any, ...], int]]:
+        """Returns (tower, what its program takes, tokens of each item) of every tower batch, in the order of the media table."""
+        return [(tower, tower.arrays(one), tower.made(one)) for tower in self._media for one in getattr(batch, tower.name)]
 
     def _run_rows(self, rows: RowBatch) -> tuple[jax.Array, jax.Array]:
         arrays = dict(zip(ROWS, self._place(tuple(getattr(rows, name) for name in ROWS)), strict=True))

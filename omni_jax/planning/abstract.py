@@ -5,26 +5,28 @@ Letters: n micro-batches, B clips of a micro-batch, C copies of a clip, R rows, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from omni_jax.config import ConfigError, ModelConfig, Preset
 from omni_jax.model import abstract_params
 from omni_jax.parallel import batch_axes, batch_shards
 from omni_jax.tokens.batching import attention_cost
-from omni_jax.tokens.buckets import multiple_of, row_size
+from omni_jax.tokens.buckets import row_size
 from omni_jax.tokens.training import PromptLengths, lay_out
+from omni_jax.towers import TOWERS, Tower
+from omni_jax.towers.base import multiple_of
 from omni_jax.train.batch import TrainBatch
 from omni_jax.train.state import TrainState, array_shardings, state_shardings
 from omni_jax.train.step import TrainStep
 from omni_jax.train.trainable import Arrays
-from omni_jax.types import AudioBatch, BatchShapes, BeatsBatch, EncoderBatch, MediaBatch, RowBatch, StepKind, VisionBatch
+from omni_jax.types import BatchShapes, EncoderBatch, MediaBatch, RowBatch, StepKind
 
 CAPTION_TOKENS = 128
 TEMPLATE_TOKENS = 24  # of the chat template with a prefix, a bound
@@ -104,22 +106,15 @@ def abstract_batch(
     if blocks < 1 or clips % blocks:
         raise ConfigError(f"micro-batch of {clips} clips does not divide into {blocks} blocks")
     copies = 1 + kind.positive
-    bins = config.beats.num_mel_bins if config.beats else config.audio.num_mel_bins  # of a filter bank without frames
 
     def array(*dimensions: int, dtype: Any = jnp.int32) -> Any:
         even = dimensions[0] % ways == 0
         spec = PartitionSpec(None, batch_axes(mesh) if even and mesh is not None else None)
         return shape((n, *dimensions), dtype, mesh, spec)
 
-    t, p, c, f = shapes.steps, shapes.patches, shapes.chunks, shapes.fbank_frames
-    side, heard = (clips, copies), c * config.audio.chunk_tokens
     own = kind.hard is not None and not kind.branches(config.shares_prefix)
     return TrainBatch(
-        clips=MediaBatch(
-            vision=_vision_batch(config, array, (*side, t), p),
-            audio=_audio_batch(config, array, (*side, c)),
-            beats=BeatsBatch(array(*side, f if config.beats else 0, bins, dtype=np.float32), array(*side), array(*side), heard),
-        ),
+        clips=MediaBatch(**{tower.name: tower.abstract(array, (clips, copies), shapes, config) for tower in TOWERS}),
         rows=_row_batch(array, (clips, len(kind.rows)), shapes.row_tokens, kind.slots(config.shares_prefix)),
         hard=_row_batch(array, (clips, 1), shapes.hard_tokens, 1) if own else None,
         shuffle=array(blocks, clips // blocks),
@@ -133,15 +128,6 @@ def _seen(config: ModelConfig, preset: Preset) -> tuple[int, int]:
         raise ConfigError(f"preset field fps={preset.fps:g} without max_frames has no one shape; plan with a limit, as in max_frames=64")
     side = 28 * max(1, round(math.sqrt(preset.areas[1]) / 28)) // config.vision.patch_size
     return -(-preset.most_frames // config.vision.temporal_patch_size), side**2
-
-
-def _vision_batch(config: ModelConfig, array: Callable[..., Any], steps: tuple[int, ...], patches: int) -> VisionBatch:
-    wide = array(*steps, patches, config.vision.patch_values, dtype=np.float32)
-    return VisionBatch(wide, array(*steps, patches, 2), array(*steps, patches))
-
-
-def _audio_batch(config: ModelConfig, array: Callable[..., Any], chunks: tuple[int, ...]) -> AudioBatch:
-    return AudioBatch(array(*chunks, config.audio.chunk_frames, config.audio.num_mel_bins, dtype=np.float32), array(*chunks))
 
 
 def _row_batch(array: Callable[..., Any], rows: tuple[int, ...], size: int, slots: int) -> RowBatch:
@@ -165,16 +151,25 @@ def abstract_encoder_batch(config: ModelConfig, preset: Preset, clips: int, capt
     def array(*dimensions: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(dimensions, dtype)
 
-    beats: tuple[BeatsBatch, ...] = ()
-    if config.beats is not None:
-        fbank = array(clips, multiple_of(config.beats.patch_size, frames), config.beats.num_mel_bins, dtype=np.float32)
-        beats = (BeatsBatch(fbank, array(clips), array(clips), heard),)
+    fbank = multiple_of(config.beats.patch_size, frames) if config.beats else 0
+    shapes = BatchShapes(steps, patches, chunks, fbank, size)
+    media: dict[str, Any] = {tower.name: tower.abstract(array, (clips,), shapes, config) for tower in TOWERS}
+    media["beats"] = dataclasses.replace(media["beats"], max_tokens=heard)
+    batches: dict[str, Any] = {tower.name: (_items(tower, media[tower.name], array),) * tower.runs(config) for tower in TOWERS}
     return EncoderBatch(
-        vision=(_vision_batch(config, array, (clips * steps,), patches),),
-        audio=(_audio_batch(config, array, (clips * chunks,)),),
-        beats=beats,
+        **batches,
         rows=(_row_batch(array, (rows,), size, slots),),
         owners=(array(rows, slots, 2),),
         used_tokens=0,
         total_tokens=0,
     )
+
+
+def _items(tower: Tower, batch: Any, array: Callable[..., Any]) -> Any:
+    """Returns a batch of clips with their items on one axis."""
+    flat = {}
+    for name, axes in tower.fields.items():
+        x = getattr(batch, name)
+        lead = len(x.shape) - axes
+        flat[name] = array(math.prod(x.shape[:lead]), *x.shape[lead:], dtype=x.dtype)
+    return dataclasses.replace(batch, **flat)

@@ -17,8 +17,8 @@ from omni_jax.planning.programs import EVALUATED, Program, Setting
 from omni_jax.planning.step_flops import clip_flops, padded_load, scale
 from omni_jax.planning.timing import KERNEL_SHARE
 from omni_jax.retrieval.ranks import tile_side
+from omni_jax.towers import NAMES
 from omni_jax.train import remat
-from omni_jax.train.streams import TOWERS
 from omni_jax.train.trainable import count_groups, select
 
 SHOWN = 12  # collectives listed, those that move the most
@@ -100,7 +100,7 @@ def part_passes(setting: Setting, cached: bool, own_row: bool, trains: frozenset
     layers = remat.names(setting.recipe.remat, setting.config.decoder.num_layers)
     again, recomputed = int(cached), sum(name in ("layer", "offload", "attention") for name in layers) / len(layers)
     graded = 2 + again  # forward, backward
-    made: dict[str, float] = {tower: graded if any(name.startswith(f"{tower}/") for name in trains) else 1 for tower in TOWERS}
+    made: dict[str, float] = {tower: graded if any(name.startswith(f"{tower}/") for name in trains) else 1 for tower in NAMES}
     made |= {"bridge": graded + own_row, "head": graded + own_row, "decoder": graded + recomputed + own_row}
     return {part: count * setting.micro_batches for part, count in made.items()}
 

@@ -9,11 +9,13 @@ Letters: B clips, S tokens, D decoder width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from omni_jax.config import ModelConfig
 from omni_jax.model import flops
-from omni_jax.model.flops import PARTS, Maps, Terms, Work
+from omni_jax.model.flops import PARTS
+from omni_jax.towers import towers_of
+from omni_jax.towers.work import Maps, Terms, Work, unpadded
 from omni_jax.train.remat import names as remat_names
 from omni_jax.types import BatchShapes, StepKind
 
@@ -153,49 +155,15 @@ def padded_load(config: ModelConfig, kind: StepKind, shapes: BatchShapes) -> Loa
     tuples = kind.anchor + kind.positive + (1 if shared else 0)
     fused = tuples + sum(name != "text" for name in kind.singles)
     graded = sum((row(shapes.row_tokens, kind.slots(shared)) for _ in kind.rows), RowLoad(fused=fused))
-    beats = "beats" in kind.towers and config.beats is not None
+    beats = "audio" in kind.media and config.beats is not None
     own = bool(kind.hard) and not shared
     return Load(
-        towers=_tower_terms(config, kind.towers, shapes, copies),
+        towers={tower.name: tower.terms(shapes, config, copies) for tower in towers_of(config) if tower.modality in kind.media},
         bridged=beats * copies * heard,
         graded=graded,
         still=row(shapes.hard_tokens, 1) + RowLoad(fused=1) if own else RowLoad(),
         still_bridged=beats * heard if own else 0,
     )
-
-
-def _tower_terms(config: ModelConfig, towers: Sequence[str], shapes: BatchShapes, copies: int) -> dict[str, Terms]:
-    """Towers over full static shapes: every step padded to all patches."""
-    vision, beats = config.vision, config.beats
-    pairs = vision.num_layers * shapes.steps * shapes.patches**2
-    fbank = shapes.fbank_frames // beats.patch_size * beats.frequency_patches if beats else 0
-    frames = shapes.chunks * config.audio.chunk_frames
-    return tower_terms(config, towers, copies, shapes.steps * shapes.patches, pairs, frames, fbank)
-
-
-def tower_terms(
-    config: ModelConfig, towers: Sequence[str], copies: int, patches: int, vision_pairs: int, frames: int, fbank_patches: int
-) -> dict[str, Terms]:
-    """Returns tower -> the terms of `copies` of a clip: its patches, the pairs that vision's layers see, log-mel frames, fbank patches."""
-    chunk, layers = config.audio.chunk_frames, config.audio.num_layers
-    whole, rest = divmod(frames, chunk)
-    pairs = layers * (whole * (chunk // 2) ** 2 + (-(-rest // 2)) ** 2)
-    seen = whole * chunk // 2 + -(-rest // 2)
-    c, beats = copies, config.beats
-    made = {
-        "vision": flops.vision_terms(config, unpadded(c * patches), unpadded(c * vision_pairs)),
-        "audio": flops.audio_terms(config, unpadded(c * frames), unpadded(c * seen), unpadded(c * (seen // 2)), unpadded(c * pairs)),
-    }
-    if beats is not None:
-        taps = flops.kernel_taps(fbank_patches, beats.conv_pos)
-        beats_pairs = beats.num_layers * fbank_patches**2
-        made["beats"] = flops.beats_terms(beats, unpadded(c * fbank_patches), unpadded(c * taps), unpadded(c * beats_pairs))
-    return {tower: made[tower] for tower in towers if tower in made}
-
-
-def unpadded(count: float) -> Work:
-    """Returns a count without padding."""
-    return Work(count, count)
 
 
 def _forward(config: ModelConfig, terms: Terms, only: frozenset[str] | None = None) -> float:

@@ -7,31 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from omni_jax.config import DecoderConfig, ModelConfig, Preset
-from omni_jax.tokens.buckets import BEATS_PATCH, Piece, Planner, RowPlan, beats_tokens
+from omni_jax.tokens.buckets import Piece, Planner, RowPlan
 from omni_jax.tokens.packing import MediaRows, group_prompts, owners, row_batch
 from omni_jax.tokens.prompts import build_sequences
 from omni_jax.tokens.tokenizer import Tokenizer
-from omni_jax.types import (
-    SOURCE_AUDIO,
-    SOURCE_VIDEO,
-    AudioBatch,
-    AudioSegment,
-    BeatsBatch,
-    EncoderBatch,
-    Features,
-    RowBatch,
-    TokenSequence,
-    VisionBatch,
-    VisionFeatures,
-)
+from omni_jax.towers import NAMES, TOWERS, Item, Tower, in_turn, table_rows
+from omni_jax.types import SOURCE_AUDIO, SOURCE_VIDEO, EncoderBatch, Features, RowBatch, TokenSequence
 
-__all__ = ["Planner", "build_batches", "clip_sizes", "mel_chunks", "plan_group", "step_layout", "whole_patches"]
-
-NONE = np.zeros(0, np.int32)
+__all__ = ["Planner", "build_batches", "clip_sizes", "plan_group"]
 
 
 def build_batches(
@@ -63,32 +51,26 @@ def build_batches(
     if sequences is None:
         sequences = [build_sequences(f, tables, tokenizer, config, preset) for f in features]
     groups = [g for clip, found in enumerate(sequences) for g in group_prompts(clip, found, share_prefix)]
-    seen = [c for c in range(len(features)) if _contains(sequences[c], SOURCE_VIDEO)]
-    heard = [c for c in range(len(features)) if _contains(sequences[c], SOURCE_AUDIO)]
-    steps = [(c, t) for c in seen for t in range(_vision(features[c]).grid.thw[0])]
-    segments = [(c, s) for c in heard for s in features[c].audio or ()]
-    sizes = [clip_sizes(f, found, config, share_prefix) for f, found in zip(features, sequences, strict=True)]
-    plan = plan_group(sizes, config, planner)
-
-    table = _Table()
-    video_rows: dict[int, list[np.ndarray]] = {}
-    vision = _vision_batches(plan.vision, steps, features, config, table, video_rows)
-    chunks = [mel_chunks(s, config) for _, s in segments]
-    audio, whisper = _audio_batches(plan.audio, chunks, config, table)
-    beats: tuple[BeatsBatch, ...] = ()
-    streams = [whisper]
-    if config.beats is not None:
-        beats, second = _beats_batches(plan.beats, segments, table)
-        streams.append(second)
-
-    heard_rows: dict[int, list[np.ndarray]] = {}
-    for (clip, s), *rows_of in zip(segments, *streams, strict=True):
-        # Whisper's and BEATs' tokens in turn; Whisper's alone for a backbone without BEATs.
-        heard_rows.setdefault(clip, []).append(np.stack([r[: s.tokens] for r in rows_of], axis=1).ravel())
-    media = {
-        clip: MediaRows(np.concatenate([NONE, *video_rows.get(clip, [])]), np.concatenate([NONE, *heard_rows.get(clip, [])]))
-        for clip in range(len(features))
+    items = {
+        tower: [(n, item) for n, clip in enumerate(features) for item in _items(tower, clip, sequences[n], config)] for tower in TOWERS
     }
+    plan = plan_group([clip_sizes(f, found, config, share_prefix) for f, found in zip(features, sequences, strict=True)], config, planner)
+
+    taken = 0  # rows of the media table
+    batches: dict[str, tuple[Any, ...]] = dict.fromkeys(NAMES, ())
+    # Clip and modality -> part of the clip -> tower -> rows of each item.
+    places: dict[tuple[int, str], dict[int, dict[str, list[np.ndarray]]]] = {}
+    for tower, found in items.items():
+        rows_of: dict[int, np.ndarray] = {}
+        for piece in plan.media[tower.name]:
+            batches[tower.name] += (tower.batch([found[n][1] for n in piece.items], piece.count, piece.size, config),)
+            each = tower.width(piece.size, config)
+            for place, n in enumerate(piece.items):
+                rows_of[n] = table_rows(taken + place * each, each, [found[n][1].tokens])
+            taken += piece.count * each
+        for n, (clip, item) in enumerate(found):
+            places.setdefault((clip, tower.modality), {}).setdefault(item.part, {}).setdefault(tower.name, []).append(rows_of[n])
+    media = {clip: MediaRows(*(_in_order(places.get((clip, name), {})) for name in ("video", "audio"))) for clip in range(len(features))}
     rows: list[RowBatch] = []
     owned: list[np.ndarray] = []
     for batch in plan.rows:
@@ -96,13 +78,11 @@ def build_batches(
         rows.append(row_batch(filled, count=batch.count, size=batch.size, slots=batch.slots, media=media, pad=config.tokens.pad))
         owned.append(owners(filled, count=batch.count, slots=batch.slots))
     return EncoderBatch(
-        vision=vision,
-        audio=audio,
-        beats=beats,
+        **batches,
         rows=tuple(rows),
         owners=tuple(owned),
         used_tokens=plan.used,
-        total_tokens=table.rows + sum(r.ids.size for r in rows),
+        total_tokens=taken + sum(r.ids.size for r in rows),
         truncated=sum(any(s.truncated for s in found.values()) for found in sequences),
     )
 
@@ -112,17 +92,13 @@ class ClipSizes:
     """What the shapes that a clip is encoded in follow from; none of its pixels or samples.
 
     Attributes:
-      steps: merged tokens of each temporal step.
-      tokens: audio tokens of each segment.
-      frames: fbank frames of each segment, in whole patches.
-      chunks: log-mel chunks of all segments.
+      media: tower's name -> size of each item, as in `towers.Item`.
+      tokens: tokens that all items give.
       lengths, prompts: decoder tokens, and prompts, of each group of prompts that share a prefix.
     """
 
-    steps: tuple[int, ...]
-    tokens: tuple[int, ...]
-    frames: tuple[int, ...]
-    chunks: int
+    media: Mapping[str, tuple[int, ...]]
+    tokens: int
     lengths: tuple[int, ...]
     prompts: tuple[int, ...]
 
@@ -130,16 +106,10 @@ class ClipSizes:
 def clip_sizes(features: Features, sequences: Mapping[str, TokenSequence], config: ModelConfig, share_prefix: bool) -> ClipSizes:
     """Returns the sizes of a clip with its prompts, as `build_sequences` returned them."""
     groups = group_prompts(0, sequences, share_prefix)
-    steps: tuple[int, ...] = ()
-    if _contains(sequences, SOURCE_VIDEO):
-        t, h, w = _vision(features).grid.thw
-        steps = (h * w // config.vision.merge_size**2,) * t
-    segments = (features.audio or ()) if _contains(sequences, SOURCE_AUDIO) else ()
+    items = {tower.name: _items(tower, features, sequences, config) for tower in TOWERS}
     return ClipSizes(
-        steps=steps,
-        tokens=tuple(s.tokens for s in segments),
-        frames=tuple(map(whole_patches, segments)),
-        chunks=sum(len(mel_chunks(s, config)) for s in segments),
+        media={name: tuple(item.size for item in found) for name, found in items.items()},
+        tokens=sum(item.tokens for found in items.values() for item in found),
         lengths=tuple(g.length for g in groups),
         prompts=tuple(len(g.prompts) for g in groups),
     )
@@ -147,29 +117,22 @@ def clip_sizes(features: Features, sequences: Mapping[str, TokenSequence], confi
 
 @dataclasses.dataclass(frozen=True)
 class GroupPlan:
-    """The batches of a group of clips: items are numbered through the whole group. `used` counts tokens without padding."""
+    """The batches of a group of clips, by tower and of rows: items are numbered through the group. `used`: tokens without padding."""
 
-    vision: list[Piece]
-    audio: list[Piece]
-    beats: list[Piece]
+    media: Mapping[str, list[Piece]]
     rows: list[RowPlan]
     used: int
 
 
 def plan_group(sizes: Sequence[ClipSizes], config: ModelConfig, planner: Planner) -> GroupPlan:
     """Returns the batches that clips of these sizes are encoded in; the planner remembers their shapes."""
-
-    def all_of(name: str) -> list[int]:
-        return [value for clip in sizes for value in getattr(clip, name)]
-
-    steps, frames, lengths = all_of("steps"), all_of("frames"), all_of("lengths")
-    used = sum(steps) + config.audio_repeat * sum(all_of("tokens")) + sum(lengths)
+    lengths = [length for clip in sizes for length in clip.lengths]
+    prompts = [count for clip in sizes for count in clip.prompts]
+    used = sum(clip.tokens for clip in sizes) + sum(lengths)
     cost = planner.new_cost(used)
     return GroupPlan(
-        vision=planner.vision(steps, cost),
-        audio=planner.audio(sum(clip.chunks for clip in sizes), config.audio.chunk_tokens, cost),
-        beats=planner.beats(frames, cost) if frames and config.beats is not None else [],
-        rows=planner.rows(lengths, all_of("prompts"), cost, attention_cost(config.decoder)) if lengths else [],
+        media={t.name: planner.tower(t, [size for clip in sizes for size in clip.media[t.name]], cost, config) for t in TOWERS},
+        rows=planner.rows(lengths, prompts, cost, attention_cost(config.decoder)) if lengths else [],
         used=used,
     )
 
@@ -181,135 +144,14 @@ def attention_cost(config: DecoderConfig) -> float:
     return 4 * width / linear
 
 
-def step_layout(h: int, w: int, merge_size: int, window_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns coords (h*w, 2) and window (h*w,) int32 of one temporal step's patches, in the order (h/2, w/2, 2, 2).
-
-    Coordinates are row and column in patches; windows are squares of `window_tokens` merged tokens, numbered by rows.
-    """
-    rows, columns = h // merge_size, w // merge_size
-    y, x, i, j = np.meshgrid(np.arange(rows), np.arange(columns), np.arange(merge_size), np.arange(merge_size), indexing="ij")
-    coords = np.stack([(y * merge_size + i).ravel(), (x * merge_size + j).ravel()], axis=1).astype(np.int32)
-    window = (y // window_tokens) * -(-columns // window_tokens) + x // window_tokens
-    return coords, window.ravel().astype(np.int32)
+def _items(tower: Tower, features: Features, sequences: Mapping[str, TokenSequence], config: ModelConfig) -> list[Item]:
+    """Returns what a tower reads of a clip; nothing where no prompt has its tokens, or the backbone lacks it."""
+    source = {"video": SOURCE_VIDEO, "audio": SOURCE_AUDIO}[tower.modality]
+    read = tower.runs(config) and any((s.source == source).any() for s in sequences.values())
+    return tower.items(features, config) if read else []
 
 
-class _Table:
-    """Counts rows of the media table as batches are laid out."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-
-    def take(self, count: int) -> int:
-        """Returns the first of `count` new rows."""
-        self.rows += count
-        return self.rows - count
-
-
-def _vision_batches(
-    pieces: list[Piece],
-    steps: list[tuple[int, int]],
-    features: Sequence[Features],
-    config: ModelConfig,
-    table: _Table,
-    rows: dict[int, list[np.ndarray]],
-) -> tuple[VisionBatch, ...]:
-    """Fills vision batches; `rows` receives each clip's rows of the media table, a list over temporal steps."""
-    merge = config.vision.merge_size**2
-    batches = []
-    for piece in pieces:
-        patches = piece.size * merge
-        batch = VisionBatch(
-            patches=np.zeros((piece.count, patches, config.vision.patch_values), np.float32),
-            coords=np.zeros((piece.count, patches, 2), np.int32),
-            window=np.full((piece.count, patches), -1, np.int32),
-        )
-        first = table.take(piece.count * piece.size)
-        for n, item in enumerate(piece.items):
-            clip, t = steps[item]
-            steps_of_clip, h, w = _vision(features[clip]).grid.thw
-            size = h * w
-            batch.patches[n, :size] = _vision(features[clip]).patches[t * size : (t + 1) * size]
-            batch.coords[n, :size], batch.window[n, :size] = step_layout(h, w, config.vision.merge_size, config.vision.window_tokens)
-            start = first + n * piece.size
-            rows.setdefault(clip, [NONE] * steps_of_clip)[t] = np.arange(start, start + size // merge, dtype=np.int32)
-        batches.append(batch)
-    return tuple(batches)
-
-
-def mel_chunks(segment: AudioSegment, config: ModelConfig) -> list[np.ndarray]:
-    """Returns the segment's log-mel, transposed, in pieces (frames, 128); pieces too short for a token are left out."""
-    frames = config.audio.chunk_frames
-    pieces = [segment.log_mel[:, start : start + frames].T for start in range(0, segment.log_mel.shape[1], frames)]
-    return [p for p in pieces if _chunk_tokens(len(p)) > 0]
-
-
-def _chunk_tokens(frames: int) -> int:
-    return ((frames - 1) // 2 + 1) // 2
-
-
-def _audio_batches(
-    pieces: list[Piece], chunks: list[list[np.ndarray]], config: ModelConfig, table: _Table
-) -> tuple[tuple[AudioBatch, ...], list[np.ndarray]]:
-    """Returns audio batches and, per segment, the media rows of its Whisper tokens."""
-    flat = [c for of_segment in chunks for c in of_segment]
-    first = np.zeros(len(flat), np.int64)
-    batches = []
-    for piece in pieces:
-        batch = AudioBatch(
-            mel=np.zeros((piece.count, config.audio.chunk_frames, config.audio.num_mel_bins), np.float32),
-            frames=np.zeros(piece.count, np.int32),
-        )
-        start = table.take(piece.count * config.audio.chunk_tokens)
-        for n, item in enumerate(piece.items):
-            batch.mel[n, : len(flat[item])] = flat[item]
-            batch.frames[n] = len(flat[item])
-            first[item] = start + n * config.audio.chunk_tokens
-        batches.append(batch)
-    rows, done = [], 0
-    for of_segment in chunks:
-        places = [first[done + i] + np.arange(_chunk_tokens(len(c))) for i, c in enumerate(of_segment)]
-        rows.append(np.concatenate([NONE, *places]).astype(np.int32))
-        done += len(of_segment)
-    return tuple(batches), rows
-
-
-def whole_patches(segment: AudioSegment) -> int:
-    """Returns the fbank frames that fill whole patches of BEATs."""
-    return len(segment.fbank) // BEATS_PATCH * BEATS_PATCH
-
-
-def _beats_batches(
-    pieces: list[Piece], segments: list[tuple[int, AudioSegment]], table: _Table
-) -> tuple[tuple[BeatsBatch, ...], list[np.ndarray]]:
-    """Returns BEATs batches and, per segment, the media rows of its BEATs tokens."""
-    rows = [NONE] * len(segments)
-    batches = []
-    for piece in pieces:
-        most = beats_tokens(piece.size)
-        batch = BeatsBatch(
-            fbank=np.zeros((piece.count, piece.size, segments[0][1].fbank.shape[1]), np.float32),
-            frames=np.zeros(piece.count, np.int32),
-            tokens=np.zeros(piece.count, np.int32),
-            max_tokens=most,
-        )
-        first = table.take(piece.count * most)
-        for n, item in enumerate(piece.items):
-            segment = segments[item][1]
-            frames = whole_patches(segment)
-            if segment.tokens > most:
-                raise ValueError(f"a segment of {len(segment.fbank)} fbank frames cannot have {segment.tokens} tokens")
-            batch.fbank[n, :frames] = segment.fbank[:frames]
-            batch.frames[n] = frames
-            batch.tokens[n] = segment.tokens
-            rows[item] = np.arange(first + n * most, first + n * most + segment.tokens, dtype=np.int32)
-        batches.append(batch)
-    return tuple(batches), rows
-
-
-def _contains(sequences: Mapping[str, TokenSequence], source: int) -> bool:
-    return any((s.source == source).any() for s in sequences.values())
-
-
-def _vision(features: Features) -> VisionFeatures:
-    assert features.vision is not None
-    return features.vision
+def _in_order(parts: Mapping[int, Mapping[str, list[np.ndarray]]]) -> np.ndarray:
+    """Returns the rows of the media table with a clip's tokens of one modality, in the order of its prompts."""
+    rows = [in_turn([np.concatenate(rows) for rows in of_towers.values()]) for of_towers in parts.values()]
+    return np.concatenate([np.zeros(0, np.int32), *rows])

@@ -9,22 +9,15 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+from omni_jax.config import ModelConfig
 from omni_jax.tokens.packing import first_fit_decreasing
+from omni_jax.towers import NAMES, Tower
+from omni_jax.towers.base import multiple_of
 
 MANTISSA_BITS = 3
-PATCHES_PER_TOKEN = 4
-BEATS_PATCH = 16  # fbank frames of one patch
-FRAMES_PER_TOKEN = 4  # mel or fbank frames of one audio token
-BEATS_EDGE = 4  # tokens: a segment's mel frames outnumber its whole fbank patches by at most 18 frames
-MAX_PAIRS = 1 << 25  # query-key pairs of one tower batch and head: bounds the memory of its attention
 SLOT_TOKENS = 0.1  # the fusion head on one pooled prompt, about a twelfth of a token's way through the decoder
 PROGRAMS_FREE, PROGRAMS_DOUBLING = 8, 3  # programs at the plain price, and how many more double it
 DISPATCH_TOKENS = 32  # what starting one more program costs, in tokens
-
-
-def multiple_of(unit: int, value: int) -> int:
-    """Returns the smallest multiple of `unit` that is at least `value`."""
-    return -(-value // unit) * unit
 
 
 def round_up(value: int, unit: int = 1) -> int:
@@ -37,11 +30,6 @@ def round_up(value: int, unit: int = 1) -> int:
 def row_size(tokens: int) -> int:
     """Returns the row length for so many tokens: multiples of 16 up to 128, then multiples of 128 of three significant bits."""
     return multiple_of(16, max(tokens, 1)) if tokens <= 128 else round_up(tokens, 128)
-
-
-def beats_tokens(frames: int) -> int:
-    """Returns the tokens that any segment of so many fbank frames (whole patches) can have."""
-    return frames // FRAMES_PER_TOKEN + BEATS_EDGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,16 +120,13 @@ class Planner:
     """Chooses static shapes and remembers them, so that later batches reuse them where that pads little. Deterministic.
 
     Attributes:
-      shapes: kind ("vision", "audio", "beats", "rows") -> shapes used so far, each one a compiled program.
+      shapes: tower's name, or "rows" -> shapes used so far, each one a compiled program.
     """
 
     def __init__(
         self,
         *,
         row_multiple: int = 1,
-        vision_steps: int = 8,
-        audio_chunks: int = 32,
-        beats_segments: int = 8,
         batch_tokens: int = 8192,
         longest_row: int = 4096,
         new_shape_share: float = 0.02,
@@ -151,21 +136,15 @@ class Planner:
 
         Args:
           row_multiple: rows of a batch are a multiple of it, so that they spread over so many devices.
-          vision_steps: temporal steps of one vision batch.
-          audio_chunks: chunks of one audio batch.
-          beats_segments: segments of one BEATs batch.
-          batch_tokens: decoder tokens (and fbank frames) of one batch; a batch holds one row or segment at least.
+          batch_tokens: decoder tokens of one batch, which holds one row at least.
           longest_row: longest row that prompts share; a longer group has rows of its own.
           new_shape_share: padding, as a share of a call's tokens, that a new shape must save.
           new_shape_tokens: padding, in tokens, that a new shape must save at least.
         """
         self._multiple = row_multiple
-        self._vision_steps = max(vision_steps, row_multiple)
-        self._audio_chunks = max(audio_chunks, row_multiple)
-        self._beats_segments = max(beats_segments, row_multiple)
         self._batch_tokens, self._longest_row = batch_tokens, longest_row
         self._share, self._least = new_shape_share, new_shape_tokens
-        self.shapes: dict[str, set[tuple[int, ...]]] = {"vision": set(), "audio": set(), "beats": set(), "rows": set()}
+        self.shapes: dict[str, set[tuple[int, ...]]] = {name: set() for name in (*NAMES, "rows")}
 
     def known(self) -> dict[str, list[tuple[int, ...]]]:
         """Returns the shapes in lists, to be kept or handed to `learn`."""
@@ -185,34 +164,20 @@ class Planner:
         """Returns what a new shape costs, in tokens, in a call of so many. It doubles with every few programs, so that they stay few."""
         return max(self._least, self._share * tokens) * 2 ** (max(0, self.programs - PROGRAMS_FREE) / PROGRAMS_DOUBLING)
 
-    def vision(self, tokens: Sequence[int], new_cost: float) -> list[Piece]:
-        """Returns batches of temporal steps; `tokens` are merged tokens of each step, as is the size of a batch."""
-
-        def limit(size: int) -> int:
-            return max(1, min(self._vision_steps, MAX_PAIRS // (PATCHES_PER_TOKEN * size) ** 2))
-
-        return self._cover("vision", tokens, round_up, limit, new_cost)
-
-    def audio(self, chunks: int, tokens: int, new_cost: float) -> list[Piece]:
-        """Returns batches of log-mel chunks, each of so many tokens."""
-        return self._cover("audio", [tokens] * chunks, lambda size: size, lambda size: self._audio_chunks, new_cost)
-
-    def beats(self, frames: Sequence[int], new_cost: float) -> list[Piece]:
-        """Returns batches of segments; `frames` are fbank frames in whole patches, as is the size of a batch.
-
-        The size is exact where all segments are equal.
-        """
-        needs = [max(f, BEATS_PATCH) for f in frames]
-        equal = len(set(needs)) == 1
-
-        def limit(size: int) -> int:
-            pairs = MAX_PAIRS // (size // 2) ** 2  # 8 patches per 16 frames
-            return max(1, min(self._beats_segments, self._batch_tokens // size, pairs))
-
-        def fit(size: int) -> int:
-            return size if equal else round_up(size, BEATS_PATCH)
-
-        return self._cover("beats", needs, fit, limit, new_cost, beats_tokens)
+    def tower(self, tower: Tower, sizes: Sequence[int], new_cost: float, config: ModelConfig) -> list[Piece]:
+        """Returns batches of a tower's items; `sizes` as in `towers.Item`."""
+        needs = [max(size, tower.unit) for size in sizes]
+        exact = tower.exact and len(set(needs)) == 1
+        pieces, _ = cover(
+            needs,
+            known={(shape[0], shape[1]) for shape in self.shapes[tower.name]},
+            fit=lambda size: size if exact else round_up(size, tower.unit),
+            limit=lambda size: max(1, min(max(tower.most, self._multiple), tower.limit(size))),
+            new_cost=new_cost,
+            tokens=lambda size: tower.width(size, config),
+        )
+        self.shapes[tower.name].update((p.count, p.size) for p in pieces)
+        return pieces
 
     def rows(self, lengths: Sequence[int], prompts: Sequence[int], new_cost: float, attention: float) -> list[RowPlan]:
         """Returns packed rows for groups of prompts.
@@ -271,17 +236,3 @@ class Planner:
         for plan in best[1]:
             self.shapes["rows"].add((plan.count, plan.size, plan.slots))
         return best[1]
-
-    def _cover(
-        self,
-        kind: str,
-        needs: Sequence[int],
-        fit: Callable[[int], int],
-        limit: Callable[[int], int],
-        new_cost: float,
-        tokens: Callable[[int], float] = float,
-    ) -> list[Piece]:
-        known = {(shape[0], shape[1]) for shape in self.shapes[kind]}
-        pieces, _ = cover(needs, known=known, fit=fit, limit=limit, new_cost=new_cost, tokens=tokens)
-        self.shapes[kind].update((p.count, p.size) for p in pieces)
-        return pieces

@@ -9,12 +9,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from einops import rearrange
 
 from omni_jax.config import ModelConfig
-from omni_jax.tokens.batching import mel_chunks, step_layout, whole_patches
-from omni_jax.tokens.buckets import multiple_of
-from omni_jax.types import AudioBatch, BeatsBatch, ClipError, Features, MediaBatch, StepKind, VisionBatch
+from omni_jax.towers import TOWERS
+from omni_jax.towers.base import multiple_of
+from omni_jax.types import ClipError, Features, MediaBatch, StepKind
 
 EDGES = 2  # begin and end token around each kind of media
 
@@ -29,28 +28,7 @@ def clip_media(features: Features, config: ModelConfig) -> MediaBatch:
         raise ClipError(f"record {features.record.id!r}: training needs frames and sound")
     if len(features.audio) != 1:
         raise ClipError(f"record {features.record.id!r}: its audio is longer than 300 s; set the preset's audio_seconds")
-    t, h, w = features.vision.grid.thw
-    coords, window = step_layout(h, w, config.vision.merge_size, config.vision.window_tokens)
-    segment = features.audio[0]
-    chunks = mel_chunks(segment, config)
-    mel = np.zeros((len(chunks), config.audio.chunk_frames, config.audio.num_mel_bins), np.float32)
-    for place, chunk in zip(mel, chunks, strict=True):
-        place[: len(chunk)] = chunk
-    whole = whole_patches(segment)
-    return MediaBatch(
-        vision=VisionBatch(
-            patches=rearrange(features.vision.patches, "(t s) d -> t s d", t=t),
-            coords=np.broadcast_to(coords, (t, *coords.shape)),
-            window=np.broadcast_to(window, (t, *window.shape)),
-        ),
-        audio=AudioBatch(mel=mel, frames=np.array([len(c) for c in chunks], np.int32)),
-        beats=BeatsBatch(
-            fbank=segment.fbank[:whole],
-            frames=np.int32(whole),
-            tokens=np.int32(segment.tokens),
-            max_tokens=segment.tokens,
-        ),
-    )
+    return MediaBatch(**{tower.name: tower.clip(features, config) for tower in TOWERS})
 
 
 @dataclasses.dataclass(frozen=True)

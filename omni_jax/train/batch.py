@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from omni_jax.config import ModelConfig
 from omni_jax.parallel import batch_axes, batch_shards
 from omni_jax.tokens.packing import Group, MediaRows, row_batch
+from omni_jax.towers import TOWERS, in_turn, media_tokens, table_rows, towers_of
 from omni_jax.types import (
-    PATCHES_PER_TOKEN,
     AudioBatch,
     BatchShapes,
     BeatsBatch,
@@ -82,11 +82,9 @@ def fit_shapes(examples: Sequence[Example], kind: StepKind, share_prefix: bool =
         for names in kind.rows
     ]
     own = kind.hard is not None and not branches
+    sizes = [tower.fit([getattr(m, tower.name) for m in media]) for tower in TOWERS]
     return BatchShapes(
-        steps=max(m.vision.patches.shape[0] for m in media),
-        patches=max(m.vision.patches.shape[1] for m in media),
-        chunks=max(m.audio.mel.shape[0] for m in media),
-        fbank_frames=max(m.beats.fbank.shape[0] for m in media),
+        **{name: size for of_tower in sizes for name, size in of_tower.items()},
         row_tokens=max(rows),
         hard_tokens=max(len(e.prompts["hard"].ids) for e in examples) if own else 0,
     )
@@ -115,7 +113,7 @@ def pack_micro_batch(
     taken = (shuffle + np.arange(0, shuffle.size, block)[:, None]).ravel()
     branches = kind.branches(share_prefix)
     config.check_share_prefix(branches)
-    extra = shapes.media_tokens(config.audio.chunk_tokens, config.audio_repeat)
+    extra = media_tokens(shapes, config)
     # By number: the clips, their copies from `count` on, and from 2 * `count` on what hard negatives take from others.
     media = {b: _media_rows(e.media, shapes, config) for b, e in enumerate(examples)}
     for b, example in enumerate(examples) if kind.positive else ():
@@ -233,38 +231,15 @@ def _check_branch(b: int, anchor: TokenSequence, hard: TokenSequence) -> None:
 
 def _media_rows(media: MediaBatch, shapes: BatchShapes, config: ModelConfig) -> MediaRows:
     """Returns where a clip's tokens stand in its own media table."""
-    step, valid = shapes.patches // PATCHES_PER_TOKEN, int((media.vision.window[0] >= 0).sum()) // PATCHES_PER_TOKEN
-    video = (np.arange(len(media.vision.patches))[:, None] * step + np.arange(valid)).ravel()
-    audio = shapes.chunks * config.audio.chunk_tokens
-    pairs = np.stack([r * audio + np.arange(audio) for r in range(config.audio_repeat)], axis=1)[: int(media.beats.tokens)]
-    return MediaRows(video, shapes.steps * step + pairs.ravel())
+    first = 0
+    rows: dict[str, list[np.ndarray]] = {"video": [], "audio": []}
+    for tower in towers_of(config):
+        items, each = tower.tokens(shapes, config)
+        rows[tower.modality].append(table_rows(first, each, np.ravel(tower.valid(getattr(media, tower.name)))))
+        first += items * each
+    return MediaRows(in_turn(rows["video"]), in_turn(rows["audio"]))
 
 
 def _padded(media: Sequence[MediaBatch], shapes: BatchShapes, config: ModelConfig) -> MediaBatch:
     """Returns clips of one size in one batch (B, ...)."""
-    t, p, c = shapes.steps, shapes.patches, shapes.chunks
-    f = shapes.fbank_frames if config.beats is not None else 0  # clips may carry a filter bank all the same
-    return MediaBatch(
-        vision=VisionBatch(
-            patches=_pad([m.vision.patches for m in media], (t, p)),
-            coords=_pad([m.vision.coords for m in media], (t, p)),
-            window=_pad([m.vision.window for m in media], (t, p), fill=-1),
-        ),
-        audio=AudioBatch(mel=_pad([m.audio.mel for m in media], (c,)), frames=_pad([m.audio.frames for m in media], (c,))),
-        beats=BeatsBatch(
-            fbank=_pad([m.beats.fbank if f else m.beats.fbank[:0] for m in media], (f,)),
-            frames=np.array([m.beats.frames for m in media], np.int32),
-            tokens=np.array([m.beats.tokens for m in media], np.int32),
-            max_tokens=c * config.audio.chunk_tokens,
-        ),
-    )
-
-
-def _pad(arrays: Sequence[np.ndarray], sizes: tuple[int, ...], fill: int = 0) -> np.ndarray:
-    """Stacks arrays, their leading axes padded to `sizes`."""
-    out = np.full((len(arrays), *sizes, *arrays[0].shape[len(sizes) :]), fill, arrays[0].dtype)
-    for n, array in enumerate(arrays):
-        if any(have > size for have, size in zip(array.shape, sizes, strict=False)):
-            raise ValueError(f"an array of shape {array.shape} does not fit the batch's {sizes}")
-        out[(n, *(slice(0, s) for s in array.shape[: len(sizes)]))] = array
-    return out
+    return MediaBatch(**{tower.name: tower.clips([getattr(m, tower.name) for m in media], shapes, config) for tower in TOWERS})

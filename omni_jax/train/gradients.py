@@ -19,9 +19,10 @@ from omni_jax.model import Encoder, abstract_encoder, with_params
 from omni_jax.model.layers import Remat
 from omni_jax.objectives import LOSSES, Pool
 from omni_jax.parallel import batch_axes, constrain, writes_gathers
+from omni_jax.towers import NAMES, of_modalities
 from omni_jax.train.batch import TrainBatch
 from omni_jax.train.plan import LossConfig
-from omni_jax.train.streams import TOWERS, Features, embed_hard_negatives, embed_streams, run_towers
+from omni_jax.train.streams import Features, embed_hard_negatives, embed_streams, run_towers
 from omni_jax.train.trainable import Arrays, is_lora, join, loss_scalars
 from omni_jax.types import StepKind
 
@@ -106,7 +107,7 @@ class Forward:
         attention: str = "plain",
         text_head: str = "last",
     ) -> Forward:
-        kept = tuple(tower for tower in TOWERS if not any(name.startswith(f"{tower}/") for name in trainable))
+        kept = tuple(tower for tower in NAMES if not any(name.startswith(f"{tower}/") for name in trainable))
         frozen = all(is_lora(name) for name in trainable if name.startswith("decoder/layers/"))
         return cls(config, abstract_encoder(config, dtype=dtype), losses, kept, remat, attention, frozen, text_head)
 
@@ -115,7 +116,7 @@ class Forward:
 
     def keep(self, trainable: Arrays, frozen: Arrays, batch: TrainBatch, kind: StepKind) -> Features:
         """Returns the features of the towers that do not train."""
-        towers = [tower for tower in kind.towers if tower in self.kept]
+        towers = [tower for tower in of_modalities(kind.media) if tower in self.kept]
         return run_towers(self.model(jax.lax.stop_gradient(trainable), frozen), batch.clips, towers)
 
     def embed(
@@ -131,7 +132,7 @@ class Forward:
     ) -> Embeddings:
         """Returns the embeddings of a micro-batch, those of hard negatives with rows of their own only where `hard` is set."""
         model = self.model(trainable, frozen)
-        features = {**kept, **run_towers(model, batch.clips, [tower for tower in kind.towers if tower not in self.kept])}
+        features = {**kept, **run_towers(model, batch.clips, [tower for tower in of_modalities(kind.media) if tower not in self.kept])}
         keys = (None, None) if key is None else jax.random.split(key)
         options = {"remat": self.remat, "attention": self.attention, "frozen": self.frozen_layers, "text_head": self.text_head}
         embedded = embed_streams(model, batch, features, kind, dropout_key=keys[0], **options)

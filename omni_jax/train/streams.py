@@ -17,10 +17,9 @@ from einops import rearrange
 from omni_jax.model import Encoder
 from omni_jax.model.layers import Remat
 from omni_jax.parallel import batch_shards, constrain
+from omni_jax.towers import of_modalities, towers_of
 from omni_jax.train.batch import TrainBatch
-from omni_jax.types import PATCHES_PER_TOKEN, MediaBatch, RowBatch, StepKind
-
-TOWERS = ("vision", "audio", "beats")
+from omni_jax.types import MediaBatch, RowBatch, StepKind
 
 AT_ONCE = 2**26
 """Bytes of a device's states that go through the decoder together, 4 clips at 7B: with more, the TPU's products take longer a token."""
@@ -32,36 +31,31 @@ stands before the bridge."""
 
 def run_towers(model: Encoder, clips: MediaBatch, towers: Collection[str]) -> Features:
     """Returns the features that the named towers give, clips and their copies in one call."""
-    clip_count, copies = clips.beats.frames.shape
-    vision, audio, beats = clips.vision, clips.audio, clips.beats
-
-    def flat(*inputs: jax.Array, axes: int) -> list[jax.Array]:
-        return [x.reshape(-1, *x.shape[axes:]) for x in inputs]
-
     features: Features = {}
-    if "vision" in towers:
-        features["vision"] = model.video_tokens(*flat(vision.patches, vision.coords, vision.window, axes=3))
-    if "audio" in towers:
-        features["audio"] = model.whisper_tokens(*flat(audio.mel, audio.frames, axes=3))
-    if "beats" in towers and model.beats is not None:
-        # The bridge trains, so what is kept stands before it; it reads two features for each audio token.
-        features["beats"] = model.beats(*flat(beats.fbank, beats.frames, axes=2), dtype=model.dtype)[0][:, : 2 * beats.max_tokens]
-    features = {name: x.reshape(clip_count, copies, -1, x.shape[-1]) for name, x in features.items()}
-    return {name: constrain(x, "batch", None, "tokens", "features") for name, x in features.items()}
+    for tower in towers_of(model.config):
+        if tower.name in towers:
+            batch = getattr(clips, tower.name)
+            axes = tower.fields.values()
+            arrays = [x.reshape(-1, *x.shape[x.ndim - own :]) for x, own in zip(tower.arrays(batch), axes, strict=False)]
+            found = tower.features(model, arrays, tower.made(batch))
+            found = found.reshape(*clips.beats.frames.shape, -1, found.shape[-1])
+            features[tower.name] = constrain(found, "batch", None, "tokens", "features")
+    return features
 
 
 def media_table(model: Encoder, features: Features, clips: MediaBatch) -> jax.Array:
-    """Returns (B, C * M, D): video tokens, Whisper tokens, BEATs tokens of each copy, zeros where a tower did not run."""
-    count, _, steps, patches = clips.vision.window.shape
+    """Returns (B, C * M, D): the tokens of each tower for each copy, in the order of `towers.TOWERS`, zeros where a tower did not run."""
     copies = next(iter(features.values())).shape[1] if features else 1
-    heard, seen = clips.beats.max_tokens, steps * patches // PATCHES_PER_TOKEN
-    sizes = {"vision": seen, "audio": heard, **({"bridge": heard} if model.bridge is not None else {})}
-    empty = {name: jnp.zeros((count, copies, size, model.config.decoder.hidden_size), model.dtype) for name, size in sizes.items()}
-    parts = empty | {name: x for name, x in features.items() if name != "beats"}
-    if "beats" in features and model.bridge is not None:
-        bridged = model.bridge(rearrange(features["beats"], "b c t d -> (b c) t d"), heard)
-        parts["bridge"] = rearrange(bridged, "(b c) t d -> b c t d", c=copies)
-    table = jnp.concatenate(list(parts.values()), axis=2)
+    parts = []
+    for tower in towers_of(model.config):
+        batch = getattr(clips, tower.name)
+        tokens = tower.clip_tokens(batch)
+        if tower.name in features:
+            found = tower.project(model, rearrange(features[tower.name], "b c t d -> (b c) t d"), tokens)
+            parts.append(rearrange(found, "(b c) t d -> b c t d", c=copies))
+        else:
+            parts.append(jnp.zeros((clips.beats.frames.shape[0], copies, tokens, model.config.decoder.hidden_size), model.dtype))
+    table = jnp.concatenate(parts, axis=2)
     return constrain(rearrange(table, "b c m d -> b (c m) d"), "batch", "tokens", "features")
 
 
@@ -118,7 +112,7 @@ def embed_hard_negatives(
     """
     assert batch.hard is not None
     features = {name: jax.lax.stop_gradient(x[:, :1]) for name, x in features.items()}
-    swapped = {"audio": ("audio", "beats"), "video": ("vision",)}.get(kind.hard or "", ())
+    swapped = of_modalities([kind.hard or ""])
     features = {name: shuffle_clips(x, batch.shuffle) if name in swapped else x for name, x in features.items()}
     media = media_table(model, features, batch.clips)
     pooled = pool_in_pieces(model, batch.hard, media, dropout_key, attention=attention, branches=0)

@@ -15,7 +15,8 @@ import pytest
 from omni_jax.conversion.engine import tree_shapes
 from omni_jax.model import abstract_params
 from omni_jax.model.runner import Runner
-from omni_jax.tokens.batching import Planner, step_layout
+from omni_jax.tokens.batching import Planner
+from omni_jax.towers.vision import step_layout
 from tests.golden_set import manifest_7b
 from tests.tolerances import assert_close
 from tools.benchmarks import __main__ as command
@@ -175,7 +176,7 @@ def test_thinker_computes_the_same() -> None:
 @pytest.mark.reference
 def test_training_is_the_same_in_torch_with_an_adapter_that_peft_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The training benchmark at a tiny size, which compares losses; then PEFT loads what was trained, and embeds the same."""
-    from omni_jax.train.streams import TOWERS
+    from omni_jax.towers import NAMES
     from tests.train.random_batches import QUICK
 
     made: list[train_mid.Ours] = []
@@ -204,7 +205,7 @@ def test_training_is_the_same_in_torch_with_an_adapter_that_peft_loads(monkeypat
     @functools.partial(jax.jit, compiler_options=QUICK)
     def embed(trainable: Any, frozen: Any, batch: Any) -> Any:
         kept = ours.step.forward.keep(trainable, frozen, batch, kind)
-        assert set(kept) == set(TOWERS)
+        assert set(kept) == set(NAMES)
         return ours.step.forward.embed(trainable, frozen, batch, kept, kind, None, hard=True)
 
     found, expected = embed(ours.state.trainable, ours.frozen, batch), theirs.trainer.embeddings(1, *theirs.inputs(1))

@@ -13,8 +13,9 @@ from flax import nnx
 
 from omni_jax.config import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, ModelConfig, SpecialTokens, VisionConfig
 from omni_jax.model import abstract_encoder
-from omni_jax.model.flops import PARTS, Work
+from omni_jax.model.flops import PARTS
 from omni_jax.model.layers import CAUSAL_UNIT, attend, attend_causal, causal_blocks
+from omni_jax.towers.work import Work
 from omni_jax.types import AudioBatch, BeatsBatch, EncoderBatch, RowBatch, VisionBatch
 from tests.tolerances import assert_close
 from tools.benchmarks.forward_work import forward_work, total

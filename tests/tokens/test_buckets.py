@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from omni_jax.config import TABLES, BeatsConfig, ModelConfig, preset
 from omni_jax.features.audio import KALDI_WINDOW
 from omni_jax.tokens.batching import Planner, build_batches, clip_sizes, plan_group
-from omni_jax.tokens.buckets import MAX_PAIRS, beats_tokens, cover, round_up, row_size
+from omni_jax.tokens.buckets import cover, round_up, row_size
 from omni_jax.tokens.prompts import build_sequences
 from omni_jax.tokens.tokenizer import Tokenizer
+from omni_jax.towers.base import MAX_PAIRS
+from omni_jax.towers.beats import beats_tokens
 from omni_jax.types import EncoderBatch, Features
 from tests.golden_set import find
 from tests.tokens import synthetic

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni_jax.config import TABLES, BeatsConfig, ModelConfig, preset
-from omni_jax.tokens.batching import Planner, build_batches, step_layout
+from omni_jax.tokens.batching import Planner, build_batches
 from omni_jax.tokens.packing import first_fit_decreasing
 from omni_jax.tokens.prompts import build_sequences
 from omni_jax.tokens.tokenizer import Tokenizer
+from omni_jax.towers.vision import step_layout
 from omni_jax.types import SOURCE_AUDIO, SOURCE_TEXT, EncoderBatch, Features, Record, RowBatch, TokenSequence
 from tests.golden_set import find
 from tests.tokens import synthetic

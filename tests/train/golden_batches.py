@@ -12,9 +12,9 @@ from omni_jax import conversion
 from omni_jax.config import ModelConfig
 from omni_jax.conversion.adapter import adapter_entries
 from omni_jax.features.audio import kaldi_fbank
-from omni_jax.tokens.batching import step_layout
 from omni_jax.tokens.positions import line
 from omni_jax.tokens.prompts import media_block
+from omni_jax.towers.vision import step_layout
 from omni_jax.train import (
     BatchShapes,
     LossConfig,

@@ -12,9 +12,9 @@ import numpy as np
 
 from omni_jax.config import LoraConfig, ModelConfig
 from omni_jax.model import abstract_params
-from omni_jax.tokens.batching import step_layout
 from omni_jax.tokens.positions import line
 from omni_jax.tokens.prompts import media_block
+from omni_jax.towers.vision import step_layout
 from omni_jax.train import (
     BatchShapes,
     LossConfig,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from omni_jax.parallel import make_mesh
+from omni_jax.towers import of_modalities
 from omni_jax.train import LossConfig, fit_shapes, kinds_of_update, pack_micro_batch, place_batch, stack_micro_batches, step_kind
 from omni_jax.train.batch import check_shuffle
 from omni_jax.types import InputError
@@ -41,9 +42,9 @@ def test_cycles_count_micro_batches_or_updates():
 
 def test_losses_without_weight_play_no_streams():
     pairs = step_kind(0, LossConfig({"pairwise": 1}))
-    assert pairs.rows == (("text", "audio"),) and pairs.hard is None and pairs.towers == ("audio", "beats")
+    assert pairs.rows == (("text", "audio"),) and pairs.hard is None and of_modalities(pairs.media) == ("audio", "beats")
     teacher = step_kind(0, LossConfig({"distillation": 1, "pairwise": 1}))
-    assert teacher.rows == (("anchor",), ("text", "audio")) and teacher.towers == ("vision", "audio", "beats")
+    assert teacher.rows == (("anchor",), ("text", "audio")) and of_modalities(teacher.media) == ("vision", "audio", "beats")
     tuples = step_kind(0, LossConfig({"tuple": 1}))
     assert tuples.rows == (("anchor",), ("positive",))
 

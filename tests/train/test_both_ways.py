@@ -15,8 +15,9 @@ import pytest
 from omni_jax.config import TABLES
 from omni_jax.model import Encoder
 from omni_jax.model.runner import Runner
+from omni_jax.towers import NAMES
 from omni_jax.train import TrainBatch, TrainStep, fit_shapes, pack_micro_batch
-from omni_jax.train.streams import TOWERS, media_table, run_towers
+from omni_jax.train.streams import media_table, run_towers
 from omni_jax.types import EncoderBatch, StepKind
 from tests.train.golden_batches import next_sample
 from tests.train.random_batches import MODEL, example, parts, recipe
@@ -39,7 +40,7 @@ def test_one_batch_has_the_same_embeddings_in_a_training_step_and_in_the_embeddi
         return functools.partial(jax.jit(lambda t, f, *args: function(step.forward.model(t, f), *args)), trainable, frozen)
 
     with jax.default_matmul_precision("highest"):  # as step and runner set it for float32
-        features = {name: program(lambda m, clips, n=name: run_towers(m, clips, [n])[n])(one.clips) for name in TOWERS}
+        features = {name: program(lambda m, clips, n=name: run_towers(m, clips, [n])[n])(one.clips) for name in NAMES}
         media = program(media_table)(features, one.clips)
         fused, last = program(Encoder.embed_rows)(one.rows, media)
     embedded = {(clip, table): vector for clip, table, vector in Runner(step.forward.model(trainable, frozen)).embed(as_embedded(one))}

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from omni_jax.planning.step_flops import Load, RowLoad, StepFlops, clip_flops
+from omni_jax.towers import NAMES
 from omni_jax.train import LossConfig, TrainableConfig
-from omni_jax.train.streams import TOWERS
 from omni_jax.train.trainable import select
 from tests.house import ROOT
 from tests.model.builders import SEVEN_B
@@ -89,7 +89,7 @@ def test_forwards():
     saved = number(r"rest of the last layer \(([\d.]+) of a tuple's 8\.71")
     assert_close(saved, (forward("anchor") - forward("anchor", whole=False)) / 1e12, "hand_count")
     step = counted('ours, `negatives="micro"`', "layer")[0]
-    towers = sum(step[tower].forward for tower in TOWERS) / 1e12
+    towers = sum(step[tower].forward for tower in NAMES) / 1e12
     assert_close(float(TABLES["forward of"]["the three towers, once"][1]), towers / 2, "hand_count")
     assert_close(number(r"augmented copy: ([\d.]+) TFLOP"), towers, "hand_count")
 

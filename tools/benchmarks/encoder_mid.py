@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from omni_jax.config import TABLE_MODALITIES, TABLES, ModelConfig
-from omni_jax.model.flops import Work
 from omni_jax.model.runner import Runner
 from omni_jax.tokens.batching import Planner
+from omni_jax.towers.work import Work
 from omni_jax.types import Features
 from tools.benchmarks import mid_size
 from tools.benchmarks.forward_work import forward_work, total

@@ -10,22 +10,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from omni_jax.config import BeatsConfig, ModelConfig
-from omni_jax.model.flops import (
-    PARTS,
-    Attention,
-    Maps,
-    Terms,
-    Work,
-    audio_terms,
-    beats_terms,
-    bridge_terms,
-    decoder_terms,
-    head_terms,
-    kernel_taps,
-    operations,
-    row_pairs,
-    vision_terms,
-)
+from omni_jax.model.flops import PARTS, bridge_terms, decoder_terms, head_terms, operations, row_pairs
+from omni_jax.towers.audio import audio_terms
+from omni_jax.towers.beats import beats_terms, kernel_taps
+from omni_jax.towers.vision import vision_terms
+from omni_jax.towers.work import Attention, Maps, Terms, Work
 from omni_jax.types import AudioBatch, BeatsBatch, EncoderBatch, RowBatch, VisionBatch
 
 

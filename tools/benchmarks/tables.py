@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from omni_jax.config import TABLES, ModelConfig
-from omni_jax.model.flops import Work
 from omni_jax.model.runner import Runner
 from omni_jax.tokens.batching import Planner
+from omni_jax.towers.work import Work
 from omni_jax.types import Features
 from tools.benchmarks import mid_size
 from tools.benchmarks.encoder_7b import shape_7b

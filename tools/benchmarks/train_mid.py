@@ -31,10 +31,11 @@ from flax import nnx
 from omni_jax import conversion
 from omni_jax.config import LoraConfig, ModelConfig
 from omni_jax.model import Encoder
-from omni_jax.tokens.batching import attention_cost, step_layout
-from omni_jax.tokens.buckets import multiple_of
+from omni_jax.tokens.batching import attention_cost
 from omni_jax.tokens.prompts import build_sequence
 from omni_jax.tokens.training import EDGES, PromptLengths, lay_out
+from omni_jax.towers.base import multiple_of
+from omni_jax.towers.vision import step_layout
 from omni_jax.train import LossConfig, OptimizerConfig, StepConfig, TrainBatch, TrainStep, fit_shapes, pack_micro_batch, step_kind
 from omni_jax.types import AudioBatch, BeatsBatch, Example, Features, MediaBatch, TokenSequence, VisionBatch
 from tools import training_cost
