@@ -92,7 +92,7 @@ def _read(
             path, entry = where[name]
             made = matrices.as_loaded(entry, array, _dtype(leaves[path], stores, dtype))
             if entry.layer is None:
-                yield from ((at, _place(one, places.get(at))) for at, one in made.items())
+                yield from ((at, place(one, places.get(at))) for at, one in made.items())
                 continue
             for at, one in made.items():
                 if at not in stacks:
@@ -100,7 +100,7 @@ def _read(
                 stacks[at][entry.layer] = one
             left[path] -= 1
             if not left[path]:
-                yield from ((at, _place(stacks.pop(at), places.get(at))) for at in made)
+                yield from ((at, place(stacks.pop(at), places.get(at))) for at in made)
 
 
 Key = tuple[tuple[int, int], ...]
@@ -138,7 +138,7 @@ def _assembled(
     shape = _shape(group)
     yield path, jax.make_array_from_callback(shape, places[path], lambda index: buffers[_key(index, shape)])
     if scales is not None:
-        yield (*path[:-1], SCALE), _place(scales, places.get((*path[:-1], SCALE)))
+        yield (*path[:-1], SCALE), place(scales, places.get((*path[:-1], SCALE)))
 
 
 def _shape(group: list[Entry]) -> tuple[int, ...]:
@@ -185,10 +185,11 @@ def _dtype(group: list[Entry], stores: list[Store], dtype: Any) -> jnp.dtype:
     return jnp.dtype(jnp.result_type(*(np.float32 if kind == np.float64 else kind for kind in stored)))
 
 
-def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Returns an array on the devices, each process giving its own shards; without a sharding on the default device."""
     if sharding is None:
         return jnp.asarray(array)
-    # Each process takes its own shards; device_put would compare the whole array across processes.
+    # device_put would compare the whole array across processes.
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 

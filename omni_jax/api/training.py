@@ -28,7 +28,6 @@ from omni_jax.api.weights import base_digests
 from omni_jax.config import ModelConfig, Preset
 from omni_jax.config.compile_cache import cache_root, use_compile_cache
 from omni_jax.conversion.folder import Manifest, read_manifest
-from omni_jax.data.augment import AugmentConfig
 from omni_jax.data.clips import ClipSource, digest_line
 from omni_jax.data.manifest import Problem
 from omni_jax.data.pipeline import TrainPipeline
@@ -310,13 +309,13 @@ def _pipeline(
         tokenizer=tokenizer,
         config=model,
         preset=run.data.resolved_preset(),
-        batch=BatchConfig(sizes.micro_batch, sizes.micro_batches, sizes.blocks, run.data.distinct, sizes.row_multiple, run.seed),
+        batch=BatchConfig(**dataclasses.asdict(sizes), distinct=run.data.distinct, seed=run.seed),
         kinds=functools.partial(kinds_of_update, micro_batches=sizes.micro_batches, losses=run.losses),
         pack=functools.partial(pack_update, config=model),
         workers=run.data.workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        augment=AugmentConfig(**dataclasses.asdict(run.data.augment)),
+        augment=run.data.augment,
         kept=kept,
     )
 

@@ -162,6 +162,7 @@ def load_params(source: ModelSource, dtype: Any = None, mesh: Mesh | None = None
 
     Matrices are rounded as `source.config` says, those that were trained too.
     """
+    from omni_jax.conversion.loader import place
     from omni_jax.model import param_shardings, rounded_maps  # with flax, slow: not before there is a model
     from omni_jax.model.int8 import SCALE, rounded
 
@@ -176,11 +177,11 @@ def load_params(source: ModelSource, dtype: Any = None, mesh: Mesh | None = None
         path = tuple(name.split("/"))
         if path[-1] == "kernel" and path[:-1] in maps:
             for at, part in zip((path, (*path[:-1], SCALE)), rounded(array), strict=True):
-                params[at] = _place(part, shardings.get(at))
+                params[at] = place(part, shardings.get(at))
             continue
         # LoRA that the run added has no place in the base: it takes the type of the weights that it stands beside.
         kind = kinds.get(path) or _beside(kinds, path)
-        params[path] = _place(array.astype(kind), shardings.get(path))
+        params[path] = place(array.astype(kind), shardings.get(path))
     return params
 
 
@@ -206,9 +207,3 @@ def _beside(kinds: Mapping[tuple[str, ...], jnp.dtype], path: tuple[str, ...]) -
     """Returns the type of a linear map's kernel, or where that is int8 the one of what is not rounded."""
     kind = kinds[(*path[:-1], "kernel")]
     return kinds["decoder", "embed", "embedding"] if kind == jnp.int8 else kind
-
-
-def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    if sharding is None:
-        return jnp.asarray(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

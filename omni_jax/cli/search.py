@@ -10,15 +10,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from omni_jax.cli.embed import (
-    add_model_arguments,
-    add_preset_arguments,
-    add_weights_arguments,
-    check_preset,
-    choose_preset,
-    load_model,
-    named_model,
-)
+from omni_jax.cli import embed
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED
 from omni_jax.config import TABLES, Preset
@@ -32,7 +24,7 @@ EXAMPLE = 'omni-jax search --model omni7b --index clips.npz --text "a whistle ov
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    embed.add_model_arguments(parser)
     parser.add_argument(
         "--index", action="append", required=True, metavar="FILE.npz", help="embedding file; repeat it for parts of one set"
     )
@@ -50,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--table", choices=TABLES, help="table to search in (default: for a text av, then video, audio; for other queries what they lack)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object a query instead of lines")
-    add_preset_arguments(parser, "the one that the index was made with, or else the model's")
+    embed.add_preset_arguments(parser, "the one that the index was made with, or else the model's")
     parser.add_argument("--unchecked", action="store_true", help="search an index that was made by another model or preset all the same")
-    add_weights_arguments(parser)
+    embed.add_weights_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       InputError, ConfigError: for an index, a query or a model that cannot be used.
     """
-    check_preset(args)
+    embed.check_preset(args)
     if args.media_root is not None and args.queries is None:
         raise InputError(f"--media-root {args.media_root}: is for --queries; omit it")
 
@@ -83,13 +75,13 @@ def run(args: argparse.Namespace) -> int:
     (table,) = index.tables
     if not index.ids:
         raise InputError(f"{args.index[0]}: holds no records")
-    source = named_model(args)
-    chosen = choose_preset(args, source, index.made_with)
+    source = embed.named_model(args)
+    chosen = embed.choose_preset(args, source, index.made_with)
     check_origin(args, index.made_with, source, chosen)
 
     from omni_jax.retrieval.search import Index
 
-    model = load_model(args, source, chosen)
+    model = embed.load_model(args, source, chosen)
     with warnings.catch_warnings(record=args.queries is not None) as told:
         vectors = model.encode(
             queries.items,

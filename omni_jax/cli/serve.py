@@ -9,16 +9,8 @@ import os
 import socket
 from pathlib import Path
 
+from omni_jax.cli import embed
 from omni_jax.cli.argtypes import positive
-from omni_jax.cli.embed import (
-    add_model_arguments,
-    add_preset_arguments,
-    add_weights_arguments,
-    check_preset,
-    choose_preset,
-    load_model,
-    named_model,
-)
 from omni_jax.cli.search import check_origin
 from omni_jax.types import InputError
 
@@ -29,7 +21,7 @@ SHORTEST = 16  # characters of a token
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    embed.add_model_arguments(parser)
     parser.add_argument(
         "--index", action="append", required=True, metavar="FILE.npz", help="embedding file; repeat it for parts of one set"
     )
@@ -56,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=positive(int), metavar="N", help="decoding processes (default: one less than the cores)")
     parser.add_argument("--batch-size", type=positive(int), default=16, metavar="N", help="items encoded together (default: %(default)s)")
     parser.add_argument("--max-waiting", type=positive(int), default=1024, metavar="N", help="items that may wait (default: %(default)s)")
-    add_preset_arguments(parser, "the one that the index was made with, or else the model's")
+    embed.add_preset_arguments(parser, "the one that the index was made with, or else the model's")
     parser.add_argument("--unchecked", action="store_true", help="search an index that was made by another model or preset all the same")
-    add_weights_arguments(parser)
+    embed.add_weights_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,16 +78,16 @@ def run(args: argparse.Namespace) -> int:
         records = records_of(args.manifest, args.media)
         indexes = open_indexes(args.index)
         made_with = next(iter(indexes.values())).made_with
-        check_preset(args)
-        source = named_model(args)
-        chosen = choose_preset(args, source, made_with)
+        embed.check_preset(args)
+        source = embed.named_model(args)
+        chosen = embed.choose_preset(args, source, made_with)
         check_origin(args, made_with, source, chosen)
         library = Library(indexes, records, Path(args.media) if args.media is not None else None)
 
         from omni_jax.serve.app import make_app
         from omni_jax.serve.embedding import Embedder
 
-        model = load_model(args, source, chosen)
+        model = embed.load_model(args, source, chosen)
         workers = args.workers or max(1, (os.cpu_count() or 1) - 1)
         embedder = Embedder(model, batch_size=args.batch_size, workers=workers, timeout_s=args.timeout, most_waiting=args.max_waiting)
         names = (*(LOOPBACK if local else (args.host,)), *(name.lower() for name in args.allow_host))

@@ -9,6 +9,7 @@ import dataclasses
 
 import numpy as np
 
+from omni_jax.config.batches import AugmentConfig
 from omni_jax.types import Clip
 
 PROBABILITY = 0.5
@@ -19,15 +20,6 @@ SPEED = (0.9, 1.1)
 SHIFT = 0.1  # of the length, either way
 DROPPED = (0.1, 0.2)  # share of the words
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
-
-
-@dataclasses.dataclass(frozen=True)
-class AugmentConfig:
-    """Which parts of the copy are changed; one that is off stays as it is."""
-
-    video: bool = True
-    audio: bool = True
-    text: bool = True
 
 
 def augment_clip(clip: Clip, rng: np.random.Generator, config: AugmentConfig) -> Clip:

@@ -22,7 +22,8 @@ import numpy as np
 from absl import flags
 
 from omni_jax.config import ModelConfig, Preset
-from omni_jax.data.augment import AugmentConfig, augment_clip
+from omni_jax.config.batches import AugmentConfig
+from omni_jax.data.augment import augment_clip
 from omni_jax.data.loading import training_features
 from omni_jax.data.order import stand_ins
 from omni_jax.data.plan import BatchConfig, Planner, UpdatePlan

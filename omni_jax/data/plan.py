@@ -12,7 +12,8 @@ from collections.abc import Callable
 import numpy as np
 
 from omni_jax.config import ConfigError, ModelConfig, Preset
-from omni_jax.data.augment import AugmentConfig, augment_text
+from omni_jax.config.batches import AugmentConfig, BatchSection
+from omni_jax.data.augment import augment_text
 from omni_jax.data.order import Draw, apart, epoch_order, exchange, generator, numbered, other_captions, window_updates
 from omni_jax.data.sources import BEATS_PATCH, ClipSource, fbank_frames, tokens_of
 from omni_jax.features.audio import HOP
@@ -30,41 +31,24 @@ WORTH = 0.9  # a second size must save a tenth of the tokens: it costs a compila
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchConfig:
+class BatchConfig(BatchSection):
     """The making of batches.
 
     Attributes:
-      micro_batch: clips of a micro-batch, of all processes together.
-      micro_batches: of an update.
-      blocks: parts of a micro-batch within which features are exchanged; each process holds whole blocks.
       distinct: what an update holds once only, as far as there are others: "caption": no caption twice; "id_prefix": no two ids that agree
         up to their last "-"; "none".
-      row_multiple: rows are multiples of so many tokens.
       seed: of every draw.
     """
 
-    micro_batch: int
-    micro_batches: int = 1
-    blocks: int = 1
     distinct: str = "caption"
-    row_multiple: int = 8
     seed: int = 2025
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch", "micro_batches", "blocks", "row_multiple"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"batch field {name}={getattr(self, name)}: must be at least 1")
-        if self.micro_batch % self.blocks:
-            raise ConfigError(f"a micro-batch of {self.micro_batch} clips does not divide into {self.blocks} blocks; change either")
+        super().__post_init__()
         if self.distinct not in DISTINCT:
             raise ConfigError(f"data field distinct={self.distinct!r}: choose one of {', '.join(DISTINCT)}")
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed}: must not be negative")
-
-    @property
-    def clips(self) -> int:
-        """Clips of an update."""
-        return self.micro_batch * self.micro_batches
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,9 @@ from omni_jax.towers import NAMES, Tower
 from omni_jax.towers.base import multiple_of
 
 MANTISSA_BITS = 3
+BATCH_TOKENS = 8192  # decoder tokens of one batch, which holds one row at least
+LONGEST_ROW = 4096  # that prompts share; a longer group has rows of its own
+NEW_SHAPE_SHARE, NEW_SHAPE_TOKENS = 0.02, 512  # padding, as a share of a call's tokens and in tokens, that a new shape must save
 SLOT_TOKENS = 0.1  # the fusion head on one pooled prompt, about a twelfth of a token's way through the decoder
 PROGRAMS_FREE, PROGRAMS_DOUBLING = 8, 3  # programs at the plain price, and how many more double it
 DISPATCH_TOKENS = 32  # what starting one more program costs, in tokens
@@ -123,27 +126,9 @@ class Planner:
       shapes: tower's name, or "rows" -> shapes used so far, each one a compiled program.
     """
 
-    def __init__(
-        self,
-        *,
-        row_multiple: int = 1,
-        batch_tokens: int = 8192,
-        longest_row: int = 4096,
-        new_shape_share: float = 0.02,
-        new_shape_tokens: int = 512,
-    ):
-        """Sets the limits.
-
-        Args:
-          row_multiple: rows of a batch are a multiple of it, so that they spread over so many devices.
-          batch_tokens: decoder tokens of one batch, which holds one row at least.
-          longest_row: longest row that prompts share; a longer group has rows of its own.
-          new_shape_share: padding, as a share of a call's tokens, that a new shape must save.
-          new_shape_tokens: padding, in tokens, that a new shape must save at least.
-        """
+    def __init__(self, *, row_multiple: int = 1):
+        """`row_multiple`: rows of a batch are a multiple of it, so that they spread over so many devices."""
         self._multiple = row_multiple
-        self._batch_tokens, self._longest_row = batch_tokens, longest_row
-        self._share, self._least = new_shape_share, new_shape_tokens
         self.shapes: dict[str, set[tuple[int, ...]]] = {name: set() for name in (*NAMES, "rows")}
 
     def known(self) -> dict[str, list[tuple[int, ...]]]:
@@ -162,7 +147,7 @@ class Planner:
 
     def new_cost(self, tokens: int) -> float:
         """Returns what a new shape costs, in tokens, in a call of so many. It doubles with every few programs, so that they stay few."""
-        return max(self._least, self._share * tokens) * 2 ** (max(0, self.programs - PROGRAMS_FREE) / PROGRAMS_DOUBLING)
+        return max(NEW_SHAPE_TOKENS, NEW_SHAPE_SHARE * tokens) * 2 ** (max(0, self.programs - PROGRAMS_FREE) / PROGRAMS_DOUBLING)
 
     def tower(self, tower: Tower, sizes: Sequence[int], new_cost: float, config: ModelConfig) -> list[Piece]:
         """Returns batches of a tower's items; `sizes` as in `towers.Item`."""
@@ -189,12 +174,12 @@ class Planner:
           attention: cost of attention per token and token of the row, in units of a token's other cost.
         """
         plans: list[RowPlan] = []
-        shared = [i for i, n in enumerate(lengths) if n <= self._longest_row]
+        shared = [i for i, n in enumerate(lengths) if n <= LONGEST_ROW]
         if shared:
-            plans += self._rows(shared, lengths, prompts, new_cost, attention, self._longest_row)
+            plans += self._rows(shared, lengths, prompts, new_cost, attention, LONGEST_ROW)
         long: dict[int, list[int]] = {}
         for i, n in enumerate(lengths):
-            if n > self._longest_row:
+            if n > LONGEST_ROW:
                 long.setdefault(row_size(n), []).append(i)
         for size in sorted(long):
             plans += self._rows(long[size], lengths, prompts, new_cost, attention, size)
@@ -205,7 +190,7 @@ class Planner:
     ) -> list[RowPlan]:
         """Tries row lengths and slot counts, and takes the cheapest."""
         needs, pooled = [lengths[i] for i in groups], [prompts[i] for i in groups]
-        most = self._longest_row if max(needs) <= self._longest_row else math.inf
+        most = LONGEST_ROW if max(needs) <= LONGEST_ROW else math.inf
         shapes = {(r, s, k) for r, s, k in self.shapes["rows"] if max(needs) <= s <= most and max(pooled) <= k}
         candidates = {(s, k) for _, s, k in shapes}
         size = row_size(max(needs))
@@ -222,7 +207,7 @@ class Planner:
                 [size] * len(rows),
                 known={(r, s) for r, s, k in shapes if (s, k) == (size, slots)},
                 fit=lambda s: s,
-                limit=lambda s: max(1, self._batch_tokens // s),
+                limit=lambda s: max(1, BATCH_TOKENS // s),
                 new_cost=new_cost,
                 multiple=self._multiple,
             )

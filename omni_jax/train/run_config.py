@@ -10,6 +10,7 @@ from typing import Any
 
 from omni_jax.config import ConfigError, LoraConfig, Preset
 from omni_jax.config import preset as preset_named
+from omni_jax.config.batches import AUGMENT, AugmentConfig, BatchSection
 from omni_jax.train.config_parsing import record_of
 from omni_jax.train.optimizer import OptimizerConfig
 from omni_jax.train.plan import LossConfig, renamed
@@ -48,21 +49,6 @@ class ModelSection:
 
 
 @dataclasses.dataclass(frozen=True)
-class AugmentSection:
-    """Which parts of the augmented copy are changed (SPEC section 6).
-
-    Attributes:
-      video: flip, brightness, contrast and saturation.
-      audio: gain, noise, speed and circular shift.
-      text: dropped and swapped words.
-    """
-
-    video: bool = True
-    audio: bool = True
-    text: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
 class DataSection:
     """What is trained on.
 
@@ -87,7 +73,7 @@ class DataSection:
     timeout: float = 120.0
     cache: str = ""
     cache_gb: float = 16.0
-    augment: AugmentSection = AugmentSection()
+    augment: AugmentConfig = AUGMENT
 
     def __post_init__(self) -> None:
         if not self.train:
@@ -104,35 +90,6 @@ class DataSection:
         made = record_of(Preset, preset_named(self.preset).merged(fields), "data.preset_fields")
         made.check_effect(fields)
         return made
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchSection:
-    """Clips of an update: `micro_batches` of `micro_batch` clips, all processes together.
-
-    Attributes:
-      micro_batch: clips that are encoded together, over all processes.
-      micro_batches: micro-batches of one step.
-      blocks: parts of a micro-batch within which features are exchanged (the release has one a device); each process holds whole ones.
-      row_multiple: row lengths are multiples of so many tokens.
-    """
-
-    micro_batch: int
-    micro_batches: int = 1
-    blocks: int = 1
-    row_multiple: int = 8
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if value < 1:
-                raise ConfigError(f"config field batch.{name}={value}: must be at least 1")
-        if self.micro_batch % self.blocks:
-            raise ConfigError(f"config field batch.blocks={self.blocks}: must divide batch.micro_batch={self.micro_batch}")
-
-    @property
-    def clips(self) -> int:
-        """Clips of an update."""
-        return self.micro_batch * self.micro_batches
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def test_at_most_15_percent_of_the_demos_training_tokens_are_padding(tmp_path: P
         tokenizer=Tokenizer.from_pretrained(tmp_path / "base"),
         config=model,
         preset=preset,
-        batch=BatchConfig(sizes.micro_batch, sizes.micro_batches, sizes.blocks, run.data.distinct, sizes.row_multiple, run.seed),
+        batch=BatchConfig(**dataclasses.asdict(sizes), distinct=run.data.distinct, seed=run.seed),
         kinds=functools.partial(kinds_of_update, micro_batches=sizes.micro_batches, losses=run.losses),
         pack=functools.partial(pack_update, config=model),
     )

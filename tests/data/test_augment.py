@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omni_jax.data.augment import AugmentConfig, augment_clip, augment_frames, augment_text, augment_waveform
+from omni_jax.config.batches import AugmentConfig
+from omni_jax.data.augment import augment_clip, augment_frames, augment_text, augment_waveform
 from omni_jax.types import Clip, Record, VideoFrames
 
 DRAWS = 400

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from omni_jax.config import ConfigError, ModelConfig
-from omni_jax.data.augment import AugmentConfig
+from omni_jax.config.batches import AugmentConfig
 from omni_jax.data.clips import ClipInfo
 from omni_jax.data.pipeline import PipelineBatch
 from omni_jax.data.plan import BatchConfig, row_sizes
@@ -257,7 +257,7 @@ def test_processes_share_whole_blocks():
 def test_fields_out_of_range_are_refused():
     for wrong, message in (
         ({"micro_batch": 0}, "at least 1"),
-        ({"micro_batch": 4, "blocks": 3}, "does not divide into 3 blocks"),
+        ({"micro_batch": 4, "blocks": 3}, "blocks=3: must divide batch.micro_batch=4"),
         ({"micro_batch": 4, "distinct": "tune"}, "distinct='tune'"),
         ({"micro_batch": 4, "seed": -1}, "seed=-1"),
     ):

@@ -13,9 +13,10 @@ from typing import Any
 
 from omni_jax.cli import main as cli
 from omni_jax.config import LoraConfig, Preset
+from omni_jax.config.batches import AugmentConfig
 from omni_jax.config.presets import PRESETS
 from omni_jax.train.board import CURVES
-from omni_jax.train.run_config import AugmentSection, RunConfig
+from omni_jax.train.run_config import RunConfig
 
 KINDS = {int: "whole number", float: "number", str: "text", bool: "true or false", types.NoneType: "None", Any: "any value"}
 
@@ -60,7 +61,7 @@ def config_page() -> str:
             hidden = {"total_steps"} if field.name == "optimizer" else set()  # it comes from `steps` or `epochs`
             lines += [f"## {field.name}", _intro(kind), _table(_fields(kind, field.name, hidden))]
     lines += ["## model.lora", _intro(LoraConfig), _table(_fields(LoraConfig, "model.lora"))]
-    lines += ["## data.augment", _intro(AugmentSection), _table(_fields(AugmentSection, "data.augment"))]
+    lines += ["## data.augment", _intro(AugmentConfig), _table(_fields(AugmentConfig, "data.augment"))]
     return "\n\n".join(lines) + "\n"
 
 
