@@ -14,6 +14,7 @@ from omni_jax.model.runner import Runner
 from omni_jax.tokens.batching import build_batches
 from omni_jax.tokens.buckets import Piece, Planner, RowPlan
 from omni_jax.tokens.tokenizer import CONTROL_TOKENS, END, Tokenizer
+from omni_jax.towers import Tower
 from omni_jax.types import AudioSegment, EncoderBatch, Features, Record, VideoGrid, VisionFeatures
 from tests.model import builders
 
@@ -61,14 +62,10 @@ def clips(config: ModelConfig) -> list[Features]:
 class Roomy(Planner):
     """Plans every batch larger than needed, in every dimension."""
 
-    def vision(self, tokens: Sequence[int], new_cost: float) -> list[Piece]:
-        return [dataclasses.replace(p, count=p.count + 1, size=p.size + 3) for p in super().vision(tokens, new_cost)]
-
-    def audio(self, chunks: int, tokens: int, new_cost: float) -> list[Piece]:
-        return [dataclasses.replace(p, count=p.count + 3) for p in super().audio(chunks, tokens, new_cost)]
-
-    def beats(self, frames: Sequence[int], new_cost: float) -> list[Piece]:
-        return [dataclasses.replace(p, count=p.count + 1, size=p.size + 48) for p in super().beats(frames, new_cost)]
+    def tower(self, tower: Tower, sizes: Sequence[int], new_cost: float, config: ModelConfig) -> list[Piece]:
+        count, size = {"vision": (1, 3), "audio": (3, 0), "beats": (1, 48)}[tower.name]
+        pieces = super().tower(tower, sizes, new_cost, config)
+        return [dataclasses.replace(p, count=p.count + count, size=p.size + size) for p in pieces]
 
     def rows(self, lengths: Sequence[int], prompts: Sequence[int], new_cost: float, attention: float) -> list[RowPlan]:
         plans = super().rows(lengths, prompts, new_cost, attention)
