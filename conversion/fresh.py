@@ -32,11 +32,12 @@ from omni_jax.config import (
     SpecialTokens,
     VisionConfig,
 )
+from omni_jax.config.components import CONTROL_TOKENS
 from omni_jax.conversion import engine, folder
 from omni_jax.conversion.adapter import CONFIG, WEIGHTS, adapter_entries, default_config, write_config
 from omni_jax.conversion.engine import Entry
 from omni_jax.conversion.folder import Manifest, TensorFile
-from omni_jax.conversion.fresh_tokenizer import SPECIAL, copy_tokenizer, train_tokenizer
+from omni_jax.conversion.fresh_tokenizer import copy_tokenizer, train_tokenizer
 from omni_jax.conversion.importer import Summary
 from omni_jax.conversion.store import StoreWriter
 from omni_jax.conversion.weight_files import SINGLE
@@ -136,7 +137,7 @@ def model_config(architecture: Mapping[str, Any], tokens: Mapping[str, int], voc
             parts[name] = kind(**fields)
         except (ConfigError, TypeError) as e:
             raise InputError(f"architecture.{name}: {str(e).removeprefix(kind.__name__ + '.__init__() ')}") from None
-    special = SpecialTokens(**{field: tokens[token] for field, token in SPECIAL.items()})
+    special = SpecialTokens(**{field: tokens[token] for field, token in CONTROL_TOKENS.items()})
     try:
         return ModelConfig(**parts, tokens=special, lora=lora, **rest)
     except ConfigError as e:

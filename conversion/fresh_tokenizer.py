@@ -10,19 +10,9 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from omni_jax.config.components import CONTROL_TOKENS
 from omni_jax.conversion.folder import copy_files
 from omni_jax.types import InputError
-
-SPECIAL = {
-    "pad": "<|endoftext|>",
-    "audio": "<|AUDIO|>",
-    "audio_bos": "<|audio_bos|>",
-    "audio_eos": "<|audio_eos|>",
-    "video": "<|VIDEO|>",
-    "vision_bos": "<|vision_bos|>",
-    "vision_eos": "<|vision_eos|>",
-}
-"""Field of `config.SpecialTokens` -> token."""
 
 END = "<|im_end|>"
 FILLER = "Please describe the video."  # stands in prompts of one medium; part of what a vocabulary is trained on
@@ -51,7 +41,7 @@ def train_tokenizer(captions: Iterable[str], out: epath.Path, vocabulary: int = 
         vocab_size=vocabulary, min_frequency=2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, special_tokens=[]
     )
     bpe.train_from_iterator([*captions, FILLER, FILLER], trainer)
-    added = [END, SPECIAL["pad"], "<|im_start|>", *(token for field, token in SPECIAL.items() if field != "pad")]
+    added = [END, CONTROL_TOKENS["pad"], "<|im_start|>", *(token for field, token in CONTROL_TOKENS.items() if field != "pad")]
     bpe.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in added])
     record: dict[str, Any] = json.loads(bpe.to_str())
     ids = {token["content"]: token["id"] for token in record["added_tokens"]}
@@ -60,7 +50,7 @@ def train_tokenizer(captions: Iterable[str], out: epath.Path, vocabulary: int = 
         "tokenizer.json": record,
         "vocab.json": record["model"]["vocab"],
         "added_tokens.json": ids,
-        "special_tokens_map.json": {"eos_token": END, "pad_token": SPECIAL["pad"], "unk_token": SPECIAL["pad"]},
+        "special_tokens_map.json": {"eos_token": END, "pad_token": CONTROL_TOKENS["pad"], "unk_token": CONTROL_TOKENS["pad"]},
         "tokenizer_config.json": {
             "added_tokens_decoder": {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in record["added_tokens"]},
             "bos_token": None,
@@ -68,10 +58,10 @@ def train_tokenizer(captions: Iterable[str], out: epath.Path, vocabulary: int = 
             "eos_token": END,
             "errors": "replace",
             "model_max_length": 32768,
-            "pad_token": SPECIAL["pad"],
+            "pad_token": CONTROL_TOKENS["pad"],
             "split_special_tokens": False,
             "tokenizer_class": "Qwen2Tokenizer",
-            "unk_token": SPECIAL["pad"],
+            "unk_token": CONTROL_TOKENS["pad"],
         },
     }
     for name, content in files.items():
@@ -95,8 +85,8 @@ def copy_tokenizer(source: epath.Path, out: epath.Path) -> tuple[dict[str, int],
     except Exception as e:  # the library raises bare Exception
         raise InputError(f"{file}: cannot be read as a tokenizer ({str(e).splitlines()[0]}); copy it again from the checkpoint") from None
     known: dict[str, int] = bpe.get_vocab(with_added_tokens=True)
-    ids = {token: known[token] for token in (END, *SPECIAL.values()) if token in known}
-    absent = [token for token in (END, *SPECIAL.values()) if token not in ids]
+    ids = {token: known[token] for token in (END, *CONTROL_TOKENS.values()) if token in known}
+    absent = [token for token in (END, *CONTROL_TOKENS.values()) if token not in ids]
     if absent:
         raise InputError(f"{file}: the tokenizer lacks {', '.join(absent)}; use the tokenizer of a WAVE checkpoint")
     copy_files(source, tuple(name for name in FILES if (source / name).exists()), out)

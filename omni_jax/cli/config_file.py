@@ -122,10 +122,10 @@ def _say_renamed(names: Sequence[str]) -> None:
 def planned_model(section: ModelSection) -> tuple[ModelConfig, str | None]:
     """Returns the architecture of a run without reading weights, and a note where it had to be assumed."""
     if section.architecture:
+        from omni_jax.config.components import CONTROL_TOKENS
         from omni_jax.conversion.fresh import model_config
-        from omni_jax.conversion.fresh_tokenizer import SPECIAL
 
-        names = dict(zip(SPECIAL.values(), range(len(SPECIAL)), strict=True))
+        names = dict(zip(CONTROL_TOKENS.values(), range(len(CONTROL_TOKENS)), strict=True))
         return model_config(section.architecture, names, 1024, section.lora), None
     from omni_jax.planning.published import WAVE_7B
 

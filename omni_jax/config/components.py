@@ -222,3 +222,15 @@ class SpecialTokens:
     video: int
     vision_bos: int
     vision_eos: int
+
+
+CONTROL_TOKENS = {
+    "pad": "<|endoftext|>",
+    "audio": "<|AUDIO|>",
+    "audio_bos": "<|audio_bos|>",
+    "audio_eos": "<|audio_eos|>",
+    "video": "<|VIDEO|>",
+    "vision_bos": "<|vision_bos|>",
+    "vision_eos": "<|vision_eos|>",
+}
+"""Field of `SpecialTokens` -> the token's string in the tokenizer."""

@@ -13,21 +13,12 @@ import tokenizers
 from etils import epath
 
 from omni_jax.config import SpecialTokens
+from omni_jax.config.components import CONTROL_TOKENS
 from omni_jax.types import ClipError, InputError
 
 END = "<|im_end|>"
 START = "<|im_start|>"
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
-CONTROL_TOKENS = {
-    "pad": "<|endoftext|>",
-    "audio": "<|AUDIO|>",
-    "audio_bos": "<|audio_bos|>",
-    "audio_eos": "<|audio_eos|>",
-    "video": "<|VIDEO|>",
-    "vision_bos": "<|vision_bos|>",
-    "vision_eos": "<|vision_eos|>",
-}
-"""Field of `config.SpecialTokens` -> the token's string in the tokenizer."""
 
 
 class Tokenizer:
