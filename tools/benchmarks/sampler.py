@@ -70,7 +70,7 @@ def measured(folder: str) -> dict[str, float]:
     import functools
 
     from omni_jax.api.training import clips_digest
-    from omni_jax.data.augment import AugmentConfig
+    from omni_jax.config.batches import AugmentConfig
     from omni_jax.data.plan import BatchConfig, Planner
     from omni_jax.data.shards import ShardSource
     from omni_jax.train import LossConfig, kinds_of_update
