@@ -145,7 +145,8 @@ def carry_out(ablation: Ablation, watcher: Watcher) -> Outcome:
       Stopped: when `watcher.stopping()` says so.
       InputError, ConfigError: for a config, clips or a folder that cannot be used, or a warm start that is not reached.
     """
-    shared = Shared()
+    # All arms find the features of synthetic clips: none pays for them in its cost.
+    shared = Shared(keep_features=ablation.synthetic)
     costs = measure_costs(ablation, watcher, shared)
     first = next(iter(ablation.arms))
     budget = ablation.arms[first].steps * costs[first]

@@ -22,7 +22,9 @@ from omni_jax.types import Clip, Features
 class Shared:
     """Steps, encoders and features by what they depend on; hand one to every `run_training` of a process."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep_features: bool = False) -> None:
+        """Takes whether clips' features are kept, which their memory must allow."""
+        self._keep_features = keep_features
         self._steps: dict[str, TrainStep] = {}
         self._retrievers: dict[str, OmniRetriever] = {}
         self._features: dict[str, dict[int, tuple[Clip, Features]]] = {}
@@ -46,9 +48,9 @@ class Shared:
             return self._retrievers[key]
         return self._retrievers[key].with_weights(params, model, tokenizer, preset)
 
-    def features(self, clips: str, preset: Preset) -> dict[int, tuple[Clip, Features]]:
-        """Returns what is kept of the clips of a folder, for `TrainPipeline`; `clips` is a digest of them."""
-        return self._features.setdefault(repr((clips, preset)), {})
+    def features(self, clips: str, preset: Preset) -> dict[int, tuple[Clip, Features]] | None:
+        """Returns what is kept of the clips of a folder, for `TrainPipeline`, None for nothing; `clips` is a digest of them."""
+        return None if not self._keep_features else self._features.setdefault(repr((clips, preset)), {})
 
 
 def _without_tokens(model: ModelConfig) -> ModelConfig:

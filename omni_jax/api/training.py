@@ -97,7 +97,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
     A run that was stopped in this workdir continues. Every process of a run calls it with the same arguments.
 
     Args:
-      shared: what runs of this process share; their clips' features are kept in it. None: nothing.
+      shared: what runs of this process share. None: nothing.
 
     Raises:
       InputError, ConfigError: for anything in the config, the data or the workdir that cannot be used.
@@ -127,10 +127,10 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
         base = _base(run, folder, source.captions)
         manifest, model, tokenizer = on_all_processes(lambda: _model(base, run, preset))
         clips = clips_digest(source)
-        kept = None if shared is None else shared.features(f"{run.data.train} {clips}", preset)
+        programs = shared or Shared()
+        kept = programs.features(f"{run.data.train} {clips}", preset)
         data = on_all_processes(lambda: _pipeline(run, source, tokenizer, model, kept))
         total = run.total_steps(data.planner.updates_per_epoch)
-        programs = shared or Shared()
         step = programs.step(model, run.step_config(total), run.model.dtype, mesh)
         callbacks.log(report(step.groups))
         for note in data_notes(run, source, data.planner, total):

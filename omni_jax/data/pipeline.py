@@ -5,6 +5,7 @@ Letters: M micro-batches, B clips of a micro-batch over all processes, b of one 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -135,8 +136,8 @@ class TrainPipeline:
           workers: processes that make batches, an update each; 0 makes them in a thread.
           process_index, process_count: of this process among those that share every micro-batch.
           augment: which changes the augmented copies have; default all.
-          kept: clip of the source -> what was read of it, with its features: filled and used here, for sets that fit in memory; None keeps
-            nothing.
+          kept: clip of the source -> what was read of it, with its features: filled before the first batch and used, for sets that fit in
+            memory; None keeps nothing.
 
         Raises:
           InputError: where the clips, the processes or the captions do not allow such batches.
@@ -164,6 +165,9 @@ class TrainPipeline:
         Raises:
           InputError: when workers die again and again or have no room to hand a batch over, or nearly no clip can be read.
         """
+        for clip in range(len(self._source)) if self._kept is not None else ():
+            with contextlib.suppress(ClipError):  # it is replaced where it is met
+                self._known(clip)
         restarts, self._stop = 0, stop
         update = start
         while update < stop:
@@ -301,18 +305,22 @@ class TrainPipeline:
         return lengths.row(*how) <= plan.shapes[micro].row_tokens and lengths.hard_row(*how) <= plan.shapes[micro].hard_tokens
 
     def _read(self, plan: UpdatePlan, micro: int, clip: int) -> _Loaded:
+        read, features = self._known(clip)
+        augmented = None
+        if plan.kinds[micro].positive:
+            copy = augment_clip(read, self.planner.streams(plan.update, clip)[1], self._augment)
+            augmented = self._fitting(copy, None if self._augment.audio else features.audio)
+        return _Loaded(clip, features, augmented)
+
+    def _known(self, clip: int) -> tuple[Clip, Features]:
+        """Returns a clip of the source with its features, which are computed once where they are kept."""
         known = None if self._kept is None else self._kept.get(clip)
         if known is None:
             read = self._source.load(clip)
             known = read, self._fitting(read)
             if self._kept is not None:
                 self._kept[clip] = known
-        read, features = known
-        augmented = None
-        if plan.kinds[micro].positive:
-            copy = augment_clip(read, self.planner.streams(plan.update, clip)[1], self._augment)
-            augmented = self._fitting(copy, None if self._augment.audio else features.audio)
-        return _Loaded(clip, features, augmented)
+        return known
 
     def _fitting(self, clip: Clip, audio: tuple[AudioSegment, ...] | None = None) -> Features:
         """Returns features, those of the sound where they are known. Raises ClipError where they exceed what the source says its largest

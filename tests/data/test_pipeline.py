@@ -73,6 +73,16 @@ def test_slices_of_two_processes_join_to_the_batches_of_one(losses: LossConfig):
             np.testing.assert_array_equal(a, np.concatenate([b, c], axis=1))
 
 
+def test_features_that_are_kept_give_the_same_batches_and_are_read_once():
+    kept: dict[int, Any] = {}
+    source, quiet = MemorySource(captions(20), broken={3}), AugmentConfig(audio=False)
+    read = list(pipeline(source, BATCH, augment=quiet).batches(0, 4))
+    for _ in range(2):  # the second finds what the first kept
+        for one, other in zip(read, pipeline(source, BATCH, augment=quiet, kept=kept).batches(0, 4), strict=True):
+            _same(one, other)
+    assert sorted(kept) == [n for n in range(20) if n != 3]
+
+
 def test_an_epoch_reads_every_clip_once_and_the_next_one_in_another_order():
     source = MemorySource(captions(16))
     made = pipeline(source, BATCH, ALL)
