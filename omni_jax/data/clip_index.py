@@ -28,7 +28,7 @@ INDEX, ROWS = "index.json", "index.arrow"
 COLUMNS = ("id", "caption", "grid", "second_per_grid", "seconds", "frames", "samples", "silent")
 AGAIN = "run 'omni-jax prepare' again with the same arguments"
 BATCH = 1 << 16  # rows of a record batch
-LOOKS = 1024  # values read before their pages are given back: they would otherwise stay with this process until memory is short
+LOOKS = 256  # values read before their pages are given back: they would otherwise stay with this process until memory is short
 
 
 @dataclasses.dataclass(frozen=True)
