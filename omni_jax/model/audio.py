@@ -12,14 +12,14 @@ from einops import reduce
 from flax import nnx
 
 from omni_jax.config import AudioConfig
-from omni_jax.model.layers import WEIGHT_INIT, ZEROS, LayerNorm, Linear, Maker, attend, gelu, scan_layers, split_heads
+from omni_jax.model.layers import WEIGHT_INIT, ZEROS, LayerNorm, Linear, ParamFactory, attend, gelu, scan_layers, split_heads
 from omni_jax.parallel import constrain
 
 
 class Conv3(nnx.Module):
     """Convolution over time, kernel 3, one frame of zeros on each side."""
 
-    def __init__(self, make: Maker, inputs: int, outputs: int, stride: int):
+    def __init__(self, make: ParamFactory, inputs: int, outputs: int, stride: int):
         self.kernel = make.param((3, inputs, outputs), ("kernel", None, "embed"), WEIGHT_INIT)
         self.bias = make.param((outputs,), ("embed",), ZEROS)
         self.stride = stride
@@ -36,7 +36,7 @@ class Conv3(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head attention; k has no bias."""
 
-    def __init__(self, make: Maker, config: AudioConfig):
+    def __init__(self, make: ParamFactory, config: AudioConfig):
         width = config.hidden_size
         self.q = Linear(make / "q", width, width, ("embed", "heads"))
         self.k = Linear(make / "k", width, width, ("embed", "heads"), bias=False)
@@ -52,7 +52,7 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + fc2(gelu(fc1(norm(x))))."""
 
-    def __init__(self, make: Maker, config: AudioConfig):
+    def __init__(self, make: ParamFactory, config: AudioConfig):
         self.norm1 = LayerNorm(make, config.hidden_size, config.norm_eps)
         self.attn = Attention(make / "attn", config)
         self.norm2 = LayerNorm(make, config.hidden_size, config.norm_eps)
@@ -75,7 +75,7 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 class AudioTower(nnx.Module):
     """Whisper-style encoder on chunks of 200 log-mel frames."""
 
-    def __init__(self, make: Maker, config: AudioConfig):
+    def __init__(self, make: ParamFactory, config: AudioConfig):
         width = config.hidden_size
         self.conv1 = Conv3(make, config.num_mel_bins, width, stride=1)
         self.conv2 = Conv3(make, width, width, stride=2)

@@ -24,7 +24,7 @@ from omni_jax.model.layers import (
     ZEROS,
     LayerNorm,
     Linear,
-    Maker,
+    ParamFactory,
     attend,
     gelu,
     query_blocks,
@@ -56,7 +56,7 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.nda
 class PositionConv(nnx.Module):
     """Grouped convolution over time whose kernel is g * v / ||v||, the norm taken per kernel tap."""
 
-    def __init__(self, make: Maker, config: BeatsConfig):
+    def __init__(self, make: ParamFactory, config: BeatsConfig):
         width = config.hidden_size
         self.v = make.param((config.conv_pos, width // config.conv_pos_groups, width), ("kernel", None, None), WEIGHT_INIT)
         self.g = make.param((config.conv_pos,), ("kernel",), ONES)
@@ -91,7 +91,7 @@ class PositionConv(nnx.Module):
 class Attention(nnx.Module):
     """Attention whose relative-position bias is scaled per query and head by a gate on the query."""
 
-    def __init__(self, make: Maker, config: BeatsConfig):
+    def __init__(self, make: ParamFactory, config: BeatsConfig):
         width = config.hidden_size
         self.q = Linear(make / "q", width, width, ("embed", "heads"))
         self.k = Linear(make / "k", width, width, ("embed", "heads"))
@@ -118,7 +118,7 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """Post-norm block with the residual branch scaled by the deep-norm factor."""
 
-    def __init__(self, make: Maker, config: BeatsConfig):
+    def __init__(self, make: ParamFactory, config: BeatsConfig):
         self.attn = Attention(make / "attn", config)
         self.norm1 = LayerNorm(make, config.hidden_size, config.norm_eps)
         self.fc1 = Linear(make / "fc1", config.hidden_size, config.intermediate_size, ("embed", "mlp"))
@@ -134,7 +134,7 @@ class Block(nnx.Module):
 class Beats(nnx.Module):
     """The BEATs encoder."""
 
-    def __init__(self, make: Maker, config: BeatsConfig):
+    def __init__(self, make: ParamFactory, config: BeatsConfig):
         self.patch_embed = Linear(make / "patch_embed", config.patch_size**2, config.embed_dim, ("patch", "embed"), bias=config.conv_bias)
         self.norm_patches = LayerNorm(make, config.embed_dim, config.norm_eps)
         project = config.has_input_projection
@@ -189,7 +189,7 @@ class Beats(nnx.Module):
 class BeatsBridge(nnx.Module):
     """Brings BEATs features to the audio tower's rate and the decoder's width: pairs averaged, layer norm, two linear maps."""
 
-    def __init__(self, make: Maker, width: int, output: int, eps: float = 1e-5):
+    def __init__(self, make: ParamFactory, width: int, output: int, eps: float = 1e-5):
         self.norm = LayerNorm(make, width, eps)
         self.fc1 = Linear(make / "fc1", width, output, (None, "mlp"))
         self.fc2 = Linear(make / "fc2", output, output, ("mlp", "embed"))

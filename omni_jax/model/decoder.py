@@ -16,7 +16,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from omni_jax.config import DecoderConfig
 from omni_jax.model.attention import BRANCHES, RowAttention, pooled_attention, row_attention
-from omni_jax.model.layers import WEIGHT_INIT, Linear, Maker, Remat, RMSNorm, SwiGLU, query_blocks, run_layer, scan_layers, split_heads
+from omni_jax.model.layers import (
+    WEIGHT_INIT,
+    Linear,
+    ParamFactory,
+    Remat,
+    RMSNorm,
+    SwiGLU,
+    query_blocks,
+    run_layer,
+    scan_layers,
+    split_heads,
+)
 from omni_jax.model.rope import rotate, tmrope_angles
 from omni_jax.parallel import batch_shards, constrain
 
@@ -33,7 +44,7 @@ def _all(x: jax.Array) -> jax.Array:
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, make: Maker, config: DecoderConfig):
+    def __init__(self, make: ParamFactory, config: DecoderConfig):
         width, kv_width = config.hidden_size, config.num_kv_heads * config.head_dim
         self.q = Linear(make / "q", width, width, ("embed", "heads"))
         self.k = Linear(make / "k", width, kv_width, ("embed", "heads"))
@@ -53,7 +64,7 @@ class Attention(nnx.Module):
 class Layer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), of the tokens that `pick` takes out of (R, S, ...)."""
 
-    def __init__(self, make: Maker, config: DecoderConfig):
+    def __init__(self, make: ParamFactory, config: DecoderConfig):
         self.norm_attn = RMSNorm(make, config.hidden_size, config.rms_norm_eps)
         self.attn = Attention(make / "attn", config)
         self.norm_mlp = RMSNorm(make, config.hidden_size, config.rms_norm_eps)
@@ -69,7 +80,7 @@ class Layer(nnx.Module):
 class Embed(nnx.Module):
     """Token embedding table (V, D)."""
 
-    def __init__(self, make: Maker, rows: int, width: int, axes: tuple[str, str] = ("vocab", "embed")):
+    def __init__(self, make: ParamFactory, rows: int, width: int, axes: tuple[str, str] = ("vocab", "embed")):
         self.embedding = make.param((rows, width), axes, WEIGHT_INIT)
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -96,7 +107,7 @@ def segment_means(x: jax.Array, segment: jax.Array, pool: jax.Array) -> jax.Arra
 class Decoder(nnx.Module):
     """Qwen2.5 decoder with TMRoPE that keeps nothing of a layer but the pooled tokens, and computes of the last layer nothing else."""
 
-    def __init__(self, make: Maker, config: DecoderConfig, *, causal: bool = True, mean: bool = False):
+    def __init__(self, make: ParamFactory, config: DecoderConfig, *, causal: bool = True, mean: bool = False):
         """Takes whether attention is causal, and whether a prompt is pooled as the mean of its tokens after the last layer."""
         self.embed = Embed(make, config.vocab_size, config.hidden_size)
         self.layers = Layer((make / "layers").stack(config.num_layers), config)

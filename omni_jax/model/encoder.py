@@ -20,7 +20,7 @@ from omni_jax.model import int8
 from omni_jax.model.audio import AudioTower
 from omni_jax.model.beats import Beats, BeatsBridge
 from omni_jax.model.decoder import Decoder
-from omni_jax.model.layers import Linear, Maker, gelu
+from omni_jax.model.layers import Linear, ParamFactory, gelu
 from omni_jax.model.vision import VisionTower
 from omni_jax.parallel import constrain, sharding
 from omni_jax.types import RowBatch
@@ -29,7 +29,7 @@ from omni_jax.types import RowBatch
 class FusionHead(nnx.Module):
     """The pooled states of all layers, concatenated, to one embedding (`classify_linear` of the release)."""
 
-    def __init__(self, make: Maker, layers: int, width: int):
+    def __init__(self, make: ParamFactory, layers: int, width: int):
         self.fc1 = Linear(make / "fc1", layers * width, width, ("fused", "mlp"))
         self.fc2 = Linear(make / "fc2", width, width, ("mlp", "embed"))
 
@@ -52,7 +52,7 @@ class Encoder(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, param_dtype: Any = jnp.float32, dtype: Any = None):
-        make = Maker(rngs, jnp.dtype(param_dtype), config.lora, weights=(config.weights, config.kept))
+        make = ParamFactory(rngs, jnp.dtype(param_dtype), config.lora, weights=(config.weights, config.kept))
         width = config.decoder.hidden_size
         self.vision = VisionTower(make / "vision", config.vision)
         self.audio = AudioTower(make / "audio", config.audio)

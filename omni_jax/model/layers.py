@@ -29,7 +29,7 @@ Remat = Policy | tuple[Policy, ...]
 """The policy of every layer of a stack, or one for each."""
 
 
-class Maker:
+class ParamFactory:
     """Makes the parameters of one module: holds the random stream, the stored dtype, the module's path and the leading layer axis.
 
     A stack of L equal layers is one module whose parameters have a leading axis of length L; `scan_layers` slices it.
@@ -52,13 +52,13 @@ class Maker:
         self._lora = lora
         self._weights = weights
 
-    def __truediv__(self, name: str) -> Maker:
+    def __truediv__(self, name: str) -> ParamFactory:
         """Returns the maker of the submodule with this name."""
-        return Maker(self.rngs, self.dtype, self._lora, f"{self.path}/{name}".lstrip("/"), self.layers, self._weights)
+        return ParamFactory(self.rngs, self.dtype, self._lora, f"{self.path}/{name}".lstrip("/"), self.layers, self._weights)
 
-    def stack(self, layers: int) -> Maker:
+    def stack(self, layers: int) -> ParamFactory:
         """Returns a maker that adds a leading layer axis."""
-        return Maker(self.rngs, self.dtype, self._lora, self.path, layers, self._weights)
+        return ParamFactory(self.rngs, self.dtype, self._lora, self.path, layers, self._weights)
 
     @property
     def weights(self) -> str:
@@ -105,7 +105,7 @@ class Linear(nnx.Module):
 
     def __init__(
         self,
-        make: Maker,
+        make: ParamFactory,
         inputs: int,
         outputs: int,
         axes: tuple[str | None, str | None],
@@ -168,7 +168,7 @@ def keep_mask(key: jax.Array, stream: int, rate: float, shape: tuple[int, ...]) 
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, computed in float32."""
 
-    def __init__(self, make: Maker, width: int, eps: float):
+    def __init__(self, make: ParamFactory, width: int, eps: float):
         self.scale = make.param((width,), ("norm",), ONES)
         self.eps = eps
 
@@ -181,7 +181,7 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer norm with bias over the last axis, computed in float32."""
 
-    def __init__(self, make: Maker, width: int, eps: float):
+    def __init__(self, make: ParamFactory, width: int, eps: float):
         self.scale = make.param((width,), ("norm",), ONES)
         self.bias = make.param((width,), ("norm",), ZEROS)
         self.eps = eps
@@ -209,7 +209,7 @@ materialize_gradient.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.op
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, make: Maker, width: int, inner: int, *, bias: bool):
+    def __init__(self, make: ParamFactory, width: int, inner: int, *, bias: bool):
         self.gate = Linear(make / "gate", width, inner, ("embed", "mlp"), bias=bias)
         self.up = Linear(make / "up", width, inner, ("embed", "mlp"), bias=bias)
         self.down = Linear(make / "down", inner, width, ("mlp", "embed"), bias=bias)

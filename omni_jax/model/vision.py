@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import nnx
 
 from omni_jax.config import VisionConfig
-from omni_jax.model.layers import WEIGHT_INIT, Linear, Maker, RMSNorm, SwiGLU, attend, gelu, scan_layers, split_heads
+from omni_jax.model.layers import WEIGHT_INIT, Linear, ParamFactory, RMSNorm, SwiGLU, attend, gelu, scan_layers, split_heads
 from omni_jax.model.rope import rotate, vision_angles
 from omni_jax.parallel import constrain
 
@@ -23,7 +23,7 @@ from omni_jax.parallel import constrain
 class Kernel(nnx.Module):
     """A bias-free projection of flattened patches."""
 
-    def __init__(self, make: Maker, inputs: int, outputs: int):
+    def __init__(self, make: ParamFactory, inputs: int, outputs: int):
         self.kernel = make.param((inputs, outputs), ("patch", "embed"), WEIGHT_INIT)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -33,7 +33,7 @@ class Kernel(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head attention with 2-D rotary positions."""
 
-    def __init__(self, make: Maker, config: VisionConfig):
+    def __init__(self, make: ParamFactory, config: VisionConfig):
         width = config.hidden_size
         self.q = Linear(make / "q", width, width, ("embed", "heads"))
         self.k = Linear(make / "k", width, width, ("embed", "heads"))
@@ -50,7 +50,7 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, make: Maker, config: VisionConfig):
+    def __init__(self, make: ParamFactory, config: VisionConfig):
         self.norm1 = RMSNorm(make, config.hidden_size, config.norm_eps)
         self.attn = Attention(make / "attn", config)
         self.norm2 = RMSNorm(make, config.hidden_size, config.norm_eps)
@@ -64,7 +64,7 @@ class Block(nnx.Module):
 class Merger(nnx.Module):
     """Joins each 2x2 group of patches (neighbouring rows of the batch) into one token of the decoder's width."""
 
-    def __init__(self, make: Maker, config: VisionConfig):
+    def __init__(self, make: ParamFactory, config: VisionConfig):
         joined = config.hidden_size * config.merge_size**2
         self.norm = RMSNorm(make, config.hidden_size, config.norm_eps)
         self.fc1 = Linear(make / "fc1", joined, joined, ("embed", "mlp"))
@@ -79,7 +79,7 @@ class Merger(nnx.Module):
 class VisionTower(nnx.Module):
     """Qwen2.5-VL's vision encoder on padded temporal steps."""
 
-    def __init__(self, make: Maker, config: VisionConfig):
+    def __init__(self, make: ParamFactory, config: VisionConfig):
         self.patch_embed = Kernel(make, config.patch_values, config.hidden_size)
         self.layers = Block((make / "layers").stack(config.num_layers), config)
         self.merger = Merger(make / "merger", config)

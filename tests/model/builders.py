@@ -15,7 +15,7 @@ from flax import nnx
 
 from omni_jax.config import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, ModelConfig, SpecialTokens, VisionConfig
 from omni_jax.model import Encoder, abstract_encoder, abstract_params, with_params
-from omni_jax.model.layers import Maker
+from omni_jax.model.layers import ParamFactory
 from omni_jax.types import RowBatch
 from tests.model.reference import Weights
 
@@ -130,9 +130,9 @@ def random_part(make: Callable[[], Any], seed: int = 0) -> tuple[Any, Weights]:
     return nnx.merge(graph, nnx.from_flat_state(filled)), Weights(arrays)
 
 
-def maker(lora: LoraConfig | None = None, path: str = "") -> Maker:
+def maker(lora: LoraConfig | None = None, path: str = "") -> ParamFactory:
     """Returns a maker of float32 parameters."""
-    return Maker(nnx.Rngs(0), jnp.dtype(jnp.float32), lora, path)
+    return ParamFactory(nnx.Rngs(0), jnp.dtype(jnp.float32), lora, path)
 
 
 _COMPILED: dict[Any, tuple[Any, Callable[..., Any]]] = {}
