@@ -56,7 +56,7 @@ def pairwise_loss(
 
     Args:
       embeddings: modality -> (B, D).
-      pairs: pairs of its keys; `schedule.pairs_in_play` lists those of a step.
+      pairs: pairs of its keys; `schedule.active_pairs` lists those of a step.
     """
     terms = [info_nce(embeddings[x], embeddings[y], temperature=temperature, axis_name=axis_name) for x, y in pairs]
     return mean_of(terms, "pairs")

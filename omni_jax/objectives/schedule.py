@@ -11,7 +11,7 @@ HARD_NEGATIVES = ("text", "audio", "video")
 PERIOD = 3
 
 
-def pairs_in_play(step: int, pairs: str = "cycle") -> tuple[tuple[str, str], ...]:
+def active_pairs(step: int, pairs: str = "cycle") -> tuple[tuple[str, str], ...]:
     """Returns the pairs of L_A at `step`: one under "cycle" (as released), all three under "all" (as the paper states).
 
     Raises:
@@ -24,12 +24,12 @@ def pairs_in_play(step: int, pairs: str = "cycle") -> tuple[tuple[str, str], ...
     raise ValueError(f"pairs {pairs!r}: choose 'cycle' or 'all'")
 
 
-def students_in_play(step: int, pairs: str = "cycle") -> tuple[str, ...]:
+def active_students(step: int, pairs: str = "cycle") -> tuple[str, ...]:
     """Returns the modalities that L_D teaches at `step`: those of the active pairs, text before audio before video."""
-    playing = {name for pair in pairs_in_play(step, pairs) for name in pair}
+    playing = {name for pair in active_pairs(step, pairs) for name in pair}
     return tuple(name for name in HARD_NEGATIVES if name in playing)
 
 
-def hard_negative_in_play(step: int, audio_only: bool = False) -> str:
+def active_hard_negative(step: int, audio_only: bool = False) -> str:
     """Returns the modality exchanged in the hard negative at `step`; `audio_only` (`hn_audio_only`) fixes it to "audio"."""
     return "audio" if audio_only else HARD_NEGATIVES[step % PERIOD]

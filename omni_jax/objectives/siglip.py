@@ -55,7 +55,7 @@ def siglip_loss(
 
     Args:
       embeddings: modality -> (B, D).
-      pairs: pairs of its keys; `schedule.pairs_in_play` lists those of a step.
+      pairs: pairs of its keys; `schedule.active_pairs` lists those of a step.
     """
     terms = [sigmoid_contrast(embeddings[x], embeddings[y], temperature=temperature, bias=bias, axis_name=axis_name) for x, y in pairs]
     return mean_of(terms, "pairs")

@@ -121,9 +121,9 @@ def step_kind(count: int, losses: LossConfig) -> StepKind:
     return StepKind(
         anchor="anchor" in needs,
         positive="positive" in needs,
-        hard=objectives.hard_negative_in_play(count, losses.hn_audio_only) if "hard" in needs else None,
-        singles=objectives.students_in_play(count, losses.pairs) if needs & {"singles", "pairs"} else (),
-        pairs=objectives.pairs_in_play(count, losses.pairs) if "pairs" in needs else (),
+        hard=objectives.active_hard_negative(count, losses.hn_audio_only) if "hard" in needs else None,
+        singles=objectives.active_students(count, losses.pairs) if needs & {"singles", "pairs"} else (),
+        pairs=objectives.active_pairs(count, losses.pairs) if "pairs" in needs else (),
     )
 
 

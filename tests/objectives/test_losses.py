@@ -17,14 +17,14 @@ from jax.sharding import PartitionSpec as P
 from numpy.typing import ArrayLike
 
 from omni_jax.objectives import (
+    active_hard_negative,
+    active_pairs,
+    active_students,
     distillation_loss,
-    hard_negative_in_play,
     info_nce,
-    pairs_in_play,
     pairwise_loss,
     siglip_loss,
     sigmoid_contrast,
-    students_in_play,
     tuple_loss,
 )
 from tests.golden_set import GoldenSet
@@ -71,8 +71,8 @@ def test_golden_losses_from_recorded_embeddings(golden: GoldenSet, step: int) ->
     tau = golden.spec["temperature"]
     got = {
         "L_T": tuple_loss(read["anchor"], read["positive"], read["hard_negative"], temperature=tau),
-        "L_D": distillation_loss(read["anchor"], [singles[name] for name in students_in_play(step)], temperature=tau),
-        "L_A": pairwise_loss(singles, pairs_in_play(step), temperature=tau),
+        "L_D": distillation_loss(read["anchor"], [singles[name] for name in active_students(step)], temperature=tau),
+        "L_A": pairwise_loss(singles, active_pairs(step), temperature=tau),
     }
     for name, value in got.items():
         assert value.dtype == jnp.float32 and value.shape == ()
@@ -123,7 +123,7 @@ def test_values_are_those_of_plain_numpy(seed: int, size: int, blocks: int, tau:
 def test_means_over_pairs_and_students() -> None:
     t, v, a, z = batch(4, *[(6, 8)] * 4)
     singles = {"text": t, "audio": a, "video": v}
-    pairs = pairs_in_play(0, "all")
+    pairs = active_pairs(0, "all")
     want = np.mean([plain(t, a), plain(t, v), plain(a, v)])
     assert_close(pairwise_loss(singles, pairs, temperature=TAU), want, "loss_from_embeddings")
     want = np.mean([plain(z, t), plain(z, a), plain(z, v)])
@@ -145,18 +145,18 @@ def test_the_sigmoid_loss_is_that_of_plain_numpy_and_its_bias_takes_a_gradient()
     step = 1e-5
     assert_close(slope, (plain_sigmoid(a, b, 0.5, -1.5 + step) - plain_sigmoid(a, b, 0.5, -1.5 - step)) / (2 * step), "loss_gradient")
     singles = {"text": a, "audio": b, "video": a + b}
-    want = np.mean([plain_sigmoid(singles[x], singles[y], TAU, -10.0) for x, y in pairs_in_play(0, "all")])
-    assert_close(siglip_loss(singles, pairs_in_play(0, "all"), temperature=TAU, bias=-10.0) / want, 1.0, "loss_from_embeddings")
+    want = np.mean([plain_sigmoid(singles[x], singles[y], TAU, -10.0) for x, y in active_pairs(0, "all")])
+    assert_close(siglip_loss(singles, active_pairs(0, "all"), temperature=TAU, bias=-10.0) / want, 1.0, "loss_from_embeddings")
 
 
 def test_schedule_rotates_pairs_and_hard_negatives() -> None:
-    assert [pairs_in_play(step)[0] for step in range(4)] == [("text", "audio"), ("text", "video"), ("audio", "video"), ("text", "audio")]
-    assert [students_in_play(step) for step in range(3)] == [("text", "audio"), ("text", "video"), ("audio", "video")]
-    assert students_in_play(1, "all") == ("text", "audio", "video")
-    assert [hard_negative_in_play(step) for step in range(4)] == ["text", "audio", "video", "text"]
-    assert {hard_negative_in_play(step, audio_only=True) for step in range(3)} == {"audio"}
+    assert [active_pairs(step)[0] for step in range(4)] == [("text", "audio"), ("text", "video"), ("audio", "video"), ("text", "audio")]
+    assert [active_students(step) for step in range(3)] == [("text", "audio"), ("text", "video"), ("audio", "video")]
+    assert active_students(1, "all") == ("text", "audio", "video")
+    assert [active_hard_negative(step) for step in range(4)] == ["text", "audio", "video", "text"]
+    assert {active_hard_negative(step, audio_only=True) for step in range(3)} == {"audio"}
     with pytest.raises(ValueError, match="'cycle' or 'all'"):
-        pairs_in_play(0, "some")
+        active_pairs(0, "some")
 
 
 # --------------------------------------------------------------------------------------------------------------- invariances

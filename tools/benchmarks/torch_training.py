@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from omni_jax.config import ModelConfig
-from omni_jax.objectives import hard_negative_in_play, pairs_in_play, students_in_play
+from omni_jax.objectives import active_hard_negative, active_pairs, active_students
 from omni_jax.types import Features, TokenSequence
 from tools.benchmarks.thinker import MediaTokens, Thinker
 
@@ -69,8 +69,8 @@ class Trainer:
         """Returns the sum of the three losses of a step."""
         z = self.embeddings(step, clips, copies, prompts, shuffle)
         contrast = self._info_nce(z["anchor"], z["positive"], z["hard"])
-        taught = [self._info_nce(z["anchor"].detach(), z[name]) for name in students_in_play(step)]
-        pairs = [self._info_nce(z[x], z[y]) for x, y in pairs_in_play(step)]
+        taught = [self._info_nce(z["anchor"].detach(), z[name]) for name in active_students(step)]
+        pairs = [self._info_nce(z[x], z[y]) for x, y in active_pairs(step)]
         return contrast + sum(taught) / len(taught) + sum(pairs) / len(pairs)
 
     def embeddings(
@@ -78,7 +78,7 @@ class Trainer:
     ) -> dict[str, Tensor]:
         """Returns the six embeddings (B, D) of a step."""
         media, augmented = self.model.media_tokens(clips), self.model.media_tokens(copies)
-        kind = hard_negative_in_play(step)
+        kind = active_hard_negative(step)
         swapped = [
             (media[other if kind == "video" else own][0], media[other if kind == "audio" else own][1])
             for own, other in enumerate(shuffle.tolist())
