@@ -53,10 +53,10 @@ def loss_of(embeddings: Embeddings, scalars: Arrays, losses: LossConfig, kind: S
     found = terms(embeddings, values)
     loss = sum((weight * found[LOSSES[name].metric] for name, weight in losses.weights.items()), jnp.zeros(()))
     metrics = found | {"loss": loss} | {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
-    return loss, metrics | spread(embeddings["anchor"] if kind.anchor else embeddings[kind.singles[0]])
+    return loss, metrics | collapse_metrics(embeddings["anchor"] if kind.anchor else embeddings[kind.singles[0]])
 
 
-def spread(z: jax.Array) -> Metrics:
+def collapse_metrics(z: jax.Array) -> Metrics:
     """Returns how far embeddings (B, D) have collapsed: mean cosine between different rows, and the effective rank.
 
     The effective rank is the participation ratio of the centred unit vectors' covariance, (sum of eigenvalues)^2 / sum of squares: near

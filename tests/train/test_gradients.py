@@ -10,7 +10,7 @@ import pytest
 from omni_jax.objectives import SCALARS
 from omni_jax.parallel import make_mesh, use_mesh
 from omni_jax.train import LossConfig, TrainableConfig, TrainStep, streams
-from omni_jax.train.gradients import Forward, loss_of, spread
+from omni_jax.train.gradients import Forward, collapse_metrics, loss_of
 from omni_jax.train.remat import REMAT, policies
 from tests.tolerances import assert_close
 from tests.train.leaf_by_leaf import assert_same_gradients
@@ -228,11 +228,11 @@ def test_towers_that_no_stream_reads_do_not_run():
 
 
 def test_spread_tells_collapsed_embeddings_from_full_ones():
-    full = spread(jnp.eye(8))
+    full = collapse_metrics(jnp.eye(8))
     assert_close(full["mean_cosine"], 0.0, "update_loss")
     assert_close(full["effective_rank"], 7.0, "update_loss")
-    line = spread(jnp.array([[1.0, 0.0], [1.0, 0.1], [1.0, -0.1]]))
+    line = collapse_metrics(jnp.array([[1.0, 0.0], [1.0, 0.1], [1.0, -0.1]]))
     assert float(line["mean_cosine"]) > 0.97 and float(line["effective_rank"]) < 1.1
-    same = spread(jnp.ones((4, 3)))
+    same = collapse_metrics(jnp.ones((4, 3)))
     assert_close(same["mean_cosine"], 1.0, "update_loss")
     assert_close(same["effective_rank"], 0.0, "update_loss")
