@@ -14,18 +14,18 @@ from omni_jax.config import ModelConfig
 from omni_jax.model.encoder import abstract_params
 from omni_jax.model.layers import causal_blocks
 from omni_jax.towers import NAMES
-from omni_jax.towers.work import Attention, Maps, Terms, Work
+from omni_jax.towers.work import Attention, FlopCount, LinearOps, Terms
 
 PARTS = (*NAMES, "bridge", "decoder", "head")
 
 
-def operations(config: ModelConfig, terms: Terms) -> Work:
+def operations(config: ModelConfig, terms: Terms) -> FlopCount:
     """Returns the operations of a forward through these terms."""
     sizes = matrix_sizes(config)
-    return sum((term_operations(sizes, term) for term in terms), Work())
+    return sum((term_operations(sizes, term) for term in terms), FlopCount())
 
 
-def term_operations(sizes: Mapping[str, int], term: Maps | Attention) -> Work:
+def term_operations(sizes: Mapping[str, int], term: LinearOps | Attention) -> FlopCount:
     """Returns the operations of one term's forward, its matrices as large as `sizes` says."""
     if isinstance(term, Attention):
         return term.pairs * (4.0 * term.width)
@@ -50,12 +50,12 @@ def matrix_sizes(config: ModelConfig, only: frozenset[str] | None = None) -> Map
     return sizes
 
 
-def bridge_terms(tokens: Work) -> Terms:
+def bridge_terms(tokens: FlopCount) -> Terms:
     """Returns the bridge from BEATs to the decoder on so many tokens."""
-    return [Maps(("bridge",), tokens)]
+    return [LinearOps(("bridge",), tokens)]
 
 
-def decoder_terms(config: ModelConfig, tokens: Work, pairs: Work, last: tuple[Work, Work] | None = None) -> Terms:
+def decoder_terms(config: ModelConfig, tokens: FlopCount, pairs: FlopCount, last: tuple[FlopCount, FlopCount] | None = None) -> Terms:
     """Returns the decoder's layers on so many tokens; `pairs` are those of one layer.
 
     Args:
@@ -66,12 +66,12 @@ def decoder_terms(config: ModelConfig, tokens: Work, pairs: Work, last: tuple[Wo
     keys = ("decoder/layers/attn/k", "decoder/layers/attn/v")
     others = ("decoder/layers/attn/q", "decoder/layers/attn/o", "decoder/layers/mlp")
     within = tokens * ((layers - 1) / layers) + last_tokens * (1 / layers)
-    return [Maps(keys, tokens), Maps(others, within), Attention(config.decoder.hidden_size, pairs * (layers - 1) + last_pairs)]
+    return [LinearOps(keys, tokens), LinearOps(others, within), Attention(config.decoder.hidden_size, pairs * (layers - 1) + last_pairs)]
 
 
-def head_terms(prompts: Work) -> Terms:
+def head_terms(prompts: FlopCount) -> Terms:
     """Returns the fusion head on so many prompts."""
-    return [Maps(("head",), prompts)]
+    return [LinearOps(("head",), prompts)]
 
 
 def row_pairs(tokens: int, causal: bool = True) -> int:

@@ -15,7 +15,7 @@ from omni_jax.config import ModelConfig
 from omni_jax.model import flops
 from omni_jax.model.flops import PARTS
 from omni_jax.towers import towers_of
-from omni_jax.towers.work import Maps, Terms, Work, unpadded
+from omni_jax.towers.work import FlopCount, LinearOps, Terms, unpadded
 from omni_jax.train.remat import names as remat_names
 from omni_jax.types import BatchShapes, StepKind
 
@@ -84,7 +84,7 @@ class RowLoad:
         """Returns the decoder's layers but the last on these rows."""
         layers = config.decoder.num_layers
         tokens = unpadded(self.tokens * (layers - 1) / layers)
-        return flops.decoder_terms(config, tokens, unpadded(self.pairs), (tokens, Work()))
+        return flops.decoder_terms(config, tokens, unpadded(self.pairs), (tokens, FlopCount()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def clip_flops(config: ModelConfig, load: Load, trains: frozenset[str], *, remat
     made["decoder"] += Passes(recomputed=_recomputed(config, load.graded, remat))
     # The second pass needs the states within the head, not what comes out of it.
     head = _passes(config, flops.head_terms(unpadded(load.graded.fused)), trains, again=cached)
-    last = _forward(config, [Maps(("head/fc2",), unpadded(load.graded.fused))]) if cached else 0.0
+    last = _forward(config, [LinearOps(("head/fc2",), unpadded(load.graded.fused))]) if cached else 0.0
     made["head"] += dataclasses.replace(head, again=head.again - last)
     for part, terms in (
         ("bridge", flops.bridge_terms(unpadded(load.still_bridged))),
@@ -176,8 +176,8 @@ def _passes(config: ModelConfig, terms: Terms, trains: frozenset[str], *, grad: 
     forward = _forward(config, terms)
     if not grad:
         return Passes(forward)
-    maps = [term for term in terms if isinstance(term, Maps)]
-    attention = [term for term in terms if not isinstance(term, Maps)]
+    maps = [term for term in terms if isinstance(term, LinearOps)]
+    attention = [term for term in terms if not isinstance(term, LinearOps)]
     passing = [term for term in maps if term.paths[0] not in _FIRST]
     activations = _forward(config, passing) + 2 * _forward(config, attention)
     return Passes(forward, forward if again else 0.0, 0.0, activations, _forward(config, maps, trains))
@@ -199,8 +199,12 @@ def _recomputed_by(config: ModelConfig, decoder: Terms, policy: str) -> float:
     if policy == "none":
         return 0.0
     if policy == "dots":
-        return _forward(config, [term for term in decoder if not isinstance(term, Maps)])
+        return _forward(config, [term for term in decoder if not isinstance(term, LinearOps)])
     # Nothing reads a layer's output within its backward pass, so that the product which makes it is left out.
     mlp, down = "decoder/layers/mlp", "decoder/layers/mlp/down"
-    last = [Maps((f"{down}/kernel", f"{down}/lora_b"), term.tokens) for term in decoder if isinstance(term, Maps) and mlp in term.paths]
+    last = [
+        LinearOps((f"{down}/kernel", f"{down}/lora_b"), term.tokens)
+        for term in decoder
+        if isinstance(term, LinearOps) and mlp in term.paths
+    ]
     return _forward(config, decoder) - _forward(config, last)

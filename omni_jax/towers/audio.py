@@ -12,7 +12,7 @@ import numpy as np
 
 from omni_jax.config import ModelConfig
 from omni_jax.towers.base import Item, Tower
-from omni_jax.towers.work import Attention, Maps, Terms, Work, unpadded
+from omni_jax.towers.work import Attention, FlopCount, LinearOps, Terms, unpadded
 from omni_jax.types import AudioBatch, AudioSegment, BatchShapes, Features
 
 FRAMES_PER_TOKEN = 4  # mel or fbank frames of one audio token
@@ -80,9 +80,9 @@ def _tokens(frames: Any) -> Any:
     return ((frames - 1) // 2 + 1) // 2
 
 
-def audio_terms(config: ModelConfig, frames: Work, seen: Work, tokens: Work, pairs: Work) -> Terms:
+def audio_terms(config: ModelConfig, frames: FlopCount, seen: FlopCount, tokens: FlopCount, pairs: FlopCount) -> Terms:
     """Returns the audio tower on log-mel frames, convolved frames (half as many) and tokens (a quarter)."""
-    maps = [Maps(("audio/conv1",), frames), Maps(("audio/conv2", "audio/layers"), seen), Maps(("audio/proj",), tokens)]
+    maps = [LinearOps(("audio/conv1",), frames), LinearOps(("audio/conv2", "audio/layers"), seen), LinearOps(("audio/proj",), tokens)]
     return [*maps, Attention(config.audio.hidden_size, pairs)]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from omni_jax.config import BeatsConfig, ModelConfig
 from omni_jax.towers.audio import FRAMES_PER_TOKEN
 from omni_jax.towers.base import MAX_PAIRS, Item, Tower
-from omni_jax.towers.work import Attention, Maps, Terms, Work, unpadded
+from omni_jax.towers.work import Attention, FlopCount, LinearOps, Terms, unpadded
 from omni_jax.types import BatchShapes, BeatsBatch, Features
 
 BEATS_PATCH = 16  # fbank frames of one patch
@@ -102,10 +102,10 @@ def beats_tokens(frames: int) -> int:
     return frames // FRAMES_PER_TOKEN + BEATS_EDGE
 
 
-def beats_terms(config: BeatsConfig, patches: Work, taps: Work, pairs: Work) -> Terms:
+def beats_terms(config: BeatsConfig, patches: FlopCount, taps: FlopCount, pairs: FlopCount) -> Terms:
     """Returns BEATs on so many patches; `taps` of the position convolution fall within their sequences (see `kernel_taps`)."""
-    maps = [Maps(("beats/patch_embed",), patches), Maps(("beats/input_proj", "beats/layers"), patches)]
-    convolution = Maps(("beats/pos_conv",), taps * (1 / config.conv_pos))
+    maps = [LinearOps(("beats/patch_embed",), patches), LinearOps(("beats/input_proj", "beats/layers"), patches)]
+    convolution = LinearOps(("beats/pos_conv",), taps * (1 / config.conv_pos))
     return [*maps, convolution, Attention(config.hidden_size, pairs)]
 
 

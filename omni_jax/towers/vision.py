@@ -12,7 +12,7 @@ import numpy as np
 
 from omni_jax.config import ModelConfig
 from omni_jax.towers.base import MAX_PAIRS, Item, Tower
-from omni_jax.towers.work import Attention, Maps, Terms, Work, unpadded
+from omni_jax.towers.work import Attention, FlopCount, LinearOps, Terms, unpadded
 from omni_jax.types import PATCHES_PER_TOKEN, BatchShapes, Features, VisionBatch
 
 
@@ -83,8 +83,8 @@ def step_layout(h: int, w: int, merge_size: int, window_tokens: int) -> tuple[np
     return coords, window.ravel().astype(np.int32)
 
 
-def vision_terms(config: ModelConfig, patches: Work, pairs: Work) -> Terms:
+def vision_terms(config: ModelConfig, patches: FlopCount, pairs: FlopCount) -> Terms:
     """Returns the vision tower on so many patches, whose layers see `pairs` in all."""
     merged = patches * (1 / config.vision.merge_size**2)
-    maps = [Maps(("vision/patch_embed",), patches), Maps(("vision/layers",), patches), Maps(("vision/merger",), merged)]
+    maps = [LinearOps(("vision/patch_embed",), patches), LinearOps(("vision/layers",), patches), LinearOps(("vision/merger",), merged)]
     return [*maps, Attention(config.vision.hidden_size, pairs)]

@@ -10,17 +10,17 @@ from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class FlopCount:
     """A count, of operations or of what causes them (tokens, pairs): `computed` with padding, `needed` without."""
 
     computed: float = 0.0
     needed: float = 0.0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.computed + other.computed, self.needed + other.needed)
+    def __add__(self, other: FlopCount) -> FlopCount:
+        return FlopCount(self.computed + other.computed, self.needed + other.needed)
 
-    def __mul__(self, factor: float) -> Work:
-        return Work(self.computed * factor, self.needed * factor)
+    def __mul__(self, factor: float) -> FlopCount:
+        return FlopCount(self.computed * factor, self.needed * factor)
 
     @property
     def padding(self) -> float:
@@ -28,13 +28,13 @@ class Work:
         return 1 - self.needed / self.computed if self.computed else 0.0
 
 
-def unpadded(count: float) -> Work:
+def unpadded(count: float) -> FlopCount:
     """Returns a count of which nothing is padding."""
-    return Work(count, count)
+    return FlopCount(count, count)
 
 
 @dataclasses.dataclass(frozen=True)
-class Maps:
+class LinearOps:
     """Linear maps applied to so many tokens.
 
     Attributes:
@@ -42,7 +42,7 @@ class Maps:
     """
 
     paths: tuple[str, ...]
-    tokens: Work
+    tokens: FlopCount
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Attention:
     """Logits and weighted sum of so many query-key pairs, counted over all layers; all heads together `width` wide."""
 
     width: int
-    pairs: Work
+    pairs: FlopCount
 
 
-Terms = Sequence[Maps | Attention]
+Terms = Sequence[LinearOps | Attention]

@@ -15,7 +15,7 @@ from omni_jax.config import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig,
 from omni_jax.model import abstract_encoder
 from omni_jax.model.flops import PARTS
 from omni_jax.model.layers import CAUSAL_UNIT, attend, attend_causal, causal_blocks
-from omni_jax.towers.work import Work
+from omni_jax.towers.work import FlopCount
 from omni_jax.types import AudioBatch, BeatsBatch, EncoderBatch, RowBatch, VisionBatch
 from tests.tolerances import assert_close
 from tools.benchmarks.forward_work import forward_work, total
@@ -63,13 +63,13 @@ def test_work_equals_a_count_by_hand() -> None:
     assert tuple(work) == PARTS
     block = 4 * 128 * 128 + 3 * 128 * 256
     merger = 512 * 512 + 512 * 256
-    assert work["vision"] == Work(
+    assert work["vision"] == FlopCount(
         computed=2 * 192 * (1176 * 128 + block) + 2 * 48 * merger + 4 * 128 * 3 * 64 * 64,
         needed=2 * 96 * (1176 * 128 + block) + 2 * 24 * merger + 4 * 128 * 2 * 48 * 48,
     )
     layer = 4 * 128 * 128 + 2 * 128 * 256
     conv1, conv2, proj = 3 * 128 * 128, 3 * 128 * 128, 128 * 256
-    assert work["audio"] == Work(
+    assert work["audio"] == FlopCount(
         computed=2 * 400 * conv1 + 2 * 200 * (conv2 + layer) + 2 * 100 * proj + 4 * 128 * 2 * 100 * 100,
         needed=2 * 299 * conv1 + 2 * 150 * (conv2 + layer) + 2 * 75 * proj + 4 * 128 * (100 * 100 + 50 * 50),
     )
@@ -77,21 +77,21 @@ def test_work_equals_a_count_by_hand() -> None:
     # Of 80 x 80 pairs, those where the key stands more than 64 before or 63 behind the position are outside the kernel of 128 taps.
     conv = 128 * 32
     taps = {80: 80 * 80 - sum(range(1, 16 + 1)) - sum(range(1, 16)), 48: 48 * 48}
-    assert work["beats"] == Work(
+    assert work["beats"] == FlopCount(
         computed=2 * 160 * inside + 2 * conv * 2 * taps[80] + 4 * 128 * 2 * 80 * 80,
         needed=2 * 128 * inside + 2 * conv * (taps[80] + taps[48]) + 4 * 128 * (80 * 80 + 48 * 48),
     )
     bridge = 128 * 256 + 256 * 256
-    assert work["bridge"] == Work(2 * 88 * bridge, 2 * 65 * bridge)
+    assert work["bridge"] == FlopCount(2 * 88 * bridge, 2 * 65 * bridge)
     keys, others = 2 * 256 * 128, 2 * 256 * 256 + 3 * 256 * 512
     # 150 tokens of prefix; branches of 30 and 20 tokens, each seeing the prefix and itself; then segments of 100 and 50 tokens.
     pairs = 150 * 151 // 2 + 30 * 150 + 30 * 31 // 2 + 20 * 150 + 20 * 21 // 2 + 100 * 101 // 2 + 50 * 51 // 2
     # The last layer answers for the pooled tokens, which see 180, 170, 100 and 50; two slots of six pool nothing.
-    assert work["decoder"] == Work(
+    assert work["decoder"] == FlopCount(
         computed=2 * (2 * 512 * keys + (512 + 6) * others) + 4 * 256 * (2 * (128 * 128 + 128 * 256) + 6 * 256),
         needed=2 * (2 * 350 * keys + (350 + 4) * others) + 4 * 256 * (pairs + 180 + 170 + 100 + 50),
     )
-    assert work["head"] == Work(2 * 6 * 3 * 256 * 256, 2 * 4 * 3 * 256 * 256)
+    assert work["head"] == FlopCount(2 * 6 * 3 * 256 * 256, 2 * 4 * 3 * 256 * 256)
     assert total(work).computed == sum(w.computed for w in work.values())
     assert 0.2 < total(work).padding < 0.5
 

@@ -116,8 +116,8 @@ def test_the_head_and_the_bridge_train_and_towers_run_once_a_copy() -> None:
         assert step[tower].total == step[tower].forward > 0
     cached = per_triple(SEVEN_B, ClipSizes(), LossConfig(), cached=True)[1]
     assert cached["head"].again == 2 * fc1 * 3 and cached["vision"] == step["vision"]
-    last = flops.Work(1), flops.Work(660)
-    hard = flops.decoder_terms(SEVEN_B, flops.Work(660), flops.Work(660 * 661 // 2), last)
+    last = flops.FlopCount(1), flops.FlopCount(660)
+    hard = flops.decoder_terms(SEVEN_B, flops.FlopCount(660), flops.FlopCount(660 * 661 // 2), last)
     assert cached["decoder"].again == pytest.approx(step["decoder"].forward - flops.operations(SEVEN_B, hard).computed)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from omni_jax.config import TABLE_MODALITIES, TABLES, ModelConfig
 from omni_jax.model.runner import Runner
 from omni_jax.tokens.batching import Planner
-from omni_jax.towers.work import Work
+from omni_jax.towers.work import FlopCount
 from omni_jax.types import Features
 from tools.benchmarks import mid_size
 from tools.benchmarks.forward_work import forward_work, total
@@ -46,7 +46,7 @@ class Ours:
         found = {(clip, table): row for clip, table, row in self.runner.embed(batch, text_head="fused")}
         return {table: np.stack([found[clip, table] for clip in range(len(clips))]) for table in tables}
 
-    def work(self, clips: Sequence[Features], tables: Sequence[str]) -> Work:
+    def work(self, clips: Sequence[Features], tables: Sequence[str]) -> FlopCount:
         """Returns the operations of embedding the clips in one batch."""
         return total(forward_work(self.config, mid_size.batch(clips, tables, self.config, self.planner)))
 
@@ -110,7 +110,7 @@ def run(pairs: int = PAIRS, config: ModelConfig | None = None, batch: int = BATC
     print("matrix product: " + ", ".join(f"{side} {rate:.0f} GFLOP/s" for side, rate in results["matrix_product_gflops"].items()))
     for name, (tables, clips, size) in cases.items():
         kept = name.endswith("kept")
-        work = sum((ours.work(part, tables) for part in parts(clips, size)), Work())
+        work = sum((ours.work(part, tables) for part in parts(clips, size)), FlopCount())
         timed = interleave(
             lambda: [ours.embed(part, tables) for part in parts(clips, size)],  # noqa: B023 (called before the next case)
             lambda: [theirs.embed(part, tables, keep_towers=kept) for part in parts(clips, size)],  # noqa: B023
@@ -127,7 +127,7 @@ def _difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> f
     return worst
 
 
-def _report(label: str, timed: Pairs, work: Work, clips: int) -> dict[str, float]:
+def _report(label: str, timed: Pairs, work: FlopCount, clips: int) -> dict[str, float]:
     """One case as figures and as a line. Both rates divide the operations that the prompts need, so that padding earns nothing."""
     ours, theirs = timed.seconds
     figures = {

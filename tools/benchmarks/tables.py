@@ -18,7 +18,7 @@ import numpy as np
 from omni_jax.config import TABLES, ModelConfig
 from omni_jax.model.runner import Runner
 from omni_jax.tokens.batching import Planner
-from omni_jax.towers.work import Work
+from omni_jax.towers.work import FlopCount
 from omni_jax.types import Features
 from tools.benchmarks import mid_size
 from tools.benchmarks.encoder_7b import shape_7b
@@ -51,14 +51,14 @@ class Pass:
         return {table: self.together(clips, (table,))[table] for table in tables}
 
 
-def work(config: ModelConfig, clips: Sequence[Features], tables: Sequence[str]) -> tuple[Work, Work]:
+def work(config: ModelConfig, clips: Sequence[Features], tables: Sequence[str]) -> tuple[FlopCount, FlopCount]:
     """Returns the operations of embedding the clips together and apart; nothing is computed and no weight is needed."""
     planner = Planner()
 
-    def count(names: Sequence[str]) -> Work:
+    def count(names: Sequence[str]) -> FlopCount:
         return total(forward_work(config, mid_size.batch(clips, names, config, planner)))
 
-    return count(tables), sum((count((table,)) for table in tables), Work())
+    return count(tables), sum((count((table,)) for table in tables), FlopCount())
 
 
 def run(
