@@ -317,6 +317,8 @@ class StepKind:
       singles: modalities embedded alone, in the order they stand in their row.
       pairs: pairs of L_A.
       layout: the prompts of each row that takes a gradient; None gives each tuple a row and the single modalities one together.
+      hard_media: whether the sound or picture that the hard negative takes comes with the batch, as mined ones do; otherwise it is that of
+        another clip of the block.
     """
 
     anchor: bool
@@ -325,6 +327,7 @@ class StepKind:
     singles: tuple[str, ...]
     pairs: tuple[tuple[str, str], ...]
     layout: tuple[tuple[str, ...], ...] | None = None
+    hard_media: bool = False
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -372,11 +375,13 @@ class Example:
       augmented: its augmented copy; None where no positive is active.
       prompts: "anchor", "positive", "hard", and each active modality. For a hard negative with exchanged video, its prompt has the
         layout of the video it takes.
+      hard_media: the clip whose sound or picture the hard negative takes, where its kind has `hard_media`.
     """
 
     media: MediaBatch
     augmented: MediaBatch | None
     prompts: Mapping[str, TokenSequence]
+    hard_media: MediaBatch | None = None
 
 
 PATCHES_PER_TOKEN = 4

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from omni_jax.data.clips import ClipSource
+from omni_jax.data.manifest import NEGATIVES
+from omni_jax.data.negatives import LISTS
 from omni_jax.data.plan import Planner
 from omni_jax.data.sources import MediaSource
 from omni_jax.train import RunConfig
@@ -30,6 +32,7 @@ def data_notes(run: RunConfig, source: ClipSource, planner: Planner, total: int)
     elif per_epoch * size < clips:
         left = clips - per_epoch * size
         yield f"an epoch of {per_epoch} steps of {size} clips leaves {left} of the {clips} clips out, other ones in each"
+    yield from _mined_notes(run, source, planner)
     silent = source.silent
     if silent:
         why = "no audio field" if isinstance(source, MediaSource) else "no sound"
@@ -48,6 +51,23 @@ def _most_alike(source: ClipSource, planner: Planner, modality: str) -> int:
     if isinstance(source, MediaSource):
         return int(np.bincount(planner.alike(modality, np.arange(len(source)))).max())
     return source.silent if modality == "audio" else 1
+
+
+def _mined_notes(run: RunConfig, source: ClipSource, planner: Planner) -> Iterator[str]:
+    """Yields a line each for records without a mined negative, and for mined negatives that are not trained with."""
+    negatives = planner.negatives
+    if negatives is None:
+        if isinstance(source, MediaSource) and any(NEGATIVES in record.extra for record in source.records):
+            yield f"{run.data.train}: has mined negatives, which data.negatives=shuffle does not use; set it to mined or both"
+        return
+    path = run.data.mined or run.data.train
+    if negatives.unknown:
+        yield f"{path}: {negatives.unknown} of the mined clips are not trained on and are left out"
+    for modality in ("audio",) if run.losses.hn_audio_only else LISTS:
+        if len(without := negatives.without(modality)):
+            first, lists = source.ids[int(without[0])], ", ".join(LISTS[modality])
+            note = f"{len(without)} of {len(source)} records have no mined negative that exchanges {modality} (from {lists})"
+            yield f"{path}: {note} and take another clip's of their step; the first: {first!r}"
 
 
 def trained_too(source: ClipSource, records: Sequence[Record]) -> list[str]:

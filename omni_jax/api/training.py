@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ from omni_jax.config.compile_cache import cache_root, use_compile_cache
 from omni_jax.conversion.folder import Manifest, read_manifest
 from omni_jax.data.clips import ClipSource, digest_line
 from omni_jax.data.manifest import Problem
+from omni_jax.data.negatives import MinedNegatives, read_negatives
 from omni_jax.data.pipeline import TrainPipeline
 from omni_jax.data.plan import BatchConfig
 from omni_jax.data.record_cache import RecordCache
@@ -50,6 +50,7 @@ from omni_jax.train.workdir import (
     BASE,
     CHECKPOINTS,
     MEDIA_FILES,
+    MINED,
     PRESET_FIELDS,
     TOKENIZER_FILES,
     WorkdirConfig,
@@ -126,10 +127,11 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
         keep(problems if read_config(folder) is None else ())
         base = _base(run, folder, source.captions)
         manifest, model, tokenizer = on_all_processes(lambda: _model(base, run, preset))
+        negatives = on_all_processes(lambda: mined_negatives(run, source))
         clips = clips_digest(source)
         programs = shared or Shared()
         kept = programs.features(f"{run.data.train} {clips}", preset)
-        data = on_all_processes(lambda: _pipeline(run, source, tokenizer, model, kept))
+        data = on_all_processes(lambda: _pipeline(run, source, tokenizer, model, kept, negatives))
         total = run.total_steps(data.planner.updates_per_epoch)
         step = programs.step(model, run.step_config(total), run.model.dtype, mesh)
         callbacks.log(report(step.groups))
@@ -143,6 +145,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
             **base_digests(manifest),
             "clips": clips,
             **on_all_processes(lambda: _later_digests(tokenizer, preset, source)),
+            **({MINED: negatives.digest} if negatives is not None else {}),
         }
         stored = BASE if not run.model.base else str(base)
         config = WorkdirConfig(run.to_json(), model, stored, digests, total)
@@ -300,8 +303,25 @@ def _params(
     return params
 
 
+def mined_negatives(run: RunConfig, source: ClipSource) -> MinedNegatives | None:
+    """Returns the mined hard negatives of a run's clips, None where it takes none. Raises InputError where they cannot be used."""
+    if run.data.negatives == "shuffle":
+        return None
+    if not run.data.mined and not isinstance(source, MediaSource):
+        raise InputError(
+            f"data.negatives={run.data.negatives}: {run.data.train} is a prepared folder, which holds no mined negatives; give the manifest "
+            f"that 'omni-jax mine' wrote of its clips (--config.data.mined=mined.jsonl)"
+        )
+    return read_negatives(run.data.mined or run.data.train, source, run.data.negatives)
+
+
 def _pipeline(
-    run: RunConfig, source: ClipSource, tokenizer: Tokenizer, model: ModelConfig, kept: dict[int, tuple[Clip, Features]] | None
+    run: RunConfig,
+    source: ClipSource,
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+    kept: dict[int, tuple[Clip, Features]] | None,
+    negatives: MinedNegatives | None,
 ) -> TrainPipeline:
     sizes = run.batch
     return TrainPipeline(
@@ -310,13 +330,14 @@ def _pipeline(
         config=model,
         preset=run.data.resolved_preset(),
         batch=BatchConfig(**dataclasses.asdict(sizes), distinct=run.data.distinct, seed=run.seed),
-        kinds=functools.partial(kinds_of_update, micro_batches=sizes.micro_batches, losses=run.losses),
+        kinds=functools.partial(kinds_of_update, micro_batches=sizes.micro_batches, losses=run.losses, mined=negatives is not None),
         pack=functools.partial(pack_update, config=model),
         workers=run.data.workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         augment=run.data.augment,
         kept=kept,
+        negatives=negatives,
     )
 
 

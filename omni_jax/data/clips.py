@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol
 
 from omni_jax.config import Preset
@@ -44,6 +44,15 @@ def digest_line(clip: ClipInfo) -> bytes:
     """
     grid = (clip.grid.thw, clip.grid.second_per_grid) if clip.grid else (None, None)
     return f"{json.dumps((clip.id, clip.caption, *grid, clip.samples, clip.silent, clip.timestamps))}\n".encode()
+
+
+def same_as(source: ClipSource, modality: str | None, number: int) -> Hashable:
+    """Returns what is equal for clips whose caption, sound or picture is known to be equal: one part of a file, or no sound."""
+    clip = source.record(number)
+    file = clip.audio if modality == "audio" else clip.video
+    if modality == "text":
+        return clip.caption
+    return "silent" if modality == "audio" and clip.silent else (file, clip.timestamps) if file is not None else number
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,9 @@ from omni_jax.data.formats.table import FORMATS, sources
 from omni_jax.io import replacing
 from omni_jax.types import FilePart, InputError, Record
 
+NEGATIVES = "negatives"
+"""Field of a record that `omni-jax mine` writes: direction -> ids of its hard negatives, hardest first."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -134,7 +137,7 @@ def read_manifest(
             records.append(record_of(fields, name, entry.line, root, media_root is not None))
             made += [name] * new
             conversations &= not (new and entry.nameless)
-            extra.update(records[-1].extra.keys())
+            extra.update(name for name in records[-1].extra if name != NEGATIVES)
             capitals.update(renamed)
             whole.update(interval_fields(records[-1]))
             if (said := question(fields)) is not None and said not in ASKED:

@@ -30,6 +30,7 @@ class Draw(enum.IntEnum):
     SHUFFLE = 3
     CAPTION = 4
     REPLACE = 5
+    MINED = 6
 
 
 def generator(seed: int, purpose: Draw, first: int, second: int = 0) -> np.random.Generator:

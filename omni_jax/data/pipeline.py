@@ -26,6 +26,7 @@ from omni_jax.config import ModelConfig, Preset
 from omni_jax.config.batches import AugmentConfig
 from omni_jax.data.augment import augment_clip
 from omni_jax.data.loading import training_features
+from omni_jax.data.negatives import MinedNegatives
 from omni_jax.data.order import stand_ins
 from omni_jax.data.plan import BatchConfig, Planner, UpdatePlan
 from omni_jax.data.sources import ClipSource
@@ -62,7 +63,7 @@ class Pack(Protocol):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("batch",),
-    meta_fields=("update", "ids", "errors", "silent", "repaired", "truncated", "equal_hard", "used_tokens", "total_tokens"),
+    meta_fields=("update", "ids", "errors", "silent", "repaired", "truncated", "mined", "equal_hard", "used_tokens", "total_tokens"),
 )
 @dataclasses.dataclass(frozen=True)
 class PipelineBatch:
@@ -76,6 +77,7 @@ class PipelineBatch:
       silent: clips whose sound is silence because they have no audio track.
       repaired: clips of which something else was repaired while decoding.
       truncated: captions cut to the preset's length.
+      mined: hard negatives that are mined.
       equal_hard: hard negatives that equal their anchor: the clip they take sound or picture from has the same (one file, or no sound).
       used_tokens, total_tokens: tower and decoder tokens that are not padding, and all.
     """
@@ -87,6 +89,7 @@ class PipelineBatch:
     silent: int
     repaired: int
     truncated: int
+    mined: int
     equal_hard: int
     used_tokens: int
     total_tokens: int
@@ -127,6 +130,7 @@ class TrainPipeline:
         process_count: int = 1,
         augment: AugmentConfig | None = None,
         kept: dict[int, tuple[Clip, Features]] | None = None,
+        negatives: MinedNegatives | None = None,
     ) -> None:
         """Takes the clips and all that a batch depends on; nothing is read yet.
 
@@ -138,6 +142,7 @@ class TrainPipeline:
           augment: which changes the augmented copies have; default all.
           kept: clip of the source -> what was read of it, with its features: filled before the first batch and used, for sets that fit in
             memory; None keeps nothing.
+          negatives: mined hard negatives; default none, all come from the other clips of an update.
 
         Raises:
           InputError: where the clips, the processes or the captions do not allow such batches.
@@ -149,7 +154,7 @@ class TrainPipeline:
                 f"{batch.blocks} blocks of a micro-batch do not divide over {process_count} processes; make batch.blocks a multiple of them"
             )
         self._augment = augment or AugmentConfig()
-        self.planner = Planner(source, batch, kinds, tokenizer, config, preset, self._augment)
+        self.planner = Planner(source, batch, kinds, tokenizer, config, preset, self._augment, negatives)
         self._source, self._tokenizer, self._config, self._preset, self._pack = source, tokenizer, config, preset, pack
         self._workers, self._stop, self._kept = workers, 0, kept
         self._prompts: dict[tuple[Any, ...], TokenSequence] = {}
@@ -216,18 +221,21 @@ class TrainPipeline:
         self._read_ahead(update)
         plan = self.planner.plan(update)
         parts, ids, errors = [], [], []
-        silent = repaired = truncated = equal = used = total = 0
+        silent = repaired = truncated = mined = equal = used = total = 0
         for micro, kind in enumerate(plan.kinds):
             loaded = [self._load(plan, micro, place, errors) for place in range(*self._slice.indices(plan.clips.shape[1]))]
             shuffle = plan.shuffles[micro][self._local_blocks]
             # Blocks lie within a process: a clip of this slice takes features of another one of it.
             taken = plan.taken(micro)[self._slice] - self._slice.start
-            examples = [self._example(plan, micro, n, got, loaded[taken[n]]) for n, got in enumerate(loaded)]
+            others = [self._other(plan, micro, n, got, loaded[taken[n]], errors) for n, got in enumerate(loaded)]
+            examples = [self._example(plan, micro, n, *pair) for n, pair in enumerate(zip(loaded, others, strict=True))]
             parts.append(MicroBatch(tuple(examples), kind, shuffle))
             ids.append(tuple(self._source.ids[got.clip] for got in loaded))
-            without = [self._silent(got) for got in loaded]
-            equal += sum(self._equal(kind, loaded, without, n, int(taken[n])) for n in range(len(loaded)))
-            for got, example, quiet in zip(loaded, examples, without, strict=True):
+            planned = plan.mined[micro, self._slice]
+            mined += sum(n >= 0 and (not kind.hard_media or n == other.clip) for n, other in zip(planned.tolist(), others, strict=True))
+            for got, other, example in zip(loaded, others, examples, strict=True):
+                equal += self._equal(kind, got, other)
+                quiet = self._silent(got)
                 silent += quiet
                 repaired += bool(got.features.warnings) and not quiet
                 truncated += any(p.truncated for p in example.prompts.values())
@@ -241,6 +249,7 @@ class TrainPipeline:
             silent=silent,
             repaired=repaired,
             truncated=truncated,
+            mined=mined,
             equal_hard=equal,
             used_tokens=used,
             total_tokens=total,
@@ -256,13 +265,24 @@ class TrainPipeline:
     def _silent(self, got: _Loaded) -> bool:
         return self._source.record(got.clip).silent or got.features.silent
 
-    def _equal(self, kind: StepKind, loaded: Sequence[_Loaded], without: Sequence[bool], place: int, taken: int) -> bool:
-        """Whether the hard negative at a place takes what its clip has already."""
+    def _equal(self, kind: StepKind, got: _Loaded, taken: _Loaded) -> bool:
+        """Whether a hard negative takes what its clip has already."""
         if not kind.shuffles:
             return False
-        clips = [loaded[n].clip for n in (place, taken)]
-        one, other = self.planner.alike(kind.hard, np.array(clips))
-        return bool(one == other or (kind.hard == "audio" and without[place] and without[taken]))
+        one, other = self.planner.alike(kind.hard, np.array([got.clip, taken.clip]))
+        return bool(one == other or (kind.hard == "audio" and self._silent(got) and self._silent(taken)))
+
+    def _other(self, plan: UpdatePlan, micro: int, place: int, got: _Loaded, shuffled: _Loaded, errors: list[tuple[str, str]]) -> _Loaded:
+        """Returns the clip whose sound or picture a hard negative takes: the mined one, where there is one and it can be used."""
+        kind, mined = plan.kinds[micro], int(plan.mined[micro, self._slice.start + place])
+        # A clip that stands in for another one may be the mined one, or equal to it.
+        if not kind.hard_media or mined < 0 or not self.planner.alike(kind.hard, np.array([got.clip, mined])).any():
+            return shuffled
+        try:
+            return _Loaded(mined, self._fitting(self._source.load(mined)), None)
+        except ClipError as error:
+            errors.append((self._source.ids[mined], str(error)))
+            return shuffled
 
     def _load(self, plan: UpdatePlan, micro: int, place: int, errors: list[tuple[str, str]]) -> _Loaded:
         """Returns the clip of a place, or another clip of the source where it cannot be used; the first is then added to `errors`.
@@ -350,7 +370,8 @@ class TrainPipeline:
             text = self._hard_caption(plan, micro, self._slice.start + place, caption) if kind.hard == "text" else caption
             prompts["hard"] = self._prompt("tva", text, seen.features, heard.features)
         media = clip_media(got.features, self._config)
-        return Example(media, clip_media(got.augmented, self._config) if got.augmented else None, prompts)
+        copy = clip_media(got.augmented, self._config) if got.augmented else None
+        return Example(media, copy, prompts, clip_media(taken.features, self._config) if kind.hard_media else None)
 
     def _hard_caption(self, plan: UpdatePlan, micro: int, place: int, caption: str) -> str:
         """Returns the planned caption; where a clip that stands in for another has that very one, the caption of the clip it replaced."""

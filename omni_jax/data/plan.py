@@ -14,6 +14,8 @@ import numpy as np
 from omni_jax.config import ConfigError, ModelConfig, Preset
 from omni_jax.config.batches import AugmentConfig, BatchSection
 from omni_jax.data.augment import augment_text
+from omni_jax.data.clips import same_as
+from omni_jax.data.negatives import MinedNegatives
 from omni_jax.data.order import Draw, apart, epoch_order, exchange, generator, numbered, other_captions, window_updates
 from omni_jax.data.sources import BEATS_PATCH, ClipSource, fbank_frames, tokens_of
 from omni_jax.features.audio import HOP
@@ -60,6 +62,7 @@ class UpdatePlan:
       kinds: of its micro-batches, with the layout of their rows.
       clips: (M, B) int64, numbers of the source's clips.
       texts: (M, B) int64, the clip whose caption each clip's hard negative has; the clip itself where no text is exchanged.
+      mined: (M, B) int64, the clip whose caption, sound or picture each hard negative takes; -1: none is mined.
       shuffles: M of (G, B / G) int32.
       shapes: static sizes of each micro-batch's arrays, equal for equal kinds.
     """
@@ -68,6 +71,7 @@ class UpdatePlan:
     kinds: tuple[StepKind, ...]
     clips: np.ndarray
     texts: np.ndarray
+    mined: np.ndarray
     shuffles: tuple[np.ndarray, ...]
     shapes: tuple[BatchShapes, ...]
 
@@ -83,6 +87,7 @@ class Planner:
     Attributes:
       source, batch: as given.
       updates_per_epoch: whole updates in one pass over the clips.
+      negatives: mined hard negatives; None takes all from the other clips of an update.
     """
 
     def __init__(
@@ -94,13 +99,14 @@ class Planner:
         config: ModelConfig,
         preset: Preset,
         augment: AugmentConfig,
+        negatives: MinedNegatives | None = None,
     ) -> None:
         """Checks that the clips allow what the step kinds ask.
 
         Raises:
           InputError: for fewer clips than an update takes, blocks of one clip where features are exchanged, captions that are all equal.
         """
-        self.source, self.batch, self._kinds = source, batch, kinds
+        self.source, self.batch, self.negatives, self._kinds = source, batch, negatives, kinds
         self._tokenizer, self._config, self._preset, self._augment = tokenizer, config, preset, augment
         self.updates_per_epoch = len(source) // batch.clips
         played = [kind for update in range(3) for kind in kinds(update)]
@@ -142,6 +148,8 @@ class Planner:
         taken = plan.clips[micro, plan.taken(micro)[place]] if plan.kinds[micro].shuffles else clip
         video, audio = self.media_tokens(clip)
         other_video, other_audio = self.media_tokens(taken)
+        if (mined := int(plan.mined[micro, place])) >= 0:  # room for both: the clip of the shuffle stands in for one that cannot be read
+            other_video, other_audio = (max(pair) for pair in zip((other_video, other_audio), self.media_tokens(mined), strict=True))
         caption, kind = self.source.captions[clip], plan.kinds[micro]
         own = self._text_tokens("tva", caption)
         return PromptLengths(
@@ -182,14 +190,18 @@ class Planner:
         kinds = self._kinds(update)
         if len(kinds) != batch.micro_batches:
             raise ValueError(f"{len(kinds)} step kinds for {batch.micro_batches} micro-batches")
-        texts, shuffles = clips.copy(), []
+        texts, shuffles, mined = clips.copy(), [], np.full(clips.shape, -1, np.int64)
         for m, kind in enumerate(kinds):
             number = update * batch.micro_batches + m
             shuffle = exchange(batch.seed, number, batch.micro_batch, batch.blocks)
             shuffles.append(apart(shuffle, self.alike(kind.hard, clips[m])) if kind.shuffles else shuffle)
             if kind.hard == "text":
                 texts[m] = other_captions(batch.seed, number, clips[m], self.source.captions)
-        plan = UpdatePlan(update, kinds, clips, texts, tuple(shuffles), ())
+            if self.negatives is not None and kind.hard is not None:
+                mined[m] = self.negatives.drawn(batch.seed, number, kind.hard, clips[m])
+                if kind.hard == "text":
+                    texts[m] = np.where(mined[m] >= 0, mined[m], texts[m])
+        plan = UpdatePlan(update, kinds, clips, texts, mined, tuple(shuffles), ())
         lengths: dict[StepKind, list[PromptLengths]] = {}
         for m, kind in enumerate(kinds):
             lengths.setdefault(kind, []).extend(self.lengths(plan, m, b, int(clip)) for b, clip in enumerate(clips[m]))
@@ -226,13 +238,7 @@ class Planner:
 
     def alike(self, modality: str | None, clips: np.ndarray) -> np.ndarray:
         """Returns (n,) int, equal for clips whose sound, or picture, is known to be equal: one part of a file, or no sound."""
-
-        def key(number: int) -> object:
-            clip = self.source.record(number)
-            file = clip.audio if modality == "audio" else clip.video
-            return "silent" if modality == "audio" and clip.silent else (file, clip.timestamps) if file is not None else number
-
-        return numbered(key(clip) for clip in clips.tolist())
+        return numbered(same_as(self.source, modality, clip) for clip in clips.tolist())
 
     def _count_text(self, table: str, caption: str) -> int:
         return text_tokens(self._tokenizer, self._config, self._preset, table, caption)

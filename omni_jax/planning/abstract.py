@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -105,7 +105,6 @@ def abstract_batch(
         raise ConfigError(f"micro-batch of {clips} clips does not divide over {ways} batch shards ({axes}); use a multiple of {ways}")
     if blocks < 1 or clips % blocks:
         raise ConfigError(f"micro-batch of {clips} clips does not divide into {blocks} blocks")
-    copies = 1 + kind.positive
 
     def array(*dimensions: int, dtype: Any = jnp.int32) -> Any:
         even = dimensions[0] % ways == 0
@@ -113,11 +112,18 @@ def abstract_batch(
         return shape((n, *dimensions), dtype, mesh, spec)
 
     own = kind.hard is not None and not kind.branches(config.shares_prefix)
+
+    def media(copies: int, modalities: Sequence[str] = ("video", "audio")) -> MediaBatch:
+        none = dataclasses.replace(shapes, steps=0, chunks=0, fbank_frames=0)
+        sizes = {tower.name: shapes if tower.modality in modalities else none for tower in TOWERS}
+        return MediaBatch(**{tower.name: tower.abstract(array, (clips, copies), sizes[tower.name], config) for tower in TOWERS})
+
     return TrainBatch(
-        clips=MediaBatch(**{tower.name: tower.abstract(array, (clips, copies), shapes, config) for tower in TOWERS}),
+        clips=media(1 + kind.positive),
         rows=_row_batch(array, (clips, len(kind.rows)), shapes.row_tokens, kind.slots(config.shares_prefix)),
         hard=_row_batch(array, (clips, 1), shapes.hard_tokens, 1) if own else None,
         shuffle=array(blocks, clips // blocks),
+        hard_media=media(1, [kind.hard or ""]) if kind.hard_media else None,
         kinds=(kind,) * n,
     )
 

@@ -56,7 +56,7 @@ def fit(setting: Setting, counts: Sequence[int], say: Callable[[str], None]) -> 
 
 
 def _tokens(setting: Setting, count: int) -> int:
-    kind = step_kind(count, setting.recipe.losses)
+    kind = step_kind(count, setting.recipe.losses, setting.recipe.mined)
     sizes = {"caption_tokens": setting.caption_tokens, "row_multiple": setting.row_multiple}
     kind, shapes = planned_batch(setting.config, setting.preset, kind, **sizes)
     return len(kind.rows) * shapes.row_tokens

@@ -210,7 +210,7 @@ def _compiler_note(setting: Setting) -> list[str]:
 
 def _different(setting: Setting, counts: Sequence[int]) -> list[int]:
     """Counts whose step kinds differ."""
-    kinds = {step_kind(count, setting.recipe.losses): count for count in reversed(counts)}
+    kinds = {step_kind(count, setting.recipe.losses, setting.recipe.mined): count for count in reversed(counts)}
     return sorted(kinds.values())
 
 

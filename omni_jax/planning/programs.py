@@ -154,7 +154,7 @@ def train_program(setting: Setting, mesh: Mesh | AbstractMesh, count: int) -> Pr
     Raises:
       ConfigError: for a batch that does not divide.
     """
-    kind = step_kind(count, setting.recipe.losses)
+    kind = step_kind(count, setting.recipe.losses, setting.recipe.mined)
     kind, shapes = planned_batch(
         setting.config, setting.preset, kind, caption_tokens=setting.caption_tokens, row_multiple=setting.row_multiple
     )

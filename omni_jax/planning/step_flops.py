@@ -95,7 +95,7 @@ class Load:
       towers: tower -> its terms, all copies of the clip together.
       bridged: tokens that go through the bridge, those of every copy.
       graded: rows that take a gradient.
-      still: rows without one; `still_bridged` tokens go through the bridge for them.
+      still: rows without one; `still_bridged` tokens go through the bridge for them, `still_towers` are the towers that run for them alone.
     """
 
     towers: Mapping[str, Terms]
@@ -103,6 +103,7 @@ class Load:
     graded: RowLoad
     still: RowLoad = RowLoad()
     still_bridged: float = 0
+    still_towers: Mapping[str, Terms] = dataclasses.field(default_factory=dict)
 
 
 def clip_flops(config: ModelConfig, load: Load, trains: frozenset[str], *, remat: str = "layer", cached: bool = False) -> StepFlops:
@@ -120,6 +121,8 @@ def clip_flops(config: ModelConfig, load: Load, trains: frozenset[str], *, remat
     for tower, terms in load.towers.items():
         grad = any(path.startswith(f"{tower}/") for path in trains)
         made[tower] += _passes(config, terms, trains, grad=grad, again=cached and grad)
+    for tower, terms in load.still_towers.items():
+        made[tower] += _passes(config, terms, trains, grad=False)
     decoder = load.graded.terms(config)
     made["bridge"] += _passes(config, flops.bridge_terms(unpadded(load.bridged)), trains, again=cached)
     made["decoder"] += _passes(config, decoder, trains, again=cached)
@@ -163,6 +166,7 @@ def padded_load(config: ModelConfig, kind: StepKind, shapes: BatchShapes) -> Loa
         graded=graded,
         still=row(shapes.hard_tokens, 1) + RowLoad(fused=1) if own else RowLoad(),
         still_bridged=beats * heard if own else 0,
+        still_towers={t.name: t.terms(shapes, config, 1) for t in towers_of(config) if kind.hard_media and t.modality == kind.hard},
     )
 
 

@@ -50,6 +50,8 @@ class TrainBatch:
       hard: the hard negatives, a row each. None where there is none, or where it shares the anchor's row: then it follows its anchor
         there, with the anchor's media as its prefix (`StepKind.pooled`).
       shuffle: (n, G, B / G) int32: within each block of consecutive clips, whose features a clip's hard negative takes.
+      hard_media: leading axes (n, B, 1): the clips whose sound or picture the hard negatives take in its place; what they do not take
+        has no steps, chunks and frames. None where the kinds have no `hard_media`.
       kinds: the kind of each micro-batch.
     """
 
@@ -57,6 +59,7 @@ class TrainBatch:
     rows: RowBatch
     hard: RowBatch | None
     shuffle: Any
+    hard_media: MediaBatch | None = None
     kinds: tuple[StepKind, ...] = dataclasses.field(metadata={"static": True}, default=())
 
     @property
@@ -74,7 +77,7 @@ UpdateBatch = TrainBatch | tuple[TrainBatch, ...]
 
 def fit_shapes(examples: Sequence[Example], kind: StepKind, share_prefix: bool = True) -> BatchShapes:
     """Returns the smallest sizes that hold these clips; the caller rounds them up to its buckets."""
-    media = [m for e in examples for m in (e.media, e.augmented) if m is not None]
+    media = [m for e in examples for m in (e.media, e.augmented, e.hard_media) if m is not None]
     branches = kind.branches(share_prefix)
     rows = [
         sum(len(e.prompts[p].ids) for p in names) + (_rest(e) if branches and "anchor" in names else 0)
@@ -122,7 +125,12 @@ def pack_micro_batch(
         copy = _media_rows(example.augmented, shapes, config)
         media[count + b] = MediaRows(copy.video + extra, copy.audio + extra)
     for b in range(count) if kind.hard else ():
-        seen, heard = (media[taken[b] if kind.hard == name else b] for name in ("video", "audio"))
+        other = media[taken[b]]
+        if kind.hard_media:
+            if (given := examples[b].hard_media) is None:
+                raise ValueError(f"clip {b}: the hard negative needs the clip whose {kind.hard} it takes")
+            other = _media_rows(given, shapes, config)
+        seen, heard = (other if kind.hard == name else media[b] for name in ("video", "audio"))
         media[2 * count + b] = MediaRows(seen.video, heard.audio)
 
     def groups(b: int, names: Sequence[str]) -> list[Group]:
@@ -140,11 +148,13 @@ def pack_micro_batch(
 
     copies = [e.augmented for e in examples if e.augmented is not None] if kind.positive else []
     sides = [_padded(one, shapes, config) for one in ([e.media for e in examples], copies) if one]
+    taken_from = [e.hard_media for e in examples if e.hard_media is not None] if kind.hard_media else []
     batch = TrainBatch(
         clips=jax.tree.map(lambda *x: np.stack(x, axis=1), *sides),
         rows=rows(kind.rows, shapes.row_tokens, kind.slots(share_prefix)),
         hard=None if kind.hard is None or branches else rows([("hard",)], shapes.hard_tokens, 1),
         shuffle=shuffle,
+        hard_media=jax.tree.map(lambda x: x[:, None], _exchanged(_padded(taken_from, shapes, config), kind)) if taken_from else None,
         kinds=(kind,),
     )
     return jax.tree.map(lambda x: x[None], batch)
@@ -217,6 +227,14 @@ def place_batch(batch: TrainBatch, mesh: Mesh | None) -> TrainBatch:
         return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
 
     return jax.tree.map(place, batch)
+
+
+def _exchanged(media: MediaBatch, kind: StepKind) -> MediaBatch:
+    """Returns clips (B, ...) with what a hard negative takes of them alone."""
+    if kind.hard == "video":
+        heard = jax.tree.map(lambda x: x[:, :0] if x.ndim > 1 else x, (media.audio, media.beats))
+        return MediaBatch(media.vision, *heard)
+    return dataclasses.replace(media, vision=jax.tree.map(lambda x: x[:, :0], media.vision))
 
 
 def _rest(example: Example) -> int:

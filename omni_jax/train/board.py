@@ -48,6 +48,7 @@ CURVES = {
     "silent": ("data/silent", "Clips of the update with silence in place of a missing audio track."),
     "repaired": ("data/repaired", "Clips of the step that were repaired while decoding."),
     "truncated": ("data/truncated", "Captions of the update that were cut."),
+    "mined": ("data/mined", "Hard negatives of the update that are mined."),
     "equal_hard": ("data/equal_hard", "Hard negatives of the update that equal their anchor."),
     "replaced": ("data/replaced", "Clips of the update that could not be used and were replaced by others."),
     "used_tokens": ("data/used_tokens", "Tokens of the update without padding."),

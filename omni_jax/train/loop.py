@@ -28,7 +28,7 @@ Row = dict[str, float]
 DIGEST = "batch_digest"
 """Name in a row: a number of 48 bits that stands for the record ids of the update's global batch, in order. Every update has it."""
 
-COUNTS = ("silent", "repaired", "truncated", "equal_hard", "used_tokens", "total_tokens")
+COUNTS = ("silent", "repaired", "truncated", "mined", "equal_hard", "used_tokens", "total_tokens")
 """Numbers of an update's data, in rows beside "replaced", the records of `errors`; summed over processes."""
 
 COLLAPSED = "collapsed_in_row"
@@ -47,6 +47,7 @@ class Update(Protocol):
     silent: int
     repaired: int
     truncated: int
+    mined: int
     equal_hard: int
     used_tokens: int
     total_tokens: int

@@ -115,20 +115,26 @@ def renamed(losses: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"weights": {**(weights or PUBLISHED), **old}}
 
 
-def step_kind(count: int, losses: LossConfig) -> StepKind:
-    """Returns the kind at position `count` of the period-3 cycle; modalities are named "text", "audio", "video"."""
+def step_kind(count: int, losses: LossConfig, mined: bool = False) -> StepKind:
+    """Returns the kind at position `count` of the period-3 cycle; modalities are named "text", "audio", "video".
+
+    Args:
+      mined: whether sound and picture of hard negatives may be those of any clip, as mined ones are.
+    """
     needs = losses.needs
+    hard = objectives.active_hard_negative(count, losses.hn_audio_only) if "hard" in needs else None
     return StepKind(
         anchor="anchor" in needs,
         positive="positive" in needs,
-        hard=objectives.active_hard_negative(count, losses.hn_audio_only) if "hard" in needs else None,
+        hard=hard,
         singles=objectives.active_students(count, losses.pairs) if needs & {"singles", "pairs"} else (),
         pairs=objectives.active_pairs(count, losses.pairs) if "pairs" in needs else (),
+        hard_media=mined and hard in ("audio", "video"),
     )
 
 
-def kinds_of_update(update: int, micro_batches: int, losses: LossConfig) -> tuple[StepKind, ...]:
-    """Returns the kind of each micro-batch of an update (from 0)."""
+def kinds_of_update(update: int, micro_batches: int, losses: LossConfig, mined: bool = False) -> tuple[StepKind, ...]:
+    """Returns the kind of each micro-batch of an update (from 0); `mined` as for `step_kind`."""
     if losses.negatives == "global":
-        return (step_kind(update, losses),) * micro_batches
-    return tuple(step_kind(update * micro_batches + i, losses) for i in range(micro_batches))
+        return (step_kind(update, losses, mined),) * micro_batches
+    return tuple(step_kind(update * micro_batches + i, losses, mined) for i in range(micro_batches))

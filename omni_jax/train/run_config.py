@@ -20,6 +20,7 @@ from omni_jax.train.trainable import TrainableConfig
 DTYPES = ("bfloat16", "float32")
 WEIGHTS = ("keep", "int8")
 COLLAPSE = ("warn", "stop")
+HARD_NEGATIVES = ("shuffle", "mined", "both")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,9 @@ class DataSection:
       train: folder that `omni-jax prepare` wrote, local or at gs:// or s3://, or a manifest whose media are decoded while training.
       media_root: folder that relative media paths start from; "" for the manifest's own.
       preset, preset_fields: how clips and captions become tokens, and fields that differ from the named preset.
+      negatives: where a hard negative takes its caption, sound or picture from. "shuffle": from another clip of the step, as released.
+        "mined": from a clip that `omni-jax mine` found hard, where the record has one. "both": so for half of the records, drawn anew.
+      mined: manifest that `omni-jax mine` wrote; "" where `train` is one.
       distinct: what an update holds once only: "caption", "id_prefix" or "none".
       workers: decoding processes; 0 decodes in this one.
       timeout: seconds one clip may take to decode.
@@ -68,6 +72,8 @@ class DataSection:
     media_root: str = ""
     preset: str = "training"
     preset_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    negatives: str = "shuffle"
+    mined: str = ""
     distinct: str = "caption"
     workers: int = 2
     timeout: float = 120.0
@@ -82,6 +88,10 @@ class DataSection:
             raise ConfigError("config fields data.workers and data.timeout: must not be negative, timeout must be positive")
         if not self.cache_gb > 0:
             raise ConfigError(f"config field data.cache_gb={self.cache_gb}: must be positive")
+        if self.negatives not in HARD_NEGATIVES:
+            raise ConfigError(f"config field data.negatives={self.negatives!r}: choose one of {', '.join(HARD_NEGATIVES)}")
+        if self.mined and self.negatives == "shuffle":
+            raise ConfigError('config field data.mined: is not read with data.negatives="shuffle"; set data.negatives to "mined" or "both"')
         self.resolved_preset()
 
     def resolved_preset(self) -> Preset:
@@ -274,6 +284,7 @@ class RunConfig:
             frozen_dtype=self.model.dtype,
             seed=self.seed,
             text_head=self.data.resolved_preset().text_head,
+            mined=self.data.negatives != "shuffle",
         )
 
 

@@ -39,6 +39,7 @@ class StepConfig:
       frozen_dtype: dtype name that frozen weights are stored in; None leaves them as they come.
       seed: of LoRA dropout.
       text_head: "last" or "fused", as `Preset.text_head`: what captions alone are embedded by.
+      mined: whether batches bring sound and picture of mined hard negatives, as `step_kind` takes it.
     """
 
     optimizer: OptimizerConfig
@@ -49,6 +50,7 @@ class StepConfig:
     frozen_dtype: str | None = "bfloat16"
     seed: int = 2025
     text_head: str = "last"
+    mined: bool = False
 
     def __post_init__(self) -> None:
         if self.remat != remat.AUTO:

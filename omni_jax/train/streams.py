@@ -112,8 +112,11 @@ def embed_hard_negatives(
     """
     assert batch.hard is not None
     features = {name: jax.lax.stop_gradient(x[:, :1]) for name, x in features.items()}
-    swapped = of_modalities([kind.hard or ""])
-    features = {name: shuffle_clips(x, batch.shuffle) if name in swapped else x for name, x in features.items()}
+    swapped = [name for name in of_modalities([kind.hard or ""]) if name in features]
+    if batch.hard_media is None:
+        features |= {name: shuffle_clips(features[name], batch.shuffle) for name in swapped}
+    else:
+        features |= run_towers(model, batch.hard_media, swapped)
     media = media_table(model, features, batch.clips)
     pooled = pool_in_pieces(model, batch.hard, media, dropout_key, attention=attention, branches=0)
     return jax.lax.stop_gradient(model.fuse(pooled[:, 0, 0]))

@@ -33,11 +33,12 @@ _SKIPPED = re.compile(r"(skipped_records|quarantine)(\.\d+)?\.jsonl")  # what `s
 
 FREE = (
     *("mesh", "remat", "checkpoint", "evaluation", "log", "stop", "model.base"),
-    *("data.train", "data.media_root", "data.workers", "data.timeout"),
+    *("data.train", "data.media_root", "data.mined", "data.workers", "data.timeout"),
 )
 """Config fields that may change when a run is resumed: they do not decide what is computed, or a digest holds what does."""
 
 TOKENIZER_FILES, PRESET_FIELDS, MEDIA_FILES = "tokenizer files", "preset fields", "media files"
+MINED = "mined negatives"
 LATER = (TOKENIZER_FILES, PRESET_FIELDS, MEDIA_FILES)
 """Digests that the `config.json` of older runs lacks."""
 
@@ -51,7 +52,7 @@ class WorkdirConfig:
       model: the architecture, LoRA included.
       base: folder of the base weights; one inside the workdir is relative to it.
       digests: name -> digest of what the run was started from: "base weights", "adapter weights", "clips", and those of LATER; "media
-        files" only where clips are decoded while training.
+        files" only where clips are decoded while training, "mined negatives" only where they are trained on.
       total_steps: updates of the whole run.
     """
 

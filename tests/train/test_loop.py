@@ -39,6 +39,7 @@ class Update:
     silent: int = 0
     repaired: int = 0
     truncated: int = 0
+    mined: int = 0
     equal_hard: int = 0
     used_tokens: int = 3
     total_tokens: int = 4

@@ -92,7 +92,7 @@ def test_a_manifest_and_a_prepared_folder_hold_the_same_held_out_clips(clips: Pa
         return Evaluator(run, epath.Path(tmp_path), None, None, {}, None, said.append, lambda: False)  # type: ignore[arg-type]
 
     run = config(tmp_path, folder, folder, f"data.media_root={tmp_path}", f"evaluation.media_root={tmp_path}", "batch.micro_batch=2")
-    planner: Any = SimpleNamespace(updates_per_epoch=2, alike=lambda _: [0, 1, 2, 3])
+    planner: Any = SimpleNamespace(updates_per_epoch=2, negatives=None, alike=lambda _: [0, 1, 2, 3])
     notes = list(data_notes(run, open_source(folder, run.data.resolved_preset()), planner, 2))
     assert [note.partition("=")[0] for note in notes[:2]] == ["data.media_root", "evaluation.media_root"]
     assert notes[2] == "2 of 4 clips have no sound and are trained with silence" and len(notes) == 3
