@@ -112,6 +112,9 @@ def _curve(name: str, value: Any) -> tuple[str, tuple[Any, str]]:
     if name in CURVES:
         tag, text = CURVES[name]
         return tag, (value, text)
+    loss, _, width = name.rpartition("_")
+    if loss in CURVES and width.isdigit():
+        return f"{CURVES[loss][0]}_{width}", (value, f"{CURVES[loss][1]} On the first {width} dimensions.")
     group, _, rest = name.partition("/")
     if group == "grad_norm":
         return f"train/{name}", (value, f"Norm of the gradient of the parameters of {rest}, before clipping.")

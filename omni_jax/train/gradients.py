@@ -33,7 +33,8 @@ Metrics = dict[str, jax.Array]
 def loss_of(embeddings: Embeddings, scalars: Arrays, losses: LossConfig, kind: StepKind, blocks: int) -> tuple[jax.Array, Metrics]:
     """Returns the weighted sum of the active losses, each of them and the scalars that they read, float32 scalars.
 
-    On a mesh each shard computes them of its own clips, against the gathered embeddings of all.
+    A loss on the first 256 dimensions alone is named with their number ("L_A_256"). On a mesh each shard computes them of its own clips,
+    against the gathered embeddings of all.
 
     Args:
       embeddings: (B, D) of the whole pool, as `embed_streams` names them.
@@ -41,9 +42,19 @@ def loss_of(embeddings: Embeddings, scalars: Arrays, losses: LossConfig, kind: S
       blocks: blocks of consecutive clips that see one another's hard negatives, where those are local.
     """
 
+    whole = next(iter(embeddings.values())).shape[-1]
+    widths = losses.widths(whole)
+
+    def named(name: str, width: int) -> str:
+        return LOSSES[name].metric + (f"_{width}" if width < whole else "")
+
     def terms(z: Embeddings, values: Mapping[str, Any], axis_name: tuple[str, ...] | None = None) -> Metrics:
-        pool = Pool(z, kind.singles, kind.pairs, values, axis_name, losses.hard_scope, blocks)
-        return {LOSSES[name].metric: LOSSES[name].value(pool) for name in losses.weights}
+        found = {}
+        for width in widths:
+            cut = {name: x[:, :width] for name, x in z.items()} if width < whole else z
+            pool = Pool(cut, kind.singles, kind.pairs, values, axis_name, losses.hard_scope, blocks)
+            found |= {named(name, width): LOSSES[name].value(pool) for name in losses.weights}
+        return found
 
     mesh, values = jax.sharding.get_abstract_mesh(), losses.values(scalars)
     if writes_gathers(mesh):
@@ -51,7 +62,8 @@ def loss_of(embeddings: Embeddings, scalars: Arrays, losses: LossConfig, kind: S
         split = functools.partial(terms, axis_name=axes)
         terms = jax.shard_map(split, in_specs=(PartitionSpec(axes), PartitionSpec()), out_specs=PartitionSpec())
     found = terms(embeddings, values)
-    loss = sum((weight * found[LOSSES[name].metric] for name, weight in losses.weights.items()), jnp.zeros(()))
+    parts = [(factor * weight, named(name, width)) for width, factor in widths.items() for name, weight in losses.weights.items()]
+    loss = sum((factor * found[name] for factor, name in parts), jnp.zeros(()))
     metrics = found | {"loss": loss} | {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
     return loss, metrics | collapse_metrics(embeddings["anchor"] if kind.anchor else embeddings[kind.singles[0]])
 

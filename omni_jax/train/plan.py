@@ -36,6 +36,9 @@ class LossConfig:
       hn_audio_only: the hard negative always exchanges the audio.
       negatives: "micro": each micro-batch is its own pool and gradients are averaged, as released; "global": one pool for all micro-batches
         of an update (gradient caching). The cycles count micro-batches under "micro" and updates under "global".
+      matryoshka_dims: leading dimensions on which every loss is computed, too, after normalising again, so that vectors can be cut to them
+        (`MatryoshkaLoss` of sentence-transformers, arXiv 2205.13147). The losses are added, with all dimensions as well; () adds none.
+      matryoshka_weights: the factor of each of `matryoshka_dims`; () is 1 for each. All dimensions have 1 unless they are listed, too.
     """
 
     weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(PUBLISHED), hash=False)
@@ -46,6 +49,8 @@ class LossConfig:
     hard_scope: str = "local"
     hn_audio_only: bool = False
     negatives: str = "global"
+    matryoshka_dims: tuple[int, ...] = ()
+    matryoshka_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in (("pairs", ("cycle", "all")), ("hard_scope", ("local", "global")), ("negatives", NEGATIVES)):
@@ -58,6 +63,11 @@ class LossConfig:
             raise ConfigError(f"loss field weights={weights}: must not be negative, and one at least must be positive")
         # Equal configs are equal records, whichever zeros they spell out.
         object.__setattr__(self, "weights", {name: weights[name] for name in LOSSES if weights.get(name)})
+        dims, factors = self.matryoshka_dims, self.matryoshka_weights
+        if min(dims, default=1) < 1 or len(set(dims)) < len(dims):
+            raise ConfigError(f"loss field matryoshka_dims={dims}: must be different positive numbers of dimensions")
+        if factors and (len(factors) != len(dims) or not all(math.isfinite(w) and w > 0 for w in factors)):
+            raise ConfigError(f"loss field matryoshka_weights={factors}: give one positive number for each of matryoshka_dims={dims}")
         read = [name for name in self.read if name != "temperature"]
         object.__setattr__(self, "scalars", _numbers("scalars", self.scalars, read))
 
@@ -65,6 +75,17 @@ class LossConfig:
     def needs(self) -> frozenset[str]:
         """What is embedded for the active losses, as `objectives.Loss.needs`."""
         return frozenset[str]().union(*(LOSSES[name].needs for name in self.weights))
+
+    def widths(self, width: int) -> dict[int, float]:
+        """Returns dimensions -> factor of the losses on so many leading ones, all `width` of them first.
+
+        Raises:
+          ConfigError: for more dimensions than there are.
+        """
+        if wide := [dim for dim in self.matryoshka_dims if dim > width]:
+            raise ConfigError(f"loss field matryoshka_dims={self.matryoshka_dims}: {wide[0]} is more than the {width} of an embedding")
+        factors = self.matryoshka_weights or (1.0,) * len(self.matryoshka_dims)
+        return {width: 1.0} | dict(zip(self.matryoshka_dims, factors, strict=True))
 
     @property
     def read(self) -> tuple[str, ...]:

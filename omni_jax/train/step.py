@@ -87,6 +87,7 @@ class TrainStep:
           InputError: when a head that should train would not.
         """
         self.names = select(model, config.trainable)
+        config.losses.widths(model.decoder.hidden_size)
         self.groups: tuple[GroupCount, ...] = count_groups(model, self.names)
         self.programs: list[str] = []
         self.config, self.mesh, self.rate = config, mesh, schedule(config.optimizer)
