@@ -236,9 +236,9 @@ def finished(rows: np.ndarray, truncate_dim: int | None, normalize: bool, precis
     where the value is positive, eight to a byte, less 128, as sentence-transformers packs them: (N, ceil(D / 8)) int8.
     """
     if truncate_dim is not None:
-        rows = rows[:, :truncate_dim]
-        if normalize:
-            rows = unit_rows(rows)
+        from omni_jax.retrieval.rows import truncated_rows
+
+        rows = truncated_rows(rows, truncate_dim, normalize)
     if precision == "float16":
         return rows.astype(np.float16)
     if precision == "int8":

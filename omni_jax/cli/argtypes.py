@@ -15,6 +15,16 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def add_truncate_dim(parser: argparse.ArgumentParser, what: str = "vectors") -> None:
+    """Adds the dimensions that vectors are cut to, as `retrieval.rows.truncated` takes them."""
+    parser.add_argument(
+        "--truncate-dim",
+        type=positive(int),
+        metavar="N",
+        help=f"keep the first N dimensions of {what}, scaled to length 1 again (for models trained with losses.matryoshka_dims)",
+    )
+
+
 def positive(kind: type) -> Callable[[str], Any]:
     """Returns a reader of numbers of a type that are above 0 and finite."""
 

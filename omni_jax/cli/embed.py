@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from omni_jax.cli.argtypes import positive, whole
+from omni_jax.cli.argtypes import add_truncate_dim, positive, whole
 from omni_jax.cli.on_ray import add_actor_arguments, add_ray_argument, check_ray, embedding_on_ray
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.source import add_source_arguments, read_source
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GIB",
         help="vectors of more than this are written as several files FILE-I-of-N.npz, which FILE.npz names together (default: %(default)g)",
     )
+    add_truncate_dim(parser)
     parser.add_argument("--no-normalize", action="store_true", help="do not scale vectors to length 1")
     parser.add_argument(
         "--sample",
@@ -197,8 +198,10 @@ def run(args: argparse.Namespace) -> int:
     tables = usable_tables(args, whole, tables, part_path(args.out, index, count))
     with contextlib.ExitStack() as held:
         model = load_model(args, source, chosen) if args.ray is None else held.enter_context(embedding_on_ray(args, source, chosen))
+        if args.truncate_dim is not None and args.truncate_dim > model.dim:
+            raise InputError(f"--truncate-dim {args.truncate_dim}: the model's vectors have {model.dim} dimensions; keep so many at most")
         made_with = model.made_with(normalize=not args.no_normalize)
-        files = _files(args, whole, tables, model.dim)
+        files = _files(args, whole, tables, args.truncate_dim or model.dim)
         same = first_of_prompts(whole.records, tables) if files[0].of > 1 else {}
         bad = done = 0
         for file in files:
@@ -264,8 +267,9 @@ def _embed_file(
     from omni_jax.retrieval.embedding_file import finished, write_embeddings
     from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt, same_in_other_parts
     from omni_jax.retrieval.journal import Journal
+    from omni_jax.retrieval.rows import TRUNCATE_DIM, truncated
 
-    settings = _settings(made_with, tables, file.manifest)
+    settings = _settings(made_with, tables, file.manifest) | ({TRUNCATE_DIM: args.truncate_dim} if args.truncate_dim else {})
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
     several = file.of > 1 and not args.part
     if several and (there := finished(file.out, digest)) is not None:
@@ -291,7 +295,7 @@ def _embed_file(
         rows = table.tables or {name: np.zeros((0, model.dim), np.float32) for name in tables}  # a set has all its files
         elsewhere = same_in_other_parts(same, set(table.ids))
         table = dataclasses.replace(table, tables=rows, made_with=made_with, parts=(file.index,), of=file.of, same=elsewhere)
-        write_embeddings(file.out, table, args.official_keys, digest if several else "")
+        write_embeddings(file.out, truncated(table, args.truncate_dim), args.official_keys, digest if several else "")
         names = ", ".join(rows)
         print(f"{file.out}: {len(table.ids)} records, tables {names}; {outcome.padded_share:.0%} of the tokens were padding")
     journal.remove()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omni_jax.cli.argtypes import add_truncate_dim
 from omni_jax.config.made_with import listed, made_otherwise
 from omni_jax.types import EmbeddingTable, InputError
 
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ties", choices=TIES, default="optimistic", help="how candidates of equal similarity count (default: %(default)s)"
     )
     parser.add_argument("--incomplete", action="store_true", help="score some parts of a set (embed --part) without the others")
+    add_truncate_dim(parser, "the files that are scored; those of --compare stay as they are")
     parser.add_argument("--json", metavar="OUT", help="also write the result as JSON")
     parser.add_argument(
         "--compare",
@@ -86,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.retrieval.embedding_file import check_place, output_file
     from omni_jax.retrieval.published import BENCH, published, sources
     from omni_jax.retrieval.report import Other
+    from omni_jax.retrieval.rows import truncated
     from omni_jax.retrieval.storage import changes, format_changes, stored
     from omni_jax.retrieval.table import format_left_out
 
@@ -102,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         return score(table.tables, ids=ids, relevance=relevance, ties=args.ties, mesh=mesh)
 
     embeddings, relevance, left_out = read_captioned(args.files, args.captions, incomplete=args.incomplete)
+    embeddings = truncated(embeddings, args.truncate_dim)
     if records and not embeddings.named:
         raise InputError(f"{args.files[0]}: has no ids, by which --manifest and --media find its records; add ids=FILE, one id a line")
     notes: list[str] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from omni_jax.cli.argtypes import whole
+from omni_jax.cli.argtypes import add_truncate_dim, whole
 from omni_jax.types import InputError
 
 EXAMPLE = "omni-jax export clips.npz --to int8 --out clips-int8.npz"
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--manifest", metavar="FILE.jsonl", action="append", default=[], help="parquet: adds captions and paths of media; may be repeated"
     )
+    add_truncate_dim(parser)
     parser.add_argument(
         "--queries", type=whole, metavar="N", help=f"int8: records used as queries to measure the loss (default: {QUERIES}; 0: none)"
     )
@@ -54,8 +55,9 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.cli.inputs import read_tables
     from omni_jax.cli.report import captions_of, records_of
     from omni_jax.retrieval.export import FACTORY, export_faiss, export_int8, export_npy, export_parquet, format_loss, recall_loss
+    from omni_jax.retrieval.rows import truncated
 
-    table = read_tables(args.files, incomplete=True)
+    table = truncated(read_tables(args.files, incomplete=True), args.truncate_dim)
     if args.to == "int8":
         held = export_int8(table, args.out)
         before, after = (sum(rows.nbytes for rows in table.tables.values()) * share / 1e6 for share in (1, 0.25))

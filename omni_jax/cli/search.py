@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from omni_jax.cli import embed
+from omni_jax.cli.argtypes import add_truncate_dim
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED
 from omni_jax.config import TABLES, Preset
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--table", choices=TABLES, help="table to search in (default: for a text av, then video, audio; for other queries what they lack)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object a query instead of lines")
+    add_truncate_dim(parser, "index and query")
     embed.add_preset_arguments(parser, "the one that the index was made with, or else the model's")
     parser.add_argument("--unchecked", action="store_true", help="search an index that was made by another model or preset all the same")
     embed.add_weights_arguments(parser)
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     from omni_jax.cli.inputs import read_tables
     from omni_jax.cli.queries import read_queries
+    from omni_jax.retrieval.rows import truncated
     from omni_jax.retrieval.search import TARGETS, target_table
 
     queries = read_queries(args)
@@ -72,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
             f"--queries {args.queries}: of several kinds, or of several modalities each; say by --table what they are searched in"
         )
     index = read_tables(args.index, functools.partial(target_table, queries.kind or "text", chosen=args.table), incomplete=True)
+    index = truncated(index, args.truncate_dim)
     (table,) = index.tables
     if not index.ids:
         raise InputError(f"{args.index[0]}: holds no records")
@@ -88,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
             # A text is what is searched with, whatever the captions of the index are.
             prompt_name=args.prefix or "query" if chosen.prefix else None,
             on_error="raise" if args.queries is None else "nan",
+            truncate_dim=args.truncate_dim,
         )
     for warning in told or ():
         print(one_line(str(warning.message)), file=sys.stderr)
@@ -95,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     if not len(good):
         raise InputError(f"--queries {args.queries}: none of {len(vectors)} queries can be embedded")
     ids = index.ids_of(table)
-    scores, rows = Index(index.tables[table], table, ids).search(vectors[good], args.k)
+    scores, rows = Index(index.tables[table], table, ids, made_with=index.made_with).search(vectors[good], args.k)
     for place, number in enumerate(good.tolist()):
         found = [(ids[row], float(score)) for row, score in zip(rows[place].tolist(), scores[place], strict=True)]
         _show(args, queries.kind, queries.names[number], table, len(ids), found)

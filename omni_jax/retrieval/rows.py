@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from omni_jax.retrieval.stored_rows import StoredRows
-from omni_jax.types import InputError
+from omni_jax.types import EmbeddingTable, InputError
 
 NORMS = (1e-30, 1e30)  # outside, the reciprocal of a norm or a product of two rows leaves float32
 INT8 = 127  # largest value of an int8 row
 TOGETHER = 32  # rows handled together in float64
+BLOCK = 16_384  # rows cut together
+TRUNCATE_DIM = "truncate_dim"
+"""Field of `EmbeddingTable.made_with`: dimensions that vectors were cut to; without it they have all."""
 
 
 def as_rows(rows: np.ndarray | StoredRows, name: str) -> Any:
@@ -65,6 +69,36 @@ def unit(rows: np.ndarray) -> np.ndarray:
     """Returns rows of length 1, (N, D) float32. They must not be zero."""
     rows = np.asarray(rows, dtype=np.float32)
     return rows / np.linalg.norm(rows.astype(np.float64), axis=-1, keepdims=True).astype(np.float32)
+
+
+def truncated_rows(rows: np.ndarray, dim: int, normalize: bool = True) -> np.ndarray:
+    """Returns the first `dim` columns of rows (N, D), scaled to length 1 where `normalize` says so; zeros stay zeros."""
+    rows = rows[:, :dim]
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-12)) if normalize else rows
+
+
+def truncated(table: EmbeddingTable, dim: int | None) -> EmbeddingTable:
+    """Returns tables of the first `dim` dimensions, scaled to length 1 again unless the vectors were made otherwise; None: all as they are.
+
+    `made_with` records the number under TRUNCATE_DIM.
+
+    Raises:
+      InputError: for more dimensions than a table has.
+    """
+    if dim is None:
+        return table
+    for name, rows in table.tables.items():
+        if dim > rows.shape[1]:
+            raise InputError(f"truncate_dim {dim}: table {name!r} has {rows.shape[1]} dimensions; keep so many at most")
+    normalize = table.made_with is None or table.made_with.get("normalize") is not False
+    made_with = None if table.made_with is None else {**table.made_with, TRUNCATE_DIM: dim}
+    tables = {}
+    for name, rows in table.tables.items():
+        tables[name] = np.empty((len(rows), dim), np.float32)
+        for start in range(0, len(rows), BLOCK):  # rows that stay on disk are read in blocks
+            part = slice(start, start + BLOCK)
+            tables[name][part] = truncated_rows(rows[part], dim, normalize)
+    return dataclasses.replace(table, tables=tables, made_with=made_with)
 
 
 def parts(n: int) -> Iterator[slice]:

@@ -16,7 +16,7 @@ from omni_jax.config.made_with import HELD, ROUNDING, held_otherwise, listed
 from omni_jax.retrieval.embedding_file import check_alike, read_embeddings, whole_set
 from omni_jax.retrieval.norms import read_norms, write_norms
 from omni_jax.retrieval.npz import PathLike
-from omni_jax.retrieval.rows import as_rows, lengths, parts
+from omni_jax.retrieval.rows import TRUNCATE_DIM, as_rows, lengths, parts
 from omni_jax.types import InputError
 
 BLOCK = 16384  # rows scored together: memory stays O(block), however large the table
@@ -25,8 +25,9 @@ FEW = 4  # queries for which a product of a matrix and a vector each is faster t
 MARGIN = 2e-5  # beyond the rounding of a cosine in float32
 TINY, HUGE = 1e-15, 1e15  # lengths whose squares float32 holds to full precision
 
-FREE = (*ROUNDING, *HELD, "normalize", "preset.prefix")
-"""Fields of `made_with` in which an index and its query may differ: a cosine has no length, a query may have another prefix.
+FREE = (*ROUNDING, *HELD, "normalize", TRUNCATE_DIM, "preset.prefix")
+"""Fields of `made_with` in which an index and its query may differ: a cosine has no length, a query is cut as the index was and may have
+another prefix.
 
 Int8 weights on one side turn a cosine by little, which is said (`held_otherwise`)."""
 
@@ -129,7 +130,8 @@ class Index:
     def search(self, queries: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
         """Returns cosines (Q, k) float32 and rows (Q, k) int64 of the k nearest rows, nearest first; level ones in the order of the table.
 
-        For one query (D,) both are (k,). k is cut to the number of rows; `ids` names them.
+        For one query (D,) both are (k,). k is cut to the number of rows; `ids` names them. Where the table is recorded to have been cut to
+        its first dimensions, a wider query is cut likewise.
 
         Raises:
           InputError: for queries with NaN, infinity or only zeros, of another width than the table, or k below 1.
@@ -140,6 +142,8 @@ class Index:
             cosines, rows = self.search(np.asarray(queries)[None], k)
             return cosines[0], rows[0]
         asked = as_rows(queries, "query")
+        if (self.made_with or {}).get(TRUNCATE_DIM) == self.rows.shape[1] < asked.shape[1]:
+            asked = asked[:, : self.rows.shape[1]]
         if asked.shape[1] != self.rows.shape[1]:
             widths = f"the query is {asked.shape[1]} wide, table {self.name!r} is {self.rows.shape[1]}"
             raise InputError(f"{widths}; embed the index with the model that searches")

@@ -40,6 +40,26 @@ def test_golden_each_line_of_a_text_file_is_a_query(
 
 
 @pytest.mark.jit
+def test_golden_embed_cuts_vectors_and_search_finds_in_them(
+    golden: GoldenSet, converted: Path, index: Path, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    caption, cut = golden.records[0].text, tmp_path / "cut.npz"
+    command = ["embed", "--model", str(converted), "--manifest", str(golden.manifest), "--out", str(cut), "--tables", "text"]
+    assert main([*command, *settings, "--truncate-dim", "8"]) == DONE
+    found = []
+    for file, more in ((cut, []), (index, ["--truncate-dim", "8"])):
+        arguments = ["search", "--model", str(converted), "--index", str(file), "--table", "text", "--text", caption, "--json"]
+        capsys.readouterr()
+        assert main([*arguments, *more]) == DONE
+        found.append(json.loads(capsys.readouterr().out))
+    one, other = (row["results"] for row in found)
+    assert [result["id"] for result in one] == [result["id"] for result in other] and one[0]["id"] == golden.records[0].id
+    assert all(abs(a["score"] - b["score"]) < 1e-5 for a, b in zip(one, other, strict=True))
+    assert main([*command, "--truncate-dim", "99999"]) == BAD_INPUT
+    assert "--truncate-dim 99999: the model's vectors have" in capsys.readouterr().err
+
+
+@pytest.mark.jit
 def test_golden_a_query_that_cannot_be_embedded_is_skipped(
     golden: GoldenSet, converted: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
