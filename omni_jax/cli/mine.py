@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omni_jax.cli.argtypes import whole
+from omni_jax.cli.argtypes import positive, whole
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED
 from omni_jax.types import InputError
 
@@ -43,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--relative-margin", type=_margin, metavar="M", help="a negative scores at most (1 - M) times the relevant item (default: none)"
     )
+    parser.add_argument(
+        "--search",
+        choices=("exact", "faiss"),
+        default="exact",
+        help="faiss looks into the nearest cells of a large gallery alone, and holds it in memory once more (default: exact)",
+    )
+    parser.add_argument("--probe", type=positive(int), metavar="N", help="--search faiss: cells looked at (default: 1 in 32, at least 16)")
     parser.add_argument("--sampling", choices=SAMPLING, default="top", help="the hardest ones, or some at random (default: top)")
     parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of --sampling random (default: 0)")
 
@@ -55,12 +63,15 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.out.suffix != ".jsonl":
         raise InputError(f"--out {args.out}: the name of a manifest ends in .jsonl")
+    if args.probe is not None and args.search != "faiss":
+        raise InputError(f"--probe {args.probe}: is for --search faiss; leave it out")
 
     # Late, so that `--help` and usage errors answer at once.
     from omni_jax.cli.inputs import read_tables
     from omni_jax.cli.progress import Progress
     from omni_jax.data.manifest import read_manifest, write_jsonl_atomic
     from omni_jax.retrieval.directions import DIRECTIONS, possible
+    from omni_jax.retrieval.faiss_search import FaissIndex
     from omni_jax.retrieval.mining import MiningConfig, mine
 
     config = MiningConfig(
@@ -78,16 +89,18 @@ def run(args: argparse.Namespace) -> int:
     manifest = read_manifest(args.manifest)
     for problem in manifest.problems[:1]:
         print(f"{args.manifest}: {len(manifest.problems)} entries are skipped; the first: {problem.reason}", file=sys.stderr)
-    table = read_tables(args.embeddings or [_embedded(args)])
+    files = args.embeddings or [_embedded(args)]
+    table = read_tables(files)
     known = set(table.ids)
     absent = [record.id for record in manifest.records if record.id not in known]
     if len(absent) == len(manifest.records):
-        raise InputError(f"{args.manifest}: none of its records is in {', '.join(args.embeddings)}; name the file of this manifest")
+        raise InputError(f"{args.manifest}: none of its records is in {', '.join(files)}; name the file of this manifest")
     if absent:
         print(f"{args.manifest}: {len(absent)} records are not embedded and get no negatives; the first: {absent[0]!r}", file=sys.stderr)
     chosen = [name for name in possible(table.tables) if name in directions]
     with Progress(sum(len(table.ids_of(DIRECTIONS[name][0])) for name in chosen), "mine", unit="queries") as bar:
-        mined = mine(table, config, same=_same(manifest), directions=directions, progress=lambda done: bar.update(done))
+        nearest = functools.partial(FaissIndex, probed=args.probe) if args.search == "faiss" else None
+        mined = mine(table, config, same=_same(manifest), directions=directions, nearest=nearest, progress=lambda done: bar.update(done))
     write_jsonl_atomic(args.out, _rows(manifest, mined, args.out.absolute().parent))
     print(_summary(mined))
     print(f"{args.out}: {len(mined.negatives)} of {len(manifest.records)} records have negatives")

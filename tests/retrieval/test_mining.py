@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from omni_jax.cli.main import main
 from omni_jax.retrieval.embedding_file import write_embeddings
+from omni_jax.retrieval.faiss_search import FaissIndex
 from omni_jax.retrieval.mining import MiningConfig, mine
 from omni_jax.types import EmbeddingTable, InputError
 
@@ -41,6 +43,29 @@ def test_near_misses_are_found_and_other_clips_of_the_same_caption_are_not() -> 
         assert sum(name == f"h{n}" for n, name in enumerate(first)) >= 0.99 * 60
         assert not any(name == f"f{n}" for n, name in enumerate(first))
         assert mined.removed[direction]["same caption"] >= 60
+
+
+@pytest.mark.parametrize("cells", [False, True], ids=["every row", "cells"])
+def test_faiss_finds_the_near_misses_and_no_twin(monkeypatch: pytest.MonkeyPatch, cells: bool) -> None:
+    table, same = planted(np.random.default_rng(8), groups=900)
+    monkeypatch.setattr("omni_jax.retrieval.faiss_search.SMALL", 100 if cells else 10_000)
+    index = FaissIndex(table.tables["video"])
+    assert (index.cells > 0) == cells and index.probed <= index.cells
+    config = MiningConfig(num_negatives=1)
+    mined = mine(table, config, same=same, directions=("t2v",), nearest=FaissIndex)
+    first = [mined.negatives.get(f"r{n}", {}).get("t2v", [""])[0] for n in range(900)]
+    assert sum(name == f"h{n}" for n, name in enumerate(first)) >= 0.99 * 900
+    assert sum(name == f"f{n}" for n, name in enumerate(first)) <= 0.01 * 900
+    if not cells:
+        assert mined.negatives == mine(table, config, same=same, directions=("t2v",)).negatives
+
+
+def test_faiss_that_is_missing_and_rows_without_a_direction_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="table 'gallery': 1 rows hold only zeros"):
+        FaissIndex(np.eye(4, dtype=np.float32) * [1, 1, 0, 1])
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(InputError, match=r"pip install 'omni-jax\[faiss\]'"):
+        FaissIndex(np.eye(4, dtype=np.float32))
 
 
 def naive(table: EmbeddingTable, config: MiningConfig, record: int) -> list[str]:
@@ -144,12 +169,22 @@ def test_records_without_an_embedding_are_reported_and_stay(tmp_path: Path, caps
     assert json.loads((tmp_path / "mined.jsonl").read_text().splitlines()[-1])["negatives"] == {}
 
 
+def test_a_manifest_of_duplicates_gives_one_line_and_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, _ = planted(np.random.default_rng(6), groups=4)
+    write_set(tmp_path, table, dict.fromkeys(table.ids, "the same"))
+    arguments = ["mine", "--manifest", str(tmp_path / "clips.jsonl"), "--embeddings", str(tmp_path / "clips.npz")]
+    for search in ("exact", "faiss"):
+        assert main([*arguments, "--out", str(tmp_path / "mined.jsonl"), "--search", search]) == 2
+        assert "no record has a valid negative" in capsys.readouterr().err and not (tmp_path / "mined.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["--out", "mined.json"], "the name of a manifest ends in .jsonl"),
         (["--out", "m.jsonl", "--directions", "t2x"], "unknown direction 't2x'"),
         (["--out", "m.jsonl", "--range-max", "0"], "range_min 0 and range_max 0"),
+        (["--out", "m.jsonl", "--probe", "8"], "--probe 8: is for --search faiss"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str) -> None:
