@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -309,8 +310,8 @@ def mined_negatives(run: RunConfig, source: ClipSource) -> MinedNegatives | None
         return None
     if not run.data.mined and not isinstance(source, MediaSource):
         raise InputError(
-            f"data.negatives={run.data.negatives}: {run.data.train} is a prepared folder, which holds no mined negatives; give the manifest "
-            f"that 'omni-jax mine' wrote of its clips (--config.data.mined=mined.jsonl)"
+            f"data.negatives={run.data.negatives}: {run.data.train} is a prepared folder, which holds no mined negatives; give the "
+            f"manifest that 'omni-jax mine' wrote of its clips (--config.data.mined=mined.jsonl)"
         )
     return read_negatives(run.data.mined or run.data.train, source, run.data.negatives)
 

@@ -1,5 +1,6 @@
 """The losses: arrays in, scalars out. Knows no model, no mesh and no file."""
 
+from omni_jax.objectives.health import HEALTH, health
 from omni_jax.objectives.infonce import info_nce
 from omni_jax.objectives.losses import distillation_loss, pairwise_loss, tuple_loss
 from omni_jax.objectives.schedule import HARD_NEGATIVES, PAIRS, active_hard_negative, active_pairs, active_students
@@ -8,6 +9,7 @@ from omni_jax.objectives.table import LOSSES, SCALARS, Loss, Pool, Scalar
 
 __all__ = [
     "HARD_NEGATIVES",
+    "HEALTH",
     "LOSSES",
     "PAIRS",
     "SCALARS",
@@ -18,6 +20,7 @@ __all__ = [
     "active_pairs",
     "active_students",
     "distillation_loss",
+    "health",
     "info_nce",
     "pairwise_loss",
     "siglip_loss",

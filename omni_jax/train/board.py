@@ -25,7 +25,7 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util import tensor_util
 
-from omni_jax.objectives import LOSSES, SCALARS
+from omni_jax.objectives import HEALTH, LOSSES, SCALARS
 from omni_jax.train.loop import DIGEST
 
 Event, SessionLog = event_pb2.Event, event_pb2.SessionLog  # type: ignore[attr-defined]  # generated classes
@@ -42,6 +42,7 @@ CURVES = {
     "mean_cosine": ("train/embeddings/mean_cosine", "Mean cosine between embeddings of different clips; near 1 they have collapsed."),
     "effective_rank": ("train/embeddings/effective_rank", "Participation ratio of the embeddings' covariance; near 1 they have collapsed."),
     "collapsed_in_row": ("train/embeddings/collapsed_in_row", "Updates in a row, up to this one, with collapsed embeddings."),
+    **{name: (f"train/health/{name}", about) for name, about in HEALTH.items()},
     "grad_norm": ("train/grad_norm/total", "Norm of the gradient before clipping."),
     "skipped": ("train/skipped/total", "Updates so far without a finite loss and gradient, which changed nothing."),
     "skipped_in_row": ("train/skipped/in_row", "Skipped updates in a row, up to this one."),

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from omni_jax.config import ModelConfig
 from omni_jax.model import Encoder, abstract_encoder, with_params
 from omni_jax.model.layers import Remat
-from omni_jax.objectives import LOSSES, Pool
+from omni_jax.objectives import LOSSES, Pool, health
 from omni_jax.parallel import batch_axes, constrain, writes_gathers
 from omni_jax.towers import NAMES, of_modalities
 from omni_jax.train.batch import TrainBatch
@@ -31,7 +31,7 @@ Metrics = dict[str, jax.Array]
 
 
 def loss_of(embeddings: Embeddings, scalars: Arrays, losses: LossConfig, kind: StepKind, blocks: int) -> tuple[jax.Array, Metrics]:
-    """Returns the weighted sum of the active losses, each of them and the scalars that they read, float32 scalars.
+    """Returns the weighted sum of the active losses; each of them, the scalars that they read and HEALTH, float32 scalars.
 
     A loss on the first 256 dimensions alone is named with their number ("L_A_256"). On a mesh each shard computes them of its own clips,
     against the gathered embeddings of all.
@@ -54,6 +54,8 @@ def loss_of(embeddings: Embeddings, scalars: Arrays, losses: LossConfig, kind: S
             cut = {name: x[:, :width] for name, x in z.items()} if width < whole else z
             pool = Pool(cut, kind.singles, kind.pairs, values, axis_name, losses.hard_scope, blocks)
             found |= {named(name, width): LOSSES[name].value(pool) for name in losses.weights}
+            if width == whole:
+                found |= health(pool, kind.hard)
         return found
 
     mesh, values = jax.sharding.get_abstract_mesh(), losses.values(scalars)

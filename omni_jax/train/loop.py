@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from omni_jax.objectives import HEALTH
 from omni_jax.parallel import any_process, process_allgather, process_sum
 from omni_jax.train.batch import UpdateBatch, place_update
 from omni_jax.train.checkpoint import Checkpoints
@@ -169,6 +170,7 @@ class _Pending:
 
     def settle(self, watch: Watch, callbacks: LoopCallbacks) -> None:
         row: Row = {name: np.asarray(value).item() for name, value in jax.device_get(dict(self.metrics)).items()}
+        row = {name: value for name, value in row.items() if name not in HEALTH or math.isfinite(value)}  # some step kinds lack some
         counts = {name: getattr(self.update, name) for name in COUNTS} | {"replaced": len(self.update.errors)}
         counts = dict(zip(counts, process_sum(list(counts.values())), strict=True))
         row |= counts | {"clips_per_second": self.clips_per_second, DIGEST: digest_of(self.update.ids), COLLAPSED: watch.count(row)}

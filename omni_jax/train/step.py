@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from clu.metrics import Average, Collection
+from flax import struct
 from jax.sharding import AbstractMesh, Mesh
 
 from omni_jax.config import ModelConfig
 from omni_jax.model.attention import choose, choose_for
+from omni_jax.objectives import HEALTH
 from omni_jax.parallel import use_mesh
 from omni_jax.train import remat
 from omni_jax.train.batch import TrainBatch, UpdateBatch
@@ -117,8 +119,8 @@ class TrainStep:
     def __call__(self, state: TrainState, frozen: Arrays, update: UpdateBatch) -> tuple[TrainState, Metrics]:
         """Returns the next state and the metrics, scalars on the devices; `state` is given away.
 
-        Metrics are the mean over micro-batches of "loss", the active losses and their scalars, "mean_cosine" and "effective_rank"; then
-        "grad_norm" (before clipping, also by group as "grad_norm/lora"), "learning_rate", "skipped" and "skipped_in_row".
+        Metrics are the mean over micro-batches of "loss", the active losses and their scalars, "mean_cosine", "effective_rank" and HEALTH;
+        then "grad_norm" (before clipping, also by group as "grad_norm/lora"), "learning_rate", "skipped" and "skipped_in_row".
 
         Raises:
           InputError: for batches whose kinds do not fit the recipe.
@@ -176,6 +178,8 @@ class TrainStep:
         """Gradient and metrics of the micro-batch at `place` of a batch, number `index` of the update."""
         one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, place, keepdims=False), batch)
         gradients, found = self.forward.plain(state.trainable, frozen, one, kind, self._key(state, index))
+        # Kinds differ in what they embed: one type of metrics holds all, and a mean is that of the micro-batches which have it.
+        found = dict.fromkeys(HEALTH, jnp.full((), jnp.nan)) | found
         return gradients, _averages(tuple(found)).single_from_model_output(**found)
 
     def _apply_mean(self, state: TrainState, total: tuple[Arrays, Collection], count: jax.Array) -> tuple[TrainState, Metrics]:
@@ -251,7 +255,17 @@ class TrainStep:
 @functools.cache
 def _averages(names: tuple[str, ...]) -> type[Collection]:
     """Returns the means over micro-batches of metrics: one type for the same names, which JAX takes for one structure."""
-    return Collection.create(**{name: Average.from_output(name) for name in names})
+    return Collection.create(**{name: (_AverageOfNumbers if name in HEALTH else Average).from_output(name) for name in names})
+
+
+@struct.dataclass
+class _AverageOfNumbers(Average):
+    """The mean over micro-batches that are not NaN."""
+
+    @classmethod
+    def from_model_output(cls, values: jax.Array, mask: jax.Array | None = None, **_: Any) -> Average:
+        there = ~jnp.isnan(values)  # of one value, which clu's own masks do not take
+        return cls(total=jnp.where(there, values, 0), count=there.astype(jnp.int32))
 
 
 def _add(a: tuple[Arrays, Collection], b: tuple[Arrays, Collection]) -> tuple[Arrays, Collection]:
