@@ -15,6 +15,7 @@ import pytest
 from omni_jax.cli.main import main
 from omni_jax.model import abstract_encoder
 from omni_jax.planning.abstract import abstract_batch
+from omni_jax.towers import of_modalities
 from omni_jax.train import LossConfig, fit_shapes, pack_micro_batch, step_kind
 from omni_jax.train.streams import embed_hard_negatives, run_towers
 from tests.train.golden_batches import next_sample
@@ -43,7 +44,7 @@ def test_a_mined_clip_gives_the_negative_that_a_shuffle_to_it_gives(count: int) 
         from omni_jax.model import with_params
 
         encoder = with_params(model, params)
-        return embed_hard_negatives(encoder, batch, run_towers(encoder, batch.clips, kind.towers), kind)
+        return embed_hard_negatives(encoder, batch, run_towers(encoder, batch.clips, of_modalities(kind.media)), kind)
 
     program = jax.jit(hard, compiler_options=QUICK)
     found = [np.asarray(program(weights(), jax.tree.map(lambda x: x[0], dataclasses.replace(b, kinds=())))) for b in (shuffled, mined)]
