@@ -153,6 +153,7 @@ class Preparation:
 
     def finish(self) -> Summary:
         """Writes the index, TFDS's files and the list of errors, and says what came of it all."""
+        self._remove_leftovers()  # of a node that was lost meanwhile
         failed: list[Problem] = []
         warnings: list[str] = []
 
@@ -195,8 +196,7 @@ class Preparation:
             if earlier != settings:
                 differing = next((name for name in settings if earlier.get(name) != settings[name]), "settings")
                 raise InputError(f"{self._out}: was prepared with other {differing}; give the same, or another --out")
-            for leftover in self._out.glob(".*.unfinished"):
-                leftover.unlink(missing_ok=True)
+            self._remove_leftovers()
             return
         if not self._is_free(self._out):
             raise InputError(f"{self._out}: exists and was not made by 'omni-jax prepare'; give another --out")
@@ -224,6 +224,10 @@ class Preparation:
             self._store.put(job.path, job.path.name)
             self._store.put(job.part, f"{PARTS}/{job.part.name}")
             job.path.unlink()
+
+    def _remove_leftovers(self) -> None:
+        for leftover in self._out.glob(".*.unfinished"):
+            leftover.unlink(missing_ok=True)
 
     @staticmethod
     def _is_free(folder: Path) -> bool:
