@@ -127,7 +127,9 @@ class ClipIndex:
     def numbers_of(self, ids: Iterable[str]) -> Iterator[int]:
         """Yields the numbers of the clips with these ids, by one pass over the column."""
         import pyarrow as pa
-        import pyarrow.compute as pc
+        import pyarrow.compute
+
+        pc: Any = pyarrow.compute  # pyarrow makes its functions when it is imported, so their types are not known
 
         wanted, start = pa.array(list(ids), pa.string()), 0
         for chunk in self._columns["id"].chunks:

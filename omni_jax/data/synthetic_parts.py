@@ -173,7 +173,7 @@ def write_parts(out: Path, config: PartsConfig, preset: Preset, progress: Callab
                 writer.finish()
             finally:
                 writer.discard()
-            write_dataset_info(folder, [len(rows)])
+            write_dataset_info(folder, [len(rows)], [(folder / shard_name(0, 1)).stat().st_size])
             write_index(folder, preset, write_rows(folder, [(rows, extents(folder / shard_name(0, 1)))]))
         done += len(drawn[split])
     return {split: out / split for split in SPLITS}

@@ -159,7 +159,7 @@ class Decoding:
         # FFmpeg ends where the next stream of an Ogg chain has another layout or rate.
         while self.stopped and self._container.format.name == "ogg" and (start := _next_in_chain(self._path, self._place)):
             self.stopped = ""
-            with _from(self._path, start) as file, av.open(file, options={"protocol_whitelist": "subfile,file"}) as rest:
+            with _from(self._path, start) as file, av.open(file, "r", options={"protocol_whitelist": "subfile,file"}) as rest:
                 if found := tracks(rest, self._stream.type):
                     yield from self._demux(rest, found[0], start)
 
@@ -327,7 +327,7 @@ def _next_in_chain(path: os.PathLike[str] | str, place: int) -> int:
 
 
 @contextlib.contextmanager
-def _from(path: os.PathLike[str] | str, start: int) -> Iterator[Any]:
+def _from(path: os.PathLike[str] | str, start: int) -> Iterator[str | Window]:
     """Yields what FFmpeg opens to read a file from a byte on."""
     if not isinstance(path, FilePart):
         yield f"subfile,,start,{start},end,0,,:{os.fspath(path)}"

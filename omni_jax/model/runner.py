@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -80,11 +80,11 @@ class Runner:
         self._rows = program("rows", rows)
 
     @property
-    def params(self) -> dict[tuple[str, ...], jax.Array]:
+    def params(self) -> dict[Any, jax.Array]:
         """Every parameter where it lies on the devices."""
-        return {path: slot.get_raw_value() for path, slot in nnx.to_flat_state(self._params)}
+        return {tuple(path): slot.get_raw_value() for path, slot in nnx.to_flat_state(self._params)}
 
-    def assign(self, params: dict[tuple[str, ...], jax.Array]) -> None:
+    def assign(self, params: Mapping[Any, jax.Array]) -> None:
         """Takes other parameters of the same shapes, types and places; nothing is compiled again."""
         flat = nnx.to_flat_state(self._params)
         self._params = nnx.from_flat_state([(path, slot.replace(params[path])) for path, slot in flat])

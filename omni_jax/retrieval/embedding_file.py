@@ -189,9 +189,10 @@ def _one_row_a_prompt(joined: EmbeddingTable, name: str, parts: Sequence[Embeddi
     place = {record: n for n, record in enumerate(joined.ids_of(name))}
     row_of: dict[str, int] = {}
     by = {place[record]: row_of.setdefault(key, place.get(key, place[record])) for record, key in same.items() if record in place}
-    rows = joined.tables[name]
+    tables: dict[str, Any] = joined.tables
+    rows = tables[name]
     if isinstance(rows, StoredRows):
-        joined.tables[name] = StoredRows.joined([rows], by)
+        tables[name] = StoredRows.joined([rows], by)
     else:
         rows[list(by)] = rows[list(by.values())]
 

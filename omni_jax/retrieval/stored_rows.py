@@ -132,7 +132,7 @@ class StoredRows:
         kind = np.dtype(piece.kind)
         raw = out if kind == np.float32 else np.empty(out.shape, kind)
         file.seek(piece.offset + row * self.shape[1] * kind.itemsize)
-        view, done = memoryview(raw).cast("B"), 0
+        view, done = raw.reshape(-1).view(np.uint8), 0
         while done < len(view):
             count = file.readinto(view[done:])
             if not count:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def media_tokens(shapes: BatchShapes, config: ModelConfig) -> int:
     return sum(items * each for items, each in (tower.tokens(shapes, config) for tower in towers_of(config)))
 
 
-def table_rows(first: int, each: int, valid: Sequence[int]) -> np.ndarray:
+def table_rows(first: int, each: int, valid: Iterable[int]) -> np.ndarray:
     """Returns the rows of a media table that hold the tokens of items, `each` rows an item, of which `valid` are not padding."""
     return np.concatenate([np.zeros(0, np.int32), *(np.arange(count, dtype=np.int32) + first + n * each for n, count in enumerate(valid))])
 

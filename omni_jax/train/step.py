@@ -265,7 +265,8 @@ class _AverageOfNumbers(Average):
     @classmethod
     def from_model_output(cls, values: jax.Array, mask: jax.Array | None = None, **_: Any) -> Average:
         there = ~jnp.isnan(values)  # of one value, which clu's own masks do not take
-        return cls(total=jnp.where(there, values, 0), count=there.astype(jnp.int32))
+        made: Any = cls  # the type checker does not see the fields that flax adds
+        return made(total=jnp.where(there, values, 0), count=there.astype(jnp.int32))
 
 
 def _add(a: tuple[Arrays, Collection], b: tuple[Arrays, Collection]) -> tuple[Arrays, Collection]:

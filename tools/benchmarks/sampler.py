@@ -36,11 +36,13 @@ print(json.dumps(sampler.measured(sys.argv[1])))
 def write(folder: Path, clips: int) -> None:
     """Writes the index of so many clips, and files as long as its shards."""
     import pyarrow as pa
+    import pyarrow.compute
 
     from omni_jax.data.clip_index import BATCH, schema, write_batches, write_index
     from omni_jax.data.shards import shard_name
     from tests.data.training_clips import PRESET, WORDS
 
+    pc: Any = pyarrow.compute
     rng = np.random.default_rng(0)
     heads = pa.array([" ".join(rng.choice(WORDS, 7)) for _ in range(RUNS)])
     lengths = [min(CLIPS_A_SHARD, clips - start) for start in range(0, clips, CLIPS_A_SHARD)]
@@ -49,7 +51,7 @@ def write(folder: Path, clips: int) -> None:
         for start in range(0, clips, BATCH):
             numbers = np.arange(start, min(start + BATCH, clips))
             texts = pa.array(numbers).cast(pa.string())
-            captions = pa.compute.binary_join_element_wise(heads.take(pa.array(numbers % RUNS)), texts, " ")
+            captions = pc.binary_join_element_wise(heads.take(pa.array(numbers % RUNS)), texts, " ")
             begin = numbers % CLIPS_A_SHARD * BYTES_A_CLIP
             grid = pa.FixedSizeListArray.from_arrays(pa.array(np.tile(np.array([4, 16, 16], np.int32), len(numbers))), 3)
             columns = [texts, captions, grid, np.full(len(numbers), 0.5), np.full(len(numbers), 4.0), np.full(len(numbers), 8)]
