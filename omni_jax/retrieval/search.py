@@ -17,6 +17,7 @@ from omni_jax.retrieval.embedding_file import check_alike, read_embeddings, whol
 from omni_jax.retrieval.norms import read_norms, write_norms
 from omni_jax.retrieval.npz import PathLike
 from omni_jax.retrieval.rows import TRUNCATE_DIM, as_rows, lengths, parts
+from omni_jax.retrieval.stored_rows import StoredRows
 from omni_jax.types import InputError
 
 BLOCK = 16384  # rows scored together: memory stays O(block), however large the table
@@ -96,7 +97,7 @@ class Index:
 
     @classmethod
     def open(cls, path: PathLike | Sequence[PathLike], table: str | None = None, *, made_with: Mapping[str, Any] | None = None) -> Index:
-        """Opens a table of an embedding file, mapped into memory where it is one file of uncompressed float32, or read in blocks where it
+        """Opens a table of an embedding file: mapped into memory where it is one file of uncompressed float32, else read in blocks where it
         is large (`read_embeddings`).
 
         The lengths of its rows are kept beside the (first) file (`FILE.TABLE.norms.npz`), where that may be written: later openings read
@@ -125,6 +126,8 @@ class Index:
         index = cls(found.tables[name], name, found.ids_of(name), norms=norms, made_with=found.made_with)
         if norms is None:
             write_norms(paths, name, index.norms)
+        if isinstance(index.rows, StoredRows):
+            index.rows = index.rows.mapped()  # every query reads all of them
         return index
 
     def search(self, queries: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:

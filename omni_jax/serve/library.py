@@ -16,7 +16,6 @@ from omni_jax.media.preview import Preview, record_preview
 from omni_jax.media.workers import Guarded
 from omni_jax.retrieval.embedding_file import read_embeddings
 from omni_jax.retrieval.search import Index, target_table
-from omni_jax.retrieval.stored_rows import StoredRows
 from omni_jax.types import ClipError, FilePart, MediaFile, Record
 
 TYPES = {
@@ -146,11 +145,7 @@ def open_indexes(files: Sequence[str]) -> dict[str, Index]:
         return names[0]
 
     read_embeddings(files, first)
-    found = {name: Index.open(files, name) for name in names}
-    for index in found.values():
-        if isinstance(index.rows, StoredRows):
-            index.rows = index.rows.mapped()  # every query reads all of them
-    return found
+    return {name: Index.open(files, name) for name in names}
 
 
 def _size(preview: Preview) -> int:
