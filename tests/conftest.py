@@ -58,11 +58,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         workers.put_long_files_first(items)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    programs.drop(item, nextitem)
-
-
 @pytest.fixture(scope="session")
 def golden() -> golden_set.GoldenSet:
     """The golden set of OMNI_GOLDEN (default wave_tiny)."""

@@ -7,20 +7,15 @@ nothing that only a fresh compilation shows can hide behind the folder.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import jax
-import psutil
 import pytest
 
 _OWN = pytest.StashKey[Path]()
-
-HELD = 3 << 29  # bytes of a process above which the programs of a finished file go; one file adds up to a gigabyte
 
 # Matrix products are library calls anyway. XLA of jax 0.12 has no such emitters any more, and ends at an option that it does not know.
 QUICK_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True} | (
@@ -68,19 +63,6 @@ def forbid_compiling() -> None:
             raise AssertionError("a test of the fast layer compiled a program: mark it with @pytest.mark.jit")
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-
-
-def drop(item: pytest.Item, following: pytest.Item | None) -> None:
-    """Lets go of the programs of a file whose last test has run, where the process has grown to more than HELD: about 20 MB a test.
-
-    Programs that a later file asks for again come from the folder. malloc keeps what it got until it is told to give it back.
-    """
-    if (following is not None and following.path == item.path) or psutil.Process().memory_info().rss < HELD:
-        return
-    jax.clear_caches()
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def clean_up(config: pytest.Config) -> None:

@@ -179,7 +179,7 @@ class TrainStep:
         one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, place, keepdims=False), batch)
         gradients, found = self.forward.plain(state.trainable, frozen, one, kind, self._key(state, index))
         # Kinds differ in what they embed: one type of metrics holds all, and a mean is that of the micro-batches which have it.
-        found = dict.fromkeys(HEALTH, jnp.full((), jnp.nan)) | found
+        found = dict.fromkeys(HEALTH, jnp.full((), jnp.nan, jnp.float32)) | found
         return gradients, _averages(tuple(found)).single_from_model_output(**found)
 
     def _apply_mean(self, state: TrainState, total: tuple[Arrays, Collection], count: jax.Array) -> tuple[TrainState, Metrics]:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from omni_jax import conversion
 from omni_jax.conversion.adapter import default_config, read_config
+from omni_jax.conversion.folder import read_manifest
 from omni_jax.conversion.rules import base_rules
 from omni_jax.types import InputError
 from tests.conversion import checkpoints
@@ -234,7 +235,7 @@ def test_a_run_goes_on_from_a_released_adapter_where_model_lora_is_unset(tmp_pat
     assert model == found and model.lora == checkpoints.LORA
     with pytest.raises(InputError, match=r"has an adapter of rank 3 already, .* set model.lora to None to continue training it"):
         training._with_lora(found, read_config(str(ROOT / "configs" / "omniretriever_7b.py"), changes))
-    params = training._params(tmp_path / "model", model, unset, None, lambda _: None)
+    params = training._params(tmp_path / "model", read_manifest(tmp_path / "model"), model, unset, None, lambda _: None)
     names = [tuple(name.split("/")) for name in select(model, unset.trainable)]
     trained = {path: np.asarray(params[path], np.float32) for path in names}
     made = conversion.write_trained(tmp_path / "model", model, trained, adapter_out=tmp_path / "out")
