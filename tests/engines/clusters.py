@@ -80,10 +80,16 @@ class Nodes:
                 process.kill()
         node.wait()
 
-    def workers(self, title: str) -> list[psutil.Process]:
-        """Returns the processes of the cluster that work on something of this name."""
+    def kill_at_work(self, node: subprocess.Popen[bytes], title: str, process: subprocess.Popen[str], log: Path) -> None:
+        """Kills a node while it works on something of this name for a command; it is stopped first, so that the work is not done before."""
+        for worker in wait_for(lambda: self.workers(title, node), process, log):
+            worker.suspend()
+        self.kill(node)
+
+    def workers(self, title: str, *nodes: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        """Returns the processes of these nodes, by default of all, that work on something of this name."""
         found = []
-        for node in (self.head, self.second):
+        for node in nodes or (self.head, self.second):
             for process in psutil.Process(node.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     found += [process] if " ".join(process.cmdline()).startswith(f"ray::{title}") else []

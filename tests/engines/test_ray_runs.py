@@ -120,7 +120,7 @@ def test_a_killed_node_costs_neither_shard_nor_row_of_a_golden_model(
         out, log = tmp_path / "shards", tmp_path / "prepare.log"
         process = begin(*prepare(manifest, out, "--ray", nodes.address), log=log)
         wait_for(lambda: len(list(out.glob("parts/*.json"))) >= 2, process, log)
-        nodes.kill(nodes.second)
+        nodes.kill_at_work(nodes.second, "prepare", process, log)
         noticed("its process was lost", process, log)
         finish(process, log, 1)
         assert files(out) == files(shards)
@@ -128,7 +128,7 @@ def test_a_killed_node_costs_neither_shard_nor_row_of_a_golden_model(
         log, journal = tmp_path / "embed.log", tmp_path / ".e.unfinished"
         process = begin(*embed(manifest, model, tmp_path / "e.npz", "--ray", nodes.address), log=log)
         wait_for(lambda: len(list(journal.glob("part-*.npz"))) >= 2, process, log)
-        nodes.kill(nodes.second)
+        nodes.kill_at_work(nodes.second, "Model.embed", process, log)
         noticed("another takes its place", process, log)
         finish(process, log, 1)
     same_tables(tmp_path, tables)
