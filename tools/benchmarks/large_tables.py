@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from tools.benchmarks.process_memory import status
+
 ROOT = Path(__file__).resolve().parents[2]
 SEARCHED, SCORED = (10_000_000, 256), (1_000_000, 512)  # rows, width
 CAPTIONS, QUERIES = 4096, 16
@@ -59,7 +61,7 @@ def searched(path: str) -> dict[str, float]:
     first, again = clock(opened), clock(opened)
     queries = np.random.default_rng(7).standard_normal((QUERIES, index.rows.shape[1]))
     seconds = clock(lambda: index.search(queries))
-    return {"rows": len(index.rows), "open_s": first, "open_again_s": again, "search_s": seconds, "peak": _peak()}
+    return {"rows": len(index.rows), "open_s": first, "open_again_s": again, "search_s": seconds, "peak": status("VmHWM")}
 
 
 def captioned(clips: str, captions: str) -> dict[str, float]:
@@ -67,7 +69,7 @@ def captioned(clips: str, captions: str) -> dict[str, float]:
     from omni_jax.cli.main import main
     from tools.benchmarks.timing import clock
 
-    return {"eval_s": clock(lambda: main(["eval", clips, "--captions", captions])), "peak": _peak()}
+    return {"eval_s": clock(lambda: main(["eval", clips, "--captions", captions])), "peak": status("VmHWM")}
 
 
 def scored(clips: str, minutes: str) -> dict[str, float]:
@@ -79,12 +81,8 @@ def scored(clips: str, minutes: str) -> dict[str, float]:
     work = threading.Thread(target=main, args=(["eval", clips],), daemon=True)
     work.start()
     work.join(60 * float(minutes))
-    print(json.dumps({"ended": not work.is_alive(), "peak": _peak()}), flush=True)
+    print(json.dumps({"ended": not work.is_alive(), "peak": status("VmHWM")}), flush=True)
     os._exit(0)
-
-
-def _peak() -> int:
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 
 
 def _measure(what: str, *arguments: object) -> dict[str, float]:

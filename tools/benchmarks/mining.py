@@ -21,6 +21,7 @@ import numpy as np
 
 from omni_jax.retrieval.mining import MiningConfig, mine
 from omni_jax.types import EmbeddingTable
+from tools.benchmarks.process_memory import status
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- mining table -->", "<!-- end of the mining table -->"
@@ -51,7 +52,7 @@ def measure(search: str, rows: int, width: int) -> dict[str, Any]:
     held = sum(x.nbytes for x in table.tables.values())
     with Path("/proc/self/clear_refs").open("w") as file:
         file.write("5")
-    before, clock, cpu = _status("VmRSS"), time.monotonic(), time.process_time()
+    before, clock, cpu = status("VmRSS"), time.monotonic(), time.process_time()
     nearest = FaissIndex if search == "faiss" else None
     config = MiningConfig(num_negatives=1, range_max=20)
     found = mine(table, config, same=same, directions=("t2v",), nearest=nearest).negatives
@@ -64,7 +65,7 @@ def measure(search: str, rows: int, width: int) -> dict[str, Any]:
         "width": width,
         "seconds": seconds,
         "cpu": cpu,
-        "above": _status("VmHWM") - before,
+        "above": status("VmHWM") - before,
         "tables": held,
         "found": sum(name == f"h{n}" for n, name in enumerate(first)) / groups,
         "twins": sum(name == f"f{n}" for n, name in enumerate(first)) / groups,
@@ -96,11 +97,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def _status(key: str) -> int:
-    with Path("/proc/self/status").open() as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -77,9 +77,7 @@ def measured(folder: str) -> dict[str, float]:
     from omni_jax.data.shards import ShardSource
     from omni_jax.train import LossConfig, kinds_of_update
     from tests.data.training_clips import CONFIG, PRESET, tokenizer
-
-    def status(key: str) -> int:
-        return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    from tools.benchmarks.process_memory import status
 
     before, start = status("VmRSS"), time.perf_counter()
     source = ShardSource(folder, PRESET)

@@ -40,6 +40,7 @@ from omni_jax.train import LossConfig, OptimizerConfig, StepConfig, TrainBatch, 
 from omni_jax.types import AudioBatch, BeatsBatch, Example, Features, MediaBatch, TokenSequence, VisionBatch
 from tools import training_cost
 from tools.benchmarks import encoder_7b, mid_size
+from tools.benchmarks.process_memory import status
 from tools.benchmarks.timing import PAIRS, Pairs, interleave, product_rates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -310,8 +311,7 @@ def peak_of(call: Callable[[], object]) -> int:
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system first
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
     call()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return status("VmHWM")
 
 
 def main(arguments: list[str] | None = None) -> None:
