@@ -101,7 +101,7 @@ def needed_files(names: Iterable[str]) -> list[str]:
 def fetch(remote: Remote, log: Callable[[str], None], token: str | bool | None = None) -> Path:
     """Returns the folder of a repository's files in the Hub's own cache, fetched where they are not there.
 
-    Weights resume within the file, after a connection that drops and after a kill. The Hub's library alone begins a file anew then, under a
+    Weights resume within the file, after a connection that drops and after a kill. The Hub's library alone then starts it again, under a
     name of its own each time, for file systems whose locks hold nobody off.
 
     Raises:

@@ -53,7 +53,7 @@ class MinedNegatives:
     def drawn(self, seed: int, micro_batch: int, modality: str, clips: np.ndarray) -> np.ndarray:
         """Returns for each clip (B,) of micro-batch number `micro_batch` of the run one of its mined negatives, or -1: (B,) int64.
 
-        Each is drawn anew, all of a clip's negatives being equally likely.
+        Every call draws again. All negatives of a clip are equally likely.
         """
         first = self.starts[modality][clips]
         count = self.starts[modality][clips + 1] - first

@@ -83,7 +83,7 @@ class RemoteShards:
 
         Raises:
           InputError: when the store cannot be read.
-          Exception: whatever ArrayRecord's reader says of damaged bytes, once they were read anew.
+          Exception: whatever ArrayRecord's reader says of damaged bytes, once they were read again.
         """
         for again in (False, True):
             pieces = [(start, self._bytes(shard, start, stop)) for start, stop in (extent, end)]

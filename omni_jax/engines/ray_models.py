@@ -83,7 +83,7 @@ class Models:
     def __init__(
         self, ray: Any, box: list[Any], asked: dict[str, float], actors: int | None, report: Report, decode: Callable[[Clip], None]
     ):
-        """Asks for `actors` actors, None: for as many as there is room for, from time to time anew.
+        """Asks for `actors` actors, None: for as many as there is room for, asked again from time to time.
 
         Args:
           box: holds the reference of the run's `Setup`.

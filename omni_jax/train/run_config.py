@@ -58,7 +58,7 @@ class DataSection:
       media_root: folder that relative media paths start from; "" for the manifest's own.
       preset, preset_fields: how clips and captions become tokens, and fields that differ from the named preset.
       negatives: where a hard negative takes its caption, sound or picture from. "shuffle": from another clip of the step, as released.
-        "mined": from a clip that `omni-jax mine` found hard, where the record has one. "both": so for half of the records, drawn anew.
+        "mined": from a clip that `omni-jax mine` found hard, where the record has one. "both": so for half of the records of each step.
       mined: manifest that `omni-jax mine` wrote; "" where `train` is one.
       distinct: what an update holds once only: "caption", "id_prefix" or "none".
       workers: decoding processes; 0 decodes in this one.
