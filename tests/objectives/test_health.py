@@ -83,6 +83,7 @@ def test_eight_shards_give_what_one_device_gives() -> None:
         assert_close(found[name], value, "loss")
 
 
+@pytest.mark.jit
 def test_a_step_without_a_whole_tuple_aligns_its_modalities_with_each_other_and_one_clip_says_nothing() -> None:
     z = {name: x for name, x in embeddings(2).items() if name in ("text", "audio")}
     found = health(pool(z, ("text", "audio")), None)
