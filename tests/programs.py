@@ -21,7 +21,9 @@ _OWN = pytest.StashKey[Path]()
 QUICK_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True} | (
     {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 12) else {}
 )
-QUICK = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK_OPTIONS.items())
+# XLA ends the process where one device waits 40 s for another. Eight devices on a busy core need longer; pytest-timeout sees what hangs.
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+QUICK = " ".join([*(f"--{name}={str(value).lower()}" for name, value in QUICK_OPTIONS.items()), PATIENT])
 SETTINGS = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -41,10 +43,12 @@ def set_up(config: pytest.Config) -> None:
     """Sets the compiler for this process and, through the environment, for workers and commands; says where no folder can be written."""
     if "not jit" in config.option.markexpr:
         forbid_compiling()
-    if config.getoption("compiler") == "full":
+    full = config.getoption("compiler") == "full"
+    flags = PATIENT if full else QUICK
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '').replace(flags, '')} {flags}".strip()
+    if full:
         return
     settings = dict(SETTINGS)
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '').replace(QUICK, '')} {QUICK}".strip()
     if not hasattr(config, "workerinput"):
         try:
             settings["jax_compilation_cache_dir"] = str(_folder(config))
