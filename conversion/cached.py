@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from omni_jax.conversion import hub
 from omni_jax.conversion.folder import FORMAT, MANIFEST
 from omni_jax.io import write_whole
 from omni_jax.types import InputError
+
+_log = logging.getLogger(__name__)
 
 MODELS = "models"  # folder of the cache
 _PARTS = ("base", "adapter")
@@ -49,11 +51,6 @@ class _Source:
         return sum(item.stat().st_size for item in self.folder.iterdir() if item.is_file())
 
 
-def say(line: str) -> None:
-    """Writes a line to stderr."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def converted(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str] | None = None,
@@ -61,7 +58,7 @@ def converted(
     revision: str | None = None,
     adapter_revision: str | None = None,
     token: str | bool | None = None,
-    log: Callable[[str], None] = say,
+    log: Callable[[str], None] = _log.warning,
 ) -> Path:
     """Returns the converted folder of a published checkpoint and adapter, made in the cache (OMNI_JAX_CACHE) the first time.
 
@@ -72,7 +69,7 @@ def converted(
       base, adapter: folders of torch's layout, or names on the Hub ("owner/repository").
       revision, adapter_revision: branch, tag or commit of a name on the Hub; None: "main".
       token: of the Hub; None: what `hf auth login` or HF_TOKEN say.
-      log: called with a line on what is fetched or converted, and the disk space it takes, beforehand.
+      log: called with a line (by default a warning of the logger) on what is fetched or converted, and the disk space it takes, beforehand.
 
     Raises:
       InputError: for what is not there or cannot be fetched, converted or kept.

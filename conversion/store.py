@@ -20,7 +20,6 @@ import json
 import logging
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -36,6 +35,8 @@ from omni_jax.types import InputError
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
+
+_log = logging.getLogger(__name__)
 
 PART_BYTES = 256 * 2**20
 PIECE_BYTES = 64 * 2**20
@@ -175,7 +176,7 @@ class Store:
           InputError: it is another one, or of another conversion.
         """
         if self.digest is None:
-            print(f"warning: {self._folder}: has no digests, its values are not checked; {_CONVERT}", file=sys.stderr)
+            _log.warning("warning: %s: has no digests, its values are not checked; %s", self._folder, _CONVERT)
         elif self.digest != recorded:
             raise InputError(f"{self._folder / _INDEX}: does not belong to this folder, or is damaged (digest); {_CONVERT}")
         return self

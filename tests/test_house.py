@@ -17,6 +17,7 @@ import omni_jax
 from tests import house
 from tests.golden_set import manifest_7b
 
+_STREAMS = ("sys.stdout", "sys.stderr")
 TREE = "docs/development/architecture.md"
 ALL_PYTHON = house.sources(*house.PRODUCT, "tests", "tools")
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".lock", ".yaml", ".yml", ".sh", ".cfg", ".txt", ".html", ".j2", ""}
@@ -70,6 +71,20 @@ def test_import_reader_resolves_names(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(house, "ROOT", tmp_path)
     found = [(i.line, i.name) for i in house.imports(file)]
     assert found == [(1, "omni_jax.types"), (2, "omni_jax.types"), (4, "torch.nn"), (5, "omni_jax.media.probe")]
+
+
+def test_only_commands_print() -> None:
+    """The library logs or calls back. Bars of tqdm ask what stderr is; their callers can switch them off."""
+    bars = {"omni_jax/api/encoding.py", "omni_jax/api/run.py"}
+    library = [file for file in house.sources(*house.PRODUCT) if not {"cli", "__main__.py"} & {*file.parts}]
+    assert {file.relative_to(house.ROOT).as_posix() for file in library if _prints(house.tree(file))} == bars
+
+
+def _prints(tree: ast.AST) -> bool:
+    return any(
+        (isinstance(node, ast.Name) and node.id == "print") or (isinstance(node, ast.Attribute) and ast.unparse(node) in _STREAMS)
+        for node in ast.walk(tree)
+    )
 
 
 def test_no_other_framework_and_no_network() -> None:

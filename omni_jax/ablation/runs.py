@@ -310,7 +310,7 @@ def _trained(
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{workdir}.log").open("a", encoding="utf-8") as log:
         callbacks = TrainCallbacks(
-            log=lambda line: print(line, file=log),
+            log=lambda line: log.writelines((line, "\n")),
             begin=begin,
             update=update,
             stopping=lambda: watcher.stopping() or enough(),

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from omni_jax import __version__
-from omni_jax.cli.printing import one_line
+from omni_jax.cli.printing import log_on_stderr, one_line
 from omni_jax.cli.status import BAD_INPUT, DONE, INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.cli.stopping import second_ctrl_c_leaves
 from omni_jax.config import ConfigError
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return BAD_INPUT
         if args.command not in UNCACHED:
             use_compile_cache()
-        with second_ctrl_c_leaves():
+        with log_on_stderr(), second_ctrl_c_leaves():
             status = _load(args.command).run(args)
         sys.stdout.flush()
         return int(status or DONE)

@@ -9,10 +9,10 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import logging
 import multiprocessing.process
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
@@ -46,6 +46,8 @@ from omni_jax.types import (
     StepKind,
     TokenSequence,
 )
+
+_log = logging.getLogger(__name__)
 
 CANDIDATES = 256  # clips looked at to replace one that cannot be read
 ATTEMPTS = 16  # of them read, at most
@@ -194,7 +196,7 @@ class TrainPipeline:
                         f"data workers died {restarts} times in a row at update {update}; they need more memory than there is, or more "
                         f"room in /dev/shm: lower data.workers or the batch"
                     ) from None
-                print(f"a data worker died; update {update} is made again", file=sys.stderr)
+                _log.warning("a data worker died; update %d is made again", update)
             except OSError as error:
                 if not self._workers or error.errno not in NO_ROOM:
                     raise

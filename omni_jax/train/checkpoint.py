@@ -34,6 +34,8 @@ from omni_jax.train.state import TrainState
 from omni_jax.train.trainable import Arrays
 from omni_jax.types import InputError
 
+_log = logging.getLogger(__name__)
+
 TRAINABLE, REST, DIGESTS = "trainable", "rest", "digests"
 
 _MACHINE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Permission denied")
@@ -150,13 +152,13 @@ class Checkpoints:
         return f"checkpoint {whole[-1]} is whole" if whole else "there is no checkpoint yet"
 
     def close(self) -> None:
-        """Waits and frees the threads. Prints a line where something could not be written that neither `save` nor `wait` has reported."""
+        """Waits and frees the threads. Logs a line where something could not be written that neither `save` nor `wait` has reported."""
         reported = self._reported
         try:
             self.wait()
         except InputError as e:
             if not reported:
-                print(f"warning: {e}", file=sys.stderr)
+                _log.warning("warning: %s", e)
         with contextlib.suppress(Exception):
             self._manager.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -118,6 +119,20 @@ def test_errors_of_a_user_are_one_line(probe: ModuleType, capsys: pytest.Capture
     assert cli.main(["probe"]) == 2
     captured = capsys.readouterr()
     assert captured.err == f"omni-jax: {line}\n" and captured.out == ""
+
+
+def test_what_the_library_logs_is_shown_as_it_is(probe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    library = logging.getLogger("omni_jax")
+
+    def run(args: object) -> int:
+        library.getChild("data").warning("clip %s is made again", "100%")
+        library.info("not shown")
+        return 0
+
+    probe.__dict__["run"] = run
+    assert cli.main(["probe"]) == 0
+    assert capsys.readouterr().err == "clip 100% is made again\n"
+    assert library.propagate and not library.handlers
 
 
 def test_unexpected_error_names_its_type_and_the_way_to_a_traceback(probe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
