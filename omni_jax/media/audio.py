@@ -14,7 +14,7 @@ import numpy as np
 import soxr
 from av.audio.plane import AudioPlane
 
-from omni_jax.media.source import AvError, Decoding, check_complete, choose_track, open_container, opened, tracks
+from omni_jax.media.source import AvError, Decoding, check_complete, choose_track, open_container, opened, other_codec, tracks
 from omni_jax.types import ClipError
 
 SAMPLE_RATE = 16_000  # Hz
@@ -31,7 +31,7 @@ _SILENT, _AUDIBLE = 1e-4, 1e-3  # peaks: -80 and -60 dB
 # Containers whose packets are numbered in samples from the file's own table, so that seeking is exact ("mp4": every edition of it).
 _EXACT = frozenset({"mp4", "wav", "w64", "aiff", "au", "flac"})
 # Headers that state a length. For others FFmpeg guesses it from the file's size and its first packets.
-_STATED = frozenset({"mp4", "w64", "au", "flac", "asf", "ape", "tta"})
+_STATED = frozenset({"mp4", "w64", "au", "flac", "asf", "ape", "tta", "wv"})
 # Streams of bare packets: the times of a packet are counted, so that they cannot show how much was lost before it.
 _BARE = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "loas", "amr", "gsm"})
 
@@ -211,11 +211,14 @@ class _Track:
             raise _Unreadable("no audio track")
         if stream.codec_context is None:
             raise _Unreadable("unreadable audio track (unknown codec)")
+        if change := other_codec(container, stream, path):
+            raise _Unreadable(change)
         stream.thread_type = "NONE"
         self._container, self._stream, self._path, self._channels, self._number = container, stream, path, channels, number
         self._format = "mp4" if "mp4" in container.format.name else container.format.name
         self._gaps = 0  # packets lost between others
         self._holes = 0  # samples lost with whole pages, of which FFmpeg says nothing
+        self._ended = ""  # what its end warns of
         self._peaks = np.zeros(2)  # of the first channel, of the others
         self._decoding = Decoding(container, stream, path)
         self._frames = iter(self._decoding)
@@ -257,7 +260,7 @@ class _Track:
         """Says what a listener would miss in the blocks that were read. Raises _Unreadable where that is too much."""
         if refusal := self._decoding.refusal("sound"):
             raise _Unreadable(refusal)
-        lines = []
+        lines = [self._ended] if self._ended else []
         if self._gaps:
             lines.append(f"{self._path}: {self._gaps} of {self._decoding.packets} packets of the sound do not decode; the others are used")
         if self._holes:
@@ -344,7 +347,8 @@ class _Track:
         """Refuses a track that ended early or lost too much. A fraction of a second may be missing: encoders count their padding in
         different ways."""
         there = position / self.rate
-        check_complete(self._container, self._stream, self._path, None if sought else self._decoding.packets, f"{there:.6g} s of sound")
+        packets = None if sought else self._decoding.packets
+        self._ended = check_complete(self._container, self._stream, self._path, packets, f"{there:.6g} s of sound")
         if self._declared is not None and self._checked and there < 0.99 * self._declared - 0.5:
             raise ClipError(f"{self._path}: truncated: the audio ends after {there:.6g} s of {self._declared:.6g} s; fetch it again")
 

@@ -31,7 +31,7 @@ class PacketIndex:
 
     Attributes:
       packets: number of packets with something in them.
-      pts: (n,) int64, ascending, one per shown frame, in the stream's time base.
+      pts: (n,) int64, ascending, one per shown frame, in the stream's time base; zeros where some have no time.
       entries: (K,) int64, ascending times of the key frames that decoding can begin at.
       seek_times: (K,) int64, what to seek to for each of them.
       margin: how many entries before a frame decoding begins early: 1 where a key frame alone need not restore the picture (open groups).
@@ -62,7 +62,7 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
     kind = next((name for name in _CONTAINERS if name in container.format.name), "")
     exact = bool(kind) and context.name in _CODECS and (context.name != "mpeg2video" or kind == "mpegts")
     times, keys, seek_times = array.array("q"), array.array("q"), array.array("q")
-    packets = margin = 0
+    packets, margin, timed = 0, 0, True
     leading = kind == "mpegts"
     before = key = None  # times of the last two key frames
     with contextlib.suppress(*AvError):  # a container that cannot be read to its end: `check_complete` says what is missing
@@ -78,7 +78,7 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
             packets += 1
             time = packet.pts
             if time is None:
-                exact, time = False, packet.dts if packet.dts is not None else packets
+                exact, time, timed = False, packet.dts or 0, timed and packet.dts is not None
             if exact and packet.is_keyframe and (grade := _entry_grade(packet, context)):
                 exact &= key is None or time > key
                 before, key = key, time
@@ -90,7 +90,7 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
                 exact &= before is None or time > before
             if not packet.is_discard and not (exact and _is_hidden(packet, context.name)):
                 times.append(time)
-    pts = np.sort(np.frombuffer(times, np.int64))
+    pts = np.sort(np.frombuffer(times, np.int64)) * timed
     exact = exact and len(keys) > 0 and len(pts) > 0 and bool((np.diff(pts) > 0).all())
     back = int(_SEARCH_SECONDS / stream.time_base) if kind == "mpegts" else 0
     entries, sought = np.frombuffer(keys, np.int64), np.frombuffer(seek_times, np.int64) - back

@@ -124,6 +124,33 @@ def choose_track(container: av.container.InputContainer, kind: str, number: int,
     return max(found, key=merit)
 
 
+_KIN = (
+    {"mpeg1video", "mpeg2video"},
+    {"mp1float", "mp2", "mp2float", "mp3", "mp3float"},
+    {"ac3", "eac3"},
+)  # one decoder reads the others' packets
+_PLACES = 8  # of a transport stream where the codecs are looked up, evenly spaced, and once more before its end
+_TABLES = 1 << 18  # bytes that hold the tables of a transport stream, which come ten times a second
+
+
+def other_codec(container: av.container.InputContainer, stream: Any, path: os.PathLike[str] | str) -> str:
+    """Says to which codec a track of a transport stream changes, "" where it keeps its own.
+
+    FFmpeg goes on with the first codec, and may drop all that follows without an error.
+    """
+    if container.format.name != "mpegts" or is_remote(path):
+        return ""
+    own, size = stream.codec_context.name, container.size
+    options = {"protocol_whitelist": "subfile,file", "analyzeduration": "1", "fpsprobesize": "0"}  # the tables alone say what is asked
+    for start in (*(size * place // _PLACES for place in range(1, _PLACES)), max(0, size - _TABLES)):
+        with contextlib.suppress(*AvError), _from(path, start) as file, av.open(file, "r", options=options) as rest:
+            for context in (other.codec_context for other in rest.streams if other.id == stream.id and other.codec_context):
+                # The tag is the kind of stream that the table names: without it FFmpeg has guessed.
+                if context.codec_tag.strip("\0") and context.name != own and not any({context.name, own} <= kin for kin in _KIN):
+                    return f"the codec of the {stream.type} changes from {own} to {context.name}"
+    return ""
+
+
 class Decoding:
     """Frames of a track from where the container stands, through a chain of Ogg streams; what does not decode is counted, not raised.
 
@@ -148,7 +175,7 @@ class Decoding:
             try:
                 frames = stream.decode(packet)
             except AvError as error:
-                self.lost, self.error = self.lost + 1, reason(error)
+                self.lost, self.error = self.lost + (packet is not None), reason(error)
                 continue
             if frames and not begun:
                 begun, self.leading, self.lost = True, self.lost, 0
@@ -203,26 +230,32 @@ def _keep_end(packet: Any) -> None:
 
 def check_complete(
     container: av.container.InputContainer, stream: Any, path: os.PathLike[str] | str, packets: int | None, shown: str
-) -> None:
-    """Raises ClipError for a file that was read to its end and ends before the container says so, as a copy does that was broken off.
+) -> str:
+    """Returns a warning, or "", for a file that was read to its end.
 
     Args:
       packets: packets of the track that were read; None where the reading began further on.
       shown: what was read, for the message: "30 frames" or "2.5 s of sound".
+
+    Raises:
+      ClipError: when the file ends before the container says so, as a copy does that was broken off.
     """
     if "mp4" in container.format.name and stream.frames and packets is not None:
         declared = len(stream.index_entries)
         if packets < declared:
             what = "frames" if stream.type == "video" else "packets"
             raise ClipError(f"{path}: truncated: {packets} of the {declared} {what} that the container declares are there; fetch it again")
-    elif is_incomplete(path):
+    elif incomplete := is_incomplete(path):
         raise ClipError(f"{path}: truncated: the file ends before the container does, after {shown}; fetch it again")
+    elif incomplete is None:
+        return f"{path}: the sizes in its header contradict each other, and one is larger than the file; the {shown} in it are used"
+    return ""
 
 
-def is_incomplete(path: os.PathLike[str] | str) -> bool:
-    """Whether a file ends before its parts do.
+def is_incomplete(path: os.PathLike[str] | str) -> bool | None:
+    """Whether a file ends before its parts do; None where it may, as its sizes contradict each other.
 
-    Knows Matroska and WebM, MP4 and MOV, AVI, WAV and AIFF, Ogg; False for everything else.
+    Knows Matroska and WebM, MP4 and MOV, AVI, WAV, RF64 and AIFF, CAF, Ogg; False for everything else.
     """
     with contextlib.ExitStack() as stack:
         file: Any = stack.enter_context(opened(path))
@@ -235,10 +268,15 @@ def is_incomplete(path: os.PathLike[str] | str) -> bool:
             return _matroska_end(head) > length
         if head[4:8] in (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"free", b"skip"):
             return _boxes_end(file, length) > length
+        if head[:4] in (b"RF64", b"BW64") and head[12:16] == b"ds64":  # the sizes of the whole and of the samples
+            return min(int.from_bytes(head[20:28], "little"), int.from_bytes(head[28:36], "little")) > length
         if head[:4] in (b"RIFF", b"FORM"):
-            return _chunks_end(file, length, "little" if head[:4] == b"RIFF" else "big") > length
+            end = _chunks_end(file, length, "little" if head[:4] == b"RIFF" else "big")
+            return None if end is None else end > length
         if head[:4] == b"OggS":
             return _ogg_end(file, length) > length
+        if head[:4] == b"caff":
+            return _caf_end(file, length) > length
     return False
 
 
@@ -285,26 +323,43 @@ def _boxes_end(file: IO[bytes], length: int) -> int:
 
 
 _CHUNKS = frozenset({b"data", b"SSND", b"LIST", b"idx1"})
+_UNFILLED = 0x7FFF_F000  # bytes: what writers to a pipe leave as a size is above
 
 
-def _chunks_end(file: IO[bytes], length: int, order: Any) -> int:
+def _chunks_end(file: IO[bytes], length: int, order: Any) -> int | None:
     """End of the last chunk that starts within a RIFF or FORM file, or within one of the several lists of a long AVI.
 
-    The size of the whole list is not asked: writers leave it wrong. A chunk's size that was never filled in counts as right.
+    Writers leave the size of the whole list wrong, and that of a chunk unfilled, which counts as right. None where the samples of a sound
+    file are more than both the file and the list: a copy that was broken off has the two sizes as they were.
     """
-    at = 0
+    at = whole = 0
     while at + 8 <= length:
         file.seek(at)
         head = file.read(8)
         size = int.from_bytes(head[4:8], order)
         if head[:4] in (b"RIFF", b"FORM"):
+            whole = at + 8 + size if size < _UNFILLED else 0
             at += 12
             continue
         # Behind the last chunk there may be anything, a tag of another format for one.
-        if size == 0 or size >= 0x7FFF_F000 or (head[:4] not in _CHUNKS and at + 8 + size > length):
+        if size == 0 or size >= _UNFILLED or (head[:4] not in _CHUNKS and at + 8 + size > length):
             return length
+        if head[:4] in (b"data", b"SSND") and at + 8 + size > max(length, whole):
+            return None
         at += 8 + size + size % 2
     return at if at > length + 1 else length  # the padding byte of an odd size is often left out
+
+
+def _caf_end(file: IO[bytes], length: int) -> int:
+    """End of the last chunk that starts within a CAF file."""
+    at = 8
+    while at + 12 <= length:
+        file.seek(at + 4)
+        size = int.from_bytes(file.read(8), "big", signed=True)
+        if size < 0:  # "to the end of the file"
+            return length
+        at += 12 + size
+    return at
 
 
 def _next_in_chain(path: os.PathLike[str] | str, place: int) -> int:

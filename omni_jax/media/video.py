@@ -14,13 +14,15 @@ from typing import Any
 
 import av.filter
 import numpy as np
+from av.sidedata.sidedata import Type as SideData
 
 from omni_jax.media.index import PacketIndex, decode_from, read_index, without_leading
 from omni_jax.media.sampling import FrameRule, sample_indices
-from omni_jax.media.source import Decoding, check_complete, choose_track, open_container
+from omni_jax.media.source import Decoding, check_complete, choose_track, open_container, other_codec
 from omni_jax.types import ClipError, VideoFrames
 
 LARGEST_SAMPLE = 1 << 30  # bytes of all sampled frames: 8 frames of 8k are 0.8 GB, and a file of 100 kB can claim a picture of 2.7 GB
+_KNOWN_SIDE_DATA = frozenset(kind.value for kind in SideData)
 _RATE_TOLERANCE = 0.1  # a container's average rate that differs more from the times of the frames is not believed
 
 
@@ -67,6 +69,8 @@ def _stream(container: Any, path: os.PathLike[str] | str, track: int) -> Any:
         raise ClipError(f"{path}: has no video stream; remove the record's video field or give a video file")
     if stream.codec_context is None:
         raise ClipError(f"{path}: the video's codec is unknown; re-encode it, to H.264 for example")
+    if change := other_codec(container, stream, path):
+        raise ClipError(f"{path}: {change}; re-encode it, or split it there")
     stream.thread_type = "NONE"  # decoder threads would compete with the other workers, and outlive a hang
     return stream
 
@@ -153,7 +157,11 @@ def _indices_within(count: int, fps: float, frames: int | FrameRule, timestamps:
 def _picture(frame: Any, size: tuple[int, int]) -> np.ndarray:
     """(height, width, 3) uint8 RGB, upright: phones store a turned or mirrored picture and a note of it."""
     picture = (_field_rgb if frame.interlaced_frame else _rgb)(frame, *size)
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # some of it is of a kind that PyAV does not know, as EXIF or the number of a view
+        deletions = [("sidedata", f"mode=delete:type={number}") for number in range(64) if number not in _KNOWN_SIDE_DATA]
+        matrix = _filtered(frame, *deletions).side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return picture
     # The point (x, y) is shown at (a x + c y, b x + d y).
@@ -169,10 +177,12 @@ def _rgb(frame: Any, width: int, height: int) -> np.ndarray:
 
 def _field_rgb(frame: Any, width: int, height: int) -> np.ndarray:
     """The same for an interlaced picture, as one picture: FFmpeg 8 alone would convert the colours of its two fields apart."""
+    return _filtered(frame, ("scale", f"{width}:{height}:interl=0"), ("format", "rgb24")).to_ndarray()
+
+
+def _filtered(frame: Any, *filters: tuple[str, str]) -> Any:
     graph = av.filter.Graph()
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000))
-    graph.link_nodes(
-        source, graph.add("scale", f"{width}:{height}:interl=0"), graph.add("format", "rgb24"), graph.add("buffersink")
-    ).configure()
+    graph.link_nodes(source, *(graph.add(name, options) for name, options in filters), graph.add("buffersink")).configure()
     graph.push(frame)
-    return graph.pull().to_ndarray()
+    return graph.pull()

@@ -250,7 +250,7 @@ def test_gsm(tmp_path: Path) -> None:
     assert len(whole(tmp_path / "a.wav")) == 50 * 320 * 2
 
 
-@pytest.mark.parametrize("sizes", ["riff too big", "zero", "all ones", "data unknown"])
+@pytest.mark.parametrize("sizes", ["riff too big", "zero", "all ones", "data unknown", "data too big", "data too big, the whole unknown"])
 def test_wrong_sizes_in_wav(tmp_path: Path, sizes: str) -> None:
     data = bytearray(write_sound(tmp_path / "a.wav", 2.0).read_bytes())
     at = data.index(b"data") + 4
@@ -259,12 +259,25 @@ def test_wrong_sizes_in_wav(tmp_path: Path, sizes: str) -> None:
         "zero": (0, 0),
         "all ones": (2**32 - 1, 2**32 - 1),
         "data unknown": (0, 0x7FFFF000),
+        "data too big": (len(data) - 8, len(data) + 5000),
+        "data too big, the whole unknown": (2**32 - 1, 2 * len(data)),
     }[sizes]
     data[4:8] = struct.pack("<I", riff)
     if chunk is not None:
         data[at : at + 4] = struct.pack("<I", chunk)
     (tmp_path / "b.wav").write_bytes(data)
-    assert np.array_equal(whole(tmp_path / "b.wav"), whole(tmp_path / "a.wav"))
+    got = read_waveform(tmp_path / "b.wav", seconds=0)
+    assert np.array_equal(got.samples, whole(tmp_path / "a.wav"))
+    told = "the sizes in its header contradict each other, and one is larger than the file; the 2 s of sound in it are used"
+    assert got.warnings == ((f"{tmp_path / 'b.wav'}: {told}",) if "data too big" in sizes else ())
+
+
+@pytest.mark.parametrize(("name", "options"), [("a.caf", {}), ("a.rf64", {"format": "wav", "container_options": {"rf64": "always"}})])
+def test_copies_that_were_broken_off(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    path = write_audio(tmp_path / name, "pcm_s16le", 2.0, rate=RATE, sample_format="s16", **options)
+    path.write_bytes(path.read_bytes()[:-9000])
+    with pytest.raises(ClipError, match=r"truncated: the file ends before the container does, after 1\.\d+ s of sound; fetch it again"):
+        whole(path)
 
 
 def test_a_tag_behind_wav(tmp_path: Path) -> None:

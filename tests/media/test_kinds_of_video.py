@@ -8,12 +8,13 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from omni_jax.media import video
 from omni_jax.media.video import read_frames
 from omni_jax.types import ClipError
 from tests.media.containers import copy_tracks, edit_list, write_audio, write_video
-from tests.media_samples import frame_number, write_clip
+from tests.media_samples import frame_number, picture, write_clip
 
 X264 = {"preset": "ultrafast", "bf": "2"}
 HERE = Path(__file__).parent
@@ -127,6 +128,19 @@ def test_the_frame_size_changes(tmp_path: Path) -> None:
     assert numbers(got.frames) == [0, 15, 7, 23]
 
 
+@pytest.mark.parametrize(("first", "then"), [("mpeg2video", "libx264"), ("libx264", "mpeg2video"), ("mpeg1video", "mpeg2video")])
+def test_the_codec_changes(tmp_path: Path, first: str, then: str) -> None:
+    """FFmpeg goes on with the first decoder: that of MPEG-2 passes over H.264 without an error."""
+    parts = [write_video(tmp_path / f"{codec}.ts", codec, 24, fps=25).read_bytes() for codec in (first, then)]
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(b"".join(parts))
+    if first == "mpeg1video":  # one decoder for both
+        assert read_frames(joined, 2).num_frames == 48
+        return
+    with pytest.raises(ClipError, match=r"joined\.ts: the codec of the video changes from \w+ to \w+; re-encode it, or split it there"):
+        read_frames(joined, 2)
+
+
 # ---------------------------------------------------------------------------------------------------- pictures and their times
 
 
@@ -143,6 +157,12 @@ def test_a_codec_that_repeats_pictures() -> None:
 def test_raw_dv(tmp_path: Path) -> None:
     got = read_frames(write_video(tmp_path / "clip.dv", "dvvideo", 5, size=(720, 576), fps=25), 5)
     assert (got.num_frames, got.fps, numbers(got.frames)) == (5, 25.0, [0, 1, 2, 3, 4])
+
+
+def test_a_bare_stream_has_no_times(tmp_path: Path) -> None:
+    got = read_frames(write_video(tmp_path / "clip.h264", "libx264", 12), 12)
+    assert (got.num_frames, numbers(got.frames)) == (12, list(range(12)))
+    assert got.fps in (24.0, 25.0)  # its own rate, or the one that FFmpeg takes for such streams
 
 
 def test_a_varying_frame_rate(tmp_path: Path) -> None:
@@ -259,6 +279,19 @@ def test_turned_and_mirrored_pictures(tmp_path: Path, matrix: tuple[int, ...], t
     (tmp_path / "turned.mp4").write_bytes(data[:at] + new + data[at + len(new) :])
     plain = read_frames(clip, 2).frames
     assert np.array_equal(read_frames(tmp_path / "turned.mp4", 2).frames, np.stack([turned(frame) for frame in plain]))
+
+
+@pytest.mark.parametrize("orientation", [1, 5, 6])
+def test_photos_with_exif(tmp_path: Path, orientation: int) -> None:
+    """FFmpeg 8 gives EXIF beside the picture, which PyAV 18 has no name for, and turns it into a display matrix."""
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    Image.fromarray(picture(5, 96, 64)).save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    with Image.open(tmp_path / "photo.jpg") as photo:
+        want = np.asarray(ImageOps.exif_transpose(photo))
+    got = read_frames(tmp_path / "photo.jpg", 1).frames[0]
+    assert got.shape == want.shape
+    assert np.abs(got.astype(int) - want).mean() < 1.5
 
 
 # ------------------------------------------------------------------------------------------------------------ several tracks
