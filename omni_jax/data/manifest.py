@@ -147,7 +147,7 @@ def read_manifest(
             if isinstance(error, RemoteMedia):
                 remote.append((str(name), error.address, *error.interval))
     if not records and not problems:
-        raise InputError(f"{paths[0] if paths else path}: the manifest is empty; write one JSON record a line")
+        raise InputError(f"{paths[0] if paths else path}: the manifest is empty; give one with records, as one JSON record a line")
     said = (*notes.lines(), *_notes(made, "conversations" if conversations else "records", extra, asked, capitals, whole))
     return Manifest(tuple(records), tuple(problems), said, tuple(remote))
 

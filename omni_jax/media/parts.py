@@ -149,12 +149,15 @@ class _Column:
         self._file.close()
 
 
-_columns: collections.OrderedDict[tuple[str, str, int], _Column] = collections.OrderedDict()
+_columns: collections.OrderedDict[tuple[object, ...], _Column] = collections.OrderedDict()
 
 
 def _cell(part: FilePart) -> bytes:
     """Returns the bytes of a cell; b"" for null."""
-    key = os.fspath(part.file), part.column, part.group
+    key: tuple[object, ...] = os.fspath(part.file), part.column, part.group
+    with contextlib.suppress(OSError):  # of a store, or one that is missing
+        status = os.stat(part.file)  # another file may have taken its place
+        key += status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
     column = _columns.pop(key, None)
     try:
         if column is None or column.row > part.row:

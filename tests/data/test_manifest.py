@@ -204,7 +204,7 @@ def test_unusable_manifests(tmp_path: Path) -> None:
     for name, words in {
         "missing.jsonl": "manifest not found; check the path",
         "": "is a directory; name the manifest file in it",
-        "empty.jsonl": "the manifest is empty; write one JSON record a line",
+        "empty.jsonl": "the manifest is empty; give one with records",
         "blank.jsonl": "the manifest is empty",
     }.items():
         with pytest.raises(InputError) as error:

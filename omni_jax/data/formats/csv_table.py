@@ -1,4 +1,4 @@
-"""Tables of text, separated by commas (.csv) or tabs (.tsv), with the names of the columns in the first line."""
+"""Tables of text, with the names of the columns in the first line. Cells are separated as those names are."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes)
       InputError: for a table without names of columns, or without those that are needed.
     """
     csv.field_size_limit(_LONGEST_CELL)
-    delimiter = "\t" if os.fspath(path).lower().endswith((".tsv", ".tab")) else ","
     with reading(path):
         opened: Any = absolute(path).open("r", encoding="utf-8-sig", errors="surrogateescape", newline="")
         with opened as file:
-            rows = csv.reader(file, delimiter=delimiter)
+            first = next((line for line in iter(file.readline, "") if line.strip()), "")
+            file.seek(0)
+            if not _is_text(first):
+                raise InputError(f"{path}: is not UTF-8; save the table as UTF-8")
+            delimiter = _separator(os.fspath(path), first)
+            rows = csv.reader(file, delimiter=delimiter, skipinitialspace=f"{delimiter} " in first)
             try:
-                names = next(rows, [])
+                names = [name.strip() for name in next(filter(None, rows), [])]
             except csv.Error as error:
                 raise InputError(
                     f"{path}: is no table ({error}); save it as UTF-8, with the names of the columns in its first line"
                 ) from None
-            if twice := [name for name in names if name and names.count(name) > 1]:
-                raise InputError(f"{path}: two columns are called {twice[0]!r}; rename one")
             if names:
                 check_columns(path, names, columns)
             for line, cells in _rows(rows):
                 if cells:
-                    fields = cells if isinstance(cells, BadEntry) else _fields(names, cells, columns)
+                    fields = cells if isinstance(cells, BadEntry) else _fields(names, cells, columns, rows.line_num - line + 1)
                     yield Entry(path, str(line), fields, line, nameless=True)
 
 
@@ -55,11 +57,22 @@ def _rows(rows: Any) -> Iterator[tuple[int, list[str] | BadEntry]]:
         yield line, cells
 
 
-def _fields(names: list[str], cells: list[str], columns: Mapping[str, str]) -> dict[str, Any] | BadEntry:
+def _separator(path: str, first: str) -> str:
+    """Returns what separates the names in the first line: a spreadsheet writes a semicolon where numbers have a decimal comma."""
+    if path.lower().endswith((".tsv", ".tab")):
+        return "\t"
+    return "," if "," in first else max(",;\t|", key=first.count)
+
+
+def _fields(names: list[str], cells: list[str], columns: Mapping[str, str], lines: int) -> dict[str, Any] | BadEntry:
     if len(cells) != len(names):
-        return BadEntry(f"has {len(cells)} cells where the first line has {len(names)}; put cells with the separator in them in quotes")
-    try:
-        "".join(cells).encode("utf-8")
-    except UnicodeEncodeError:
+        fix = f"it goes over {lines} lines: close the quote" if lines > 1 else "put cells with the separator in them in quotes"
+        return BadEntry(f"has {len(cells)} cells where the first line has {len(names)}; {fix}")
+    if not _is_text("".join(cells)):
         return BadEntry("is not UTF-8; save the table as UTF-8")
     return table_fields(dict(zip(names, cells, strict=True)), columns)
+
+
+def _is_text(read: str) -> bool:
+    """Whether bytes that were read as UTF-8, with surrogates for what is none, are all text."""
+    return read.isascii() or not any("\ud800" <= character <= "\udfff" for character in read)

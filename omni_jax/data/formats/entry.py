@@ -106,17 +106,22 @@ def table_fields(cells: Mapping[str, Any], columns: Mapping[str, str]) -> dict[s
 
 
 def check_columns(path: os.PathLike[str] | str, names: Sequence[str], columns: Mapping[str, str], media: Sequence[str] = ()) -> None:
-    """Raises InputError for a table that lacks a column that is asked for, or has none that can be read.
+    """Raises InputError for a table that lacks a column that is asked for, has two of one name, or none that can be read.
 
     Args:
       names: its columns.
       media: roles that columns of another name have.
     """
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise InputError(f"{path}: two columns are called {twice[0]!r}; rename one")
     listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     if absent := [name for name in columns.values() if name not in names]:
         raise InputError(f"{path}: has no column {absent[0]!r}, which --columns names; its columns are {listed}")
     known = {"text", "video", "audio", "image", "conversations"}
-    if not (known & {*names, *columns, *media} or any(name == FILE_NAME or name.endswith(f"_{FILE_NAME}") for name in names)):
+    if not (
+        known & {*(name.lower() for name in names), *columns, *media}
+        or any(name == FILE_NAME or name.endswith(f"_{FILE_NAME}") for name in names)
+    ):
         raise InputError(
             f"{path}: no column is called text, video, audio or {FILE_NAME}; its columns are {listed}; "
             f"say which is which, as in --columns text=caption,video=path"

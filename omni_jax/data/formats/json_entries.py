@@ -34,10 +34,23 @@ def _entries(path: os.PathLike[str] | str) -> Iterator[tuple[int, str, dict[str,
             yield from _array(data)
             return
         file.seek(0)
+        if next((line for data in _bounded(file) if (line := data.removeprefix(_MARK).strip())), b"") == b"{":
+            yield 1, "1", _one_object(path, file)
+            return
+        file.seek(0)
         for number, data in enumerate(_bounded(file), 1):
             data = data.removeprefix(_MARK) if number == 1 else data
             if data.strip():
                 yield number, str(number), parse(data.rstrip(b"\r\n"))
+
+
+def _one_object(path: os.PathLike[str] | str, file: IO[bytes]) -> dict[str, Any] | BadEntry:
+    """Returns the object that stands on all lines of a file together. Raises InputError where it is not one record."""
+    file.seek(0)
+    fields = parse(file.read(_LONGEST_LINE + 1).removeprefix(_MARK))
+    if isinstance(fields, BadEntry):
+        raise InputError(f"{path}: is JSON over several lines, and no array and no single record; write an array, or one record a line")
+    return fields
 
 
 def _is_array(file: IO[bytes]) -> bool:

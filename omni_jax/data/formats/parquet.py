@@ -125,9 +125,9 @@ def _media(field: Any) -> _Media | None:
     if not hasattr(field.type, "get_field_index"):
         return None
     leaves = {leaf.name: leaf.type for leaf in field.type}
-    if not leaves or not leaves.keys() <= {"bytes", "path"}:
-        return None
     held = f"{field.name}.bytes" if "bytes" in leaves and _is_bytes(leaves["bytes"]) else ""
+    if not held and leaves.keys() != {"path"}:
+        return None
     return _Media(field.name, held, f"{field.name}.path" if "path" in leaves else "")
 
 
@@ -187,14 +187,16 @@ def _cells(table: Any, group: int, columns: list[str], count: int) -> Iterator[M
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether a column holds texts, numbers or lists of them, which JSON can hold too."""
-    text = str(kind)
+    """Whether a column holds texts, numbers, or lists of them or of objects of them, which JSON can hold too."""
+    kind = getattr(kind, "value_type", kind) if (text := str(kind)).startswith("dictionary<") else kind
     if text.startswith(("list<", "large_list<", "fixed_size_list<")):
-        return _is_plain(kind.value_type)
-    return text.startswith(("string", "large_string", "int", "uint", "float", "double", "bool", "halffloat", "dictionary<values=string"))
+        turns = kind.value_type if str(kind.value_type).startswith("struct<") else None  # conversations
+        return all(_is_plain(leaf.type) for leaf in turns) if turns is not None else _is_plain(kind.value_type)
+    return str(kind).startswith(("string", "large_string", "int", "uint", "float", "double", "bool", "halffloat"))
 
 
 def _is_bytes(kind: Any) -> bool:
+    kind = kind.value_type if str(kind).startswith("dictionary<") else kind
     return str(kind) in ("binary", "large_binary", "binary_view")
 
 

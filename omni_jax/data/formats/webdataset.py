@@ -18,6 +18,7 @@ from omni_jax.data.formats.json_entries import parse
 from omni_jax.types import FilePart, InputError
 
 _LONGEST_TEXT = 1 << 20  # bytes of a member that holds a caption or fields
+_BLOCK = 1 << 20  # bytes of what stands behind a tar
 
 
 @dataclasses.dataclass
@@ -54,11 +55,14 @@ def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes)
             except tarfile.TarError as error:
                 if not groups:
                     raise InputError(f"{path}: is no tar that can be read ({error}); fetch it again") from None
-                damaged = str(error)
+                damaged = f"the tar is truncated or damaged after {len(groups)} records ({error}); fetch it again"
+            else:
+                if any(block.strip(b"\0") for block in iter(lambda: file.read(_BLOCK), b"")):
+                    damaged = f"bytes that are not read stand behind the end of the tar, after {len(groups)} records: tars that were "
+                    damaged += "joined byte by byte must stand in files of their own"
     yield from _records(path, groups, columns, notes)
     if damaged:
-        reason = f"the tar is truncated or damaged after {len(groups)} records ({damaged}); fetch it again"
-        yield Entry(path, "end", BadEntry(reason), len(groups) + 1)
+        yield Entry(path, "end", BadEntry(damaged), len(groups) + 1)
 
 
 def read_folder(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes) -> Iterator[Entry]:
@@ -67,7 +71,7 @@ def read_folder(path: os.PathLike[str] | str, columns: Mapping[str, str], notes:
     groups: dict[str, _Group] = {}
     for file in sorted(folder.rglob("*")):
         name = os.fspath(file)[len(os.fspath(folder).rstrip("/")) + 1 :]
-        if any(part.startswith(".") for part in name.split("/")) or not file.is_file():
+        if _is_hidden(name) or not file.is_file():
             continue
         key, extension = _key(name)
         is_text = _is_text(extension, columns.get("text"))
@@ -87,6 +91,8 @@ def _members(file: IO[bytes], path: Path, caption: str | None) -> Iterator[tuple
             if member.isdir():
                 continue
             name = member.name.removeprefix("./")
+            if _is_hidden(name):
+                continue
             key, extension = _key(name)
             start, size = member.offset_data, member.size
             if member.issym() or member.islnk():
@@ -99,7 +105,7 @@ def _members(file: IO[bytes], path: Path, caption: str | None) -> Iterator[tuple
                 yield key, extension, BadEntry(f"member {name!r} is truncated: the tar ends within it; fetch the tar again")
             elif _is_text(extension, caption):
                 file.seek(start)
-                yield key, extension, file.read(min(size, _LONGEST_TEXT))
+                yield key, extension, file.read(min(size, _LONGEST_TEXT + 1))
             else:
                 yield key, extension, FilePart(path, name, start, size)
         file.seek(tar.offset)
@@ -114,25 +120,32 @@ def _key(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
+def _is_hidden(name: str) -> bool:
+    """Whether a file is one that systems put beside others: `.DS_Store`, `._clip1.mp4`, `__MACOSX/...`."""
+    return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in name.split("/"))
+
+
 def _is_text(extension: str, caption: str | None) -> bool:
     return extension == caption or extension.rpartition(".")[2] in ("txt", "json")
 
 
 def _text(file: Any) -> bytes:
     with file.open("rb") as opened:
-        return opened.read(_LONGEST_TEXT)
+        return opened.read(_LONGEST_TEXT + 1)
 
 
 def _records(path: os.PathLike[str] | str, groups: Mapping[str, _Group], columns: Mapping[str, str], notes: Notes) -> Iterator[Entry]:
     """Yields an entry for each group; says which lack what others have, and which files are not read."""
-    held = {key: {_kind(extension) for extension in group.files} for key, group in groups.items() if not group.wrong}
-    for kind in sorted({kind for kinds in held.values() for kind in kinds if kind}):
-        if lacking := [key for key, kinds in held.items() if kind not in kinds]:
-            notes.add(f"records without a file of {kind}, which others have", f"{path}:{lacking[0]}", len(lacking))
     for key, group in groups.items():
         for extension in group.files:
             if not _kind(extension) and extension not in columns.values():
                 notes.add(f"files .{extension} that are not read", f"{path}:{key}")
+    read = {key: group for key, group in groups.items() if group.wrong or any(_kind(e) or e in columns.values() for e in group.files)}
+    groups = read or groups  # a README beside clips is no record; where there is nothing else, each is one that lacks everything
+    held = {key: {_kind(extension) for extension in group.files} for key, group in groups.items() if not group.wrong}
+    for kind in sorted({kind for kinds in held.values() for kind in kinds if kind}):
+        if lacking := [key for key, kinds in held.items() if kind not in kinds]:
+            notes.add(f"records without a file of {kind}, which others have", f"{path}:{lacking[0]}", len(lacking))
     if {"video"} in held.values() or {"video", "text"} in held.values():
         _note_sound(path, groups, held, columns, notes)
     for number, (key, group) in enumerate(groups.items(), 1):
@@ -164,6 +177,8 @@ def _fields(key: str, files: Mapping[str, FilePart | str | bytes], columns: Mapp
     for extension, held in files.items():
         if not isinstance(held, bytes):
             contents[extension] = held
+        elif len(held) > _LONGEST_TEXT:
+            return BadEntry(f".{extension}: over {_LONGEST_TEXT >> 20} MiB of text is no caption; shorten it")
         elif extension == "json":
             read = parse(held)
             if isinstance(read, BadEntry):
