@@ -30,7 +30,7 @@ STACK = tests/config tests/features tests/media tests/tokens tests/conversion/te
 	tests/cli/test_embed.py tests/serve tests/conversion/test_hub.py tests/test_dependencies.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-ablation test-fast test test-slow test-reference test-tpu test-lowest test-newest python313 test-all docs test-docs bench \
+.PHONY: help setup demo demo-ablation test-fast test-jit test test-slow test-reference test-tpu test-lowest test-newest python313 test-all docs test-docs bench \
 	torture report-check serve-check pods-table lint format lock lock-docs clean
 
 help:  ## list the targets
@@ -87,10 +87,13 @@ demo: $(SETUP)  ## compare a tiny checkpoint with PyTorch, then train a small mo
 demo-ablation: $(SETUP)  ## what each loss buys on small synthetic clips, over five seeds: omni-jax ablate
 	$(PAGES) .venv/bin/omni-jax demo --ablation
 
-test-fast: $(SETUP)  ## what compiles nothing, within a minute
+test-fast: $(SETUP)  ## what compiles nothing
 	.venv/bin/python -m pytest $(WORKERS) -m "not jit and not slow and not reference and not tpu and not docs" $(PYTEST_ARGS)
 
-test: $(SETUP)  ## the default tests; no torch, no libtpu, no network
+test-jit: $(SETUP)  ## the rest of make test: what compiles
+	.venv/bin/python -m pytest $(WORKERS) -m "jit and not slow and not reference and not tpu and not docs" $(PYTEST_ARGS)
+
+test: $(SETUP)  ## the default tests, both of the above; no torch, no libtpu, no network
 	.venv/bin/python -m pytest $(WORKERS) -m "not slow and not reference and not tpu and not docs" $(PYTEST_ARGS)
 
 test-slow: $(SETUP)  ## kills, several processes, long parity
@@ -100,7 +103,7 @@ test-reference: $(REFERENCE)  ## against torch, transformers' torch model and PE
 	.venv-reference/bin/python -m pytest $(WORKERS) $(FULL) -m "reference or exact" $(PYTEST_ARGS)
 
 test-tpu: $(TPU)  ## compile for TPU, with no TPU attached
-	.venv-tpu/bin/python -m pytest $(FULL) -m "tpu and not reference" $(PYTEST_ARGS)
+	.venv-tpu/bin/python -m pytest $(WORKERS) --dist worksteal $(FULL) -m "tpu and not reference" $(PYTEST_ARGS)
 
 test-lowest: $(LOWEST)  ## the tests that use each dependency, with the lowest allowed versions
 	.venv-lowest/bin/python -m pytest -m "not slow and not reference and not tpu and not docs" $(WORKERS) $(STACK) $(PYTEST_ARGS)
