@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from omni_jax.objectives import HEALTH
 from omni_jax.parallel import any_process, process_allgather, process_sum
-from omni_jax.train.batch import UpdateBatch, place_update
+from omni_jax.train.batch import place_update
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.run_config import RunConfig, StopSection
 from omni_jax.train.state import TrainState
@@ -39,26 +39,14 @@ ALWAYS = (DIGEST, *COUNTS, "replaced", COLLAPSED)
 """What the row of every update has, logged or not."""
 
 
-class Update(Protocol):
-    """One update's data of this process, as `omni_jax.data.pipeline.PipelineBatch`."""
-
-    batch: UpdateBatch
-    ids: tuple[tuple[str, ...], ...]
-    errors: tuple[tuple[str, str], ...]
-    silent: int
-    repaired: int
-    truncated: int
-    mined: int
-    equal_hard: int
-    used_tokens: int
-    total_tokens: int
-
-
 class Data(Protocol):
     """What makes updates by number."""
 
     def batches(self, start: int, stop: int) -> Generator[Any]:
-        """Yields the `Update` of start, start + 1, ..., stop - 1, made ahead. Closing it ends its workers."""
+        """Yields this process's data of the updates start, start + 1, ..., stop - 1, made ahead. Closing it ends its workers.
+
+        Each is a record as `omni_jax.data.pipeline.PipelineBatch`.
+        """
         ...
 
 
