@@ -5,6 +5,8 @@ Letters: B rows of the batch (of this shard, under `axis_name`), D width, H hard
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -57,6 +59,7 @@ def info_nce(
     axis_name: AxisName | None = None,
     hard_scope: str = "local",
     hard_blocks: int | None = None,
+    hard_weight: float = 1.0,
 ) -> jax.Array:
     """Returns the mean of the two cross-entropies a -> b and b -> a over cosines divided by the temperature: a float32 scalar.
 
@@ -73,6 +76,7 @@ def info_nce(
       hard_scope: "local": a row sees the hard negatives of its own block, as the release trains; "global": all of them.
       hard_blocks: blocks of consecutive rows that the global batch is cut into for "local", hard negatives likewise. None: one for each
         shard. They are gathered only where a block does not lie within a shard.
+      hard_weight: positive factor of the exponential of each hard negative; 2 counts each twice.
 
     Raises:
       ValueError: for shapes that do not fit together, an unknown scope, or blocks that do not divide the batch.
@@ -96,14 +100,20 @@ def info_nce(
             seen = None if blocks == 1 else own[:, None] // rows == jnp.arange(hard.shape[1]) // columns
 
     def one_way(x: jax.Array, y: jax.Array) -> jax.Array:
-        return _cross_entropy(x, all_rows(y, axis_name), own, hard, seen, temperature)
+        return _cross_entropy(x, all_rows(y, axis_name), own, hard, seen, temperature, hard_weight)
 
     loss = 0.5 * (one_way(a, b) + one_way(b, a))
     return loss if axis_name is None else jax.lax.pmean(loss, axis_name)
 
 
 def _cross_entropy(
-    x: jax.Array, columns: jax.Array, own: jax.Array, hard: jax.Array | None, seen: jax.Array | None, temperature: float | jax.Array
+    x: jax.Array,
+    columns: jax.Array,
+    own: jax.Array,
+    hard: jax.Array | None,
+    seen: jax.Array | None,
+    temperature: float | jax.Array,
+    hard_weight: float,
 ) -> jax.Array:
     """Mean over the rows of x (B, D) of -log softmax at column `own` (B,); `hard` is (blocks, H / blocks, D), and where it is one block,
     `seen` (B, H) may say which of them a row sees."""
@@ -113,6 +123,8 @@ def _cross_entropy(
         rows = x.reshape(hard.shape[0], -1, x.shape[1])
         logits = jnp.concatenate([logits, cosines(rows, hard).reshape(x.shape[0], -1)], axis=1)
     logits = logits / temperature
+    if hard_weight != 1:
+        logits = logits.at[:, columns.shape[0] :].add(math.log(hard_weight))
     if seen is not None:  # after the division, whose slope would be infinite there
         logits = jnp.where(jnp.pad(seen, ((0, 0), (columns.shape[0], 0)), constant_values=True), logits, -jnp.inf)
     return jnp.mean(jax.nn.logsumexp(logits, axis=1) - positive / temperature)

@@ -1,6 +1,6 @@
 """The three losses (SPEC section 6): tuple, fusion as teacher, pairwise. Pure functions of batch embeddings (B, D) to float32 scalars.
 
-`temperature`, `axis_name`, `hard_scope` and `hard_blocks` are those of `info_nce`.
+`temperature`, `axis_name` and what begins with `hard_` are those of `info_nce`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,20 @@ def tuple_loss(
     axis_name: AxisName | None = None,
     hard_scope: str = "local",
     hard_blocks: int | None = None,
+    hard_weight: float = 1.0,
 ) -> jax.Array:
     """Returns L_T: InfoNCE of z_TVA against the augmented copy's z_T'V'A', hard negative tuples as further columns without gradient."""
     hard = None if hard_negatives is None else jax.lax.stop_gradient(hard_negatives)
-    return info_nce(anchor, positive, hard, temperature=temperature, axis_name=axis_name, hard_scope=hard_scope, hard_blocks=hard_blocks)
+    return info_nce(
+        anchor,
+        positive,
+        hard,
+        temperature=temperature,
+        axis_name=axis_name,
+        hard_scope=hard_scope,
+        hard_blocks=hard_blocks,
+        hard_weight=hard_weight,
+    )
 
 
 def distillation_loss(

@@ -26,7 +26,7 @@ class Pool:
       singles, pairs: the active modalities and pairs.
       scalars: name -> value, of those that the loss names.
       axis_name: mesh axes the clips are split over; None where they are the whole pool.
-      hard_scope, hard_blocks: as `info_nce` takes them.
+      hard_scope, hard_blocks, hard_weight: as `info_nce` takes them.
     """
 
     z: Mapping[str, jax.Array]
@@ -36,6 +36,7 @@ class Pool:
     axis_name: AxisName | None = None
     hard_scope: str = "local"
     hard_blocks: int | None = None
+    hard_weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,7 @@ LOSSES = {
             axis_name=p.axis_name,
             hard_scope=p.hard_scope,
             hard_blocks=p.hard_blocks,
+            hard_weight=p.hard_weight,
         ),
     ),
     "distillation": Loss(

@@ -52,7 +52,7 @@ def loss_of(embeddings: Embeddings, scalars: Arrays, losses: LossConfig, kind: S
         found = {}
         for width in widths:
             cut = {name: x[:, :width] for name, x in z.items()} if width < whole else z
-            pool = Pool(cut, kind.singles, kind.pairs, values, axis_name, losses.hard_scope, blocks)
+            pool = Pool(cut, kind.singles, kind.pairs, values, axis_name, losses.hard_scope, blocks, losses.hard_weight)
             found |= {named(name, width): LOSSES[name].value(pool) for name in losses.weights}
             if width == whole:
                 found |= health(pool, kind.hard)

@@ -361,6 +361,15 @@ def test_local_and_global_hard_negatives_differ() -> None:
     assert float(everywhere) > float(local) > float(info_nce(a, b, temperature=TAU))
 
 
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_a_hard_negative_of_weight_two_counts_as_two_of_weight_one(blocks: int) -> None:
+    a, b, hard = batch(11, (8, 6), (8, 6), (8, 6))
+    twice = jnp.repeat(hard.reshape(blocks, -1, 6), 2, axis=1).reshape(-1, 6)
+    found, want = (tuple_loss(a, b, x, temperature=TAU, hard_blocks=blocks, hard_weight=w) for x, w in ((hard, 2.0), (twice, 1.0)))
+    assert_close(found, want, "loss")
+    assert float(found) > float(tuple_loss(a, b, hard, temperature=TAU, hard_blocks=blocks))
+
+
 # ------------------------------------------------------------------------------------------------------------------ bad input
 
 

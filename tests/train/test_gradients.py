@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from omni_jax.objectives import SCALARS
+from omni_jax.objectives import SCALARS, tuple_loss
 from omni_jax.parallel import make_mesh, use_mesh
 from omni_jax.train import LossConfig, TrainableConfig, TrainStep, streams
 from omni_jax.train.gradients import Forward, collapse_metrics, loss_of
+from omni_jax.train.plan import step_kind
 from omni_jax.train.remat import REMAT, policies
 from tests.tolerances import assert_close
 from tests.train.leaf_by_leaf import assert_same_gradients
@@ -58,7 +59,7 @@ def assert_same_update(got, want):
 )
 def test_gradient_caching_equals_the_whole_batch_at_once(update, pairs, scope):
     """Four micro-batches of two against one of eight whose shuffles stay in the same four blocks."""
-    losses = LossConfig(ALL, temperature=0.2, pairs=pairs, hard_scope=scope, learn_temperature=True)
+    losses = LossConfig(ALL, temperature=0.2, pairs=pairs, hard_scope=scope, learn_temperature=True, negatives="global")
     fwd, trainable, frozen = forward(losses)
     trainable = {**trainable, TEMPERATURE: jnp.float32(1.3), BIAS: jnp.float32(-2.0)}
     got = cached(fwd, trainable, frozen, batch(losses, update, micro=4, clips=8))
@@ -90,7 +91,7 @@ def test_pieces_come_from_every_device_and_go_back():
 
 @pytest.mark.slow
 def test_gradient_caching_equals_the_whole_batch_where_everything_trains():
-    losses = LossConfig(temperature=0.2)
+    losses = LossConfig(temperature=0.2, negatives="global")
     fwd, trainable, frozen = forward(losses, choice="all")
     assert fwd.kept == ()
     got = cached(fwd, trainable, frozen, batch(losses, 1, micro=2, clips=4))
@@ -106,7 +107,7 @@ def test_gradient_caching_equals_the_whole_batch_where_everything_trains():
 
 
 def test_both_passes_of_gradient_caching_drop_the_same():
-    losses = LossConfig(temperature=0.2)
+    losses = LossConfig(temperature=0.2, negatives="global")
     fwd, trainable, frozen = forward(losses, WITH_DROPOUT)
     made, keys = batch(losses, 1, micro=2, clips=4), jax.random.split(jax.random.PRNGKey(3), 2)
     kind = made.kinds[0]
@@ -225,6 +226,14 @@ def test_towers_that_no_stream_reads_do_not_run():
     made = batch(losses, 0, clips=4)
     spoilt = {name: jnp.full_like(x, jnp.nan) if name.startswith("vision/") else x for name, x in frozen.items()}
     assert np.isfinite(float(plain(fwd, trainable, spoilt, made)[1]["loss"]))
+
+
+def test_the_weight_of_hard_negatives_is_that_of_the_config():
+    rng = np.random.default_rng(0)
+    z = {name: jnp.asarray(rng.standard_normal((4, 6)), jnp.float32) for name in ("anchor", "positive", "hard")}
+    losses = LossConfig({"tuple": 1}, temperature=0.2, hard_weight=3.0)
+    found = loss_of(z, {}, losses, step_kind(0, losses), 2)[1]["L_T"]
+    assert_close(found, tuple_loss(*z.values(), temperature=0.2, hard_blocks=2, hard_weight=3.0), "loss")
 
 
 def test_spread_tells_collapsed_embeddings_from_full_ones():
