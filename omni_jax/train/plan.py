@@ -33,6 +33,7 @@ class LossConfig:
       scalars: where the other scalars of the losses begin, all of which train; one that is not named begins as `objectives.SCALARS` says.
       pairs: "cycle" takes one pair per step, as released, "all" takes the three.
       hard_scope: "local": a row sees the hard negatives of its own block, as released; "global": all of them.
+      hard_weight: what a hard negative counts for beside another clip, 1; 2 counts each twice in the denominator of L_T.
       hn_audio_only: the hard negative always exchanges the audio.
       negatives: "micro": each micro-batch is its own pool and gradients are averaged, as released; "global": one pool for all micro-batches
         of an update (gradient caching). The cycles count micro-batches under "micro" and updates under "global".
@@ -47,8 +48,9 @@ class LossConfig:
     scalars: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     pairs: str = "cycle"
     hard_scope: str = "local"
+    hard_weight: float = 1.0
     hn_audio_only: bool = False
-    negatives: str = "global"
+    negatives: str = "micro"
     matryoshka_dims: tuple[int, ...] = ()
     matryoshka_weights: tuple[float, ...] = ()
 
@@ -56,8 +58,9 @@ class LossConfig:
         for name, allowed in (("pairs", ("cycle", "all")), ("hard_scope", ("local", "global")), ("negatives", NEGATIVES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"loss field {name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ConfigError(f"loss field temperature={self.temperature}: must be positive")
+        for name in ("temperature", "hard_weight"):
+            if not (math.isfinite(value := getattr(self, name)) and value > 0):
+                raise ConfigError(f"loss field {name}={value}: must be positive")
         weights = _numbers("weights", self.weights, tuple(LOSSES))
         if min(weights.values(), default=0.0) < 0 or not any(weights.values()):
             raise ConfigError(f"loss field weights={weights}: must not be negative, and one at least must be positive")

@@ -45,7 +45,7 @@ def kept(micro_batches: Sequence[MicroBatch], shapes: Sequence[BatchShapes]) -> 
 
 
 def made_with(source: MemorySource, negatives: MinedNegatives | None, **changes: Any) -> TrainPipeline:
-    losses = LossConfig()
+    losses = LossConfig(negatives="global")
 
     def kinds(update: int) -> Any:
         return kinds_of_update(update, BATCH.micro_batches, losses, negatives is not None)

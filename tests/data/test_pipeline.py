@@ -28,8 +28,8 @@ from tests.data.training_clips import CONFIG, MemorySource, captions, pipeline, 
 from tests.full_disk import files_of_at_most
 from tests.house import ROOT
 
-ALL = LossConfig(pairs="all")
-RELEASED = LossConfig(negatives="micro")
+ALL = LossConfig(pairs="all", negatives="global")
+RELEASED = LossConfig()
 SIZES = ("row_tokens", "hard_tokens")
 BATCH = BatchConfig(micro_batch=4, micro_batches=2, blocks=2, seed=3)
 
@@ -114,7 +114,7 @@ def test_no_update_holds_a_caption_or_a_prefix_twice():
 def test_hard_negatives_exchange_what_their_kind_says():
     source = MemorySource(captions(16))
     words = tokenizer()
-    made = pipeline(source, BATCH, LossConfig(), pack=_kept, augment=AugmentConfig(False, False, False))
+    made = pipeline(source, BATCH, LossConfig(negatives="global"), pack=_kept, augment=AugmentConfig(False, False, False))
     text_of = {name: words.encode_text(text) for name, text in zip(source.ids, source.captions, strict=True)}
     for update, hard in enumerate(("text", "audio", "video")):
         batch = made.make(update)
@@ -197,7 +197,7 @@ def test_a_second_row_length_must_save_a_tenth():
 
 def test_planned_row_lengths_are_those_of_the_prompts():
     source = MemorySource(captions(32))
-    for losses in (LossConfig(), RELEASED, LossConfig(pairs="all", hard_scope="global")):
+    for losses in (LossConfig(negatives="global"), RELEASED, LossConfig(pairs="all", hard_scope="global", negatives="global")):
         made = pipeline(source, BatchConfig(4, 2, row_multiple=1), losses, pack=_kept)
         for update in range(3):
             plan = made.planner.plan(update)

@@ -48,7 +48,7 @@ def recipe(golden: GoldenSet, **losses) -> StepConfig:
     spec = golden.spec
     return StepConfig(
         optimizer=OptimizerConfig(total_steps=100, learning_rate=spec["lr"]),
-        losses=LossConfig(temperature=spec["temperature"], **losses),
+        losses=LossConfig(**{"temperature": spec["temperature"], "negatives": "global", **losses}),
         frozen_dtype=None,
     )
 

@@ -51,7 +51,7 @@ def recipe(*, total_steps: int = 20, learning_rate: float = 1e-2, warmup_steps: 
     step = {name: changes.pop(name) for name in ("trainable", "remat", "frozen_dtype") if name in changes}
     return StepConfig(
         optimizer=OptimizerConfig(total_steps=total_steps, learning_rate=learning_rate, warmup_steps=warmup_steps),
-        losses=LossConfig(**{"temperature": 0.2, **changes}),
+        losses=LossConfig(**{"temperature": 0.2, "negatives": "global", **changes}),
         **{"frozen_dtype": None, **step},
     )
 

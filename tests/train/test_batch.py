@@ -35,7 +35,7 @@ def test_the_cycle_plays_one_pair_and_one_hard_negative():
 
 
 def test_cycles_count_micro_batches_or_updates():
-    released, pooled = LossConfig(negatives="micro"), LossConfig(negatives="global")
+    released, pooled = LossConfig(), LossConfig(negatives="global")
     assert kinds_of_update(1, 4, released) == (AUDIO, VIDEO, TEXT, AUDIO)
     assert kinds_of_update(1, 4, pooled) == (AUDIO,) * 4
 

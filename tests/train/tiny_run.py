@@ -31,7 +31,7 @@ def get_config():
         "data": {{"train": "{shards}", "preset_fields": {{"frames": 2, "pixels": 3136, "audio_seconds": 1.0}}, "workers": 0,
                  "distinct": "id_prefix"}},
         "batch": {{"micro_batch": 8, "blocks": 2}},
-        "losses": {{"temperature": 0.1, "pairs": "all"}},
+        "losses": {{"temperature": 0.1, "pairs": "all", "negatives": "global"}},
         "optimizer": {{"learning_rate": 3e-3, "warmup_steps": 2}},
         "trainable": {{"recipe": "all"}},
         "remat": "none",
