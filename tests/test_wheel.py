@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -17,6 +16,7 @@ from packaging.requirements import Requirement
 
 from tests.house import ROOT
 from tests.tolerances import TOLERANCES
+from tests.wheels import build_wheel
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 pytestmark = [pytest.mark.slow, pytest.mark.jit]
@@ -50,21 +50,7 @@ def link(name: str, site: Path) -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of the sdist of these sources."""
-    place = tmp_path_factory.mktemp("build")
-    hidden = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "*_out")
-    shutil.copytree(ROOT, place / "sources", symlinks=True, ignore=hidden)
-
-    def build(what: str, folder: Path) -> Path:
-        code = f"from setuptools import build_meta; build_meta.build_{what}({str(place)!r})"
-        subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
-        (made,) = place.glob({"sdist": "*.tar.gz", "wheel": "*.whl"}[what])
-        return made
-
-    shutil.unpack_archive(build("sdist", place / "sources"), place / "unpacked", filter="data")
-    (unpacked,) = (place / "unpacked").iterdir()
-    assert not [file for file in unpacked.rglob("*") if file.is_symlink()]
-    assert not (unpacked / "tests").exists() and (unpacked / "omni_jax" / "conversion" / "rules.py").is_file()
-    return build("wheel", unpacked)
+    return build_wheel(tmp_path_factory.mktemp("build"))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The Python of docs/guides/python.md as it stands, from an empty folder with a Hub on loopback that has a tiny checkpoint."""
+"""The Python of docs/guides/python.md as it stands, with an installed wheel, an empty folder and a local Hub with a tiny checkpoint."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tests.conversion.hub_server import Repository, files_of, hub_on_loopback
 from tests.golden_set import GoldenSet
 from tests.programs import QUICK
 from tests.tolerances import assert_close
+from tests.wheels import installed
 
 NAMES = ("tsinghua-ee/WAVE-7B", "YunzeLiu/OmniRetriever-7B")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -34,14 +35,17 @@ def test_golden_a_newcomers_lines_and_the_page_run_as_they_stand(golden: GoldenS
         assert golden.records[number].video == golden.records[number].audio
         for folder in (tmp_path, tmp_path / "clips"):
             shutil.copy(golden.records[number].video, folder / name)
-    script = [first, "import numpy; numpy.save('index.npy', index)\n", *rest]
+    package = installed(tmp_path / "wheel")
+    script = [first, "import numpy; numpy.save('index.npy', index)\n", *rest, "import omni_jax.conversion\n"]
+    script.append(f"from runner import strangers\nassert not strangers(Path({str(package)!r}))\n")
+    shutil.copy(house.ROOT / "tests/documentation/runner.py", tmp_path)
     (tmp_path / "page.py").write_text("".join(script))
     repositories = {NAMES[0]: Repository(files_of(golden.checkpoint)), NAMES[1]: Repository(files_of(golden.adapter_dir))}
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN")}
     with hub_on_loopback(repositories) as hub:
         environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "OMNI_JAX_CACHE": str(tmp_path / "cache")}
         environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(house.ROOT), os.environ.get("PYTHONPATH")]))
+        environment["PYTHONPATH"] = str(package)
         done = subprocess.run([sys.executable, "page.py"], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.match(r"clips/[ab]\.mp4\n", done.stdout)

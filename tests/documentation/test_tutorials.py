@@ -1,52 +1,40 @@
-"""The commands of the tutorials and the README, executed as they stand, in order, on tiny clips and the golden checkpoint."""
+"""The commands of the tutorials and the README, executed as they stand, in order, on tiny clips and the golden checkpoint.
+
+An installed wheel executes them, in a process of its own for each test (runner.py).
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from omni_jax.cli.main import main
-from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED
-from omni_jax.config.presets import PRESETS, Preset
 from tests import house
+from tests.documentation.runner import blocks, commands
 from tests.golden_set import GoldenSet
 from tests.media_samples import write_clip
+from tests.wheels import installed
 
 TUTORIALS = house.ROOT / "docs/tutorials"
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CLIPS, HELD_OUT = 16, 6
-
-# What keeps a run of the published recipe small enough for eight simulated devices.
-SMALL = (
-    *("model.dtype=float32", "model.lora.rank=4", "model.lora.alpha=8.0", "data.workers=0", "batch.micro_batch=8", "batch.micro_batches=1"),
-    *("batch.blocks=1", "losses.hn_audio_only=True", "steps=2", "epochs=0.0", "remat=none", "checkpoint.keep=1"),
-)
-
-
-def blocks(page: Path) -> list[tuple[str, str]]:
-    """Returns (language, text) of the code blocks of a page."""
-    return BLOCK.findall(page.read_text(encoding="utf-8"))
-
-
-def commands(text: str) -> list[list[str]]:
-    """Returns the words of each command of a shell block."""
-    return [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines() if line.strip()]
 
 
 @pytest.fixture
-def folder(golden: GoldenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with the names that the tutorials use: released weights, clips, manifests and annotations. Clips are small."""
+def folder(golden: GoldenSet, tmp_path: Path) -> Path:
+    """A folder with the names that the tutorials use: released weights, clips, manifests and annotations. Clips are small."""
     made = tmp_path / "tutorials"
     made.mkdir()
     (made / "WAVE-7B").symlink_to(golden.checkpoint)
     (made / "OmniRetriever-7B").symlink_to(golden.adapter_dir)
     (made / "BEATs.pt").symlink_to(golden.checkpoint / "BEATs.pt")
-    (made / "configs").symlink_to(house.ROOT / "configs")
     (made / "media").mkdir()
     for number in range(CLIPS + HELD_OUT):
         write_clip(made / f"media/clip{number}.mp4", seconds=1.0, seed=number)
@@ -60,67 +48,55 @@ def folder(golden: GoldenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         table = csv.writer(file)
         table.writerow(["id", "url", "start", "end", "caption"])
         table.writerows([f"clip{n}", f"https://example.com/{n}", 0, 1, f"caption number {n}"] for n in range(HELD_OUT))
-    monkeypatch.chdir(made)
-    small = {"frames": golden.preset.frames, "audio_seconds": 1.0, "pixels": 3136}
-    monkeypatch.setitem(PRESETS, "training", Preset(**small))
     return made
 
 
-def execute(page: Path) -> int:
-    """Executes the blocks of a tutorial and returns how many commands and scripts it has."""
-    count = 0
-    for language, text in blocks(page):
-        if language == "sh":
-            for words in commands(text):
-                run(words)
-                count += 1
-        elif language == "python":
-            exec(compile(text, page.name, "exec"), {"__name__": page.stem})
-            count += 1
-        elif language == "json":
-            assert all(json.loads(line)["id"] for line in text.splitlines())
-    return count
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return installed(tmp_path_factory.mktemp("wheel"))
 
 
-def run(words: list[str]) -> None:
-    """Runs one command in this process; a training run is a small one."""
-    assert words[0] == "omni-jax", f"{words[0]} is no command of this project; mark its block as text"
-    small = [f"--config.{change}" for change in SMALL if "--config.model.lora=None" not in words or "lora" not in change]
-    status = main([*words[1:], *(small if words[1] == "train" else [])])
-    assert status in (DONE, DONE_WITH_SKIPPED), f"{shlex.join(words)} ended with {status}"
+@pytest.fixture
+def executed(golden: GoldenSet, folder: Path, package: Path) -> Callable[..., str]:
+    """Executes pages in `folder` with the wheel's package, and returns what was printed."""
+    small = json.dumps({"frames": golden.preset.frames, "audio_seconds": 1.0, "pixels": 3136})
+
+    def execute(*pages: Path) -> str:
+        command = [sys.executable, "-P", str(house.ROOT / "tests/documentation/runner.py"), str(package), small, *map(str, pages)]
+        done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(package)}, capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return execute
 
 
 @pytest.mark.slow
 @pytest.mark.jit
-def test_the_tutorials_run_as_they_stand_on_the_golden_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert execute(TUTORIALS / "embed_and_search.md") == 8
-    assert "text in table av of 16 records, by cosine:" in capsys.readouterr().out
+def test_the_tutorials_run_as_they_stand_on_the_golden_checkpoint(folder: Path, executed: Callable[..., str]) -> None:
+    names = ("embed_and_search.md", "finetune_adapter.md", "evaluate_a_benchmark.md")
+    shown = executed(*(TUTORIALS / name for name in names))
+    assert re.findall(r"^(\S+\.md) has (\d+) commands$", shown, re.MULTILINE) == list(zip(names, ("8", "6", "10"), strict=True))
+    assert "text in table av of 16 records, by cosine:" in shown and "AVG-all" in shown
     assert (folder / "vectors/av.npy").exists() and (folder / "clips-int8.npz").exists()
-
-    assert execute(TUTORIALS / "finetune_adapter.md") == 6
     assert (folder / "OmniRetriever-mine/adapter_config.json").exists()
     assert json.loads((folder / "held_out.json").read_text())["n"] == HELD_OUT
-
-    capsys.readouterr()
-    assert execute(TUTORIALS / "evaluate_a_benchmark.md") == 10
-    assert "AVG-all" in capsys.readouterr().out and (folder / "fetch.tsv").exists()
-    assert (folder / "bench.html").read_text().lower().startswith("<!doctype html>")
+    assert (folder / "fetch.tsv").exists() and (folder / "bench.html").read_text().lower().startswith("<!doctype html>")
 
 
 @pytest.mark.slow
 @pytest.mark.jit
 def test_the_way_from_a_bucket_to_an_adapter_runs_as_it_stands_on_the_golden_checkpoint(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, executed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES", str(100 << 20))
-    assert execute(TUTORIALS / "bucket_to_adapter.md") == 8
+    assert "bucket_to_adapter.md has 8 commands" in executed(TUTORIALS / "bucket_to_adapter.md")
     assert (folder / "bucket-adapter/adapter_config.json").exists()
     assert json.loads((folder / "bucket.json").read_text())["n"] == HELD_OUT
 
 
 @pytest.mark.slow
 @pytest.mark.jit
-def test_the_commands_of_the_readme_run_on_the_golden_checkpoint(folder: Path) -> None:
+def test_the_commands_of_the_readme_run_on_the_golden_checkpoint(folder: Path, executed: Callable[..., str]) -> None:
     """All but those that install or test the project, or download; with int8 weights, too, as for one small chip.
 
     Its Python is that of docs/guides/python.md, which tests run.
@@ -128,12 +104,11 @@ def test_the_commands_of_the_readme_run_on_the_golden_checkpoint(folder: Path) -
     shown = [words for language, text in blocks(house.ROOT / "README.md") if language == "sh" for words in commands(text)]
     own = [words for words in shown if words[0] not in ("pip", "make", "hf")]
     assert {"convert", "embed", "search", "eval", "prepare", "train"} <= {words[1] for words in own}
-    for words in own:
-        run(words)
+    names = {"omni7b": "omni7b-int8", "clips.npz": "clips-of-int8.npz"}
+    int8 = [[names.get(word, word) for word in words] + (["--weights", "int8"] if words[1] == "convert" else []) for words in own[:3]]
+    (folder / "readme.md").write_text("```sh\n" + "".join(f"{shlex.join(words)}\n" for words in [*own, *int8]) + "```\n")
+    assert f"readme.md has {len(own) + 3} commands" in executed(folder / "readme.md")
     assert (folder / "clips.html").exists() and (folder / "my-adapter/adapter_config.json").exists()
-    for words in own[:3]:
-        names = {"omni7b": "omni7b-int8", "clips.npz": "clips-of-int8.npz"}
-        run([names.get(word, word) for word in words] + (["--weights", "int8"] if words[1] == "convert" else []))
     tested = [text for language, text in blocks(house.ROOT / "docs/guides/python.md") if language == "python"]
     assert [text for language, text in blocks(house.ROOT / "README.md") if language == "python"] == tested[:1]
 
