@@ -32,6 +32,7 @@ _SILENT, _AUDIBLE = 1e-4, 1e-3  # peaks: -80 and -60 dB
 _EXACT = frozenset({"mp4", "wav", "w64", "aiff", "au", "flac"})
 # Headers that state a length. For others FFmpeg guesses it from the file's size and its first packets.
 _STATED = frozenset({"mp4", "w64", "au", "flac", "asf", "ape", "tta", "wv"})
+_COUNTED = frozenset({"flac", "tta", "wv"})  # of these, those whose samples are counted
 # Streams of bare packets: the times of a packet are counted, so that they cannot show how much was lost before it.
 _BARE = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "loas", "amr", "gsm"})
 
@@ -344,12 +345,13 @@ class _Track:
         raise _Unreadable(f"unreadable audio track (no way to {start / self.rate:g} s)")
 
     def _check_end(self, position: int, sought: bool) -> None:
-        """Refuses a track that ended early or lost too much. A fraction of a second may be missing: encoders count their padding in
-        different ways."""
+        """Refuses a track that ended early or lost too much. Where encoders count their padding in different ways, a fraction of a second
+        may be missing."""
         there = position / self.rate
         packets = None if sought else self._decoding.packets
         self._ended = check_complete(self._container, self._stream, self._path, packets, f"{there:.6g} s of sound")
-        if self._declared is not None and self._checked and there < 0.99 * self._declared - 0.5:
+        slack = 0.05 if self._format in _COUNTED else 0.5 + 0.01 * (self._declared or 0)
+        if self._declared is not None and self._checked and there < self._declared - slack:
             raise ClipError(f"{self._path}: truncated: the audio ends after {there:.6g} s of {self._declared:.6g} s; fetch it again")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from omni_jax.media.source import AvError
+from omni_jax.media.source import AvError, read_packets
 from omni_jax.media.workers import goes_on
 
 # Where a packet is a picture with a time of its own. Others hold fields, repeated or empty pictures, or leave times out (AVI, program
@@ -66,7 +66,7 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
     leading = kind == "mpegts"
     before = key = None  # times of the last two key frames
     with contextlib.suppress(*AvError):  # a container that cannot be read to its end: `check_complete` says what is missing
-        for packet in container.demux(stream):
+        for packet in read_packets(container, stream):
             goes_on()
             if not packet.size:
                 exact &= packet.dts is None and packet.pts is None  # the end; an empty packet elsewhere repeats a picture
@@ -103,7 +103,7 @@ def without_leading(index: PacketIndex, container: Any, stream: Any) -> PacketIn
         return index
     with contextlib.suppress(*AvError):
         container.seek(int(index.pts[0]) - int(10 / stream.time_base), stream=stream, backward=True)
-        for _, packet in zip(range(_FIRST_FRAME_PACKETS), container.demux(stream), strict=False):
+        for _, packet in zip(range(_FIRST_FRAME_PACKETS), read_packets(container, stream), strict=False):
             for frame in packet.decode() if packet.size else ():
                 at = int(np.searchsorted(index.pts, frame.pts)) if frame.pts is not None else len(index.pts)
                 if at < len(index.pts) and index.pts[at] == frame.pts:
@@ -115,14 +115,15 @@ def without_leading(index: PacketIndex, container: Any, stream: Any) -> PacketIn
 def decode_from(container: Any, stream: Any, index: PacketIndex, entry: int, times: set[int]) -> Iterator[Any]:
     """Yields the frames at `times`, decoding from an entry on; others in between that no frame depends on are not decoded.
 
-    Ends early, without all of the frames, where the stream cannot be entered there, a packet does not decode, or packets are fields.
+    Ends early, without all of the frames, where the stream cannot be entered there, a packet or picture does not decode, or packets are
+    fields.
     """
     context, left = stream.codec_context, len(times)
     skips = context.name in ("h264", "mpeg2video") or (context.name == "hevc" and _has_one_layer(context.extradata))
-    begun = False
+    begun, sound_from = False, int(index.entries[min(entry + index.margin, len(index.entries) - 1)])
     try:
         container.seek(int(index.seek_times[entry]), stream=stream, backward=True)
-        for number, packet in enumerate(container.demux(stream)):
+        for number, packet in enumerate(read_packets(container, stream)):
             goes_on()
             if not begun:
                 begun = packet.is_keyframe and packet.pts == index.entries[entry]
@@ -138,6 +139,8 @@ def decode_from(container: Any, stream: Any, index: PacketIndex, entry: int, tim
                 frames += context.decode(None)  # those that the decoder still holds; the next seek resets it
             for frame in frames:
                 if frame.interlaced_frame and context.name == "h264":
+                    return
+                if frame.is_corrupt and frame.pts >= sound_from:  # what is missing is made up from the pictures before
                     return
                 if frame.pts in times:
                     yield frame

@@ -124,6 +124,13 @@ def choose_track(container: av.container.InputContainer, kind: str, number: int,
     return max(found, key=merit)
 
 
+def read_packets(container: av.container.InputContainer, stream: Any) -> Iterator[Any]:
+    """Yields the packets of a track and an empty one for its end. Raises AvError where the container cannot be read on."""
+    # PyAV 18 and 19 end with an IndexError, after that empty packet, where other tracks began on the way.
+    with contextlib.suppress(IndexError):
+        yield from container.demux(stream)
+
+
 _KIN = (
     {"mpeg1video", "mpeg2video"},
     {"mp1float", "mp2", "mp2float", "mp3", "mp3float"},
@@ -193,7 +200,7 @@ class Decoding:
     def _demux(self, container: av.container.InputContainer, stream: Any, start: int) -> Iterator[tuple[Any, Any]]:
         # A container that cannot be read on has ended: `check_complete` says what is missing.
         try:
-            for packet in container.demux(stream):
+            for packet in read_packets(container, stream):
                 goes_on()
                 self.packets += not packet.is_corrupt and (packet.size > 0 or packet.dts is not None)
                 if packet.size:  # an empty packet repeats a picture; the decoder would take it for the end
@@ -255,7 +262,7 @@ def check_complete(
 def is_incomplete(path: os.PathLike[str] | str) -> bool | None:
     """Whether a file ends before its parts do; None where it may, as its sizes contradict each other.
 
-    Knows Matroska and WebM, MP4 and MOV, AVI, WAV, RF64 and AIFF, CAF, Ogg; False for everything else.
+    Knows Matroska and WebM, MP4 and MOV, AVI, WAV, RF64, W64 and AIFF, CAF, Ogg; False for everything else.
     """
     with contextlib.ExitStack() as stack:
         file: Any = stack.enter_context(opened(path))
@@ -273,6 +280,8 @@ def is_incomplete(path: os.PathLike[str] | str) -> bool | None:
         if head[:4] in (b"RIFF", b"FORM"):
             end = _chunks_end(file, length, "little" if head[:4] == b"RIFF" else "big")
             return None if end is None else end > length
+        if head[:4] == b"riff":  # W64
+            return int.from_bytes(head[16:24], "little") > length
         if head[:4] == b"OggS":
             return _ogg_end(file, length) > length
         if head[:4] == b"caff":

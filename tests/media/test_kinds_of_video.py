@@ -117,6 +117,38 @@ def test_a_transport_stream_of_many_groups(tmp_path: Path, b_frames: int) -> Non
     assert shown(path, 30) == spread(0, 599, 30)
 
 
+def test_tracks_that_begin_on_the_way(tmp_path: Path) -> None:
+    """PyAV looks for the new ones where it has no place for them, and ends with an IndexError."""
+    parts = []
+    for pid in range(256, 272):  # the first lasts longer than FFmpeg looks for tracks
+        options, rate = {"mpegts_start_pid": str(pid)}, 24 if parts else 1
+        parts.append(
+            write_video(
+                tmp_path / f"{pid}.ts", "libx264", 8 if parts else 40, fps=rate, options=X264, container_options=options
+            ).read_bytes()
+        )
+    nothing = (b"\x47\x1f\xff\x10" + bytes(184)) * 2_000  # and comes again at the end, where it looks as well
+    (tmp_path / "clip.ts").write_bytes(b"".join(parts) + nothing + parts[0])
+    got = read_frames(tmp_path / "clip.ts", 8)
+    assert (got.num_frames, numbers(got.frames), got.warnings) == (80, [number % 40 for number in spread(0, 79)], ())
+
+
+def test_a_damaged_key_frame(tmp_path: Path) -> None:
+    """A decoder that is entered there has no picture before to make up what is missing."""
+    whole = write_video(tmp_path / "whole.ts", "libx264", 48, gop=24, options={"preset": "ultrafast", "bf": "0"})
+    data = bytearray(whole.read_bytes())
+    with av.open(whole) as container:
+        packet = [p for p in container.demux(video=0) if p.size][24]
+        assert packet.is_keyframe and packet.pos is not None
+    data[packet.pos + 188 * 2 + 90 : packet.pos + 188 * 2 + 120] = bytes(30)
+    (tmp_path / "damaged.ts").write_bytes(data)
+    with av.open(tmp_path / "damaged.ts") as container:
+        container.streams.video[0].thread_type = "NONE"
+        want = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    got = read_frames(tmp_path / "damaged.ts", 4)
+    assert np.array_equal(got.frames, [want[number] for number in got.frame_index])
+
+
 def test_the_frame_size_changes(tmp_path: Path) -> None:
     """Later pictures are scaled to the size of the first, as decord scales them."""
     large = write_video(tmp_path / "large.ts", "libx264", 24, options=X264)
