@@ -14,7 +14,7 @@ from omni_jax.types import InputError
 TRIES = 6
 PAUSE_S = 0.2  # before the second try, doubled before each further one: some 6 s in all
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}  # protocol -> the extra that brings its client
-NO_RIGHTS = ("credential", "permission", "forbidden", "accessdenied", "unauthorized")
+NO_RIGHTS = ("credential", "permission", "forbidden", "accessdenied", "unauthorized", "anonymouscaller")
 
 Done = TypeVar("Done")
 

@@ -23,6 +23,6 @@ def test_a_long_file_repeats_a_short_one(tmp_path: Path) -> None:
 def test_run_compares_the_pictures_and_gives_every_figure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(media, "REPEATS", {"10 s": 1, "20 s": 2})
     results = media.run(pairs=1, sizes={"tiny": (96, 64)}, groups=(60,))
-    assert len(results) == 4
-    assert results["lowest"] > 0
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert len(results) == 6
+    assert results["ratio_lowest"] > 0 and results["ratio_prepared_lowest"] > 0
+    assert len(capsys.readouterr().out.splitlines()) == 4

@@ -63,6 +63,14 @@ class NoCredentialsError(Exception):
     """As botocore's."""
 
 
+class HttpError(Exception):
+    """As gcsfs's, which asks without a name where it finds no credentials."""
+
+
+class DefaultCredentialsError(Exception):
+    """As google.auth's."""
+
+
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 40 prepared clips in three shards."""
@@ -165,18 +173,41 @@ def test_a_shard_that_disappears_ends_the_run_in_one_line_after_some_tries(store
     assert not isinstance(e.value, ClipError) and "\n" not in str(e.value) and max(Flaky.seen.values()) == remote.TRIES
 
 
-def test_what_a_store_refuses_is_one_line_at_once(store: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Flaky, "failure", NoCredentialsError("Unable to locate credentials"))
-    with pytest.raises(InputError, match=r"index.json: no access \(Unable to locate credentials\); give this machine credentials"):
+@pytest.mark.parametrize(
+    "failure",
+    [
+        NoCredentialsError("Unable to locate credentials"),
+        HttpError("Anonymous caller does not have storage.objects.get access to the Google Cloud Storage object., 401"),
+        DefaultCredentialsError("Your default credentials were not found.\nTo set them up, see the page."),
+        PermissionError(13, "Forbidden"),
+    ],
+    ids=["s3", "gs", "gs at once", "both"],
+)
+def test_what_a_store_refuses_is_one_line_at_once(store: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception):
+    said = " ".join(str(failure).split())
+    monkeypatch.setattr(Flaky, "failure", failure)
+    with pytest.raises(InputError) as e:
         source(tmp_path)
+    assert str(e.value) == f"{STORE}/index.json: no access ({said}); give this machine credentials for the bucket"
     assert set(Flaky.seen.values()) == {1}
 
+    def refused(*_: Any, **__: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", refused)  # clients that look for credentials when they are made
+    with pytest.raises(InputError) as e:
+        open_source("gs://bucket/x", PRESET, cache=RecordCache(tmp_path / "cache", 1))
+    assert str(e.value) == f"gs://bucket/x: no access ({said}); give this machine credentials for the bucket"
+
+
+@pytest.mark.parametrize(("address", "extra"), [("s3://bucket/x", "s3"), ("gs://bucket/x", "gcs")])
+def test_a_missing_client_of_a_store_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, extra: str):
     def absent(*_: Any, **__: Any) -> None:
-        raise ImportError("Install s3fs to access S3")
+        raise ImportError("Install a client")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
-    with pytest.raises(InputError, match=r"s3://bucket/x: needs a package .*; run pip install 'omni-jax\[s3\]'"):
-        open_source("s3://bucket/x", PRESET, cache=RecordCache(tmp_path / "cache", 1))
+    with pytest.raises(InputError, match=rf"^{address}: needs a package .*; run pip install 'omni-jax\[{extra}\]'$"):
+        open_source(address, PRESET, cache=RecordCache(tmp_path / "cache", 1))
 
 
 def test_a_folder_that_is_not_whole_is_refused(store: dict, tmp_path: Path):

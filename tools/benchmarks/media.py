@@ -1,14 +1,18 @@
-"""Reading a clip: 8 frames and 8 s of sound, beside decord and librosa, in CPU seconds.
+"""Reading and preparing a clip: 8 frames and 8 s of sound, beside decord, librosa and the processors of transformers, in CPU seconds.
 
 Both read the same files: H.264 with B-pictures at 720p and 1080p, key frames every 30 to 250 frames, 10 s, 3 min and 30 min long (the long
 files repeat ten seconds, so that they cost no encoding), and 16-bit stereo WAV beside them, as librosa reads no video. The two sides take
 turns in one process; CPU time of all threads is counted, since several clips are read at a time. The pictures are compared first.
+
+"Prepared" is the whole way to the model's arrays at training size. Ours has a record written into a shard besides, and BEATs' filter bank.
+Theirs are `Qwen2VLImageProcessorPil`, as the one for videos needs torchvision, and `WhisperFeatureExtractor`; each has one thread.
 
 Run alone: python -m tools.benchmarks --only media
 """
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,14 +24,19 @@ import av
 import numpy as np
 import soundfile
 
+from omni_jax.config import preset
+from omni_jax.data.loading import load_training_clip, training_features
+from omni_jax.data.shards import ShardWriter, encode_clip
 from omni_jax.media.audio import read_waveform
 from omni_jax.media.video import read_frames
+from omni_jax.types import Features, Record
 
 FPS, SECONDS, FRAMES, RATE = 24, 10, 8, 16_000
 SIZES = {"720p": (1280, 720), "1080p": (1920, 1080)}
 GROUPS = (30, 60, 120, 250)
 REPEATS = {"10 s": 1, "3 min": 18, "30 min": 180}
 LONG_GROUP = 60
+TRAINING = preset("training")
 LARGEST_DIFFERENCE = 1.5  # of 255, mean over a picture
 
 
@@ -47,11 +56,16 @@ def run(pairs: int = 5, sizes: dict[str, tuple[int, int]] | None = None, groups:
                     results[label] = compare(long, write_sound(folder / "sound.wav", repeats), pairs)
                     print(
                         f"{label}: ours {results[label]['ours']:.3f}, decord and librosa {results[label]['theirs']:.3f}, "
-                        f"ratio {results[label]['ratio']:.2f} (pictures alone {results[label]['ratio_pictures']:.2f})"
+                        f"ratio {results[label]['ratio']:.2f} (pictures alone {results[label]['ratio_pictures']:.2f}); prepared: "
+                        f"ours {results[label]['ours_prepared']:.3f}, theirs {results[label]['theirs_prepared']:.3f}, "
+                        f"ratio {results[label]['ratio_prepared']:.2f}",
+                        flush=True,
                     )
-    results["median"] = float(np.median([figures["ratio"] for figures in results.values()]))
-    results["lowest"] = float(min(figures["ratio"] for name, figures in results.items() if name != "median"))
-    print(f"ratio: median {results['median']:.2f}, lowest {results['lowest']:.2f}")
+    rows = list(results.values())
+    for name in ("ratio", "ratio_prepared"):
+        ratios = [row[name] for row in rows]
+        results[f"{name}_median"], results[f"{name}_lowest"] = float(np.median(ratios)), float(min(ratios))
+        print(f"{name}: median {results[f'{name}_median']:.2f}, lowest {results[f'{name}_lowest']:.2f}")
     return results
 
 
@@ -61,11 +75,17 @@ def compare(clip: Path, sound: Path, pairs: int) -> dict[str, float]:
     apart = np.abs(ours.frames.astype(np.int16) - theirs).mean(axis=(1, 2, 3)).max()
     if apart > LARGEST_DIFFERENCE:
         raise ValueError(f"{clip}: pictures differ by {apart:.2f} of 255")
+    writer = ShardWriter(clip.with_suffix(".array_record"))
+    height, width = (14 * n for n in prepared(clip, sound, writer).vision.grid.thw[1:])  # type: ignore[union-attr]
+    if (FRAMES * height * width) != 14 * 14 * len(processed(clip, sound)[0]):
+        raise ValueError(f"{clip}: frames are resized to other sizes")
     sides: dict[str, Callable[[], object]] = {
         "ours_pictures": lambda: read_frames(clip, FRAMES),
         "theirs_pictures": lambda: decord_frames(clip),
         "ours_sound": lambda: read_waveform(sound, seconds=8.0),
         "theirs_sound": lambda: librosa_samples(sound),
+        "ours_prepared": lambda: prepared(clip, sound, writer),
+        "theirs_prepared": lambda: processed(clip, sound),
     }
     for side in sides.values():
         side()
@@ -75,6 +95,7 @@ def compare(clip: Path, sound: Path, pairs: int) -> dict[str, float]:
             start = time.process_time()
             sides[name]()
             spent[name].append(time.process_time() - start)
+    writer.discard()
     median = {name: float(np.median(values)) for name, values in spent.items()}
     ours_s, theirs_s = (median[f"{side}_pictures"] + median[f"{side}_sound"] for side in ("ours", "theirs"))
     return median | {
@@ -82,7 +103,35 @@ def compare(clip: Path, sound: Path, pairs: int) -> dict[str, float]:
         "theirs": theirs_s,
         "ratio": theirs_s / ours_s,
         "ratio_pictures": median["theirs_pictures"] / median["ours_pictures"],
+        "ratio_prepared": median["theirs_prepared"] / median["ours_prepared"],
     }
+
+
+def prepared(clip: Path, sound: Path, writer: ShardWriter) -> Features:
+    """Writes a clip as `prepare` does, and returns the arrays that training makes of it."""
+    made = load_training_clip((Record("0", "caption", clip, sound), TRAINING))
+    writer.write(encode_clip(made))
+    return training_features(made, TRAINING)
+
+
+def processed(clip: Path, sound: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Patches, each frame's with the frame twice as a picture's are, and the log-mel spectrogram, by the processors of transformers."""
+    pictures, spectrogram = _processors()
+    made = spectrogram(librosa_samples(sound), sampling_rate=RATE, return_tensors="np", padding=False)
+    return pictures(images=list(decord_frames(clip)), return_tensors="np")["pixel_values"], made["input_features"]
+
+
+@functools.cache
+def _processors() -> tuple[Any, Any]:
+    import torch
+    from threadpoolctl import threadpool_limits
+    from transformers import WhisperFeatureExtractor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    threadpool_limits(1)  # as in the processes that decode
+    torch.set_num_threads(1)
+    smallest, largest = TRAINING.areas
+    return Qwen2VLImageProcessorPil(size={"shortest_edge": smallest, "longest_edge": largest}), WhisperFeatureExtractor(feature_size=128)
 
 
 def decord_frames(clip: Path) -> np.ndarray:
