@@ -2,7 +2,7 @@
 # Trains on TPU slices of a GKE cluster that has JobSet: fills in launch/jobset.yaml and applies it. Needs kubectl, signed in to the cluster.
 #
 #   launch/gke.sh --name omni7b --image IMAGE --bucket BUCKET --accelerator tpu-v5-lite-podslice --topology 4x4 --chips 4 -- \
-#     train --config omniretriever_7b --workdir gs://BUCKET/runs/omni7b --config.data.train=/bucket/shards
+#     train --config omniretriever_7b --workdir gs://BUCKET/runs/omni7b --config.data.train=gs://BUCKET/shards
 #
 # --name NAME         of the JobSet                 --image IMAGE      of launch/Dockerfile, in a registry the cluster reads
 # --bucket BUCKET     mounted at /bucket            --workdir DIR      where the smoke job tries the storage (gs://BUCKET/runs/NAME)

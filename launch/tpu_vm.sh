@@ -3,8 +3,8 @@
 # A preempted slice is requested again, and the run resumes from the newest whole checkpoint. Needs gcloud, signed in.
 #
 #   launch/tpu_vm.sh --name omni --zone ZONE --type v5litepod-16 --version v2-alpha-tpuv5-lite --source gs://BUCKET/omni_jax.tar.gz \
-#     --workdir gs://BUCKET/runs/omni7b --before 'gcloud storage cp -r gs://BUCKET/shards .' -- \
-#     train --config omniretriever_7b --workdir gs://BUCKET/runs/omni7b --config.data.train=shards
+#     --workdir gs://BUCKET/runs/omni7b -- \
+#     train --config omniretriever_7b --workdir gs://BUCKET/runs/omni7b --config.data.train=gs://BUCKET/shards
 #
 # --name NAME       of the queued resource            --zone ZONE       where
 # --type TYPE       accelerator type of a slice       --version NAME    TPU software version of its VMs

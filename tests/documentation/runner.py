@@ -60,6 +60,19 @@ def run(words: list[str]) -> None:
     assert status in (DONE, DONE_WITH_SKIPPED), f"{shlex.join(words)} ended with {status}"
 
 
+def mount() -> None:
+    """Makes the folder `bucket` of the current one gs://BUCKET for what reads through fsspec, as where the bucket is mounted there."""
+    import fsspec
+    from fsspec.implementations.local import LocalFileSystem
+
+    class Bucket(LocalFileSystem):
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return super()._strip_protocol(str(path).replace("gs://BUCKET", str(Path("bucket").absolute()), 1))
+
+    fsspec.register_implementation("gs", Bucket, clobber=True)
+
+
 def strangers(package: Path) -> list[str]:
     """Returns the modules of omni_jax that were not loaded from the package's folder."""
     own = [(name, getattr(module, "__file__", None)) for name, module in sorted(sys.modules.items()) if name.split(".")[0] == "omni_jax"]
@@ -74,6 +87,7 @@ def _main() -> None:
     package, preset, *pages = sys.argv[1:]
     jax.config.update("jax_num_cpu_devices", 8)
     PRESETS["training"] = Preset(**json.loads(preset))
+    mount()
     for page in pages:
         print(f"{Path(page).name} has {execute(Path(page))} commands")
     assert not (found := strangers(Path(package))), found

@@ -89,7 +89,9 @@ def test_the_way_from_a_bucket_to_an_adapter_runs_as_it_stands_on_the_golden_che
     folder: Path, executed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES", str(100 << 20))
+    monkeypatch.setenv("OMNI_JAX_CACHE", str(folder / "cache"))
     assert "bucket_to_adapter.md has 8 commands" in executed(TUTORIALS / "bucket_to_adapter.md")
+    assert list((folder / "cache/clips").glob("*/*")), "training read from gs://BUCKET through the cache"
     assert (folder / "bucket-adapter/adapter_config.json").exists()
     assert json.loads((folder / "bucket.json").read_text())["n"] == HELD_OUT
 
