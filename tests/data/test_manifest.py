@@ -201,11 +201,13 @@ def test_no_bytes_raise(tmp_path_factory: pytest.TempPathFactory, lines: list[by
 def test_unusable_manifests(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "blank.jsonl").write_text("\n  \n")
+    os.mkfifo(tmp_path / "pipe.jsonl")
     for name, words in {
         "missing.jsonl": "manifest not found; check the path",
         "": "is a directory; name the manifest file in it",
         "empty.jsonl": "the manifest is empty; give one with records",
         "blank.jsonl": "the manifest is empty",
+        "pipe.jsonl": "is a pipe, which cannot be read twice; write the manifest into a file",
     }.items():
         with pytest.raises(InputError) as error:
             read_manifest(tmp_path / name)

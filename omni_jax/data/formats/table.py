@@ -6,6 +6,7 @@ import glob
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from omni_jax.data.entries import absolute
@@ -53,7 +54,7 @@ def sources(path: os.PathLike[str] | str, chosen: str | None = None) -> Iterator
       chosen: the format; None goes by content, then by name.
 
     Raises:
-      InputError: for a pattern that nothing matches, a folder without anything known, a compressed file, or an unknown format.
+      InputError: for a pattern that nothing matches, a folder without anything known, a compressed file, a pipe, or an unknown format.
     """
     if chosen is not None and chosen not in FORMATS:
         raise InputError(f"--format {chosen}: unknown format; choose among {', '.join(FORMATS)}")
@@ -62,6 +63,8 @@ def sources(path: os.PathLike[str] | str, chosen: str | None = None) -> Iterator
         if not place.is_dir():
             if chosen in FOLDERS:
                 raise InputError(f"{one}: is a file, and --format {chosen} reads a folder; name the folder")
+            if isinstance(place, Path) and place.is_fifo():
+                raise InputError(f"{one}: is a pipe, which cannot be read twice; write the manifest into a file")
             yield chosen or _format_of(one), one
             continue
         kind = chosen or _folder_format(place)
