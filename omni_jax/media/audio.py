@@ -249,7 +249,7 @@ class _Track:
         if start < self._late:
             yield np.zeros(self._late - start, np.float32)
         start = max(0, start - self._late)
-        position = self._seek(start) if start > _SEEK_SECONDS * self.rate and self._seekable() else 0
+        position = self._seek(start) if start > _SEEK_SECONDS * self.rate and self._seekable(start) else 0
         sought = position > 0
         for block in self._samples():
             position += len(block)
@@ -320,11 +320,13 @@ class _Track:
         late = float(stream.start_time * stream.time_base - picture.start_time * picture.time_base)
         return round(late * self.rate) if late > _LATE_SECONDS else 0
 
-    def _seekable(self) -> bool:
-        """Whether a sample's number follows from its time."""
+    def _seekable(self, start: int) -> bool:
+        """Whether the place of a sample follows from its number."""
         codec = self._stream.codec_context.name
         # Packets of ADPCM begin elsewhere than their times say, or take up what the one before left.
         if self._format not in _EXACT or self._stream.time_base * self.rate != 1 or "adpcm" in codec:
+            return False
+        if start > (self._declared or math.inf) * self.rate:  # in another file joined to this one
             return False
         if self._format != "mp4":
             return codec.startswith(("pcm_", "flac"))

@@ -204,6 +204,13 @@ def test_joined_and_chained_files(tmp_path: Path, name: str, codec: str) -> None
     assert pitch(got[4 * RATE : 5 * RATE]) == pytest.approx(1320, abs=2)
 
 
+def test_a_part_in_the_second_of_two_joined_files(tmp_path: Path) -> None:
+    path = write_audio(tmp_path / "a.flac", "flac", 35.0, rate=8000, sample_format="s16")
+    once = whole(path, timestamps=(32.0, 33.0))
+    path.write_bytes(path.read_bytes() * 2)
+    assert np.abs(whole(path, timestamps=(67.0, 68.0)) - once).max() < 1e-3
+
+
 @pytest.mark.parametrize(("name", "codec", "sample_format"), [("a.opus", "libopus", "flt"), ("b.ogg", "flac", "s16")])
 def test_chains_of_other_layouts_and_rates(tmp_path: Path, name: str, codec: str, sample_format: str) -> None:
     """FFmpeg's reader of Ogg ends where the layout or the rate changes."""
