@@ -75,4 +75,8 @@ def _fields(names: list[str], cells: list[str], columns: Mapping[str, str], line
 
 def _is_text(read: str) -> bool:
     """Whether bytes that were read as UTF-8, with surrogates for what is none, are all text."""
-    return read.isascii() or not any("\ud800" <= character <= "\udfff" for character in read)
+    try:
+        read.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
