@@ -113,6 +113,11 @@ def test_other_parquet_is_read_or_one_line(tmp_path: Path) -> None:
     pq.write_table(pa.table({"conversations": turns, "video": ["a.mp4", "b.mp4"]}), path)
     assert [record.text for record in read_manifest(path).records] == ["rain", "fog"]
     texts = pa.array(["a"])
+    pq.write_table(pa.table({"Text": texts, "Audio": in_struct(pa.binary())[:1]}), path)
+    assert [(record.text, record.audio is not None) for record in read_manifest(path).records] == [("a", True)]
+    pq.write_table(pa.table({"text": texts, "clip": [{"video": {"bytes": b"x"}}]}), path)
+    with pytest.raises(InputError, match=r"column 'clip', which --columns names, is struct<video: struct<bytes: binary>>; text, numbers,"):
+        read_manifest(path, columns={"video": "clip"})
     for table, words in (
         (pa.table({"text": texts, "audio": in_struct(pa.binary())[:1]})[:0], "the manifest is empty"),
         (pa.table({}), "no column is called text"),

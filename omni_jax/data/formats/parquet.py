@@ -56,7 +56,11 @@ def _rows(path: os.PathLike[str] | str, table: Any, columns: Mapping[str, str], 
     roles = _roles(path, schema, media, columns)
     check_columns(path, schema.names, columns, list(roles.values()))
     used = [column for column in media if column.name in roles or column.name in columns.values()]
-    if idle := [name for name in schema.names if name not in scalars and name not in {column.name for column in used}]:
+    idle = [name for name in schema.names if name not in scalars and name not in {column.name for column in used}]
+    if asked := [name for name in idle if name in columns.values()]:
+        kind = str(schema.field(asked[0]).type)[:80]
+        raise InputError(f"{path}: column {asked[0]!r}, which --columns names, is {kind}; text, numbers, bytes or paths are read")
+    if idle:
         notes.add(f"files with columns that are not read ({', '.join(idle)})", path)
     wanted = scalars + [column.path for column in used if column.path]
     names_itself = "id" in schema.names or "id" in columns
@@ -101,7 +105,8 @@ def _roles(path: os.PathLike[str] | str, schema: Any, media: list[_Media], colum
         feature = features.get(column.name)
         feature = feature.get("_type") if isinstance(feature, dict) else None
         role = {"Audio": "audio", "Video": "video", "Image": "image"}.get(str(feature))
-        role = role or (column.name if column.name in ("video", "audio", "image") else media_kind(column.name))
+        name = column.name.lower()
+        role = role or (name if name in ("video", "audio", "image") else media_kind(name))
         if role is None or role in columns or column.name in columns.values():
             continue
         if role in found.values():
