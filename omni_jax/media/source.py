@@ -152,8 +152,8 @@ def other_codec(container: av.container.InputContainer, stream: Any, path: os.Pa
     for start in (*(size * place // _PLACES for place in range(1, _PLACES)), max(0, size - _TABLES)):
         with contextlib.suppress(*AvError), _from(path, start) as file, av.open(file, "r", options=options) as rest:
             for context in (other.codec_context for other in rest.streams if other.id == stream.id and other.codec_context):
-                # The tag is the kind of stream that the table names: without it FFmpeg has guessed.
-                if context.codec_tag.strip("\0") and context.name != own and not any({context.name, own} <= kin for kin in _KIN):
+                # The tag is the kind of stream that the table names. Without one, or with 6 for anything, FFmpeg may have guessed.
+                if context.codec_tag.strip("\0\6") and context.name != own and not any({context.name, own} <= kin for kin in _KIN):
                     return f"the codec of the {stream.type} changes from {own} to {context.name}"
     return ""
 
