@@ -45,7 +45,7 @@ class Stopped(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Watcher:
+class AblationCallbacks:
     """What an ablation reports to its caller, and asks of it.
 
     Attributes:
@@ -136,18 +136,18 @@ class Outcome:
     warm: Sequence[Mapping[str, float]]
 
 
-def carry_out(ablation: Ablation, watcher: Watcher) -> Outcome:
+def carry_out(ablation: Ablation, callbacks: AblationCallbacks) -> Outcome:
     """Makes the runs that are not finished and returns what all of them gave.
 
     Seeds are the outer loop, so that an ablation that was stopped can be read for fewer seeds.
 
     Raises:
-      Stopped: when `watcher.stopping()` says so.
+      Stopped: when `callbacks.stopping()` says so.
       InputError, ConfigError: for a config, clips or a folder that cannot be used, or a warm start that is not reached.
     """
     # All arms find the features of synthetic clips: none pays for them in its cost.
     shared = Shared(keep_features=ablation.synthetic)
-    costs = measure_costs(ablation, watcher, shared)
+    costs = measure_costs(ablation, callbacks, shared)
     first = next(iter(ablation.arms))
     budget = ablation.arms[first].steps * costs[first]
     steps = {name: run.steps if ablation.equal == "steps" else max(1, round(budget / costs[name])) for name, run in ablation.arms.items()}
@@ -156,21 +156,21 @@ def carry_out(ablation: Ablation, watcher: Watcher) -> Outcome:
     for seed in range(ablation.seeds):
         base = ""
         if ablation.start == "warm":
-            folder, reached = warm_start(ablation, seed, watcher, shared)
+            folder, reached = warm_start(ablation, seed, callbacks, shared)
             base = str(folder)
             warm.append(reached)
-            watcher.finished()
+            callbacks.finished()
         for name, run in ablation.arms.items():
             made = dataclasses.replace(on_clips(ablation, run), seed=seed, steps=steps[name])
             if base:
                 made = from_base(made, base)
             workdir = ablation.out / "runs" / ablation.start / slug(name) / f"{steps[name]}-seed{seed}"
-            scores[name].append(score_of(made, workdir, f"{name}, {ablation.start} start, seed {seed}", watcher, shared))
-            watcher.finished()
+            scores[name].append(score_of(made, workdir, f"{name}, {ablation.start} start, seed {seed}", callbacks, shared))
+            callbacks.finished()
     return Outcome(steps, costs, scores, warm)
 
 
-def measure_costs(ablation: Ablation, watcher: Watcher, shared: Shared) -> dict[str, float]:
+def measure_costs(ablation: Ablation, callbacks: AblationCallbacks, shared: Shared) -> dict[str, float]:
     """Returns CPU seconds of a step by arm. They are measured once for a folder and kept there, so that the runs that follow from them,
     and the table, are the same however often they are interrupted."""
     file = ablation.out / "costs.json"
@@ -184,22 +184,22 @@ def measure_costs(ablation: Ablation, watcher: Watcher, shared: Shared) -> dict[
             workdir = ablation.out / "costs"
             shutil.rmtree(workdir, ignore_errors=True)  # a time that was interrupted is not known
             clock = _Clock()
-            _trained(timed, workdir, f"cost of {name}", watcher, shared, seen=clock, enough=lambda clock=clock: clock.done)
+            _trained(timed, workdir, f"cost of {name}", callbacks, shared, seen=clock, enough=lambda clock=clock: clock.done)
             shutil.rmtree(workdir)
             kept[name] = {"seconds_per_step": (clock.marks[FIRST + TIMED - 1] - clock.marks[FIRST - 1]) / TIMED, "config": known}
             write_whole(file, json.dumps(kept, indent=1) + "\n")
-        watcher.finished()
+        callbacks.finished()
         found[name] = float(kept[name]["seconds_per_step"])
     return found
 
 
-def warm_start(ablation: Ablation, seed: int, watcher: Watcher, shared: Shared) -> tuple[Path, dict[str, float]]:
+def warm_start(ablation: Ablation, seed: int, callbacks: AblationCallbacks, shared: Shared) -> tuple[Path, dict[str, float]]:
     """Returns the folder of a model that was trained with L_A until audio and video together find captions, and are found by them, better
     by MARGIN points than the better of the two alone; and what it reached. Looked for every `warm_every` steps, on the validation clips.
 
     Raises:
       InputError: when that is not reached within `warm_steps`.
-      Stopped: when the watcher says so.
+      Stopped: when the callbacks say so.
     """
     folder = ablation.out / "warm" / f"seed{seed}"
     run = next(iter(ablation.arms.values()))
@@ -213,7 +213,7 @@ def warm_start(ablation: Ablation, seed: int, watcher: Watcher, shared: Shared) 
     )
     reached, base = folder / "reached.json", folder / "base"
     if not base.is_dir():
-        _trained(run, folder / "run", f"warm start, seed {seed}", watcher, shared, enough=lambda: _looked(folder / "run")[1] is not None)
+        _trained(run, folder / "run", f"warm start, seed {seed}", callbacks, shared, enough=lambda: _looked(folder / "run")[1] is not None)
         last, found = _looked(folder / "run")
         if found is None:
             raise InputError(
@@ -240,7 +240,7 @@ def _said(found: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.1f}" for name, value in found.items() if name != "steps")
 
 
-def score_of(run: RunConfig, workdir: Path, what: str, watcher: Watcher, shared: Shared) -> Scores:
+def score_of(run: RunConfig, workdir: Path, what: str, callbacks: AblationCallbacks, shared: Shared) -> Scores:
     """Trains, or resumes, and returns the scores after the last step; those of an earlier call where it finished.
 
     Raises:
@@ -251,9 +251,9 @@ def score_of(run: RunConfig, workdir: Path, what: str, watcher: Watcher, shared:
         kept = json.loads(file.read_text())
         if kept["config"] != said:
             raise InputError(f"{workdir}: holds a run of another config; choose another --out, or another name for the arm")
-        watcher.begin(what, run.steps, run.steps)
+        callbacks.begin(what, run.steps, run.steps)
         return kept["scores"]
-    _trained(run, workdir, what, watcher, shared)
+    _trained(run, workdir, what, callbacks, shared)
     result = json.loads((workdir / "evaluations" / f"{run.steps}.json").read_text())
     scores = {name: result["directions"][name]["R@1"] for name in DIRECTIONS} | {name: result[name] for name in AVERAGES}
     write_whole(file, json.dumps({"scores": scores, "config": said}) + "\n")
@@ -288,34 +288,34 @@ def _trained(
     run: RunConfig,
     workdir: Path,
     what: str,
-    watcher: Watcher,
+    callbacks: AblationCallbacks,
     shared: Shared,
     seen: Callable[[int], None] = lambda step: None,
     enough: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Trains to the last step, or until it is enough. Raises Stopped when the watcher says so."""
+    """Trains to the last step, or until it is enough. Raises Stopped when the callbacks say so."""
     at = 0
 
     def begin(done: int, total: int, clips: int) -> None:
         nonlocal at
         at = done
-        watcher.begin(what, total, done)
+        callbacks.begin(what, total, done)
 
     def update(step: int, row: Mapping[str, float]) -> None:
         nonlocal at
         seen(step)
-        watcher.advance(step - at)
+        callbacks.advance(step - at)
         at = step
 
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{workdir}.log").open("a", encoding="utf-8") as log:
-        callbacks = TrainCallbacks(
+        training = TrainCallbacks(
             log=lambda line: log.writelines((line, "\n")),
             begin=begin,
             update=update,
-            stopping=lambda: watcher.stopping() or enough(),
+            stopping=lambda: callbacks.stopping() or enough(),
         )
-        outcome = run_training(run, workdir, callbacks, shared)
+        outcome = run_training(run, workdir, training, shared)
     if not outcome.finished and not enough():
         raise Stopped(what)
 

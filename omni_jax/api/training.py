@@ -55,8 +55,8 @@ from omni_jax.train.workdir import (
     PRESET_FIELDS,
     TOKENIZER_FILES,
     WorkdirConfig,
-    check_free,
-    claim,
+    check_workdir_free,
+    claim_workdir,
     read_config,
 )
 from omni_jax.types import Clip, Features, InputError
@@ -113,7 +113,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
     source = on_all_processes(lambda: _source(run, preset))
     problems: Sequence[Problem] = getattr(source, "problems", ())
     with contextlib.ExitStack() as held:
-        on_process_0(lambda: check_free(folder))
+        on_process_0(lambda: check_workdir_free(folder))
         on_process_0(lambda: held.enter_context(run_lock(folder)))
         check_shared(folder)
         skipped = on_all_processes(lambda: SkippedRecords(folder, jax.process_index()))
@@ -151,7 +151,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
         stored = BASE if not run.model.base else str(base)
         config = WorkdirConfig(run.to_json(), model, stored, digests, total)
         check_equal("what they train", {**digests, "updates": total})
-        on_process_0(lambda: claim(folder, config))
+        on_process_0(lambda: claim_workdir(folder, config))
         keep(problems)
         checkpoints = on_all_processes(lambda: Checkpoints(folder / CHECKPOINTS, run.checkpoint.keep))
         held.callback(checkpoints.close)

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     configs = {arm.name: read_config(args.config, [*args.overrides, *arm.changes]) for arm in arms}
     if args.seeds < 2:
         raise InputError(f"--seeds {args.seeds}: an interval over seeds needs at least 2")
-    from omni_jax.ablation.runs import Ablation, Stopped, Watcher, carry_out
+    from omni_jax.ablation.runs import Ablation, AblationCallbacks, Stopped, carry_out
     from omni_jax.ablation.table import as_markdown, as_page, as_text, result_of
     from omni_jax.cli.stopping import signals_noted
     from omni_jax.data.synthetic_parts import PartsConfig
@@ -67,9 +67,9 @@ def run(args: argparse.Namespace) -> int:
     ablation = Ablation(*given)
     args.out.mkdir(parents=True, exist_ok=True)
     with signals_noted() as signals, _Display(ablation.runs) as display:
-        watcher = Watcher(display.begin, display.advance, display.finished, lambda: bool(signals.seen))
+        callbacks = AblationCallbacks(display.begin, display.advance, display.finished, lambda: bool(signals.seen))
         try:
-            outcome = carry_out(ablation, watcher)
+            outcome = carry_out(ablation, callbacks)
         except Stopped as stop:
             print(f"stopped by {signals.name} in {stop}; what is finished is kept in {args.out}: run it again to resume", file=sys.stderr)
             return INTERRUPTED if signals.interrupted else STOPPED_AND_SAVED

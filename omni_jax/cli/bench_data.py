@@ -64,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
 
     # Late, so that `--help` and usage errors answer at once.
     from omni_jax.conversion.torch_pickle import read_pickle
-    from omni_jax.data.benchmarks import BENCHMARKS, look_for, read_annotations
+    from omni_jax.data.benchmarks import BENCHMARKS, match_media, read_annotations
 
     found = read_annotations(args.name, args.annotations, split=args.split, columns=columns, read_pickle=read_pickle)
     media = BENCHMARKS[args.name].media
-    coverage = look_for(found.items, args.media, media)
+    coverage = match_media(found.items, args.media, media)
     if args.fetch_list:
         _write_fetch_list(args.fetch_list, coverage)
     if args.audit:

@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
             name = _add(columns, path, theirs.result)
             notes += _made_otherwise(own, result, name, {"made_with": table.made_with, "storage": result.get("storage")})
             try:
-                differences = compare(scores.tally, theirs.tally)
+                differences = compare(scores.hit_counts, theirs.hit_counts)
                 result.setdefault("comparisons", {})[name] = {key: found.row() for key, found in differences.items()}
                 notes.append(format_differences(own, name, differences))
             except InputError as e:

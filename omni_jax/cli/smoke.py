@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.api.training import TrainCallbacks, run_training
     from omni_jax.data.synthetic import write_set
     from omni_jax.parallel import any_process, barrier, run_on_process_0
-    from omni_jax.train.checkpoint import steps_of
+    from omni_jax.train.checkpoint import list_steps
     from omni_jax.train.workdir import CHECKPOINTS
 
     here, processes, devices = jax.process_index(), jax.process_count(), len(jax.devices())
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
     _together(run_on_process_0(remove))
     run_training(config, workdir, TrainCallbacks(log, lambda *_: None, lambda _, row: losses.append(row["loss"]), lambda: False))
-    blind = steps_of(workdir / CHECKPOINTS) != [1]
+    blind = list_steps(workdir / CHECKPOINTS) != [1]
     if any_process(blind):
         who = f"process {here} on {socket.gethostname()} does not see" if blind else "another process does not see"
         raise InputError(f"{args.workdir}: {who} the checkpoint that was written there; name a folder on storage that every host shares")

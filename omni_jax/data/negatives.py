@@ -15,7 +15,7 @@ import numpy as np
 
 from omni_jax.data.clips import ClipSource, same_as
 from omni_jax.data.manifest import NEGATIVES, read_manifest
-from omni_jax.data.order import Draw, generator
+from omni_jax.data.order import RngStream, generator
 from omni_jax.types import InputError
 
 LISTS: Mapping[str, tuple[str, ...]] = {
@@ -57,7 +57,7 @@ class MinedNegatives:
         """
         first = self.starts[modality][clips]
         count = self.starts[modality][clips + 1] - first
-        uniform = generator(seed, Draw.MINED, micro_batch).random((2, len(clips)))
+        uniform = generator(seed, RngStream.MINED, micro_batch).random((2, len(clips)))
         taken = (count > 0) & (uniform[0] < self.share)
         place = first + np.minimum((uniform[1] * count).astype(np.int64), np.maximum(count - 1, 0))
         return np.where(taken, np.append(self.clips[modality], -1)[np.where(taken, place, -1)], -1)

@@ -22,7 +22,7 @@ WINDOW = 1 << 16  # clips of a window, about
 ROUNDS = 6  # of the Feistel network; four make a permutation that is hard to tell from a random one
 
 
-class Draw(enum.IntEnum):
+class RngStream(enum.IntEnum):
     """What a random stream is for: streams of different purposes are independent."""
 
     ORDER = 1
@@ -33,7 +33,7 @@ class Draw(enum.IntEnum):
     MINED = 6
 
 
-def generator(seed: int, purpose: Draw, first: int, second: int = 0) -> np.random.Generator:
+def generator(seed: int, purpose: RngStream, first: int, second: int = 0) -> np.random.Generator:
     """Returns the stream of one purpose and two numbers (update and clip, or epoch)."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, int(purpose), first, second])))
 
@@ -62,11 +62,11 @@ def epoch_order(
     length = window_updates(count, per_update)
     here = min(length, updates - window * length)
     if count <= WHOLE:
-        order = generator(seed, Draw.ORDER, epoch).permutation(count)
+        order = generator(seed, RngStream.ORDER, epoch).permutation(count)
     else:
         start = window * length * per_update
         stop = count if here + window * length == updates else start + here * per_update
-        order = shuffled(np.arange(start, stop), count, generator(seed, Draw.ORDER, epoch))
+        order = shuffled(np.arange(start, stop), count, generator(seed, RngStream.ORDER, epoch))
     if groups is not None:
         order = _spread(order, groups(order), here, per_update)
     return order[: here * per_update].reshape(here, per_update)
@@ -142,7 +142,7 @@ def exchange(seed: int, micro_batch: int, clips: int, blocks: int) -> np.ndarray
 
     A cycle leaves no clip in its place. Blocks of one clip, which have none, stay as they are.
     """
-    rng = generator(seed, Draw.SHUFFLE, micro_batch)
+    rng = generator(seed, RngStream.SHUFFLE, micro_batch)
     size = clips // blocks
     shuffle = np.zeros((blocks, size), np.int32)
     for row in shuffle:
@@ -177,7 +177,7 @@ def stand_ins(seed: int, update: int, place: int, held: np.ndarray, count: int, 
       count: N.
       most: clips returned of each kind.
     """
-    rng = generator(seed, Draw.REPLACE, update)
+    rng = generator(seed, RngStream.REPLACE, update)
     order = rng.permutation(count) if count <= WHOLE else shuffled(np.arange(2 * max(WINDOW, len(held))), count, rng)
     order = order[~np.isin(order, held)]
     number = np.arange(len(order))
@@ -195,7 +195,7 @@ def other_captions(seed: int, micro_batch: int, clips: np.ndarray, captions: Seq
     Raises:
       InputError: where all captions of the source are equal.
     """
-    rng = generator(seed, Draw.CAPTION, micro_batch)
+    rng = generator(seed, RngStream.CAPTION, micro_batch)
     size = len(clips)
     texts = numbered(captions[clip] for clip in clips.tolist())
     chosen = clips.copy()

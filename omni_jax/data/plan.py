@@ -16,7 +16,7 @@ from omni_jax.config.batches import AugmentConfig, BatchSection
 from omni_jax.data.augment import augment_text
 from omni_jax.data.clips import same_as
 from omni_jax.data.negatives import MinedNegatives
-from omni_jax.data.order import Draw, apart, epoch_order, exchange, generator, numbered, other_captions, window_updates
+from omni_jax.data.order import RngStream, apart, epoch_order, exchange, generator, numbered, other_captions, window_updates
 from omni_jax.data.sources import BEATS_PATCH, ClipSource, fbank_frames, tokens_of
 from omni_jax.features.audio import HOP
 from omni_jax.tokens.batching import attention_cost
@@ -28,7 +28,7 @@ from omni_jax.towers.base import multiple_of
 from omni_jax.types import PATCHES_PER_TOKEN, BatchShapes, InputError, StepKind
 
 DISTINCT = ("none", "caption", "id_prefix")
-SURVEYED = 32  # updates whose lengths decide on the sizes of rows
+SAMPLED_UPDATES = 32  # updates whose lengths decide on the sizes of rows
 WORTH = 0.9  # a second size must save a tenth of the tokens: it costs a compilation
 
 
@@ -140,7 +140,7 @@ class Planner:
 
     def streams(self, update: int, clip: int) -> tuple[np.random.Generator, np.random.Generator]:
         """Returns the random streams of a clip's augmented copy in an update: of its caption, of its media."""
-        text, media = generator(self.batch.seed, Draw.AUGMENT, update, clip).spawn(2)
+        text, media = generator(self.batch.seed, RngStream.AUGMENT, update, clip).spawn(2)
         return text, media
 
     def lengths(self, plan: UpdatePlan, micro: int, place: int, clip: int) -> PromptLengths:
@@ -247,7 +247,7 @@ class Planner:
         """Chooses, from the first updates, for each kind the layout of its rows, one or two lengths of them (few sizes are few
         compilations), and the length of the rows that hard negatives have to themselves."""
         drawn: dict[StepKind, list[list[PromptLengths]]] = {}
-        for update in range(SURVEYED):
+        for update in range(SAMPLED_UPDATES):
             for kind, clips in self._drawn(update)[1].items():
                 drawn.setdefault(kind, []).append(clips)
         share, multiple, attention = self._config.shares_prefix, self.batch.row_multiple, attention_cost(self._config.decoder)

@@ -186,7 +186,7 @@ class Beats(nnx.Module):
         return lambda start, stop: whole[:, start:stop]
 
 
-class BeatsBridge(nnx.Module):
+class BeatsProjector(nnx.Module):
     """Brings BEATs features to the audio tower's rate and the decoder's width: pairs averaged, layer norm, two linear maps."""
 
     def __init__(self, make: ParamFactory, width: int, output: int, eps: float = 1e-5):

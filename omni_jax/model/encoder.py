@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from omni_jax.config import ModelConfig
 from omni_jax.model import int8
 from omni_jax.model.audio import AudioTower
-from omni_jax.model.beats import Beats, BeatsBridge
+from omni_jax.model.beats import Beats, BeatsProjector
 from omni_jax.model.decoder import Decoder
 from omni_jax.model.layers import Linear, ParamFactory, gelu
 from omni_jax.model.vision import VisionTower
@@ -57,7 +57,7 @@ class Encoder(nnx.Module):
         self.vision = VisionTower(make / "vision", config.vision)
         self.audio = AudioTower(make / "audio", config.audio)
         self.beats = Beats(make / "beats", config.beats) if config.beats else None
-        self.bridge = BeatsBridge(make / "bridge", config.beats.hidden_size, width) if config.beats else None
+        self.bridge = BeatsProjector(make / "bridge", config.beats.hidden_size, width) if config.beats else None
         self.decoder = Decoder(make / "decoder", config.decoder, causal=config.attention == "causal", mean=not config.has_head)
         self.head = FusionHead(make / "head", config.decoder.num_layers, width) if config.has_head else None
         self.config = config

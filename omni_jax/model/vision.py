@@ -20,7 +20,7 @@ from omni_jax.model.rope import rotate, vision_angles
 from omni_jax.parallel import constrain
 
 
-class Kernel(nnx.Module):
+class PatchEmbed(nnx.Module):
     """A bias-free projection of flattened patches."""
 
     def __init__(self, make: ParamFactory, inputs: int, outputs: int):
@@ -80,7 +80,7 @@ class VisionTower(nnx.Module):
     """Qwen2.5-VL's vision encoder on padded temporal steps."""
 
     def __init__(self, make: ParamFactory, config: VisionConfig):
-        self.patch_embed = Kernel(make, config.patch_values, config.hidden_size)
+        self.patch_embed = PatchEmbed(make, config.patch_values, config.hidden_size)
         self.layers = Block((make / "layers").stack(config.num_layers), config)
         self.merger = Merger(make / "merger", config)
         self.config = config

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from omni_jax.objectives.infonce import all_rows, cosines, own_columns, unit
+from omni_jax.objectives.infonce import all_rows, cosines, l2_normalize, own_columns
 from omni_jax.objectives.schedule import HARD_NEGATIVES, PAIRS
 from omni_jax.objectives.table import Pool
 
@@ -48,7 +48,7 @@ def health(pool: Pool, hard: str | None) -> dict[str, jax.Array]:
       hard: the modality that the hard negatives exchange.
     """
     axis = pool.axis_name
-    rows = {name: jax.lax.stop_gradient(unit(x)) for name, x in pool.z.items() if name != "hard"}
+    rows = {name: jax.lax.stop_gradient(l2_normalize(x)) for name, x in pool.z.items() if name != "hard"}
     columns = {name: all_rows(x, axis) for name, x in rows.items()}
     first = next(iter(rows))
     count = columns[first].shape[0]
@@ -87,7 +87,7 @@ def health(pool: Pool, hard: str | None) -> dict[str, jax.Array]:
         if x in center and y in center:  # the mean over clips of x - y is the difference of the centers
             sums[f"gap_{x}_{y}"] = jnp.mean((rows[x] - rows[y]) @ (center[x] - center[y]))
     if hard is not None and {"anchor", "positive", "hard"} <= pool.z.keys():
-        near = jnp.sum(rows["anchor"] * jax.lax.stop_gradient(unit(pool.z["hard"])), axis=1)
+        near = jnp.sum(rows["anchor"] * jax.lax.stop_gradient(l2_normalize(pool.z["hard"])), axis=1)
         sums[f"hard_share_{hard}"] = jnp.mean(near > nearest_other("anchor", "positive")[1])
     shards = count // len(rows[first])
     totals = sums if axis is None else jax.lax.psum(sums, axis)

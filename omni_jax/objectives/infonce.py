@@ -15,7 +15,7 @@ EPSILON = 1e-12  # smallest norm divided by, as torch.nn.functional.normalize ha
 AxisName = str | tuple[str, ...]
 
 
-def unit(x: jax.Array) -> jax.Array:
+def l2_normalize(x: jax.Array) -> jax.Array:
     """Returns the rows of `x` (..., D) divided by their norms, float32. A zero row stays zero and has a finite gradient."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), EPSILON**2))
@@ -86,12 +86,12 @@ def info_nce(
         raise ValueError(f"hard_scope {hard_scope!r}: choose 'local' or 'global'")
     shards = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     blocks = 1 if hard_scope == "global" else shards if hard_blocks is None else hard_blocks
-    a, b = unit(a), unit(b)
+    a, b = l2_normalize(a), l2_normalize(b)
     own = own_columns(a, axis_name)
     hard = seen = None
     if hard_negatives is not None:
         _check_hard(hard_negatives, a, blocks, shards)
-        hard = unit(hard_negatives)
+        hard = l2_normalize(hard_negatives)
         if blocks % shards == 0:
             hard = hard.reshape(blocks // shards, -1, a.shape[1])
         else:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from omni_jax.objectives.infonce import AxisName, all_rows, check_pairs, cosines, mean_of, own_columns, unit
+from omni_jax.objectives.infonce import AxisName, all_rows, check_pairs, cosines, l2_normalize, mean_of, own_columns
 
 
 def sigmoid_contrast(
@@ -36,7 +36,7 @@ def sigmoid_contrast(
       ValueError: for shapes that do not fit together.
     """
     check_pairs(a, b)
-    rows, columns = unit(a), all_rows(unit(b), axis_name)
+    rows, columns = l2_normalize(a), all_rows(l2_normalize(b), axis_name)
     logits = cosines(rows, columns) / temperature + bias
     same = own_columns(rows, axis_name)[:, None] == jnp.arange(columns.shape[0])
     loss = -jnp.mean(jnp.sum(jax.nn.log_sigmoid(jnp.where(same, logits, -logits)), axis=1))

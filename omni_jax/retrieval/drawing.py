@@ -155,7 +155,7 @@ def cloud(points: Mapping[str, np.ndarray]) -> Chart:
     return Chart(width, height, left, right, top, bottom, dots=tuple(dots))
 
 
-def standing(rows: Sequence[str], models: Sequence[tuple[str, Mapping[str, float | None], Mapping[str, Sequence[float]]]]) -> Chart:
+def averages_chart(rows: Sequence[str], models: Sequence[tuple[str, Mapping[str, float | None], Mapping[str, Sequence[float]]]]) -> Chart:
     """Returns averages on a common axis: one row an average, one dot a model.
 
     Args:

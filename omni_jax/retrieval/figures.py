@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from omni_jax.retrieval.directions import DIRECTIONS
-from omni_jax.retrieval.metrics import Places, Scores
-from omni_jax.retrieval.rows import unit
+from omni_jax.retrieval.metrics import FirstHitRanks, Scores
+from omni_jax.retrieval.rows import l2_normalize
 from omni_jax.retrieval.search import search
 
 STUDIED = 4096  # queries whose neighbours are looked at; more are sampled, so that a report costs O(STUDIED * M)
@@ -115,20 +115,20 @@ class Example:
     neighbours: tuple[Neighbour, ...]
 
 
-def rank_histogram(places: Places) -> Histogram:
+def rank_histogram(places: FirstHitRanks) -> Histogram:
     """Returns the shares of queries by place of their first relevant item; halves count with the place above them."""
     edges = [edge for edge in RANK_EDGES if edge < places.gallery] + [places.gallery]
     return _histogram(np.ceil(places.place), edges, 0)
 
 
-def recall_curve(places: Places, points: int = 48) -> Curve:
+def recall_curve(places: FirstHitRanks, points: int = 48) -> Curve:
     """Returns the cumulative recall at up to `points` ranks, evenly spread over the logarithm."""
     ranks = np.unique(np.geomspace(1, places.gallery, points).round().astype(int))
     shares = np.searchsorted(np.sort(places.place), ranks, side="right") / len(places.place)
     return Curve(tuple(ranks.tolist()), tuple(shares.tolist()), tuple((ranks / places.gallery).tolist()))
 
 
-def look_closer(
+def hubness_and_examples(
     tables: Mapping[str, np.ndarray], scores: Scores, direction: str, seed: int = 0, shown: int = EXTREMES
 ) -> tuple[Hubness, list[Example]]:
     """Returns the hubness of a direction, and its `shown` best and worst queries.
@@ -160,7 +160,7 @@ def look_closer(
     )
 
     own = gallery_record[items] == places.record[studied][:, None]
-    found = unit(queries[places.query[studied]]), unit(gallery[places.item[studied]])
+    found = l2_normalize(queries[places.query[studied]]), l2_normalize(gallery[places.item[studied]])
     cosine = np.sum(found[0] * found[1], axis=1)
     rival = np.where(own, -np.inf, cosines).max(axis=1)
     margin = cosine - np.where(np.isfinite(rival), rival, cosine)
@@ -185,10 +185,10 @@ def modality_gap(tables: Mapping[str, np.ndarray], scores: Scores, direction: st
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(places.query))[:PAIRS]
     other = rng.integers(len(gallery), size=len(chosen))
-    q = unit(queries[places.query[chosen]])
-    matched = np.sum(q * unit(gallery[places.item[chosen]]), axis=1)
+    q = l2_normalize(queries[places.query[chosen]])
+    matched = np.sum(q * l2_normalize(gallery[places.item[chosen]]), axis=1)
     apart = scores.rows[gallery_table][other] != places.record[chosen]
-    random = np.sum(q * unit(gallery[other]), axis=1)[apart]
+    random = np.sum(q * l2_normalize(gallery[other]), axis=1)[apart]
     low = float(min(matched.min(), random.min(initial=1.0)))
     high = float(max(matched.max(), random.max(initial=-1.0)))
     edges = np.linspace(low, max(high, low + 1e-3), COSINE_BINS + 1)
@@ -206,7 +206,7 @@ def modality_gap(tables: Mapping[str, np.ndarray], scores: Scores, direction: st
 def scatter(tables: Mapping[str, np.ndarray], names: list[str], seed: int = 0) -> tuple[dict[str, np.ndarray], tuple[float, float]]:
     """Returns up to POINTS unit rows of each table on their two common principal axes, (P, 2) each, and the shares of variance there."""
     rng = np.random.default_rng(seed)
-    rows = [unit(tables[name][np.sort(rng.permutation(len(tables[name]))[:POINTS])]) for name in names]
+    rows = [l2_normalize(tables[name][np.sort(rng.permutation(len(tables[name]))[:POINTS])]) for name in names]
     every = np.concatenate(rows).astype(np.float64)
     every -= every.mean(axis=0)
     left, size, _ = np.linalg.svd(every, full_matrices=False)
@@ -219,7 +219,7 @@ def scatter(tables: Mapping[str, np.ndarray], names: list[str], seed: int = 0) -
 
 
 def _centre(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return unit(rows[np.sort(rng.permutation(len(rows))[:PAIRS])]).mean(axis=0)
+    return l2_normalize(rows[np.sort(rng.permutation(len(rows))[:PAIRS])]).mean(axis=0)
 
 
 def _histogram(values: np.ndarray, edges: list[int], below: int) -> Histogram:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from omni_jax.retrieval.directions import AVERAGES, averages, possible
 from omni_jax.retrieval.ranks import Ranks, Vectors, prepare, rank_pair
-from omni_jax.retrieval.statistics import LEVEL, RESAMPLES, Tally, intervals
+from omni_jax.retrieval.statistics import LEVEL, RESAMPLES, HitCounts, intervals
 from omni_jax.types import EmbeddingTable, InputError
 
 TIES = ("optimistic", "average", "worst")
@@ -22,7 +22,7 @@ NDCG_AT = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
+class FirstHitRanks:
     """Where the first relevant item of every query of one direction stands.
 
     Attributes:
@@ -52,22 +52,22 @@ class Scores:
     """
 
     result: dict[str, Any]
-    places: dict[str, Places]
+    places: dict[str, FirstHitRanks]
     records: tuple
     rows: dict[str, np.ndarray]
 
     @property
-    def tally(self) -> Tally:
+    def hit_counts(self) -> HitCounts:
         """Hits at place 1 per record, for intervals and comparisons."""
-        return tally(self.places, self.records)
+        return hit_counts(self.places, self.records)
 
 
-def tally(places: Mapping[str, Places], records: tuple) -> Tally:
+def hit_counts(places: Mapping[str, FirstHitRanks], records: tuple) -> HitCounts:
     """Returns the hits at place 1, and the queries, of every record and direction."""
     size = len(records)
     hits = [np.bincount(p.record, weights=p.place <= 1, minlength=size) for p in places.values()]
     asked = [np.bincount(p.record, minlength=size).astype(np.float64) for p in places.values()]
-    return Tally(records, tuple(places), np.stack(hits, axis=1), np.stack(asked, axis=1))
+    return HitCounts(records, tuple(places), np.stack(hits, axis=1), np.stack(asked, axis=1))
 
 
 def positions(ranks: Ranks, ties: str = "optimistic") -> np.ndarray:
@@ -179,7 +179,7 @@ def score(
     records, record_of = _records(vectors, ids, relevance)
 
     found: dict[str, dict[str, Any]] = {}
-    places: dict[str, Places] = {}
+    places: dict[str, FirstHitRanks] = {}
     for query, gallery in dict.fromkeys((min(pair), max(pair)) for pair in wanted.values()):
         labels = None if relevance is None else (relevance[query], relevance[gallery])
         both = _rank(vectors, query, gallery, labels, chunk, mesh)
@@ -194,7 +194,7 @@ def score(
     missing = {name: f"needs {', '.join(d for d in AVERAGES[name] if d not in wanted)}" for name, mean in means.items() if mean is None}
     result: dict[str, Any] = {"n": len(records), "tie_policy": ties, "directions": {name: found[name] for name in wanted}, **means}
     if resamples:
-        spread = {name: list(pair) for name, pair in intervals(tally(places, records), resamples=resamples, seed=seed).items()}
+        spread = {name: list(pair) for name, pair in intervals(hit_counts(places, records), resamples=resamples, seed=seed).items()}
         for name in wanted:
             found[name]["R@1_interval"] = spread.pop(name)
         result |= {"intervals": spread, "bootstrap": {"level": LEVEL, "resamples": resamples, "seed": seed}}
@@ -214,12 +214,12 @@ def _records(
     return tuple(position), {name: np.array([position[label] for label in np.asarray(relevance[name]).tolist()]) for name in vectors}
 
 
-def _places(ranks: Ranks, ties: str, record_of: np.ndarray) -> Places:
+def _places(ranks: Ranks, ties: str, record_of: np.ndarray) -> FirstHitRanks:
     place = positions(ranks, ties)
     order = np.lexsort((place, ranks.query))
     query, first = np.unique(ranks.query[order], return_index=True)
     best = order[first]
-    return Places(query, place[best], ranks.item[best], record_of[query], ranks.gallery)
+    return FirstHitRanks(query, place[best], ranks.item[best], record_of[query], ranks.gallery)
 
 
 def _rank(

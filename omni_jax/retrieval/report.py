@@ -99,7 +99,7 @@ def build_report(name: str, tables: Mapping[str, np.ndarray], scores: Scores, ot
       seed: of the samples taken where there are many records.
     """
     names = list(scores.places)
-    closer = {direction: figures.look_closer(tables, scores, direction, seed) for direction in names}
+    closer = {direction: figures.hubness_and_examples(tables, scores, direction, seed) for direction in names}
     used = [table for table in WORDS if table in {side for direction in names for side in DIRECTIONS[direction]}]
     return Report(
         name,
@@ -144,7 +144,7 @@ def render(
             result=report.scores.result,
             heat=_heat(report),
             comparison=_comparison(report),
-            standing=_standing(report),
+            averages_chart=_averages_chart(report),
             histogram_charts={name: drawing.bars(found) for name, found in report.histograms.items()},
             hub_charts={name: drawing.bars(found.histogram) for name, found in report.hubness.items()},
             gap_charts={name: drawing.overlap(found) for name, found in report.gaps.items()},
@@ -169,7 +169,7 @@ def clean(text: str) -> str:
     return UNPRINTABLE.sub("\ufffd", text)
 
 
-def spoken(direction: str) -> str:
+def direction_label(direction: str) -> str:
     """Returns a direction in words: text to audio + video."""
     query, gallery = DIRECTIONS[direction]
     return f"{WORDS[query]} to {WORDS[gallery]}"
@@ -181,7 +181,7 @@ def environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "spoken": spoken,
+        "direction_label": direction_label,
         "clean": clean,
         "chance": chance,
         "place": lambda value: f"{value:,.0f}" if value == int(value) else f"{value:,.1f}",
@@ -245,7 +245,7 @@ def _value(result: Mapping[str, Any], name: str) -> float | None:
     return result.get(name) if name in AVERAGES else result["directions"].get(name, {}).get("R@1")
 
 
-def _standing(report: Report) -> dict[str, Any] | None:
+def _averages_chart(report: Report) -> dict[str, Any] | None:
     """The chart of averages beside those of others, and its legend; None where our result has no average."""
     ours = report.scores.result
     rows = [name for name in AVERAGES if ours.get(name) is not None]
@@ -256,7 +256,7 @@ def _standing(report: Report) -> dict[str, Any] | None:
     near = [other for other in report.others if abs(other.result.get("n", ours["n"]) - ours["n"]) <= COMPARABLE * ours["n"]]
     near = sorted(near, key=lambda other: other.published)[: MODELS_DRAWN - 1]
     models += [(other.name, other.result, other.result.get("intervals", {})) for other in near]
-    return {"chart": drawing.standing(rows, models), "legend": [(f"c{i}", name) for i, (name, _, _) in enumerate(models)]}
+    return {"chart": drawing.averages_chart(rows, models), "legend": [(f"c{i}", name) for i, (name, _, _) in enumerate(models)]}
 
 
 def _curve_charts(report: Report) -> list[dict[str, Any]]:

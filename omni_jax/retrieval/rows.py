@@ -65,7 +65,7 @@ def lengths(rows: np.ndarray | StoredRows, name: str, ids: Sequence[str] | None 
     return norms
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
+def l2_normalize(rows: np.ndarray) -> np.ndarray:
     """Returns rows of length 1, (N, D) float32. They must not be zero."""
     rows = np.asarray(rows, dtype=np.float32)
     return rows / np.linalg.norm(rows.astype(np.float64), axis=-1, keepdims=True).astype(np.float32)

@@ -29,7 +29,7 @@ Interval = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Tally:
+class HitCounts:
     """What each record's queries found at place 1.
 
     Attributes:
@@ -70,17 +70,19 @@ class Difference:
         return {"difference": self.difference, "interval": list(self.interval), "p": self.p, "p_holm": self.p_holm}
 
 
-def intervals(tally: Tally, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Interval]:
+def intervals(hit_counts: HitCounts, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Interval]:
     """Returns the 95 % percentile-bootstrap interval of every R@1 and average, in percent, from `resamples` draws of U records.
 
     Where nothing varies (every query found, or none) the interval has no width: a bootstrap cannot see what never happened.
     """
-    rates = np.concatenate([_rates(counts @ tally.hits, counts @ tally.asked) for counts in _draws(len(tally.records), resamples, seed)])
-    return _percentiles(_with_averages(rates, tally), tally.estimates())
+    rates = np.concatenate(
+        [_rates(counts @ hit_counts.hits, counts @ hit_counts.asked) for counts in _draws(len(hit_counts.records), resamples, seed)]
+    )
+    return _percentiles(_with_averages(rates, hit_counts), hit_counts.estimates())
 
 
 def compare(
-    first: Tally, second: Tally, *, resamples: int = RESAMPLES, permutations: int = PERMUTATIONS, seed: int = 0
+    first: HitCounts, second: HitCounts, *, resamples: int = RESAMPLES, permutations: int = PERMUTATIONS, seed: int = 0
 ) -> dict[str, Difference]:
     """Returns the differences between two results over the same records, for the directions both have and the averages.
 
@@ -123,10 +125,10 @@ def _rates(hits: np.ndarray, asked: np.ndarray) -> np.ndarray:
     return np.divide(hits, asked, out=np.full(hits.shape, np.nan), where=asked > 0)
 
 
-def _with_averages(values: np.ndarray, tally: Tally) -> np.ndarray:
+def _with_averages(values: np.ndarray, hit_counts: HitCounts) -> np.ndarray:
     """(rows, K) -> (rows, E)."""
-    column = {name: i for i, name in enumerate(tally.directions)}
-    means = [values[:, [column[d] for d in AVERAGES[name]]].mean(axis=1) for name in tally.estimates()[len(column) :]]
+    column = {name: i for i, name in enumerate(hit_counts.directions)}
+    means = [values[:, [column[d] for d in AVERAGES[name]]].mean(axis=1) for name in hit_counts.estimates()[len(column) :]]
     return np.column_stack([values, *means])
 
 
@@ -159,7 +161,7 @@ def _holm(p: np.ndarray) -> list[float]:
     return corrected.tolist()
 
 
-def _paired(first: Tally, second: Tally) -> tuple[Tally, Tally]:
+def _paired(first: HitCounts, second: HitCounts) -> tuple[HitCounts, HitCounts]:
     """The two over their shared directions, the second's records in the first's order."""
     lacking = [name for name in first.records if name not in set(second.records)]
     if lacking or len(first.records) != len(second.records):
@@ -171,9 +173,9 @@ def _paired(first: Tally, second: Tally) -> tuple[Tally, Tally]:
         raise InputError("a paired test needs a direction that both sides have; embed the same tables")
     place = {name: i for i, name in enumerate(second.records)}
     order = [place[name] for name in first.records]
-    a, b = ([tally.directions.index(name) for name in shared] for tally in (first, second))
-    left = Tally(first.records, shared, first.hits[:, a], first.asked[:, a])
-    right = Tally(first.records, shared, second.hits[order][:, b], second.asked[order][:, b])
+    a, b = ([hit_counts.directions.index(name) for name in shared] for hit_counts in (first, second))
+    left = HitCounts(first.records, shared, first.hits[:, a], first.asked[:, a])
+    right = HitCounts(first.records, shared, second.hits[order][:, b], second.asked[order][:, b])
     if not np.array_equal(left.asked, right.asked):
         raise InputError("a paired test needs the same queries on both sides; score both with the same relevance")
     return left, right

@@ -148,7 +148,7 @@ class Checkpoints:
 
     def kept(self) -> str:
         """Returns which checkpoint a run can resume from, in words."""
-        whole = steps_of(self._folder)
+        whole = list_steps(self._folder)
         return f"checkpoint {whole[-1]} is whole" if whole else "there is no checkpoint yet"
 
     def close(self) -> None:
@@ -189,7 +189,7 @@ class Checkpoints:
         return InputError(f"{self._folder}: {what} could not be written ({one_line(error)}); {self.kept()}; {remedy} and run it again")
 
 
-def steps_of(folder: epath.PathLike) -> list[int]:
+def list_steps(folder: epath.PathLike) -> list[int]:
     """Returns the whole checkpoints in a folder of them, oldest first."""
     path = epath.Path(folder).absolute()
     return sorted(ocp.utils.checkpoint_steps(path)) if path.is_dir() else []

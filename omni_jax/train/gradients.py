@@ -30,7 +30,7 @@ Embeddings = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-def loss_of(embeddings: Embeddings, scalars: Arrays, losses: LossConfig, kind: StepKind, blocks: int) -> tuple[jax.Array, Metrics]:
+def compute_losses(embeddings: Embeddings, scalars: Arrays, losses: LossConfig, kind: StepKind, blocks: int) -> tuple[jax.Array, Metrics]:
     """Returns the weighted sum of the active losses; each of them, the scalars that they read and HEALTH, float32 scalars.
 
     A loss on the first 256 dimensions alone is named with their number ("L_A_256"). On a mesh each shard computes them of its own clips,
@@ -161,7 +161,7 @@ class Forward:
 
         def loss(trainable: Arrays) -> tuple[jax.Array, Metrics]:
             embeddings = self.embed(trainable, frozen, batch, kept, kind, key, hard=True)
-            return loss_of(embeddings, loss_scalars(trainable), self.losses, kind, batch.shuffle.shape[0])
+            return compute_losses(embeddings, loss_scalars(trainable), self.losses, kind, batch.shuffle.shape[0])
 
         gradients, metrics = jax.grad(loss, has_aux=True)(trainable)
         return gradients, metrics
@@ -189,7 +189,7 @@ class Forward:
         blocks = batches.shuffle.shape[0] * batches.shuffle.shape[1]
 
         def loss(pool: Embeddings, scalars: Arrays) -> tuple[jax.Array, Metrics]:
-            return loss_of(pool, scalars, self.losses, kind, blocks)
+            return compute_losses(pool, scalars, self.losses, kind, blocks)
 
         (by_z, by_scalar), metrics = jax.grad(loss, argnums=(0, 1), has_aux=True)(pool, loss_scalars(trainable))
         by_z = {name: by_z[name].reshape(z.shape) for name, z in embeddings.items() if name != "hard"}

@@ -96,13 +96,13 @@ def read_workdir(folder: epath.PathLike, step: int | None = None) -> tuple[Workd
     Raises:
       InputError: when the folder is no workdir, has no such checkpoint, or its base weights are gone.
     """
-    from omni_jax.train.checkpoint import steps_of  # slow: who looks for a run may find none
+    from omni_jax.train.checkpoint import list_steps  # slow: who looks for a run may find none
 
     folder = epath.Path(folder)
     config = read_config(folder)
     if config is None:
         raise InputError(f"{folder}: not the workdir of a training run ({CONFIG} is missing); make one with omni-jax train")
-    steps = steps_of(folder / CHECKPOINTS)
+    steps = list_steps(folder / CHECKPOINTS)
     if not steps:
         raise InputError(f"{folder}: the run has no checkpoint yet; let it train longer")
     if step is not None and step not in steps:
@@ -150,7 +150,7 @@ def skipped_records_name(folder: epath.Path, process: int) -> str:
     return f"quarantine{end}" if (folder / f"quarantine{end}").exists() else f"skipped_records{end}"
 
 
-def check_free(folder: epath.PathLike) -> None:
+def check_workdir_free(folder: epath.PathLike) -> None:
     """Raises InputError when a folder holds other things than a run's: before anything is written there."""
     folder = epath.Path(folder)
     if folder.exists() and read_config(folder) is None:
@@ -160,7 +160,7 @@ def check_free(folder: epath.PathLike) -> None:
             raise InputError(f"{folder}: is not empty ({strange[0]}) and not the workdir of a run; choose another --workdir")
 
 
-def claim(folder: epath.PathLike, config: WorkdirConfig) -> None:
+def claim_workdir(folder: epath.PathLike, config: WorkdirConfig) -> None:
     """Makes the workdir this run's own: writes `config.json`, or checks that the one there is of the same run.
 
     Raises:
@@ -172,7 +172,7 @@ def claim(folder: epath.PathLike, config: WorkdirConfig) -> None:
         if different := list(_differences(there, config)):
             raise InputError(f"{folder}: holds another run: {listed(different, 3)}; choose another --workdir")
     else:
-        check_free(folder)
+        check_workdir_free(folder)
     write_whole(folder / CONFIG, json.dumps(config.to_json(), indent=1) + "\n")
 
 

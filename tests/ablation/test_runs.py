@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from omni_jax.ablation.runs import FIRST, TIMED, Watcher, _looked, score_of
+from omni_jax.ablation.runs import FIRST, TIMED, AblationCallbacks, _looked, score_of
 from omni_jax.api.shared import Shared
 from omni_jax.cli.config_file import read_config
 from omni_jax.retrieval.directions import AVERAGES, DIRECTIONS
@@ -72,11 +72,11 @@ def test_a_killed_ablation_gives_the_same_table_bit_for_bit_when_it_is_run_again
 
 def test_a_finished_run_is_used_again_and_one_of_another_config_is_refused(tmp_path: Path) -> None:
     run, calls = read_config("ablation", ["evaluation.manifest=held_out"]), []
-    watcher = Watcher(lambda *said: calls.append(said), lambda steps: None, lambda: None, lambda: False)
+    callbacks = AblationCallbacks(lambda *said: calls.append(said), lambda steps: None, lambda: None, lambda: False)
     (tmp_path / "score.json").write_text(json.dumps({"scores": {"t2v": 50.0}, "config": run.to_json()}))
-    assert score_of(run, tmp_path, "L_A, seed 0", watcher, Shared()) == {"t2v": 50.0} and calls == [("L_A, seed 0", 200, 200)]
+    assert score_of(run, tmp_path, "L_A, seed 0", callbacks, Shared()) == {"t2v": 50.0} and calls == [("L_A, seed 0", 200, 200)]
     with pytest.raises(InputError, match="holds a run of another config; choose another --out"):
-        score_of(dataclasses.replace(run, seed=1), tmp_path, "L_A, seed 1", watcher, Shared())
+        score_of(dataclasses.replace(run, seed=1), tmp_path, "L_A, seed 1", callbacks, Shared())
 
 
 def test_a_warm_start_is_reached_where_two_modalities_beat_the_better_one(tmp_path: Path) -> None:

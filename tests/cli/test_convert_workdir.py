@@ -23,7 +23,7 @@ from omni_jax.train import RunConfig, TrainableConfig
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.state import new_state
 from omni_jax.train.trainable import select
-from omni_jax.train.workdir import WorkdirConfig, claim
+from omni_jax.train.workdir import WorkdirConfig, claim_workdir
 from omni_jax.types import InputError
 from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import beats_file
@@ -43,7 +43,7 @@ def workdir(root: Path, config: ModelConfig, recipe: str, *steps: int) -> Path:
     digests = {**base_digests(read_manifest(root / "model")), "clips": "c"}
     run = RunConfig.from_config(tiny.get_config()).to_json()
     (root / "run").mkdir()
-    claim(root / "run", WorkdirConfig(run, config, str(root / "model"), digests, 10))
+    claim_workdir(root / "run", WorkdirConfig(run, config, str(root / "model"), digests, 10))
     leaves = trained(config, recipe=recipe)
     assert {"/".join(path) for path in leaves} == select(config, TrainableConfig(recipe=recipe))
     saved = Checkpoints(root / "run" / "checkpoints", 3)

@@ -30,7 +30,7 @@ from omni_jax.train import RunConfig, TrainableConfig
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.train.state import new_state
 from omni_jax.train.trainable import select
-from omni_jax.train.workdir import TOKENIZER_FILES, WorkdirConfig, claim
+from omni_jax.train.workdir import TOKENIZER_FILES, WorkdirConfig, claim_workdir
 
 pytestmark = pytest.mark.jit
 
@@ -62,7 +62,7 @@ def run(converted: Path, tmp_path: Path) -> Path:
     leaves = {name: 3 * known[name].astype(jnp.float32) for name in select(config, TrainableConfig())}
     digests = {**base_digests(read_manifest(converted)), TOKENIZER_FILES: Tokenizer.from_pretrained(converted).digest}
     (tmp_path / "run").mkdir()
-    claim(tmp_path / "run", WorkdirConfig(RunConfig.from_config(tiny.get_config()).to_json(), config, str(converted), digests, 9))
+    claim_workdir(tmp_path / "run", WorkdirConfig(RunConfig.from_config(tiny.get_config()).to_json(), config, str(converted), digests, 9))
     saved = Checkpoints(tmp_path / "run" / "checkpoints", 3)
     saved.save(dataclasses.replace(new_state(leaves, optax.sgd(1.0), 0), step=jnp.int32(3)))
     saved.close()

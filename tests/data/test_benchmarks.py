@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from omni_jax.conversion.torch_pickle import read_pickle
-from omni_jax.data.benchmarks import BENCHMARKS, Annotations, Item, fetch_rows, look_for, manifest_rows, read_annotations, training_rows
+from omni_jax.data.benchmarks import BENCHMARKS, Annotations, Item, fetch_rows, manifest_rows, match_media, read_annotations, training_rows
 from omni_jax.data.manifest import read_manifest, write_jsonl_atomic
 from omni_jax.types import InputError
 
@@ -131,7 +131,7 @@ def test_youcook2_has_a_clip_a_step_of_each_subset(tmp_path: Path) -> None:
 def test_training_rows_are_a_record_a_caption_that_prepare_takes(tmp_path: Path) -> None:
     (tmp_path / "abcdefghijk.mp4").write_bytes(b"film")
     items = (Item("abcdefghijk_1_3", ("One.", "Two."), ("abcdefghijk_1_3",), ("abcdefghijk",), (1.0, 3.0)),)
-    rows = list(training_rows(look_for(items, tmp_path, ("video",)), tmp_path))
+    rows = list(training_rows(match_media(items, tmp_path, ("video",)), tmp_path))
     assert rows[1] == {
         "id": "abcdefghijk_1_3-1",
         "text": "Two.",
@@ -237,7 +237,7 @@ def test_audiocaps_gathers_the_captions_of_a_clip(tmp_path: Path) -> None:
         folder = tmp_path / name.replace(".", "_")
         folder.mkdir()
         (folder / name).write_bytes(b"x")
-        assert [(item.id, cut) for item, _, cut in look_for(found.items, folder, ("audio",)).found] == [(first.id, whole)]
+        assert [(item.id, cut) for item, _, cut in match_media(found.items, folder, ("audio",)).found] == [(first.id, whole)]
 
 
 def test_audiocaps_names_late_clips_in_whole_milliseconds(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_an_id_equal_to_its_source_keeps_the_interval(tmp_path: Path, name: str)
     rows = [["id", "url", "start", "end", "caption"], [name, "https://e.org/abc.mp4", "1", "3", "A dog."]]
     (item,) = read("omniretriever", write_csv(tmp_path / "b.csv", rows)).items
     (tmp_path / "abc.mp4").write_bytes(b"x")
-    clips, _ = manifest_rows(look_for([item], tmp_path, ("video",)), ("video",), tmp_path)
+    clips, _ = manifest_rows(match_media([item], tmp_path, ("video",)), ("video",), tmp_path)
     assert clips == [{"id": name, "text": "A dog.", "video": "abc.mp4", "timestamps": [1.0, 3.0]}]
 
 
@@ -259,7 +259,7 @@ def test_two_different_files_of_one_name_are_nobodys(tmp_path: Path) -> None:
     for name, data in (("one/a.mp4", b"x"), ("two/a.mp4", b"y"), ("one/b.mp4", b"x"), ("two/b.mp4", b"x")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    got = look_for([clip("a"), clip("b"), clip("c")], tmp_path, ("video",))
+    got = match_media([clip("a"), clip("b"), clip("c")], tmp_path, ("video",))
     assert [item.id for item, _, _ in got.found] == ["b"] and got.doubtful == ("b",)
     assert "2 different files are called 'a': " in got.reasons["a"] and str(tmp_path / "two" / "a.mp4") in got.reasons["a"]
     assert got.reasons["c"] == f"no file called 'c' in {tmp_path}"
@@ -276,7 +276,7 @@ def test_coverage_finds_clips_by_name_stem_and_source(tmp_path: Path) -> None:
         path.write_bytes(b"" if "empty" in name else b"x")
     cut = clip("k", sources=("src",), interval=(1.0, 2.0))
     items = [clip("a.wav"), clip("b"), cut, clip("empty"), clip("c"), clip("gone", url="https://e.org/g")]
-    got = look_for(items, tmp_path, ("audio",))
+    got = match_media(items, tmp_path, ("audio",))
     assert [(i.id, p.name, whole) for i, p, whole in got.found] == [
         ("a.wav", "a.wav", False),
         ("b", "b.mp4", False),
@@ -285,15 +285,15 @@ def test_coverage_finds_clips_by_name_stem_and_source(tmp_path: Path) -> None:
     ]
     assert [i.id for i in got.missing] == ["empty", "gone"] and [p.name for p in got.empty] == ["empty.mp4"]
     assert got.doubtful == ("c",) and got.unused == 2 and got.whole == 1
-    assert "a.wav" not in {i.id for i, _, _ in look_for(items, tmp_path, ("video", "audio")).found}
+    assert "a.wav" not in {i.id for i, _, _ in match_media(items, tmp_path, ("video", "audio")).found}
     (tmp_path / "gone.mp4").symlink_to(tmp_path / "nowhere")
-    reasons = look_for(items, tmp_path, ("audio",)).reasons
+    reasons = match_media(items, tmp_path, ("audio",)).reasons
     assert reasons == {
         "empty": f"{tmp_path / 'empty.mp4'} is empty",
         "gone": f"{tmp_path / 'gone.mp4'} is a link to a file that is not there",
     }
     with pytest.raises(InputError, match="no such folder"):
-        look_for(items, tmp_path / "none", ("audio",))
+        match_media(items, tmp_path / "none", ("audio",))
 
 
 @pytest.mark.parametrize("captions", [1, 3])
@@ -302,7 +302,7 @@ def test_manifests_are_those_embed_reads(tmp_path: Path, captions: int) -> None:
     for name in ("a", "b"):
         (tmp_path / "media" / f"{name}.mp4").write_bytes(b"x")
     items = [clip("a", captions), clip("k#1", captions, sources=("b",), interval=(1.0, 2.5))]
-    clips, texts = manifest_rows(look_for(items, tmp_path / "media", ("video", "audio")), ("video", "audio"), tmp_path)
+    clips, texts = manifest_rows(match_media(items, tmp_path / "media", ("video", "audio")), ("video", "audio"), tmp_path)
     write_jsonl_atomic(tmp_path / "c.jsonl", clips)
     first, second = read_manifest(tmp_path / "c.jsonl").records
     assert first.video == first.audio == tmp_path / "media" / "a.mp4" and first.timestamps is None

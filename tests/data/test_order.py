@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omni_jax.data import order
-from omni_jax.data.order import Draw, apart, epoch_order, exchange, generator, other_captions, shuffled, stand_ins
+from omni_jax.data.order import RngStream, apart, epoch_order, exchange, generator, other_captions, shuffled, stand_ins
 from omni_jax.types import InputError
 
 
@@ -89,7 +89,7 @@ def test_two_clips_of_a_group_do_not_meet_in_an_update(seed: int):
 
 
 def test_streams_differ_by_purpose_and_by_both_numbers():
-    keys = [(p, a, b) for p in Draw for a in range(3) for b in range(3)]
+    keys = [(p, a, b) for p in RngStream for a in range(3) for b in range(3)]
     assert len({generator(0, *key).integers(1 << 62) for key in keys}) == len(keys)
 
 

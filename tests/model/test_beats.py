@@ -119,7 +119,7 @@ def test_bias_and_no_input_projection():
 
 @pytest.mark.parametrize("tokens", [4, 9], ids=["cut", "padded"])
 def test_bridge(tokens: int):
-    module, w = builders.random_part(lambda: beats.BeatsBridge(builders.maker(), 42, 20))
+    module, w = builders.random_part(lambda: beats.BeatsProjector(builders.maker(), 42, 20))
     features = builders.noise(1, 2, 13, 42)
     want = np.stack([reference_towers.bridge(w, item, tokens) for item in features.astype(np.float64)])
     assert_close(builders.run(module, features, tokens=tokens), want, "layer")

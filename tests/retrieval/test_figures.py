@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from omni_jax.retrieval import figures, score
-from omni_jax.retrieval.metrics import Places
-from omni_jax.retrieval.rows import unit
+from omni_jax.retrieval.metrics import FirstHitRanks
+from omni_jax.retrieval.rows import l2_normalize
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.jit
@@ -15,9 +15,9 @@ pytestmark = pytest.mark.jit
 TABLES = ("text", "video", "audio", "av", "tv", "at")
 
 
-def places_of(values: list[float], gallery: int) -> Places:
+def places_of(values: list[float], gallery: int) -> FirstHitRanks:
     rows = np.arange(len(values))
-    return Places(rows, np.array(values, float), rows, rows, gallery)
+    return FirstHitRanks(rows, np.array(values, float), rows, rows, gallery)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def test_rank_histogram_and_recall_by_hand() -> None:
 
 def test_hubness_counts_who_is_returned(tables: dict[str, np.ndarray]) -> None:
     scores = score(tables, resamples=0)
-    hubness, _ = figures.look_closer(tables, scores, "v2a")
-    products = unit(tables["video"]) @ unit(tables["audio"]).T
+    hubness, _ = figures.hubness_and_examples(tables, scores, "v2a")
+    products = l2_normalize(tables["video"]) @ l2_normalize(tables["audio"]).T
     k = 9  # a tenth of the gallery
     counts = np.zeros(90, int)
     for row in products:
@@ -58,13 +58,13 @@ def test_hubness_counts_who_is_returned(tables: dict[str, np.ndarray]) -> None:
 
 def test_best_and_worst_queries_are_the_ends_of_the_ranking(tables: dict[str, np.ndarray]) -> None:
     scores = score(tables, resamples=0, ids=[f"r{i}" for i in range(90)])
-    _, examples = figures.look_closer(tables, scores, "t2av")
+    _, examples = figures.hubness_and_examples(tables, scores, "t2av")
     best, worst = ([e for e in examples if e.kind == kind] for kind in ("best", "worst"))
     assert len(best) == len(worst) == figures.EXTREMES
     place = scores.places["t2av"].place
     assert [e.place for e in worst] == sorted(place.tolist(), reverse=True)[: len(worst)]
     assert [e.place for e in best] == sorted(place.tolist())[: len(best)]
-    products = unit(tables["text"]) @ unit(tables["av"]).T
+    products = l2_normalize(tables["text"]) @ l2_normalize(tables["av"]).T
     for e in examples:
         i = int(e.record[1:])
         assert e.place == place[i]
@@ -78,17 +78,17 @@ def test_best_and_worst_queries_are_the_ends_of_the_ranking(tables: dict[str, np
 def test_sample_of_many_queries_still_holds_the_worst(tables: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "STUDIED", 20)
     scores = score(tables, resamples=0)
-    hubness, examples = figures.look_closer(tables, scores, "a2t")
+    hubness, examples = figures.hubness_and_examples(tables, scores, "a2t")
     assert hubness.queries == 20
     assert max(e.place for e in examples) == scores.places["a2t"].place.max()
-    assert examples == figures.look_closer(tables, scores, "a2t")[1]
+    assert examples == figures.hubness_and_examples(tables, scores, "a2t")[1]
 
 
 def test_small_sets_show_no_query_twice() -> None:
     rng = np.random.default_rng(0)
     for n in (1, 2, 3, 6):
         tables = {name: rng.normal(size=(n, 5)).astype(np.float32) for name in ("text", "video")}
-        hubness, examples = figures.look_closer(tables, score(tables, resamples=0), "t2v")
+        hubness, examples = figures.hubness_and_examples(tables, score(tables, resamples=0), "t2v")
         assert hubness.k == 1 and len({e.record for e in examples}) == (1 if n == 1 else len(examples))
         gap = figures.modality_gap(tables, score(tables, resamples=0), "t2v")
         assert np.isfinite(gap.matched_mean) and (n == 1 or np.isfinite(gap.centroids))
@@ -111,6 +111,6 @@ def test_several_captions_share_a_record() -> None:
     text = np.array([[1, 0], [2, 0.1], [0.1, 1], [0, 1]], np.float32)
     tables = {"text": text, "audio": np.array([[1, 0.02], [0.02, 1]], np.float32)}
     scores = score(tables, relevance={"text": ["x", "x", "x", "y"], "audio": ["x", "y"]}, resamples=0)
-    _, examples = figures.look_closer(tables, scores, "t2a")
+    _, examples = figures.hubness_and_examples(tables, scores, "t2a")
     worst = next(e for e in examples if e.kind == "worst")
     assert (worst.record, worst.place, worst.neighbours[0].record, worst.neighbours[0].relevant) == ("x", 2.0, "y", False)

@@ -52,7 +52,7 @@ def page_of(n: int = 40, seed: int = 0, ids: list[str] | None = None, others: bo
     if others:
         theirs = score(EmbeddingTable(names, random_tables(n, seed=seed + 1)))
         beside = [Other(f"{name} (published)", row | {"n": 3782}, True) for name, row in OMNIRETRIEVER_BENCH.items()]
-        beside.append(Other("theirs.npz", theirs.result, differences=compare(scores.tally, theirs.tally)))
+        beside.append(Other("theirs.npz", theirs.result, differences=compare(scores.hit_counts, theirs.hit_counts)))
     return render(build_report("ours.npz", tables, scores, beside), **kwargs)
 
 

@@ -13,22 +13,22 @@ from hypothesis import strategies as st
 
 from omni_jax.retrieval import compare, evaluate, format_differences, score
 from omni_jax.retrieval.directions import AVERAGES, DIRECTIONS
-from omni_jax.retrieval.metrics import Places, tally
-from omni_jax.retrieval.statistics import EXACT_RECORDS, Tally, intervals
+from omni_jax.retrieval.metrics import FirstHitRanks, hit_counts
+from omni_jax.retrieval.statistics import EXACT_RECORDS, HitCounts, intervals
 from omni_jax.types import InputError
 from tests.tolerances import TOLERANCES, assert_close
 
 SINGLE = list(DIRECTIONS)[:6]
 
 
-def one_query_each(hits: np.ndarray, directions: list[str]) -> Tally:
-    return Tally(tuple(range(len(hits))), tuple(directions), hits.astype(float), np.ones(hits.shape))
+def one_query_each(hits: np.ndarray, directions: list[str]) -> HitCounts:
+    return HitCounts(tuple(range(len(hits))), tuple(directions), hits.astype(float), np.ones(hits.shape))
 
 
-def random_tally(rng: np.random.Generator, records: int, directions: list[str], several: bool) -> Tally:
+def random_tally(rng: np.random.Generator, records: int, directions: list[str], several: bool) -> HitCounts:
     asked = rng.integers(0, 4, size=(records, len(directions))) if several else np.ones((records, len(directions)))
     asked[0] = 1  # every direction has a query
-    return Tally(tuple(range(records)), tuple(directions), rng.binomial(asked.astype(int), 0.5).astype(float), asked.astype(float))
+    return HitCounts(tuple(range(records)), tuple(directions), rng.binomial(asked.astype(int), 0.5).astype(float), asked.astype(float))
 
 
 def figures(hits: np.ndarray, asked: np.ndarray, directions: list[str]) -> dict[str, float]:
@@ -82,7 +82,7 @@ def test_seed_decides_and_nothing_else() -> None:
     assert intervals(case, seed=4) == intervals(case, seed=4)
     assert intervals(case, seed=4) != intervals(case, seed=5)
     other = random_tally(np.random.default_rng(2), 50, SINGLE, several=False)
-    same = Tally(other.records, other.directions, 1 - other.hits, other.asked)
+    same = HitCounts(other.records, other.directions, 1 - other.hits, other.asked)
     assert compare(other, same, seed=4) == compare(other, same, seed=4)
 
 
@@ -94,7 +94,7 @@ def test_nothing_that_varies_has_no_width() -> None:
 # ----------------------------------------------------------------------------------------------------------------- paired tests
 
 
-def by_brute_force(first: Tally, second: Tally) -> dict[str, float]:
+def by_brute_force(first: HitCounts, second: HitCounts) -> dict[str, float]:
     """Share of all swaps of records whose difference is at least as large."""
     directions = list(first.directions)
 
@@ -114,7 +114,7 @@ def by_brute_force(first: Tally, second: Tally) -> dict[str, float]:
 def test_p_values_are_those_of_every_swap(seed: int, records: int, several: bool, all_single: bool) -> None:
     rng = np.random.default_rng(seed)
     first = random_tally(rng, records, SINGLE if all_single else ["v2a"], several)
-    second = Tally(first.records, first.directions, rng.binomial(first.asked.astype(int), 0.5).astype(float), first.asked)
+    second = HitCounts(first.records, first.directions, rng.binomial(first.asked.astype(int), 0.5).astype(float), first.asked)
     got = compare(first, second, resamples=50)
     want = by_brute_force(first, second)
     assert set(got) == set(want)
@@ -163,14 +163,14 @@ def test_records_are_paired_by_name_and_directions_by_both() -> None:
     rng = np.random.default_rng(5)
     first, second = (one_query_each(rng.random((30, 6)) < chance, SINGLE) for chance in (0.3, 0.6))
     order = rng.permutation(30)
-    shuffled = Tally(tuple(order.tolist()), ("a2t", "t2v", "t2av"), second.hits[order][:, [3, 0, 1]], second.asked[:, :3])
+    shuffled = HitCounts(tuple(order.tolist()), ("a2t", "t2v", "t2av"), second.hits[order][:, [3, 0, 1]], second.asked[:, :3])
     got, want = compare(first, shuffled), compare(first, second)
     assert list(got) == ["t2v", "a2t"] and "AVG-single" in want
     assert_close([got[d].difference for d in got], [want[d].difference for d in got], "metric")
     for other, words in (
         (one_query_each(second.hits[:29], SINGLE), "30 and 29 records, 29 stands in the first alone"),
         (one_query_each(second.hits, list(DIRECTIONS)[6:]), "a direction that both sides have"),
-        (Tally(second.records, second.directions, second.hits, 2 * second.asked), "the same queries"),
+        (HitCounts(second.records, second.directions, second.hits, 2 * second.asked), "the same queries"),
     ):
         with pytest.raises(InputError, match=words):
             compare(first, other)
@@ -202,16 +202,16 @@ def test_several_captions_of_a_clip_are_drawn_together() -> None:
     scores = score({"text": text, "audio": audio}, relevance={"text": ["x", "x", "x", "y"], "audio": ["x", "y"]})
     assert set(scores.records) == {"x", "y"}
     x, y = scores.records.index("x"), scores.records.index("y")
-    column = scores.tally.directions.index("t2a")
-    assert scores.tally.asked[[x, y], column].tolist() == [3, 1] and scores.tally.hits[[x, y], column].tolist() == [2, 1]
+    column = scores.hit_counts.directions.index("t2a")
+    assert scores.hit_counts.asked[[x, y], column].tolist() == [3, 1] and scores.hit_counts.hits[[x, y], column].tolist() == [2, 1]
     assert scores.places["t2a"].place.tolist() == [1, 1, 2, 1] and scores.places["t2a"].item.tolist() == [0, 0, 0, 1]
     # Draws of {x, x}, {x, y}, {y, y}: rates 2/3, 3/4, 1.
     assert_close(scores.result["directions"]["t2a"]["R@1_interval"], [200 / 3, 100.0], "metric")
 
 
 def test_places_between_two_are_no_hit() -> None:
-    places = Places(np.arange(3), np.array([1.0, 1.5, 2.0]), np.arange(3), np.arange(3), 3)
-    assert tally({"t2v": places}, ("a", "b", "c")).hits[:, 0].tolist() == [1, 0, 0]
+    places = FirstHitRanks(np.arange(3), np.array([1.0, 1.5, 2.0]), np.arange(3), np.arange(3), 3)
+    assert hit_counts({"t2v": places}, ("a", "b", "c")).hits[:, 0].tolist() == [1, 0, 0]
 
 
 def test_printed_differences_by_hand() -> None:

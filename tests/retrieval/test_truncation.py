@@ -12,7 +12,7 @@ import pytest
 from omni_jax.api.encoding import finished
 from omni_jax.cli.main import main
 from omni_jax.retrieval.embedding_file import read_embeddings, write_embeddings
-from omni_jax.retrieval.rows import TRUNCATE_DIM, truncated, unit
+from omni_jax.retrieval.rows import TRUNCATE_DIM, l2_normalize, truncated
 from omni_jax.retrieval.search import Index
 from omni_jax.types import EmbeddingTable, InputError
 
@@ -21,8 +21,8 @@ WIDTH, DIM = 16, 4
 
 def table(seed: int = 0, **made_with: Any) -> EmbeddingTable:
     rng = np.random.default_rng(seed)
-    text = unit(rng.standard_normal((30, WIDTH)))
-    video = unit(text + 0.4 * rng.standard_normal((30, WIDTH)))
+    text = l2_normalize(rng.standard_normal((30, WIDTH)))
+    video = l2_normalize(text + 0.4 * rng.standard_normal((30, WIDTH)))
     return EmbeddingTable(tuple(f"c{i}" for i in range(30)), {"text": text, "video": video}, made_with={"normalize": True, **made_with})
 
 

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from omni_jax.parallel import make_mesh
-from omni_jax.train.checkpoint import Checkpoints, read_trainable, steps_of
+from omni_jax.train.checkpoint import Checkpoints, list_steps, read_trainable
 from omni_jax.types import InputError
 from tests.full_disk import files_of_at_most
 from tests.house import ROOT
@@ -42,7 +42,7 @@ def test_the_newest_comes_back_and_old_ones_go(tmp_path: Path) -> None:
     restored = checkpoints.restore(state(0))
     assert restored is not None
     assert_equal(restored, state(5))
-    assert steps_of(tmp_path / "c") == [3, 5] and checkpoints.newest() == 5
+    assert list_steps(tmp_path / "c") == [3, 5] and checkpoints.newest() == 5
     checkpoints.save(state(5))  # there already: nothing happens
     checkpoints.close()
     np.testing.assert_array_equal(read_trainable(tmp_path / "c", 3)["head/fc1/kernel"], state(3).trainable["head/fc1/kernel"])
@@ -51,7 +51,7 @@ def test_the_newest_comes_back_and_old_ones_go(tmp_path: Path) -> None:
 def test_nothing_saved_restores_nothing(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "c", 2)
     assert checkpoints.restore(state(0)) is None and checkpoints.newest() is None
-    assert steps_of(tmp_path / "elsewhere") == []
+    assert list_steps(tmp_path / "elsewhere") == []
     checkpoints.close()
 
 
@@ -93,7 +93,7 @@ def test_a_half_written_one_is_not_taken(tmp_path: Path) -> None:
     checkpoints.save(state(3))  # waits until what was half written is gone: Orbax removes it in the background
     checkpoints.wait()
     checkpoints.close()
-    assert steps_of(tmp_path / "c") == [1, 2, 3] and not half.exists()
+    assert list_steps(tmp_path / "c") == [1, 2, 3] and not half.exists()
 
 
 def test_a_damaged_one_is_set_aside(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_damaged_one_is_set_aside(tmp_path: Path) -> None:
     checkpoints.save(state(2))
     checkpoints.wait()
     checkpoints.close()
-    assert steps_of(tmp_path / "c") == [1, 2]
+    assert list_steps(tmp_path / "c") == [1, 2]
 
 
 def rewrite(folder: Path, item: str, change: Callable[[dict[str, np.ndarray]], None]) -> None:
@@ -180,7 +180,7 @@ def test_one_that_cannot_be_reached_is_not_taken_for_damaged(tmp_path: Path, mon
     with pytest.raises(InputError, match=r"c/2: could not be read \(.*\); it may be intact: check storage and memory"):
         checkpoints.restore(state(0))
     checkpoints.close()
-    assert steps_of(tmp_path / "c") == [1, 2]
+    assert list_steps(tmp_path / "c") == [1, 2]
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"another architecture or recipe \(trainable head/fc1/kernel is \(8, 4\) there, \(6, 4\) here\)"):
         checkpoints.restore(state(0, rows=6))
     checkpoints.close()
-    assert steps_of(tmp_path / "c") == [1]
+    assert list_steps(tmp_path / "c") == [1]
 
 
 def test_a_full_disk_stops_with_one_line_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:

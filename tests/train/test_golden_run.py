@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from omni_jax.train import RunConfig, TrainState, TrainStep, kinds_of_update, step_kind
-from omni_jax.train.gradients import loss_of
+from omni_jax.train.gradients import compute_losses
 from omni_jax.train.trainable import split
 from omni_jax.types import StepKind
 from tests.tolerances import assert_close
@@ -27,7 +27,7 @@ def test_golden_losses_from_recorded_embeddings(golden, reference, kind):
     names = {"hard": "hard_negative", **{n: n for n in ("anchor", "positive", "text", "audio", "video")}}
     embeddings = {name: jnp.asarray(golden.losses[f"step{kind}/{at}"]) for name, at in names.items()}
     losses = reference.config.losses
-    _, metrics = loss_of(embeddings, {}, losses, step_kind(kind, losses), 1)
+    _, metrics = compute_losses(embeddings, {}, losses, step_kind(kind, losses), 1)
     for name in NAMES:
         assert_close(metrics[name], golden.losses[f"step{kind}/{name}"], "loss_from_embeddings")
     assert_close(metrics["loss"], sum(golden.losses[f"step{kind}/{name}"] for name in NAMES), "loss_from_embeddings")

@@ -10,7 +10,7 @@ import pytest
 from omni_jax.objectives import SCALARS, tuple_loss
 from omni_jax.parallel import make_mesh, use_mesh
 from omni_jax.train import LossConfig, TrainableConfig, TrainStep, streams
-from omni_jax.train.gradients import Forward, collapse_metrics, loss_of
+from omni_jax.train.gradients import Forward, collapse_metrics, compute_losses
 from omni_jax.train.plan import step_kind
 from omni_jax.train.remat import REMAT, policies
 from tests.tolerances import assert_close
@@ -119,7 +119,7 @@ def test_both_passes_of_gradient_caching_drop_the_same():
             kept = fwd.keep(trainable, frozen, one, kind)
             found.append(fwd.embed(trainable, frozen, one, kept, kind, keys[i], hard=True))
         pool = {name: jnp.concatenate([z[name] for z in found]) for name in found[0]}
-        return loss_of(pool, {}, losses, kind, 2)
+        return compute_losses(pool, {}, losses, kind, 2)
 
     expected = jax.jit(jax.grad(whole, has_aux=True), compiler_options=QUICK)(trainable)
     got = cached(fwd, trainable, frozen, made, keys)
@@ -232,7 +232,7 @@ def test_the_weight_of_hard_negatives_is_that_of_the_config():
     rng = np.random.default_rng(0)
     z = {name: jnp.asarray(rng.standard_normal((4, 6)), jnp.float32) for name in ("anchor", "positive", "hard")}
     losses = LossConfig({"tuple": 1}, temperature=0.2, hard_weight=3.0)
-    found = loss_of(z, {}, losses, step_kind(0, losses), 2)[1]["L_T"]
+    found = compute_losses(z, {}, losses, step_kind(0, losses), 2)[1]["L_T"]
     assert_close(found, tuple_loss(*z.values(), temperature=0.2, hard_blocks=2, hard_weight=3.0), "loss")
 
 

@@ -13,7 +13,7 @@ from etils import epath
 
 from omni_jax.api import processes
 from omni_jax.cli.status import BAD_INPUT
-from omni_jax.train.checkpoint import steps_of
+from omni_jax.train.checkpoint import list_steps
 from omni_jax.train.loop import DIGEST
 from omni_jax.types import InputError
 from tests.train.test_interruptions import PLAIN, newest, rows, wait_for
@@ -110,7 +110,7 @@ def test_one_of_two_hosts_killed_within_a_save_leaves_the_checkpoint_before(conf
     pair = pair_of(config, cache, [broken, broken])
     try:
         folder = broken / "checkpoints"
-        assert wait_for(pair[0], lambda: bool(steps_of(folder)) and any(folder.glob("*.orbax-checkpoint-tmp"))), pair[0].communicate()[0]
+        assert wait_for(pair[0], lambda: bool(list_steps(folder)) and any(folder.glob("*.orbax-checkpoint-tmp"))), pair[0].communicate()[0]
         pair[1].send_signal(signal.SIGKILL)
         said = pair[0].communicate(timeout=300)[0]
     finally:

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from omni_jax.cli.status import BAD_INPUT, INTERRUPTED, STOPPED_AND_SAVED
-from omni_jax.train.checkpoint import REST, TRAINABLE, steps_of
+from omni_jax.train.checkpoint import REST, TRAINABLE, list_steps
 from omni_jax.train.loop import DIGEST
 from tests.tolerances import assert_close
 from tests.train.tiny_run import CLIPS, command, environment, finish, free_port, make_files, omni_jax, start
@@ -66,7 +66,7 @@ def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
 
 def newest(workdir: Path) -> int:
     """Returns the updates at the newest whole checkpoint, 0 before the first."""
-    return (steps_of(workdir / "checkpoints") or [0])[-1]
+    return (list_steps(workdir / "checkpoints") or [0])[-1]
 
 
 def wait_for(process: subprocess.Popen[str], what: Callable[[], bool], seconds: float = 300) -> bool:
@@ -144,7 +144,7 @@ def test_two_processes_of_four_devices_go_on_as_one_of_eight(config: Path, cache
         for i in range(2)
     ]
     try:
-        assert wait_for(pair[0], lambda: bool(steps_of(moved / "checkpoints"))), pair[0].communicate()[0]
+        assert wait_for(pair[0], lambda: bool(list_steps(moved / "checkpoints"))), pair[0].communicate()[0]
         pair[1].send_signal(signal.SIGTERM)
         said = [process.communicate(timeout=300)[0] for process in pair]
     finally:
@@ -202,7 +202,7 @@ def test_where_the_data_of_one_process_fail_both_save_and_end(config: Path, cach
         for i, source in enumerate(sources)
     ]
     try:
-        assert wait_for(pair[0], lambda: bool(steps_of(workdir / "checkpoints"))), pair[0].communicate()[0]
+        assert wait_for(pair[0], lambda: bool(list_steps(workdir / "checkpoints"))), pair[0].communicate()[0]
         for shard in copy.glob("*.array_record*"):
             with shard.open("r+b") as file:
                 file.write(bytes(shard.stat().st_size))

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from omni_jax.configs import tiny
 from omni_jax.train import RunConfig, TrainState
-from omni_jax.train.checkpoint import Checkpoints, steps_of
+from omni_jax.train.checkpoint import Checkpoints, list_steps
 from omni_jax.train.loop import COLLAPSED, DIGEST, LoopCallbacks, Row, Watch, digest_of, train
 from omni_jax.train.metrics import MetricsWriter, collapsed_in_row, evaluated
 from omni_jax.types import InputError
@@ -153,7 +153,7 @@ def test_a_run_from_beginning_to_end(tmp_path: Path) -> None:
     world = World(tmp_path)
     last = world.run(Step(), run=run, evaluates=True)
     assert (int(last.step), float(last.trainable["bridge/norm/scale"][0])) == (7, sum(range(7)))
-    assert steps_of(tmp_path / "checkpoints") == [2, 3, 4, 6, 7]
+    assert list_steps(tmp_path / "checkpoints") == [2, 3, 4, 6, 7]
     assert world.evaluated == [2, 4, 6, 7] and world.seen == list(range(1, 8))
     assert [r["step"] for r in world.rows() if "loss" in r] == [3, 6, 7]
     assert [(r["step"], r[DIGEST]) for r in world.rows() if DIGEST in r] == [(n, digest_of([[f"r{n - 1}", "r"]])) for n in range(1, 8)]
@@ -205,7 +205,7 @@ def test_an_evaluation_in_which_a_run_was_killed_is_made_when_it_goes_on(tmp_pat
 @pytest.mark.parametrize("stop", [{"stopped_evaluating": 7}, {"stop_after": 7}])
 def test_a_run_without_its_last_evaluation_is_not_done_until_it_is_made(tmp_path: Path, stop: dict[str, int]) -> None:
     cut, told_to_stop, again = World(tmp_path, **stop), World(tmp_path, stop_after=0), World(tmp_path)
-    assert int(cut.run(Step(), evaluates=True).step) == 7 and steps_of(tmp_path / "checkpoints")[-1] == 7
+    assert int(cut.run(Step(), evaluates=True).step) == 7 and list_steps(tmp_path / "checkpoints")[-1] == 7
     told_to_stop.run(Step(), evaluates=True)
     again.run(Step(), evaluates=True)
     assert [world.done for world in (cut, told_to_stop, again)] == [False, False, True]
@@ -222,7 +222,7 @@ def test_an_evaluation_without_usable_records_is_not_missing(tmp_path: Path) -> 
 
 def test_a_stop_before_the_first_update_saves(tmp_path: Path) -> None:
     world = World(tmp_path, stop_after=0)
-    assert int(world.run(Step()).step) == 0 and steps_of(tmp_path / "checkpoints") == [0]
+    assert int(world.run(Step()).step) == 0 and list_steps(tmp_path / "checkpoints") == [0]
     assert int(World(tmp_path).run(Step()).step) == 7
 
 
@@ -310,5 +310,5 @@ def test_the_digest_of_a_batch_tells_clips_and_their_order() -> None:
 def test_what_was_trained_is_saved_when_the_data_fail(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="data workers died"):
         World(tmp_path).run(Step(), data=Numbers(broken=5))
-    assert steps_of(tmp_path / "checkpoints")[-1] == 5
+    assert list_steps(tmp_path / "checkpoints")[-1] == 5
     assert int(World(tmp_path).run(Step()).step) == 7

@@ -14,7 +14,7 @@ from omni_jax.config import ConfigError
 from omni_jax.objectives import LOSSES, Pool
 from omni_jax.parallel import make_mesh, use_mesh
 from omni_jax.train import LossConfig, RunConfig, TrainStep, step_kind
-from omni_jax.train.gradients import loss_of
+from omni_jax.train.gradients import compute_losses
 from tests.objectives.test_losses import plain
 from tests.tolerances import assert_close
 from tests.train.random_batches import MODEL, recipe
@@ -35,7 +35,7 @@ def config(*dims: int, weights: tuple[float, ...] = ()) -> LossConfig:
 
 
 def loss(z: dict[str, jax.Array], losses: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
-    return loss_of(z, {}, losses, KIND, blocks=1)
+    return compute_losses(z, {}, losses, KIND, blocks=1)
 
 
 def naive(z: dict[str, Any], factors: dict[int, float]) -> float:

@@ -22,8 +22,8 @@ from omni_jax.train.lock import run_lock
 from omni_jax.train.workdir import (
     LATER,
     WorkdirConfig,
-    check_free,
-    claim,
+    check_workdir_free,
+    claim_workdir,
     is_workdir,
     read_config,
     read_trained,
@@ -52,8 +52,8 @@ def changed(**values: Any) -> WorkdirConfig:
 
 
 def test_the_same_run_goes_on(tmp_path: Path) -> None:
-    claim(tmp_path, CONFIG)
-    claim(tmp_path, changed(mesh__fsdp=8, data__workers=7, log__every=9, checkpoint__keep=5))
+    claim_workdir(tmp_path, CONFIG)
+    claim_workdir(tmp_path, changed(mesh__fsdp=8, data__workers=7, log__every=9, checkpoint__keep=5))
     found = read_config(tmp_path)
     assert found is not None and run_of(found).mesh.fsdp == 8 and found.model == MODEL
 
@@ -70,20 +70,20 @@ def test_the_same_run_goes_on(tmp_path: Path) -> None:
     ],
 )
 def test_another_run_is_refused(tmp_path: Path, other: WorkdirConfig, message: str) -> None:
-    claim(tmp_path, CONFIG)
+    claim_workdir(tmp_path, CONFIG)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(InputError, match=rf"holds another run: .*{message}") as caught:
-        claim(tmp_path, other)
+        claim_workdir(tmp_path, other)
     assert "\n" not in str(caught.value) and (tmp_path / "config.json").read_bytes() == before
 
 
 def test_digests_that_an_older_run_lacks_are_not_held_against_it(tmp_path: Path) -> None:
     later = dict.fromkeys(LATER, "d1")
-    claim(tmp_path, CONFIG)
-    claim(tmp_path, dataclasses.replace(CONFIG, digests={**CONFIG.digests, **later}))
+    claim_workdir(tmp_path, CONFIG)
+    claim_workdir(tmp_path, dataclasses.replace(CONFIG, digests={**CONFIG.digests, **later}))
     for name in LATER:
         with pytest.raises(InputError, match=f"holds another run: its {name} differ"):
-            claim(tmp_path, dataclasses.replace(CONFIG, digests={**CONFIG.digests, **later, name: "d2"}))
+            claim_workdir(tmp_path, dataclasses.replace(CONFIG, digests={**CONFIG.digests, **later, name: "d2"}))
 
 
 def test_a_run_of_an_earlier_version_goes_on_under_the_new_names_of_its_fields(tmp_path: Path) -> None:
@@ -93,30 +93,30 @@ def test_a_run_of_an_earlier_version_goes_on_under_the_new_names_of_its_fields(t
     old["run"]["losses"] |= {f"{name}_weight": value for name, value in weights.items()}
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(InputError, match=r"losses\.weights\.tuple is 1\.0 there, 0\.5 here"):
-        claim(tmp_path, changed(losses__weights={**weights, "tuple": 0.5}))
-    claim(tmp_path, CONFIG)
+        claim_workdir(tmp_path, changed(losses__weights={**weights, "tuple": 0.5}))
+    claim_workdir(tmp_path, CONFIG)
     assert read_config(tmp_path) == CONFIG
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_text("")
     with pytest.raises(InputError, match=r"not empty \(holiday\.jpg\)"):
-        claim(tmp_path, CONFIG)
+        claim_workdir(tmp_path, CONFIG)
 
 
 def test_what_a_start_that_failed_left_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     for name in ("run.lock", "skipped_records.jsonl", "skipped_records.3.jsonl", "quarantine.jsonl"):
         (tmp_path / name).write_text("")
-    check_free(tmp_path)
+    check_workdir_free(tmp_path)
     (tmp_path / "skipped.txt").write_text("")
     with pytest.raises(InputError, match=r"not empty \(skipped\.txt\)"):
-        check_free(tmp_path)
+        check_workdir_free(tmp_path)
 
 
 @pytest.mark.jit
 def test_checkpoints_are_models(tmp_path: Path) -> None:
-    claim(tmp_path, CONFIG)
+    claim_workdir(tmp_path, CONFIG)
     with pytest.raises(InputError, match="has no checkpoint yet"):
         read_workdir(tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints", 3)

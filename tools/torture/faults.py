@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from omni_jax.train.checkpoint import steps_of
+from omni_jax.train.checkpoint import list_steps
 from tests.train import tiny_run
 from tools.torture import commands
 from tools.torture.outcome import Clock, Outcome
@@ -92,7 +92,7 @@ def _obey_permissions() -> None:
 
 def _until_two_checkpoints(process: subprocess.Popen[str], workdir: Path) -> None:
     deadline = time.monotonic() + 300
-    while process.poll() is None and len(steps_of(workdir / "checkpoints")) < 2 and time.monotonic() < deadline:
+    while process.poll() is None and len(list_steps(workdir / "checkpoints")) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
@@ -101,12 +101,12 @@ def _refused_and_gone_on_with(
 ) -> None:
     """Expects one clear line of a run that cannot save, the checkpoint before it, and that the run resumes once it can."""
     folder = workdir / "checkpoints"
-    before = steps_of(folder)
+    before = list_steps(folder)
     said = process.communicate(timeout=commands.LIMIT_S)[0]
     last = said.strip().splitlines()[-1] if said.strip() else ""
     reported = re.match(r"omni-jax: .*checkpoint.* could not be written", last) and "Traceback" not in said
     outcome.expect(process.returncode == 2 and bool(reported), f"{what}: status {process.returncode}, {said[-400:]!r}")
-    outcome.expect(steps_of(folder)[-1:] >= before[-1:], f"{what}: the checkpoint before it is gone")
+    outcome.expect(list_steps(folder)[-1:] >= before[-1:], f"{what}: the checkpoint before it is gone")
     folder.chmod(0o755)
     again = tiny_run.start(command, around)
     said = again.communicate(timeout=commands.LIMIT_S)[0]
@@ -140,9 +140,9 @@ def one_of_two(
     for victim in (1, 0):
         processes = pair("disturbed pair")
         folder_of = folder / "disturbed pair" / "checkpoints"
-        goal = (steps_of(folder_of)[-1:] or [0])[0] + 2
+        goal = (list_steps(folder_of)[-1:] or [0])[0] + 2
         deadline = time.monotonic() + 300
-        while all(p.poll() is None for p in processes) and (steps_of(folder_of)[-1:] or [0])[0] < goal and time.monotonic() < deadline:
+        while all(p.poll() is None for p in processes) and (list_steps(folder_of)[-1:] or [0])[0] < goal and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(float(rng.uniform(0, 0.2)))
         alive = all(process.poll() is None for process in processes)

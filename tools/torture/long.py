@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from omni_jax.train.checkpoint import steps_of
+from omni_jax.train.checkpoint import list_steps
 from tests.train import tiny_run
 from tools.torture import commands
 from tools.torture.outcome import Clock, Outcome
@@ -74,7 +74,7 @@ def _updates(outcome: Outcome, folder: Path, steps: int, limit: float) -> None:
     made, samples = _reached(outcome, "updates", steps, samples, status)
     outcome.expect(status in (0, OUT_OF_TIME), f"training ended with status {status}: {said[-300:]}")
     judge(outcome, f"{made:,} updates", samples, said)
-    kept = steps_of(workdir / "checkpoints")
+    kept = list_steps(workdir / "checkpoints")
     # A killed run may have one on its way and one not yet removed. Evaluations save too.
     right = len(kept) == KEPT and kept[-1] == steps if status == 0 else 0 < len(kept) <= KEPT + 1
     outcome.expect(right, f"checkpoints {kept} where {KEPT} are kept")

@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 
 from omni_jax.cli.status import INTERRUPTED, STOPPED_AND_SAVED
-from omni_jax.train.checkpoint import read_trainable, steps_of
+from omni_jax.train.checkpoint import list_steps, read_trainable
 from tests.train import tiny_run
 from tools.torture import commands
 from tools.torture.outcome import Clock, Outcome
@@ -132,7 +132,7 @@ class _Run:
         if kind == "start":
             wait(process, float(self._rng.uniform(0, self.begins)))
         elif kind == "save":
-            goal = steps_of(self._workdir / "checkpoints")[-1:] or [0]
+            goal = list_steps(self._workdir / "checkpoints")[-1:] or [0]
             wait_until(process, lambda: newest_row(self._workdir) > goal[0] and saving(self._workdir))
             wait(process, float(self._rng.uniform(0, 0.05)))
         elif kind == "evaluation":
@@ -186,7 +186,7 @@ class _Run:
         if what == "twice":
             outcome.expect(time.monotonic() - signalled < LEAVE_S, f"Ctrl-C twice: it took {time.monotonic() - signalled:.1f} s to leave")
         elif process.returncode:
-            kept = steps_of(self._workdir / "checkpoints")
+            kept = list_steps(self._workdir / "checkpoints")
             saved = f"{kept[-1] if kept else 0} of {self._steps} steps are saved"
             outcome.expect(saved in said, f"{what}: it does not say {saved!r}: {said[-300:]}")
 
@@ -200,7 +200,7 @@ def compare(outcome: Outcome, calm: Path, disturbed: Path, steps: int, what: str
     want, found = rows(calm, evaluations=True), rows(disturbed, evaluations=True)
     differ = [n for n in want if found.get(n) != want[n]]
     outcome.expect(not differ, f"other evaluations{what} after updates {differ}, or none")
-    outcome.expect(bool(steps_of(disturbed / "checkpoints")[-1:] == [steps]), f"no checkpoint{what} of the last update")
+    outcome.expect(bool(list_steps(disturbed / "checkpoints")[-1:] == [steps]), f"no checkpoint{what} of the last update")
     arrays = [read_trainable(folder / "checkpoints", steps) for folder in (calm, disturbed)]
     bits = [name for name, x in arrays[0].items() if not np.array_equal(x.view(np.uint8), arrays[1][name].view(np.uint8))]
     outcome.expect(not bits and arrays[0].keys() == arrays[1].keys(), f"other bits{what} in {len(bits)} trainables: {bits[:3]}")

@@ -1,6 +1,6 @@
 """Public retrieval benchmarks: from their published annotation files to manifests of the clips that are at hand."""
 
-from omni_jax.data.benchmarks.coverage import Coverage, fetch_rows, look_for, manifest_rows, training_rows
+from omni_jax.data.benchmarks.coverage import Coverage, fetch_rows, manifest_rows, match_media, training_rows
 from omni_jax.data.benchmarks.items import Annotations, Item
 from omni_jax.data.benchmarks.registry import BENCHMARKS, Benchmark, read_annotations
 
@@ -11,8 +11,8 @@ __all__ = [
     "Coverage",
     "Item",
     "fetch_rows",
-    "look_for",
     "manifest_rows",
+    "match_media",
     "read_annotations",
     "training_rows",
 ]

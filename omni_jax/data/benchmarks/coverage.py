@@ -48,7 +48,7 @@ class Coverage:
         return sum(whole for _, _, whole in self.found)
 
 
-def look_for(items: Sequence[Item], folder: str | os.PathLike[str], media: Sequence[str]) -> Coverage:
+def match_media(items: Sequence[Item], folder: str | os.PathLike[str], media: Sequence[str]) -> Coverage:
     """Returns which of the clips have a file in a folder or below it.
 
     Args:
