@@ -35,7 +35,7 @@ class _Source:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What tells it from another of the same name."""
+        """What distinguishes it from another of the same name."""
         if self.remote is not None:
             return self.remote.record()
         assert self.folder is not None
@@ -187,7 +187,7 @@ def _source(name: str | os.PathLike[str], revision: str | None, token: str | boo
         return _Source(os.fspath(name), remote=hub.look_up(os.fspath(name), revision, token))
     folder = Path(name).absolute()
     if revision is not None:
-        raise InputError(f"{name}: is no name on the Hub, and has no revision {revision!r}; omit it")
+        raise InputError(f"{name}: is not a name on the Hub, and has no revision {revision!r}; omit it")
     if not folder.is_dir():
         raise InputError(f"{name}: no such folder; name a folder, or a repository on the Hub as owner/name")
     return _Source(os.fspath(name), folder=folder)
@@ -199,7 +199,7 @@ def _root() -> Path:
     except RuntimeError:
         root = None
     if root is None:
-        raise InputError(f"there is no place for converted models; name a folder by {VARIABLE}, or use omni-jax convert to-jax")
+        raise InputError(f"there is no folder for converted models; name one by {VARIABLE}, or use omni-jax convert to-jax")
     return root / MODELS
 
 

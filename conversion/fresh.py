@@ -128,7 +128,7 @@ def model_config(architecture: Mapping[str, Any], tokens: Mapping[str, int], voc
         allowed = [field.name for field in dataclasses.fields(kind) if field.name != "vocab_size"]
         odd = [key for key in fields if key not in allowed]
         if odd:
-            raise InputError(f"architecture.{name}: {', '.join(odd)} is no field of it; the fields are {', '.join(allowed)}")
+            raise InputError(f"architecture.{name}: {', '.join(odd)} is unknown; the fields are {', '.join(allowed)}")
         if name == "decoder":
             fields["vocab_size"] = vocabulary
         elif name != "beats" and fields.setdefault("output_size", parts["decoder"].hidden_size) != parts["decoder"].hidden_size:

@@ -102,7 +102,7 @@ def fetch(remote: Remote, log: Callable[[str], None], token: str | bool | None =
     """Returns the folder of a repository's files in the Hub's own cache, fetched where they are not there.
 
     Weights resume within the file, after a connection that drops and after a kill. The Hub's library alone then starts it again, under a
-    name of its own each time, for file systems whose locks hold nobody off.
+    name of its own each time, for file systems whose locks exclude no process.
 
     Raises:
       InputError: when a file cannot be fetched or kept, or is not what the Hub says it is.
@@ -126,7 +126,7 @@ def fetch(remote: Remote, log: Callable[[str], None], token: str | bool | None =
             for stale in {path.resolve(), path}:
                 stale.unlink(missing_ok=True)
             raise InputError(
-                f"{remote.name}: {file} is not what the Hub says it is ({digest[:12]}...); it was removed; run it again to fetch it"
+                f"{remote.name}: {file} differs from the digest that the Hub states ({digest[:12]}...); it was removed; fetch it again"
             )
     return folder
 

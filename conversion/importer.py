@@ -192,7 +192,7 @@ class _Job:
             theirs = {name: value.shape for name, value in self.beats.tensors.items()}
             engine.check(ours, theirs, where, remedy)
         elif self.config.beats is not None and not any(name.startswith("beats.") for name in theirs):
-            raise InputError(f"{where}: the BEATs weights (beats.*) are missing; this is no WAVE checkpoint, name the WAVE-7B folder")
+            raise InputError(f"{where}: the BEATs weights (beats.*) are missing; this is not a WAVE checkpoint, name the WAVE-7B folder")
         rest = {name: entry for name, entry in self.entries.items() if name not in ours and name not in self._made}
         others = {name: shape for name, shape in shapes.items() if not name.startswith(group)}
         engine.check(rest, others, str(self.checkpoint.folder), "use the config.json that belongs to these weights", OPTIONAL)

@@ -31,7 +31,7 @@ def round_matrix(entry: Entry, array: np.ndarray, where: Any) -> tuple[np.ndarra
     try:
         return rounded(array)
     except ValueError as e:
-        raise InputError(f"{where}: {entry.stored} {e}, and has no int8 form; get the weights again, or leave --weights away") from None
+        raise InputError(f"{where}: {entry.stored} {e}, and has no int8 form; get the weights again, or omit --weights") from None
 
 
 class Matrices:

@@ -279,7 +279,7 @@ class Store:
         for piece in pieces:
             array = found.pop(piece.key)
             if array.shape != piece.shape or array.dtype != piece.dtype:
-                raise InputError(f"{_part(self._folder, piece.part)}: array {piece.name} is not as the index says; {_CONVERT}")
+                raise InputError(f"{_part(self._folder, piece.part)}: array {piece.name} differs from its entry in the index; {_CONVERT}")
             self._verify(piece, array, 0)
             self.bytes_read += piece.nbytes
             yield piece, array

@@ -37,7 +37,7 @@ def test_a_file_that_cannot_be_written_names_its_place_and_what_to_do(tmp_path: 
     with pytest.raises(InputError, match=r"nowhere/a: cannot be written \(No such file or directory\); choose another --out$"):
         write_whole(tmp_path / "nowhere" / "a", "", "choose another --out")
     (tmp_path / "a").mkdir()
-    with pytest.raises(InputError, match=r"/a: cannot be written \(Is a directory\); check that the folder exists and has room$"):
+    with pytest.raises(InputError, match=r"/a: cannot be written \(Is a directory\); check that the folder exists and has space$"):
         write_whole(tmp_path / "a", "")
     assert os.listdir(tmp_path) == ["a"]
 

@@ -19,7 +19,7 @@ FIGURES = (*DIRECTIONS, *AVERAGES)
 METHOD: tuple[str, ...] = (
     "R@1 in percent on held-out clips: mean over seeds, and in brackets the 95 % interval of the paired difference to the first arm "
     "(Student's t over seeds; a seed has the same first weights and order of clips in all arms).",
-    "A star marks an interval that leaves out 0. Each interval stands alone: of 20 rows without any difference one has a star by "
+    "A star marks an interval that leaves out 0. Each interval is for one row: of 20 rows without any difference one has a star by "
     "chance, and the directions of an arm are not independent. Judge arms by the averages first.",
     "The intervals speak of other seeds on these clips, not of other clips.",
 )

@@ -70,7 +70,7 @@ def encode_items(
     workers: int | None = None,
     prefix: str | None = None,
 ) -> np.ndarray:
-    """Does the work of `OmniRetriever.encode`, whose caller is told of warnings: two frames up."""
+    """Does the work of `OmniRetriever.encode`, whose caller gets the warnings: two frames up."""
     width = model.dim
     prompt = _prompt(model, prompt_name if prefix is None else prefix)
     check_batch_size(batch_size)
@@ -183,14 +183,14 @@ class _Run:
             number, note = self._hints[0]
             more = f" (and {len(self._hints) - 1} more such notes)" if len(self._hints) > 1 else ""
             yield f"item {number}: {note}{more}"
-        told = []
+        notes = []
         if self._repaired:
             number, line = self._repaired[0]
-            told.append(f"{len({n for n, _ in self._repaired})} of {self.seen} items were repaired, the first: item {number}: {line}")
+            notes.append(f"{len({n for n, _ in self._repaired})} of {self.seen} items were repaired, the first: item {number}: {line}")
         if self._cut:
-            told.append(f"{self._cut} of {self.seen} captions were cut to max_text_tokens={most_tokens}")
-        if told:
-            yield "; ".join(told)
+            notes.append(f"{self._cut} of {self.seen} captions were cut to max_text_tokens={most_tokens}")
+        if notes:
+            yield "; ".join(notes)
 
 
 class _Progress:
@@ -199,7 +199,7 @@ class _Progress:
     def __init__(self, show: bool | None, count: int | None, batch_size: int) -> None:
         self._visible = sys.stderr.isatty() if show is None else show  # a notebook's stderr says that it is one
         self._bar: Any = None
-        self._told = False
+        self._announced = False
         if self._visible and (show or count is None or count > batch_size):
             from tqdm.auto import tqdm
 
@@ -218,13 +218,13 @@ class _Progress:
             self._bar.update(items)
 
     def compiling(self, program: str) -> None:
-        if self._visible and not self._told:
+        if self._visible and not self._announced:
             from tqdm.auto import tqdm
 
             tqdm.write(
                 "encode: compiling programs for these shapes, up to a minute the first time; later batches need none", file=sys.stderr
             )
-        self._told = True
+        self._announced = True
         if self._bar is not None:
             self._bar.set_postfix_str(f"compiling {program}")
 

@@ -308,7 +308,7 @@ class OmniRetriever:
         load: Callable[[Sequence[Record]], Iterable[Features | ClipError]] | None = None,
         shapes: Mapping[str, Iterable[tuple[int, ...]]] | None = None,
     ) -> Iterator[Part]:
-        """Embeds records into tables, a group at a time; a record that cannot be embedded is set aside and never stops the others.
+        """Embeds records into tables, a group at a time; a record that cannot be embedded is skipped and never stops the others.
 
         A record is embedded into every table whose modalities it has.
 

@@ -139,7 +139,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
         for note in data_notes(run, source, data.planner, total):
             callbacks.log(note)
         if manifest.model.weights != "float":
-            callbacks.log(f"{base}: holds int8 matrices; those that train start from the values that these stand for")
+            callbacks.log(f"{base}: holds int8 matrices; those that train start from the restored values")
         if manifest.fresh:
             callbacks.log(f"freshly initialised in {base}: {', '.join(manifest.fresh)}")
         digests = {

@@ -147,7 +147,7 @@ def find_model(
     if not published or ready:
         if adapter is not None or revision is not None:
             what = "an adapter" if adapter is not None else f"a revision ({revision})"
-            raise InputError(f"{name}: is no checkpoint of torch's layout and no name on the Hub, so that {what} cannot be chosen; omit it")
+            raise InputError(f"{name}: is neither a PyTorch checkpoint nor a name on the Hub, so {what} cannot be chosen; omit it")
         return folder
     return epath.Path(converted(name, adapter, revision=revision, adapter_revision=adapter_revision, token=token))
 

@@ -24,7 +24,7 @@ ARMS = "L_A,L_A+L_D,L_A+L_T,all"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser, default="ablation")
-    parser.add_argument("--arms", default=None, metavar="A,B", help=f"sums of losses, the first to compare with (default: {ARMS})")
+    parser.add_argument("--arms", default=None, metavar="A,B", help=f"sums of losses; the first is the baseline (default: {ARMS})")
     parser.add_argument(
         "--arm",
         action="append",
@@ -33,10 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one more arm: a sum of losses, --config.a.b=value, or both, separated by spaces; may be given several times",
     )
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each arm, with seeds 0 to N-1 (default: %(default)s)")
-    parser.add_argument("--start", choices=("random", "base", "warm"), default="random", help="what arms begin with (default: %(default)s)")
-    parser.add_argument("--equal", choices=("steps", "cpu_time"), default="steps", help="what arms have in common (default: %(default)s)")
+    parser.add_argument(
+        "--start", choices=("random", "base", "warm"), default="random", help="weights that the arms start from (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--equal", choices=("steps", "cpu_time"), default="steps", help="what all arms have in equal amounts (default: %(default)s)"
+    )
     parser.add_argument("--warm-steps", type=int, default=1200, metavar="N", help="most steps of a warm start (default: %(default)s)")
-    parser.add_argument("--warm-every", type=int, default=100, metavar="N", help="steps between two looks at it (default: %(default)s)")
+    parser.add_argument(
+        "--warm-every", type=int, default=100, metavar="N", help="steps between two evaluations of a warm start (default: %(default)s)"
+    )
     parser.add_argument("--clips", type=int, nargs=2, metavar=("TRAIN", "TEST"), help="synthetic clips to train on and to score")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of runs and tables; what is finished there is kept")
 
@@ -99,7 +105,7 @@ def _command(args: argparse.Namespace) -> str:
 
 
 class _Display:
-    """One bar for all runs, in runs; what runs now, and its steps, stand beside it."""
+    """One bar for all runs, in runs; what runs now, and its steps, are shown beside it."""
 
     def __init__(self, runs: int) -> None:
         self._runs, self._what, self._at, self._total = runs, "", 0, 0

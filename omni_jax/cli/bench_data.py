@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--media", required=True, metavar="DIR", help="folder of the clips, or of whole sources; searched recursively")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="manifest of the clips that are present")
     parser.add_argument(
-        "--training", action="store_true", help="a record a caption, with picture and sound of its file, as train takes them"
+        "--training", action="store_true", help="write one record per caption, with the video and sound of its clip, for train"
     )
     parser.add_argument("--split", metavar="FILE", help="keep the clips whose ids are listed in this file, one a line")
     parser.add_argument(
@@ -115,7 +115,7 @@ def _write_fetch_list(path: str, coverage: Coverage) -> None:
 
     rows = list(fetch_rows(coverage.missing))
     if coverage.missing and not rows:
-        raise InputError("--fetch-list: these annotations do not say where the media are to be had; see the benchmark's own page")
+        raise InputError("--fetch-list: these annotations do not name the sources of the media; see the benchmark's own page")
     with output_file(path) as file:
         file.write("".join("\t".join(row) + "\n" for row in (("id", "url", "start", "end"), *rows)).encode())
     without = len(coverage.missing) - len(rows)

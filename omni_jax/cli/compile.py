@@ -28,20 +28,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh", metavar="AXES", help="within a slice, as data=1,fsdp=16,tensor=1 (default: the config's; --sweep: several)"
     )
-    parser.add_argument("--programs", default=",".join(PROGRAMS), metavar="LIST", help="among train,embed,evaluate (default: all)")
+    parser.add_argument(
+        "--programs", default=",".join(PROGRAMS), metavar="LIST", help="comma-separated, among train,embed,evaluate (default: all)"
+    )
     parser.add_argument("--kinds", default="0,1,2", metavar="LIST", help="indices in the period-3 cycle of step kinds (default: all)")
     parser.add_argument(
-        "--weights", choices=("int8", "int8-dynamic"), help="large matrices in int8, of training those that stay (default: the config's)"
+        "--weights",
+        choices=("int8", "int8-dynamic"),
+        help="hold large matrices in int8; in training, the frozen ones (default: the config's)",
     )
     parser.add_argument(
-        "--caption-tokens", type=positive(int), default=128, metavar="N", help="longest caption planned for (default: %(default)s)"
+        "--caption-tokens",
+        type=positive(int),
+        default=128,
+        metavar="N",
+        help="longest caption to plan for, in tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--utilisation",
         type=float,
         default=0.4,
         metavar="SHARE",
-        help="of peak arithmetic, assumed where libtpu is missing (default: %(default)s)",
+        help="share of peak arithmetic to assume where libtpu is missing (default: %(default)s)",
     )
     parser.add_argument("--price", type=positive(float), metavar="MONEY", help="price of a chip-hour; prints the cost as well")
     parser.add_argument("--sweep", action="store_true", help="try batch, remat and mesh for the first of --kinds, and recommend")

@@ -145,7 +145,7 @@ def _with_lora(model: ModelConfig, section: ModelSection) -> ModelConfig:
 
 
 def _value(text: str, before: Any) -> Any:
-    """Returns what a text stands for; where a text stood before, the text itself."""
+    """Returns the value that a text means; where the field was a text before, the text itself."""
     if isinstance(before, str):
         return text
     if text in ("true", "false"):

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_torch.add_argument(
         "--model", required=True, metavar="DIR", help="folder written by 'omni-jax convert to-jax', or workdir of 'omni-jax train'"
     )
-    to_torch.add_argument("--step", type=int, metavar="N", help="of a workdir, the checkpoint at step N (default: the newest)")
+    to_torch.add_argument("--step", type=int, metavar="N", help="of a workdir: the checkpoint of step N (default: the newest)")
     to_torch.add_argument("--base-out", metavar="DIR", help="new folder for the base checkpoint, split and typed as the source was")
     to_torch.add_argument(
         "--format",

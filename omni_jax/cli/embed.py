@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive(float),
         default=FILE_GIB,
         metavar="GIB",
-        help="vectors of more than this are written as several files FILE-I-of-N.npz, which FILE.npz names together (default: %(default)g)",
+        help="split larger tables into FILE-I-of-N.npz; FILE.npz then lists these files (default: %(default)g)",
     )
     add_truncate_dim(parser)
     parser.add_argument("--no-normalize", action="store_true", help="do not scale vectors to length 1")
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole,
         default=SAMPLE,
         metavar="N",
-        help="with --weights int8-dynamic, records that are embedded with int8, too, to say what is lost (default: %(default)s, 0: none)",
+        help="with --weights int8-dynamic: records also embedded with int8, to measure the loss (default: %(default)s, 0: none)",
     )
     parser.add_argument("--official-keys", action="store_true", help="write '{id}__table' arrays, as the published extractor does")
 
@@ -125,7 +125,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         type=positive(float),
         metavar="SECONDS",
-        help=f"a clip whose decoding stands still for so long, or takes ten times as long, is skipped (default: {TIMEOUT_S:g})",
+        help=f"skip a clip whose decoding makes no progress for so long, or takes ten times as long (default: {TIMEOUT_S:g})",
     )
 
 
@@ -139,7 +139,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--adapter", metavar="MODEL", help="PEFT adapter of a PyTorch checkpoint: its folder or its name on the Hub")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of --model on the Hub (default: main)")
-    parser.add_argument("--adapter-revision", metavar="REV", help="the same of --adapter")
+    parser.add_argument("--adapter-revision", metavar="REV", help="the same for --adapter")
 
 
 def named_model(args: argparse.Namespace) -> ModelSource:
@@ -212,7 +212,7 @@ def run(args: argparse.Namespace) -> int:
     if not done:
         raise InputError(f"{args.manifest}: no record could be embedded; {_beside(files[0].out, 'errors')} says why")
     if len(files) > 1:
-        print(f"{args.out}: {done} records in {len(files)} files, which this name stands for")
+        print(f"{args.out}: {done} records in {len(files)} files, which this name lists")
     return DONE_WITH_SKIPPED if bad else DONE
 
 

@@ -35,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--captions", metavar="FILE", help="embedding file of the captions, ids CLIP#NUMBER, where clips have several (see bench-data)"
     )
     parser.add_argument(
-        "--storage", choices=("float32", "bfloat16"), default="float32", help="keep tables so, and print what it changes (default: float32)"
+        "--storage",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="type of the tables in memory; also prints what it changes (default: float32)",
     )
     parser.add_argument(
         "--ties", choices=TIES, default="optimistic", help="how candidates of equal similarity count (default: %(default)s)"
@@ -48,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         action="append",
         default=[],
-        help=f"put another embedding file, a result written with --json, or the word {PUBLISHED!r} beside it, {PUBLISHED}:NAME for another "
-        "benchmark (published:clotho); may be repeated. A file over the same records is also tested: differences, their intervals and "
-        "p-values. Files of one table each are joined by commas",
+        help=f"compare with an embedding file, a result written with --json, or {PUBLISHED!r} ({PUBLISHED}:NAME for another "
+        "benchmark, as published:clotho); may be repeated. Over the same records, differences get intervals and p-values. Files of one "
+        "table each are joined by commas",
     )
     parser.add_argument("--html", metavar="OUT", help="also write a report as one self-contained page")
     parser.add_argument(
@@ -64,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--media",
         metavar="DIR",
         help="show pictures and sounds in the report: the folder that the manifest's paths start from, or, without --manifest, a folder of "
-        "files named for their records (clip7.mp4)",
+        "files named after their records (clip7.mp4)",
     )
 
 

@@ -15,7 +15,7 @@ EXAMPLE = "omni-jax manifest from 'shards/{000..127}.tar' --out clips.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("from",), help="what to do: make a manifest from what there is")
+    parser.add_argument("action", choices=("from",), help="make a manifest from SOURCE")
     parser.add_argument(
         "manifest", nargs="+", metavar="SOURCE", help="WebDataset tar, Parquet, CSV, JSON, or a folder; a pattern names several"
     )
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_format_arguments(parser)
     parser.add_argument("--media-root", metavar="DIR", help="folder that media paths start from and must stay in (default: the source's)")
     parser.add_argument("--fetch-list", metavar="FILE", help="write id, URL, start and end of media at web addresses, tab-separated")
-    parser.add_argument("--fetched", metavar="DIR", help="folder of files called by the ids of that list, which take the addresses' places")
+    parser.add_argument("--fetched", metavar="DIR", help="folder of files named after the ids of that list, used in place of the addresses")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +68,7 @@ def _write_fetch_list(path: str, remote: tuple[tuple[str, str, str, str], ...]) 
     from omni_jax.retrieval.embedding_file import output_file
 
     if not remote:
-        raise InputError("--fetch-list: no media of this source lie at a web address")
+        raise InputError("--fetch-list: no media of this source are at web addresses")
     with output_file(path) as file:
         file.write("".join("\t".join(row) + "\n" for row in (("id", "url", "start", "end"), *remote)).encode())
     print(f"{path}: {len(remote)} clips of {len({row[1] for row in remote})} sources to fetch")

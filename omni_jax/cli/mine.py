@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--embeddings", nargs="+", metavar="FILE", help="embedding file of its records; several are parts of one set")
     source.add_argument("--model", metavar="DIR", help="converted folder or workdir; embeds the manifest first, into OUT.npz")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl", help="the manifest again, with a field `negatives`")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl", help="a copy of the manifest with a field `negatives`")
     parser.add_argument("--directions", metavar="LIST", help="comma-separated, such as t2v,v2t (default: all that the tables allow)")
-    parser.add_argument("--num-negatives", type=whole, default=5, metavar="N", help="for each record and direction (default: 5)")
+    parser.add_argument("--num-negatives", type=whole, default=5, metavar="N", help="negatives per record and direction (default: 5)")
     parser.add_argument("--range-min", type=whole, default=0, metavar="RANK", help="leave the hardest RANK candidates out (default: 0)")
     parser.add_argument("--range-max", type=whole, default=100, metavar="RANK", help="consider candidates up to this rank (default: 100)")
     parser.add_argument("--min-score", type=float, metavar="COSINE", help="lowest cosine of a negative (default: none)")
@@ -48,11 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--search",
         choices=("exact", "faiss"),
         default="exact",
-        help="faiss looks into the nearest cells of a large gallery alone, and holds it in memory once more (default: exact)",
+        help="faiss searches only the nearest cells of a large gallery, and holds a second copy of it in memory (default: exact)",
     )
-    parser.add_argument("--probe", type=positive(int), metavar="N", help="--search faiss: cells looked at (default: 1 in 32, at least 16)")
-    parser.add_argument("--sampling", choices=SAMPLING, default="top", help="the hardest ones, or some at random (default: top)")
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of --sampling random (default: 0)")
+    parser.add_argument(
+        "--probe", type=positive(int), metavar="N", help="with --search faiss: cells to search (default: 1 in 32, at least 16)"
+    )
+    parser.add_argument("--sampling", choices=SAMPLING, default="top", help="the hardest candidates, or random ones (default: top)")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="seed of --sampling random (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ SHOWN = {"hit_rate_at_1": "R@1", "hit_rate_at_5": "R@5", "hit_rate_at_10": "R@10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--tasks", nargs="+", required=True, metavar="NAME", help="tasks by mteb's names")
-    parser.add_argument("--out", default="mteb_results", metavar="DIR", help="folder of results; tasks that are there are not run again")
+    parser.add_argument("--out", default="mteb_results", metavar="DIR", help="folder of results; tasks that have results there are skipped")
     add_preset_arguments(parser, "mteb, or nemotron_mteb: what mteb's own wrapper does")
     parser.add_argument("--name", metavar="ORGANIZATION/MODEL", help="name in the results (default: omni_jax/FOLDER)")
     parser.add_argument("--batch-size", type=positive(int), default=16, metavar="N", help="items encoded together (default: %(default)s)")

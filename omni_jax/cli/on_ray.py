@@ -24,9 +24,7 @@ def add_ray_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_actor_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--actors", type=positive(int), metavar="N", help="with --ray: models at most (default: as many as there is room for)"
-    )
+    parser.add_argument("--actors", type=positive(int), metavar="N", help="with --ray: most models to load (default: as many as fit)")
     parser.add_argument(
         "--actor-resources",
         type=_resources,

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive(float),
         default=120.0,
         metavar="SECONDS",
-        help="a clip whose decoding stands still for so long, or takes ten times as long, is skipped (default: 120)",
+        help="skip a clip whose decoding makes no progress for so long, or takes ten times as long (default: 120)",
     )
     add_ray_argument(parser)
 

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     known = presets_for(source.config.prompt)
     names = [name.strip() for name in args.presets.split(",")] if args.presets else list(known)
     if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"--presets {args.presets}: {unknown[0]!r} is no preset of this backbone; choose among {', '.join(known)}")
+        raise ConfigError(f"--presets {args.presets}: {unknown[0]!r} is not a preset of this backbone; choose among {', '.join(known)}")
     chosen: dict[str, Preset] = {}
     refused: dict[str, ConfigError] = {}
     for name in names:

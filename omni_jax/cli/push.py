@@ -15,8 +15,8 @@ EXAMPLE = 'omni-jax push --model runs/mine --repo me/my-adapter --base tsinghua-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="workdir of 'omni-jax train', or a converted folder with an adapter")
-    parser.add_argument("--step", type=int, metavar="N", help="of a workdir, the checkpoint after N steps (default: the newest)")
-    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository on the Hub; it is made where there is none")
+    parser.add_argument("--step", type=int, metavar="N", help="of a workdir: the checkpoint of step N (default: the newest)")
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository on the Hub; created if it does not exist")
     parser.add_argument("--base", required=True, metavar="OWNER/NAME", help="base checkpoint on the Hub")
     parser.add_argument("--data", required=True, metavar="TEXT", help="what it was trained on, in words, for the card")
     parser.add_argument("--license", metavar="ID", help="licence of the adapter, as the Hub lists them")
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """
     for option in ("repo", "base"):
         if HUB_NAME.fullmatch(getattr(args, option)) is None:
-            raise InputError(f"--{option} {getattr(args, option)}: is no name on the Hub; write owner/name")
+            raise InputError(f"--{option} {getattr(args, option)}: is not a name on the Hub; write owner/name")
     if not args.data.strip():
         raise InputError("--data: is empty; say in words what the adapter was trained on")
 

@@ -65,7 +65,7 @@ def _of_file(file: str, media_root: str | None) -> Queries:
         names = tuple(line for line in lines if line.strip())
         items = tuple({"text": line} for line in names)
     if problems:
-        print(f"{file}: {len(problems)} lines are no queries; the first: {problems[0].reason}", file=sys.stderr)
+        print(f"{file}: {len(problems)} lines are not queries; the first: {problems[0].reason}", file=sys.stderr)
     if not items:
         raise InputError(f"--queries {file}: holds no queries; give a caption a line, or a manifest (.jsonl)")
     kinds = {frozenset(field[0] for field in ("text", "video", "audio") if item.get(field) is not None) for item in items}

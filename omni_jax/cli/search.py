@@ -31,21 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     query = parser.add_mutually_exclusive_group(required=True)
     query.add_argument("--text", metavar="TEXT", help="search by a caption")
-    query.add_argument("--audio", metavar="FILE", help="search by a sound; a video file's track will do")
+    query.add_argument("--audio", metavar="FILE", help="search by a sound, or by the sound of a video")
     query.add_argument("--video", metavar="FILE", help="search by the pictures of a video")
     query.add_argument("--av", metavar="FILE", help="search by the pictures and the sound of a video")
-    query.add_argument(
-        "--queries", metavar="FILE", help="many queries: text with a caption a line, or a manifest (.jsonl); results for each"
-    )
+    query.add_argument("--queries", metavar="FILE", help="file of queries: one caption per line, or a manifest (.jsonl)")
     parser.add_argument("--media-root", metavar="DIR", help="folder that the media paths of --queries start from and must stay in")
     parser.add_argument("-k", type=_count, default=10, metavar="N", help="results to print (default: %(default)s)")
     parser.add_argument(
-        "--table", choices=TABLES, help="table to search in (default: for a text av, then video, audio; for other queries what they lack)"
+        "--table", choices=TABLES, help="table to search in (default: the first of av, video, audio for a text; what other queries lack)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object a query instead of lines")
     add_truncate_dim(parser, "index and query")
     embed.add_preset_arguments(parser, "the one that the index was made with, or else the model's")
-    parser.add_argument("--unchecked", action="store_true", help="search an index that was made by another model or preset all the same")
+    parser.add_argument("--unchecked", action="store_true", help="search an index even if another model or preset made it")
     embed.add_weights_arguments(parser)
 
 
@@ -69,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
 
     queries = read_queries(args)
     if args.prefix and not any(item.get("text") for item in queries.items):
-        raise InputError(f"--prefix {args.prefix}: says what a text is; omit it with --{queries.kind}")
+        raise InputError(f"--prefix {args.prefix}: applies to captions; omit it with --{queries.kind}")
     if args.table is None and queries.kind not in TARGETS:
         raise InputError(
-            f"--queries {args.queries}: of several kinds, or of several modalities each; say by --table what they are searched in"
+            f"--queries {args.queries}: the queries are of several kinds or modalities; choose the table to search with --table"
         )
     index = read_tables(args.index, functools.partial(target_table, queries.kind or "text", chosen=args.table), incomplete=True)
     index = truncated(index, args.truncate_dim)
@@ -86,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.retrieval.search import Index
 
     model = embed.load_model(args, source, chosen)
-    with warnings.catch_warnings(record=args.queries is not None) as told:
+    with warnings.catch_warnings(record=args.queries is not None) as caught:
         vectors = model.encode(
             queries.items,
             # A text is what is searched with, whatever the captions of the index are.
@@ -94,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             on_error="raise" if args.queries is None else "nan",
             truncate_dim=args.truncate_dim,
         )
-    for warning in told or ():
+    for warning in caught or ():
         print(one_line(str(warning.message)), file=sys.stderr)
     good = np.flatnonzero(np.isfinite(vectors).all(axis=1))
     if not len(good):
@@ -136,7 +134,7 @@ def check_origin(args: argparse.Namespace, recorded: Mapping[str, Any] | None, s
     if found and not args.unchecked:
         raise InputError(
             f"{args.index[0]}: was made otherwise than --model {args.model} embeds: {listed(found)}; search with the model and preset that "
-            f"made it, embed it again, or compare all the same with --unchecked"
+            f"made it, embed it again, or pass --unchecked to search anyway"
         )
     if found:
         print(f"{args.index[0]}: was made otherwise: {listed(found)}", file=sys.stderr)

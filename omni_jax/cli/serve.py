@@ -28,28 +28,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--media",
         metavar="DIR",
-        help="folder that the paths of --manifest start from, and that media are given out from. Without --manifest, files are named for "
-        "their records",
+        help="folder of the media to serve; the paths of --manifest start from it. Without --manifest, files are named after their records",
     )
     parser.add_argument("--manifest", action="append", default=[], metavar="FILE.jsonl", help="captions and media paths; may be repeated")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; any but this machine's own needs --token (default: %(default)s)"
     )
     parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for a free one (default: %(default)s)")
-    parser.add_argument("--token", metavar="TOKEN", help=f"what clients must show, {SHORTEST} characters or more")
+    parser.add_argument("--token", metavar="TOKEN", help=f"token that clients must send, {SHORTEST} characters or more")
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="another name by which clients reach this server")
     parser.add_argument("--max-upload", type=positive(float), default=64.0, metavar="MIB", help="largest request (default: %(default)g)")
     parser.add_argument(
-        "--upload-time", type=positive(float), default=60.0, metavar="SECONDS", help="for a request to arrive (default: %(default)g)"
+        "--upload-time", type=positive(float), default=60.0, metavar="SECONDS", help="time for a request to arrive (default: %(default)g)"
     )
     parser.add_argument(
-        "--timeout", type=positive(float), default=30.0, metavar="SECONDS", help="for a file to be decoded (default: %(default)g)"
+        "--timeout", type=positive(float), default=30.0, metavar="SECONDS", help="time to decode a file (default: %(default)g)"
     )
     parser.add_argument("--workers", type=positive(int), metavar="N", help="decoding processes (default: one less than the cores)")
     parser.add_argument("--batch-size", type=positive(int), default=16, metavar="N", help="items encoded together (default: %(default)s)")
     parser.add_argument("--max-waiting", type=positive(int), default=1024, metavar="N", help="items that may wait (default: %(default)s)")
     embed.add_preset_arguments(parser, "the one that the index was made with, or else the model's")
-    parser.add_argument("--unchecked", action="store_true", help="search an index that was made by another model or preset all the same")
+    parser.add_argument("--unchecked", action="store_true", help="search an index even if another model or preset made it")
     embed.add_weights_arguments(parser)
 
 
@@ -111,7 +110,7 @@ def listening(host: str, port: int) -> socket.socket:
       InputError: for a port that is taken or may not be used, or an address that is not this machine's.
     """
     if not 0 <= port < 1 << 16:
-        raise InputError(f"--port {port}: is no port; give a number from 0 to 65535")
+        raise InputError(f"--port {port}: is not a port; give a number from 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -32,7 +32,9 @@ FOLDER = "smoke"  # in the workdir; removed again
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser, default=CONFIG)
-    parser.add_argument("--workdir", type=epath.Path, required=True, metavar="DIR", help="of the run to come, on storage all hosts share")
+    parser.add_argument(
+        "--workdir", type=epath.Path, required=True, metavar="DIR", help="workdir of the planned run, on storage that all hosts share"
+    )
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices the devices are in (default: 1)")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="local folder for a few synthetic clips (default: a temporary one)")
     add_process_arguments(parser)

@@ -23,14 +23,14 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_format_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", choices=FORMATS, help="what the manifest is (default: as its content and name say)")
+    parser.add_argument("--format", choices=FORMATS, help="format of the manifest (default: detected from its content and name)")
     parser.add_argument(
         "--columns",
         type=columns,
         action="extend",
         default=[],
         metavar="ROLE=NAME,...",
-        help="columns, members or fields with names of their own, as in text=caption,video=path",
+        help="names of columns, members or fields, as in text=caption,video=path",
     )
 
 

@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options by which the processes of a run find each other."""
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="process 0 of several, 'auto' on a pod (default: $OMNI_JAX_COORDINATOR)")
-    parser.add_argument("--processes", type=int, metavar="N", help="how many there are (default: $OMNI_JAX_PROCESSES)")
-    parser.add_argument("--process", type=int, metavar="I", help="number of this one, from 0 (default: $OMNI_JAX_PROCESS)")
+    parser.add_argument("--processes", type=int, metavar="N", help="number of processes (default: $OMNI_JAX_PROCESSES)")
+    parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0 (default: $OMNI_JAX_PROCESS)")
 
 
 def join(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Names of repositories on the Hub, told from folders without asking anybody."""
+"""Names of repositories on the Hub, distinguished from folders without the network."""
 
 from __future__ import annotations
 

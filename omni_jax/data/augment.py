@@ -23,7 +23,7 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
 def augment_clip(clip: Clip, rng: np.random.Generator, config: AugmentConfig) -> Clip:
-    """Returns a copy with changed frames and sound, of the same shapes. Its caption is `augment_text`'s affair."""
+    """Returns a copy with changed frames and sound, of the same shapes. `augment_text` changes its caption."""
     # A stream for each part: switching one off leaves the others' changes as they were.
     picture, sound = rng.spawn(2)
     video, waveform = clip.video, clip.waveform

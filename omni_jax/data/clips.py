@@ -20,7 +20,7 @@ class ClipInfo:
 
     Attributes:
       id, caption: of its record.
-      grid: of its video; None where only reading tells.
+      grid: of its video; None where only reading shows it.
       samples: of the waveform; None likewise.
       silent: whether silence stands in for a missing audio track.
       timestamps: seconds, [start, end), of its record's files; None for whole files, and for clips that were cut already.

@@ -59,7 +59,7 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "conversations": ("conversation", "messages", "dialog"),
 }
 _VAGUE = ("clip", "frames", "picture", "image", "sound", "path", "file", "file_path", "filename", "file_name")
-"""Those of them that may as well tell of something else: of the source, say, of a record that has media."""
+"""Those of them that may as well describe something else: of the source, say, of a record that has media."""
 
 
 class BadEntry(Exception):

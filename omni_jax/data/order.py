@@ -19,7 +19,7 @@ from omni_jax.types import InputError
 
 WHOLE = 1 << 20  # clips that are shuffled as one
 WINDOW = 1 << 16  # clips of a window, about
-ROUNDS = 6  # of the Feistel network; four make a permutation that is hard to tell from a random one
+ROUNDS = 6  # of the Feistel network; four make a permutation that is hard to distinguish from a random one
 
 
 class RngStream(enum.IntEnum):

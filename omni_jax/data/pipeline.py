@@ -170,7 +170,7 @@ class TrainPipeline:
         A worker that dies is replaced and its update made again.
 
         Raises:
-          InputError: when workers die again and again or have no room to hand a batch over, or nearly no clip can be read.
+          InputError: when workers die again and again or have no memory to hand a batch over, or nearly no clip can be read.
         """
         for clip in range(len(self._source)) if self._kept is not None else ():
             with contextlib.suppress(ClipError):  # it is replaced where it is met
@@ -194,7 +194,7 @@ class TrainPipeline:
                 if restarts > RESTARTS:
                     raise InputError(
                         f"data workers died {restarts} times in a row at update {update}; they need more memory than there is, or more "
-                        f"room in /dev/shm: lower data.workers or the batch"
+                        f"space in /dev/shm: lower data.workers or the batch"
                     ) from None
                 _log.warning("a data worker died; update %d is made again", update)
             except OSError as error:
@@ -203,7 +203,7 @@ class TrainPipeline:
                 # Workers write nothing else: this is the memory in which one hands a batch over.
                 raise InputError(
                     f"a data worker cannot hand over update {update} in shared memory (/dev/shm): {error.strerror or error}; give it more "
-                    f"room, or lower data.workers or the batch (data.workers=0 needs none)"
+                    f"space, or lower data.workers or the batch (data.workers=0 needs none)"
                 ) from error
             finally:
                 iterator.close()
@@ -290,7 +290,7 @@ class TrainPipeline:
         """Returns the clip of a place, or another clip of the source where it cannot be used; the first is then added to `errors`.
 
         The other is drawn by (seed, update, place): every process count and every repetition gets the same one. It is none that the
-        update holds already, has no more tokens than its place has room for, and is of a group that the update lacks if there is such.
+        update holds already, has no more tokens than fit in its place, and is of a group that the update lacks if there is such.
         Places draw from clips of their own first, so that no clip stands in twice while those are enough.
         """
         planned = int(plan.clips[micro, place])
@@ -304,11 +304,11 @@ class TrainPipeline:
         drawn = stand_ins(self.planner.batch.seed, plan.update, number, held, len(self._source), CANDIDATES)
         groups = self.planner.groups(np.concatenate([drawn, held[held != planned]]))
         twice = np.isin(groups[: len(drawn)], groups[len(drawn) :])
-        room = self.planner.lengths(plan, micro, place, planned)
+        most = self.planner.lengths(plan, micro, place, planned)
         left = ATTEMPTS
         for other in drawn[np.argsort(twice, kind="stable")].tolist():
             lengths = self.planner.lengths(plan, micro, place, other)
-            fits = lengths.video <= room.video and lengths.audio <= room.audio and self._fits(lengths, plan, micro)
+            fits = lengths.video <= most.video and lengths.audio <= most.audio and self._fits(lengths, plan, micro)
             if not fits:
                 continue
             try:
@@ -320,7 +320,7 @@ class TrainPipeline:
             left -= 1
             if not left:
                 break
-        raise InputError(f"a clip cannot be used and no other can stand in for it; check the data: {first}")
+        raise InputError(f"a clip cannot be used and no other can replace it; check the data: {first}")
 
     def _fits(self, lengths: PromptLengths, plan: UpdatePlan, micro: int) -> bool:
         how = plan.kinds[micro], self._config.shares_prefix
@@ -428,6 +428,6 @@ def _begin_worker(index: int, count: int) -> None:
 
 
 def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
-    """Ends this process when its parent has: one that was killed tells its workers nothing, and they would wait for ever."""
+    """Ends this process when its parent has: one that was killed does not notify its workers, and they would wait forever."""
     parent.join()
     os._exit(1)

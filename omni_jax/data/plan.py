@@ -148,7 +148,7 @@ class Planner:
         taken = plan.clips[micro, plan.taken(micro)[place]] if plan.kinds[micro].shuffles else clip
         video, audio = self.media_tokens(clip)
         other_video, other_audio = self.media_tokens(taken)
-        if (mined := int(plan.mined[micro, place])) >= 0:  # room for both: the clip of the shuffle stands in for one that cannot be read
+        if (mined := int(plan.mined[micro, place])) >= 0:  # space for both: the clip of the shuffle stands in for one that cannot be read
             other_video, other_audio = (max(pair) for pair in zip((other_video, other_audio), self.media_tokens(mined), strict=True))
         caption, kind = self.source.captions[clip], plan.kinds[micro]
         own = self._text_tokens("tva", caption)
@@ -165,7 +165,7 @@ class Planner:
         )
 
     def media_tokens(self, clip: int) -> tuple[int, int]:
-        """Returns a clip's video tokens and audio tokens in its prompt, or the most it can have where only reading tells."""
+        """Returns a clip's video tokens and audio tokens in its prompt, or the most it can have where only reading shows it."""
         info, limits = self.source.record(clip), self.source.limits
         patches = int(np.prod(info.grid.thw)) if info.grid else limits.steps * limits.patches
         return patches // PATCHES_PER_TOKEN, self._config.audio_repeat * tokens_of(info.samples or limits.samples)

@@ -13,7 +13,7 @@ from pathlib import Path
 from omni_jax.io import WholeFile, lock
 from omni_jax.types import InputError
 
-FULL = 7 / 8  # of the size that stays when room is made; processes may write the rest until they look again
+FULL = 7 / 8  # of the size that stays when space is freed; processes may write the rest until they look again
 
 
 class RecordCache:
@@ -34,7 +34,7 @@ class RecordCache:
           InputError: when it cannot be written.
         """
         self.folder, self._size, self._writers = folder, size, writers
-        self._each = int(size * (1 - FULL) / max(1, writers))  # bytes that this process writes before it makes room
+        self._each = int(size * (1 - FULL) / max(1, writers))  # bytes that this process writes before it frees space
         self._written = self._each  # what earlier runs left counts, too
         self._guard = threading.Lock()
         try:

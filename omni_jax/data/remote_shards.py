@@ -45,7 +45,7 @@ class RemoteShards:
             raise InputError(f"{location}: not a prepared folder, or an unfinished one (no {INDEX}); run 'omni-jax prepare'") from None
         except (ValueError, AttributeError) as error:
             raise InputError(f"{location}/{INDEX}: cannot be read ({error}); run 'omni-jax prepare' again") from None
-        # Not in one of the folders that the cache makes room in.
+        # Not in one of the folders that the cache empties.
         self._name = hashlib.blake2b(f"{self._remote.location} {digest}".encode(), digest_size=8).hexdigest()
         self.index = cache.folder.with_name(f"{cache.folder.name}.index") / self._name
         self.index.mkdir(parents=True, exist_ok=True)

@@ -177,7 +177,7 @@ class ShardWriter:
         try:
             yield
         except (RuntimeError, OSError) as error:  # the first is the library's own, whatever went wrong below
-            raise InputError(f"{self._path}: cannot be written ({_line(error)}); check that the disk has room") from None
+            raise InputError(f"{self._path}: cannot be written ({_line(error)}); check that the disk has space") from None
 
 
 def check_shard(path: Path, records: int, size: int | None) -> None:

@@ -50,7 +50,7 @@ class MediaSource:
         """Takes the records that have a caption and a video; the others become problems.
 
         Raises:
-          InputError: when none is left, or when the preset keeps whole tracks or all frames, whose lengths only decoding tells.
+          InputError: when none is left, or when the preset keeps whole tracks or all frames, whose lengths are known only by decoding.
         """
         if not preset.most_frames:
             raise InputError("fps without max_frames samples clips of unknown length; run 'omni-jax prepare' first, or set max_frames")

@@ -1,4 +1,4 @@
-"""Synthetic clips of which caption, sound and picture each show a part, as prepared folders: what two of them tell is more than one.
+"""Synthetic clips of which caption, sound and picture each show a part, as prepared folders: two of them determine more than one.
 
 Four factors make a clip. Each modality shows three of them and lacks one:
 
@@ -41,7 +41,7 @@ LOWEST, HIGHEST = 160.0, 6400.0  # Hz, of the tones
 # For each factor that a caption shows, the words of its values.
 _WORDS = (("dawn", "noon", "dusk", "night"), ("drum", "flute", "bell", "harp"), ("fox", "horse", "crow", "trout"))
 _FORMS = ("{3} {0} , {1} , {2}", "a {2} at {0} {3} with a {1}", "{1} and {2} {3} in {0}", "the {1} of a {2} , {0} {3}")
-_OTHER = ("again", "below", "far", "here", "once", "slowly", "still", "there")  # words that tell nothing
+_OTHER = ("again", "below", "far", "here", "once", "slowly", "still", "there")  # words without meaning
 _COLOURS = np.array([(220, 40, 40), (40, 200, 60), (50, 70, 220), (235, 225, 120)], np.float64)
 
 
@@ -111,7 +111,7 @@ def shared(query: str, gallery: str) -> list[int]:
 
 
 def caption(factors: Sequence[int], rng: np.random.Generator) -> str:
-    """Returns one of the 32 captions of a clip: a word for each factor that a caption shows, and one that tells nothing."""
+    """Returns one of the 32 captions of a clip: a word for each factor that a caption shows, and one without meaning."""
     words = [_WORDS[place][factors[k]] for place, k in enumerate(SHOWN["t"])]
     return str(rng.choice(_FORMS)).format(*words, rng.choice(_OTHER))
 

@@ -1,4 +1,4 @@
-"""A Ray cluster as the engines use it: connect, agree on the code, count, and tell what was lost from what is wrong."""
+"""A Ray cluster as the engines use it: connect, agree on the code, count, and distinguish lost workers from errors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def check_address(address: str) -> None:
     except OSError as error:
         raise InputError(f"--ray {address}: does not answer ({error.strerror or error}); start the cluster or check the address") from None
     if len(answer) < 4 or answer[3] != _SETTINGS:
-        raise InputError(f"--ray {address}: what answers there is no Ray cluster; give the port of 'ray start --head' (6379)")
+        raise InputError(f"--ray {address}: no Ray cluster answers there; give the port of 'ray start --head' (6379)")
 
 
 @contextlib.contextmanager
@@ -179,7 +179,7 @@ class Counters:
         self._rate.set(self._counts["clips"] / max(time.monotonic() - self._begin, 1e-9), self._tags)
 
     def tick(self, state: str) -> None:
-        """Shows the counts and what is going on; to be called about once a second."""
+        """Shows the counts and the progress; to be called about once a second."""
         counts = self._counts
         self.report.detail = (
             f"{counts['skipped']} skipped, {counts['silent']} silent, {counts['bytes'] / 1e9:.2f} GB, {state}"  # as disks are sold

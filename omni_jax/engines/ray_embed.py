@@ -49,7 +49,7 @@ class RayEmbedding:
           address, local_cpus: as in `ray_cluster.connected`.
           source: the model, whose folders are seen by every node that embeds.
           dtype, weights: as in `OmniRetriever.from_pretrained`.
-          actors: models at most; None: as many as there is room for.
+          actors: most models to load; None: as many as fit.
           resources: what an actor asks for, as {"TPU": 4}; {}: a host's TPU chips, one GPU, or a node without either.
         """
         self._address, self._local_cpus = address, local_cpus
@@ -93,7 +93,7 @@ class RayEmbedding:
         """Yields the parts that `OmniRetriever.embed` yields, of the same bits, in the same order.
 
         Args:
-          report: where to show what is going on.
+          report: shows the progress.
 
         Raises:
           InputError: when there is no cluster, a node has other code or cannot load the model, or work was lost `ATTEMPTS` times.
@@ -153,7 +153,7 @@ class RayEmbedding:
 
 @dataclasses.dataclass
 class _Work:
-    """What goes on in the cluster, from the first file of embeddings to the last."""
+    """The work of the cluster, from the first file of embeddings to the last."""
 
     ray: Any
     decoder: _Decoder
@@ -162,12 +162,12 @@ class _Work:
     report: Report
 
     def step(self) -> None:
-        """Waits a little, and shows what is going on."""
+        """Waits a little, and shows the progress."""
         self.models.step(1.0)
         self.idle()
 
     def idle(self) -> None:
-        """Deals with what has happened, and shows what is going on."""
+        """Handles what has happened, and shows the progress."""
         self.models.step(0.0)
         self.counters.tick(f"{self.models.ready} models, {cpus(self.ray)} CPUs")
 

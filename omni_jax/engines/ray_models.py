@@ -1,4 +1,4 @@
-"""The models of a run on Ray: as many actors as there is room for, replaced when they are lost; none is waited for while another works."""
+"""The models of a run on Ray: as many actors as fit, replaced when they are lost. No actor waits for another."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def wanted(ray: Any, asked: dict[str, float]) -> dict[str, float]:
     return asked or ({"TPU": chips} if chips else {"GPU": 1} if any(node.get("GPU") for node in nodes) else {})
 
 
-def room(ray: Any, asked: dict[str, float]) -> int:
-    """Returns how many actors the nodes have room for: one a node where an actor asks for nothing, and one at least."""
+def capacity(ray: Any, asked: dict[str, float]) -> int:
+    """Returns how many actors fit on the nodes: one a node where an actor asks for nothing, and one at least."""
     nodes = _nodes(ray)
     return max(1, sum(min(int(node.get(name, 0) // count) for name, count in asked.items()) for node in nodes) if asked else len(nodes))
 
@@ -77,13 +77,13 @@ class Models:
 
     Attributes:
       row_multiple: rows of their batches are a multiple of it.
-      report: where losses are told.
+      report: called with each loss.
     """
 
     def __init__(
         self, ray: Any, box: list[Any], asked: dict[str, float], actors: int | None, report: Report, decode: Callable[[Clip], None]
     ):
-        """Asks for `actors` actors, None: for as many as there is room for, asked again from time to time.
+        """Asks for `actors` actors, None: for as many as fit, asked again from time to time.
 
         Args:
           box: holds the reference of the run's `Setup`.
@@ -105,7 +105,7 @@ class Models:
         self._added = self._next = self._failures = self.row_multiple = 0
         self._last = self._noted = self._grown = time.monotonic()
         self._grows = actors is None
-        self._seats = [self._hire() for _ in range(actors or room(ray, asked))]
+        self._seats = [self._hire() for _ in range(actors or capacity(ray, asked))]
 
     @property
     def ready(self) -> int:
@@ -119,7 +119,7 @@ class Models:
 
     @property
     def full(self) -> bool:
-        """Whether more groups should wait: no actor has room, or too many are finished before an earlier one."""
+        """Whether more groups should wait: every actor is busy, or too many are finished before an earlier one."""
         return bool(self._todo) or self._added - self._next >= AT_ONCE * 2 * max(1, self.ready)
 
     def add(self, group: Group) -> None:
@@ -159,7 +159,7 @@ class Models:
         self._check_any()
         if self._grows and time.monotonic() - self._grown > _GROW_S:
             self._grown = time.monotonic()
-            self._seats += [self._hire() for _ in range(room(self._ray, self._asked) - len(self._seats))]
+            self._seats += [self._hire() for _ in range(capacity(self._ray, self._asked) - len(self._seats))]
 
     def _hire(self) -> _Seat:
         actor = self._make.remote(self._box)
@@ -195,7 +195,7 @@ class Models:
         self._again(group, outcome)
 
     def _replace(self, seat: _Seat, lost: Lost, what: str) -> None:
-        """Puts a new actor in the place of one that is lost; it starts as soon as there is room for it."""
+        """Puts a new actor in the place of one that is lost; it starts as soon as a node has the resources."""
         self._seats[self._seats.index(seat)] = self._hire()
         self._ray.kill(seat.actor)
         clips = sum(len(group.clips) for group in seat.jobs.values())

@@ -43,8 +43,8 @@ def write_shards(jobs: Sequence[ShardJob], address: str, local_cpus: int, timeou
         processes = _processes(ray, len(jobs))
         write = ray.remote(_write).options(num_cpus=processes, max_retries=0, name="prepare")
         while waiting or running:
-            room = cpus(ray)
-            while waiting and len(running) < 2 * (room // processes) + 1:
+            free = cpus(ray)
+            while waiting and len(running) < 2 * (free // processes) + 1:
                 task = waiting.popleft()
                 running[write.remote(task.job, processes, timeout_s, code_stamp())] = task
             for ref in ray.wait(list(running), timeout=1.0)[0]:
@@ -57,7 +57,7 @@ def write_shards(jobs: Sequence[ShardJob], address: str, local_cpus: int, timeou
                 _check_seen(task.job)
                 counters.add(**counts)
                 yield len(task.job.records)
-            counters.tick(f"{len(running)} shards on {room} CPUs")
+            counters.tick(f"{len(running)} shards on {free} CPUs")
 
 
 _pools: dict[tuple[int, float], _Pool] = {}  # of this process: children are kept from one task to the next

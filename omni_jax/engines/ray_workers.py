@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from omni_jax.retrieval.embedding_pass import Part
 
 TPU_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
-"""Chips of a host -> how libtpu is told that they are all there is."""
+"""Chips of a host -> the environment by which libtpu uses no others."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,4 +32,4 @@ def lock(path: Path | epath.Path, *, wait: bool = False) -> IO[bytes] | None:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
-        file.close()  # locked, but of a folder that was removed meanwhile: nobody else would see the lock
+        file.close()  # locked, but of a folder that was removed meanwhile: no other process would see the lock

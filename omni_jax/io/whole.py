@@ -14,7 +14,7 @@ from omni_jax.types import InputError
 if TYPE_CHECKING:
     from etils import epath
 
-HINT = "check that the folder exists and has room"
+HINT = "check that the folder exists and has space"
 
 
 class WholeFile:

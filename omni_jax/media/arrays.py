@@ -48,7 +48,7 @@ def sampled_frames(
     sizes = {frame.shape for frame in pictures}
     if len(sizes) > 1:
         raise ClipError(
-            f"{name}: has frames of different sizes ({', '.join(f'{w}x{h}' for h, w, _ in sorted(sizes)[:3])}); resize them alike"
+            f"{name}: has frames of different sizes ({', '.join(f'{w}x{h}' for h, w, _ in sorted(sizes)[:3])}); resize them to one size"
         )
     return VideoFrames(np.stack(pictures), indices, float(fps), count, seconds)
 
@@ -83,7 +83,7 @@ def picture(value: Any, name: str) -> np.ndarray:
         array = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
     elif array.dtype != np.uint8:
         if array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255:
-            raise ClipError(f"{name}: a frame of {array.dtype} is no picture; give uint8 from 0 to 255, or floats from 0 to 1")
+            raise ClipError(f"{name}: a frame of {array.dtype} is not a picture; give uint8 from 0 to 255, or floats from 0 to 1")
         array = array.astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
 
@@ -152,7 +152,9 @@ def numbers(value: Any, name: str) -> np.ndarray:
     try:
         array = np.asarray(value)
     except Exception as error:  # every library has its own, as for an array on a device
-        raise ClipError(f"{name}: {type(value).__name__} is no array that NumPy reads ({' '.join(str(error).split())[:120]})") from None
+        raise ClipError(
+            f"{name}: {type(value).__name__} is not an array that NumPy can read ({' '.join(str(error).split())[:120]})"
+        ) from None
     if array.dtype.kind not in "fiu":
         raise ClipError(f"{name}: {type(value).__name__} holds {array.dtype}; give an array of numbers")
     return array

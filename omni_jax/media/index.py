@@ -52,7 +52,7 @@ class PacketIndex:
         return max(0, int(np.searchsorted(self.entries, self.pts[frame], side="right")) - 1 - self.margin)
 
     def saves(self, entry: int, reached: int) -> bool:
-        """Whether entering there decodes less than going on from the frame that was reached."""
+        """Whether entering there decodes less than continuing from the frame that was reached."""
         return int(np.searchsorted(self.pts, self.entries[entry])) > reached + 1
 
 

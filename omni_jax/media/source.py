@@ -143,7 +143,7 @@ _TABLES = 1 << 18  # bytes that hold the tables of a transport stream, which com
 def other_codec(container: av.container.InputContainer, stream: Any, path: os.PathLike[str] | str) -> str:
     """Says to which codec a track of a transport stream changes, "" where it keeps its own.
 
-    FFmpeg goes on with the first codec, and may drop all that follows without an error.
+    FFmpeg continues with the first codec, and may drop all that follows without an error.
     """
     if container.format.name != "mpegts" or is_remote(path):
         return ""

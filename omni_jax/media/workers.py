@@ -39,7 +39,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 START_LIMIT_S = 300.0  # a child imports NumPy and PyAV first, which a busy network disk can make slow
-LONGEST = 10  # times its limit that an item may take which is going on: an hour of interlaced video decodes in a quarter of one
+LONGEST = 10  # times its limit that an item in progress may take: an hour of interlaced video decodes in a quarter of one
 ALIKE = 5
 """First items that fail alike, by an error of `_OURS`, after which the run stops."""
 
@@ -127,7 +127,7 @@ def _in_order(
     source, tasks = iter(items), queue.SimpleQueue[tuple[Future[Any], Any] | None]()
     waiting: collections.deque[tuple[Any, Future[Any]]] = collections.deque()
     threads: list[threading.Thread] = []
-    atexit.register(guarded.close)  # an iterator that nobody closed must not leave a hung child behind
+    atexit.register(guarded.close)  # an iterator that was not closed must not leave a hung child behind
     try:
         while True:
             for item in itertools.islice(source, in_flight - len(waiting)):
@@ -288,15 +288,15 @@ class _Child:
     def call(self, item: Any, name: str, timeout_s: float) -> Any:
         """Returns what the function gave. Raises TimeoutError past the limit, EOFError or OSError when the process is gone."""
         latest = time.monotonic() + LONGEST * timeout_s
-        told, deadline = "took longer than", time.monotonic() + timeout_s
+        reason, deadline = "took longer than", time.monotonic() + timeout_s
         try:
             _send(self.socket, (item, name), deadline)
             while isinstance(got := _receive(self.socket, deadline), _GoesOn):
-                told, deadline = "stood still for", min(time.monotonic() + timeout_s, latest)
+                reason, deadline = "stood still for", min(time.monotonic() + timeout_s, latest)
         except TimeoutError:
             if deadline == latest:
-                told, timeout_s = "took longer than", LONGEST * timeout_s
-            raise TimeoutError(f"{told} {timeout_s:g} s") from None
+                reason, timeout_s = "took longer than", LONGEST * timeout_s
+            raise TimeoutError(f"{reason} {timeout_s:g} s") from None
         return got
 
     def ending(self) -> str:
@@ -320,12 +320,12 @@ class _GoesOn:
     """What a child sends while it works."""
 
 
-_goes_on: Callable[[], None] = lambda: None  # noqa: E731 - in a child: tells the parent
+_progress: Callable[[], None] = lambda: None  # noqa: E731 - in a child: reports to the parent
 
 
 def goes_on() -> None:
-    """Says that the work on an item goes on, one frame after the other: its time limit begins again, up to `LONGEST` times in all."""
-    _goes_on()
+    """Reports progress on an item, one frame after the other: its time limit begins again, up to `LONGEST` times in all."""
+    _progress()
 
 
 def _attempt(function: Any, item: Any, name: str) -> Any:
@@ -404,25 +404,25 @@ def _serve(descriptor: int) -> None:
         except Exception as error:
             _send(connection, " ".join(f"{type(error).__name__}: {error}".split()), math.inf)
             return
-        told = 0.0
+        reported = 0.0
 
-        def tell() -> None:
-            nonlocal told
-            if (now := time.monotonic()) - told > min(1.0, timeout_s / 4):
-                told = now
+        def report() -> None:
+            nonlocal reported
+            if (now := time.monotonic()) - reported > min(1.0, timeout_s / 4):
+                reported = now
                 signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_GRACE_S)
                 try:
                     _send(connection, _GoesOn(), math.inf)
                 except OSError:  # the parent is gone
                     os._exit(1)
 
-        global _goes_on
-        _goes_on = tell
+        global _progress
+        _progress = report
         with contextlib.suppress(EOFError, OSError):
             _send(connection, "", math.inf)
             while True:
                 item, name = _receive(connection, math.inf)
-                told = time.monotonic()
+                reported = time.monotonic()
                 signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_GRACE_S)
                 outcome = _attempt(function, item, name)
                 signal.setitimer(signal.ITIMER_REAL, 0)

@@ -38,7 +38,7 @@ class Runner:
 
     Attributes:
       programs: compiled programs so far, one string each: what and which shapes.
-      compiling: called with a program's name before it is compiled; None: nobody asks.
+      compiling: called with a program's name before it is compiled; None: nothing is called.
     """
 
     def __init__(self, encoder: Encoder, mesh: Mesh | AbstractMesh | None = None, attention: str = "auto"):

@@ -33,7 +33,7 @@ HEALTH: dict[str, str] = {
         for m in HARD_NEGATIVES
     },
     **{
-        f"teacher_margin_{m}": f"By how much the whole tuple tells its own {m} from that of other clips better than the other active "
+        f"teacher_margin_{m}": f"How much better the whole tuple separates its own {m} from other clips than the other active "
         "modalities do; where it is not above 0, the distillation loss teaches nothing."
         for m in HARD_NEGATIVES
     },

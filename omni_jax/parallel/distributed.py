@@ -31,7 +31,7 @@ def start(
 ) -> bool:
     """Joins the other processes, before any other use of jax; returns whether there are others.
 
-    Arguments that are None are read from the environment; without a coordinator the process stands alone. "auto" asks the platform (a TPU
+    Arguments that are None are read from the environment; without a coordinator the process is alone. "auto" asks the platform (a TPU
     pod, Slurm), which knows the rest. Where they do not connect in time, the process says so and ends with status 2.
 
     Raises:

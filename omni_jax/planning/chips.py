@@ -55,7 +55,7 @@ class Chip:
           ConfigError: where the units are not known.
         """
         if self.mxus is None:
-            raise ConfigError(f"chip {self.name}: its clock is not known, so that cycles are no time; plan without --full-effort")
+            raise ConfigError(f"chip {self.name}: its clock is not known, so cycles cannot be turned into time; plan without --full-effort")
         count, side = self.mxus
         return self.teraflops * 1e12 / self.devices / (count * side**2 * 2)
 
@@ -127,7 +127,7 @@ def read_topology(text: str, slices: int = 1) -> Topology:
     if len(sizes) == 1:
         sizes = usual_grid(chip, sizes[0])
     if len(sizes) != chip.dimensions:
-        raise ConfigError(f"topology {text!r}: {chip.name} lies in {chip.dimensions} dimensions, as in {chip.name}:{form}")
+        raise ConfigError(f"topology {text!r}: {chip.name} grids have {chip.dimensions} dimensions, as in {chip.name}:{form}")
     if slices < 1:
         raise ConfigError(f"slices {slices}: must be at least 1")
     topology = Topology(chip, sizes, slices)

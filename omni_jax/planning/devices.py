@@ -87,7 +87,7 @@ def read_mesh(text: str | None, topology: Topology, heads: tuple[int, int]) -> d
         if name not in ("data", "fsdp", "tensor") or not value.isdecimal() or int(value) < 1:
             raise ConfigError(f"mesh {item!r}: write axes as data=1,fsdp=16,tensor=1")
         if name in sizes:
-            raise ConfigError(f"mesh {text}: {name} stands there twice")
+            raise ConfigError(f"mesh {text}: {name} appears twice")
         sizes[name] = int(value)
     each = topology.devices // topology.slices
     data, tensor = sizes.get("data", 1), sizes.get("tensor", 1)

@@ -124,7 +124,7 @@ def make(
     found = []
     if setting.recipe.remat == AUTO and "train" in programs:
         if not compiled:
-            raise ConfigError("remat 'auto': libtpu is not installed, and what fits only it can say (pip install 'omni-jax[tpu]')")
+            raise ConfigError("remat 'auto': libtpu is not installed, which is needed to find what fits (pip install 'omni-jax[tpu]')")
         setting = fitting.fit(setting, _different(setting, counts), say)
         found = [f"remat auto found  --config.remat={setting.recipe.remat}"]
     mesh = planning_mesh(setting.topology, dict(setting.mesh), compiled)
@@ -175,7 +175,9 @@ def swept(request: Request, count: int, say: Callable[[str], None]) -> list[dict
     """
     setting = request.setting()
     if not has_compiler():
-        raise ConfigError("--sweep: libtpu is not installed, and what fits only it can say (pip install 'omni-jax[tpu]'; no TPU is needed)")
+        raise ConfigError(
+            "--sweep: libtpu is not installed, which is needed to find what fits (pip install 'omni-jax[tpu]'; no TPU is needed)"
+        )
     _ = setting.topology.chip.clock
     return sweep.sweep(setting, count, say, request.utilisation, [dict(setting.mesh)] if request.mesh else None)
 

@@ -19,7 +19,7 @@ from omni_jax.towers.work import FlopCount, LinearOps, Terms, unpadded
 from omni_jax.train.remat import names as remat_names
 from omni_jax.types import BatchShapes, StepKind
 
-# Maps whose input is data: no gradient goes on to what stands before them.
+# Maps whose input is data: no gradient passes to what precedes them.
 _FIRST = ("vision/patch_embed", "audio/conv1", "beats/patch_embed")
 
 

@@ -131,8 +131,7 @@ def read_embeddings(path: PathLike | Sequence[PathLike], choose: Choose | None =
         for record in part.ids:
             if record in home:
                 raise InputError(
-                    f"id {record!r} stands in {home[record]} and again in {p}; give each part once, and files of one table each as "
-                    "TABLE=FILE"
+                    f"id {record!r} is in {home[record]} and again in {p}; give each part once, and files of one table each as TABLE=FILE"
                 )
             home[record] = p
     if len(parts) == 1:
@@ -404,7 +403,7 @@ def _check(table: EmbeddingTable, path: str) -> None:
         if rows.ndim != 2 or len(rows) != len(ids):
             raise InputError(f"{path}: table {name!r} has shape {rows.shape} for {len(ids)} ids; expected one row per id")
         if ids is not table.ids and (len(set(ids)) != len(ids) or not set(ids) <= set(table.ids)):
-            raise InputError(f"{path}: the ids of table {name!r} are no part of those of the file; write it again")
+            raise InputError(f"{path}: the ids of table {name!r} are not among those of the file; write it again")
 
 
 def _first(names: Sequence[str]) -> str:

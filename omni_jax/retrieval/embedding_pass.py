@@ -30,7 +30,7 @@ class Part:
       warnings: (record id, line): what was replaced or left out so that the record could be used.
       used_tokens, total_tokens: tokens encoded without and with padding.
       truncated: captions that were cut.
-      shapes: kind -> shapes that the planner knew after this group, from which a resumed pass goes on as one that was not interrupted.
+      shapes: kind -> shapes that the planner knew after this group, from which a resumed pass continues as one that was not interrupted.
     """
 
     ids: tuple[str, ...] = ()

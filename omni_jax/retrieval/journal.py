@@ -84,7 +84,7 @@ class Journal:
 
 
 def _not_ours(note: epath.Path, settings: Mapping[str, Any]) -> str:
-    """Says whose work is kept, and what to do, where it cannot be gone on with; "" where it can."""
+    """Returns whose work is kept and what to do where it cannot be resumed; "" where it can."""
     again = "run it again as it was, or remove the folder"
     try:
         there = json.loads(note.read_text())

@@ -177,8 +177,8 @@ def read_array(file: IO[bytes]) -> np.ndarray:
 def aligned_empty(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     """Returns an array that the CPU backend reads without copying it; its values are any."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    room = np.empty(size + ALIGNMENT, np.uint8)
-    return room[-room.ctypes.data % ALIGNMENT :][:size].view(dtype).reshape(shape)
+    buffer = np.empty(size + ALIGNMENT, np.uint8)
+    return buffer[-buffer.ctypes.data % ALIGNMENT :][:size].view(dtype).reshape(shape)
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -283,7 +283,7 @@ def _ties(report: Report) -> dict[str, Any]:
 def _media(report: Report, clips: Mapping[str, Clip]) -> tuple[dict[str, dict[str, str]], int]:
     """Record -> data URIs, as far as MEDIA_BYTES reach, and how many records were left out."""
     found: dict[str, dict[str, str]] = {}
-    room, left_out = MEDIA_BYTES, 0
+    budget, left_out = MEDIA_BYTES, 0
     for record in report.records:
         clip = clips.get(record)
         if clip is None or (clip.image is None and clip.sound is None):
@@ -291,9 +291,9 @@ def _media(report: Report, clips: Mapping[str, Clip]) -> tuple[dict[str, dict[st
         parts = {"image": (clip.image, clip.image_type), "sound": (clip.sound, clip.sound_type)}
         uris = {key: f"data:{kind};base64,{base64.b64encode(data).decode()}" for key, (data, kind) in parts.items() if data is not None}
         size = sum(map(len, uris.values()))
-        if size > room:
+        if size > budget:
             left_out += 1
             continue
-        room -= size
+        budget -= size
         found[record] = uris
     return found, left_out

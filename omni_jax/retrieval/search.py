@@ -177,7 +177,7 @@ class Index:
         ]
 
     def _exact(self, query: np.ndarray, near: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest of some rows. Equal rows have equal cosines here: each is a sum of its own, whatever block it stood in."""
+        """The k nearest of some rows. Equal rows have equal cosines here: each is a sum of its own, whatever block it was in."""
         cosines = np.empty(len(near), np.float32)
         for part in parts(len(near)):
             rows = self.rows[near[part]].astype(np.float64)

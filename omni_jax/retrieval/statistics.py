@@ -1,6 +1,6 @@
 """How sure a figure is: bootstrap intervals of R@1, and paired tests of two results over the same records. Seeded, so a run repeats itself.
 
-The record is what is drawn, not the query: the twelve directions ask about the same clips, and several captions of one clip share its luck.
+The record is what is drawn, not the query: the twelve directions ask about the same clips, and the captions of one clip are correlated.
 Everything works on sums of hits per record, so that a resample is one product of counts with a small matrix.
 
 Letters: U records, K directions, E estimates (K directions and the averages they allow), B resamples.

@@ -84,7 +84,7 @@ class Embedder:
                 return item_features(item, self.model.preset)
             found: Features = self._decode(item, f"item {item.record.id}")
             if any("silence is used" in line for line in found.warnings):
-                raise ClipError("its audio has no sound that can be read")  # nobody searches with silence
+                raise ClipError("its audio has no sound that can be read")  # silence is no query
             return found
         except ClipError as error:
             number, line = item.record.id, item.renamed(str(error)).removeprefix(f"item {item.record.id}: ")

@@ -31,7 +31,7 @@ TYPES = {
     ".opus": "audio/ogg",
     ".m4a": "audio/mp4",
 }
-"""Suffix -> type of the files that are given out whole: what a browser plays, and never a page or a script."""
+"""Suffix -> type of the files that are served whole: what a browser plays, and never a page or a script."""
 
 PREVIEW_LIMIT_S = 30.0
 KEPT_BYTES = 128 << 20  # of previews in memory

@@ -39,7 +39,7 @@ class Group:
 
 
 def group_prompts(clip: int, sequences: Mapping[str, TokenSequence], share_prefix: bool = True) -> list[Group]:
-    """Returns the groups of one clip's prompts: those with the same media share a group, text stands alone."""
+    """Returns the groups of one clip's prompts: those with the same media share a group; text has its own."""
     groups: dict[object, list[tuple[str, TokenSequence]]] = {}
     for table, sequence in sequences.items():
         media = TABLE_MODALITIES[table] - frozenset("t")
@@ -48,17 +48,17 @@ def group_prompts(clip: int, sequences: Mapping[str, TokenSequence], share_prefi
 
 
 def first_fit_decreasing(lengths: Sequence[int], prompts: Sequence[int], size: int, slots: int) -> list[list[int]]:
-    """Returns rows of item numbers: longest first, each in the first row with room for its tokens and prompts."""
+    """Returns rows of item numbers: longest first, each in the first row that has space for its tokens and prompts."""
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []
+    free: list[tuple[int, int]] = []
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fits = (r for r, (tokens, places) in enumerate(room) if lengths[item] <= tokens and prompts[item] <= places)
+        fits = (r for r, (tokens, places) in enumerate(free) if lengths[item] <= tokens and prompts[item] <= places)
         r = next(fits, len(rows))
         if r == len(rows):
             rows.append([])
-            room.append((size, slots))
+            free.append((size, slots))
         rows[r].append(item)
-        room[r] = (room[r][0] - lengths[item], room[r][1] - prompts[item])
+        free[r] = (free[r][0] - lengths[item], free[r][1] - prompts[item])
     return rows
 
 

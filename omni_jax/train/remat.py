@@ -36,7 +36,7 @@ def read(text: str) -> list[tuple[int | None, str]]:
             raise ConfigError(f"remat {text!r}: choose one of {', '.join(REMAT)}, or layers with each, as in layer:22,dots")
         last = len(found) == len(parts) - 1
         if bool(colon) == last or (colon and not (count.isdecimal() and int(count))):
-            raise ConfigError(f"remat {text!r}: every policy but the last says for how many layers, as in layer:22,dots")
+            raise ConfigError(f"remat {text!r}: every policy but the last needs a number of layers, as in layer:22,dots")
         found.append((int(count) if colon else None, name))
     return found
 

@@ -224,7 +224,7 @@ class TestGoingOn:
         assert [p.name for p in tmp_path.glob("*.npz")] == names[:1]
         kept = (tmp_path / names[0]).stat().st_mtime_ns
         assert main(several) == 0
-        assert f"{clips} records in {clips} files, which this name stands for" in capsys.readouterr().out
+        assert f"{clips} records in {clips} files, which this name lists" in capsys.readouterr().out
         assert sorted(p.name for p in tmp_path.iterdir()) == names and (tmp_path / names[0]).stat().st_mtime_ns == kept
         found, whole = read_embeddings(tmp_path / "o.npz"), read_embeddings(embedded)
         assert found.ids == whole.ids
@@ -299,7 +299,7 @@ def test_golden_presets_where_an_override_has_no_effect_are_left_out_and_told(go
 
 def test_golden_presets_that_the_backbone_has_not_are_refused(golden, converted, capsys):
     assert main(["presets", "--model", str(converted), "--manifest", str(golden.manifest), "--presets", "mteb,nemotron"]) == 2
-    assert "'nemotron' is no preset of this backbone; choose among training, release, mteb" in capsys.readouterr().err
+    assert "'nemotron' is not a preset of this backbone; choose among training, release, mteb" in capsys.readouterr().err
 
 
 def test_golden_demo_prints_the_table_and_the_difference(golden: GoldenSet, tmp_path: Path):

@@ -135,4 +135,4 @@ def test_golden_an_index_is_searched_with_the_preset_that_made_it(
     assert main([*search, "--model", str(converted), "--preset", "mteb"]) == 0
     assert "what it was made with is not recorded" in capsys.readouterr().err
     assert main(["search", "--index", index, "--audio", "x.wav", "--prefix", "query", "--model", str(converted)]) == 2
-    assert "--prefix query: says what a text is" in capsys.readouterr().err
+    assert "--prefix query: applies to captions" in capsys.readouterr().err

@@ -93,8 +93,8 @@ def test_golden_an_upload_is_one_commit_and_can_be_loaded_by_its_name(golden: Go
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["--repo", "adapter"], "--repo adapter: is no name on the Hub; write owner/name"),
-        (["--base", "a/b/c"], "--base a/b/c: is no name on the Hub"),
+        (["--repo", "adapter"], "--repo adapter: is not a name on the Hub; write owner/name"),
+        (["--base", "a/b/c"], "--base a/b/c: is not a name on the Hub"),
         (["--data", " "], "--data: is empty"),
     ],
 )

@@ -68,11 +68,11 @@ def test_golden_a_query_that_cannot_be_embedded_is_skipped(
     command = ["search", "--model", str(converted), "--index", str(index), "--queries", str(tmp_path / "q.jsonl"), "--json"]
     capsys.readouterr()
     assert main(command) == BAD_INPUT
-    assert "of several kinds, or of several modalities each; say by --table what they are searched in" in capsys.readouterr().err
+    assert "the queries are of several kinds or modalities; choose the table to search with --table" in capsys.readouterr().err
     assert main([*command, "--table", "text"]) == DONE_WITH_SKIPPED
     out, err = capsys.readouterr()
     assert [json.loads(line)["query"] for line in out.splitlines()] == ["good"]
-    assert "1 of 2 items cannot be embedded" in err and "gone.wav" in err and "1 lines are no queries" in err
+    assert "1 of 2 items cannot be embedded" in err and "gone.wav" in err and "1 lines are not queries" in err
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,7 @@ def test_no_beats_at_all_is_no_wave_checkpoint(tmp_path, base):
             del tensors[name]
 
     rewrite(base, change)
-    refused(tmp_path, base, str(base), "BEATs weights (beats.*) are missing", "no WAVE checkpoint")
+    refused(tmp_path, base, str(base), "BEATs weights (beats.*) are missing", "not a WAVE checkpoint")
 
 
 # ---------------------------------------------------------------------------------------------------------------- outputs

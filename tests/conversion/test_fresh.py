@@ -131,7 +131,7 @@ def test_golden_key_set_is_that_of_a_wave_checkpoint(golden, tmp_path):
     [
         ({"towers": {}}, "section towers is unknown"),
         ({"beats": None}, "section beats is missing"),
-        ({"audio": {"depth": 2}}, "architecture.audio: depth is no field"),
+        ({"audio": {"depth": 2}}, "architecture.audio: depth is unknown"),
         ({"vision": {"hidden_size": 16}}, "architecture.vision: missing"),
         ({"audio": {**ARCHITECTURE["audio"], "output_size": 30}}, "output_size 30 must be the decoder's hidden_size"),
         ({"decoder": {**ARCHITECTURE["decoder"], "num_heads": 5}}, "architecture.decoder: text_config.num_attention_heads"),

@@ -168,7 +168,7 @@ def test_golden_a_wrong_digest_is_fetched_anew(hub: Hub, ask: Callable[..., list
     data = hub.repositories[BASE].files[file]
     hub.repositories[BASE].served[file] = data[:-2] + bytes([data[-2] ^ 1]) + data[-1:]
     (wrong,) = ask(([BASE], {}))
-    assert f"{BASE}: {file} is not what the Hub says it is" in wrong["error"]
+    assert f"{BASE}: {file} differs from the digest that the Hub states" in wrong["error"]
     hub.repositories[BASE].served.clear()
     (right,) = ask(([BASE], {}))
     assert "place" in right, right
@@ -214,7 +214,7 @@ def test_golden_a_published_folder_is_converted_once(golden: GoldenSet, tmp_path
     with pytest.raises(InputError, match="has no revision 'v1'; omit it"):
         converted(golden.checkpoint, revision="v1")
     monkeypatch.setenv("OMNI_JAX_CACHE", "off")
-    with pytest.raises(InputError, match="no place for converted models; name a folder by OMNI_JAX_CACHE"):
+    with pytest.raises(InputError, match="no folder for converted models; name one by OMNI_JAX_CACHE"):
         converted(golden.checkpoint)
 
 

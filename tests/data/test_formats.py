@@ -260,7 +260,7 @@ def test_what_is_wrong_with_a_tar_is_said_of_each_record(tmp_path: Path) -> None
         "/abs": "has a name that leads out of the tar",
         "../up": "has a name that leads out of the tar",
         "lone": "has no text, video or audio",
-        "two": "has several files of video (.a.mp4, .b.mp4); say which with --columns video=a.mp4",
+        "two": "has several files of video (.a.mp4, .b.mp4); choose one with --columns video=a.mp4",
         "latin": ".txt: byte 1 is not UTF-8",
         "twice": "has two files .txt",
         "broken": ".json: malformed JSON",
@@ -304,11 +304,11 @@ def test_unusable_sources_are_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     make_tar(tmp_path / "empty.tar", {})
     (tmp_path / "folder").mkdir()
     for name, columns, words in (
-        ("x.csv", {}, "no column is called text, video, audio or file_name; its columns are caption, path; say which is which"),
+        ("x.csv", {}, "no column is called text, video, audio or file_name; its columns are caption, path; name them, as in --columns"),
         ("x.csv", {"text": "words"}, "has no column 'words', which --columns names; its columns are caption, path"),
-        ("x.parquet", {}, "no column is called text, video, audio or file_name; its columns are caption, n; say which is which"),
+        ("x.parquet", {}, "no column is called text, video, audio or file_name; its columns are caption, n; name them, as in --columns"),
         ("x.parquet", {"text": "caption", "video": "mp4"}, "has no column 'mp4'"),
-        ("cut.parquet", {}, "is no whole Parquet file"),
+        ("cut.parquet", {}, "is not a complete Parquet file"),
         ("x.tar.gz", {}, "is compressed with gzip, and is not unpacked here"),
         ("empty.tar", {}, "the manifest is empty"),
         ("folder", {}, "is a directory; name the manifest file in it"),

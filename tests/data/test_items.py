@@ -215,7 +215,7 @@ NOISE = np.zeros((4, 32, 32, 3), np.uint8)
         (np.zeros(4000, np.float32), "without a rate; give a waveform as (waveform, rate)"),
         (np.zeros((2, 2, 2, 2, 2)), "is an array of rank 5"),
         (np.zeros((4, 32, 32, 7), np.uint8), "a frame has the shape (32, 32, 7)"),
-        (np.full((4, 32, 32, 3), 300), "is no picture; give uint8"),
+        (np.full((4, 32, 32, 3), 300), "is not a picture; give uint8"),
         (np.full((4, 32, 32, 3), 1.5), "values outside 0 to 1"),
         (np.full((4, 32, 32, 3), np.nan), "values outside 0 to 1"),
         (NOISE[:0], "has no frames"),

@@ -229,12 +229,12 @@ def test_a_clip_that_cannot_be_read_is_replaced_the_same_way_every_time(known: b
 
 def test_a_run_stops_when_nothing_can_be_read():
     source = MemorySource(captions(20), broken=range(20))
-    with pytest.raises(InputError, match="no other can stand in for it; check the data"):
+    with pytest.raises(InputError, match="no other can replace it; check the data"):
         pipeline(source, BATCH, ALL).make(0)
 
 
 def test_an_error_in_the_stream_reaches_the_caller():
-    with pytest.raises(InputError, match="no other can stand in"):
+    with pytest.raises(InputError, match="no other can replace it"):
         list(pipeline(MemorySource(captions(20), broken=range(20)), BATCH, ALL).batches(0, 2))
 
 

@@ -189,7 +189,7 @@ def test_a_full_disk_ends_a_preparation_with_one_line_and_keeps_what_is_there(
         with files_of_at_most(limit):
             status = main(_arguments(manifest, out, "--shards", "3", "--workers", "0"))
         (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("omni-jax:")]
-        assert status == 2 and name in said and "cannot be written (" in said and said.endswith("; check that the disk has room")
+        assert status == 2 and name in said and "cannot be written (" in said and said.endswith("; check that the disk has space")
         assert (out / shard_name(0, 3)).read_bytes() == kept and not (out / "index.json").exists()
     assert main(_arguments(manifest, out, "--shards", "3", "--workers", "0")) == 1
     assert list(ShardSource(out, PRESET).ids) == [*(f"clip-{i}" for i in range(5)), "mute"] and not list(out.glob(".*"))
@@ -197,7 +197,7 @@ def test_a_full_disk_ends_a_preparation_with_one_line_and_keeps_what_is_there(
 
 def test_an_index_that_cannot_be_written_is_one_line(tmp_path: Path):
     (tmp_path / "index.json").mkdir()
-    with pytest.raises(InputError, match=r"index.json: cannot be written \(Is a directory\); check that the disk has room"):
+    with pytest.raises(InputError, match=r"index.json: cannot be written \(Is a directory\); check that the disk has space"):
         write_json(tmp_path / "index.json", {})
     assert [p.name for p in tmp_path.iterdir()] == ["index.json"]
 

@@ -17,7 +17,7 @@ from omni_jax.cli.main import main
 from omni_jax.cli.progress import Progress
 from omni_jax.engines import ray_cluster
 from omni_jax.engines.ray_cluster import check_address, check_code, code_stamp
-from omni_jax.engines.ray_models import room, wanted
+from omni_jax.engines.ray_models import capacity, wanted
 from omni_jax.engines.ray_workers import leave_the_slice
 from omni_jax.types import InputError
 from tests.train.tiny_run import free_port
@@ -62,7 +62,7 @@ def test_an_address_that_does_not_answer_is_said_at_once(
     for command in (PREPARE, EMBED):
         line = one_line([*command, "--ray", nobody], capsys)
         assert f"--ray {nobody}: does not answer (Connection refused)" in line and "start the cluster or check the address" in line
-    assert "is no Ray cluster; give the port of 'ray start --head'" in one_line([*PREPARE, "--ray", web], capsys)
+    assert "no Ray cluster answers there; give the port of 'ray start --head'" in one_line([*PREPARE, "--ray", web], capsys)
     monkeypatch.setattr(ray_cluster, "CONNECT_S", 0.2)
     assert f"--ray {silent}: does not answer (timed out)" in one_line([*PREPARE, "--ray", silent], capsys)
 
@@ -112,11 +112,11 @@ def cluster(*nodes: dict[str, float]) -> Any:
 
 def test_an_actor_asks_for_what_the_nodes_have() -> None:
     slices = cluster({"CPU": 64}, {"CPU": 8, "TPU": 4}, {"CPU": 8, "TPU": 4})
-    assert wanted(slices, {}) == {"TPU": 4} and room(slices, {"TPU": 4}) == 2 and room(slices, {"TPU": 1}) == 8
-    assert wanted(cluster({"CPU": 8, "GPU": 8}), {}) == {"GPU": 1} and room(cluster({"CPU": 8, "GPU": 8}), {"GPU": 1}) == 8
-    assert wanted(cluster({"CPU": 2}, {"CPU": 2}), {}) == {} and room(cluster({"CPU": 2}, {"CPU": 2}), {}) == 2
+    assert wanted(slices, {}) == {"TPU": 4} and capacity(slices, {"TPU": 4}) == 2 and capacity(slices, {"TPU": 1}) == 8
+    assert wanted(cluster({"CPU": 8, "GPU": 8}), {}) == {"GPU": 1} and capacity(cluster({"CPU": 8, "GPU": 8}), {"GPU": 1}) == 8
+    assert wanted(cluster({"CPU": 2}, {"CPU": 2}), {}) == {} and capacity(cluster({"CPU": 2}, {"CPU": 2}), {}) == 2
     assert wanted(slices, {"TPU": 1}) == {"TPU": 1}  # what is asked for comes first
-    assert room(cluster({"CPU": 2}), {"TPU": 4}) == 1  # and is asked for where an autoscaler may have it
+    assert capacity(cluster({"CPU": 2}), {"TPU": 4}) == 1  # and is asked for where an autoscaler may have it
 
 
 def test_a_host_of_several_takes_its_own_chips_for_the_whole() -> None:

@@ -67,13 +67,13 @@ def test_the_note_on_the_evaluator_stands_only_where_it_was_asked_for(capsys: py
     [
         (["--topology", "v3:4x4"], "topology 'v3:4x4': unknown chip 'v3'; choose one of v4, v5e, v5p, v6e, v7x, as in v5e:4x4"),
         (["--topology", "v5e"], "topology 'v5e': write the grid of chips after a colon, as in v5e:4x4"),
-        (["--topology", "v5p:4x4"], "topology 'v5p:4x4': v5p lies in 3 dimensions, as in v5p:4x4x4"),
+        (["--topology", "v5p:4x4"], "topology 'v5p:4x4': v5p grids have 3 dimensions, as in v5p:4x4x4"),
         (["--slices", "0"], "slices 0: must be at least 1"),
         (["--mesh", "data=3,fsdp=5"], "mesh data=3 x fsdp=5 x tensor=1 makes 15 devices, but v5e:4x4 has 16"),
         (["--config.mesh.fsdp=3"], "mesh data=1 x fsdp=3 x tensor=1 makes 3 devices, but v5e:4x4 has 16"),
         (["--slices", "2", "--mesh", "fsdp=8"], "mesh data=1 x fsdp=8 x tensor=1 makes 8 devices, but 2 x v5e:4x4 has 16 a slice"),
         (["--mesh", "tensor"], "mesh 'tensor': write axes as data=1,fsdp=16,tensor=1"),
-        (["--mesh", "tensor=2,tensor=4"], "mesh tensor=2,tensor=4: tensor stands there twice"),
+        (["--mesh", "tensor=2,tensor=4"], "mesh tensor=2,tensor=4: tensor appears twice"),
         (["--mesh", "tensor=8"], "mesh tensor=8 does not divide the decoder's 28 heads and 4 KV heads; use one of 1, 2, 4"),
         (["--config.mesh.tensor=3"], "mesh tensor=3 does not divide the decoder's 28 heads and 4 KV heads; use one of 1, 2, 4"),
         (
@@ -103,7 +103,7 @@ def test_the_note_on_the_evaluator_stands_only_where_it_was_asked_for(capsys: py
         ),
         (
             ["--sweep"],
-            "--sweep: libtpu is not installed, and what fits only it can say (pip install 'omni-jax[tpu]'; no TPU is needed)",
+            "--sweep: libtpu is not installed, which is needed to find what fits (pip install 'omni-jax[tpu]'; no TPU is needed)",
         ),
         (["--sweep", "--table", "t.json"], "--table takes plans, and --sweep makes none: leave one out, or write --json"),
         (
@@ -131,7 +131,7 @@ def test_full_effort_on_a_chip_whose_clock_is_not_known_is_refused_first(
 ):
     monkeypatch.setitem(chips.CHIPS, "v5e", dataclasses.replace(chips.CHIPS["v5e"], mxus=None))
     assert compile_(*GIVEN, "--full-effort") == 2
-    line = "chip v5e: its clock is not known, so that cycles are no time; plan without --full-effort"
+    line = "chip v5e: its clock is not known, so cycles cannot be turned into time; plan without --full-effort"
     assert capsys.readouterr().err == f"omni-jax: {line}\n"
 
 

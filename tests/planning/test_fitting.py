@@ -120,4 +120,4 @@ def test_the_command_prints_flags_that_a_run_takes(compiler: dict[str, float], t
 def test_without_the_compiler_nothing_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(plan, "has_compiler", lambda: False)
     assert command() == 2
-    assert "remat 'auto': libtpu is not installed, and what fits only it can say" in capsys.readouterr().err
+    assert "remat 'auto': libtpu is not installed, which is needed to find what fits" in capsys.readouterr().err

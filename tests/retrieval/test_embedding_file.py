@@ -73,7 +73,7 @@ def test_parts_are_joined_in_the_order_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("second", "words"),
     [
-        (table("c", "b", "a"), r"id 'b' stands in .*0\.npz and again in .*1\.npz"),
+        (table("c", "b", "a"), r"id 'b' is in .*0\.npz and again in .*1\.npz"),
         (table("c", width=6), r"1\.npz: table 'text' is 6 wide, but 5 in .*0\.npz"),
     ],
 )

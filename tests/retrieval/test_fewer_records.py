@@ -79,7 +79,7 @@ def test_a_file_keeps_them_too_in_one_piece_and_in_parts(tmp_path: Path, table: 
     assert set(joined.ids) == set(table.ids) and {n: set(i) for n, i in joined.own.items()} == {n: set(i) for n, i in table.own.items()}
     for name in table.tables:
         np.testing.assert_array_equal(joined.tables[name], [VECTOR[i] for i in joined.ids_of(name)])
-    with pytest.raises(InputError, match="'video' are no part of those of the file"):
+    with pytest.raises(InputError, match="'video' are not among those of the file"):
         write_embeddings(tmp_path / "bad.npz", EmbeddingTable(("a",), {"video": np.ones((1, 5))}, own={"video": ("z",)}))
 
 

@@ -164,7 +164,7 @@ def test_eval_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     cases = {
         (str(bad), "--json", str(out)): "table 'video': 3 rows hold NaN or infinity: 0 (a), 1 (b), 2 (c)",
         (str(tmp_path / "none.npz"),): "none.npz: no such file",
-        (str(good), str(good)): "id 'a' stands in",
+        (str(good), str(good)): "id 'a' is in",
         (str(good), "--compare", str(json_file)): "x.json: holds no directions",
         (str(good), "--compare", str(tmp_path / "none.json")): "none.json",
         (str(good), "--json", str(tmp_path / "none" / "out.json")): "does not exist",

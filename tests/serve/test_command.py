@@ -32,7 +32,7 @@ BARE = ["serve", "--model", "none", "--index", "none.npz"]
         (["--host", "0.0.0.0"], "--host 0.0.0.0: is reached from other machines; give a --token"),
         (["--token", "short"], "--token: give 16 letters and digits or more"),
         (["--token", "with spaces and ; signs"], "--token: give 16 letters and digits"),
-        (["--port", "70000"], "--port 70000: is no port"),
+        (["--port", "70000"], "--port 70000: is not a port"),
         (["--host", "203.0.113.7", "--token", "a" * 16], "cannot be listened on"),
         (["--media", "nowhere"], "--media nowhere: no such folder"),
         (["--port", "0"], "none.npz: no such file"),

@@ -213,7 +213,7 @@ def test_where_the_data_of_one_process_fail_both_save_and_end(config: Path, cach
     assert [process.returncode for process in pair] == [BAD_INPUT] * 2, said
     step = newest(workdir)
     assert f"the data of another process failed, see its own message; step {step} is saved" in said[0].splitlines()[-1]
-    assert "a clip cannot be used and no other can stand in for it" in said[1].splitlines()[-1]
+    assert "a clip cannot be used and no other can replace it" in said[1].splitlines()[-1]
     assert [row["step"] for row in rows(workdir)] == list(range(1, step + 1))
 
 

@@ -21,7 +21,7 @@ def test_policies_take_layers_in_their_order():
     "text", ["layer:22", "layer,dots", "layer:0,dots", "layer:x,dots", "layer:-1,dots", "layer:,dots", "dots:2,layer:3"]
 )
 def test_all_policies_but_the_last_say_how_many_layers(text: str):
-    with pytest.raises(ConfigError, match=f"remat '{text}': every policy but the last says for how many layers, as in layer:22,dots"):
+    with pytest.raises(ConfigError, match=f"remat '{text}': every policy but the last needs a number of layers, as in layer:22,dots"):
         remat.read(text)
 
 

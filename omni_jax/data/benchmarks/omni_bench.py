@@ -48,7 +48,7 @@ def omni_bench(path: PathLike, columns: Mapping[str, str] | None = None) -> Anno
     absent = [role for role in wanted if role not in roles]
     if absent:
         missing = "; ".join(f"{role} ({', '.join(ALIASES[role][:6])}, ...)" for role in absent)
-        raise InputError(f"{path}: no column for {missing}; its columns are {', '.join(names)}; say --column {absent[0]}=NAME")
+        raise InputError(f"{path}: no column for {missing}; its columns are {', '.join(names)}; give --column {absent[0]}=NAME")
     items: dict[str, Item] = {}
     problems = list(table.problems)
     for place, row in table.rows:

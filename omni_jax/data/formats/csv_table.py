@@ -34,7 +34,7 @@ def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes)
                 names = [name.strip() for name in next(filter(None, rows), [])]
             except csv.Error as error:
                 raise InputError(
-                    f"{path}: is no table ({error}); save it as UTF-8, with the names of the columns in its first line"
+                    f"{path}: is not a table ({error}); save it as UTF-8, with the names of the columns in its first line"
                 ) from None
             if names:
                 check_columns(path, names, columns)

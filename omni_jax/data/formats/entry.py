@@ -124,7 +124,7 @@ def check_columns(path: os.PathLike[str] | str, names: Sequence[str], columns: M
     ):
         raise InputError(
             f"{path}: no column is called text, video, audio or {FILE_NAME}; its columns are {listed}; "
-            f"say which is which, as in --columns text=caption,video=path"
+            f"name them, as in --columns text=caption,video=path"
         )
 
 

@@ -45,7 +45,7 @@ def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes)
         try:
             table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
         except Exception as error:  # pyarrow's errors have no class of their own
-            raise InputError(f"{path}: is no whole Parquet file ({_line(error)}); fetch it again") from None
+            raise InputError(f"{path}: is not a complete Parquet file ({_line(error)}); fetch it again") from None
         yield from _rows(path, table, columns, notes)
 
 
@@ -68,7 +68,7 @@ def _rows(path: os.PathLike[str] | str, table: Any, columns: Mapping[str, str], 
     try:
         there = _apart()((path, leaves), name=str(path)) if leaves else []
     except ClipError:
-        raise InputError(f"{path}: is no whole Parquet file (which cells hold bytes cannot be read); fetch it again") from None
+        raise InputError(f"{path}: is not a complete Parquet file (which cells hold bytes cannot be read); fetch it again") from None
     first = 0
     for group in range(table.metadata.num_row_groups):
         count = table.metadata.row_group(group).num_rows
@@ -112,7 +112,7 @@ def _roles(path: os.PathLike[str] | str, schema: Any, media: list[_Media], colum
         if role in found.values():
             other = next(name for name, known in found.items() if known == role)
             raise InputError(
-                f"{path}: columns {other!r} and {column.name!r} both hold {role}; say which with --columns {role}={column.name}"
+                f"{path}: columns {other!r} and {column.name!r} both hold {role}; choose one with --columns {role}={column.name}"
             )
         found[column.name] = role
     if "image" in found.values():
@@ -150,7 +150,7 @@ def _value(
 
 
 def cells_with_bytes(item: tuple[os.PathLike[str] | str, tuple[str, ...]]) -> list[dict[str, list[bool] | bool]]:
-    """Returns, for each row group, leaf -> whether its cells hold bytes: all at once where the file's statistics tell, else each.
+    """Returns, for each row group, leaf -> whether its cells hold bytes: all at once where the file's statistics know, else each.
 
     Runs in a process of its own: pyarrow ends the process that asks it for the statistics of a damaged footer.
     """

@@ -54,7 +54,7 @@ def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes)
                         group.add(extension, held)
             except tarfile.TarError as error:
                 if not groups:
-                    raise InputError(f"{path}: is no tar that can be read ({error}); fetch it again") from None
+                    raise InputError(f"{path}: cannot be read as a tar ({error}); fetch it again") from None
                 damaged = f"the tar is truncated or damaged after {len(groups)} records ({error}); fetch it again"
             else:
                 if any(block.strip(b"\0") for block in iter(lambda: file.read(_BLOCK), b"")):
@@ -202,7 +202,7 @@ def _fields(key: str, files: Mapping[str, FilePart | str | bytes], columns: Mapp
             choice = [extension for extension in choice if better(extension)] or choice if len(choice) > 1 else choice
         if len(choice) > 1:
             listed = ", ".join(f".{extension}" for extension in choice)
-            return BadEntry(f"has several files of {kind} ({listed}); say which with --columns {kind}={choice[0]}")
+            return BadEntry(f"has several files of {kind} ({listed}); choose one with --columns {kind}={choice[0]}")
         if choice and (kind != "image" or found.get("video") is None):
             found["video" if kind == "image" else kind] = contents[choice[0]]
     return {**found, "id": found.get("id") if "id" in taken else key}
