@@ -89,7 +89,7 @@ class OmniRetriever:
           weights: "keep", "int8" or "int8-dynamic": the large matrices as they are stored, or rounded to int8, which takes half the memory
             of bfloat16; `dtype` is then that of the rest. "int8-dynamic" rounds what they multiply too: faster on a TPU, less exact.
           preset: a preset, or the name of one; None takes the one that the model was trained with (a workdir's own).
-          step: of a workdir the checkpoint after so many updates; None for the newest.
+          step: of a workdir the checkpoint after so many steps; None for the newest.
 
         Raises:
           ConfigError: for unknown weights, or a preset that is unknown or made for another kind of backbone.

@@ -27,7 +27,7 @@ AUGMENT = AugmentConfig()
 
 @dataclasses.dataclass(frozen=True)
 class BatchSection:
-    """Clips of an update: `micro_batches` of `micro_batch` clips, all processes together.
+    """Clips of a step: `micro_batches` of `micro_batch` clips, all processes together.
 
     Attributes:
       micro_batch: clips that are encoded together, over all processes.
@@ -50,5 +50,5 @@ class BatchSection:
 
     @property
     def clips(self) -> int:
-        """Clips of an update."""
+        """Clips of a step."""
         return self.micro_batch * self.micro_batches

@@ -1,4 +1,4 @@
-"""The loop of a run: updates, and what happens between them. Data, evaluator and signals are passed in."""
+"""The loop of a run: steps, and what happens between them. Data, evaluator and signals are passed in."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from omni_jax.types import InputError
 Row = dict[str, float]
 
 DIGEST = "batch_digest"
-"""Name in a row: a number of 48 bits that stands for the record ids of the update's global batch, in order. Every update has it."""
+"""Name in a row: a number of 48 bits that stands for the record ids of the step's global batch, in order. Every step has it."""
 
 COUNTS = ("silent", "repaired", "truncated", "mined", "equal_hard", "used_tokens", "total_tokens")
-"""Numbers of an update's data, in rows beside "replaced", the records of `errors`; summed over processes."""
+"""Numbers of a step's data, in rows beside "replaced", the records of `errors`; summed over processes."""
 
 COLLAPSED = "collapsed_in_row"
-"""Name in a row: updates in a row, up to this one, whose embeddings had collapsed. A resumed run continues the count."""
+"""Name in a row: steps in a row, up to this one, whose embeddings had collapsed. A resumed run continues the count."""
 
 ALWAYS = (DIGEST, *COUNTS, "replaced", COLLAPSED)
-"""What the row of every update has, logged or not."""
+"""What the row of every step has, logged or not."""
 
 
 class Data(Protocol):
-    """What makes updates by number."""
+    """What makes steps by number."""
 
     def batches(self, start: int, stop: int) -> Generator[Any]:
-        """Yields this process's data of the updates start, start + 1, ..., stop - 1, made ahead. Closing it ends its workers.
+        """Yields this process's data of the steps start, start + 1, ..., stop - 1, made ahead. Closing it ends its workers.
 
         Each is a record as `omni_jax.data.pipeline.PipelineBatch`.
         """
@@ -55,15 +55,15 @@ class LoopCallbacks:
     """What the training loop reports, and asks.
 
     Attributes:
-      row: called with (updates made, metrics) for each row to keep.
+      row: called with (steps made, metrics) for each row to keep.
       log: called with each message for the user, one line.
-      update: called with (updates made, metrics) after every update, for a progress display.
-      replaced: called with (updates made, record id, reason) for each clip of this process that could not be used.
+      update: called with (steps made, metrics) after every step, for a progress display.
+      replaced: called with (steps made, record id, reason) for each clip of this process that could not be used.
       stopping: whether the run should save and leave.
-      evaluate: (updates made, trainable arrays) -> figures by name, none where no record is usable; None where it was
+      evaluate: (steps made, trainable arrays) -> figures by name, none where no record is usable; None where it was
         stopped meanwhile. Without it nothing is evaluated.
-      evaluated: whether the figures after so many updates are there already; asked for the step from which a run resumes.
-      collapsed: what the row of that update says under COLLAPSED; of several processes the first one's word counts.
+      evaluated: whether the figures after so many steps are there already; asked for the step from which a run resumes.
+      collapsed: what the row of that step says under COLLAPSED; of several processes the first one's word counts.
     """
 
     row: Callable[[int, Row], None]
@@ -88,18 +88,18 @@ def train(
     checkpoints: Checkpoints,
     callbacks: LoopCallbacks,
 ) -> tuple[TrainState, bool]:
-    """Makes the updates that are left of `total`, saving on the way and at the end.
+    """Makes the steps that are left of `total`, saving on the way and at the end.
 
     When `callbacks.stopping()` says so it saves and returns early. Where the data of one process fail, all of them save before they raise.
 
     Returns:
-      The last state, which is saved, and whether everything is done: all updates, and the evaluation after the last one.
+      The last state, which is saved, and whether everything is done: all steps, and the evaluation after the last one.
 
     Raises:
-      InputError: when updates are skipped or embeddings stay collapsed too often in a row, a checkpoint cannot be written, or data fail.
+      InputError: when steps are skipped or embeddings stay collapsed too often in a row, a checkpoint cannot be written, or data fail.
     """
     start = int(state.step)
-    # Of several processes one reads it: they must stop at the same update.
+    # Of several processes one reads it: they must stop at the same step.
     collapsed = callbacks.collapsed(start) if start and jax.process_index() == 0 else 0
     watch = Watch(run.stop, callbacks.log, process_sum([collapsed])[0])
     pending: _Pending | None = None
@@ -117,7 +117,7 @@ def train(
     with contextlib.closing(data.batches(start, total)) as made:
         for number in range(start + 1, total + 1):
             update, failure = _next(made)
-            # All processes leave together: the others would wait for this one's part of the update.
+            # All processes leave together: the others would wait for this one's part of the step.
             stopped, failed = np.any(process_allgather(np.array([callbacks.stopping(), failure is not None])), axis=0)
             if stopped or failed:
                 if pending is not None:
@@ -148,7 +148,7 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class _Pending:
-    """An update whose metrics are still on the devices: they are read when the next update has been started."""
+    """A step whose metrics are still on the devices: they are read when the next step has been started."""
 
     number: int
     metrics: Mapping[str, jax.Array]
@@ -170,20 +170,20 @@ class _Pending:
 
 
 class Watch:
-    """Looks for updates that were skipped and embeddings that have collapsed, in a row; `collapsed` of them before the first it sees."""
+    """Looks for steps that were skipped and embeddings that have collapsed, in a row; `collapsed` of them before the first it sees."""
 
     def __init__(self, limits: StopSection, log: Callable[[str], None], collapsed: int = 0):
         self._limits, self._log, self._collapsed, self._warned = limits, log, collapsed, False
 
     def count(self, row: Row) -> int:
-        """Returns the updates in a row whose embeddings have collapsed, the one of these metrics included."""
+        """Returns the steps in a row whose embeddings have collapsed, the one of these metrics included."""
         limits = self._limits
         collapsed = row["mean_cosine"] > limits.max_mean_cosine or row["effective_rank"] < limits.min_effective_rank
         self._collapsed = self._collapsed + 1 if collapsed and math.isfinite(row["loss"]) else 0
         return self._collapsed
 
     def __call__(self, number: int, row: Row) -> None:
-        """Warns of the metrics of update `number`, COLLAPSED among them.
+        """Warns of the metrics of step `number`, COLLAPSED among them.
 
         Raises:
           InputError: when a limit of `StopSection` is reached.

@@ -36,7 +36,7 @@ class LossConfig:
       hard_weight: what a hard negative counts for beside another clip, 1; 2 counts each twice in the denominator of L_T.
       hn_audio_only: the hard negative always exchanges the audio.
       negatives: "micro": each micro-batch is its own pool and gradients are averaged, as released; "global": one pool for all micro-batches
-        of an update (gradient caching). The cycles count micro-batches under "micro" and updates under "global".
+        of a step (gradient caching). The cycles count micro-batches under "micro" and steps under "global".
       matryoshka_dims: leading dimensions on which every loss is computed, too, after normalising again, so that vectors can be cut to them
         (`MatryoshkaLoss` of sentence-transformers, arXiv 2205.13147). The losses are added, with all dimensions as well; () adds none.
       matryoshka_weights: the factor of each of `matryoshka_dims`; () is 1 for each. All dimensions have 1 unless they are listed, too.
@@ -158,7 +158,7 @@ def step_kind(count: int, losses: LossConfig, mined: bool = False) -> StepKind:
 
 
 def kinds_of_update(update: int, micro_batches: int, losses: LossConfig, mined: bool = False) -> tuple[StepKind, ...]:
-    """Returns the kind of each micro-batch of an update (from 0); `mined` as for `step_kind`."""
+    """Returns the kind of each micro-batch of a step (from 0); `mined` as for `step_kind`."""
     if losses.negatives == "global":
         return (step_kind(update, losses, mined),) * micro_batches
     return tuple(step_kind(update * micro_batches + i, losses, mined) for i in range(micro_batches))

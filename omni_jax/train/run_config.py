@@ -60,7 +60,7 @@ class DataSection:
       negatives: where a hard negative takes its caption, sound or picture from. "shuffle": from another clip of the step, as released.
         "mined": from a clip that `omni-jax mine` found hard, where the record has one. "both": so for half of the records of each step.
       mined: manifest that `omni-jax mine` wrote; "" where `train` is one.
-      distinct: what an update holds once only: "caption", "id_prefix" or "none".
+      distinct: what a step holds once only: "caption", "id_prefix" or "none".
       workers: decoding processes; 0 decodes in this one.
       timeout: seconds one clip may take to decode.
       cache: local folder for clips that are read from gs:// or s3://; "" for `clips` in the cache of omni_jax (OMNI_JAX_CACHE).
@@ -147,7 +147,7 @@ class EvaluationSection:
     Attributes:
       manifest: of those clips, or a folder of them that `omni-jax prepare` wrote; "" evaluates nothing.
       media_root: as in the data section.
-      every: updates between two evaluations; 0 evaluates at the end alone.
+      every: steps between two evaluations; 0 evaluates at the end alone.
       batch_size: clips encoded together.
     """
 
@@ -181,10 +181,10 @@ class StopSection:
     """Early-stopping thresholds. Consecutive counters are restored on resume.
 
     Attributes:
-      skipped_in_row: updates in a row without a finite loss and gradient that stop it.
+      skipped_in_row: steps in a row without a finite loss and gradient that end the run.
       max_mean_cosine: mean cosine between embeddings of different clips above which they count as collapsed.
       min_effective_rank: effective rank below which they do.
-      collapsed_in_row: updates in a row of that kind before anything happens; fresh weights start so.
+      collapsed_in_row: steps in a row of that kind before anything happens; fresh weights start so.
       collapse: "warn" says so, "stop" ends the run.
     """
 
@@ -219,8 +219,8 @@ class RunConfig:
       stop: thresholds for skipped steps and collapsed embeddings.
       remat: what the backward pass computes again, as `StepConfig.remat` says.
       seed: of everything drawn: fresh weights, LoRA, dropout, order, augmentation.
-      steps: updates of the run; 0 where `epochs` says it.
-      epochs: passes over the clips; 0 where `steps` says it.
+      steps: number of steps; 0 takes `epochs`.
+      epochs: passes over the clips; 0 takes `steps`.
     """
 
     model: ModelSection
@@ -271,11 +271,11 @@ class RunConfig:
         return json.loads(json.dumps(value))
 
     def total_steps(self, updates_per_epoch: int) -> int:
-        """Returns the updates of the whole run."""
+        """Returns the steps of the whole run."""
         return self.steps or max(1, math.floor(self.epochs * updates_per_epoch))
 
     def step_config(self, total_steps: int) -> StepConfig:
-        """Returns what decides an update, for a run of so many."""
+        """Returns what decides a step, for a run of so many."""
         return StepConfig(
             optimizer=dataclasses.replace(self.optimizer, total_steps=total_steps),
             losses=self.losses,

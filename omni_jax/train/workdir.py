@@ -53,7 +53,7 @@ class WorkdirConfig:
       base: folder of the base weights; one inside the workdir is relative to it.
       digests: name -> digest of what the run was started from: "base weights", "adapter weights", "clips", and those of LATER; "media
         files" only where clips are decoded while training, "mined negatives" only where they are trained on.
-      total_steps: updates of the whole run.
+      total_steps: steps of the whole run.
     """
 
     run: Mapping[str, Any]
