@@ -14,7 +14,7 @@ import numpy as np
 import soxr
 from av.audio.plane import AudioPlane
 
-from omni_jax.media.source import AvError, Decoding, check_complete, choose_track, open_container, opened, other_codec, tracks
+from omni_jax.media.source import AvError, Decoding, check_complete, choose_track, open_bytes, open_container, other_codec, tracks
 from omni_jax.types import ClipError
 
 SAMPLE_RATE = 16_000  # Hz
@@ -359,9 +359,7 @@ class _Track:
 
 def _mp3_seconds(path: os.PathLike[str] | str, rate: int) -> float | None:
     """Length that an mp3 file states in the header of the Xing, LAME or Fraunhofer encoders, None without one. FFmpeg guesses it then."""
-    with contextlib.ExitStack() as stack:
-        file: Any = stack.enter_context(opened(path))
-        file = stack.enter_context(open(file, "rb")) if isinstance(file, str) else file
+    with open_bytes(path) as file:
         head = file.read(10)
         # Behind a tag, whose size is in four groups of seven bits.
         file.seek(10 + sum((byte & 0x7F) << 7 * (3 - i) for i, byte in enumerate(head[6:10])) if head[:3] == b"ID3" else 0)

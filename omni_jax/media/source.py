@@ -6,7 +6,6 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any
 
 import av
@@ -56,14 +55,9 @@ def check_file(path: os.PathLike[str] | str) -> None:
         raise ClipError(f"{path}: may not be read; check its permissions")
 
 
-@contextlib.contextmanager
-def opened(path: os.PathLike[str] | str) -> Iterator[str | IO[bytes]]:
-    """Yields what a reader library opens: the path itself, or a binary file for a part of a file and for an object of a remote store."""
-    if not isinstance(path, FilePart) and not is_remote(path):
-        yield os.fspath(path)
-        return
-    with open_part(path) if isinstance(path, FilePart) else open_binary(path) as file:
-        yield file
+def open_bytes(path: os.PathLike[str] | str) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """Opens a file of this machine or of a remote store, or a part of a file, for reading. Raises ClipError where it cannot."""
+    return open_part(path) if isinstance(path, FilePart) else open_binary(path)
 
 
 @contextlib.contextmanager
@@ -74,7 +68,8 @@ def open_container(path: os.PathLike[str] | str) -> Iterator[av.container.InputC
       ClipError: when there is no such file, or it is not a media file that FFmpeg knows.
     """
     check_file(path)
-    with opened(path) as file:
+    here = not isinstance(path, FilePart) and not is_remote(path)
+    with contextlib.nullcontext(os.fspath(path)) if here else open_bytes(path) as file:
         try:
             # A playlist may name files of this machine, never a host. Of WAV FFmpeg would search 5 MB for other codecs in disguise.
             options = {"protocol_whitelist": "file"} | ({"probesize": "65536"} if os.fspath(path).lower().endswith(".wav") else {})
@@ -264,10 +259,7 @@ def is_incomplete(path: os.PathLike[str] | str) -> bool | None:
 
     Knows Matroska and WebM, MP4 and MOV, AVI, WAV, RF64, W64 and AIFF, CAF, Ogg; False for everything else.
     """
-    with contextlib.ExitStack() as stack:
-        file: Any = stack.enter_context(opened(path))
-        if isinstance(file, str):
-            file = stack.enter_context(Path(file).open("rb"))
+    with open_bytes(path) as file:
         length = file.seek(0, os.SEEK_END)
         file.seek(0)
         head = file.read(64)
@@ -376,7 +368,7 @@ def _next_in_chain(path: os.PathLike[str] | str, place: int) -> int:
     if is_remote(path):
         return 0
     first = True  # of the pages that begin streams: those of the stream itself are passed over
-    with open_part(path) if isinstance(path, FilePart) else open(path, "rb") as file:
+    with open_bytes(path) as file:
         while True:
             file.seek(place)
             head = file.read(27)
