@@ -121,7 +121,7 @@ def choose_track(container: av.container.InputContainer, kind: str, number: int,
 
 def read_packets(container: av.container.InputContainer, stream: Any) -> Iterator[Any]:
     """Yields the packets of a track and an empty one for its end. Raises AvError where the container cannot be read on."""
-    # PyAV 18 and 19 end with an IndexError, after that empty packet, where other tracks began on the way.
+    # PyAV 18 ends with an IndexError, after that empty packet, where other tracks began on the way.
     with contextlib.suppress(IndexError):
         yield from container.demux(stream)
 

@@ -118,7 +118,7 @@ def test_a_transport_stream_of_many_groups(tmp_path: Path, b_frames: int) -> Non
 
 
 def test_tracks_that_begin_on_the_way(tmp_path: Path) -> None:
-    """PyAV looks for the new ones where it has no place for them, and ends with an IndexError."""
+    """PyAV 18 looks for the new ones where it has no place for them, and ends with an IndexError."""
     parts = []
     for pid in range(256, 272):  # the first lasts longer than FFmpeg looks for tracks
         options, rate = {"mpegts_start_pid": str(pid)}, 24 if parts else 1
