@@ -6,13 +6,13 @@ import contextlib
 import fcntl
 import os
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     from etils import epath
 
 
-def lock(path: Path | epath.Path, *, wait: bool = False) -> IO[bytes] | None:
+def lock(path: Path | epath.Path, *, wait: bool = False) -> BinaryIO | None:
     """Returns an open file that holds `path` against other processes of this machine until it is closed; None where another one holds it.
 
     Args:
