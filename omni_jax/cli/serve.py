@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
     from omni_jax.cli.report import records_of
     from omni_jax.serve.guards import LOOPBACK, Rules
+    from omni_jax.serve.heads import PromptHeads
     from omni_jax.serve.library import Library, open_indexes
 
     with listening(args.host, args.port) as bound:
@@ -81,13 +82,13 @@ def run(args: argparse.Namespace) -> int:
         source = embed.named_model(args)
         chosen = embed.choose_preset(args, source, made_with)
         check_origin(args, made_with, source, chosen)
-        library = Library(indexes, records, Path(args.media) if args.media is not None else None)
+        workers = args.workers or max(1, (os.cpu_count() or 1) - 1)
+        library = Library(indexes, records, Path(args.media) if args.media is not None else None, workers)
 
         from omni_jax.serve.app import make_app
         from omni_jax.serve.embedding import Embedder
 
         model = embed.load_model(args, source, chosen)
-        workers = args.workers or max(1, (os.cpu_count() or 1) - 1)
         embedder = Embedder(model, batch_size=args.batch_size, workers=workers, timeout_s=args.timeout, most_waiting=args.max_waiting)
         names = (*(LOOPBACK if local else (args.host,)), *(name.lower() for name in args.allow_host))
         hosts = () if args.host in ("0.0.0.0", "::") and not args.allow_host else names
@@ -98,7 +99,9 @@ def run(args: argparse.Namespace) -> int:
         host, port = bound.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{port}/{'?token=TOKEN' if args.token else ''}  (Ctrl-C ends it)", flush=True)
-        config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_keep_alive=20, timeout_graceful_shutdown=10)
+        config = uvicorn.Config(
+            app, http=PromptHeads, ws="none", log_level="warning", server_header=False, timeout_keep_alive=20, timeout_graceful_shutdown=10
+        )
         uvicorn.Server(config).run(sockets=[bound])
     return 0
 

@@ -108,6 +108,9 @@ def parse_items(
             yield parser.item(given, prefix)
         except ClipError as error:
             yield Item(Record(str(number)), error=error, named=parser.named)
+        except Exception as error:  # the caller's object raises what it likes: that item's fault alone
+            line = f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]}); give it in another form"
+            yield Item(Record(str(number)), error=ClipError(line), named=parser.named)
 
 
 class _Parser:
@@ -201,7 +204,10 @@ class _Parser:
         if isinstance(value, Mapping):
             if "array" not in value:
                 return self.file(value, "video"), None
-            rate = value["fps"] if "fps" in value else (value.get("video_metadata") or {}).get("fps")
+            about = value.get("video_metadata") or {}
+            if not isinstance(about, Mapping):
+                raise ClipError(f'its video_metadata is of type {type(about).__name__}; give {{"fps": rate}}')
+            rate = value["fps"] if "fps" in value else about.get("fps")
             _known(value, "video", {"array", "fps", "video_metadata"})
             value = value["array"]
         if isinstance(value, str | bytes | bytearray | os.PathLike) or hasattr(value, "read"):

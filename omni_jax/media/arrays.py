@@ -20,6 +20,7 @@ PICTURE_FPS = 24.0
 """Frames a second of pictures that come without a rate, as transformers takes them."""
 
 _MOST_CHANNELS = 64
+_RATES = (1_000, 1_000_000)  # Hz: outside, a resampler takes practically forever, or writes gigabytes for one block
 _SCALE = {"uint8": 2.0**7, "int16": 2.0**15, "int32": 2.0**31}
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
 
@@ -118,11 +119,11 @@ def sound(value: Any, rate: Any, name: str) -> tuple[np.ndarray, int]:
     """Returns samples (N, C) float32 and their rate in Hz, of (N,), (N, C) or (C, N) floats or integers; integers are of full scale.
 
     Raises:
-      ClipError: for another rank, no samples, NaN or infinity, or a rate that is no positive whole number.
+      ClipError: for another rank, no samples, NaN or infinity, or a rate that is no whole number of a sound.
     """
     whole = isinstance(rate, int | float | np.number) and not isinstance(rate, bool) and math.isfinite(rate) and rate == int(rate)
-    if not whole or rate < 1:
-        raise ClipError(f"{name}: its rate is {rate!r} Hz; give a positive whole number, as (waveform, rate)")
+    if not whole or not _RATES[0] <= rate <= _RATES[1]:
+        raise ClipError(f"{name}: its rate is {rate!r:.40} Hz; give a whole number from {_RATES[0]} to {_RATES[1]}, as (waveform, rate)")
     array = numbers(value, name)
     if array.ndim not in (1, 2):
         raise ClipError(

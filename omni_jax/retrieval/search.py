@@ -58,7 +58,7 @@ class Index:
     """A table checked once, for any number of searches.
 
     Attributes:
-      rows: (N, D) float32, any length; may be mapped into memory.
+      rows: (N, D) float32, any length; may be mapped into memory, or `StoredRows`.
       norms: (N,) float32, their lengths.
     """
 
@@ -97,8 +97,7 @@ class Index:
 
     @classmethod
     def open(cls, path: PathLike | Sequence[PathLike], table: str | None = None, *, made_with: Mapping[str, Any] | None = None) -> Index:
-        """Opens a table of an embedding file: mapped into memory where it is one file of uncompressed float32, else read in blocks where it
-        is large (`read_embeddings`).
+        """Opens a table of an embedding file: mapped into memory where it is one file of float32, or large (`read_embeddings`).
 
         The lengths of its rows are kept beside the (first) file (`FILE.TABLE.norms.npz`), where that may be written: later openings read
         no row.
@@ -164,8 +163,12 @@ class Index:
         best = np.full((len(queries), k), -np.inf, np.float32)
         near: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in queries]
         for part in self._blocks():
-            few = len(queries) < FEW
-            found = np.stack([self.rows[part] @ query for query in queries]) if few else queries @ self.rows[part].T
+            if len(queries) >= FEW:
+                found = queries @ self.rows[part].T
+            elif isinstance(self.rows, StoredRows):
+                found = self.rows.products(part.start, part.stop, queries)
+            else:
+                found = np.stack([self.rows[part] @ query for query in queries])
             found /= self.norms[part]
             for i, (row, so_far) in enumerate(zip(found, best, strict=True)):
                 good = np.flatnonzero(row >= so_far[0] - MARGIN)

@@ -5,6 +5,7 @@ Letters: N rows, D width.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,16 +18,19 @@ from omni_jax.types import InputError
 KINDS = ("<f4", "<f2", "|i1")
 """Types that rows may have in a file; they come out as float32."""
 
+CONVERTED = 1 << 18  # values converted to float32 together: they stay in a core's cache until they are multiplied
+
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """The rows of one file: (count, D) of a type, from a byte on; int8 rows with their scales (count,) float32."""
+    """The rows of one file: (count, D) of a type, from a byte on; int8 rows with their scales (count,) float32; `view`: the rows mapped."""
 
     path: str
     offset: int
     count: int
     kind: str
     scale: np.ndarray | None
+    view: np.ndarray | None = None
 
 
 class StoredRows:
@@ -61,12 +65,36 @@ class StoredRows:
         """Returns the rows of tables of one width, one after the other; `same`: row -> the row that is read in its place."""
         return cls([piece for table in tables for piece in table._pieces], tables[0].shape[1], same)
 
-    def mapped(self) -> StoredRows | np.ndarray:
-        """Returns the rows of one float32 file mapped into memory, for those who read them again and again; itself where that cannot be."""
-        if len(self._pieces) != 1 or len(self._replaced) or self._pieces[0].kind != "<f4":
-            return self
-        (piece,) = self._pieces
-        return np.memmap(piece.path, np.float32, "r", piece.offset, self.shape)
+    def mapped(self) -> StoredRows:
+        """Returns the rows mapped into memory, for those who read them again and again; a file that is replaced meanwhile is still read."""
+        found, width = StoredRows(self._pieces, self.shape[1]), self.shape[1]
+        found._replaced, found._by = self._replaced, self._by
+        found._pieces = tuple(
+            dataclasses.replace(piece, view=np.memmap(piece.path, piece.kind, "r", piece.offset, (piece.count, width)))
+            if piece.count
+            else piece
+            for piece in self._pieces
+        )
+        return found
+
+    def products(self, start: int, stop: int, queries: np.ndarray) -> np.ndarray:
+        """Returns the products (Q, stop - start) float32 of queries (Q, D) and rows. Rows that are `mapped` are not copied."""
+        out = np.empty((len(queries), stop - start), np.float32)
+        for piece, begin, end, place in self._within(start, stop):
+            if piece.view is None:
+                out[:, place : place + end - begin] = queries @ self._block(start + place, start + place + end - begin).T
+                continue
+            step = end - begin if piece.kind == "<f4" else max(1, CONVERTED // self.shape[1])
+            for row in range(begin, end, step):
+                rows = np.asarray(piece.view[row : min(row + step, end)], np.float32)
+                for scores, query in zip(out, queries, strict=True):
+                    np.matmul(rows, query, out=scores[place + row - begin :][: len(rows)])
+            if piece.scale is not None:
+                out[:, place : place + end - begin] *= piece.scale[begin:end].astype(np.float32)
+        odd = self._replaced_within(start, stop)
+        if len(odd):
+            out[:, odd - start] = queries @ self._rows(self._redirected(odd)).T
+        return out
 
     @property
     def nbytes(self) -> int:
@@ -101,15 +129,23 @@ class StoredRows:
 
     def _block(self, start: int, stop: int) -> np.ndarray:
         out = aligned_empty((stop - start, self.shape[1]))
-        for number, piece in enumerate(self._pieces):
-            begin, end = (max(int(self._starts[number]), start), min(int(self._starts[number + 1]), stop))
-            if begin < end:
-                with open(piece.path, "rb", buffering=0) as file:
-                    self._read(file, piece, begin - int(self._starts[number]), out[begin - start : end - start])
-        odd = self._replaced[slice(*np.searchsorted(self._replaced, [start, stop]))]
+        for piece, begin, end, place in self._within(start, stop):
+            with _opened(piece) as file:
+                self._read(file, piece, begin, out[place : place + end - begin])
+        odd = self._replaced_within(start, stop)
         if len(odd):
             out[odd - start] = self._rows(self._redirected(odd))
         return out
+
+    def _within(self, start: int, stop: int) -> Iterator[tuple[_Piece, int, int, int]]:
+        """Yields the pieces that hold rows from start to stop: which of their own rows, and where these stand among those asked for."""
+        for piece, first in zip(self._pieces, self._starts.tolist(), strict=False):
+            begin, end = max(first, start), min(first + piece.count, stop)
+            if begin < end:
+                yield piece, begin - first, end - first, begin - start
+
+    def _replaced_within(self, start: int, stop: int) -> np.ndarray:
+        return self._replaced[slice(*np.searchsorted(self._replaced, [start, stop]))]
 
     def _redirected(self, numbers: np.ndarray) -> np.ndarray:
         if not len(self._replaced):
@@ -122,7 +158,7 @@ class StoredRows:
         which = np.searchsorted(self._starts, numbers, side="right") - 1
         for number in np.unique(which).tolist():
             piece = self._pieces[number]
-            with open(piece.path, "rb", buffering=0) as file:
+            with _opened(piece) as file:
                 for place in np.flatnonzero(which == number).tolist():
                     self._read(file, piece, int(numbers[place] - self._starts[number]), out[place : place + 1])
         return out
@@ -130,14 +166,21 @@ class StoredRows:
     def _read(self, file: Any, piece: _Piece, row: int, out: np.ndarray) -> None:
         """Fills `out` (n, D) with rows of a piece."""
         kind = np.dtype(piece.kind)
-        raw = out if kind == np.float32 else np.empty(out.shape, kind)
-        file.seek(piece.offset + row * self.shape[1] * kind.itemsize)
-        view, done = raw.reshape(-1).view(np.uint8), 0
-        while done < len(view):
-            count = file.readinto(view[done:])
-            if not count:
-                raise InputError(f"{piece.path}: ends early: it was changed while it was read; write it again")
-            done += count
+        if piece.view is not None:
+            raw = piece.view[row : row + len(out)]
+        else:
+            raw = out if kind == np.float32 else np.empty(out.shape, kind)
+            file.seek(piece.offset + row * self.shape[1] * kind.itemsize)
+            view, done = raw.reshape(-1).view(np.uint8), 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise InputError(f"{piece.path}: ends early: it was changed while it was read; write it again")
+                done += count
         if raw is not out:
             scale = np.float32(1) if piece.scale is None else piece.scale[row : row + len(out), None].astype(np.float32)
             np.multiply(raw, scale, out=out)
+
+
+def _opened(piece: _Piece) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if piece.view is not None else open(piece.path, "rb", buffering=0)

@@ -52,7 +52,7 @@ def make_app(embedder: Embedder, library: Library, rules: Rules, name: str) -> S
         Route("/v1/embeddings", service.counted(service.embeddings), methods=["POST"]),
         Route("/v1/search", service.counted(service.search), methods=["POST"]),
         Route("/v1/models", service.models, methods=["GET"]),
-        Route("/media/{number:int}/{kind}", service.media, methods=["GET"]),
+        Route("/media/{number}/{kind}", service.media, methods=["GET"]),
         Route("/favicon.ico", lambda _: Response(status_code=204), methods=["GET"]),  # browsers ask for it
         Route("/health", service.health, methods=["GET"]),
         Route("/metrics", service.metrics, methods=["GET"]),
@@ -137,8 +137,8 @@ class _Service:
             raise Refused(400, f"input holds {len(query.items)} items; a search has one")
         k = _number(query, "k", MOST_RESULTS, 10)
         chosen = query.options.get("table")
-        if chosen is not None and not isinstance(chosen, str):
-            raise Refused(400, "table is no text; name one of the tables")
+        if chosen is not None and not (isinstance(chosen, str) and len(chosen) < 80):
+            raise Refused(400, "table is no name; give one of the tables")
         if chosen is not None:
             self.library.table_for("text", chosen)  # before the media are decoded
         begun = time.perf_counter()
@@ -156,14 +156,14 @@ class _Service:
 
     async def media(self, request: Request) -> Response:
         """A picture (JPEG) or a sound (MP3) of a record as previews show it, or its file."""
-        number, kind = request.path_params["number"], request.path_params["kind"]
+        given, kind = request.path_params["number"], request.path_params["kind"]
+        number = int(given) if given.isascii() and given.isdecimal() and len(given) < 10 else -1
         if kind == "file":
             found = self.library.file(number)
             if found is not None:
                 return FileResponse(found[0], media_type=found[1])
         elif kind in ("image", "sound"):
-            preview = await asyncio.to_thread(self.library.preview, number)
-            content = preview.image if kind == "image" else preview.sound
+            content = await asyncio.get_running_loop().run_in_executor(self.library.threads, self.library.preview, number, kind)
             if content is not None:
                 headers = {"cache-control": "private, max-age=3600"}
                 return Response(content, media_type="image/jpeg" if kind == "image" else "audio/mpeg", headers=headers)
@@ -178,7 +178,7 @@ class _Service:
     def _prompt(self, query: Query, usual: str | None) -> str | None:
         known = self.embedder.model.prompts
         given = query.options.get("prompt_name")
-        if given is not None and given not in known:
+        if given is not None and given not in tuple(known):  # it may be anything that JSON holds
             raise Refused(400, f"prompt_name is none of this model's; it has {', '.join(known) or 'none'}")
         return given if given is not None else usual if known else None
 

@@ -90,8 +90,7 @@ class Guard:
         name = _name(hosts[0])
         if self._rules.hosts and name not in self._rules.hosts:
             raise Refused(421, f"this server is not called {name[:80]!r}; use the address that it printed, or start it with --allow-host")
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != hosts[0]:
+        if any(_site(origin) != hosts[0] for origin in headers.getlist("origin")):
             raise Refused(403, "requests of other sites are not answered")
         site = headers.get("sec-fetch-site")
         arrives = scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"  # somebody follows a link
@@ -174,6 +173,14 @@ def _headers(nonce: str) -> dict[str, str]:
         "cross-origin-resource-policy": "same-origin",
         "cross-origin-opener-policy": "same-origin",
     }
+
+
+def _site(origin: str) -> str | None:
+    """Host and port of an Origin header; None where it has none."""
+    try:
+        return urlsplit(origin).netloc or None
+    except ValueError:
+        return None
 
 
 def _name(host: str) -> str:

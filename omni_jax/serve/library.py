@@ -7,12 +7,13 @@ import dataclasses
 import stat
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from omni_jax.media.preview import Preview, record_preview
+from omni_jax.media.preview import record_preview
 from omni_jax.media.workers import Guarded
 from omni_jax.retrieval.embedding_file import read_embeddings
 from omni_jax.retrieval.search import Index, target_table
@@ -43,18 +44,21 @@ class Library:
     Attributes:
       ids: of all records.
       sizes: table -> its rows.
+      threads: where `preview` is to be called, so that media which take long to decode keep no search waiting.
     """
 
-    def __init__(self, indexes: Mapping[str, Index], records: Mapping[str, Record], media: Path | None) -> None:
-        """Takes opened tables, records by id for captions and paths, and the folder that media are given out from (None: no media)."""
+    def __init__(self, indexes: Mapping[str, Index], records: Mapping[str, Record], media: Path | None, workers: int = 1) -> None:
+        """Takes opened tables, records by id for captions and paths, the folder that media are given out from (None: no media), and the
+        number of processes that decode previews."""
         self._indexes = indexes
         self._rows = {name: tuple(index.ids or ()) for name, index in indexes.items()}
         self.ids = tuple(dict.fromkeys(record for ids in self._rows.values() for record in ids))
         self.sizes = {name: len(ids) for name, ids in self._rows.items()}
         self._numbers = {record: number for number, record in enumerate(self.ids)}
         self._records, self._media = records, media.resolve() if media is not None else None
+        self.threads = ThreadPoolExecutor(workers, thread_name_prefix="preview")
         self._preview = Guarded(record_preview, PREVIEW_LIMIT_S)
-        self._kept: collections.OrderedDict[int, Preview] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[tuple[int, str], bytes] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def table_for(self, query: str, chosen: str | None) -> str:
@@ -90,29 +94,35 @@ class Library:
                 return found, kind
         return None
 
-    def preview(self, number: int) -> Preview:
-        """Returns a record's pictures and sound, decoded in a process that can be ended; an empty preview where there are none."""
-        with self._lock:
-            if (known := self._kept.get(number)) is not None:
-                self._kept.move_to_end(number)
-                return known
+    def preview(self, number: int, kind: str) -> bytes | None:
+        """Returns a record's pictures (JPEG; kind "image") or sound (MP3; "sound"), None where there is nothing to show.
+
+        They are decoded in a process that can be ended.
+        """
         record = self._record(number)
-        if record is None:
-            return Preview()
-        shown = Record(record.id, None, self._confined(record.video), self._confined(record.audio), record.timestamps)
-        try:
-            found: Preview = self._preview(shown, record.id)
-        except ClipError as error:
-            found = Preview(problems=(str(error),))
+        file = self._confined(record.video if kind == "image" else record.audio) if record is not None else None
+        if record is None or file is None:
+            return None
         with self._lock:
-            self._kept[number] = found
-            while sum(map(_size, self._kept.values())) > KEPT_BYTES:
+            if (known := self._kept.get((number, kind))) is not None:
+                self._kept.move_to_end((number, kind))
+                return known or None
+        video, audio = (file, None) if kind == "image" else (None, file)
+        try:
+            found = self._preview(Record(record.id, None, video, audio, record.timestamps), record.id)
+            content = found.image or found.sound or b""
+        except ClipError:
+            content = b""
+        with self._lock:
+            self._kept[number, kind] = content
+            while sum(len(one) + 256 for one in self._kept.values()) > KEPT_BYTES:
                 self._kept.popitem(last=False)
-        return found
+        return content or None
 
     def close(self) -> None:
-        """Ends the processes that decode previews."""
+        """Ends the processes that decode previews, and their threads."""
         self._preview.close()
+        self.threads.shutdown(wait=False, cancel_futures=True)
 
     def _record(self, number: int) -> Record | None:
         return self._records.get(self.ids[number]) if 0 <= number < len(self.ids) else None
@@ -146,7 +156,3 @@ def open_indexes(files: Sequence[str]) -> dict[str, Index]:
 
     read_embeddings(files, first)
     return {name: Index.open(files, name) for name in names}
-
-
-def _size(preview: Preview) -> int:
-    return len(preview.image or b"") + len(preview.sound or b"") + 256

@@ -111,6 +111,8 @@ def test_golden_one_bad_item_costs_no_other(model: omni_jax.OmniRetriever, clip:
     assert np.isnan(rows[[1, 2, 4, 5]]).all()
     with pytest.warns(UserWarning, match="are NaN"):
         assert np.isnan(model.encode(Path("gone.mp4"), on_error="nan")).all()
+    with pytest.raises(ArgumentError, match=r"2 of the first 4 items cannot be embedded: item 1: is empty; .*; item 3: is empty; "):
+        model.encode(["a", {}, "c", None])
     with pytest.raises(ArgumentError, match=r"item 1: .*gone\.mp4: file not found") as error:
         model.encode(items)
     assert isinstance(error.value, InputError)

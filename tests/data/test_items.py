@@ -221,12 +221,22 @@ NOISE = np.zeros((4, 32, 32, 3), np.uint8)
         (NOISE[:0], "has no frames"),
         ({"array": NOISE}, 'no rate; add "fps" for frames'),
         ({"array": NOISE, "fps": 0}, "its rate is 0 frames a second"),
+        ({"array": NOISE, "fps": -1}, "its rate is -1 frames a second"),
+        ({"array": NOISE, "fps": float("nan")}, "its rate is nan frames a second"),
         ({"array": NOISE, "fps": "25"}, "its rate is '25' frames a second"),
+        ({"array": NOISE, "video_metadata": "25"}, "its video_metadata is of type str"),
         ({"array": NOISE, "fps": 2, "rate": 3}, "its video has the unknown keys rate"),
         ({"video": NOISE[0]}, "its video is a ndarray of shape (32, 32, 3); frames have the shape (frames, height, width, 3)"),
         ([Image.new("RGB", (40, 40)), Image.new("RGB", (41, 40))], "frames of different sizes (40x40, 41x40)"),
         (NOISE[:, :20, :20], "both sides must be at least 28"),
-        ((np.zeros(100, np.float32), 0), "its rate is 0 Hz"),
+        *(
+            ({"array": np.zeros(100, np.float32), "sampling_rate": rate}, f"its rate is {rate!r} Hz")
+            for rate in (0, -16_000, float("nan"), "8000")
+        ),
+        *(
+            ((np.zeros(100, np.float32), rate), f"its rate is {rate} Hz; give a whole number from 1000 to 1000000")
+            for rate in (0, 1, 10**9)
+        ),
         ((np.zeros(100, np.float32), 0.5), "its rate is 0.5 Hz"),
         ((np.zeros((2, 3, 4), np.float32), 16_000), "a waveform has the shape (2, 3, 4)"),
         ((np.zeros(0, np.float32), 16_000), "has no samples"),
@@ -248,6 +258,16 @@ def test_what_cannot_be_used_is_one_line(parsed: Callable[..., Item], value: Any
     assert any(part in line for part in words.split("|")), line
     assert "\n" not in line
     assert "/pytest-" not in line
+
+
+def test_an_object_that_fails_costs_its_item_alone(tmp_path: Path):
+    class Broken:
+        def read(self, size: int = -1) -> bytes:
+            raise KeyError("no\nbytes")
+
+    found = [item.error for item in parse_items([{"item": "a"}, {"item": Broken()}, {"item": "b"}], PRESET, lambda: tmp_path)]
+    assert found[0] is found[2] is None
+    assert str(found[1]) == "cannot be read (KeyError: 'no\\nbytes'); give it in another form"
 
 
 def test_a_decoder_that_fails_is_one_line(parsed: Callable[..., Item]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni_jax.cli.main import main
-from omni_jax.retrieval import embedding_file, evaluate
+from omni_jax.retrieval import embedding_file, evaluate, stored_rows
 from omni_jax.retrieval.embedding_file import read_embeddings, write_embeddings
 from omni_jax.retrieval.mining import MiningConfig, mine
+from omni_jax.retrieval.npz import write_members
 from omni_jax.retrieval.search import Index
 from omni_jax.retrieval.stored_rows import StoredRows
 from omni_jax.types import EmbeddingTable, InputError
+from tests.tolerances import assert_close
 
 LENGTHS, WIDTH = (40, 1, 0, 27), 24
 
@@ -82,11 +85,29 @@ def test_scores_searches_and_negatives_are_those_of_the_arrays(parts: Path, stay
     arrays, stored = both(parts, stay)
     assert evaluate(stored) == evaluate(arrays)
     assert mine(stored, MiningConfig(), same={}).negatives == mine(arrays, MiningConfig(), same={}).negatives
-    opened = Index.open(parts, "av")
-    assert isinstance(opened.rows, StoredRows)
     queries = np.random.default_rng(1).standard_normal((5, WIDTH))
-    for found, expected in zip(opened.search(queries, 4), Index(arrays.tables["av"]).search(queries, 4), strict=True):
-        assert np.array_equal(found, expected)
+    for name, count in (("av", 5), ("av", 1), ("text", 2)):
+        opened = Index.open(parts, name)
+        assert isinstance(opened.rows, StoredRows)
+        for found, expected in zip(opened.search(queries[:count], 4), Index(arrays.tables[name]).search(queries[:count], 4), strict=True):
+            assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["<f4", "<f2", "|i1"])
+def test_mapped_rows_are_those_of_the_file_and_stay_so(kind: str, stay: Callable[[int], None], tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setattr(stored_rows, "CONVERTED", 5 * WIDTH)
+    path, rng = tmp_path / "clips.npz", np.random.default_rng(0)
+    scale = {"av_scale": rng.random(40, np.float32)} if kind == "|i1" else {}
+    write_members(path, {"ids": np.arange(40), "av": (9 * rng.standard_normal((40, WIDTH))).astype(kind), **scale})
+    stay(0)
+    stored = read_embeddings(path).tables["av"]
+    assert isinstance(stored, StoredRows)
+    want, mapped = stored[:], stored.mapped()
+    write_members(path, {"ids": np.arange(3), "av": np.ones((3, WIDTH), np.float32)})  # as a new run of `embed` does
+    numbers = np.array([39, 0, 7])
+    assert np.array_equal(mapped[:], want) and np.array_equal(mapped[numbers], want[numbers])
+    queries = (rng.standard_normal((2, WIDTH)) / 100).astype(np.float32)
+    assert_close(mapped.products(3, 38, queries), queries @ want[3:38].T, "invariance")
 
 
 def test_exports_have_the_bytes_of_the_arrays(parts: Path, stay: Callable[[int], None], tmp_path: Path):

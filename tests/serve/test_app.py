@@ -156,8 +156,11 @@ def test_golden_page_health_models_and_metrics(client: TestClient):
         (b'{"input": "x", "k": "many"}', 400, "k must be a whole number"),
         (b'{"input": "x", "k": true}', 400, "k must be a whole number"),
         (b'{"input": "x", "table": "tva"}', 400, "the index has no table 'tva'"),
-        (b'{"input": "x", "table": ["av"]}', 400, "table is no text"),
+        (b'{"input": "x", "k": NaN}', 400, "k must be a whole number"),
+        (b'{"input": "x", "table": ["av"]}', 400, "table is no name"),
+        (json.dumps({"input": "x", "table": "t" * 5000}).encode(), 400, "table is no name"),
         (b'{"input": "x", "prompt_name": "query"}', 400, "prompt_name"),
+        (b'{"input": "x", "prompt_name": {}}', 400, "prompt_name"),
         (b'{"input": ["x", "y"]}', 400, "a search has one"),
         (b'{"input": "\\udce9"}', 422, "not valid Unicode"),
     ],
@@ -228,7 +231,7 @@ def test_golden_media_of_records_and_nothing_else(client: TestClient, golden: Go
     part = client.get("/media/0/file", headers={"range": "bytes=0-9"})
     assert part.status_code == 206 and part.content == file.content[:10]
     away = "-1/file 0/.. 0/../../../etc/passwd %2e%2e/file 0%2f..%2f1/file 0/file/../../x 0/%2e%2e%2fa 0x0/file /etc/passwd ٣/file"
-    for path in ("/..%2f..%2fetc/passwd", "/media/999/image", *(f"/media/{name}" for name in away.split())):
+    for path in ("/..%2f..%2fetc/passwd", "/media/999/image", f"/media/{'9' * 5000}/file", *(f"/media/{name}" for name in away.split())):
         response = client.get(path)
         assert response.status_code == 404, path
         line_of(response, 404)
@@ -265,8 +268,7 @@ def test_golden_files_outside_the_folder_of_media_are_not_given_out(tmp_path: Pa
         assert given.pop("good") == (inside / "clip.mp4", "video/mp4")
         assert set(given.values()) == {None}
         for number, name in enumerate(places):
-            preview = library.preview(number)
-            assert (preview.image is not None) == (name == "good"), name
+            assert (library.preview(number, "image") is not None) == (name == "good"), name
         shown = {row["id"]: row["image"] for row in library.search("av", rows[0], 20)}
         assert [name for name, there in shown.items() if there] == ["good", "page"]
         assert Library({"av": index}, library._records, None).file(0) is None

@@ -13,14 +13,11 @@ import sys
 import urllib.request
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from omni_jax import OmniRetriever
 from omni_jax.cli.main import main
-from omni_jax.retrieval import embedding_file, read_embeddings, write_embeddings
-from omni_jax.serve.library import open_indexes
-from omni_jax.types import EmbeddingTable
+from omni_jax.retrieval import read_embeddings, write_embeddings
 from tests.golden_set import GoldenSet
 
 BARE = ["serve", "--model", "none", "--index", "none.npz"]
@@ -51,17 +48,6 @@ def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         port = taken.getsockname()[1]
         assert main([*BARE, "--port", str(port)]) == 2
     assert f"--port {port}: is in use on 127.0.0.1; end the other program, or choose another port" in capsys.readouterr().err
-
-
-def test_large_index_is_mapped_and_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
-    write_embeddings(tmp_path / "i.npz", EmbeddingTable(tuple(f"c{n}" for n in range(50)), {"text": rows}))
-    want = open_indexes([str(tmp_path / "i.npz")])["text"].search(rows[3], 5)
-    monkeypatch.setattr(embedding_file, "STAY", 0)
-    found = open_indexes([str(tmp_path / "i.npz")])["text"]
-    assert isinstance(found.rows, np.memmap)
-    for one, other in zip(found.search(rows[3], 5), want, strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.jit

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from typing import Any
 
 import pytest
+import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -15,6 +17,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from omni_jax.serve.guards import COOKIE, LOOPBACK, Guard, Refused, Rules, refused
+from omni_jax.serve.heads import PromptHeads
 
 TOKEN = "0123456789abcdefXYZ"
 
@@ -49,7 +52,9 @@ def test_another_name_for_this_machine_is_not_answered(host: str) -> None:
     assert response.status_code == 421 and "--allow-host" in line_of(response)
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "https://127.0.0.1:9000", "http://localhost:8000", "file://"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "https://127.0.0.1:9000", "http://localhost:8000", "file://", "", "http://[::1"]
+)
 @pytest.mark.parametrize("path", ["/v1/search", "/media/1/image", "/"])
 def test_requests_of_other_sites_are_refused(origin: str, path: str) -> None:
     response = client(Rules()).post(path, headers={"origin": origin}, content=b"x")
@@ -130,6 +135,37 @@ def test_a_body_that_does_not_arrive_is_given_up() -> None:
     scope = {"type": "http", "path": "/v1/search", "headers": [(b"host", b"localhost")], "method": "POST", "query_string": b""}
     asyncio.run(Guard(read, Rules(max_seconds=0.1))(scope, receive, send))
     assert sent[0]["status"] == 408 and b"took longer than 0.1 s" in sent[1]["body"]
+
+
+def test_half_a_head_does_not_keep_its_place() -> None:
+    """Beside a client that sends whole ones now and then."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await PlainTextResponse("answer")(scope, receive, send)
+
+    async def work() -> None:
+        config = uvicorn.Config(app, http=PromptHeads, ws="none", lifespan="off", log_level="critical", timeout_keep_alive=1)
+        server = uvicorn.Server(config)
+        with socket.socket() as bound:
+            bound.bind(("127.0.0.1", 0))
+            running = asyncio.create_task(server.serve([bound]))
+            while not server.started:
+                await asyncio.sleep(0.01)
+            port = bound.getsockname()[1]
+            silent, slow, good = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+            for turn in range(6):
+                slow[1].write(b"x" if turn < 3 else b"")
+                good[1].write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+                assert b"200 OK" in await good[0].readuntil(b"answer")
+                await asyncio.sleep(0.25)
+            for reader, _ in (silent, slow):
+                assert await asyncio.wait_for(reader.read(), 1) == b""
+            for _, writer in (silent, slow, good):
+                writer.close()
+            server.should_exit = True
+            await running
+
+    asyncio.run(work())
 
 
 def test_loopback_names_are_the_default() -> None:

@@ -1,8 +1,12 @@
 """A server under many clients: requests answered, seconds of a request and growth of memory, with batches across clients and without.
 
-Clients are connections of this process to a server of its own on loopback. Each sends the next caption when the last is answered. The model
-has one decoder layer of the 7B's width, so that a batch is real work, and the index 100,000 vectors of that width: what a search in them
-takes is printed first. Last, 500 uploads that are no media: each must be refused, and the server must live.
+Clients are connections of this process to a server of its own on loopback. Each sends the next request when the last is answered: captions
+to embed and to search with in turn, and every twentieth a clip. Two models are served:
+
+* The golden model, a real one that is tiny, under many clients. Last, 500 uploads that are no media: each must be refused, and the server
+  must live.
+* One decoder layer of the 7B's width, so that a batch is real work, under few clients. Its index is 100,000 vectors of that width in a set
+  of files as `embed` writes them, with captions and clips: what a search in them takes, and the pictures of its results, is printed first.
 
 Run alone: python -m tools.benchmarks.serving [--clients N] [--seconds S]
 """
@@ -11,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -22,42 +27,62 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from etils import epath
 
-from tests.golden_set import find
+from tests.golden_set import GoldenSet, find
 
-BATCH, HOSTILE, RECORDS = 16, 500, 100_000
-WIDTH, INNER = 3584, 18944
+BATCH, HOSTILE, RECORDS, PARTS = 16, 500, 100_000, 5
+WIDTH, INNER, FEW = 3584, 18944, 8
+CLIPS, SHOWN = 8, 12  # clips that the records share; results of a search
+MEDIA_EVERY = 20
 
 
 def run(clients: int = 200, seconds: float = 60.0) -> dict[str, object]:
-    """Returns the figures of both servers, and prints them."""
+    """Returns the figures of all servers, and prints them."""
     found: dict[str, object] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        make_index(Path(folder))
-        for size in (1, BATCH):
-            with server(Path(folder), size) as (port, process):
-                asyncio.run(load(port, process, 16, 5.0))  # compiles
-                if size == 1:
-                    found["search"] = asyncio.run(searches(port))
-                    print(f"search in {RECORDS:,} x {WIDTH}: {json.dumps(found['search'])}", flush=True)
-                row = asyncio.run(load(port, process, clients, seconds))
-                if size == BATCH:
-                    row["hostile_refused"] = asyncio.run(hostile(port))
-                found[f"batch {size}"] = row
-                print(f"batch {size}: {json.dumps(row)}", flush=True)
-    alone, together = (found[f"batch {size}"]["answered"] for size in (1, BATCH))  # type: ignore[index]
-    found["throughput_ratio"] = together / alone
-    print(f"answered with batches of {BATCH}, over one by one: {together / alone:.2f}")
+    golden = find("OMNI_GOLDEN", "wave_tiny")
+    clip = golden.records[0].video.read_bytes()  # type: ignore[union-attr]
+    for name, count in (("tiny", clients), ("wide", min(clients, FEW))):
+        with tempfile.TemporaryDirectory() as made:
+            folder, answered = Path(made), {}
+            make_tiny(folder, golden) if name == "tiny" else make_wide(folder)
+            for size in (1, BATCH):
+                with server(folder, size) as (port, process):
+                    asyncio.run(load(port, process, 16, 5.0, clip if name == "tiny" else None))  # compiles
+                    if name == "wide" and size == 1:
+                        found["search"] = asyncio.run(searches(port))
+                        print(f"search in {RECORDS:,} x {WIDTH}: {json.dumps(found['search'])}", flush=True)
+                    row = asyncio.run(load(port, process, count, seconds, clip if name == "tiny" else None))
+                    if name == "tiny" and size == BATCH:
+                        row["hostile_refused"] = asyncio.run(hostile(port, clip))
+                found[f"{name}, batch {size}"], answered[size] = row, row["answered"]
+                print(f"{name}, {count} clients, batch {size}: {json.dumps(row)}", flush=True)
+            found[f"{name}_throughput_ratio"] = answered[BATCH] / answered[1]
+            print(f"{name}: answered with batches of {BATCH}, over one by one: {answered[BATCH] / answered[1]:.2f}", flush=True)
     return found
 
 
-def make_index(folder: Path) -> None:
-    """Writes a model with random weights, and an index of random vectors of its width."""
-    from omni_jax.conversion.fresh import write_fresh
+def make_tiny(folder: Path, golden: GoldenSet) -> None:
+    """Writes the golden model and an index of random vectors of its width."""
+    from omni_jax import conversion
     from omni_jax.retrieval.embedding_file import write_embeddings
     from omni_jax.types import EmbeddingTable
+
+    conversion.to_jax(golden.checkpoint, folder / "model", adapter=golden.adapter_dir)
+    width = golden.config["text_config"]["hidden_size"]
+    rows = np.random.default_rng(0).standard_normal((RECORDS // 10, width), np.float32)
+    write_embeddings(folder / "clips.npz", EmbeddingTable(tuple(f"clip {n}" for n in range(len(rows))), {"av": rows}))
+
+
+def make_wide(folder: Path) -> None:
+    """Writes a model with random weights, an index of random vectors of its width as a set of files, and a manifest of its records."""
+    from omni_jax.conversion.fresh import write_fresh
+    from omni_jax.retrieval.embedding_file import part_path, write_embeddings
+    from omni_jax.types import EmbeddingTable
+    from tests.media_samples import write_clip
 
     tower = {"hidden_size": 128, "intermediate_size": 256, "num_layers": 1, "num_heads": 2}
     decoder = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_layers": 1, "num_heads": 28, "num_kv_heads": 4}
@@ -68,30 +93,54 @@ def make_index(folder: Path) -> None:
         "beats": None,
     }
     write_fresh(folder / "model", parts, captions=["a sound of client 0 in turn 0", "a tone"])
-    rows = np.random.default_rng(0).standard_normal((RECORDS, WIDTH), np.float32)
-    write_embeddings(folder / "clips.npz", EmbeddingTable(tuple(f"clip {n}" for n in range(len(rows))), {"av": rows}))
+    for number in range(CLIPS):
+        write_clip(folder / f"{number}.mp4", 8.0, width=1280, height=720, seed=number)
+    lines = []
+    for part in range(PARTS):
+        ids = [f"clip {n}" for n in range(part * RECORDS // PARTS, (part + 1) * RECORDS // PARTS)]
+        rows = np.random.default_rng(part).standard_normal((len(ids), WIDTH), np.float32)
+        table = EmbeddingTable(tuple(ids), {"av": rows}, parts=(part,), of=PARTS)
+        write_embeddings(part_path(epath.Path(folder / "clips.npz"), part, PARTS), table)
+        for n, name in enumerate(ids):
+            file = f"{n % CLIPS}.mp4"
+            lines.append(json.dumps({"id": name, "text": f"what is heard and seen in {name}", "video": file, "audio": file}))
+    (folder / "clips.jsonl").write_text("\n".join(lines) + "\n")
 
 
 async def searches(port: int, count: int = 20) -> dict[str, float]:
-    """Returns medians of one client's searches: seconds of embedding, of the search alone, and of the whole request."""
+    """Returns one client's seconds: the first search; medians of embedding, the search alone, the request, and its pictures."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    others = [await asyncio.open_connection("127.0.0.1", port) for _ in range(6)]  # as many as a browser opens
     rows = []
     for number in range(count + 1):
         begun = time.perf_counter()
-        body = json.dumps({"input": f"a sound of client 0 in turn {number}", "k": 10}).encode()
+        body = json.dumps({"input": f"a sound of client 0 in turn {number}", "k": SHOWN}).encode()
         status, answer = await ask(reader, writer, port, "/v1/search", body, "application/json")
         assert status == 200, answer
-        rows.append([*json.loads(answer)["seconds"].values(), time.perf_counter() - begun])
-    writer.close()
-    medians = np.median(rows[1:], axis=0)  # the first reads the file
-    return {"first": rows[0][1], **dict(zip(("embed", "search", "request"), (round(float(x), 4) for x in medians), strict=True))}
+        found, done = json.loads(answer), time.perf_counter()
+        wanted = [result["number"] for result in found["results"] if result["image"] and result["caption"]]
+        assert len(wanted) == SHOWN, found["results"]
+
+        async def pictures(connection: Any, numbers: list[int]) -> None:
+            for number in numbers:
+                status, _ = await ask(*connection, port, f"/media/{number}/image")
+                assert status == 200, status
+
+        await asyncio.gather(*(pictures(connection, wanted[n :: len(others)]) for n, connection in enumerate(others)))
+        rows.append([*found["seconds"].values(), done - begun, time.perf_counter() - done])
+    for _, connection in [(reader, writer), *others]:
+        connection.close()
+    medians = [round(float(x), 4) for x in np.median(rows[1:], axis=0)]
+    first = {"first_search": rows[0][1], "first_pictures": round(rows[0][3], 4)}  # which reads the files, and decodes
+    return first | dict(zip(("embed", "search", "request", "pictures"), medians, strict=True))
 
 
 @contextlib.contextmanager
 def server(folder: Path, batch: int) -> Iterator[tuple[int, int]]:
     """Yields port and process id of a server."""
     command = [sys.executable, "-m", "omni_jax", "serve", "--model", folder / "model", "--index", folder / "clips.npz", "--port", "0"]
-    command += ["--batch-size", str(batch), "--workers", "1"]
+    command += ["--batch-size", str(batch), "--workers", "1", "--unchecked"]
+    command += ["--manifest", folder / "clips.jsonl", "--media", folder] if (folder / "clips.jsonl").exists() else []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}) as process:
         try:
             assert process.stdout is not None
@@ -102,9 +151,9 @@ def server(folder: Path, batch: int) -> Iterator[tuple[int, int]]:
             process.kill()
 
 
-async def load(port: int, process: int, clients: int, seconds: float) -> dict[str, float]:
-    """Returns requests answered and failed, median and 99th percentile in seconds, growth of memory from the first quarter."""
-    times: list[float] = []
+async def load(port: int, process: int, clients: int, seconds: float, clip: bytes | None) -> dict[str, Any]:
+    """Returns requests answered and failed, medians and 99th percentiles in seconds, growth of memory from the first quarter."""
+    times: dict[str, list[float]] = {"caption": [], "clip": []}
     failed = 0
     end = time.monotonic() + seconds
 
@@ -112,13 +161,16 @@ async def load(port: int, process: int, clients: int, seconds: float) -> dict[st
         nonlocal failed
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
-            for turn in range(1_000_000):
+            for turn in range(number, 1_000_000):
                 if time.monotonic() > end:
                     return
+                kind = "clip" if clip is not None and turn % MEDIA_EVERY == 0 else "caption"
+                given = {"video": base64.b64encode(clip).decode()} if kind == "clip" and clip is not None else f"a sound of client {turn}"
+                body = json.dumps({"input": given, "encoding_format": "base64"}).encode()
                 begun = time.perf_counter()
-                body = json.dumps({"input": f"a sound of client {number} in turn {turn % 100}", "encoding_format": "base64"}).encode()
-                status, _ = await ask(reader, writer, port, "/v1/embeddings", body, "application/json")
-                times.append(time.perf_counter() - begun)
+                path = "/v1/search" if turn % 2 and clip is not None else "/v1/embeddings"
+                status, _ = await ask(reader, writer, port, path, body, "application/json")
+                times[kind].append(time.perf_counter() - begun)
                 failed += status != 200
         finally:
             writer.close()
@@ -130,15 +182,22 @@ async def load(port: int, process: int, clients: int, seconds: float) -> dict[st
     measured = asyncio.create_task(memory())
     await asyncio.gather(*(client(number) for number in range(clients)))
     early = await measured
-    low, high = np.percentile(times, [50, 99])
-    growth = resident(process) / early - 1
-    return {"answered": len(times), "failed": failed, "p50": round(low, 3), "p99": round(high, 3), "memory_growth": round(growth, 4)}
+    shown = {
+        kind: dict(zip(("p50", "p99"), np.percentile(taken, [50, 99]).round(3).tolist(), strict=True))
+        for kind, taken in times.items()
+        if taken
+    }
+    return {
+        "answered": sum(map(len, times.values())),
+        "failed": failed,
+        **shown,
+        "memory_growth": round(resident(process) / early - 1, 4),
+    }
 
 
-async def hostile(port: int) -> int:
+async def hostile(port: int, whole: bytes) -> int:
     """Returns how many of the uploads that are no media were refused; the server must answer after them."""
     seed, refused = random.Random(0), 0
-    whole = find("OMNI_GOLDEN", "wave_tiny").records[0].video.read_bytes()  # type: ignore[union-attr]
     heads = [b"", b"#EXTM3U\nfile:///etc/passwd\n", b"RIFF", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"OggS", b"PK\x03\x04", whole[:200]]
     for number in range(HOSTILE):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -158,10 +217,11 @@ async def hostile(port: int) -> int:
 
 
 async def ask(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int, path: str, body: bytes, kind: str
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int, path: str, body: bytes = b"", kind: str = ""
 ) -> tuple[int, bytes]:
-    """Returns status and body of one request of a connection."""
-    head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n"
+    """Returns status and body of one request of a connection, a POST where it has a body."""
+    first = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\n"
+    head = f"{first}content-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n"
     writer.write(head.encode() + body)
     answer = await reader.readuntil(b"\r\n\r\n")
     length = re.search(rb"content-length: (\d+)", answer, re.IGNORECASE)
