@@ -1,8 +1,9 @@
 """Memory of `search` in 1e7 x 256 and of `eval` of 1e6 x 512 from sets of embedding files on disk, each in a process of its own.
 
-Peaks are of all pages of the process, libraries included; that of `search`, which maps the files, leaves out their pages. `eval` ranks 4,096 captions among all clips and all clips for the captions, as
-`eval clips.npz --captions captions.npz` does; then the clips' two tables against each other for some minutes: the whole takes hours on two
-cores, and its memory does not change from tile to tile. 10.5 GB of disk are used and given back.
+Peaks are of all pages of the process, libraries included; that of `search`, which maps the files, leaves out their pages. `eval` ranks
+4,096 captions among all clips and all clips for the captions, as `eval clips.npz --captions captions.npz` does; then the clips' two tables
+against each other for some minutes: the whole takes hours on two cores, and its memory does not change from tile to tile. 10.5 GB of disk
+are used and given back.
 
 Run alone: python -m tools.benchmarks.large_tables
 """

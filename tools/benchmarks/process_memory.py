@@ -16,7 +16,7 @@ def status(key: str) -> int:
 
 @contextlib.contextmanager
 def own_peak() -> Iterator[list[int]]:
-    """Yields a list that holds, at the end, the most bytes that were the process's own: without pages of files, which the system may drop."""
+    """Yields a list that holds, at the end, the most bytes that were the process's own, without pages of mapped files."""
     most, ended = [status("RssAnon")], threading.Event()
 
     def watch() -> None:

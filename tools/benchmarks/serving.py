@@ -1,4 +1,4 @@
-"""A server under many clients: requests answered, seconds of a request and growth of memory, with batches across clients and without.
+"""A server under many clients: requests answered, seconds of a request and memory, with batches across clients and without.
 
 Clients are connections of this process to a server of its own on loopback. Each sends the next request when the last is answered: captions
 to embed and to search with in turn, and every twentieth a clip. Two models are served:
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,13 @@ CLIPS, SHOWN = 8, 12  # clips that the records share; results of a search
 MEDIA_EVERY = 20
 
 
-def run(clients: int = 200, seconds: float = 60.0) -> dict[str, object]:
+def run(clients: int = 200, seconds: float = 60.0, models: Sequence[str] = ("tiny", "wide")) -> dict[str, object]:
     """Returns the figures of all servers, and prints them."""
     found: dict[str, object] = {}
     golden = find("OMNI_GOLDEN", "wave_tiny")
     clip = golden.records[0].video.read_bytes()  # type: ignore[union-attr]
-    for name, count in (("tiny", clients), ("wide", min(clients, FEW))):
+    for name in models:
+        count = clients if name == "tiny" else min(clients, FEW)
         with tempfile.TemporaryDirectory() as made:
             folder, answered = Path(made), {}
             make_tiny(folder, golden) if name == "tiny" else make_wide(folder)
@@ -152,7 +153,7 @@ def server(folder: Path, batch: int) -> Iterator[tuple[int, int]]:
 
 
 async def load(port: int, process: int, clients: int, seconds: float, clip: bytes | None) -> dict[str, Any]:
-    """Returns requests answered and failed, medians and 99th percentiles in seconds, growth of memory from the first quarter."""
+    """Returns requests answered and failed, medians and 99th percentiles in seconds, memory after each quarter."""
     times: dict[str, list[float]] = {"caption": [], "clip": []}
     failed = 0
     end = time.monotonic() + seconds
@@ -175,23 +176,21 @@ async def load(port: int, process: int, clients: int, seconds: float, clip: byte
         finally:
             writer.close()
 
-    async def memory() -> int:
-        await asyncio.sleep(seconds / 4)
-        return resident(process)
+    async def memory() -> list[int]:
+        found = []
+        for _ in range(4):
+            await asyncio.sleep(seconds / 4)
+            found.append(resident(process))
+        return found
 
     measured = asyncio.create_task(memory())
     await asyncio.gather(*(client(number) for number in range(clients)))
-    early = await measured
-    shown = {
-        kind: dict(zip(("p50", "p99"), np.percentile(taken, [50, 99]).round(3).tolist(), strict=True))
-        for kind, taken in times.items()
-        if taken
-    }
+    taken = {kind: np.percentile(row, [50, 99]).round(3).tolist() for kind, row in times.items() if row}
     return {
         "answered": sum(map(len, times.values())),
         "failed": failed,
-        **shown,
-        "memory_growth": round(resident(process) / early - 1, 4),
+        **{f"{kind}_p50_p99": row for kind, row in taken.items()},
+        "memory_mib": [size >> 20 for size in await measured],
     }
 
 
@@ -238,4 +237,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="omni-jax serve under many clients")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--models", nargs="+", choices=("tiny", "wide"), default=("tiny", "wide"))
     run(**vars(parser.parse_args()))
