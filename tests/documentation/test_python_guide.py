@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import re
 import shutil
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from omni_jax import OmniRetriever
 from omni_jax.cli import parity
 from tests import house
 from tests.conversion.hub_server import Repository, files_of, hub_on_loopback
@@ -22,6 +25,16 @@ from tests.wheels import installed
 
 NAMES = ("tsinghua-ee/WAVE-7B", "YunzeLiu/OmniRetriever-7B")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_the_table_of_arguments_holds_each_of_encode_with_its_default():
+    page = (house.ROOT / "docs/guides/python.md").read_text(encoding="utf-8").partition("## Arguments of sentence-transformers")[2]
+    ours = [line.split("|")[2] for line in page.partition("\n## ")[0].splitlines() if line.startswith("|")][2:]
+    told = dict(re.findall(r"`(\w+)(?:=([^`]+))?`", " ".join(ours)))
+    parameters = dict(list(inspect.signature(OmniRetriever.encode).parameters.items())[1:])
+    assert told.keys() - {"float16", "int8", "binary"} == parameters.keys()
+    for name, default in told.items():
+        assert not default or ast.literal_eval(default) == parameters[name].default, name
 
 
 @pytest.mark.jit
