@@ -1,4 +1,4 @@
-"""The commands of the tutorials and the README, executed as they stand, in order, on tiny clips and the golden checkpoint.
+"""The commands of the quickstart, the tutorials and the README, executed as they stand, in order, on tiny clips and the golden checkpoint.
 
 An installed wheel executes them, in a process of its own for each test (runner.py).
 """
@@ -68,6 +68,13 @@ def executed(golden: GoldenSet, folder: Path, package: Path) -> Callable[..., st
         return done.stdout
 
     return execute
+
+
+@pytest.mark.slow
+@pytest.mark.jit
+def test_the_quickstart_runs_as_it_stands_on_the_golden_checkpoint(executed: Callable[..., str]) -> None:
+    shown = executed(house.ROOT / "docs/quickstart.md")
+    assert "quickstart.md has 4 commands" in shown and re.search(r"^media/clip\d+\.mp4$", shown, re.MULTILINE)
 
 
 @pytest.mark.slow
