@@ -3,7 +3,7 @@
     omni-jax train --config paper_ablations:L_A --workdir runs/L_A \
         --config.model.base=wave7b --config.data.train=shards
 
-After the colon stands `L_A`, `L_A+L_D` or `all`.
+`L_A`, `L_A+L_D` or `all` follows the colon.
 """
 
 import ml_collections

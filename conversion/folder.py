@@ -1,4 +1,4 @@
-"""The converted folder: what lies where in it, and a way to write a folder so that it appears whole or not at all.
+"""The converted folder: its layout, and a way to write a folder so that it appears whole or not at all.
 
 config.json, tokenizer, ...   every side file of the source
 omni_jax.json                 this page's `Manifest`

@@ -15,7 +15,7 @@ from omni_jax.conversion.folder import copy_files
 from omni_jax.types import InputError
 
 END = "<|im_end|>"
-FILLER = "Please describe the video."  # stands in prompts of one medium; part of what a vocabulary is trained on
+FILLER = "Please describe the video."  # used in prompts of one medium; part of what a vocabulary is trained on
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 # Qwen2's split of a text into words: contractions, letters, single digits, punctuation, line ends, spaces.
@@ -27,7 +27,7 @@ def train_tokenizer(captions: Iterable[str], out: epath.Path, vocabulary: int = 
     """Writes the tokenizer files and returns the ids of the added tokens and the size of the vocabulary, rounded up.
 
     Args:
-      captions: texts; each word that stands in two of them becomes one token, as far as the vocabulary reaches.
+      captions: texts; each word found in two of them becomes one token, as far as the vocabulary reaches.
       out: folder.
       vocabulary: most tokens before the added ones.
     """

@@ -333,7 +333,7 @@ class _Job:
     def shards(self) -> tuple[TensorFile, ...]:
         """Returns the source's files with the tensors an export has to put there.
 
-        Tensors that only the BEATs file has go where the first of the base's BEATs tensors lies.
+        Tensors that only the BEATs file has go where the first of the base's BEATs tensors is.
         """
         files = [(shard, [name for name in shard.tensors if name in self._written]) for shard in self.checkpoint.shards]
         placed = {name for _, names in files for name in names}

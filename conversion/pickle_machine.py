@@ -219,7 +219,7 @@ class _Machine:
             self._collect(op)
 
     def _collect(self, op: str) -> None:
-        """Opcodes that gather what stands above the last mark, or the top values."""
+        """Opcodes that gather what is above the last mark, or the top values."""
         stack = self.stack
         if op in ("TUPLE1", "TUPLE2", "TUPLE3"):
             count = int(op[-1])

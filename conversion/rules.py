@@ -79,7 +79,7 @@ def _conv(torch: str, path: str) -> tuple[Rule, ...]:
 
 
 THINKER_PREFIX = "thinker."
-"""What stands before the names of the thinker in a full Qwen2.5-Omni checkpoint."""
+"""What precedes the names of the thinker in a full Qwen2.5-Omni checkpoint."""
 
 DROPPED_PREFIXES = ("talker.", "token2wav.")
 """The parts of a full Qwen2.5-Omni checkpoint that speak: no embedding depends on them, and they are left out."""

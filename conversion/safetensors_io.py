@@ -40,7 +40,7 @@ _AGAIN = "download it again"
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `start` is its first byte in the file `path`, `dtype` its safetensors name.
+    """Where one tensor is: `start` is its first byte in the file `path`, `dtype` its safetensors name.
 
     Attributes:
       stride: values between neighbours on each axis; None where they lie in C order, as they always do in safetensors files.

@@ -1,4 +1,4 @@
-"""A PyTorch checkpoint folder, opened without reading its weights: configuration, where every tensor lies, side files."""
+"""A PyTorch checkpoint folder, opened without reading its weights: configuration, the place of every tensor, side files."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def _check(storage: Storage) -> None:
 
 
 def _dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether a tensor lies in its file as NumPy's C order has it."""
+    """Whether a tensor is stored in NumPy's C order."""
     step = 1
     for n, jump in zip(reversed(size), reversed(stride), strict=True):
         if n != 1 and jump != step:
@@ -252,7 +252,7 @@ class _Bounded:
 def _load_legacy(path: epath.Path, file: BinaryIO, tensor: Tensors) -> Any:
     """Magic number, version, machine, value and storage keys as five pickles, then each storage with its length before it.
 
-    Where a storage lies follows from the keys, which stand behind the value: so that is interpreted twice.
+    The place of a storage follows from the keys, which come after the value: so that is interpreted twice.
     """
     pickles: Any = _Bounded(file)
     if interpret(pickles, _no_storage, _no_tensor) != _MAGIC or interpret(pickles, _no_storage, _no_tensor) != _PROTOCOL:

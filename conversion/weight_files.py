@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint folder, safetensors or torch's `.bin`: which they are, and where every tensor lies."""
+"""The weight files of a checkpoint folder, safetensors or torch's `.bin`: which they are, and the place of every tensor."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _opened(
                 f"{folder / str(index_file)}: contradicts its shards at {len(wrong)} tensors ({_some(wrong)}); download it again"
             )
         if doubled:
-            notes.append(f"{folder}: {len(doubled)} tensors stand in two files ({_some(doubled)}); those of {index_file} are read")
+            notes.append(f"{folder}: {len(doubled)} tensors are in two files ({_some(doubled)}); those of {index_file} are read")
     home = {name: there[0] for name, there in where.items()} | (placed or {})
     shards = [Shard(file, meta, tuple(name for name in infos if home[name] == file)) for file, (infos, meta) in headers.items()]
     stale = sorted(known - {*files, index_file})

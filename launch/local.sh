@@ -30,7 +30,7 @@ while (($#)); do
       ;;
     --dry-run) dry=1 && shift ;;
     --) shift && break ;;
-    *) fail "unknown option $1; options stand before --, the arguments of omni-jax behind it" ;;
+    *) fail "unknown option $1; options go before --, the arguments of omni-jax after it" ;;
   esac
 done
 (($#)) || fail "nothing to run; give the arguments of omni-jax behind --"

@@ -34,7 +34,7 @@ while (($#)); do
     --no-smoke) smoke="" && shift ;;
     --dry-run) dry=1 && shift ;;
     --) shift && break ;;
-    *) fail "unknown option $1; options stand before --, the arguments of omni-jax behind it" ;;
+    *) fail "unknown option $1; options go before --, the arguments of omni-jax after it" ;;
   esac
 done
 for needed in name zone type version source workdir; do

@@ -29,7 +29,7 @@ class ClipError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class FilePart(os.PathLike[str]):
-    """A media file that lies inside another file and is read there: a member of a tar, or a cell of a Parquet column.
+    """A media file inside another file, read in place: a member of a tar, or a cell of a Parquet column.
 
     As a path it is FILE/NAME, which is what messages call it. `media.parts` opens it.
 
@@ -56,7 +56,7 @@ class FilePart(os.PathLike[str]):
 
 
 MediaFile: TypeAlias = "Path | FilePart"
-"""Where a record's video or sound lies."""
+"""The source of a record's video or sound."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +265,7 @@ class RowBatch:
     and each continuation a branch number of its own: a token sees its segment's branch 0 and its own branch.
 
     Attributes:
-      ids: (..., S) int32, the pad token where nothing stands.
+      ids: (..., S) int32, the pad token in empty places.
       media_index: (..., S) int32, row of the media table that replaces the token's embedding, -1 for text.
       positions: (..., 3, S) int32.
       segment: (..., S) int32, 1.. per row; 0 for padding.
@@ -314,7 +314,7 @@ class StepKind:
     Attributes:
       anchor, positive: whether z_TVA and z_T'V'A' are active.
       hard: modality that the hard negative exchanges, None for no hard negative.
-      singles: modalities embedded alone, in the order they stand in their row.
+      singles: modalities embedded alone, in their order in the row.
       pairs: pairs of L_A.
       layout: the prompts of each row that takes a gradient; None gives each tuple a row and the single modalities one together.
       hard_media: whether the sound or picture that the hard negative takes comes with the batch, as mined ones do; otherwise it is that of
@@ -347,7 +347,7 @@ class StepKind:
         return share_prefix and self.hard == "text"
 
     def pooled(self, share_prefix: bool) -> tuple[tuple[str, ...], ...]:
-        """The prompts pooled in each of the rows: a hard negative that is a branch stands behind its anchor."""
+        """The prompts pooled in each of the rows: a hard negative that is a branch follows its anchor."""
         behind = {"anchor": ("anchor", "hard")} if self.branches(share_prefix) else {}
         return tuple(tuple(name for first in names for name in behind.get(first, (first,))) for names in self.rows)
 

@@ -95,7 +95,7 @@ def model_meta(
     Args:
       folder, dtype, weights, step: as `OmniRetriever.from_pretrained` takes them.
       preset: a preset, its name or its fields; None: what mteb's own wrapper of this backbone does.
-      fields: of `ModelMeta`, in place of what stands here: name ("organization/model"), license, release_date, ...
+      fields: of `ModelMeta`, in place of the defaults: name ("organization/model"), license, release_date, ...
 
     Raises:
       InputError, ConfigError: as `OmniRetriever.from_pretrained`.

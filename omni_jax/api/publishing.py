@@ -148,7 +148,7 @@ def _listed(fields: Mapping[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value as it stands in a table, without what would end its cell."""
+    """A value as a table's cell, without what would end the cell."""
     return re.sub(r"[|\n]", " ", json.dumps(value) if isinstance(value, dict | list) else str(value))
 
 

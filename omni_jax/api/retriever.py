@@ -197,7 +197,7 @@ class OmniRetriever:
         An item is a caption (a string), a file (path, bytes or file object: a picture, or the pictures, the sound or both that it has), a
         PIL image, frames (n, height, width, 3), (waveform, rate), {"array", "fps"}, {"array", "sampling_rate"}, a decoder as torchcodec's,
         or a dict of what belongs together: {"text": ..., "video": ..., "audio": ..., "image": ..., "timestamps": (start, end)}. Items of
-        all kinds may stand in one list; each is embedded with what it has. {"video": path} takes the pictures of a file alone.
+        all kinds may be in one list; each is embedded with what it has. {"video": path} takes the pictures of a file alone.
 
         Args:
           inputs: one item, or a list or iterator of items.
@@ -279,7 +279,7 @@ class OmniRetriever:
 
     @property
     def prompts(self) -> dict[str, str]:
-        """Prompt name -> what stands before a caption; empty for a backbone that was trained without."""
+        """Prompt name -> what precedes a caption; empty for a backbone that was trained without."""
         return {name: f"{name}: " for name in PREFIXES} if self.config.prompt == "chat" else {}
 
     def count_tokens(self, text: str) -> int:

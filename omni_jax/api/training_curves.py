@@ -29,7 +29,7 @@ Series = dict[str, tuple[tuple[float, float], ...]]
 def read_series(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> Series:
     """Returns the named metrics that some row has, from rows with a "step".
 
-    A step that appears twice, as after a run was resumed, counts as it stands last.
+    A step that appears twice, as after a run was resumed, counts as it was last.
     """
     found: dict[str, dict[float, float]] = {name: {} for name in names}
     for row in rows:

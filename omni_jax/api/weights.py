@@ -179,7 +179,7 @@ def load_params(source: ModelSource, dtype: Any = None, mesh: Mesh | None = None
             for at, part in zip((path, (*path[:-1], SCALE)), rounded(array), strict=True):
                 params[at] = place(part, shardings.get(at))
             continue
-        # LoRA that the run added has no place in the base: it takes the type of the weights that it stands beside.
+        # LoRA that the run added has no place in the base: it takes the type of the weights that it is added to.
         kind = kinds.get(path) or _beside(kinds, path)
         params[path] = place(array.astype(kind), shardings.get(path))
     return params

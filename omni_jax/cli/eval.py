@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _made_otherwise(own: str, result: Mapping[str, Any], name: str, other: Mapping[str, Any]) -> list[str]:
-    """Lines about what two results that stand side by side do not have in common, besides their vectors."""
+    """Lines about what two results shown side by side do not have in common, besides their vectors."""
     lines = []
     ours, theirs = result.get("made_with"), other.get("made_with")
     if ours is not None and theirs is not None:

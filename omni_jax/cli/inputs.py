@@ -37,7 +37,7 @@ def read_tables(names: Sequence[str], choose: Choose | None = None, *, incomplet
 def read_captioned(
     names: Sequence[str], captions: str | None, *, incomplete: bool = False
 ) -> tuple[EmbeddingTable, dict[str, list[str]] | None, dict[str, list[str]]]:
-    """Returns tables, the relevance of their rows where captions stand apart from their clips, and the captions and clips left out then.
+    """Returns tables, the relevance of their rows where captions have rows of their own, and the captions and clips left out then.
 
     The `ids` are those of the clips.
     """

@@ -147,7 +147,7 @@ class Waiting:
 class Whole:
     """One bar for work of several parts, each of which reports by `Progress` objects as it does alone.
 
-    Use it as a context manager, and `part` for each part in turn. What the parts print stands above the bar.
+    Use it as a context manager, and `part` for each part in turn. What the parts print appears above the bar.
     """
 
     def __init__(

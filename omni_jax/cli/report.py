@@ -61,7 +61,7 @@ def page(
 
 
 def captions_of(records: Iterable[Record]) -> dict[str, str]:
-    """Returns captions by record; several of one clip (ids CLIP#NUMBER) stand under the clip's id too, one after the other."""
+    """Returns captions by record; several of one clip (ids CLIP#NUMBER) are found under the clip's id too, one after the other."""
     captions = {record.id: record.text for record in records if record.text}
     several: dict[str, list[str]] = {}
     for name, text in captions.items():

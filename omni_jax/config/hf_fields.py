@@ -96,7 +96,7 @@ _BEATS_TRAINING = frozenset(
 
 
 def thinker_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the configuration of the thinker, which may stand alone or within that of the whole model (`thinker_config`).
+    """Returns the configuration of the thinker, which may come alone or within that of the whole model (`thinker_config`).
 
     Raises:
       ConfigError: a part stands in both places with different values.

@@ -39,13 +39,13 @@ class Preset:
     Attributes:
       text_head: "last" pools text alone from the last layer, without the fusion head; "fused" sends it through the fusion head.
       end_token: whether a prompt ends with `<|im_end|>`.
-      filler: text that stands where a prompt has media and no caption; "" for none.
+      filler: text in place of a caption in prompts with media and no caption; "" for none.
       filler_audio, filler_video: the same where the prompt has audio alone, or video alone; None takes `filler`.
       audio_crop: "first" or "center": which part of a longer track is kept.
       audio_seconds: length kept, seconds; 0 keeps the whole track.
       audio_pad: whether a shorter track is zero-padded to `audio_seconds`.
       audio_start: "track": sound begins with the first sample of its track, as the reference has it (soundfile and librosa see no picture);
-        "clip": silence stands before a track that starts later than the picture.
+        "clip": silence precedes a track that starts later than the picture.
       audio_track, video_track: number of the track among those of its kind in a file, from 0; -1 takes the one marked as default, without a
         mark the largest.
       channels: "first" or "mean": how several audio channels become one.
@@ -58,7 +58,7 @@ class Preset:
       pixels: minimum and maximum area of a resized frame, pixels.
       min_pixels, max_pixels: the one or the other bound where they differ; 0 takes `pixels`.
       max_text_tokens: a longer caption is cut, and counted.
-      prefix: "passage" or "query": what stands before a caption ("passage: ") where its record names nothing else; "" for nothing. Only
+      prefix: "passage" or "query": what precedes a caption ("passage: ") where its record names nothing else; "" for nothing. Only
         for backbones whose prompts follow the chat template.
     """
 
@@ -129,7 +129,7 @@ class Preset:
         return self.max_frames if self.fps else self.frames
 
     def filler_of(self, table: str) -> str:
-        """Returns the text that stands in a prompt of this table where it has no caption."""
+        """Returns the text of a prompt of this table that has no caption."""
         own = {"audio": self.filler_audio, "video": self.filler_video}.get(table)
         return self.filler if own is None else own
 

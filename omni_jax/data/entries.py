@@ -3,7 +3,7 @@
 Two forms are known; each entry shows which it has:
   plain     {"id", "text", "video", "audio", "timestamps", "prefix"}, every field but `id` optional
   official  {"id", "conversations": [{"from": "human", ...}, {"from": "gpt", "value": CAPTION}], "video", "audio", "timestamps"}, as
-            OmniRetriever and WAVE train on: the id may be missing, a system turn may come first, a file may stand in a list of its own, and
+            OmniRetriever and WAVE train on: the id may be missing, a system turn may come first, a file may be in a list of its own, and
             `pos_image` may hold the video that belongs to a sound.
 Other fields are carried along in `Record.extra`.
 """
@@ -300,7 +300,7 @@ def _part(value: Mapping[str, Any], key: str, name: str, root: Any, confined: bo
 
 
 def _inside(path: Any, root: Any) -> bool:
-    """Whether a path, its links followed, lies under a folder. An object store has no links, and ".." there is a plain name or refused."""
+    """Whether a path, its links followed, is under a folder. An object store has no links, and ".." there is a plain name or refused."""
     if "://" in os.fspath(path) or "://" in os.fspath(root):
         text = os.fspath(path)
         return text.startswith(os.fspath(root).rstrip("/") + "/") and ".." not in text.split("/")

@@ -257,7 +257,7 @@ class _Parser:
         raise ClipError(f'its audio is a {type(value).__name__}; give (waveform, rate), {{"array", "sampling_rate"}}, a path or bytes')
 
     def file(self, value: Any, what: str) -> Any:
-        """Returns where a file lies; what is no path is written to the folder first."""
+        """Returns the path of a file; what is no path is written to the folder first."""
         if isinstance(value, FilePart):
             return value
         if isinstance(value, Mapping):

@@ -129,7 +129,7 @@ def read_manifest(
             fields, renamed = spelled(entry.fields)
             name, new = name_of(fields, entry.nameless)
             if name in first:
-                again = "the same entry stands" if new else f"id {name!r} was used"
+                again = "the same entry appears" if new else f"id {name!r} was used"
                 raise BadEntry(f"{again} {_place(first[name], entry)} already; give every record its own")
             first[name] = entry._replace(fields={})
             if name in here:

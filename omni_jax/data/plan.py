@@ -144,7 +144,7 @@ class Planner:
         return text, media
 
     def lengths(self, plan: UpdatePlan, micro: int, place: int, clip: int) -> PromptLengths:
-        """Returns the prompts' lengths, or bounds of them, of a clip that stands at a place of a micro-batch."""
+        """Returns the prompts' lengths, or bounds of them, of a clip at a place of a micro-batch."""
         taken = plan.clips[micro, plan.taken(micro)[place]] if plan.kinds[micro].shuffles else clip
         video, audio = self.media_tokens(clip)
         other_video, other_audio = self.media_tokens(taken)

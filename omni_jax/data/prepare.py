@@ -283,7 +283,7 @@ def write_shard(job: ShardJob, outcomes: Iterator[tuple[Any, Any]]) -> Iterator[
 
 
 def prepare_record(item: tuple[Record, Preset]) -> Prepared:
-    """Returns a record as it stands in a shard. Raises ClipError when its media cannot be used."""
+    """Returns a record as a shard holds it. Raises ClipError when its media cannot be used."""
     clip = load_training_clip(item)
     return Prepared(encode_clip(clip), index_row(clip), clip.warnings)
 

@@ -79,7 +79,7 @@ class RemoteShards:
 
         Args:
           extent: its bytes [start, stop).
-          end: those behind the shard's last record, which say where each record lies.
+          end: those behind the shard's last record, which say where each record is.
 
         Raises:
           InputError: when the store cannot be read.

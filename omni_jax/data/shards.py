@@ -218,7 +218,7 @@ def open_shard(path: Path, records: int) -> Any:
 def extents(path: Path) -> Extents:
     """Returns where the records of a shard lie, by the heads of its chunks: with groups of one a chunk is a record.
 
-    Source: github.com/google/riegeli, doc/riegeli_records_file_format.md. Block headers stand at every multiple of 64 KiB.
+    Source: github.com/google/riegeli, doc/riegeli_records_file_format.md. Block headers are at every multiple of 64 KiB.
     """
     size, bounds = path.stat().st_size, []
 

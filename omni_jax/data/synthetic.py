@@ -98,7 +98,7 @@ class SyntheticClip:
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticSet:
-    """Where a set lies: two manifests beside the folder of media."""
+    """The paths of a set: two manifests beside the folder of media."""
 
     train: Path
     held_out: Path

@@ -28,7 +28,7 @@ _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
 def sampled_frames(
     fetch: Callable[[list[int]], Sequence[Any]], count: int, fps: float, rule: FrameRule, timestamps: tuple[float, float] | None, name: str
 ) -> VideoFrames:
-    """Returns the frames that a rule takes of n frames in memory, each once: `frame_index` says which of them stand where (`repeated`).
+    """Returns the frames that a rule takes of n frames in memory, each once: `frame_index` gives their places (`repeated`).
 
     Args:
       fetch: gives the frames of some numbers, each a picture as `picture` takes it.

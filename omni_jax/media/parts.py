@@ -1,6 +1,6 @@
 """Media files that lie inside other files, read there: members of a tar and cells of a Parquet column. Nothing is unpacked.
 
-A member is a byte range of its tar. A cell lies in a page, which is compressed and often shared by all rows of a row group. So a row group
+A member is a byte range of its tar. A cell is in a page, which is compressed and often shared by all rows of a row group. So a row group
 is read in order; a process keeps its place in the last two columns, and the next row costs that row alone.
 """
 
@@ -19,7 +19,7 @@ from omni_jax.io.remote import is_remote
 from omni_jax.media.workers import goes_on
 from omni_jax.types import ClipError, FilePart, InputError
 
-_BLOCK = 512  # bytes: a tar's unit; the header of a member stands in the block before its bytes
+_BLOCK = 512  # bytes: a tar's unit; the header of a member is in the block before its bytes
 _LARGEST = 8 << 30  # bytes: the header of a larger member may state its size elsewhere
 _KEPT_COLUMNS = 2  # a record has two media files at most; each holds the pages that it reads, at most twice its bytes of a row group
 _BUFFER = 1 << 20  # bytes of a file that are read at a time, not a whole column of a row group

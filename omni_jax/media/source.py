@@ -154,7 +154,7 @@ def other_codec(container: av.container.InputContainer, stream: Any, path: os.Pa
 
 
 class Decoding:
-    """Frames of a track from where the container stands, through a chain of Ogg streams; what does not decode is counted, not raised.
+    """Frames of a track from the container's position on, through a chain of Ogg streams; what does not decode is counted, not raised.
 
     Attributes:
       packets: packets read whole.

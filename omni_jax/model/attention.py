@@ -92,7 +92,7 @@ def row_attention(
     """Returns the softmax attention of packed rows, under the mask that `row_mask` writes out.
 
     Args:
-      segment, branch: (R, S) int32, as in `types.RowBatch`; a prefix stands before its continuations, which count from 1.
+      segment, branch: (R, S) int32, as in `types.RowBatch`; a prefix precedes its continuations, which count from 1.
       kernel: one of KERNELS but "auto".
       branches: the largest branch number that may occur (read by splash, which pays for each beyond the first).
       causal: whether a query sees no later key; else it sees all of its segment, and there are no branches.
@@ -111,8 +111,8 @@ def row_attention(
 def splash_ids(segment: jax.Array, branch: jax.Array, branches: int) -> tuple[jax.Array, jax.Array]:
     """Returns the segment ids of queries (R, S) and of keys (R, branches * S): equal ids, and the causal mask, are `row_mask`.
 
-    Splash knows ids that must be equal, not branches. Branch 1 takes its prefix's id: the prefix stands before it, so that the causal mask
-    hides the branch from the prefix. For each further branch the keys stand once more, where only the prefix has an id: the branch's.
+    Splash knows ids that must be equal, not branches. Branch 1 takes its prefix's id: the prefix precedes it, so that the causal mask
+    hides the branch from the prefix. For each further branch the keys are repeated, where only the prefix has an id: the branch's.
     """
     size = branches + 1
     query = segment * size + jnp.maximum(branch, 1)

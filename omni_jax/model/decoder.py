@@ -180,7 +180,7 @@ class Decoder(nnx.Module):
         return constrain(pooled, "batch", None, None, None)
 
     def _look_up(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Token embeddings (R, S, D). Looked up where the table's width lies, over fsdp, then exchanged."""
+        """Token embeddings (R, S, D). Looked up in the parts of the table's width, over fsdp, then exchanged."""
         width, itemsize = self.config.hidden_size, jnp.dtype(dtype).itemsize
         mesh = jax.sharding.get_abstract_mesh()
         shards = 1 if mesh.empty else batch_shards(mesh)

@@ -147,7 +147,7 @@ def param_axes(config: ModelConfig) -> dict[tuple[str, ...], tuple[str | None, .
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[tuple[str, ...], NamedSharding]:
-    """Returns path -> where each parameter lies on a mesh."""
+    """Returns path -> the sharding of each parameter on a mesh."""
     shapes = abstract_params(config)
     return {path: sharding(axes, shapes[path].shape, mesh) for path, axes in param_axes(config).items()}
 

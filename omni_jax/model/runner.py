@@ -81,7 +81,7 @@ class Runner:
 
     @property
     def params(self) -> dict[Any, jax.Array]:
-        """Every parameter where it lies on the devices."""
+        """Every parameter, as placed on the devices."""
         return {tuple(path): slot.get_raw_value() for path, slot in nnx.to_flat_state(self._params)}
 
     def assign(self, params: Mapping[Any, jax.Array]) -> None:

@@ -136,7 +136,7 @@ def _walk(computations: dict[str, Computation], name: str, runs: int, in_loop: b
 def as_collective(item: Instruction, per_slice: int = 0, in_loop: bool = False) -> Collective | None:
     """Returns the collective that an instruction is or starts, run once; None for others and for groups of one device.
 
-    One that is fused into a chain of products stands in each of them: it counts where it starts.
+    One that is fused into a chain of products appears in each of them: it counts where it starts.
     """
     if _CARRIED.search(item.rest):
         return None

@@ -225,7 +225,7 @@ def _compiled(
 
     Args:
       waiting: bytes of a device that the program is not given: of batches still to come.
-      beside: from the bytes of the program's arguments those of what lies beside them all the while: weights that it does not read.
+      beside: from the bytes of the program's arguments those of what stays in memory beside them: weights that it does not read.
     """
     if not isinstance(mesh, Mesh):
         return program

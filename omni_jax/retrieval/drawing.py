@@ -1,4 +1,4 @@
-"""Chart geometry: numbers in, coordinates of an SVG out. The templates draw what stands here and know no arithmetic."""
+"""Chart geometry: numbers in, coordinates of an SVG out. The templates draw them and know no arithmetic."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Dot:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """One drawing of `width` x `height` units; the plot lies within (left, top) and (right, bottom)."""
+    """One drawing of `width` x `height` units; the plot is within (left, top) and (right, bottom)."""
 
     width: float
     height: float

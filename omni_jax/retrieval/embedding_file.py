@@ -1,6 +1,6 @@
 """Embedding files: one `.npz` of ids and tables, written whole or not at all, read without ever unpickling.
 
-Three forms (SPEC section 9). Ours holds `ids` (N,) and one (N, D) array per table; a table of fewer records stands beside its own
+Three forms (SPEC section 9). Ours holds `ids` (N,) and one (N, D) array per table; a table of fewer records comes with its own
 `{table}_ids`; a table may be int8 beside a `{table}_scale` (N,), as
 `omni-jax export --to int8` writes it. The official one holds one (D,) array per record and table under `{id}__text`, `{id}__video`,
 `{id}__audio`, `{id}__av`, `{id}__tv`, `{id}__at`. The published scorer's holds `text_embeds` and `mllm_embeds`, each (N, D).
@@ -8,7 +8,7 @@ Three forms (SPEC section 9). Ours holds `ids` (N,) and one (N, D) array per tab
 A set of parts is one table in several files, `NAME-IIIII-of-NNNNN.npz`, which `NAME.npz` names together. Above STAY bytes the rows of local
 files stay on disk and are read a block at a time (`stored_rows`).
 
-What the vectors were made with stands as JSON in a member `made_with` of ours; in the official form, whose readers may take every member
+What the vectors were made with is kept as JSON in a member `made_with` of ours; in the official form, whose readers may take every member
 for a vector, in the archive's comment. A Parquet file (`omni_jax.retrieval.parquet`) is read as ours is.
 """
 
@@ -233,7 +233,7 @@ def _tables_in(path: PathLike) -> list[str]:
 
 
 def _load(path: PathLike, wanted: Callable[[list[str]], Collection[str]], mapped: bool) -> tuple[dict[str, Any], str]:
-    """The members of an `.npz` file or the columns of a Parquet file, and what stands beside them."""
+    """The members of an `.npz` file or the columns of a Parquet file, and what is beside them."""
     return load_columns(path, wanted) if PurePath(path).suffix == SUFFIX else load_arrays(path, wanted, mapped)
 
 

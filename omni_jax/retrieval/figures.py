@@ -37,7 +37,7 @@ class Histogram:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Share of queries (0 to 1) whose relevant item stands at `ranks` or above, and what a random order would give."""
+    """Share of queries (0 to 1) whose relevant item has one of the first `ranks`, and what a random order would give."""
 
     ranks: tuple[int, ...]
     shares: tuple[float, ...]

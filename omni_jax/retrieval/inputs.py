@@ -251,7 +251,7 @@ def _joined(parts: Sequence[tuple[str, EmbeddingTable]], given: tuple[str, tuple
 
 
 def _order(path: str, part: EmbeddingTable, home: str, ids: tuple[str, ...] | None) -> np.ndarray | None:
-    """Rows of a part in the order of `ids`; None where they stand in it already or carry no ids."""
+    """Rows of a part in the order of `ids`; None where they have that order already or carry no ids."""
     if not part.named or ids is None or part.ids == ids:
         return None
     own = part.ids

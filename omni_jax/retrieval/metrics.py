@@ -15,7 +15,7 @@ from omni_jax.retrieval.statistics import LEVEL, RESAMPLES, HitCounts, intervals
 from omni_jax.types import EmbeddingTable, InputError
 
 TIES = ("optimistic", "average", "worst")
-"""Where an item stands among candidates of the same similarity: first (as published), in the middle, last."""
+"""The place of an item among candidates of the same similarity: first (as published), in the middle, last."""
 
 RECALL_AT = (1, 5, 10)
 NDCG_AT = 10
@@ -23,12 +23,12 @@ NDCG_AT = 10
 
 @dataclasses.dataclass(frozen=True)
 class FirstHitRanks:
-    """Where the first relevant item of every query of one direction stands.
+    """The rank of the first relevant item of every query of one direction.
 
     Attributes:
       query: (Q,) int64, row of the query table; a query without a relevant item has no entry.
       place: (Q,) float64, from 1, halves where `average` falls between two places.
-      item: (Q,) int64, row of the gallery that stands there.
+      item: (Q,) int64, row of the gallery at that rank.
       record: (Q,) int64, the query's record, as a position in `Scores.records`.
       gallery: rows of the gallery.
     """
@@ -74,7 +74,7 @@ def positions(ranks: Ranks, ties: str = "optimistic") -> np.ndarray:
     """Returns the place of every relevant item, from 1: (P,) float64, halves where `average` falls between two places.
 
     Relevant items tied with one another take places of their own: with r relevant and m other candidates level and b better ones, the
-    k-th of them stands at b + k, b + m + k, or b + k (r + m + 1) / (r + 1), its expected place under a random order.
+    k-th of them has rank b + k, b + m + k, or b + k (r + m + 1) / (r + 1), its expected place under a random order.
     """
     _check_ties(ties)
     _, block, size = np.unique(np.stack([ranks.query, ranks.better]), axis=1, return_inverse=True, return_counts=True)

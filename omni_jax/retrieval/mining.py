@@ -36,7 +36,7 @@ class MiningConfig:
       absolute_margin: a candidate's cosine must lie so far below the relevant item's. 0 leaves out what scores above it, a likely false
         negative; None: no such guard.
       relative_margin: a candidate's cosine must be at most (1 - margin) times the relevant item's; None: no such guard.
-      sampling: "top" takes the hardest, "random" draws among those that are left (seed `seed`); either way the hardest stands first.
+      sampling: "top" takes the hardest, "random" draws among those that are left (seed `seed`); either way the hardest comes first.
     """
 
     num_negatives: int = 5

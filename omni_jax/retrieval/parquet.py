@@ -1,6 +1,6 @@
 """Embedding tables as Parquet: a column of ids, a column of fixed-size lists for each table, captions and paths, what made the vectors.
 
-A record that a table lacks is null there. What the vectors were made with stands in the metadata of the file under `omni_jax`, as JSON.
+A record that a table lacks is null there. What the vectors were made with is in the metadata of the file under `omni_jax`, as JSON.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ OMNIRETRIEVER_BENCH: dict[str, dict[str, Any]] = {
         "AVG-all": 34.84,
     },
 }
-"""The 12 directions over the 3,782 records of OmniRetriever-Bench. Only the cells that are known stand here."""
+"""The 12 directions over the 3,782 records of OmniRetriever-Bench. Only the known cells."""
 
 OMNIRETRIEVER_BENCH_RECORDS = 3782
 
@@ -70,8 +70,8 @@ OTHER_BENCHMARKS: dict[str, dict[str, tuple[str, dict[str, float]]]] = {
 
 
 def published(benchmark: str = BENCH) -> dict[str, dict[str, Any]]:
-    """Returns the published rows of a benchmark by heading, in the shape of `evaluate`; "source" says where each stands, "n" is the gallery
-    where it is known.
+    """Returns the published rows of a benchmark by heading, in the shape of `evaluate`; "source" is where each was published, "n" the
+    gallery where it is known.
 
     Raises:
       InputError: for a benchmark without published rows.

@@ -50,7 +50,7 @@ class Vectors:
       rows: (N, D) float32 or bfloat16, as given; they may stay on disk.
       scale: (N,) float32, reciprocal norms.
       same: (N,) int32, first row that holds the same direction bit for bit.
-      unscaled: whether every norm lies within UNSCALED.
+      unscaled: whether every norm is within UNSCALED.
     """
 
     rows: np.ndarray | StoredRows
@@ -61,7 +61,7 @@ class Vectors:
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """Where the relevant items stand, one entry per (query, relevant item), ordered by query.
+    """Ranks of the relevant items, one entry per (query, relevant item), ordered by query.
 
     Attributes:
       queries: rows of the query table. A query without a relevant item has no entry.

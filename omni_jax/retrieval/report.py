@@ -1,4 +1,4 @@
-"""One result as a self-contained HTML page: what stands in it, and the page's text. The templates beside this file draw it.
+"""One result as a self-contained HTML page: its contents, and the page's text. The templates beside this file draw it.
 
 Nothing in the page asks a network: style, script, pictures and sounds are inside, and its content security policy allows nothing else. What
 people wrote (captions, ids, file names) is escaped by the template engine, and would not run if it were not: the policy admits one script,

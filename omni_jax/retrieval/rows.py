@@ -41,7 +41,7 @@ def lengths(rows: np.ndarray | StoredRows, name: str, ids: Sequence[str] | None 
 
     Args:
       ids: of all records of the table, for the message.
-      numbers: (N,), where the rows stand in the table; None: from 0.
+      numbers: (N,), the rows' places in the table; None: from 0.
 
     Raises:
       InputError: for rows with NaN, infinity, or no usable norm, naming them.

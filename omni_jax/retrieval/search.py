@@ -32,7 +32,7 @@ another prefix.
 
 Int8 weights on one side turn a cosine by little, which is said (`held_otherwise`)."""
 
-# Query -> tables to search in, best first: what lies furthest from what is already at hand.
+# Query -> tables to search in, best first: what is least like what is already at hand.
 TARGETS = {
     "text": ("av", "video", "audio", "tva", "tv", "at", "text"),
     "audio": ("video", "tv", "text", "av", "audio", "tva", "at"),

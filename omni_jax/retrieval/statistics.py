@@ -166,7 +166,7 @@ def _paired(first: HitCounts, second: HitCounts) -> tuple[HitCounts, HitCounts]:
     lacking = [name for name in first.records if name not in set(second.records)]
     if lacking or len(first.records) != len(second.records):
         count = f"{len(first.records)} and {len(second.records)} records"
-        named = f", {lacking[0]!r} stands in the first alone" if lacking else ""
+        named = f", {lacking[0]!r} is in the first only" if lacking else ""
         raise InputError(f"a paired test needs the same records on both sides: {count}{named}; score the records both have")
     shared = tuple(name for name in first.directions if name in second.directions)
     if not shared:

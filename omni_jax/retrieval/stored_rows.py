@@ -138,7 +138,7 @@ class StoredRows:
         return out
 
     def _within(self, start: int, stop: int) -> Iterator[tuple[_Piece, int, int, int]]:
-        """Yields the pieces that hold rows from start to stop: which of their own rows, and where these stand among those asked for."""
+        """Yields the pieces that hold rows from start to stop: which of their own rows, and the place of these among those asked for."""
         for piece, first in zip(self._pieces, self._starts.tolist(), strict=False):
             begin, end = max(first, start), min(first + piece.count, stop)
             if begin < end:

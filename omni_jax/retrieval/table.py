@@ -24,7 +24,7 @@ COLUMNS = {
 
 POLICY = {
     "optimistic": "ties count in the query's favour (optimistic, as in the published scorer)",
-    "average": "a relevant item stands in the middle of the candidates level with it (average)",
+    "average": "a relevant item is in the middle of the candidates level with it (average)",
     "worst": "a candidate level with the relevant one counts as better (worst)",
 }
 ABSENT = "-"
@@ -123,7 +123,7 @@ def _cell(value: Any, spec: str) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], rule_before: Sequence[int]) -> list[str]:
-    """Returns rows of cells as lines, the first column to the left and the others to the right; rules stand before some rows."""
+    """Returns rows of cells as lines, the first column to the left and the others to the right; rules are drawn above some rows."""
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     lines = []
     for number, row in enumerate(rows):

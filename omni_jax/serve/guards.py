@@ -1,4 +1,4 @@
-"""What stands before every route: whose requests are answered, how much they may send and for how long, and what a page may do.
+"""Checks before every route: whose requests are answered, how much they may send and for how long, and what a page may do.
 
 A page of another site must not use this server through a visitor's browser. So `Host` must be a name of this server (a name that somebody
 points at 127.0.0.1 is not), `Origin` must be this server's own, and browsers' `Sec-Fetch-Site` may not say that another site asks.

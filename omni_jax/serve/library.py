@@ -128,7 +128,7 @@ class Library:
         return self._records.get(self.ids[number]) if 0 <= number < len(self.ids) else None
 
     def _confined(self, path: MediaFile | None) -> MediaFile | None:
-        """The file itself, links followed, where it lies in the folder of media and is a regular file; of a part, where its file does."""
+        """The file itself, links followed, if it is a regular file in the folder of media; for a part, if its file is."""
         if path is None or self._media is None:
             return None
         if isinstance(path, FilePart):

@@ -16,7 +16,7 @@ from omni_jax.types import SOURCE_AUDIO, SOURCE_VIDEO, RowBatch, TokenSequence
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Prompts of one clip that stand together in a row, the media they share once.
+    """Prompts of one clip that share a row, the media they share once.
 
     Attributes:
       clip: number of the clip in the batch.
@@ -93,7 +93,7 @@ def row_batch(rows: Sequence[Sequence[Group]], *, count: int, size: int, slots: 
       rows: the groups in each row, at most `count` rows.
       count, size, slots: R, S and K.
       media: clip -> its rows of the media table.
-      pad: id where nothing stands.
+      pad: id of empty places.
 
     Raises:
       ValueError: where groups do not fit their row, or a clip has fewer media tokens than a prompt of it.

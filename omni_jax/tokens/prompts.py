@@ -65,7 +65,7 @@ USER = "user\n"
 
 
 def prompt_head(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Returns the indices of what stands before a prompt's media and text: nothing, or the chat template up to the words "user\\n".
+    """Returns the indices of what precedes a prompt's media and text: nothing, or the chat template up to the words "user\\n".
 
     Raises:
       InputError: for a tokenizer without `<|im_start|>`.

@@ -78,7 +78,7 @@ class Tokenizer:
         return cls(plain, {**_added_tokens(folder, files), **added}, str(folder), _digest(files))
 
     def check(self, tokens: SpecialTokens) -> None:
-        """Holds the control tokens against those of a model, padding aside: any index may stand where nothing is read.
+        """Holds the control tokens against those of a model, padding aside: any index may fill places that are not read.
 
         Raises:
           InputError: naming the first that differs.

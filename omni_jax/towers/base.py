@@ -42,10 +42,10 @@ class Tower(abc.ABC):
     """One tower: what it reads of a clip, how that is batched, what it makes of it, and what that costs.
 
     Attributes:
-      name: its field of `types.MediaBatch` and `types.EncoderBatch`, and where its parameters stand.
+      name: its field of `types.MediaBatch` and `types.EncoderBatch`, and the path of its parameters.
       modality: "video" or "audio". Of several towers of one modality a prompt has the tokens in turn.
       fields: arrays of its batch, in their order -> axes of one item.
-      fills: of them, what stands where nothing is, other than 0.
+      fills: of them, the value of empty places, other than 0.
       unit: new sizes are multiples of it with three significant bits; the items' own where all are equal and `exact`.
       most: items of a batch.
     """

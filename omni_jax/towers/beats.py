@@ -58,7 +58,7 @@ class BeatsInput(Tower):
         return batch.fbank, batch.frames
 
     def features(self, model: Any, arrays: Sequence[Any], tokens: int) -> Any:
-        # The bridge trains, so what is kept stands before it; it reads two features for each audio token.
+        # The bridge trains, so its inputs are kept; it reads two features for each audio token.
         return model.beats(*arrays, dtype=model.dtype)[0][:, : 2 * tokens]
 
     def project(self, model: Any, features: Any, tokens: int) -> Any:

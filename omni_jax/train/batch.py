@@ -238,7 +238,7 @@ def _exchanged(media: MediaBatch, kind: StepKind) -> MediaBatch:
 
 
 def _rest(example: Example) -> int:
-    """Tokens of the hard negative's branch: what stands behind the media."""
+    """Tokens of the hard negative's branch: what follows the media."""
     return len(example.prompts["hard"].ids) - example.prompts["hard"].prefix
 
 
@@ -248,7 +248,7 @@ def _check_branch(b: int, anchor: TokenSequence, hard: TokenSequence) -> None:
 
 
 def _media_rows(media: MediaBatch, shapes: BatchShapes, config: ModelConfig) -> MediaRows:
-    """Returns where a clip's tokens stand in its own media table."""
+    """Returns the places of a clip's tokens in its own media table."""
     first = 0
     rows: dict[str, list[np.ndarray]] = {"video": [], "audio": []}
     for tower in towers_of(config):

@@ -292,7 +292,7 @@ def _of_the_machine(error: Exception) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """Returns what an error of a library says, cut to one line; of TensorStore's the system's reason, which stands behind long paths."""
+    """Returns what an error of a library says, cut to one line; of TensorStore's the system's reason, which follows long paths."""
     text = " ".join(str(error).split())
     if code := re.search(r"os_error_code='?(\d+)", text):
         return os.strerror(int(code[1]))

@@ -1,4 +1,4 @@
-"""Plain values to a frozen record, each field checked against its annotation: what stands between a config file and the run."""
+"""Plain values to a frozen record, each field checked against its annotation: from a config file to the run."""
 
 from __future__ import annotations
 

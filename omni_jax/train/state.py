@@ -49,7 +49,7 @@ def new_state(trainable: Arrays, optimizer: optax.GradientTransformation, seed: 
 
 
 def array_shardings(arrays: Arrays, config: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
-    """Returns path -> sharding for parameters by path; what is not the encoder's stands whole on every device."""
+    """Returns path -> sharding for parameters by path; what is not the encoder's is replicated."""
     axes = {"/".join(path): names for path, names in param_axes(config).items()}
     whole = NamedSharding(mesh, PartitionSpec())
     return {path: sharding(axes[path], x.shape, mesh) if path in axes else whole for path, x in arrays.items()}

@@ -26,7 +26,7 @@ AT_ONCE = 2**26
 
 Features = dict[str, jax.Array]
 """Tower name -> features of each copy: vision (B, C, t * P/4, D), audio (B, C, c * 50, D), beats (B, C, c * 100 at most, BEATs width): what
-stands before the bridge."""
+precedes the bridge."""
 
 
 def run_towers(model: Encoder, clips: MediaBatch, towers: Collection[str]) -> Features:

@@ -22,7 +22,7 @@ from omni_jax.types import InputError
 Arrays = dict[str, jax.Array]
 
 HEADS = {"classify_linear": "head/", "beats_ln": "bridge/norm/", "beats_proj": "bridge/fc"}
-"""Modules that every recipe trains, by their names in a PEFT adapter, and where they stand."""
+"""Modules that every recipe trains, by their names in a PEFT adapter, and their paths."""
 
 RECIPES = ("adapter", "all")
 

@@ -71,7 +71,7 @@ def test_what_lies_beside_the_clips_of_a_tar_is_no_record_and_what_lies_behind_i
     assert [record.id for record in found.records] == ["a"] and any(note.startswith("files .md that are not read") for note in found.notes)
     assert [problem.reason for problem in found.problems] == [f"{one}:b: .txt: over 1 MiB of text is no caption; shorten it"]
     (tmp_path / "joined.tar").write_bytes(one.read_bytes() + make_tar(tmp_path / "other.tar", {"c.txt": b"fog"}).read_bytes())
-    assert "bytes that are not read stand behind the end of the tar" in read_manifest(tmp_path / "joined.tar").problems[-1].reason
+    assert "bytes that are not read follow the end of the tar" in read_manifest(tmp_path / "joined.tar").problems[-1].reason
     found = read_manifest(make_tar(tmp_path / "only.tar", {"README": b"x"}))
     assert not found.records and "has no text, video or audio" in found.problems[0].reason
 

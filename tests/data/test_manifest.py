@@ -339,7 +339,7 @@ def test_conversations_without_ids_get_the_same_ones_in_any_order(tmp_path: Path
     assert [r.id for r in read_manifest(write(tmp_path, *reversed(entries))).records] == names[::-1]
     assert any("3 conversations have no id" in note and names[0] in note for note in got.notes)
     (problem,) = got.problems
-    assert "the same entry stands on line 2 already" in problem.reason
+    assert "the same entry appears on line 2 already" in problem.reason
     assert read_manifest(write(tmp_path, official("a", id="x"))).notes[0].startswith("1 conversations ask something of their own")
 
 

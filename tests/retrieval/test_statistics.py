@@ -168,7 +168,7 @@ def test_records_are_paired_by_name_and_directions_by_both() -> None:
     assert list(got) == ["t2v", "a2t"] and "AVG-single" in want
     assert_close([got[d].difference for d in got], [want[d].difference for d in got], "metric")
     for other, words in (
-        (one_query_each(second.hits[:29], SINGLE), "30 and 29 records, 29 stands in the first alone"),
+        (one_query_each(second.hits[:29], SINGLE), "30 and 29 records, 29 is in the first only"),
         (one_query_each(second.hits, list(DIRECTIONS)[6:]), "a direction that both sides have"),
         (HitCounts(second.records, second.directions, second.hits, 2 * second.asked), "the same queries"),
     ):

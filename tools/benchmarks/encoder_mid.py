@@ -1,7 +1,7 @@
 """Speed of the encoder on two CPU threads beside the torch thinker of the `transformers` package: same clips, weights and work.
 
 Both sides compute the whole encoder of WAVE (towers, BEATs, bridge, interleaved prompts, decoder, all-layer fusion head, no `lm_head`) on
-the same features; the thinker has no BEATs, so a plain torch one stands beside it. Making prompts and batches from the features is within
+the same features; the thinker has no BEATs, so a plain torch one is added. Making prompts and batches from the features is within
 the time on both sides. The first figures are one prompt a clip (table tva), batch 1 and batch 8; the others all seven tables of a clip,
 where omni_jax runs each tower once and shares media prefixes, beside torch encoding every table on its own and torch keeping the towers'
 outputs.

@@ -65,7 +65,7 @@ def check(address: str, golden: GoldenSet, folder: Path, out: Path | None) -> li
         expect(tab.run("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than a narrow window")
         if out:
             tab.picture(out / "serve-narrow.png", whole=True)
-        # A refused upload stands in the console by itself, and so does the preview of an empty file.
+        # The browser logs a refused upload by itself, and the preview of an empty file, too.
         complaints = [
             line
             for line in tab.complaints

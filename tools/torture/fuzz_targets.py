@@ -101,7 +101,7 @@ def manifest(data: bytes) -> None:
 
 
 def safetensors_header(data: bytes) -> None:
-    """A header is refused, or every tensor lies whole, in its own bytes, within the file."""
+    """A header is refused, or every tensor has all of its bytes, its own, within the file."""
     path = epath.Path(_file("x.safetensors", data))
     with _nothing_runs():
         try:
@@ -160,7 +160,7 @@ def _model() -> tuple[Tokenizer, ModelConfig, frozenset[int]]:
 
 
 def prompt_builder(data: bytes) -> None:
-    """A caption becomes ordinary text, whatever stands in it; one that is no text is refused."""
+    """A caption becomes ordinary text, whatever is in it; one that is no text is refused."""
     tokenizer, config, control = _model()
     text = data[1:].decode("utf-8", errors="surrogatepass" if data[:1] < b"\x80" else "surrogateescape") if _decodes(data) else "x"
     vision = VisionFeatures(np.zeros((16, config.vision.patch_values), np.float32), VideoGrid((1, 4, 4), 1.0))

@@ -1,7 +1,7 @@
 """Media files made to break a reader: mutations of whole files, lying headers and what is valid but seldom seen.
 
-Everything follows from the seed. A case is a file with a name that says what was done to it; whole files (`good-...`) stand between the
-others and must come out the same whatever stands around them.
+Everything follows from the seed. A case is a file with a name that says what was done to it; whole files (`good-...`) come between the
+others and must come out the same whatever is around them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FLIPS = (0.0001, 0.001, 0.01, 0.05)  # shares of the bits
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One record of the corpus; the file stands in the field `video`, in `audio`, or in both."""
+    """One record of the corpus; the file is in the field `video`, in `audio`, or in both."""
 
     id: str
     file: str

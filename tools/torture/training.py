@@ -146,7 +146,7 @@ class _Run:
         return process.poll() is None
 
     def _moment(self) -> str:
-        """Returns in what the run is, by what lies in its workdir."""
+        """Returns the state of the run, by the contents of its workdir."""
         row = newest_row(self._workdir)
         if row and row % EVALUATED == 0 and not evaluated(self._workdir, row):
             return "evaluation"

@@ -73,8 +73,8 @@ def read_text(path: PathLike) -> str:
 def read_csv(path: PathLike) -> Table:
     """Returns a table of comma-separated values, or of tab-separated ones where the head has no comma.
 
-    A row with more or fewer cells than there are columns is a problem: a caption with a comma and no quotes would be cut, and what stands
-    behind it would move to other columns.
+    A row with more or fewer cells than there are columns is a problem: a caption with a comma and no quotes would be cut, and what comes
+    after it would move to other columns.
 
     Raises:
       InputError: for a file that is no such table, names a column twice or has no row.

@@ -45,7 +45,7 @@ def _entries(path: os.PathLike[str] | str) -> Iterator[tuple[int, str, dict[str,
 
 
 def _one_object(path: os.PathLike[str] | str, file: IO[bytes]) -> dict[str, Any] | BadEntry:
-    """Returns the object that stands on all lines of a file together. Raises InputError where it is not one record."""
+    """Returns the one object that all lines of a file make. Raises InputError where it is not one record."""
     file.seek(0)
     fields = parse(file.read(_LONGEST_LINE + 1).removeprefix(_MARK))
     if isinstance(fields, BadEntry):
@@ -101,7 +101,7 @@ def _array(data: bytes) -> Iterator[tuple[int, str, dict[str, Any] | BadEntry]]:
     place = _past_space(text, place + 1)
     if place < len(text):
         line += text.count("\n", counted, place)
-        yield line, str(line), BadEntry("text stands behind the end of the array, which is not read; write one array, or one record a line")
+        yield line, str(line), BadEntry("text follows the end of the array, which is not read; write one array, or one record a line")
 
 
 def _past_space(text: str, place: int) -> int:

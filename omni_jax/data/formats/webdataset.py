@@ -1,4 +1,4 @@
-"""Files that are grouped by what stands before the first dot of their names: members of a tar (WebDataset), or files of a folder.
+"""Files that are grouped by what precedes the first dot of their names: members of a tar (WebDataset), or files of a folder.
 
 `clip1.mp4`, `clip1.wav`, `clip1.txt` and `clip1.json` are one record, clip1. Text is the caption, JSON its other fields.
 """
@@ -18,7 +18,7 @@ from omni_jax.data.formats.json_entries import parse
 from omni_jax.types import FilePart, InputError
 
 _LONGEST_TEXT = 1 << 20  # bytes of a member that holds a caption or fields
-_BLOCK = 1 << 20  # bytes of what stands behind a tar
+_BLOCK = 1 << 20  # bytes of what follows a tar
 
 
 @dataclasses.dataclass
@@ -58,8 +58,8 @@ def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes)
                 damaged = f"the tar is truncated or damaged after {len(groups)} records ({error}); fetch it again"
             else:
                 if any(block.strip(b"\0") for block in iter(lambda: file.read(_BLOCK), b"")):
-                    damaged = f"bytes that are not read stand behind the end of the tar, after {len(groups)} records: tars that were "
-                    damaged += "joined byte by byte must stand in files of their own"
+                    damaged = f"bytes that are not read follow the end of the tar, after {len(groups)} records: tars that were "
+                    damaged += "joined byte by byte must be in files of their own"
     yield from _records(path, groups, columns, notes)
     if damaged:
         yield Entry(path, "end", BadEntry(damaged), len(groups) + 1)
@@ -171,7 +171,7 @@ def _kind(extension: str) -> str | None:
 
 
 def _fields(key: str, files: Mapping[str, FilePart | str | bytes], columns: Mapping[str, str]) -> dict[str, Any] | BadEntry:
-    """Returns the fields of a record from its files. A file stands above a field of JSON, and `columns` above both."""
+    """Returns the fields of a record from its files. A file overrides a field of JSON, and `columns` overrides both."""
     fields: dict[str, Any] = {}
     contents: dict[str, Any] = {}
     for extension, held in files.items():
