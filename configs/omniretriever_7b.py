@@ -1,4 +1,4 @@
-"""OmniRetriever-7B as published: LoRA, the fusion head and the BEATs bridge of WAVE-7B, one epoch, 256 clips an update.
+"""OmniRetriever-7B as published: LoRA, the fusion head and the BEATs bridge of WAVE-7B, one epoch, 256 clips a step.
 
     omni-jax train --config omniretriever_7b --workdir runs/omni7b \
         --config.model.base=wave7b --config.data.train=shards --config.evaluation.manifest=held_out.jsonl

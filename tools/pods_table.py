@@ -23,7 +23,7 @@ class Case(NamedTuple):
 
     Attributes:
       topology, slices: as on the command line.
-      clips, micro_batches: of a micro-batch, and of an update.
+      clips, micro_batches: of a micro-batch, and of a step.
       kinds: places in the cycle of step kinds.
       programs: as on the command line.
       remat: of the decoder's layers.

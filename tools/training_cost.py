@@ -59,7 +59,7 @@ class ClipSizes:
 def update_flops(
     config: ModelConfig, recipe: StepConfig, micro_batches: Sequence[tuple[StepKind, BatchShapes]], *, clips: int
 ) -> StepFlops:
-    """Returns what the compiled programs of one update multiply, padding included.
+    """Returns what the compiled programs of one step multiply, padding included.
 
     Args:
       micro_batches: the kind of each, with the layout of its rows, and its sizes.

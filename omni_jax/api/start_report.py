@@ -17,10 +17,10 @@ from omni_jax.types import Record
 
 
 def data_notes(run: RunConfig, source: ClipSource, planner: Planner, total: int) -> Iterator[str]:
-    """Yields a line each for fields that are not read, clips that no update holds, clips without sound, hard negatives that are none.
+    """Yields a line each for fields that are not read, clips that no step holds, clips without sound, hard negatives that are none.
 
     Args:
-      total: updates of the run.
+      total: steps of the run.
     """
     clips, size, per_epoch = len(source), run.batch.clips, planner.updates_per_epoch
     yield from (f"{run.data.train}: {note}" for note in getattr(source, "notes", ()))

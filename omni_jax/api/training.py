@@ -84,7 +84,7 @@ class Outcome:
     """Where a run stands when it is left.
 
     Attributes:
-      step, total: updates made, and updates in all.
+      step, total: steps made, and steps in all.
       finished: whether all are made, and the evaluation after the last one.
     """
 
@@ -349,7 +349,7 @@ def _resumed(checkpoints: Checkpoints, state: TrainState, callbacks: TrainCallba
     if restored is None:
         return state
     callbacks.log(f"resuming from step {int(restored.step)}")
-    # What a checkpoint gives and what an update gives lie alike: nothing is compiled twice.
+    # What a checkpoint gives and what a step gives have the same layout: nothing is compiled twice.
     return jax.tree.map(lambda new, old: jax.device_put(jnp.asarray(new), old.sharding), restored, state)
 
 

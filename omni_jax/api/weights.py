@@ -45,7 +45,7 @@ class ModelSource:
       manifest: what that folder says of itself.
       config: the architecture, LoRA included.
       run: what the run of a workdir was started with; None for a converted folder.
-      step: updates of that run; None likewise.
+      step: steps of that run; None likewise.
     """
 
     home: epath.Path
@@ -93,7 +93,7 @@ class ModelSource:
 
 
 def open_model(directory: str | os.PathLike[str], step: int | None = None, weights: str = "keep") -> ModelSource:
-    """Returns the model of a converted folder, or of a workdir at its newest checkpoint or the one after `step` updates.
+    """Returns the model of a converted folder, or of a workdir at its newest checkpoint or the one after `step` steps.
 
     Args:
       weights: of WEIGHTS.

@@ -1,9 +1,9 @@
 """The order of clips and every draw of a training run, each a pure function of the seed and of what it is for.
 
 Up to WHOLE clips an epoch is shuffled as one. Of more, a place's clip is computed from the place, and the clips of a group are kept apart
-within windows of updates, so that time and memory do not grow with N.
+within windows of steps, so that time and memory do not grow with N.
 
-Letters: N clips of the source, U clips of an update, B clips of a micro-batch, G blocks that exchange features.
+Letters: N clips of the source, U clips of a step, B clips of a micro-batch, G blocks that exchange features.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ class RngStream(enum.IntEnum):
 
 
 def generator(seed: int, purpose: RngStream, first: int, second: int = 0) -> np.random.Generator:
-    """Returns the stream of one purpose and two numbers (update and clip, or epoch)."""
+    """Returns the stream of one purpose and two numbers (step and clip, or epoch)."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, int(purpose), first, second])))
 
 
 def window_updates(count: int, per_update: int) -> int:
-    """Returns the updates of a window: all of an epoch of up to WHOLE clips."""
+    """Returns the steps of a window: all of an epoch of up to WHOLE clips."""
     return max(1, count // per_update if count <= WHOLE else WINDOW // per_update)
 
 
 def epoch_order(
     seed: int, epoch: int, count: int, per_update: int, groups: Callable[[np.ndarray], np.ndarray] | None = None, window: int = 0
 ) -> np.ndarray:
-    """Returns the clips of a window of an epoch in order, (updates, U) int64: each clip at most once in an epoch, the last N mod U of the
+    """Returns the clips of a window of an epoch in order, (steps, U) int64: each clip at most once in an epoch, the last N mod U of the
     shuffle left out.
 
     Args:
-      groups: gives clips (n,) their groups (n,) int: clips of a group do not share an update as long as the window has another place.
-      window: its number; it holds `window_updates(count, per_update)` updates, or those that are left.
+      groups: gives clips (n,) their groups (n,) int: clips of a group do not share a step as long as the window has another place.
+      window: its number; it holds `window_updates(count, per_update)` steps, or those that are left.
 
     Raises:
-      InputError: where the source holds fewer clips than an update takes.
+      InputError: where the source holds fewer clips than a step takes.
     """
     updates = count // per_update
     if not updates:
-        raise InputError(f"{count} clips are fewer than the {per_update} of an update; lower batch.micro_batch or batch.micro_batches")
+        raise InputError(f"{count} clips are fewer than the {per_update} of a step; lower batch.micro_batch or batch.micro_batches")
     length = window_updates(count, per_update)
     here = min(length, updates - window * length)
     if count <= WHOLE:
@@ -105,7 +105,7 @@ def numbered(values: Iterable[Hashable]) -> np.ndarray:
 
 
 def _spread(order: np.ndarray, groups: np.ndarray, updates: int, per_update: int) -> np.ndarray:
-    """Moves a clip whose group is in its update already to the next update that lacks the group, if any is left.
+    """Moves a clip whose group is in its step already to the next step that lacks the group, if any is left.
 
     Args:
       groups: of the clips, in their order.
@@ -169,11 +169,11 @@ def apart(shuffle: np.ndarray, same: np.ndarray) -> np.ndarray:
 
 
 def stand_ins(seed: int, update: int, place: int, held: np.ndarray, count: int, most: int) -> np.ndarray:
-    """Returns clips that may stand in for the one at a place of an update (of all its micro-batches): first its own, then those of the
+    """Returns clips that may stand in for the one at a place of a step (of all its micro-batches): first its own, then those of the
     other places, beginning with the next one's last, so that two places hardly take the same. Every process and repetition gets the same.
 
     Args:
-      held: (U,) int, the clips of the update, none of which stands in.
+      held: (U,) int, the clips of the step, none of which stands in.
       count: N.
       most: clips returned of each kind.
     """

@@ -1,4 +1,4 @@
-"""Batches of a training run: any update can be made from the seed and its number alone, by any process, in any worker.
+"""Batches of a training run: any step can be made from the seed and its number alone, by any process, in any worker.
 
 Letters: M micro-batches, B clips of a micro-batch over all processes, b of one process.
 """
@@ -53,7 +53,7 @@ CANDIDATES = 256  # clips looked at to replace one that cannot be read
 ATTEMPTS = 16  # of them read, at most
 RESTARTS = 3  # workers that may die in a row before the run gives up
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.ENOMEM)
-AHEAD = 2  # updates made ahead in a thread where there are no workers, and whose clips are read ahead by each worker
+AHEAD = 2  # steps made ahead in a thread where there are no workers, and whose clips are read ahead by each worker
 
 
 class Pack(Protocol):
@@ -69,7 +69,7 @@ class Pack(Protocol):
 )
 @dataclasses.dataclass(frozen=True)
 class PipelineBatch:
-    """One update's data of this process.
+    """One step's data of this process.
 
     Attributes:
       update: its number, from 0.
@@ -109,12 +109,12 @@ class _Loaded:
 class TrainPipeline:
     """Training batches of one process, in order.
 
-    The order of clips, their augmented copies and their hard negatives depend on the seed and the update's number alone: they are
+    The order of clips, their augmented copies and their hard negatives depend on the seed and the step's number alone: they are
     the same for any number of processes, of which each makes its contiguous slice of every micro-batch, and of workers. An epoch is a
-    shuffle by (seed, epoch); the clips that fill no whole update at its end are left out of it.
+    shuffle by (seed, epoch); the clips that fill no whole step at its end are left out of it.
 
     Attributes:
-      planner: what every update holds before anything is read; `planner.updates_per_epoch`.
+      planner: what every step holds before anything is read; `planner.updates_per_epoch`.
     """
 
     def __init__(
@@ -139,12 +139,12 @@ class TrainPipeline:
         Args:
           batch: sizes, seed and rules of the batches.
           kinds: update -> the step kind of each of its micro-batches.
-          workers: processes that make batches, an update each; 0 makes them in a thread.
+          workers: processes that make batches, a step each; 0 makes them in a thread.
           process_index, process_count: of this process among those that share every micro-batch.
           augment: which changes the augmented copies have; default all.
           kept: clip of the source -> what was read of it, with its features: filled before the first batch and used, for sets that fit in
             memory; None keeps nothing.
-          negatives: mined hard negatives; default none, all come from the other clips of an update.
+          negatives: mined hard negatives; default none, all come from the other clips of a step.
 
         Raises:
           InputError: where the clips, the processes or the captions do not allow such batches.
@@ -165,9 +165,9 @@ class TrainPipeline:
         self._local_blocks = slice(process_index * batch.blocks // process_count, (process_index + 1) * batch.blocks // process_count)
 
     def batches(self, start: int, stop: int) -> Generator[PipelineBatch]:
-        """Yields the batches of updates start, start + 1, ..., stop - 1.
+        """Yields the batches of steps start, start + 1, ..., stop - 1.
 
-        A worker that dies is replaced and its update made again.
+        A worker that dies is replaced and its step made again.
 
         Raises:
           InputError: when workers die again and again or have no memory to hand a batch over, or nearly no clip can be read.
@@ -193,17 +193,17 @@ class TrainPipeline:
                 restarts += 1
                 if restarts > RESTARTS:
                     raise InputError(
-                        f"data workers died {restarts} times in a row at update {update}; they need more memory than there is, or more "
+                        f"data workers died {restarts} times in a row at step {update + 1}; they need more memory than there is, or more "
                         f"space in /dev/shm: lower data.workers or the batch"
                     ) from None
-                _log.warning("a data worker died; update %d is made again", update)
+                _log.warning("a data worker died; step %d is made again", update + 1)
             except OSError as error:
                 if not self._workers or error.errno not in NO_ROOM:
                     raise
                 # Workers write nothing else: this is the memory in which one hands a batch over.
                 raise InputError(
-                    f"a data worker cannot hand over update {update} in shared memory (/dev/shm): {error.strerror or error}; give it more "
-                    f"space, or lower data.workers or the batch (data.workers=0 needs none)"
+                    f"a data worker cannot hand over step {update + 1} in shared memory (/dev/shm): {error.strerror or error}; give it "
+                    f"more space, or lower data.workers or the batch (data.workers=0 needs none)"
                 ) from error
             finally:
                 iterator.close()
@@ -219,7 +219,7 @@ class TrainPipeline:
         return iter(ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_begin_worker))
 
     def make(self, update: int) -> PipelineBatch:
-        """Returns the batch of one update, made in this thread."""
+        """Returns the batch of one step, made in this thread."""
         self._read_ahead(update)
         plan = self.planner.plan(update)
         parts, ids, errors = [], [], []
@@ -258,7 +258,7 @@ class TrainPipeline:
         )
 
     def _read_ahead(self, update: int) -> None:
-        """Has a source that reads from afar begin with the clips of an update, and of the next ones that this worker makes."""
+        """Has a source that reads from afar begin with the clips of a step, and of the next ones that this worker makes."""
         if (ahead := getattr(self._source, "ahead", None)) is not None:
             step = max(1, self._workers)
             coming = [n for n in range(update, update + (AHEAD + 1) * step, step) if n == update or n < self._stop]
@@ -289,8 +289,8 @@ class TrainPipeline:
     def _load(self, plan: UpdatePlan, micro: int, place: int, errors: list[tuple[str, str]]) -> _Loaded:
         """Returns the clip of a place, or another clip of the source where it cannot be used; the first is then added to `errors`.
 
-        The other is drawn by (seed, update, place): every process count and every repetition gets the same one. It is none that the
-        update holds already, has no more tokens than fit in its place, and is of a group that the update lacks if there is such.
+        The other is drawn by (seed, step, place): every process count and every repetition gets the same one. It is none that the
+        step holds already, has no more tokens than fit in its place, and is of a group that the step lacks if there is such.
         Places draw from clips of their own first, so that no clip stands in twice while those are enough.
         """
         planned = int(plan.clips[micro, place])

@@ -1,4 +1,4 @@
-"""What an update holds before anything is read: its clips, its hard negatives, the length of its rows. The same in every process.
+"""What a step holds before anything is read: its clips, its hard negatives, the length of its rows. The same in every process.
 
 Letters: M micro-batches, B clips of a micro-batch over all processes, G blocks that exchange features.
 """
@@ -28,7 +28,7 @@ from omni_jax.towers.base import multiple_of
 from omni_jax.types import PATCHES_PER_TOKEN, BatchShapes, InputError, StepKind
 
 DISTINCT = ("none", "caption", "id_prefix")
-SAMPLED_UPDATES = 32  # updates whose lengths decide on the sizes of rows
+SAMPLED_UPDATES = 32  # steps whose lengths decide on the sizes of rows
 WORTH = 0.9  # a second size must save a tenth of the tokens: it costs a compilation
 
 
@@ -37,7 +37,7 @@ class BatchConfig(BatchSection):
     """The making of batches.
 
     Attributes:
-      distinct: what an update holds once only, as far as there are others: "caption": no caption twice; "id_prefix": no two ids that agree
+      distinct: what a step holds once only, as far as there are others: "caption": no caption twice; "id_prefix": no two ids that agree
         up to their last "-"; "none".
       seed: of every draw.
     """
@@ -55,7 +55,7 @@ class BatchConfig(BatchSection):
 
 @dataclasses.dataclass(frozen=True)
 class UpdatePlan:
-    """One update before anything is read.
+    """One step before anything is read.
 
     Attributes:
       update: its number, from 0.
@@ -82,12 +82,12 @@ class UpdatePlan:
 
 
 class Planner:
-    """Plans of updates, each a pure function of the seed and its number. Nothing is held that grows with N beyond `order.WHOLE` clips.
+    """Plans of steps, each a pure function of the seed and its number. Nothing is held that grows with N beyond `order.WHOLE` clips.
 
     Attributes:
       source, batch: as given.
-      updates_per_epoch: whole updates in one pass over the clips.
-      negatives: mined hard negatives; None takes all from the other clips of an update.
+      updates_per_epoch: whole steps in one pass over the clips.
+      negatives: mined hard negatives; None takes all from the other clips of a step.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Planner:
         """Checks that the clips allow what the step kinds ask.
 
         Raises:
-          InputError: for fewer clips than an update takes, blocks of one clip where features are exchanged, captions that are all equal.
+          InputError: for fewer clips than a step takes, blocks of one clip where features are exchanged, captions that are all equal.
         """
         self.source, self.batch, self.negatives, self._kinds = source, batch, negatives, kinds
         self._tokenizer, self._config, self._preset, self._augment = tokenizer, config, preset, augment
@@ -127,7 +127,7 @@ class Planner:
         self._survey()
 
     def plan(self, update: int) -> UpdatePlan:
-        """Returns the plan of an update."""
+        """Returns the plan of a step."""
         plan, lengths = self._drawn(update)
         sized = {kind: self._sized(kind, clips) for kind, clips in lengths.items()}
         kinds, shapes = zip(*(sized[kind] for kind in plan.kinds), strict=True)
@@ -139,7 +139,7 @@ class Planner:
         return augment_text(caption, self.streams(update, clip)[0]) if self._augment.text else caption
 
     def streams(self, update: int, clip: int) -> tuple[np.random.Generator, np.random.Generator]:
-        """Returns the random streams of a clip's augmented copy in an update: of its caption, of its media."""
+        """Returns the random streams of a clip's augmented copy in a step: of its caption, of its media."""
         text, media = generator(self.batch.seed, RngStream.AUGMENT, update, clip).spawn(2)
         return text, media
 
@@ -171,7 +171,7 @@ class Planner:
         return patches // PATCHES_PER_TOKEN, self._config.audio_repeat * tokens_of(info.samples or limits.samples)
 
     def media_shapes(self) -> BatchShapes:
-        """Returns the sizes of tower inputs, which are those of the largest clip in every update."""
+        """Returns the sizes of tower inputs, which are those of the largest clip in every step."""
         limits = self.source.limits
         frames = self._config.audio.chunk_frames
         mel = -(-limits.samples // HOP)
@@ -217,7 +217,7 @@ class Planner:
         return laid, dataclasses.replace(self.media_shapes(), row_tokens=row_tokens, hard_tokens=hard_tokens)
 
     def clips(self, update: int) -> np.ndarray:
-        """Returns the clips of an update (M, B) int64."""
+        """Returns the clips of a step (M, B) int64."""
         epoch, place = divmod(update, max(1, self.updates_per_epoch))
         length = window_updates(len(self.source), self.batch.clips)
         at = epoch, place // length
@@ -228,7 +228,7 @@ class Planner:
         return self._windows[at][place % length].reshape(self.batch.micro_batches, self.batch.micro_batch)
 
     def groups(self, clips: np.ndarray) -> np.ndarray:
-        """Returns (n,) int of clips (n,), equal for those that do not share an update if that can be helped."""
+        """Returns (n,) int of clips (n,), equal for those that do not share a step if that can be helped."""
         if self.batch.distinct == "none":
             return numbered(clips.tolist())
         if self.batch.distinct == "caption":
@@ -244,7 +244,7 @@ class Planner:
         return text_tokens(self._tokenizer, self._config, self._preset, table, caption)
 
     def _survey(self) -> None:
-        """Chooses, from the first updates, for each kind the layout of its rows, one or two lengths of them (few sizes are few
+        """Chooses, from the first steps, for each kind the layout of its rows, one or two lengths of them (few sizes are few
         compilations), and the length of the rows that hard negatives have to themselves."""
         drawn: dict[StepKind, list[list[PromptLengths]]] = {}
         for update in range(SAMPLED_UPDATES):

@@ -89,7 +89,7 @@ def abstract_batch(
     blocks: int = 1,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> TrainBatch:
-    """Returns the shapes of one update's batch, as `pack_micro_batch` and `place_batch` make it.
+    """Returns the shapes of one step's batch, as `pack_micro_batch` and `place_batch` make it.
 
     Args:
       clips: of a micro-batch, on all devices together.

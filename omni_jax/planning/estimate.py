@@ -17,7 +17,7 @@ UTILISATION = 0.4
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of one update, each as if the others took none.
+    """Seconds of one step, each as if the others took none.
 
     Attributes:
       arithmetic: operations at the chips' peak.
@@ -38,7 +38,7 @@ class Times:
 
     @property
     def least(self) -> float:
-        """Seconds if everything overlapped at full rate: no update is faster."""
+        """Seconds if everything overlapped at full rate: no step is faster."""
         return max(dataclasses.astuple(self))
 
     def expected(self, utilisation: float = UTILISATION) -> float:
@@ -49,14 +49,14 @@ class Times:
 def memory_bytes(
     config: ModelConfig, operations: Mapping[str, float], passes: Mapping[str, float], topology: Topology, tensor: int, trained: int
 ) -> float:
-    """Returns the bytes one device moves to and from HBM in an update, analytically.
+    """Returns the bytes one device moves to and from HBM in a step, analytically.
 
     Each pass of a part streams its bfloat16 matrices once: gathered, so written and read. Each product reads and writes its activations
     once; the optimizer reads and writes four float32 arrays of its share. Norms and softmax are taken to ride along.
 
     Args:
-      operations: part -> operations of the update on all devices.
-      passes: part -> how often its matrices are read in an update.
+      operations: part -> operations of the step on all devices.
+      passes: part -> how often its matrices are read in a step.
       trained: values that train.
     """
     values: dict[str, int] = {}
@@ -75,7 +75,7 @@ def memory_bytes(
 
 
 def times(operations: float, moved_to_memory: float, collectives: Sequence[Collective], topology: Topology) -> Times:
-    """Returns the seconds of an update that needs so many operations on all devices, and so many bytes of each device's memory."""
+    """Returns the seconds of a step that needs so many operations on all devices, and so many bytes of each device's memory."""
     chip = topology.chip
     within = sum(c.moved for c in collectives if not c.across) * chip.devices
     across = sum(c.moved for c in collectives if c.across) * chip.devices
@@ -88,6 +88,6 @@ def times(operations: float, moved_to_memory: float, collectives: Sequence[Colle
 
 
 def cost(clips: int, seconds: float, chips: int) -> dict[str, float]:
-    """Returns clips a second and chip-hours of a million triples, for an update of so many clips."""
+    """Returns clips a second and chip-hours of a million triples, for a step of so many clips."""
     rate = clips / seconds
     return {"clips_per_second": rate, "chip_hours_per_million_triples": chips * 1e6 / rate / 3600}

@@ -217,7 +217,7 @@ def _different(setting: Setting, counts: Sequence[int]) -> list[int]:
 
 
 def _period(setting: Setting, records: Sequence[dict[str, Any]], request: Request) -> dict[str, Any] | None:
-    """All kinds in turn: the mean time of an update, predicted where every kind's is, or else as assumed."""
+    """All kinds in turn: the mean time of a step, predicted where every kind's is, or else as assumed."""
     steps = [record for record in records if "seconds" in record]
     predicted = all("predicted" in step for step in steps)
     seconds = [step["predicted_seconds"] if predicted else step["seconds"].get("expected") for step in steps]

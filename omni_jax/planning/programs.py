@@ -45,7 +45,7 @@ class Setting:
     """What is planned for.
 
     Attributes:
-      clips, micro_batches: of a micro-batch on all devices together, and of an update.
+      clips, micro_batches: of a micro-batch on all devices together, and of a step.
       mesh: sizes of data, fsdp and tensor within a slice.
       row_multiple: training rows are multiples of so many tokens.
       dtype: of activations and frozen weights.
@@ -93,7 +93,7 @@ class Setting:
 
     @property
     def looped(self) -> int:
-        """How often the compiled step runs in an update: once, or for each micro-batch that is a pool of its own."""
+        """How often the compiled program runs in a step: once, or for each micro-batch that is a pool of its own."""
         return self.micro_batches if self.recipe.losses.negatives == "micro" else 1
 
 

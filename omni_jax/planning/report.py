@@ -96,7 +96,7 @@ def evaluator(setting: Setting, records: Sequence[dict[str, Any]]) -> list[dict[
 
 
 def part_passes(setting: Setting, cached: bool, own_row: bool, trains: frozenset[str]) -> dict[str, float]:
-    """Returns part -> how often its matrices are read in an update."""
+    """Returns part -> how often its matrices are read in a step."""
     layers = remat.names(setting.recipe.remat, setting.config.decoder.num_layers)
     again, recomputed = int(cached), sum(name in ("layer", "offload", "attention") for name in layers) / len(layers)
     graded = 2 + again  # forward, backward
@@ -144,7 +144,7 @@ def _timing(setting: Setting, program: Program, ideal: float, times: int = 1) ->
 
     Args:
       ideal: seconds of the multiplications at the chips' peak.
-      times: runs of the program that make an update.
+      times: runs of the program that make a step.
     """
     if not setting.timed or program.memory is None:
         return {}
@@ -178,7 +178,7 @@ def text(plan: dict[str, Any]) -> str:
     """Returns a plan for people."""
     lines = [
         f"{plan['model']} on {plan['topology']} ({plan['chips']} chips), mesh {_pairs(plan['mesh'])}, "
-        f"{plan['micro_batches']} x {plan['micro_batch']} clips an update, negatives={plan['negatives']}, remat={plan['remat']}"
+        f"{plan['micro_batches']} x {plan['micro_batch']} clips a step, negatives={plan['negatives']}, remat={plan['remat']}"
         + ("" if plan["held"] == "float" else f", weights {plan['held']}"),
         *plan["notes"],
     ]
@@ -221,7 +221,7 @@ def _program_lines(program: dict[str, Any]) -> list[str]:
         parts = ", ".join(f"{part} {one['total'] / 1e12:,.0f}" for part, one in operations.items())
         again = sum(one["recomputed"] + one["again"] for one in operations.values()) / 1e12
         whole = sum(one["total"] for one in operations.values()) / 1e12
-        lines.append(f"  operations    {whole:,.0f} Tflop an update (analytic): {parts}; of these {again:,.0f} computed again")
+        lines.append(f"  operations    {whole:,.0f} Tflop a step (analytic): {parts}; of these {again:,.0f} computed again")
     if found := program.get("collectives_by_kind"):
         kinds = ", ".join(f"{kind} x {entry['runs']:,.0f} = {entry['bytes_moved'] / 1e9:.2f} GB" for kind, entry in found.items())
         lines.append(

@@ -1,4 +1,4 @@
-"""Operations of a training update, counted from shapes: by part of the encoder and by what they are for (docs/reports/training_cost.md).
+"""Operations of a training step, counted from shapes: by part of the encoder and by what they are for (docs/reports/training_cost.md).
 
 A product of (m, k) and (k, n) is 2 m k n; elementwise work, the losses and the optimizer are left out. Sizes in, numbers out: nothing
 here holds an array.

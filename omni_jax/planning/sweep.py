@@ -31,7 +31,7 @@ def meshes(setting: Setting) -> list[dict[str, int]]:
 
 
 def batches(setting: Setting, shards: int) -> Iterator[tuple[int, int]]:
-    """Yields (clips of a micro-batch, micro-batches) that make the update's clips, the largest micro-batch first.
+    """Yields (clips of a micro-batch, micro-batches) that make the step's clips, the largest micro-batch first.
 
     Micro-batches that are pools of their own are part of the recipe: they stay as they are.
     """
@@ -87,7 +87,7 @@ def sweep(
                 if program.status == "fits":
                     break
     if not tried:
-        total = f"{setting.micro_batches} x {setting.clips} clips an update (negatives={setting.recipe.losses.negatives})"
+        total = f"{setting.micro_batches} x {setting.clips} clips a step (negatives={setting.recipe.losses.negatives})"
         raise ConfigError(f"--sweep: {total} divide over no mesh of {setting.topology}; make them a multiple of its devices")
     best = sorted((i for i, record in enumerate(tried) if record["status"] == "fits"), key=lambda i: _place(tried[i]))[:FEW]
     for i in best:

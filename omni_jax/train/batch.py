@@ -1,4 +1,4 @@
-"""The training batch: arrays of static shape for the micro-batches of one update, and their making from clips and prompts.
+"""The training batch: arrays of static shape for the micro-batches of one step, and their making from clips and prompts.
 
 Letters: n micro-batches, B clips of a micro-batch, C copies of a clip (2 with an augmented one), t temporal steps, P patches,
 c log-mel chunks, F fbank frames, R rows, S tokens, K prompts per row, G blocks of clips that exchange features, M media tokens of a copy.
@@ -41,7 +41,7 @@ for record in (VisionBatch, AudioBatch, BeatsBatch, MediaBatch, RowBatch):  # he
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainBatch:
-    """One update's micro-batches.
+    """One step's micro-batches.
 
     Attributes:
       clips: what the towers read, leading axes (n, B, C): the clip first, then its augmented copy where there is a positive.
@@ -72,7 +72,7 @@ class TrainBatch:
 
 
 UpdateBatch = TrainBatch | tuple[TrainBatch, ...]
-"""The micro-batches of an update: stacked, or, where their kinds differ, each by itself in the shapes of its kind."""
+"""The micro-batches of a step: stacked, or, where their kinds differ, each by itself in the shapes of its kind."""
 
 
 def fit_shapes(examples: Sequence[Example], kind: StepKind, share_prefix: bool = True) -> BatchShapes:
@@ -161,7 +161,7 @@ def pack_micro_batch(
 
 
 def pack_update(micro_batches: Sequence[MicroBatch], shapes: Sequence[BatchShapes], *, config: ModelConfig) -> UpdateBatch:
-    """Returns the batch of one update from this process's clips of each micro-batch, whose shapes are given.
+    """Returns the batch of one step from this process's clips of each micro-batch, whose shapes are given.
 
     Hard negatives with another caption share their anchor's row where the backbone's attention is causal.
 
@@ -198,7 +198,7 @@ def check_shuffle(shuffle: np.ndarray) -> None:
 
 
 def place_update(update: UpdateBatch, mesh: Mesh | None) -> UpdateBatch:
-    """Returns an update's micro-batches on the devices, as `place_batch` does."""
+    """Returns a step's micro-batches on the devices, as `place_batch` does."""
     return tuple(place_batch(batch, mesh) for batch in update) if isinstance(update, tuple) else place_batch(update, mesh)
 
 

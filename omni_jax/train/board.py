@@ -35,26 +35,26 @@ EVAL = "eval/"
 METRIC = f"{EVAL}AVG-all"
 
 CURVES = {
-    "loss": ("train/loss/total", "Weighted sum of the losses, mean over the micro-batches of an update."),
+    "loss": ("train/loss/total", "Weighted sum of the losses, mean over the micro-batches of a step."),
     **{loss.metric: (f"train/loss/{loss.metric}", loss.about) for loss in LOSSES.values()},
     **{name: (f"train/{name}", scalar.about) for name, scalar in SCALARS.items()},
-    "learning_rate": ("train/learning_rate", "Learning rate of the update, before the factors of groups."),
+    "learning_rate": ("train/learning_rate", "Learning rate of the step, before the factors of groups."),
     "mean_cosine": ("train/embeddings/mean_cosine", "Mean cosine between embeddings of different clips; near 1 they have collapsed."),
     "effective_rank": ("train/embeddings/effective_rank", "Participation ratio of the embeddings' covariance; near 1 they have collapsed."),
     "collapsed_in_row": ("train/embeddings/collapsed_in_row", "Updates in a row, up to this one, with collapsed embeddings."),
     **{name: (f"train/health/{name}", about) for name, about in HEALTH.items()},
     "grad_norm": ("train/grad_norm/total", "Norm of the gradient before clipping."),
     "skipped": ("train/skipped/total", "Updates so far without a finite loss and gradient, which changed nothing."),
-    "skipped_in_row": ("train/skipped/in_row", "Skipped updates in a row, up to this one."),
-    "silent": ("data/silent", "Clips of the update with silence in place of a missing audio track."),
+    "skipped_in_row": ("train/skipped/in_row", "Skipped steps in a row, up to this one."),
+    "silent": ("data/silent", "Clips of the step with silence in place of a missing audio track."),
     "repaired": ("data/repaired", "Clips of the step that were repaired while decoding."),
-    "truncated": ("data/truncated", "Captions of the update that were cut."),
-    "mined": ("data/mined", "Hard negatives of the update that are mined."),
-    "equal_hard": ("data/equal_hard", "Hard negatives of the update that equal their anchor."),
-    "replaced": ("data/replaced", "Clips of the update that could not be used and were replaced by others."),
-    "used_tokens": ("data/used_tokens", "Tokens of the update without padding."),
-    "total_tokens": ("data/total_tokens", "Tokens of the update with padding."),
-    "clips_per_second": ("perf/clips_per_second", "Clips per second, from the start of one update to the start of the next."),
+    "truncated": ("data/truncated", "Captions of the step that were cut."),
+    "mined": ("data/mined", "Hard negatives of the step that are mined."),
+    "equal_hard": ("data/equal_hard", "Hard negatives of the step that equal their anchor."),
+    "replaced": ("data/replaced", "Clips of the step that could not be used and were replaced by others."),
+    "used_tokens": ("data/used_tokens", "Tokens of the step without padding."),
+    "total_tokens": ("data/total_tokens", "Tokens of the step with padding."),
+    "clips_per_second": ("perf/clips_per_second", "Clips per second, from the start of one step to the start of the next."),
 }
 """Metric -> its tag and what it means. Others, the gradient norms of groups and the figures of evaluations, are named by `_curve`."""
 
@@ -66,7 +66,7 @@ class Board:
     """The event files of a run."""
 
     def __init__(self, folder: epath.Path, start: int):
-        """Takes the folder; TensorBoard drops what earlier files say about updates after `start`."""
+        """Takes the folder; TensorBoard drops what earlier files say about steps after `start`."""
         self._writer, self._start, self._described = EventFileWriter(str(folder)), start, set[str]()
         if start:
             self._writer.add_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
@@ -81,13 +81,13 @@ class Board:
         self._add(self._start, hparams.hparams_pb(settings))
 
     def write(self, number: int, values: Mapping[str, Any]) -> None:
-        """Writes the metrics after `number` updates, and of an evaluation its heat map as well."""
+        """Writes the metrics after `number` steps, and of an evaluation its heat map as well."""
         curves = dict(_curve(name, value) for name, value in values.items() if name != DIGEST)
         if "clips_per_second" in values:
             curves |= _memory()
             if values.get("total_tokens"):
                 share = 1 - values["used_tokens"] / values["total_tokens"]
-                curves["perf/padded_share"] = (share, "Share of the update's tokens that are padding.")
+                curves["perf/padded_share"] = (share, "Share of the step's tokens that are padding.")
         found = [self._scalar(tag, float(value), text) for tag, (value, text) in curves.items()]
         directions = {name.removeprefix(EVAL): value for name, value in values.items() if name.startswith(EVAL) and _pair(name)}
         if directions:

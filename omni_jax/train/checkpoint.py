@@ -1,7 +1,7 @@
-"""Checkpoints of a run: what trains, the optimizer, the counters and the random key, written while the next update is computed.
+"""Checkpoints of a run: what trains, the optimizer, the counters and the random key, written while the next step is computed.
 
     checkpoints/500/trainable/    path -> float32 array, what an adapter is made from
-    checkpoints/500/rest/         moments, step, skipped updates, key
+    checkpoints/500/rest/         moments, step, skipped steps, key
     checkpoints/500/digests/      name -> fingerprint of every array of the two: values that storage changed are never resumed from
 
 Arrays are stored by name, so that they can be restored onto another mesh or number of processes. A step appears under its number when it
@@ -69,7 +69,7 @@ class Checkpoints:
             raise InputError(f"{self._folder}: cannot be made ({e.strerror or e}); choose another --workdir") from None
 
     def newest(self) -> int | None:
-        """Returns the updates made at the newest whole checkpoint."""
+        """Returns the steps made at the newest whole checkpoint."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
@@ -81,7 +81,7 @@ class Checkpoints:
         step = int(state.step)
         trainable, rest = _named(state)
         if jax.default_backend() == "cpu":
-            # On CPU the writer would read the very buffers that the next update is given.
+            # On CPU the writer would read the very buffers that the next step is given.
             trainable, rest = jax.tree.map(jnp.copy, (trainable, rest))
         self.wait()
         try:

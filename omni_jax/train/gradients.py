@@ -1,4 +1,4 @@
-"""Loss and gradient of one update: plainly over one micro-batch, or cached over many (one pool of negatives, memory of one micro-batch).
+"""Loss and gradient of one step: plainly over one micro-batch, or cached over many (one pool of negatives, memory of one micro-batch).
 
 Letters: n micro-batches, B clips of a micro-batch, D LLM width.
 """

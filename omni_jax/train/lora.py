@@ -1,4 +1,4 @@
-"""LoRA matrices as PEFT starts them: A uniform, B zero, so that the first update starts from the base model."""
+"""LoRA matrices as PEFT starts them: A uniform, B zero, so that the first step starts from the base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of a run: a JSONL file and TensorBoard, each update once however often the run was stopped and resumed."""
+"""Metrics of a run: a JSONL file and TensorBoard, each step once however often the run was stopped and resumed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MetricsWriter:
     """Rows of a run, in `metrics.jsonl` and `tensorboard/` of its workdir."""
 
     def __init__(self, workdir: epath.PathLike, start: int, config: Mapping[str, Any] | None = None, parameters: str = ""):
-        """Takes the number of updates made before: rows after them are removed, they will be written again.
+        """Takes the number of steps made before: rows after them are removed, they will be written again.
 
         Args:
           config: of the run, as JSON holds it, and `parameters`, a table of what trains: both for TensorBoard.
@@ -41,7 +41,7 @@ class MetricsWriter:
             self._board.write_run(config, parameters)
 
     def write(self, number: int, values: Mapping[str, Any]) -> None:
-        """Writes the metrics after `number` updates where a reader finds them at once; values that are not finite become null.
+        """Writes the metrics after `number` steps where a reader finds them at once; values that are not finite become null.
 
         Raises:
           InputError: when they cannot be written.
@@ -51,7 +51,7 @@ class MetricsWriter:
             row |= {earlier: row[name] for name, earlier in EARLIER.items() if name in row}
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-            if not set(values) <= set(ALWAYS):  # which is all that an update has that is not logged
+            if not set(values) <= set(ALWAYS):  # which is all that a step has that is not logged
                 self._board.write(number, values)
         except OSError as e:
             raise InputError(
@@ -66,24 +66,24 @@ class MetricsWriter:
 
 
 def evaluated(workdir: epath.PathLike, number: int) -> bool:
-    """Whether the metrics of a workdir hold figures of the evaluation after `number` updates."""
+    """Whether the metrics of a workdir hold figures of the evaluation after `number` steps."""
     return any(name.startswith("eval/") for row in _rows(workdir, number) for name in row)
 
 
 def collapsed_in_row(workdir: epath.PathLike, number: int) -> int:
-    """Returns what the row of an update says under COLLAPSED; 0 where it says nothing."""
+    """Returns what the row of a step says under COLLAPSED; 0 where it says nothing."""
     return next((int(row[COLLAPSED]) for row in _rows(workdir, number) if COLLAPSED in row), 0)
 
 
 def _rows(workdir: epath.PathLike, number: int) -> list[dict[str, Any]]:
-    """Returns the rows of an update: of its own metrics, and of an evaluation after it."""
+    """Returns the rows of a step: of its own metrics, and of an evaluation after it."""
     path = epath.Path(workdir) / JSONL
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if _step(line) == number]
 
 
 def _step(line: str) -> float:
-    """Returns the update of a row, infinity for a line that was cut off."""
+    """Returns the step of a row, infinity for a line that was cut off."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -72,7 +72,7 @@ class OptimizerConfig:
 
 
 def schedule(config: OptimizerConfig) -> Callable[[Any], jax.Array]:
-    """Returns update number (from 0) -> learning rate: rising from 0 in a line, then a cosine down to `final_fraction` of it."""
+    """Returns step number (from 0) -> learning rate: rising from 0 in a line, then a cosine down to `final_fraction` of it."""
     rise, fall = config.warmup, max(1, config.total_steps - config.warmup)
 
     def rate(count: Any) -> jax.Array:

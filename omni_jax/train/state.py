@@ -1,4 +1,4 @@
-"""What changes from update to update, and its places on the devices."""
+"""What changes from step to step, and its places on the devices."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class TrainState:
     """All that a run needs to resume, apart from the frozen weights and the data.
 
     Attributes:
-      step: () int32, updates attempted.
+      step: () int32, steps attempted.
       trainable: path -> float32 array.
       optimizer: state of the optimizer, for `trainable` alone.
-      skipped: () int32, updates left out because the loss or the gradient was not finite.
-      skipped_in_row: () int32, those since the last update that was made.
+      skipped: () int32, steps left out because the loss or the gradient was not finite.
+      skipped_in_row: () int32, those since the last step that was made.
       key: (2,) uint32, from which every random draw of the run derives together with `step`; never changes.
     """
 
@@ -39,7 +39,7 @@ class TrainState:
 
 
 def new_state(trainable: Arrays, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """Returns the state before the first update."""
+    """Returns the state before the first step."""
 
     # Each counter is a buffer of its own: a step gives all of them away.
     def zero() -> jax.Array:

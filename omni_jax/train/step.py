@@ -31,7 +31,7 @@ from omni_jax.types import InputError, StepKind
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """Everything that decides what one update computes.
+    """Everything that decides what one step computes.
 
     Attributes:
       remat: what the backward pass computes again of a decoder layer: "none" nothing, "layer" everything, "dots" all but the outputs of
@@ -61,13 +61,13 @@ class StepConfig:
 
 
 class TrainStep:
-    """Makes updates on one device or a mesh.
+    """Runs steps on one device or a mesh.
 
     Attributes:
       config: the recipe.
       mesh: the devices, None for one.
       forward: the encoder as functions of its parameters.
-      rate: number of updates made -> learning rate.
+      rate: number of steps made -> learning rate.
       names: paths of the encoder's parameters that train.
       groups: the start-up report.
       optimizer: over the flat dict of trainable arrays.
@@ -148,11 +148,11 @@ class TrainStep:
     def lower(
         self, state: TrainState, frozen: Arrays, batch: TrainBatch, platform: str | None = None, *, one_of_several: bool = False
     ) -> jax.stages.Lowered:
-        """Returns the lowered program of one update, arguments may be shapes: for compiling ahead and for reading what it needs.
+        """Returns the lowered program of one step, arguments may be shapes: for compiling ahead and for reading what it needs.
 
         Args:
           platform: lowers for another one ("tpu") than the mesh's or the default device's.
-          one_of_several: lowers the program of one micro-batch that is a pool of its own: a loop over such programs makes the update.
+          one_of_several: lowers the program of one micro-batch that is a pool of its own: a loop over such programs makes the step.
         """
         kind, arrays = batch.kinds[0], dataclasses.replace(batch, kinds=())
         with self._context():
@@ -175,7 +175,7 @@ class TrainStep:
     def _micro(
         self, state: TrainState, frozen: Arrays, batch: TrainBatch, place: jax.Array, index: jax.Array, kind: StepKind
     ) -> tuple[Arrays, Collection]:
-        """Gradient and metrics of the micro-batch at `place` of a batch, number `index` of the update."""
+        """Gradient and metrics of the micro-batch at `place` of a batch, number `index` of the step."""
         one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, place, keepdims=False), batch)
         gradients, found = self.forward.plain(state.trainable, frozen, one, kind, self._key(state, index))
         # Kinds differ in what they embed: one type of metrics holds all, and a mean is that of the micro-batches which have it.

@@ -59,7 +59,7 @@ def fails(capsys: pytest.CaptureFixture[str], workdir: Path, config: str, *chang
         (["--config.mesh.data=3"], "needs 6 devices, 8 are here; change --config.mesh.data"),
         (["--config.mesh.data=3"], "on a CPU, JAX_NUM_CPU_DEVICES=3 in the environment shows as many"),
         (["--config.data.train=nowhere.jsonl"], "nowhere.jsonl"),
-        (["--config.batch.micro_batch=64"], "16 clips are fewer than the 64 of an update"),
+        (["--config.batch.micro_batch=64"], "16 clips are fewer than the 64 of a step"),
         (["--config.batch.blocks=8"], "has blocks of one clip; raise batch.micro_batch or lower batch.blocks"),
         (["--config.model.lora.rank=0"], "lora rank 0: must be 1 or more"),
         (["--config.model.lora.rank=2", "--config.model.lora.dropout=1.5"], "lora dropout 1.5"),

@@ -55,7 +55,7 @@ def made_with(source: MemorySource, negatives: MinedNegatives | None, **changes:
 
 
 def clips_of(batch: PipelineBatch) -> list[tuple[int, Any, MicroBatch, int]]:
-    """(number of the clip, example, micro-batch, place) of each place of an update."""
+    """(number of the clip, example, micro-batch, place) of each place of a step."""
     found = zip(batch.ids, batch.batch, strict=True)
     return [(int(name.removeprefix("clip-")), e, m, b) for ids, m in found for b, (name, e) in enumerate(zip(ids, m.examples, strict=True))]
 

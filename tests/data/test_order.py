@@ -15,7 +15,7 @@ from omni_jax.types import InputError
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 3), st.integers(0, 9))
 def test_an_epoch_holds_every_clip_once_but_for_an_incomplete_last_update(count: int, size: int, epoch: int, seed: int):
     if count < size:
-        with pytest.raises(InputError, match=f"{count} clips are fewer than the {size} of an update"):
+        with pytest.raises(InputError, match=f"{count} clips are fewer than the {size} of a step"):
             epoch_order(seed, epoch, count, size)
         return
     found = epoch_order(seed, epoch, count, size)

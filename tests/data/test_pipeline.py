@@ -239,7 +239,7 @@ def test_an_error_in_the_stream_reaches_the_caller():
 
 
 def test_fewer_clips_than_an_update_takes_are_refused():
-    with pytest.raises(InputError, match=r"7 clips are fewer than the 8 of an update; lower batch.micro_batch"):
+    with pytest.raises(InputError, match=r"7 clips are fewer than the 8 of a step; lower batch.micro_batch"):
         pipeline(MemorySource(captions(7)), BATCH)
 
 
@@ -295,13 +295,13 @@ def test_workers_change_nothing_and_one_that_is_killed_is_replaced(caplog: pytes
 
 @pytest.mark.slow
 def test_workers_that_always_die_end_the_run_with_one_line():
-    with pytest.raises(InputError, match=r"data workers died 4 times in a row at update 0; .*lower data.workers"):
+    with pytest.raises(InputError, match=r"data workers died 4 times in a row at step 1; .*lower data.workers"):
         list(pipeline(_Deadly(captions(20)), BATCH, ALL, workers=1).batches(0, 2))
 
 
 def test_no_room_to_hand_a_batch_over_is_one_line():
     """A limit on the size of files stands for a full /dev/shm."""
-    told = r"cannot hand over update 0 in shared memory \(/dev/shm\): File too large; .*data.workers=0"
+    told = r"cannot hand over step 1 in shared memory \(/dev/shm\): File too large; .*data.workers=0"
     with files_of_at_most(1000), pytest.raises(InputError, match=told):  # semaphores need some bytes
         next(pipeline(MemorySource(captions(20)), BATCH, ALL, workers=1).batches(0, 2))
 

@@ -66,4 +66,4 @@ def test_a_documented_command_lowers_for_devices_that_are_not_there(
 def test_pools_of_their_own_compile(nothing_executes: None, capsys: pytest.CaptureFixture[str]):
     assert main(["compile", *small(PLAIN), "--programs", "train", "--kinds", "1"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    assert "8 x 32 clips an update, negatives=micro" in said and "alone text+video: fits" in said
+    assert "8 x 32 clips a step, negatives=micro" in said and "alone text+video: fits" in said

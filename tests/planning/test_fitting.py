@@ -46,7 +46,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 
 def small(**changes: Any) -> Setting:
-    """Returns 256 clips an update as one pool on 16 chips, in blocks of 8."""
+    """Returns 256 clips a step as one pool on 16 chips, in blocks of 8."""
     return dataclasses.replace(setting("v5e:4x4", sizes=(1, 16, 1), clips=64, micro_batches=4, blocks=8), **changes)
 
 

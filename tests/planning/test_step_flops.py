@@ -1,4 +1,4 @@
-"""The operations of an update against a count by hand and against XLA's own."""
+"""The operations of a step against a count by hand and against XLA's own."""
 
 from __future__ import annotations
 

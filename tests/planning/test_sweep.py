@@ -53,7 +53,7 @@ MESH = sweep.planning_mesh
 
 
 def small(**changes: Any) -> Setting:
-    """Returns 256 clips an update as one pool on 16 chips, in blocks of 8."""
+    """Returns 256 clips a step as one pool on 16 chips, in blocks of 8."""
     given = setting("v5e:4x4", sizes=(1, 16, 1), clips=64, micro_batches=4, blocks=8)
     return dataclasses.replace(given, **changes)
 
@@ -149,7 +149,7 @@ def test_a_mesh_that_was_asked_for_is_the_only_one_tried(compiler: dict[str, Any
 
 
 def test_clips_that_divide_over_no_mesh_are_refused(compiler: dict[str, Any]):
-    with pytest.raises(ConfigError, match=r"--sweep: 3 x 5 clips an update \(negatives=global\) divide over no mesh of v5e:4x4"):
+    with pytest.raises(ConfigError, match=r"--sweep: 3 x 5 clips a step \(negatives=global\) divide over no mesh of v5e:4x4"):
         tried(small(clips=5, micro_batches=3, blocks=1))
 
 

@@ -34,7 +34,7 @@ def first_moments(state):
 
 @pytest.fixture(scope="module")
 def released() -> TrainStep:
-    """Two micro-batches of four clips an update, each a pool of its own."""
+    """Two micro-batches of four clips a step, each a pool of its own."""
     return make(recipe(negatives="micro"))
 
 

@@ -50,14 +50,14 @@ class Adapted(Thinker):
 
 
 class Trainer:
-    """Makes updates of the release's kind."""
+    """Runs steps of the release's kind."""
 
     def __init__(self, model: Adapted, temperature: float, learning_rate: float):
         self.model, self.temperature = model, temperature
         self.optimizer = torch.optim.AdamW(model.trained, lr=learning_rate, weight_decay=0.01)
 
     def update(self, step: int, clips: Sequence[Features], copies: Sequence[Features], prompts: Prompts, shuffle: np.ndarray) -> float:
-        """Returns the loss, after an update; `prompts` are by clip as in `types.Example`."""
+        """Returns the loss, after a step; `prompts` are by clip as in `types.Example`."""
         loss = self.loss(step, clips, copies, prompts, shuffle)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.trained, 1.0)

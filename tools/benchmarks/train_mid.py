@@ -1,7 +1,7 @@
 """Speed and memory of a training step on two CPU threads beside the torch thinker with PEFT, run as the release runs it: same clips, same
 weights, same losses.
 
-A round is three updates, one of each step kind. Ours computes what is in play in packed rows, the other caption behind the anchor's media;
+A round is three steps, one of each step kind. Ours computes what is in play in packed rows, the other caption behind the anchor's media;
 torch makes the release's six forwards (`torch_training`). Neither checkpoints layers; both have micro-batch negatives and are float32.
 Packing and padding of prompts are within the time on both sides.
 
@@ -122,7 +122,7 @@ class Ours:
         self.media = [(media(a, self.config), media(b, self.config)) for a, b in zip(material.clips, material.copies, strict=True)]
 
     def round(self) -> list[float]:
-        """Returns the losses of three updates."""
+        """Returns the losses of three steps."""
         return [self.update(kind) for kind in range(KINDS)]
 
     def batch(self, number: int) -> TrainBatch:
@@ -147,7 +147,7 @@ class Ours:
         return f"{count} x {size} tokens" + ("" if batch.hard is None else f" and {batch.hard.ids.shape[3]} for the hard negative")
 
     def update(self, number: int) -> float:
-        """Returns the loss of an update of a step kind."""
+        """Returns the loss of a step of a step kind."""
         self.state, metrics = self.step(self.state, self.frozen, self.batch(number))
         return float(metrics["loss"])
 
@@ -166,11 +166,11 @@ class Theirs:
         self.trainer, self.material = Trainer(self.model, TEMPERATURE, LEARNING_RATE), material
 
     def round(self) -> list[float]:
-        """Returns the losses of three updates."""
+        """Returns the losses of three steps."""
         return [self.update(kind) for kind in range(KINDS)]
 
     def update(self, kind: int) -> float:
-        """Returns the loss of an update of a step kind."""
+        """Returns the loss of a step of a step kind."""
         return self.trainer.update(kind, *self.inputs(kind))
 
     def inputs(self, kind: int) -> tuple[Any, ...]:
@@ -252,7 +252,7 @@ def run(pairs: int = PAIRS, config: ModelConfig | None = None, clips: int = CLIP
         raise AssertionError(f"the losses of the two sides differ by {first:.1e}; they do not train the same")
     results |= {"loss_difference": first, "last_loss_difference": worst, "losses": found["ours"], "first_call_seconds": timed.first_ours}
     print(
-        f"largest difference between the losses of the first {KINDS} updates: {first:.1e}, of all {len(differences)}: {worst:.1e}; "
+        f"largest difference between the losses of the first {KINDS} steps: {first:.1e}, of all {len(differences)}: {worst:.1e}; "
         f"first call {timed.first_ours:.0f} s"
     )
     print("rows of a clip, by step kind: " + ", ".join(ours.rows(kind) for kind in range(KINDS)))
@@ -296,7 +296,7 @@ def _report(config: ModelConfig, material: Material, recipe: StepConfig, timed: 
 
 
 def peak(side: str, clips: int) -> int:
-    """Returns the peak resident memory, in bytes, of a process that makes an update of the largest kind on one side, compilation apart."""
+    """Returns the peak resident memory, in bytes, of a process that makes a step of the largest kind on one side, compilation apart."""
     command = [sys.executable, "-m", "tools.benchmarks.train_mid", "--side", side, "--clips", str(clips)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
