@@ -307,7 +307,7 @@ def test_a_damaged_array_keeps_the_entries_before_the_damage(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_what_stands_behind_an_array_is_a_problem(tmp_path: Path, indent: int | None) -> None:
+def test_what_follows_an_array_is_a_problem(tmp_path: Path, indent: int | None) -> None:
     path = as_array(tmp_path, {"id": "a", "text": "t"}, indent=indent)
     whole = path.read_text()
     path.write_text(f"{whole} \n\n")
@@ -316,7 +316,7 @@ def test_what_stands_behind_an_array_is_a_problem(tmp_path: Path, indent: int | 
     got = read_manifest(path)
     assert [r.id for r in got.records] == ["a"]
     (problem,) = got.problems
-    assert problem.line == whole.count("\n") + 1 and "behind the end of the array" in problem.reason
+    assert problem.line == whole.count("\n") + 1 and "follows the end of the array" in problem.reason
 
 
 def test_conversations_of_null_are_absent(tmp_path: Path) -> None:
