@@ -60,13 +60,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
         def remove_node(self, node: Any) -> str | None:
             # xdist would hand the test to the next worker, and a test that hangs would cost its time limit again and again.
-            for unit in self.assigned_work[node].values():
-                for test, done in unit.items():
-                    if not done:
-                        unit[test] = True
-                        super().remove_node(node)
-                        return test
-            return super().remove_node(node)
+            units = self.assigned_work[node]
+            lost = next((test for unit in units.values() for test, done in unit.items() if not done), None)
+            # It would hand on the files that are done, too, and a worker that gets one of them waits for ever.
+            rest = {file: unit | ({lost: True} if lost in unit else {}) for file, unit in units.items()}
+            self.assigned_work[node] = {file: unit for file, unit in rest.items() if not all(unit.values())}
+            super().remove_node(node)
+            return lost
+
+        def _reschedule(self, node: Any) -> None:
+            super()._reschedule(node)
+            # A worker keeps its last test back until it gets another one. One that replaces a lost worker may never get one.
+            if not self.workqueue and not node.shutting_down:
+                node.shutdown()
 
     return Files(config, log)
 
