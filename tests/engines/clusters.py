@@ -84,6 +84,7 @@ class Nodes:
         """Kills a node while it works on something of this name for a command; it is stopped first, so that the work is not done before."""
         for worker in wait_for(lambda: self.workers(title, node), process, log):
             worker.suspend()
+        time.sleep(0.5)  # an actor that was between two batches gets its next one
         self.kill(node)
 
     def workers(self, title: str, *nodes: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -92,7 +93,8 @@ class Nodes:
         for node in nodes or (self.head, self.second):
             for process in psutil.Process(node.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    found += [process] if " ".join(process.cmdline()).startswith(f"ray::{title}") else []
+                    name = " ".join(process.cmdline())
+                    found += [process] if name.startswith(f"ray::{title}") and "__init__" not in name else []
         return found
 
 

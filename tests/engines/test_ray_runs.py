@@ -128,7 +128,7 @@ def test_a_killed_node_costs_neither_shard_nor_row_of_a_golden_model(
         log, journal = tmp_path / "embed.log", tmp_path / ".e.unfinished"
         process = begin(*embed(manifest, model, tmp_path / "e.npz", "--ray", nodes.address), log=log)
         wait_for(lambda: len(list(journal.glob("part-*.npz"))) >= 2, process, log)
-        nodes.kill_at_work(nodes.second, "Model.embed", process, log)
+        nodes.kill_at_work(nodes.second, "Model", process, log)
         noticed("another takes its place", process, log)
         finish(process, log, 1)
     same_tables(tmp_path, tables)

@@ -172,7 +172,7 @@ def test_a_killed_data_worker_is_replaced_and_the_run_is_the_same(config: Path, 
     os.kill(found[0], signal.SIGKILL)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
-    assert "a data worker died; update" in said
+    assert "a data worker died; step" in said
     assert rows(workdir) == rows(whole)
 
 
