@@ -103,7 +103,7 @@ def test_figures_in_the_text():
     step = counted("release", "layer")[1]
     assert_close(number(r"\+ 5\.36 \+ 3\.42 = (\d+)\."), total(step) / 1e12, "hand_count")
     decoder = counted("release", "layer")[1]["decoder"]
-    graded = decoder.forward - forward("anchor") - forward("audio")  # the hard negative and what is not in play take none
+    graded = decoder.forward - forward("anchor") - forward("audio")  # the hard negative and what is not active take none
     again = decoder.recomputed / graded
     assert_close(number(r"its last product, (\d+) % of a forward"), 100 * again, "hand_count")
     assert_close(number(r"costs ([\d.]+) forwards, a hard negative one"), 2 + again, "hand_count")

@@ -1,7 +1,7 @@
 """The torch side of the training benchmark: the thinker with a PEFT adapter, run as the release runs it (SPEC section 6).
 
 Six forwards a step, each of its own: the tuple, its augmented copy, the hard negative without gradient, and text, audio and video alone,
-though one of them is not in play. Negatives are those of the micro-batch. Towers run once for the clips and once for the augmented copies.
+though one of them is not active. Negatives are those of the micro-batch. Towers run once for the clips and once for the augmented copies.
 
 Letters: B clips, D decoder width.
 """

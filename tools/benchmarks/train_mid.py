@@ -1,7 +1,7 @@
 """Speed and memory of a training step on two CPU threads beside the torch thinker with PEFT, run as the release runs it: same clips, same
 weights, same losses.
 
-A round is three steps, one of each step kind. Ours computes what is in play in packed rows, the other caption behind the anchor's media;
+A round is three steps, one of each step kind. Ours computes what is active in packed rows, the other caption behind the anchor's media;
 torch makes the release's six forwards (`torch_training`). Neither checkpoints layers; both have micro-batch negatives and are float32.
 Packing and padding of prompts are within the time on both sides.
 
