@@ -193,16 +193,20 @@ def _cells(table: Any, group: int, columns: list[str], count: int) -> Iterator[M
 
 def _is_plain(kind: Any) -> bool:
     """Whether a column holds texts, numbers, or lists of them or of objects of them, which JSON can hold too."""
-    kind = getattr(kind, "value_type", kind) if (text := str(kind)).startswith("dictionary<") else kind
-    if text.startswith(("list<", "large_list<", "fixed_size_list<")):
+    kind = _decoded(kind)
+    if str(kind).startswith(("list<", "large_list<", "fixed_size_list<")):
         turns = kind.value_type if str(kind.value_type).startswith("struct<") else None  # conversations
         return all(_is_plain(leaf.type) for leaf in turns) if turns is not None else _is_plain(kind.value_type)
     return str(kind).startswith(("string", "large_string", "int", "uint", "float", "double", "bool", "halffloat"))
 
 
 def _is_bytes(kind: Any) -> bool:
-    kind = kind.value_type if str(kind).startswith("dictionary<") else kind
-    return str(kind) in ("binary", "large_binary", "binary_view")
+    return str(_decoded(kind)) in ("binary", "large_binary", "binary_view")
+
+
+def _decoded(kind: Any) -> Any:
+    """The type of the values of a dictionary-coded column, any other type as it is."""
+    return kind.value_type if str(kind).startswith("dictionary<") else kind
 
 
 def _line(error: BaseException) -> str:
