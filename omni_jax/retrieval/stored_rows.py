@@ -6,6 +6,7 @@ Letters: N rows, D width.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -67,8 +68,7 @@ class StoredRows:
 
     def mapped(self) -> StoredRows:
         """Returns the rows mapped into memory, for those who read them again and again; a file that is replaced meanwhile is still read."""
-        found, width = StoredRows(self._pieces, self.shape[1]), self.shape[1]
-        found._replaced, found._by = self._replaced, self._by
+        found, width = copy.copy(self), self.shape[1]
         found._pieces = tuple(
             dataclasses.replace(piece, view=np.memmap(piece.path, piece.kind, "r", piece.offset, (piece.count, width)))
             if piece.count
