@@ -36,11 +36,11 @@ def run(args: argparse.Namespace) -> int:
         from omni_jax.cli.main import main
 
         return main(["ablate", "--out", str(args.out / "ablation")])
-    with interrupts_noted() as signals:
-        try:
+    try:
+        with interrupts_noted() as signals:
             status = _parts(args, signals)
-        except KeyboardInterrupt:
-            status = INTERRUPTED
+    except KeyboardInterrupt:
+        status = INTERRUPTED
     if status in (INTERRUPTED, STOPPED_AND_SAVED):
         kept = ", ".join(sorted(str(path) for path in args.out.iterdir() if not path.name.startswith("."))) or "nothing yet"
         print(f"the demo was stopped; what is finished stays ({kept}): run it again to resume", file=sys.stderr)

@@ -10,10 +10,30 @@ from collections.abc import Iterator
 from types import FrameType
 
 from omni_jax.cli.status import INTERRUPTED
+from omni_jax.types import InputError
 
 
 class Terminated(BaseException):
     """SIGTERM has come. Like KeyboardInterrupt no Exception, so that nothing on the way takes it for an error of its own."""
+
+
+@contextlib.contextmanager
+def _interrupt_prevails() -> Iterator[None]:
+    """Raises the KeyboardInterrupt or Terminated during whose unwinding an unexpected error came up: what was half begun may not close.
+
+    Errors for the user (InputError, OSError) stay: what could not be saved must be said.
+    """
+    try:
+        yield
+    except (InputError, OSError):
+        raise
+    except Exception as error:
+        earlier = error.__context__
+        while earlier is not None and not isinstance(earlier, KeyboardInterrupt | Terminated):
+            earlier = earlier.__context__
+        if earlier is None:
+            raise
+        raise earlier from None
 
 
 @contextlib.contextmanager
@@ -28,7 +48,8 @@ def sigterm_raises() -> Iterator[None]:
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        with _interrupt_prevails():
+            yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -62,7 +83,8 @@ def second_ctrl_c_leaves() -> Iterator[None]:
     thread.start()
     before = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
     try:
-        yield
+        with _interrupt_prevails():
+            yield
     finally:
         signal.set_wakeup_fd(before)
         far.close()
@@ -129,6 +151,7 @@ def interrupts_noted() -> Iterator[Signals]:
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield noted
+        with _interrupt_prevails():
+            yield noted
     finally:
         signal.signal(signal.SIGINT, before)

@@ -148,7 +148,8 @@ def _in_order(
         for _ in threads:
             tasks.put(None)
         for thread in threads:
-            thread.join(_JOIN_LIMIT_S)
+            if thread.is_alive():  # Ctrl-C may come within `start`, and a thread that has not started cannot be joined
+                thread.join(_JOIN_LIMIT_S)
         atexit.unregister(guarded.close)
 
 

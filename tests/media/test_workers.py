@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,6 +182,20 @@ def test_closing_early_ends_hung_children() -> None:
     assert next(results) == ("a", "a")
     results.close()  # type: ignore[attr-defined]
     # The fixture sees that no process is left.
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_ctrl_c_while_a_thread_starts_is_what_comes_out(monkeypatch: pytest.MonkeyPatch, started: bool) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if started:
+            start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(run_guarded(functions.square, range(3), 2, 60))
 
 
 SCRIPT = """
