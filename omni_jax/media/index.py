@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from omni_jax.media.source import AvError, read_packets
+from omni_jax.media.source import AvError, nal_units, read_packets
 from omni_jax.media.workers import goes_on
 
 # Where a packet is a picture with a time of its own. Others hold fields, repeated or empty pictures, or leave times out (AVI, program
@@ -156,23 +156,12 @@ def _entry_grade(packet: Any, context: Any) -> int:
     """1 where decoding can begin at a key frame, 2 where that of one key frame earlier is safe, 0 where the flag is wrong."""
     if context.name != "h264":
         return 2 if context.name == "mpeg2video" else 1
-    for nal in _units(bytes(packet), context.extradata):
+    for nal in nal_units(packet, context):
         if nal[0] & 0x1F == 5:  # a picture that resets the decoder
             return 1
         if nal[0] & 0x1F == 1:  # another, which must be of intra slices: first macroblock 0, then slice type 7 or 2
             return 2 if nal[1] == 0x88 or nal[1] >> 4 == 0xB else 0
     return 0
-
-
-def _units(data: bytes, extradata: bytes | None) -> Iterator[bytes]:
-    """Yields the first two bytes of each NAL unit of an H.264 packet."""
-    if not extradata or extradata[0] != 1:  # separated by start codes
-        yield from (unit[:2] for unit in data.split(b"\0\0\1")[1:] if len(unit) > 1)
-        return
-    width, at = extradata[4] % 4 + 1, 0
-    while at + width + 1 < len(data):
-        yield data[at + width : at + width + 2]
-        at += width + int.from_bytes(data[at : at + width], "big")
 
 
 def _has_one_layer(extradata: bytes | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import stat
 from collections.abc import Iterator
@@ -80,6 +81,10 @@ def open_container(path: os.PathLike[str] | str) -> Iterator[av.container.InputC
         with container:
             if PLAYLISTS & set(container.format.name.split(",")):
                 raise ClipError(f"{path}: a playlist ({container.format.name}), which names other files; give the media file itself")
+            for context in (stream.codec_context for stream in container.streams.audio):
+                # PyAV frees the list of channels of such a layout once too often, with each frame. Their order is used for nothing.
+                if context is not None and "+" in (layout := context.layout).name:
+                    context.layout = f"{layout.nb_channels}c"
             yield container
 
 
@@ -142,15 +147,25 @@ def other_codec(container: av.container.InputContainer, stream: Any, path: os.Pa
     """
     if container.format.name != "mpegts" or is_remote(path):
         return ""
-    own, size = stream.codec_context.name, container.size
-    options = {"protocol_whitelist": "subfile,file", "analyzeduration": "1", "fpsprobesize": "0"}  # the tables alone say what is asked
-    for start in (*(size * place // _PLACES for place in range(1, _PLACES)), max(0, size - _TABLES)):
-        with contextlib.suppress(*AvError), _from(path, start) as file, av.open(file, "r", options=options) as rest:
-            for context in (other.codec_context for other in rest.streams if other.id == stream.id and other.codec_context):
-                # The tag is the kind of stream that the table names. Without one, or with 6 for anything, FFmpeg may have guessed.
-                if context.codec_tag.strip("\0\6") and context.name != own and not any({context.name, own} <= kin for kin in _KIN):
-                    return f"the codec of the {stream.type} changes from {own} to {context.name}"
+    own = stream.codec_context.name
+    changed = os.stat(path.file if isinstance(path, FilePart) else path).st_mtime_ns
+    for number, name in _codecs(path, container.size, changed):
+        if number == stream.id and name != own and not any({name, own} <= kin for kin in _KIN):
+            return f"the codec of the {stream.type} changes from {own} to {name}"
     return ""
+
+
+@functools.lru_cache(maxsize=1)  # picture and sound ask one after the other
+def _codecs(path: os.PathLike[str] | str, size: int, changed: int) -> list[tuple[int, str]]:
+    """Returns the number and the codec of the tracks that the tables of a transport stream name, in the order of the file."""
+    found: dict[tuple[int, str], None] = {}
+    options = {"analyzeduration": "1", "fpsprobesize": "0"}  # the tables alone say what is asked
+    for start in (*(size * place // _PLACES for place in range(1, _PLACES)), max(0, size - _TABLES)):
+        with contextlib.suppress(*AvError), _from(path, start) as file, av.open(file, format="mpegts", options=options) as rest:
+            # The tag is the kind of stream that the table names. Without one, or with 6 for anything, FFmpeg may have guessed.
+            contexts = [(other.id, other.codec_context) for other in rest.streams if other.codec_context]
+            found |= {(number, context.name): None for number, context in contexts if context.codec_tag.strip("\0\6")}
+    return list(found)
 
 
 class Decoding:
@@ -177,7 +192,11 @@ class Decoding:
             try:
                 frames = stream.decode(packet)
             except AvError as error:
-                self.lost, self.error = self.lost + (packet is not None), reason(error)
+                self.error = reason(error)
+                if packet is not None and _is_message(packet, stream.codec_context):
+                    self.packets -= 1
+                else:
+                    self.lost += packet is not None
                 continue
             if frames and not begun:
                 begun, self.leading, self.lost = True, self.lost, 0
@@ -188,7 +207,7 @@ class Decoding:
         # FFmpeg ends where the next stream of an Ogg chain has another layout or rate.
         while self.stopped and self._container.format.name == "ogg" and (start := _next_in_chain(self._path, self._place)):
             self.stopped = ""
-            with _from(self._path, start) as file, av.open(file, "r", options={"protocol_whitelist": "subfile,file"}) as rest:
+            with _from(self._path, start) as file, av.open(file, format="ogg") as rest:
                 if found := tracks(rest, self._stream.type):
                     yield from self._demux(rest, found[0], start)
 
@@ -219,6 +238,26 @@ class Decoding:
         parts = [f"{lost} of {self.packets} packets of the {what} do not decode"] if lost else []
         parts += [f"the file cannot be read on after {self.packets} packets of the {what} ({self.stopped})"] if self.stopped else []
         return ", ".join(parts)
+
+
+def nal_units(packet: Any, context: Any) -> Iterator[bytes]:
+    """Yields the first two bytes of each NAL unit of an H.264 or HEVC packet."""
+    data, extradata = bytes(packet), context.extradata
+    if not extradata or extradata[0] != 1:  # separated by start codes
+        yield from (unit[:2] for unit in data.split(b"\0\0\1")[1:] if len(unit) > 1)
+        return
+    width, at = extradata[21 if context.name == "hevc" else 4] % 4 + 1, 0
+    while at + width + 1 < len(data):
+        yield data[at + width : at + width + 2]
+        at += width + int.from_bytes(data[at : at + width], "big")
+
+
+def _is_message(packet: Any, context: Any) -> bool:
+    """Whether a packet of H.264 or HEVC holds no picture but what surrounds one, which FFmpeg may give in packets of its own and refuse."""
+    if context.name not in ("h264", "hevc"):
+        return False
+    kinds = [unit[0] >> 1 & 0x3F if context.name == "hevc" else unit[0] & 0x1F for unit in nal_units(packet, context)]
+    return bool(kinds) and set(kinds) <= set(range(32, 41) if context.name == "hevc" else range(6, 13))
 
 
 def _keep_end(packet: Any) -> None:
@@ -383,13 +422,10 @@ def _next_in_chain(path: os.PathLike[str] | str, place: int) -> int:
 
 
 @contextlib.contextmanager
-def _from(path: os.PathLike[str] | str, start: int) -> Iterator[str | Window]:
-    """Yields what FFmpeg opens to read a file from a byte on."""
-    if not isinstance(path, FilePart):
-        yield f"subfile,,start,{start},end,0,,:{os.fspath(path)}"
-        return
-    with open_part(path) as file:
-        yield Window(file, start, file.seek(0, os.SEEK_END) - start, path.name)
+def _from(path: os.PathLike[str] | str, start: int) -> Iterator[Window]:
+    """Yields a file from a byte on."""
+    with open_bytes(path) as file:
+        yield Window(file, start, file.seek(0, os.SEEK_END) - start, os.fspath(path))
 
 
 def _ogg_end(file: IO[bytes], length: int) -> int:

@@ -55,6 +55,7 @@ def pitch(samples: np.ndarray) -> float:
         ("wavpack", "s32p", ".wv", "hexadecagonal", 16),
         ("wavpack", "s16p", ".wv", "22.2", 24),
         ("pcm_f32le", "flt", ".mka", "22.2", 24),
+        ("pcm_f32be", "flt", ".caf", "7.1", 8),  # whose order of channels FFmpeg has no name for
     ],
 )
 def test_eight_and_more_channels(tmp_path: Path, codec: str, sample_format: str, suffix: str, layout: str, channels: int) -> None:

@@ -259,6 +259,18 @@ def test_pictures_as_clips(tmp_path: Path, name: str, codec: str) -> None:
     assert [int(np.argmax(frame[4, 4::8].mean(-1))) for frame in got.frames] == (list(range(6)) if count == 6 else [0] * 6)
 
 
+def test_messages_in_packets_of_their_own_are_no_lost_pictures(tmp_path: Path) -> None:
+    """H.264 as MP4 has it, interlaced, copied into ASF: FFmpeg splits off what precedes each picture and cannot decode it."""
+    options = {"preset": "ultrafast", "flags": "+ildct+ilme", "x264-params": "tff=1"}
+    whole = write_video(tmp_path / "whole.mp4", "libx264", 24, options=options)
+    copied = copy_tracks(tmp_path / "copied.asf", (whole, 0))
+    with av.open(copied) as container:
+        assert len([packet for packet in container.demux(video=0) if packet.size]) > 40
+    got = read_frames(copied, 4)
+    assert (got.num_frames, got.warnings) == (24, ())
+    assert numbers(got.frames) == spread(0, 23, 4)
+
+
 def test_one_broken_frame_of_a_gif(tmp_path: Path) -> None:
     with av.open(tmp_path / "clip.gif", "w") as out:
         stream: Any = out.add_stream("gif", rate=10)
