@@ -98,10 +98,7 @@ def read_waveform(
             raise ClipError(f"{path}: {error}; re-encode it or remove the record's audio field") from None
         length = wanted if pad and wanted else round(SILENCE_SECONDS * SAMPLE_RATE)
         return Waveform(np.zeros(max(length, SHORTEST), np.float32), (f"{path}: {error}; silence is used instead",), silent=True)
-    shortest = max(SHORTEST, wanted if pad and wanted else 0)
-    if len(samples) < shortest:
-        samples = np.pad(samples, (0, shortest - len(samples)))
-    return Waveform(samples, warnings)
+    return Waveform(_padded(samples, wanted, pad), warnings)
 
 
 def array_waveform(
@@ -126,31 +123,49 @@ def array_waveform(
       ClipError: when they end before the interval.
     """
     wanted = round(seconds * SAMPLE_RATE) if seconds > 0 else None
-    held = _Held(samples, rate, channels)
+    mixer = _Mixer(channels)
     try:
-        cut = _cut(held, wanted, crop, timestamps)
+        cut = _cut(_Held(mixer.mono(samples), rate), wanted, crop, timestamps)
     except _Unreadable as error:
         raise ClipError(f"{name}: {error}; correct the interval") from None
-    shortest = max(SHORTEST, wanted if pad and wanted else 0)
-    warnings = (f"{name}: the first channel is silent, others are not; set channels=mean to hear them",) if held.deaf else ()
-    return Waveform(np.pad(cut, (0, max(0, shortest - len(cut)))), warnings)
+    return Waveform(_padded(cut, wanted, pad), mixer.warnings(name))
+
+
+def _padded(samples: np.ndarray, wanted: int | None, pad: bool) -> np.ndarray:
+    return np.pad(samples, (0, max(0, SHORTEST - len(samples), (wanted if pad and wanted else 0) - len(samples))))
+
+
+class _Mixer:
+    """Joins channels, and notices where the first one is silent alone."""
+
+    def __init__(self, channels: str) -> None:
+        self._mean, self._peaks = channels == "mean", np.zeros(2)  # of the first channel, of the others
+
+    def mono(self, samples: np.ndarray) -> np.ndarray:
+        """(N, channels) to (N,) float32."""
+        if samples.shape[1] > 1 and self._mean:
+            return samples.mean(axis=1, dtype=np.float32)
+        if samples.shape[1] > 1 and samples.size and self._peaks[0] < _SILENT:
+            self._peaks = np.maximum(self._peaks, (np.abs(samples[:, 0]).max(), np.abs(samples[:, 1:]).max()))
+        return np.ascontiguousarray(samples[:, 0])
+
+    def warnings(self, name: object) -> tuple[str, ...]:
+        if self._peaks[0] >= _SILENT or self._peaks[1] <= _AUDIBLE:
+            return ()
+        return (f"{name}: the first channel is silent, others are not; set channels=mean to hear them",)
 
 
 class _Held:
     """Samples in memory with what `_cut` asks of a track."""
 
-    def __init__(self, samples: np.ndarray, rate: int, channels: str) -> None:
-        self.rate, self.longest = rate, len(samples)
-        self._mono = samples.mean(axis=1, dtype=np.float32) if channels == "mean" and samples.shape[1] > 1 else samples[:, 0]
-        peaks = np.abs(samples).max(axis=0)
-        self.deaf = channels == "first" and len(peaks) > 1 and bool(peaks[0] < _SILENT and peaks[1:].max() > _AUDIBLE)
+    def __init__(self, samples: np.ndarray, rate: int) -> None:
+        self._samples, self.rate, self.longest = samples, rate, len(samples)
 
     def length(self) -> int:
         return self.longest
 
     def blocks(self, start: int) -> Iterator[np.ndarray]:
-        for at in range(start, self.longest, _BLOCK):
-            yield np.ascontiguousarray(self._mono[at : at + _BLOCK])
+        yield from (self._samples[at : at + _BLOCK] for at in range(start, self.longest, _BLOCK))
 
 
 class _Unreadable(Exception):
@@ -220,7 +235,7 @@ class _Track:
         self._gaps = 0  # packets lost between others
         self._holes = 0  # samples lost with whole pages, of which FFmpeg says nothing
         self._ended = ""  # what its end warns of
-        self._peaks = np.zeros(2)  # of the first channel, of the others
+        self._mixer = _Mixer(channels)
         self._decoding = Decoding(container, stream, path)
         self._frames = iter(self._decoding)
         # The rate in the header may be half of what the decoder gives (HE-AAC), so the first frame is asked.
@@ -269,9 +284,7 @@ class _Track:
         if self._decoding.stopped:
             said = f"after {self._decoding.packets} packets of the sound ({self._decoding.stopped}); what is before is used"
             lines.append(f"{self._path}: the file cannot be read on {said}")
-        if self._channels == "first" and self._peaks[0] < _SILENT and self._peaks[1] > _AUDIBLE:
-            lines.append(f"{self._path}: the first channel is silent, others are not; set channels=mean to hear them")
-        return tuple(lines)
+        return (*lines, *self._mixer.warnings(self._path))
 
     def _samples(self) -> Iterator[np.ndarray]:
         """Yields mono blocks at `rate`: gaps are filled, another rate is resampled."""
@@ -291,7 +304,7 @@ class _Track:
             if gap > 0:
                 yield np.zeros(gap, np.float32)
             expected = None if frame.pts is None else frame.pts + frame.samples / frame.sample_rate / self._stream.time_base
-            block = self._mono(_floats(frame))
+            block = self._mixer.mono(_floats(frame))
             if frame.sample_rate != rate:
                 if converter:
                     yield converter.resample_chunk(np.zeros(0, np.float32), last=True)
@@ -301,16 +314,6 @@ class _Track:
             frame = next(self._frames, None)
         if converter:
             yield converter.resample_chunk(np.zeros(0, np.float32), last=True)
-
-    def _mono(self, samples: np.ndarray) -> np.ndarray:
-        """(N, channels) to (N,) float32."""
-        if samples.shape[1] == 1:
-            return np.ascontiguousarray(samples[:, 0])
-        if self._channels == "mean":
-            return samples.mean(axis=1, dtype=np.float32)
-        if self._peaks[0] < _SILENT and samples.size:
-            self._peaks = np.maximum(self._peaks, (np.abs(samples[:, 0]).max(), np.abs(samples[:, 1:]).max()))
-        return np.ascontiguousarray(samples[:, 0])
 
     def _lateness(self, stream: Any) -> int:
         """Samples by which the track starts later than the picture."""

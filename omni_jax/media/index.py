@@ -113,7 +113,7 @@ def without_leading(index: PacketIndex, container: Any, stream: Any) -> PacketIn
 
 
 def decode_from(container: Any, stream: Any, index: PacketIndex, entry: int, times: set[int]) -> Iterator[Any]:
-    """Yields the frames at `times`, decoding from an entry on; others in between that no frame depends on are not decoded.
+    """Yields the frames at `times`, and key frames, decoding from an entry on; others that no frame depends on are not decoded.
 
     Ends early, without all of the frames, where the stream cannot be entered there, a packet or picture does not decode, or packets are
     fields.
@@ -142,7 +142,7 @@ def decode_from(container: Any, stream: Any, index: PacketIndex, entry: int, tim
                     return
                 if frame.is_corrupt and frame.pts >= sound_from:  # what is missing is made up from the pictures before
                     return
-                if frame.pts in times:
+                if frame.pts in times or frame.key_frame:
                     yield frame
             if not left:
                 return

@@ -46,18 +46,12 @@ def parquet_module() -> Any:
         raise InputError("pyarrow is not installed, which reads Parquet; run pip install 'omni-jax[parquet]'") from error
 
 
-class Window(io.RawIOBase):
-    """Bytes [start, start + size) of an open file, as a file of its own. FFmpeg goes by its name, too."""
+class Window:
+    """Bytes [start, start + size) of an open file, as a file of its own for PyAV. FFmpeg goes by its name, too."""
 
     def __init__(self, file: IO[bytes], start: int, size: int, name: str) -> None:
         self._file, self._start, self._size, self._at = file, start, size, 0
         self.name = name
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
     def tell(self) -> int:
         return self._at
@@ -67,28 +61,12 @@ class Window(io.RawIOBase):
         self._at = max(0, origin + offset)
         return self._at
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int | None = -1) -> bytes:
         left = max(0, self._size - self._at)
         self._file.seek(self._start + self._at)
         data = self._file.read(left if size is None or size < 0 else min(size, left))
         self._at += len(data)
         return data
-
-    def readall(self) -> bytes:
-        return self.read()
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-class _Cell(io.BytesIO):
-    """The bytes of a cell, with a name."""
-
-    def __init__(self, data: bytes, name: str) -> None:
-        super().__init__(data)
-        self.name = name
 
 
 @contextlib.contextmanager
@@ -101,7 +79,8 @@ def open_part(part: FilePart) -> Iterator[IO[bytes]]:
     if part.column:
         data = _cell(part)
         # FFmpeg knows WAV by its name, and cells may have none.
-        yield _Cell(data, part.name + ".wav" * (data[:4] == b"RIFF" and data[8:12] == b"WAVE" and not os.path.splitext(part.name)[1]))
+        is_wav = data[:4] == b"RIFF" and data[8:12] == b"WAVE" and not os.path.splitext(part.name)[1]
+        yield cast("IO[bytes]", Window(io.BytesIO(data), 0, len(data), part.name + ".wav" * is_wav))
         return
     with open_binary(part.file) as file:
         yield cast("IO[bytes]", Window(file, part.start, part.size, part.name))

@@ -161,7 +161,7 @@ def _codecs(path: os.PathLike[str] | str, size: int, changed: int) -> list[tuple
     found: dict[tuple[int, str], None] = {}
     options = {"analyzeduration": "1", "fpsprobesize": "0"}  # the tables alone say what is asked
     for start in (*(size * place // _PLACES for place in range(1, _PLACES)), max(0, size - _TABLES)):
-        with contextlib.suppress(*AvError), _from(path, start) as file, av.open(file, format="mpegts", options=options) as rest:
+        with contextlib.suppress(*AvError), _from(path, start) as file, av.open(file, "r", "mpegts", options=options) as rest:
             # The tag is the kind of stream that the table names. Without one, or with 6 for anything, FFmpeg may have guessed.
             contexts = [(other.id, other.codec_context) for other in rest.streams if other.codec_context]
             found |= {(number, context.name): None for number, context in contexts if context.codec_tag.strip("\0\6")}
@@ -207,7 +207,7 @@ class Decoding:
         # FFmpeg ends where the next stream of an Ogg chain has another layout or rate.
         while self.stopped and self._container.format.name == "ogg" and (start := _next_in_chain(self._path, self._place)):
             self.stopped = ""
-            with _from(self._path, start) as file, av.open(file, format="ogg") as rest:
+            with _from(self._path, start) as file, av.open(file, "r", "ogg") as rest:
                 if found := tracks(rest, self._stream.type):
                     yield from self._demux(rest, found[0], start)
 
@@ -305,7 +305,7 @@ def is_incomplete(path: os.PathLike[str] | str) -> bool | None:
         if head[:4] == b"\x1aE\xdf\xa3":
             return _matroska_end(head) > length
         if head[4:8] in (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"free", b"skip"):
-            return _boxes_end(file, length) > length
+            return _boxes_end(file, length, caf=False) > length
         if head[:4] in (b"RF64", b"BW64") and head[12:16] == b"ds64":  # the sizes of the whole and of the samples
             return min(int.from_bytes(head[20:28], "little"), int.from_bytes(head[28:36], "little")) > length
         if head[:4] in (b"RIFF", b"FORM"):
@@ -316,7 +316,7 @@ def is_incomplete(path: os.PathLike[str] | str) -> bool | None:
         if head[:4] == b"OggS":
             return _ogg_end(file, length) > length
         if head[:4] == b"caff":
-            return _caf_end(file, length) > length
+            return _boxes_end(file, length, caf=True) > length
     return False
 
 
@@ -345,14 +345,16 @@ def _vint(data: bytes, at: int) -> tuple[int, int]:
     return (-1 if value == (1 << 7 * width) - 1 else value), at + width
 
 
-def _boxes_end(file: IO[bytes], length: int) -> int:
-    """End of the last top-level MP4 box that starts within the file."""
-    at = 0
+def _boxes_end(file: IO[bytes], length: int, caf: bool) -> int:
+    """End of the last top-level MP4 box, or CAF chunk, that starts within the file."""
+    at = 8 if caf else 0
     while at + 8 <= length:
         file.seek(at)
         head = file.read(16)
         size = int.from_bytes(head[:4], "big")
-        if size == 1:
+        if caf:
+            size = 12 + int.from_bytes(head[4:12], "big", signed=True) if head[4:5] < b"\x80" else 0
+        elif size == 1:
             size = int.from_bytes(head[8:16], "big")
         if size == 0:  # "to the end of the file"
             return length
@@ -388,18 +390,6 @@ def _chunks_end(file: IO[bytes], length: int, order: Any) -> int | None:
             return None
         at += 8 + size + size % 2
     return at if at > length + 1 else length  # the padding byte of an odd size is often left out
-
-
-def _caf_end(file: IO[bytes], length: int) -> int:
-    """End of the last chunk that starts within a CAF file."""
-    at = 8
-    while at + 12 <= length:
-        file.seek(at + 4)
-        size = int.from_bytes(file.read(8), "big", signed=True)
-        if size < 0:  # "to the end of the file"
-            return length
-        at += 12 + size
-    return at
 
 
 def _next_in_chain(path: os.PathLike[str] | str, place: int) -> int:

@@ -8,6 +8,7 @@ Letters: F frames sampled, n frames in the stream.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from fractions import Fraction
 from typing import Any
@@ -107,10 +108,13 @@ def _enter(container: Any, stream: Any, index: PacketIndex, wanted: np.ndarray) 
         while together < len(numbers) and not index.saves(index.entry(numbers[together]), numbers[together - 1]):
             together += 1
         by_time = {int(index.pts[number]): number for number in numbers[:together]}
+        matrix = None
         for frame in decode_from(container, stream, index, entry, set(by_time)):
             if (frame.width, frame.height) != size:
                 return None
-            pictures[by_time[frame.pts]] = _picture(frame, size)
+            matrix = _matrix(frame) or matrix
+            if frame.pts in by_time:
+                pictures[by_time[frame.pts]] = _picture(frame, size, matrix)
         if len(pictures) < len(wanted) - len(numbers) + together:
             return None
         del numbers[:together]
@@ -122,10 +126,12 @@ def _decode_in_order(
 ) -> tuple[dict[int, np.ndarray], int, tuple[str, ...]]:
     """Returns the wanted frames by number, the number of all frames and warnings; decodes once where `guess` is that number, else twice."""
     while True:
-        indices = _indices_within(guess, fps, frames, timestamps)
+        indices: list[int] = []
+        with contextlib.suppress(ClipError):  # where so short a clip would end before the interval
+            indices = sample_indices(guess, fps, frames, timestamps)[0].tolist() if guess else []
         wanted = set(indices)
         pictures: dict[int, np.ndarray] = {}
-        count, size = 0, (0, 0)
+        count, size, matrix = 0, (0, 0), None
         with open_container(path) as container:
             stream = _stream(container, path, track)
             _check_size(stream.width, stream.height, len(indices), path)
@@ -134,8 +140,10 @@ def _decode_in_order(
                 if not count:
                     size = (frame.width, frame.height)
                     _check_size(*size, len(indices), path)
+                if frame.key_frame or count in wanted:
+                    matrix = _matrix(frame) or matrix
                 if count in wanted:
-                    pictures[count] = _picture(frame, size)
+                    pictures[count] = _picture(frame, size, matrix)
                 count += 1
         refusal = decoding.refusal("video") or ("" if count else f"the video stream holds no frames ({decoding.error or 'no packets'})")
         if refusal:
@@ -146,22 +154,13 @@ def _decode_in_order(
         guess = count
 
 
-def _indices_within(count: int, fps: float, frames: int | FrameRule, timestamps: tuple[float, float] | None) -> list[int]:
-    """Returns the frames to take if there were `count`, none where the clip would end before the interval."""
-    try:
-        return sample_indices(count, fps, frames, timestamps)[0].tolist() if count else []
-    except ClipError:
-        return []
-
-
-def _picture(frame: Any, size: tuple[int, int]) -> np.ndarray:
-    """(height, width, 3) uint8 RGB, upright: phones store a turned or mirrored picture and a note of it."""
-    picture = (_field_rgb if frame.interlaced_frame else _rgb)(frame, *size)
-    try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # some of it is of a kind that PyAV does not know, as EXIF or the number of a view
-        deletions = [("sidedata", f"mode=delete:type={number}") for number in range(64) if number not in _KNOWN_SIDE_DATA]
-        matrix = _filtered(frame, *deletions).side_data.get("DISPLAYMATRIX")
+def _picture(frame: Any, size: tuple[int, int], matrix: bytes | None) -> np.ndarray:
+    """(height, width, 3) uint8 RGB, upright."""
+    width, height = size
+    if frame.interlaced_frame:  # as one picture: FFmpeg 8 alone would convert the colours of its two fields apart
+        picture = _filtered(frame, ("scale", f"{width}:{height}:interl=0"), ("format", "rgb24")).to_ndarray()
+    else:
+        picture = frame.to_ndarray(format="rgb24", width=width, height=height)
     if matrix is None:
         return picture
     # The point (x, y) is shown at (a x + c y, b x + d y).
@@ -171,13 +170,15 @@ def _picture(frame: Any, size: tuple[int, int]) -> np.ndarray:
     return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def _rgb(frame: Any, width: int, height: int) -> np.ndarray:
-    return frame.to_ndarray(format="rgb24", width=width, height=height)
-
-
-def _field_rgb(frame: Any, width: int, height: int) -> np.ndarray:
-    """The same for an interlaced picture, as one picture: FFmpeg 8 alone would convert the colours of its two fields apart."""
-    return _filtered(frame, ("scale", f"{width}:{height}:interl=0"), ("format", "rgb24")).to_ndarray()
+def _matrix(frame: Any) -> bytes | None:
+    """How a picture is shown: phones store a turned or mirrored one and a note of it. Streams may have the note at their key frames alone,
+    where it holds until the next."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # some of it is of a kind that PyAV does not know, as EXIF or the number of a view
+        deletions = [("sidedata", f"mode=delete:type={number}") for number in range(64) if number not in _KNOWN_SIDE_DATA]
+        matrix = _filtered(frame, *deletions).side_data.get("DISPLAYMATRIX")
+    return None if matrix is None else bytes(matrix)
 
 
 def _filtered(frame: Any, *filters: tuple[str, str]) -> Any:

@@ -302,6 +302,21 @@ def test_an_interlaced_picture_is_converted_as_one(tmp_path: Path) -> None:
     assert np.abs(got.frames.astype(int) - read_frames(plain, 6).frames).mean() < 0.5
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".flv"])  # entered at key frames, read through
+def test_a_turn_that_is_noted_at_key_frames_alone(tmp_path: Path, suffix: str) -> None:
+    plain = write_video(tmp_path / "plain.mp4", "libx264", 48, options=X264)
+    turned = tmp_path / f"turned{suffix}"
+    with av.open(plain) as source, av.open(turned, "w") as out:
+        stream: Any = out.add_stream_from_template(source.streams.video[0])
+        note = av.BitStreamFilterContext("h264_metadata=display_orientation=insert:rotate=90", source.streams.video[0])
+        for packet in source.demux(video=0):
+            for noted in note.filter(packet) if packet.size else ():
+                noted.stream = stream
+                out.mux(noted)
+    got = read_frames(turned, 6).frames
+    assert np.array_equal(got, np.rot90(read_frames(plain, 6).frames, 1, axes=(1, 2)))
+
+
 @pytest.mark.parametrize(
     ("matrix", "turned"),
     [
