@@ -97,17 +97,13 @@ def drawn(config: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("settings", "undisturbed"), [(PLAIN, "whole"), (DRAWN, "drawn")], ids=["plain", "dropout-cycle"])
-def test_killed_ten_times_equals_never_killed_to_the_bit(
-    request: pytest.FixtureRequest, config: Path, cache: Path, tmp_path: Path, settings: dict[str, Any], undisturbed: str
-) -> None:
-    whole: Path = request.getfixturevalue(undisturbed)
+def test_killed_ten_times_equals_never_killed_to_the_bit(config: Path, cache: Path, drawn: Path, tmp_path: Path) -> None:
     around, broken = environment(cache, devices=2), tmp_path / "broken"
     rng = random.Random(2025)
     saving = 0
     for kill in range(KILLS):
         more = newest(broken) + rng.randint(1, 2)
-        process = start(command(config, broken, steps=STEPS, **settings), around)
+        process = start(command(config, broken, steps=STEPS, **DRAWN), around)
         moment = ("start", "save", "save", "update")[kill % 4]
         if moment == "start":
             time.sleep(rng.uniform(0.5, 4.0))
@@ -121,9 +117,9 @@ def test_killed_ten_times_equals_never_killed_to_the_bit(
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "the run ended before it was killed; give it more updates"
     assert saving >= 2, "no kill came in the midst of a save"
-    finish(command(config, broken, steps=STEPS, **settings), around)
-    assert rows(broken) == rows(whole) and [row["step"] for row in rows(whole)] == list(range(1, STEPS + 1))
-    expected, found = arrays(whole, STEPS), arrays(broken, STEPS)
+    finish(command(config, broken, steps=STEPS, **DRAWN), around)
+    assert rows(broken) == rows(drawn) and [row["step"] for row in rows(drawn)] == list(range(1, STEPS + 1))
+    expected, found = arrays(drawn, STEPS), arrays(broken, STEPS)
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
