@@ -22,7 +22,7 @@ from omni_jax.api.encoding import check_batch_size, encode_items, similarity
 from omni_jax.api.made_with import made_with
 from omni_jax.api.saving import save_model
 from omni_jax.api.weights import ModelSource, compute_type, find_model, load_params, open_model
-from omni_jax.config import PREFIXES, PRESETS, TABLE_MODALITIES, TABLES, ConfigError, ModelConfig, Preset
+from omni_jax.config import PREFIXES, TABLE_MODALITIES, TABLES, ConfigError, ModelConfig, Preset, preset_key
 from omni_jax.config import preset as preset_named
 from omni_jax.config.compile_cache import use_compile_cache
 from omni_jax.data.loading import DECODE_LIMIT_S, load_features
@@ -113,7 +113,7 @@ class OmniRetriever:
 
         use_compile_cache()
         # Before the weights, which take minutes to read at full size.
-        chosen = source.preset if preset is None else preset_named(preset) if isinstance(preset, str) else preset
+        chosen = source.preset if preset is None else preset_named(preset)
         chosen.check(source.config.prompt)
         check_preprocessing(source.folder, source.config)
         tokenizer = source.tokenizer
@@ -288,7 +288,7 @@ class OmniRetriever:
 
     def __repr__(self) -> str:
         lora, devices = self.config.lora, len(jax.devices())
-        preset = next((name for name, known in PRESETS.items() if known == self.preset), "of its own")
+        preset = name if isinstance(name := preset_key(self.preset), str) else "of its own"
         adapter = f"LoRA of rank {lora.rank}" if lora is not None else "no adapter"
         return (
             f"OmniRetriever({self._name!r}, dim {self.dim}, {self.config.decoder.num_layers} layers, {adapter}, {self._dtype}, "

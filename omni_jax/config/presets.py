@@ -227,11 +227,20 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def preset(name: str) -> Preset:
-    """Returns a preset by name; raises ConfigError naming the known ones."""
-    if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+def preset(key: str | Preset | Mapping[str, Any]) -> Preset:
+    """Returns a preset by its name or by what `preset_key` gives; raises ConfigError naming the known ones."""
+    if not isinstance(key, str):
+        return key if isinstance(key, Preset) else Preset(**key)
+    if key not in PRESETS:
+        raise ConfigError(f"unknown preset {key!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[key]
+
+
+def preset_key(chosen: Preset) -> str | dict[str, Any]:
+    """Returns the name of a preset or, of one without, its fields that are not those of the training preset."""
+    named = next((name for name, known in PRESETS.items() if known == chosen), None)
+    usual = dataclasses.asdict(Preset())
+    return named or {field: value for field, value in dataclasses.asdict(chosen).items() if value != usual[field]}
 
 
 def presets_for(prompt: str) -> dict[str, Preset]:
