@@ -62,7 +62,7 @@ def make_app(embedder: Embedder, library: Library, rules: Rules, name: str) -> S
         ClipError: lambda _, error: refused(422, str(error)),
         InputError: lambda _, error: refused(400, str(error)),
         Busy: lambda _, error: _busy(),
-        HTTPException: lambda _, error: refused(error.status_code, str(error.detail)),
+        HTTPException: lambda _, error: refused(error.status_code, str(error.detail), error.headers),
         Exception: lambda _, error: refused(500, "the server failed; its log says how"),
     }
     return Starlette(routes=routes, middleware=[Middleware(Guard, rules=rules)], exception_handlers=handlers, lifespan=lifespan)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hmac
+import http
 import http.cookies
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -66,10 +67,25 @@ class Guard:
                 await self._app(scope, receive, send)
             return  # no websockets here
         scope["nonce"] = nonce = secrets.token_urlsafe(16)
+        plain: tuple[int, MutableHeaders] | None = None
+        said = b""
 
         async def confined(message: Message) -> None:
+            nonlocal plain, said
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(_headers(nonce))
+                answer = MutableHeaders(scope=message)
+                if message["status"] >= 400 and answer.get("content-type") != JSONResponse.media_type:
+                    plain = message["status"], answer  # a refusal of the server library; it is given the form of all others
+                    return
+                answer.update(_headers(nonce))
+            elif plain is not None:
+                said += message.get("body", b"")
+                if not message.get("more_body", False):
+                    (status, answer), plain = plain, None
+                    kept = {name: value for name, value in answer.items() if name in ("allow", "content-range")}
+                    line = said.decode(errors="replace") or http.HTTPStatus(status).phrase
+                    await refused(status, line, kept)(scope, receive, confined)
+                return
             await send(message)
 
         headers = Headers(scope=scope)
@@ -144,9 +160,9 @@ class Guard:
         return limited
 
 
-def refused(status: int, line: str) -> JSONResponse:
+def refused(status: int, line: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Returns an error as OpenAI's API has them: one line, with a status."""
-    headers = {"connection": "close"} if status in (408, 413) else {}  # the rest of the body is not read
+    headers = dict(headers or {}) | ({"connection": "close"} if status in (408, 413) else {})  # the rest of the body is not read
     return JSONResponse({"error": {"message": line, "type": "invalid_request_error" if status < 500 else "server_error"}}, status, headers)
 
 

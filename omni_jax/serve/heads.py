@@ -1,4 +1,4 @@
-"""Connections whose heads must arrive in time: a client that sends half of one, or nothing, does not keep its place."""
+"""Connections whose heads must arrive in time, and be heads: a client that sends half of one, or nothing, does not keep its place."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from omni_jax.serve.guards import refused
 
 
 class PromptHeads(H11Protocol):
@@ -29,6 +31,13 @@ class PromptHeads(H11Protocol):
         if self._late is not None:
             self._late.cancel()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is no HTTP in the form of all other refusals."""
+        answer = refused(400, msg, {"connection": "close"})
+        for event in (h11.Response(status_code=400, headers=answer.raw_headers), h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _expect(self) -> None:
         """Starts the time of a head that is awaited; ends it where the head has arrived."""

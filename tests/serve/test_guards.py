@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import socket
 from typing import Any
@@ -12,7 +13,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
@@ -26,8 +27,13 @@ async def _answer(request: Request) -> Response:
     return PlainTextResponse(str(len(await request.body())))
 
 
+async def _file(request: Request) -> Response:
+    return FileResponse(__file__)
+
+
 def client(rules: Rules, base_url: str = "http://127.0.0.1:8000") -> TestClient:
     routes = [Route(path, _answer, methods=["GET", "POST"]) for path in ("/", "/v1/search", "/media/1/image", "/health")]
+    routes.append(Route("/file", _file))
     handlers: Any = {Refused: lambda _, error: refused(error.status, str(error))}
     return TestClient(Starlette(routes=routes, middleware=[Middleware(Guard, rules=rules)], exception_handlers=handlers), base_url=base_url)
 
@@ -36,6 +42,23 @@ def line_of(response: Any) -> str:
     line = response.json()["error"]["message"]
     assert "\n" not in line and line
     return line
+
+
+def test_refusals_of_the_server_library_have_the_same_form() -> None:
+    """Starlette's own are plain text; what a client needs of their heads is kept."""
+    there = client(Rules())
+    answers = [
+        (there.get("/nowhere"), 404, "not found"),
+        (there.put("/v1/search"), 405, "method not allowed"),
+        (there.get("/file", headers={"range": "bytes=9-3"}), 400, "range"),
+        (there.get("/file", headers={"range": "bytes=99999999-"}), 416, "range not satisfiable"),
+    ]
+    for response, status, words in answers:
+        assert response.status_code == status and words in line_of(response).lower()
+        assert response.headers["content-type"] == "application/json" and "content-security-policy" in response.headers
+    assert set(answers[1][0].headers["allow"].split(", ")) == {"GET", "HEAD", "POST"}
+    assert answers[3][0].headers["content-range"].startswith("bytes */")
+    assert there.get("/file", headers={"range": "bytes=0-9"}).status_code == 206
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost:8000", "LOCALHOST", "[::1]:8000", "[::1]"])
@@ -137,7 +160,7 @@ def test_a_body_that_does_not_arrive_is_given_up() -> None:
     assert sent[0]["status"] == 408 and b"took longer than 0.1 s" in sent[1]["body"]
 
 
-def test_half_a_head_does_not_keep_its_place() -> None:
+def test_half_a_head_does_not_keep_its_place_and_what_is_none_is_refused() -> None:
     """Beside a client that sends whole ones now and then."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -160,6 +183,12 @@ def test_half_a_head_does_not_keep_its_place() -> None:
                 await asyncio.sleep(0.25)
             for reader, _ in (silent, slow):
                 assert await asyncio.wait_for(reader.read(), 1) == b""
+            for head in (b"no request\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\na b\r\n\r\n", b"GET /" + b"a" * 70_000):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(head)
+                answer, _, body = (await asyncio.wait_for(reader.read(), 5)).partition(b"\r\n\r\n")
+                assert answer.startswith(b"HTTP/1.1 400 ") and json.loads(body)["error"]["message"] == "Invalid HTTP request received."
+                writer.close()
             for _, writer in (silent, slow, good):
                 writer.close()
             server.should_exit = True
