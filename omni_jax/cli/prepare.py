@@ -67,8 +67,6 @@ def run(args: argparse.Namespace) -> int:
     for note in manifest.notes:
         print(f"{args.manifest}: {note}", file=sys.stderr)
     store = RemoteFolder(args.out) if is_remote(args.out) else None
-    if store is not None and args.ray is not None:
-        raise InputError(f"--out {args.out}: with --ray, name a folder that all nodes share; without it, shards go to an object store")
     with contextlib.ExitStack() as held:
         # Shards are written on the local disk and go to the store when they are whole.
         out = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="omni_jax-prepare-")) if store else args.out)
@@ -84,6 +82,7 @@ def _prepare(args: argparse.Namespace, work: Preparation) -> int:
     from omni_jax.cli.progress import Progress
     from omni_jax.cli.stopping import Terminated, sigterm_raises
     from omni_jax.data.prepare import ERRORS
+    from omni_jax.io.remote import is_remote
 
     done = work.done
     try:
@@ -94,7 +93,8 @@ def _prepare(args: argparse.Namespace, work: Preparation) -> int:
             else:
                 from omni_jax.engines.ray_prepare import write_shards
 
-                counts = write_shards(work.begin(), args.ray, local_cpus(args), args.timeout, progress)
+                store = args.out if is_remote(args.out) else None
+                counts = write_shards(work.begin(), args.ray, local_cpus(args), args.timeout, progress, store)
             with contextlib.closing(counts):
                 for count in counts:
                     progress.update(count)

@@ -127,7 +127,10 @@ class Preparation:
         self.done = self.total - sum(len(self._shards[i]) for i in self._left)
 
     def begin(self) -> list[ShardJob]:
-        """Returns the shards that are missing, each of which `write_shard` makes, in any order and anywhere that sees their folder."""
+        """Returns the shards that are missing, each of which `write_shard` makes, in any order and anywhere that sees their folder.
+
+        Where there is a store, `send_shard` follows, and the part must be here in the end.
+        """
         if self._left:  # until it is whole again, the folder is not taken for one
             (self._out / INDEX).unlink(missing_ok=True)
             if self._store is not None:
@@ -148,7 +151,8 @@ class Preparation:
         for job in jobs:
             for _ in write_shard(job, outcomes):
                 yield 1
-            self._keep(job)
+            if self._store is not None:
+                send_shard(job, self._store)
         self._left = []
 
     def finish(self) -> Summary:
@@ -218,13 +222,6 @@ class Preparation:
             raise InputError(f"{self._store.location}: exists and was not made by 'omni-jax prepare'; give another --out")
         return sizes
 
-    def _keep(self, job: ShardJob) -> None:
-        """Puts a shard, and then its part, where the store is, and removes the shard here."""
-        if self._store is not None:
-            self._store.put(job.path, job.path.name)
-            self._store.put(job.part, f"{PARTS}/{job.part.name}")
-            job.path.unlink()
-
     def _remove_leftovers(self) -> None:
         for leftover in self._out.glob(".*.unfinished"):
             leftover.unlink(missing_ok=True)
@@ -280,6 +277,13 @@ def write_shard(job: ShardJob, outcomes: Iterator[tuple[Any, Any]]) -> Iterator[
         writer.discard()
     lies = {"bounds": found.bounds, "size": found.size}
     write_json(job.part, {"rows": rows, "errors": errors, "warnings": warnings, **lies})
+
+
+def send_shard(job: ShardJob, store: RemoteFolder) -> None:
+    """Puts a shard, and then its part, where the store is, and removes the shard here."""
+    store.put(job.path, job.path.name)
+    store.put(job.part, f"{PARTS}/{job.part.name}")
+    job.path.unlink()
 
 
 def prepare_record(item: tuple[Record, Preset]) -> Prepared:

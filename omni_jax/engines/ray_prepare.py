@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
+import tempfile
 import time
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-from omni_jax.data.prepare import ShardJob, media_names, prepare_record, write_shard
+from omni_jax.data.prepare import PARTS, ShardJob, media_names, prepare_record, send_shard, write_shard
 from omni_jax.engines.ray_cluster import ATTEMPTS, Counters, Lost, Report, check_code, code_stamp, connected, cpus, result
+from omni_jax.io.remote import RemoteFolder
 from omni_jax.media.workers import Guarded, stop_at_our_fault
 from omni_jax.types import InputError
 
@@ -24,13 +28,16 @@ class _Task:
     attempts: int = 0
 
 
-def write_shards(jobs: Sequence[ShardJob], address: str, local_cpus: int, timeout_s: float, report: Report) -> Generator[int]:
+def write_shards(
+    jobs: Sequence[ShardJob], address: str, local_cpus: int, timeout_s: float, report: Report, store: str | None = None
+) -> Generator[int]:
     """Makes shards on a cluster, in any order; yields the number of records in each that is finished.
 
     Args:
-      jobs: from `Preparation.begin`; their folder and media are seen by every node.
+      jobs: from `Preparation.begin`; their media are seen by every node, and their folder where there is no store.
       address, local_cpus: as in `ray_cluster.connected`.
       timeout_s: as in `media.workers.run_guarded`.
+      store: address of the object store that the folder is to be in, to which every node sends what it has made.
 
     Raises:
       InputError: when there is no cluster, a node has other code or another disk, a shard cannot be written, or its process was lost
@@ -41,12 +48,13 @@ def write_shards(jobs: Sequence[ShardJob], address: str, local_cpus: int, timeou
         waiting = collections.deque(_Task(job) for job in jobs)
         running: dict[Any, _Task] = {}
         processes = _processes(ray, len(jobs))
+        sent = RemoteFolder(store) if store is not None else None
         write = ray.remote(_write).options(num_cpus=processes, max_retries=0, name="prepare")
         while waiting or running:
             free = cpus(ray)
             while waiting and len(running) < 2 * (free // processes) + 1:
                 task = waiting.popleft()
-                running[write.remote(task.job, processes, timeout_s, code_stamp())] = task
+                running[write.remote(task.job, processes, timeout_s, code_stamp(), store)] = task
             for ref in ray.wait(list(running), timeout=1.0)[0]:
                 task = running.pop(ref)
                 counts = result(ray, ref)
@@ -54,7 +62,10 @@ def write_shards(jobs: Sequence[ShardJob], address: str, local_cpus: int, timeou
                     _again(task, counts, report)
                     waiting.appendleft(task)
                     continue
-                _check_seen(task.job)
+                if sent is None:
+                    _check_seen(task.job)
+                else:
+                    sent.fetch(f"{PARTS}/{task.job.part.name}", task.job.part)
                 counters.add(**counts)
                 yield len(task.job.records)
             counters.tick(f"{len(running)} shards on {free} CPUs")
@@ -82,13 +93,19 @@ class _Pool:
             yield item, future.result()
 
 
-def _write(job: ShardJob, processes: int, timeout_s: float, stamp: str) -> dict[str, int]:
+def _write(job: ShardJob, processes: int, timeout_s: float, stamp: str, store: str | None) -> dict[str, int]:
     """In a task: makes a shard and returns what to count of it."""
     check_code(stamp)
     counts: collections.Counter[str] = collections.Counter()
     pool = _pools.setdefault((processes, timeout_s), _Pool(processes, timeout_s))
-    for found in write_shard(job, stop_at_our_fault(pool.outcomes(job.items))):
-        counts.update(found, clips=1 - found.get("skipped", 0))
+    with contextlib.ExitStack() as held:
+        if store is not None:  # a shard is written on this node's disk, and sent when it is whole
+            folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="omni_jax-prepare-")))
+            job = dataclasses.replace(job, path=folder / job.path.name, part=folder / job.part.name)
+        for found in write_shard(job, stop_at_our_fault(pool.outcomes(job.items))):
+            counts.update(found, clips=1 - found.get("skipped", 0))
+        if store is not None:
+            send_shard(job, RemoteFolder(store))
     return dict(counts)
 
 
@@ -111,5 +128,7 @@ def _check_seen(job: ShardJob) -> None:
     deadline = time.monotonic() + APPEAR_S
     while not (job.part.exists() and job.path.exists()):
         if time.monotonic() > deadline:
-            raise InputError(f"{job.path}: was written on another node and is not seen here; --out must be a folder that all nodes share")
+            raise InputError(
+                f"{job.path}: was written on another node and is not seen here; --out must be a folder that all nodes share, or in a bucket"
+            )
         time.sleep(0.5)
