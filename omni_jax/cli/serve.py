@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         hosts = () if args.host in ("0.0.0.0", "::") and not args.allow_host else names
         rules = Rules(hosts, args.token, int(args.max_upload * 2**20), args.upload_time)
         app = make_app(embedder, library, rules, source.home.resolve().name)
-        model.encode(texts=["warm"])  # so that the first client need not wait for the program of a caption
+        embedder.warm_up()
         bound.listen(socket.SOMAXCONN)  # clients of the address that is printed next wait, and are not refused
         host, port = bound.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host

@@ -49,6 +49,7 @@ class Runner:
         self._width = encoder.config.decoder.hidden_size
         self._dtype = encoder.dtype
         self._table: jax.Array | None = None
+        self._no_media: jax.Array | None = None
         self.programs: list[str] = []
         self.compiling: Callable[[str], None] | None = None
 
@@ -97,8 +98,8 @@ class Runner:
         Args:
           text_head: "last" takes the `text` table from the last layer, "fused" from the fusion head.
         """
-        self._fill_table(batch)
-        return _collect(batch.owners, [self._run_rows(rows) for rows in batch.rows], text_head)
+        table = self._filled_table(batch)
+        return _collect(batch.owners, [self._run_rows(rows, table) for rows in batch.rows], text_head)
 
     def lower(self, batch: EncoderBatch, platform: str | None = None) -> dict[str, jax.stages.Lowered]:
         """Returns the lowered programs of a batch by name, arrays may be shapes: for compiling ahead and for reading what they need.
@@ -121,29 +122,40 @@ class Runner:
                 traced["rows"] = self._rows.trace(self._params, table, arrays)
             return {name: one.lower(lowering_platforms=platforms) for name, one in traced.items()}
 
-    def _fill_table(self, batch: EncoderBatch) -> None:
-        """Runs the towers; afterwards `self._table` holds the batch's media tokens in `EncoderBatch` order."""
+    def _filled_table(self, batch: EncoderBatch) -> jax.Array:
+        """Runs the towers, and returns the table with the batch's media tokens in `EncoderBatch` order.
+
+        Captions alone have one that does not grow with the media of other batches, so that their programs are compiled once.
+        """
         calls = self._calls(batch)
+        if not calls:
+            self._no_media = self._zeros(0) if self._no_media is None else self._no_media
+            return self._no_media
         self._reserve(sum(arrays[0].shape[0] * each for _, arrays, each in calls))
         offset = 0
         with self._context():
             for tower, arrays, each in calls:
                 self._table = self._media[tower](self._params, self._table, np.int32(offset), self._place(arrays), tokens=each)
                 offset += arrays[0].shape[0] * each
+        assert self._table is not None
+        return self._table
 
     def _calls(self, batch: EncoderBatch) -> list[tuple[Tower, tuple[Any, ...], int]]:
         """Returns (tower, what its program takes, tokens of each item) of every tower batch, in the order of the media table."""
         return [(tower, tower.arrays(one), tower.made(one)) for tower in self._media for one in getattr(batch, tower.name)]
 
-    def _run_rows(self, rows: RowBatch) -> tuple[jax.Array, jax.Array]:
+    def _run_rows(self, rows: RowBatch, table: jax.Array) -> tuple[jax.Array, jax.Array]:
         arrays = dict(zip(ROWS, self._place(tuple(getattr(rows, name) for name in ROWS)), strict=True))
         with self._context():
-            return self._rows(self._params, self._table, arrays)
+            return self._rows(self._params, table, arrays)
 
     def _reserve(self, tokens: int) -> None:
         if self._table is None or self._table.shape[0] < tokens:
-            # A larger table compiles every program again: the first batch gets one with room for others twice its size.
-            self._table = self._put(np.zeros((_capacity(tokens), self._width), self._dtype), (None, None))
+            # A larger table compiles every program of media again: the first batch gets one with room for others twice its size.
+            self._table = self._zeros(tokens)
+
+    def _zeros(self, tokens: int) -> jax.Array:
+        return self._put(np.zeros((_capacity(tokens), self._width), self._dtype), (None, None))
 
     def _place(self, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
         """Puts arrays on the devices, split along their first axis."""

@@ -27,16 +27,19 @@ class Batcher:
       batches, items: batches encoded so far, and the items in them.
     """
 
-    def __init__(self, encode: Encode, size: int, most_waiting: int, wait_s: float = 0.002) -> None:
+    def __init__(
+        self, encode: Encode, size: int, most_waiting: int, kind: Callable[[Features], object] = lambda _: None, wait_s: float = 0.002
+    ) -> None:
         """Starts nothing; `run` does.
 
         Args:
           encode: a vector (D,) for each item, or the reason why there is none. Called in one thread of its own, never twice at a time.
           size: items of a batch, at most; 1 encodes each alone.
           most_waiting: items that may wait.
+          kind: what the items of a batch have in common. Mixtures would have shapes of their own, each of which is compiled while all wait.
           wait_s: seconds that a first item waits for others where the encoder is idle.
         """
-        self._encode, self._size, self._most_waiting, self._wait_s = encode, size, most_waiting, wait_s
+        self._encode, self._size, self._most_waiting, self._kind, self._wait_s = encode, size, most_waiting, kind, wait_s
         self._waiting: list[tuple[Features, asyncio.Future[np.ndarray]]] = []
         self._arrived = asyncio.Event()
         self._thread: Executor = ThreadPoolExecutor(1, thread_name_prefix="encode")
@@ -74,7 +77,7 @@ class Batcher:
                 if len(self._waiting) < self._size and self._wait_s:
                     await asyncio.sleep(self._wait_s)
                 self._waiting = [pair for pair in self._waiting if not pair[1].done()]
-                batch, self._waiting = self._waiting[: self._size], self._waiting[self._size :]
+                batch = self._next()
                 if not self._waiting:
                     self._arrived.clear()
                 if batch:
@@ -85,6 +88,16 @@ class Batcher:
             self._thread.shutdown(wait=False, cancel_futures=True)
             for _, place in self._waiting:
                 place.cancel()
+
+    def _next(self) -> list[tuple[Features, asyncio.Future[np.ndarray]]]:
+        """Takes the item that has waited longest, and others of its kind."""
+        batch: list[tuple[Features, asyncio.Future[np.ndarray]]] = []
+        rest: list[tuple[Features, asyncio.Future[np.ndarray]]] = []
+        for pair in self._waiting:
+            fits = not batch or (len(batch) < self._size and self._kind(pair[0]) == self._kind(batch[0][0]))
+            (batch if fits else rest).append(pair)
+        self._waiting = rest
+        return batch
 
     def _outcomes(self, items: Sequence[Features]) -> Sequence[Any]:
         """Vectors or exceptions: where a batch fails as a whole, its items are tried one by one, so that none takes the others along."""

@@ -22,6 +22,8 @@ from omni_jax.media.workers import Guarded
 from omni_jax.serve.batching import Batcher, Busy
 from omni_jax.types import ClipError, Features
 
+USUAL = "a caption with about as many words as people type into a search field"
+
 
 class Embedder:
     """A model that many clients use at once.
@@ -41,7 +43,7 @@ class Embedder:
           most_waiting: items that may wait, before the decoders and before the encoder; more are refused.
         """
         self.model = model
-        self.batcher = Batcher(self._encode, batch_size, most_waiting)
+        self.batcher = Batcher(self._encode, batch_size, most_waiting, own_table)
         self._batch_size, self._most_waiting = batch_size, most_waiting
         self._decode = Guarded(functools.partial(item_features, preset=model.preset), timeout_s)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
@@ -60,6 +62,9 @@ class Embedder:
         """
         if self._decoding + len(given) > self._most_waiting:
             raise Busy
+        if all(fields.keys() == {"text"} for fields in given):  # captions do not wait behind files
+            features = [self._features(item) for item in self._parsed(given, Path(), prompt)]
+            return np.stack(await self.batcher.vectors(features)), features
         loop = asyncio.get_running_loop()
         self._decoding += len(given)
         try:
@@ -69,6 +74,11 @@ class Embedder:
         finally:
             self._decoding -= len(given)
         return np.stack(await self.batcher.vectors(features)), features
+
+    def warm_up(self) -> None:
+        """Compiles what one caption and a batch of captions need, so that the first clients need not wait for it."""
+        self.model.encode(USUAL)
+        self.model.encode([f"{USUAL} {number}" for number in range(self._batch_size)], batch_size=self._batch_size)
 
     def close(self) -> None:
         """Ends the decoding processes and their threads."""

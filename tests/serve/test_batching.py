@@ -66,6 +66,25 @@ def test_what_waits_while_a_batch_is_computed_makes_the_next_one() -> None:
     assert (batcher.items, batcher.batches, batcher.waiting) == (20, len(encode.sizes), 0)
 
 
+def test_items_of_one_kind_share_a_batch_and_none_waits_for_ever() -> None:
+    encode = Counting()
+    seen: list[set[int]] = []
+
+    def kinds(items: Sequence[Features]) -> list[Any]:
+        seen.append({int(item.record.id) % 3 for item in items})
+        return encode(items)
+
+    batcher = Batcher(kinds, size=4, most_waiting=100, kind=lambda item: int(item.record.id) % 3)
+
+    async def work() -> list[Any]:
+        encode.go.set()
+        return await asyncio.gather(*(batcher.vectors([item(str(n))]) for n in range(20)))
+
+    assert [float(rows[0][0]) for rows in during(batcher, work)] == list(range(20))
+    assert [len(kind) for kind in seen] == [1] * 6 and sorted(encode.sizes) == [2, 3, 3, 4, 4, 4]
+    assert seen[:3] == [{0}, {1}, {2}]  # the next is of the kind that has waited longest
+
+
 def test_one_item_takes_no_other_along() -> None:
     encode = Counting()
     encode.go.set()
