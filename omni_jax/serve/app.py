@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from omni_jax import __version__
 from omni_jax.api.encoding import finished
-from omni_jax.serve.batching import Busy
+from omni_jax.serve.batching import Batcher, Busy
 from omni_jax.serve.embedding import Embedder
 from omni_jax.serve.guards import Guard, Refused, Rules, refused
 from omni_jax.serve.library import Library
@@ -31,6 +31,7 @@ from omni_jax.types import ClipError, Features, InputError
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_RESULTS = 1000
+SEARCHES = 64  # queries that are compared with a table together
 PREFIX = "omni_jax"  # of the names of metrics
 
 
@@ -40,11 +41,12 @@ def make_app(embedder: Embedder, library: Library, rules: Rules, name: str) -> S
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        batches = asyncio.create_task(embedder.batcher.run())
+        batches = [asyncio.create_task(batcher.run()) for batcher in (embedder.batcher, service.searches)]
         try:
             yield
         finally:
-            batches.cancel()
+            for running in batches:
+                running.cancel()
             embedder.close()
 
     routes = [
@@ -71,6 +73,7 @@ def make_app(embedder: Embedder, library: Library, rules: Rules, name: str) -> S
 class _Service:
     def __init__(self, embedder: Embedder, library: Library, name: str) -> None:
         self.embedder, self.library, self.name = embedder, library, name
+        self.searches = Batcher(library.searches, SEARCHES, embedder.most_waiting, kind=lambda asked: asked[0], wait_s=0)
         self.started = int(time.time())
         environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined)
         self._page = environment.get_template("page.html.j2")
@@ -145,7 +148,7 @@ class _Service:
         rows, (features,) = await self.embedder.vectors(query.items, self._prompt(query, "query"))
         embedded = time.perf_counter()
         table = self.library.table_for(_asked(features), chosen)
-        results = await asyncio.to_thread(self.library.search, table, rows[0], k)
+        (results,) = await self.searches.answers([(table, rows[0], k)])
         seconds = {"embed": round(embedded - begun, 4), "search": round(time.perf_counter() - embedded, 4)}
         return JSONResponse({"table": table, "records": self.library.sizes[table], "seconds": seconds, "results": results})
 

@@ -1,4 +1,4 @@
-"""Requests of many clients encoded together: whatever waits while a batch is computed makes the next one."""
+"""Requests of many clients answered together: whatever waits while a batch is computed makes the next one."""
 
 from __future__ import annotations
 
@@ -6,60 +6,62 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-import numpy as np
-
-from omni_jax.types import ClipError, Features
-
-Encode = Callable[[Sequence[Features]], Sequence[np.ndarray | ClipError]]
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 class Busy(Exception):
     """More requests wait than may."""
 
 
-class Batcher:
-    """One queue before the encoder.
+class Batcher(Generic[Item, Answer]):
+    """One queue before the encoder, or another function that does many things faster than one by one.
 
     Attributes:
       waiting: items that wait for their batch.
-      batches, items: batches encoded so far, and the items in them.
+      batches, items: batches computed so far, and the items in them.
     """
 
     def __init__(
-        self, encode: Encode, size: int, most_waiting: int, kind: Callable[[Features], object] = lambda _: None, wait_s: float = 0.002
+        self,
+        function: Callable[[Sequence[Item]], Sequence[Answer | Exception]],
+        size: int,
+        most_waiting: int,
+        kind: Callable[[Item], object] = lambda _: None,
+        wait_s: float = 0.002,
     ) -> None:
         """Starts nothing; `run` does.
 
         Args:
-          encode: a vector (D,) for each item, or the reason why there is none. Called in one thread of its own, never twice at a time.
-          size: items of a batch, at most; 1 encodes each alone.
+          function: an answer for each item, or the reason why there is none. Called in one thread of its own, never twice at a time.
+          size: items of a batch, at most; 1 computes each alone.
           most_waiting: items that may wait.
           kind: what the items of a batch have in common. Mixtures would have shapes of their own, each of which is compiled while all wait.
-          wait_s: seconds that a first item waits for others where the encoder is idle.
+          wait_s: seconds that a first item waits for others where the thread is idle.
         """
-        self._encode, self._size, self._most_waiting, self._kind, self._wait_s = encode, size, most_waiting, kind, wait_s
-        self._waiting: list[tuple[Features, asyncio.Future[np.ndarray]]] = []
+        self._function, self._size, self._most_waiting, self._kind, self._wait_s = function, size, most_waiting, kind, wait_s
+        self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
         self._arrived = asyncio.Event()
-        self._thread: Executor = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._thread: Executor = ThreadPoolExecutor(1, thread_name_prefix="batch")
         self.batches = self.items = 0
 
     @property
     def waiting(self) -> int:
         return len(self._waiting)
 
-    async def vectors(self, items: Sequence[Features]) -> list[np.ndarray]:
-        """Returns the embedding (D,) of each item.
+    async def answers(self, items: Sequence[Item]) -> list[Answer]:
+        """Returns the answer to each item.
 
         Raises:
           Busy: where too many wait already.
-          ClipError: for the first item that cannot be embedded.
+          Exception: that of the first item which has no answer.
         """
         if len(self._waiting) + len(items) > self._most_waiting:
             raise Busy
         loop = asyncio.get_running_loop()
-        places: list[asyncio.Future[np.ndarray]] = [loop.create_future() for _ in items]
+        places: list[asyncio.Future[Answer]] = [loop.create_future() for _ in items]
         self._waiting += zip(items, places, strict=True)
         self._arrived.set()
         try:
@@ -69,7 +71,7 @@ class Batcher:
                 place.cancel()
 
     async def run(self) -> None:
-        """Encodes batch after batch until it is cancelled."""
+        """Computes batch after batch until it is cancelled."""
         loop = asyncio.get_running_loop()
         try:
             while True:
@@ -89,25 +91,25 @@ class Batcher:
             for _, place in self._waiting:
                 place.cancel()
 
-    def _next(self) -> list[tuple[Features, asyncio.Future[np.ndarray]]]:
+    def _next(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
         """Takes the item that has waited longest, and others of its kind."""
-        batch: list[tuple[Features, asyncio.Future[np.ndarray]]] = []
-        rest: list[tuple[Features, asyncio.Future[np.ndarray]]] = []
+        batch: list[tuple[Item, asyncio.Future[Answer]]] = []
+        rest: list[tuple[Item, asyncio.Future[Answer]]] = []
         for pair in self._waiting:
             fits = not batch or (len(batch) < self._size and self._kind(pair[0]) == self._kind(batch[0][0]))
             (batch if fits else rest).append(pair)
         self._waiting = rest
         return batch
 
-    def _outcomes(self, items: Sequence[Features]) -> Sequence[Any]:
-        """Vectors or exceptions: where a batch fails as a whole, its items are tried one by one, so that none takes the others along."""
+    def _outcomes(self, items: Sequence[Item]) -> Sequence[Any]:
+        """Answers or exceptions: where a batch fails as a whole, its items are tried one by one, so that none takes the others along."""
         try:
-            return self._encode(items)
+            return self._function(items)
         except Exception as error:
             return [error] if len(items) == 1 else [outcome for item in items for outcome in self._outcomes([item])]
 
 
-def _deliver(places: Sequence[asyncio.Future[np.ndarray]], outcomes: Sequence[Any]) -> None:
+def _deliver(places: Sequence[asyncio.Future[Any]], outcomes: Sequence[Any]) -> None:
     for place, outcome in zip(places, outcomes, strict=True):
         with contextlib.suppress(asyncio.InvalidStateError):  # cancelled meanwhile
             if isinstance(outcome, BaseException):

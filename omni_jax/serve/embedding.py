@@ -31,6 +31,7 @@ class Embedder:
     Attributes:
       model: what embeds.
       batcher: the queue before it.
+      most_waiting: items that may wait.
     """
 
     def __init__(self, model: OmniRetriever, *, batch_size: int, workers: int, timeout_s: float, most_waiting: int) -> None:
@@ -43,8 +44,8 @@ class Embedder:
           most_waiting: items that may wait, before the decoders and before the encoder; more are refused.
         """
         self.model = model
-        self.batcher = Batcher(self._encode, batch_size, most_waiting, own_table)
-        self._batch_size, self._most_waiting = batch_size, most_waiting
+        self.batcher: Batcher[Features, np.ndarray] = Batcher(self._encode, batch_size, most_waiting, own_table)
+        self._batch_size, self.most_waiting = batch_size, most_waiting
         self._decode = Guarded(functools.partial(item_features, preset=model.preset), timeout_s)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._decoding = 0
@@ -60,11 +61,11 @@ class Embedder:
           Busy: where too many items wait.
           ClipError: for the first item that cannot be embedded; it names no file of this machine.
         """
-        if self._decoding + len(given) > self._most_waiting:
+        if self._decoding + len(given) > self.most_waiting:
             raise Busy
         if all(fields.keys() == {"text"} for fields in given):  # captions do not wait behind files
             features = [self._features(item) for item in self._parsed(given, Path(), prompt)]
-            return np.stack(await self.batcher.vectors(features)), features
+            return np.stack(await self.batcher.answers(features)), features
         loop = asyncio.get_running_loop()
         self._decoding += len(given)
         try:
@@ -73,7 +74,7 @@ class Embedder:
                 features = await asyncio.gather(*(loop.run_in_executor(self._threads, self._features, item) for item in found))
         finally:
             self._decoding -= len(given)
-        return np.stack(await self.batcher.vectors(features)), features
+        return np.stack(await self.batcher.answers(features)), features
 
     def warm_up(self) -> None:
         """Compiles what one caption and a batch of captions need, so that the first clients need not wait for it."""

@@ -71,10 +71,19 @@ class Library:
         Raises:
           InputError: for a vector of another width, or k below 1.
         """
-        scores, rows = self._indexes[table].search(vector, k)
-        ids = self._rows[table]
-        found = [(ids[row], float(score)) for row, score in zip(rows.tolist(), scores, strict=True)]
-        return [{"number": self._numbers[name], "id": name, "score": score, **self._shown(name)} for name, score in found]
+        return self.searches([(table, vector, k)])[0]
+
+    def searches(self, asked: Sequence[tuple[str, np.ndarray, int]]) -> list[list[dict[str, Any]]]:
+        """Returns what `search` does for each of these, which are of one table: its rows are read once for all."""
+        table, most = asked[0][0], max(k for _, _, k in asked)
+        scores, rows = self._indexes[table].search(np.stack([vector for _, vector, _ in asked]), most)
+        return [
+            [self._result(self._rows[table][row], score) for row, score in zip(of[:k].tolist(), their[:k].tolist(), strict=True)]
+            for (_, _, k), of, their in zip(asked, rows, scores, strict=True)
+        ]
+
+    def _result(self, name: str, score: float) -> dict[str, Any]:
+        return {"number": self._numbers[name], "id": name, "score": score, **self._shown(name)}
 
     def _shown(self, name: str) -> dict[str, Any]:
         record = self._records.get(name)

@@ -94,6 +94,9 @@ def test_golden_search_is_that_of_the_index(client: TestClient, library: Library
     assert_close([row["score"] for row in found["results"]], [row["score"] for row in want], "invariance")
     assert found["results"][0]["caption"] == next(r.text for r in golden.records if r.id == want[0]["id"])
 
+    asked = [("av", model.encode(record.text), k) for k, record in enumerate(golden.records[:4], 1)]
+    assert library.searches(asked) == [library.search(*one) for one in asked]  # to the bit, whatever they are asked with
+
     with open(clip.video, "rb") as file:
         found = client.post("/v1/search", data={"table": "av", "k": "1"}, files={"file": file}).json()
     assert found["results"][0]["id"] == clip.id and found["results"][0]["score"] > 0.9999

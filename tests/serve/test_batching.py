@@ -50,12 +50,12 @@ def test_what_waits_while_a_batch_is_computed_makes_the_next_one() -> None:
     batcher = Batcher(encode, size=8, most_waiting=100)
 
     async def work() -> list[Any]:
-        first = asyncio.create_task(batcher.vectors([item("0")]))
+        first = asyncio.create_task(batcher.answers([item("0")]))
         while batcher.waiting or not batcher._arrived.is_set():  # until the encoder has taken it
             await asyncio.sleep(0.005)
             if first.done() or (not batcher.waiting and not encode.sizes):
                 break
-        others = [asyncio.create_task(batcher.vectors([item(str(n))])) for n in range(1, 20)]
+        others = [asyncio.create_task(batcher.answers([item(str(n))])) for n in range(1, 20)]
         await asyncio.sleep(0.01)
         encode.go.set()
         return await asyncio.gather(first, *others)
@@ -78,7 +78,7 @@ def test_items_of_one_kind_share_a_batch_and_none_waits_for_ever() -> None:
 
     async def work() -> list[Any]:
         encode.go.set()
-        return await asyncio.gather(*(batcher.vectors([item(str(n))]) for n in range(20)))
+        return await asyncio.gather(*(batcher.answers([item(str(n))]) for n in range(20)))
 
     assert [float(rows[0][0]) for rows in during(batcher, work)] == list(range(20))
     assert [len(kind) for kind in seen] == [1] * 6 and sorted(encode.sizes) == [2, 3, 3, 4, 4, 4]
@@ -91,7 +91,7 @@ def test_one_item_takes_no_other_along() -> None:
     batcher = Batcher(encode, size=8, most_waiting=100)
 
     async def work() -> list[Any]:
-        return await asyncio.gather(*(batcher.vectors([item(name)]) for name in ("1", "bad", "2", "poison", "3")), return_exceptions=True)
+        return await asyncio.gather(*(batcher.answers([item(name)]) for name in ("1", "bad", "2", "poison", "3")), return_exceptions=True)
 
     found = during(batcher, work)
     assert [isinstance(outcome, ClipError) for outcome in found] == [False, True, False, True, False]
@@ -103,7 +103,7 @@ def test_too_many_are_refused_and_the_others_answered() -> None:
     batcher = Batcher(encode, size=2, most_waiting=3)
 
     async def work() -> list[Any]:
-        tasks = [asyncio.create_task(batcher.vectors([item(str(n))])) for n in range(9)]
+        tasks = [asyncio.create_task(batcher.answers([item(str(n))])) for n in range(9)]
         await asyncio.sleep(0.02)
         encode.go.set()
         return await asyncio.gather(*tasks, return_exceptions=True)
@@ -118,11 +118,11 @@ def test_nothing_is_computed_for_a_request_that_was_cancelled() -> None:
     batcher = Batcher(encode, size=8, most_waiting=100)
 
     async def work() -> None:
-        left = asyncio.create_task(batcher.vectors([item("1")]))
+        left = asyncio.create_task(batcher.answers([item("1")]))
         await asyncio.sleep(0)
         left.cancel()
         encode.go.set()
-        await batcher.vectors([item("2")])
+        await batcher.answers([item("2")])
         with pytest.raises(asyncio.CancelledError):
             await left
 
