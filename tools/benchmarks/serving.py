@@ -3,8 +3,8 @@
 Clients are connections of this process to a server of its own on loopback. Each sends the next request when the last is answered: captions
 to embed and to search with in turn, and every twentieth a clip. Two models are served:
 
-* The golden model, a real one that is tiny, under many clients. Last, 500 uploads that are no media: each must be refused, and the server
-  must live.
+* The golden model, a real one that is tiny, under many clients, and again with captions to embed alone: with clips, decoding on the CPU
+  bounds what is answered. Last, 500 uploads that are no media: each must be refused, and the server must live.
 * One decoder layer of the 7B's width, so that a batch is real work, under few clients. Its index is 100,000 vectors of that width in a set
   of files as `embed` writes them, with captions and clips: what a search in them takes, and the pictures of its results, is printed first.
 
@@ -48,7 +48,7 @@ def run(clients: int = 200, seconds: float = 60.0, models: Sequence[str] = ("tin
     for name in models:
         count = clients if name == "tiny" else min(clients, FEW)
         with tempfile.TemporaryDirectory() as made:
-            folder, answered = Path(made), {}
+            folder, answered, alone = Path(made), {}, {}
             make_tiny(folder, golden) if name == "tiny" else make_wide(folder)
             for size in (1, BATCH):
                 with server(folder, size) as (port, process):
@@ -57,10 +57,17 @@ def run(clients: int = 200, seconds: float = 60.0, models: Sequence[str] = ("tin
                         found["search"] = asyncio.run(searches(port))
                         print(f"search in {RECORDS:,} x {WIDTH}: {json.dumps(found['search'])}", flush=True)
                     row = asyncio.run(load(port, process, count, seconds, clip if name == "tiny" else None))
+                    if name == "tiny":
+                        row["captions_alone"] = alone[size] = asyncio.run(load(port, process, count, seconds / 2, None))
                     if name == "tiny" and size == BATCH:
                         row["hostile_refused"] = asyncio.run(hostile(port, clip))
                 found[f"{name}, batch {size}"], answered[size] = row, row["answered"]
                 print(f"{name}, {count} clients, batch {size}: {json.dumps(row)}", flush=True)
+            if alone:
+                found["captions_ratio"] = alone[BATCH]["answered"] / alone[1]["answered"]
+                print(
+                    f"{name}, captions alone: answered with batches of {BATCH}, over one by one: {found['captions_ratio']:.2f}", flush=True
+                )
             found[f"{name}_throughput_ratio"] = answered[BATCH] / answered[1]
             print(f"{name}: answered with batches of {BATCH}, over one by one: {answered[BATCH] / answered[1]:.2f}", flush=True)
     return found
