@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from omni_jax.config import ConfigError, ModelConfig
 from omni_jax.model.flops import PARTS
-from omni_jax.planning.step_flops import Load, Passes, RowLoad, StepFlops, clip_flops, padded_load, scale
+from omni_jax.planning.step_flops import ClipCounts, PassFlops, RowCounts, StepFlops, clip_flops, padded_counts, scale
 from omni_jax.towers import of_modalities
 from omni_jax.towers.audio import audio_terms_of
 from omni_jax.towers.beats import beats_terms_of
@@ -67,27 +67,27 @@ def update_flops(
     """
     cached = recipe.losses.negatives == "global" and len(micro_batches) > 1
     trains = select(config, recipe.trainable)
-    loads = [padded_load(config, kind, shapes) for kind, shapes in micro_batches]
-    return merge([scale(clip_flops(config, load, trains, remat=recipe.remat, cached=cached), clips) for load in loads])
+    counts_of_all = [padded_counts(config, kind, shapes) for kind, shapes in micro_batches]
+    return merge([scale(clip_flops(config, counts, trains, remat=recipe.remat, cached=cached), clips) for counts in counts_of_all])
 
 
 def per_triple(config: ModelConfig, sizes: ClipSizes, losses: LossConfig, *, remat: str = "layer", cached: bool = False) -> list[StepFlops]:
     """Returns our operations per clip without padding, one count for each of the three step kinds (LoRA and the heads train)."""
     trains = select(config, TrainableConfig())
-    loads = [exact_load(config, step_kind(count, losses), sizes) for count in range(3)]
-    return [clip_flops(config, load, trains, remat=remat, cached=cached) for load in loads]
+    counts_of_all = [exact_counts(config, step_kind(count, losses), sizes) for count in range(3)]
+    return [clip_flops(config, counts, trains, remat=remat, cached=cached) for counts in counts_of_all]
 
 
 def released_per_triple(config: ModelConfig, sizes: ClipSizes, losses: LossConfig, *, remat: str = "layer") -> list[StepFlops]:
     """Returns the released program's operations per clip without padding, one count for each of the three step kinds."""
     trains = select(config, TrainableConfig())
-    loads = [released_load(config, step_kind(count, losses), sizes) for count in range(3)]
-    return [clip_flops(config, load, trains, remat=remat) for load in loads]
+    counts_of_all = [released_counts(config, step_kind(count, losses), sizes) for count in range(3)]
+    return [clip_flops(config, counts, trains, remat=remat) for counts in counts_of_all]
 
 
 def merge(counts: Sequence[StepFlops]) -> StepFlops:
     """Returns the sum of counts."""
-    return {part: sum((count[part] for count in counts), Passes()) for part in PARTS}
+    return {part: sum((count[part] for count in counts), PassFlops()) for part in PARTS}
 
 
 def mean(counts: Sequence[StepFlops]) -> StepFlops:
@@ -102,60 +102,60 @@ def total(count: StepFlops) -> float:
 
 def table(count: StepFlops, unit: float = 1e12) -> str:
     """Returns a count as text: a line for each part and one for the total, in units of `unit` operations."""
-    names = [field.name for field in dataclasses.fields(Passes)]
-    rows = [*count.items(), ("total", sum(count.values(), Passes()))]
+    names = [field.name for field in dataclasses.fields(PassFlops)]
+    rows = [*count.items(), ("total", sum(count.values(), PassFlops()))]
     lines = ["part    " + "".join(f"{name:>12}" for name in (*names, "total"))]
     return "\n".join(
         [*lines, *(f"{part:<8}" + "".join(f"{v / unit:>12.2f}" for v in (*dataclasses.astuple(p), p.total)) for part, p in rows)]
     )
 
 
-def exact_load(config: ModelConfig, kind: StepKind, sizes: ClipSizes, *, share_prefix: bool = True) -> Load:
-    """Returns the load of a clip without padding: valid tokens, and the pairs that the decoder's mask lets through.
+def exact_counts(config: ModelConfig, kind: StepKind, sizes: ClipSizes, *, share_prefix: bool = True) -> ClipCounts:
+    """Returns the counts of a clip without padding: valid tokens, and the pairs that the decoder's mask lets through.
 
     Raises:
       ConfigError: for a backbone whose prompts are not those that `ClipSizes` counts.
     """
     if config.beats is None or config.attention != "causal":
-        raise ConfigError("the unpadded count is of WAVE's prompts (causal attention, doubled audio tokens); use padded_load")
+        raise ConfigError("the unpadded count is of WAVE's prompts (causal attention, doubled audio tokens); use padded_counts")
     shared = kind.branches(share_prefix)
-    graded = sum((_row(sizes.prompt(name), name != "text") for name in kind.prompts), RowLoad())
+    with_gradient = sum((_row(sizes.prompt(name), name != "text") for name in kind.prompts), RowCounts())
     if shared:
         prefix = sizes.prompt("anchor") - sizes.caption
-        graded += RowLoad(sizes.caption, sizes.caption * prefix + _triangle(sizes.caption), 1, prefix + sizes.caption, 1)
+        with_gradient += RowCounts(sizes.caption, sizes.caption * prefix + _triangle(sizes.caption), 1, prefix + sizes.caption, 1)
     own = bool(kind.hard) and not shared
     beats, heard = "audio" in kind.media, sizes.audio_tokens // 2
-    return Load(
+    return ClipCounts(
         towers=_clip_terms(config, kind.media, sizes, 1 + kind.positive),
         bridged=beats * (1 + kind.positive) * heard,
-        graded=graded,
-        still=_row(sizes.prompt("hard")) if own else RowLoad(),
-        still_bridged=beats * heard if own else 0,
+        with_gradient=with_gradient,
+        without_gradient=_row(sizes.prompt("hard")) if own else RowCounts(),
+        bridged_without_gradient=beats * heard if own else 0,
     )
 
 
-def released_load(config: ModelConfig, kind: StepKind, sizes: ClipSizes) -> Load:
-    """Returns the load of a clip in the released program, which makes six forwards in every step (SPEC section 6).
+def released_counts(config: ModelConfig, kind: StepKind, sizes: ClipSizes) -> ClipCounts:
+    """Returns the counts of a clip in the released program, which makes six forwards in every step (SPEC section 6).
 
     The three tuples and all three single modalities are each embedded on their own, the hard negative without gradient; a modality that
     has no loss is embedded too, and no gradient comes back to it. The clip's tower outputs are kept for all streams but the augmented
     tuple, which runs towers and bridge again.
     """
     idle = [name for name in ("text", "audio", "video") if name not in kind.singles]
-    graded = [_row(sizes.prompt(name), name != "text", whole=True) for name in ("anchor", "positive", *kind.singles)]
-    still = [_row(sizes.prompt(name), name != "text", whole=True) for name in ("hard", *idle)]
-    return Load(
+    with_gradient = [_row(sizes.prompt(name), name != "text", whole=True) for name in ("anchor", "positive", *kind.singles)]
+    without_gradient = [_row(sizes.prompt(name), name != "text", whole=True) for name in ("hard", *idle)]
+    return ClipCounts(
         towers=_clip_terms(config, ("video", "audio"), sizes, 2),
         bridged=2 * (sizes.audio_tokens // 2),
-        graded=sum(graded, RowLoad()),
-        still=sum(still, RowLoad()),
+        with_gradient=sum(with_gradient, RowCounts()),
+        without_gradient=sum(without_gradient, RowCounts()),
     )
 
 
-def _row(tokens: int, fused: bool = True, whole: bool = False) -> RowLoad:
+def _row(tokens: int, fused: bool = True, whole: bool = False) -> RowCounts:
     """A prompt without padding, whose last token is pooled; `whole`: the last layer is computed for all of its tokens."""
     last = (tokens, _triangle(tokens)) if whole else (1, tokens)
-    return RowLoad(tokens, _triangle(tokens), *last, int(fused))
+    return RowCounts(tokens, _triangle(tokens), *last, int(fused))
 
 
 def _triangle(tokens: int) -> int:

@@ -14,7 +14,7 @@ from omni_jax.planning.abstract import FRAMES_PER_SECOND
 from omni_jax.planning.chips import read_topology
 from omni_jax.planning.devices import MISSING, QUICK, check_mesh, has_compiler, planning_mesh, read_mesh
 from omni_jax.planning.estimate import UTILISATION, cost
-from omni_jax.planning.load_plan import load_plan
+from omni_jax.planning.host_bytes import host_bytes
 from omni_jax.planning.programs import Setting, Watch, embed_programs, evaluate_programs, train_program, unwatched
 from omni_jax.planning.table import FULL_EFFORT
 from omni_jax.train import RunConfig, step_kind
@@ -163,7 +163,7 @@ def make(
         "programs": records,
         "period": _period(setting, records, request),
         **({"evaluator": evaluator} if evaluator else {}),
-        "weights": load_plan(setting.trained if "train" in programs else setting.embedded, mesh, setting.topology),
+        "weights": host_bytes(setting.trained if "train" in programs else setting.embedded, mesh, setting.topology),
     }
 
 

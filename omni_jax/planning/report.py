@@ -14,7 +14,7 @@ from omni_jax.planning.advice import OutOfMemory, change_for
 from omni_jax.planning.estimate import UTILISATION, Times, cost, memory_bytes, times
 from omni_jax.planning.hlo import Collective
 from omni_jax.planning.programs import EVALUATED, Program, Setting
-from omni_jax.planning.step_flops import clip_flops, padded_load, scale
+from omni_jax.planning.step_flops import clip_flops, padded_counts, scale
 from omni_jax.planning.timing import KERNEL_SHARE
 from omni_jax.retrieval.ranks import tile_side
 from omni_jax.towers import NAMES
@@ -37,8 +37,8 @@ def train_record(setting: Setting, program: Program, mesh: Any, utilisation: flo
     kind, recipe, n = program.kind, setting.recipe, setting.micro_batches
     cached = recipe.losses.negatives == "global" and n > 1
     trains = select(setting.config, recipe.trainable)
-    load = padded_load(setting.config, kind, program.shapes)
-    parts = scale(clip_flops(setting.config, load, trains, remat=recipe.remat, cached=cached), setting.clips * n)
+    counts = padded_counts(setting.config, kind, program.shapes)
+    parts = scale(clip_flops(setting.config, counts, trains, remat=recipe.remat, cached=cached), setting.clips * n)
     trained = sum(count.trainable for count in count_groups(setting.config, trains))
     passes = part_passes(setting, cached, bool(kind.hard) and not kind.branches(setting.config.shares_prefix), trains)
     totals = {part: one.total for part, one in parts.items()}
@@ -99,9 +99,9 @@ def part_passes(setting: Setting, cached: bool, own_row: bool, trains: frozenset
     """Returns part -> how often its matrices are read in a step."""
     layers = remat.names(setting.recipe.remat, setting.config.decoder.num_layers)
     again, recomputed = int(cached), sum(name in ("layer", "offload", "attention") for name in layers) / len(layers)
-    graded = 2 + again  # forward, backward
-    made: dict[str, float] = {tower: graded if any(name.startswith(f"{tower}/") for name in trains) else 1 for tower in NAMES}
-    made |= {"bridge": graded + own_row, "head": graded + own_row, "decoder": graded + recomputed + own_row}
+    reads = 2 + again  # forward, backward
+    made: dict[str, float] = {tower: reads if any(name.startswith(f"{tower}/") for name in trains) else 1 for tower in NAMES}
+    made |= {"bridge": reads + own_row, "head": reads + own_row, "decoder": reads + recomputed + own_row}
     return {part: count * setting.micro_batches for part, count in made.items()}
 
 

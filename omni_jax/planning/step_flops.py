@@ -24,7 +24,7 @@ _FIRST = ("vision/patch_embed", "audio/conv1", "beats/patch_embed")
 
 
 @dataclasses.dataclass(frozen=True)
-class Passes:
+class PassFlops:
     """Operations of one part, by what they are for.
 
     Attributes:
@@ -41,23 +41,23 @@ class Passes:
     activations: float = 0.0
     weights: float = 0.0
 
-    def __add__(self, other: Passes) -> Passes:
-        return Passes(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+    def __add__(self, other: PassFlops) -> PassFlops:
+        return PassFlops(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
-    def __mul__(self, factor: float) -> Passes:
-        return Passes(*(a * factor for a in dataclasses.astuple(self)))
+    def __mul__(self, factor: float) -> PassFlops:
+        return PassFlops(*(a * factor for a in dataclasses.astuple(self)))
 
     @property
     def total(self) -> float:
         return sum(dataclasses.astuple(self))
 
 
-StepFlops = dict[str, Passes]
+StepFlops = dict[str, PassFlops]
 """Part (those of `flops.PARTS`) -> operations."""
 
 
 @dataclasses.dataclass(frozen=True)
-class RowLoad:
+class RowCounts:
     """Decoder rows of one clip.
 
     Attributes:
@@ -72,8 +72,8 @@ class RowLoad:
     last_pairs: float = 0
     fused: float = 0
 
-    def __add__(self, other: RowLoad) -> RowLoad:
-        return RowLoad(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+    def __add__(self, other: RowCounts) -> RowCounts:
+        return RowCounts(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
     def terms(self, config: ModelConfig) -> Terms:
         """Returns the decoder on these rows."""
@@ -88,25 +88,27 @@ class RowLoad:
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
+class ClipCounts:
     """What one clip asks of the encoder.
 
     Attributes:
       towers: tower -> its terms, all copies of the clip together.
       bridged: tokens that go through the bridge, those of every copy.
-      graded: rows that take a gradient.
-      still: rows without one; `still_bridged` tokens go through the bridge for them, `still_towers` are the towers that run for them alone.
+      with_gradient: rows that take a gradient.
+      without_gradient: rows without one.
+      bridged_without_gradient: tokens that go through the bridge for those rows.
+      towers_without_gradient: the towers that run for those rows alone, as `towers`.
     """
 
     towers: Mapping[str, Terms]
     bridged: float
-    graded: RowLoad
-    still: RowLoad = RowLoad()
-    still_bridged: float = 0
-    still_towers: Mapping[str, Terms] = dataclasses.field(default_factory=dict)
+    with_gradient: RowCounts
+    without_gradient: RowCounts = RowCounts()
+    bridged_without_gradient: float = 0
+    towers_without_gradient: Mapping[str, Terms] = dataclasses.field(default_factory=dict)
 
 
-def clip_flops(config: ModelConfig, load: Load, trains: frozenset[str], *, remat: str = "layer", cached: bool = False) -> StepFlops:
+def clip_flops(config: ModelConfig, counts: ClipCounts, trains: frozenset[str], *, remat: str = "layer", cached: bool = False) -> StepFlops:
     """Returns the operations of one clip in a step.
 
     A tower of which anything trains counts as passing gradients through all its maps but the first: more than is done where only its end
@@ -117,24 +119,24 @@ def clip_flops(config: ModelConfig, load: Load, trains: frozenset[str], *, remat
       remat: as `StepConfig.remat`.
       cached: gradient caching: what takes a gradient is computed forward twice.
     """
-    made: StepFlops = {part: Passes() for part in PARTS}
-    for tower, terms in load.towers.items():
+    made: StepFlops = {part: PassFlops() for part in PARTS}
+    for tower, terms in counts.towers.items():
         grad = any(path.startswith(f"{tower}/") for path in trains)
         made[tower] += _passes(config, terms, trains, grad=grad, again=cached and grad)
-    for tower, terms in load.still_towers.items():
+    for tower, terms in counts.towers_without_gradient.items():
         made[tower] += _passes(config, terms, trains, grad=False)
-    decoder = load.graded.terms(config)
-    made["bridge"] += _passes(config, flops.bridge_terms(unpadded(load.bridged)), trains, again=cached)
+    decoder = counts.with_gradient.terms(config)
+    made["bridge"] += _passes(config, flops.bridge_terms(unpadded(counts.bridged)), trains, again=cached)
     made["decoder"] += _passes(config, decoder, trains, again=cached)
-    made["decoder"] += Passes(recomputed=_recomputed(config, load.graded, remat))
+    made["decoder"] += PassFlops(recomputed=_recomputed(config, counts.with_gradient, remat))
     # The second pass needs the states within the head, not what comes out of it.
-    head = _passes(config, flops.head_terms(unpadded(load.graded.fused)), trains, again=cached)
-    last = _forward(config, [LinearOps(("head/fc2",), unpadded(load.graded.fused))]) if cached else 0.0
+    head = _passes(config, flops.head_terms(unpadded(counts.with_gradient.fused)), trains, again=cached)
+    last = _forward(config, [LinearOps(("head/fc2",), unpadded(counts.with_gradient.fused))]) if cached else 0.0
     made["head"] += dataclasses.replace(head, again=head.again - last)
     for part, terms in (
-        ("bridge", flops.bridge_terms(unpadded(load.still_bridged))),
-        ("decoder", load.still.terms(config)),
-        ("head", flops.head_terms(unpadded(load.still.fused))),
+        ("bridge", flops.bridge_terms(unpadded(counts.bridged_without_gradient))),
+        ("decoder", counts.without_gradient.terms(config)),
+        ("head", flops.head_terms(unpadded(counts.without_gradient.fused))),
     ):
         made[part] += _passes(config, terms, trains, grad=False)
     return made
@@ -145,28 +147,30 @@ def scale(count: StepFlops, factor: float) -> StepFlops:
     return {part: passes * factor for part, passes in count.items()}
 
 
-def padded_load(config: ModelConfig, kind: StepKind, shapes: BatchShapes) -> Load:
-    """Returns the load of a clip in a batch of static shapes: every row, step, chunk and frame full."""
+def padded_counts(config: ModelConfig, kind: StepKind, shapes: BatchShapes) -> ClipCounts:
+    """Returns the counts of a clip in a batch of static shapes: every row, step, chunk and frame full."""
     shared = kind.branches(config.shares_prefix)
     heard = shapes.chunks * config.audio.chunk_tokens
     copies = 1 + kind.positive
 
-    def row(tokens: int, pooled: int) -> RowLoad:
+    def row(tokens: int, pooled: int) -> RowCounts:
         pairs = flops.row_pairs(tokens, config.attention == "causal")
-        return RowLoad(tokens, pairs, pooled, pooled * tokens) if config.has_head else RowLoad(tokens, pairs, tokens, pairs)
+        return RowCounts(tokens, pairs, pooled, pooled * tokens) if config.has_head else RowCounts(tokens, pairs, tokens, pairs)
 
     tuples = kind.anchor + kind.positive + (1 if shared else 0)
     fused = tuples + sum(name != "text" for name in kind.singles)
-    graded = sum((row(shapes.row_tokens, kind.slots(shared)) for _ in kind.rows), RowLoad(fused=fused))
+    with_gradient = sum((row(shapes.row_tokens, kind.slots(shared)) for _ in kind.rows), RowCounts(fused=fused))
     beats = "audio" in kind.media and config.beats is not None
     own = bool(kind.hard) and not shared
-    return Load(
+    return ClipCounts(
         towers={tower.name: tower.terms(shapes, config, copies) for tower in towers_of(config) if tower.modality in kind.media},
         bridged=beats * copies * heard,
-        graded=graded,
-        still=row(shapes.hard_tokens, 1) + RowLoad(fused=1) if own else RowLoad(),
-        still_bridged=beats * heard if own else 0,
-        still_towers={t.name: t.terms(shapes, config, 1) for t in towers_of(config) if kind.hard_media and t.modality == kind.hard},
+        with_gradient=with_gradient,
+        without_gradient=row(shapes.hard_tokens, 1) + RowCounts(fused=1) if own else RowCounts(),
+        bridged_without_gradient=beats * heard if own else 0,
+        towers_without_gradient={
+            tower.name: tower.terms(shapes, config, 1) for tower in towers_of(config) if kind.hard_media and tower.modality == kind.hard
+        },
     )
 
 
@@ -175,19 +179,19 @@ def _forward(config: ModelConfig, terms: Terms, only: frozenset[str] | None = No
     return sum(flops.term_operations(sizes, term).computed for term in terms)
 
 
-def _passes(config: ModelConfig, terms: Terms, trains: frozenset[str], *, grad: bool = True, again: bool = False) -> Passes:
+def _passes(config: ModelConfig, terms: Terms, trains: frozenset[str], *, grad: bool = True, again: bool = False) -> PassFlops:
     """A map costs as much again for the gradient of its input, and for that of its matrix where it trains; attention twice as much."""
     forward = _forward(config, terms)
     if not grad:
-        return Passes(forward)
+        return PassFlops(forward)
     maps = [term for term in terms if isinstance(term, LinearOps)]
     attention = [term for term in terms if not isinstance(term, LinearOps)]
     passing = [term for term in maps if term.paths[0] not in _FIRST]
     activations = _forward(config, passing) + 2 * _forward(config, attention)
-    return Passes(forward, forward if again else 0.0, 0.0, activations, _forward(config, maps, trains))
+    return PassFlops(forward, forward if again else 0.0, 0.0, activations, _forward(config, maps, trains))
 
 
-def _recomputed(config: ModelConfig, rows: RowLoad, remat: str) -> float:
+def _recomputed(config: ModelConfig, rows: RowCounts, remat: str) -> float:
     """What the layers' policies compute again."""
     *before, last = remat_names(remat, config.decoder.num_layers)
     every, most = rows.terms(config), rows.terms_before_last(config)

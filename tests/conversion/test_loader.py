@@ -14,7 +14,7 @@ from omni_jax.conversion.folder import read_manifest
 from omni_jax.conversion.store import Store, StoreWriter, fetch_raw, open_stores, raw_file, read_raw
 from omni_jax.model import carried_shapes
 from omni_jax.planning.chips import CHIPS, Topology
-from omni_jax.planning.load_plan import load_plan
+from omni_jax.planning.host_bytes import host_bytes
 from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import beats_file
 from tests.tolerances import assert_close
@@ -149,7 +149,7 @@ def test_each_of_two_processes_reads_what_the_load_plan_says(tmp_path):
     config, _ = conversion.load(tmp_path / "model")
     for number, (data, fsdp, tensor) in enumerate(MESHES):
         mesh = jax.sharding.AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
-        plan = load_plan(config, mesh, Topology(CHIPS["v5e"], (2, 4)), bytes_per_value=4)
+        plan = host_bytes(config, mesh, Topology(CHIPS["v5e"], (2, 4)), bytes_per_value=4)
         read = [json.loads(path.read_text())[number] for path in out]
         assert plan["hosts"] == 2 and {whole for _, whole in read} == {plan["bytes"]}
         assert sorted(found for found, _ in read) == [plan["bytes_per_host_least"], plan["bytes_per_host"]]

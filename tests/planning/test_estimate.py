@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 
 from omni_jax.config import ModelConfig
-from omni_jax.planning import load_plan as load_plan_module
+from omni_jax.planning import host_bytes as load_plan_module
 from omni_jax.planning.chips import Topology, read_topology
 from omni_jax.planning.devices import planning_mesh
 from omni_jax.planning.estimate import Times, cost, memory_bytes, times
 from omni_jax.planning.hlo import Collective
-from omni_jax.planning.load_plan import load_plan
+from omni_jax.planning.host_bytes import host_bytes
 from omni_jax.planning.published import WAVE_7B
 from tests.train.random_batches import MODEL
 
@@ -94,7 +94,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, topology: Topology, data: int, fsdp
     monkeypatch.setattr(load_plan_module, "abstract_params", lambda config: {path: Leaf(shape) for path, (shape, _) in LEAVES.items()})
     monkeypatch.setattr(load_plan_module, "param_axes", lambda config: {path: axes for path, (_, axes) in LEAVES.items()})
     mesh = planning_mesh(topology, {"data": data, "fsdp": fsdp, "tensor": tensor}, compiled=False)
-    return load_plan(WAVE_7B, mesh, topology)
+    return host_bytes(WAVE_7B, mesh, topology)
 
 
 WHOLE = 2 * (8 * 12 + 16 * 8 + 10 + 7 * 12)
@@ -136,7 +136,7 @@ def test_hosts_that_read_unequally(monkeypatch: pytest.MonkeyPatch):
 def test_the_7b_checkpoint_is_read_once_by_all_hosts_together_but_for_what_is_whole_everywhere():
     topology = read_topology("v5e:4x4")
     mesh = planning_mesh(topology, {"data": 1, "fsdp": 16, "tensor": 1}, compiled=False)
-    found = load_plan(WAVE_7B, mesh, topology)
+    found = host_bytes(WAVE_7B, mesh, topology)
     together = found["hosts"] * found["bytes_per_host"]
     assert found["hosts"] == 4 and found["bytes_per_host"] == found["bytes_per_host_least"]
     assert found["bytes"] < together < 1.01 * found["bytes"] and f"{found['bytes'] / 2**30:.2f}" == "16.53"

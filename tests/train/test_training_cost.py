@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from omni_jax.planning.step_flops import Load, RowLoad, StepFlops, clip_flops
+from omni_jax.planning.step_flops import ClipCounts, RowCounts, StepFlops, clip_flops
 from omni_jax.towers import NAMES
 from omni_jax.train import LossConfig, TrainableConfig
 from omni_jax.train.trainable import select
@@ -52,9 +52,9 @@ def forward(name: str, whole: bool = True) -> float:
     """Returns the decoder's operations of one prompt; without `whole`, those of the last layer for its last token."""
     tokens = SIZES.prompt(name)
     pairs = tokens * (tokens + 1) // 2
-    rows = RowLoad(tokens, pairs, tokens, pairs) if whole else RowLoad(tokens, pairs, 1, tokens)
-    load = Load(towers={}, bridged=0, graded=RowLoad(), still=rows)
-    return clip_flops(SEVEN_B, load, select(SEVEN_B, TrainableConfig()))["decoder"].forward
+    rows = RowCounts(tokens, pairs, tokens, pairs) if whole else RowCounts(tokens, pairs, 1, tokens)
+    counts = ClipCounts(towers={}, bridged=0, with_gradient=RowCounts(), without_gradient=rows)
+    return clip_flops(SEVEN_B, counts, select(SEVEN_B, TrainableConfig()))["decoder"].forward
 
 
 def number(pattern: str) -> float:
@@ -103,8 +103,8 @@ def test_figures_in_the_text():
     step = counted("release", "layer")[1]
     assert_close(number(r"\+ 5\.36 \+ 3\.42 = (\d+)\."), total(step) / 1e12, "hand_count")
     decoder = counted("release", "layer")[1]["decoder"]
-    graded = decoder.forward - forward("anchor") - forward("audio")  # the hard negative and what is not active take none
-    again = decoder.recomputed / graded
+    with_gradient = decoder.forward - forward("anchor") - forward("audio")  # the hard negative and what is not active take none
+    again = decoder.recomputed / with_gradient
     assert_close(number(r"its last product, (\d+) % of a forward"), 100 * again, "hand_count")
     assert_close(number(r"costs ([\d.]+) forwards, a hard negative one"), 2 + again, "hand_count")
 

@@ -15,7 +15,7 @@ from omni_jax.parallel import partition_spec
 from omni_jax.planning.chips import Topology
 
 
-def load_plan(config: ModelConfig, mesh: Mesh | AbstractMesh, topology: Topology, bytes_per_value: int = 2) -> dict[str, Any]:
+def host_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, topology: Topology, bytes_per_value: int = 2) -> dict[str, Any]:
     """Returns the bytes that each host reads, at least and at most, and their text.
 
     Int8 matrices take a byte a value and their scales four, whatever `bytes_per_value` is. A host reads the part of each array that its
