@@ -137,7 +137,7 @@ def _spread(order: np.ndarray, groups: np.ndarray, updates: int, per_update: int
     return np.asarray(placed, np.int64)
 
 
-def exchange(seed: int, micro_batch: int, clips: int, blocks: int) -> np.ndarray:
+def derangement(seed: int, micro_batch: int, clips: int, blocks: int) -> np.ndarray:
     """Returns a shuffle (G, B / G) int32 for micro-batch number `micro_batch` of the run: in each block one cycle through all its clips.
 
     A cycle leaves no clip in its place. Blocks of one clip, which have none, stay as they are.
@@ -155,7 +155,7 @@ def apart(shuffle: np.ndarray, same: np.ndarray) -> np.ndarray:
     """Returns a shuffle (G, B / G) in which clips take no feature that equals their own, as far as changes of two at a time allow it.
 
     Args:
-      shuffle: as `exchange` makes it.
+      shuffle: as `derangement` makes it.
       same: (B,) int, equal numbers for clips of equal features (two without sound, say).
     """
     made = shuffle.copy()

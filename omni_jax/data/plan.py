@@ -16,7 +16,7 @@ from omni_jax.config.batches import AugmentConfig, BatchSection
 from omni_jax.data.augment import augment_text
 from omni_jax.data.clips import same_as
 from omni_jax.data.negatives import MinedNegatives
-from omni_jax.data.order import RngStream, apart, epoch_order, exchange, generator, numbered, other_captions, window_updates
+from omni_jax.data.order import RngStream, apart, derangement, epoch_order, generator, numbered, other_captions, window_updates
 from omni_jax.data.sources import BEATS_PATCH, ClipSource, fbank_frames, tokens_of
 from omni_jax.features.audio import HOP
 from omni_jax.tokens.batching import attention_cost
@@ -193,7 +193,7 @@ class Planner:
         texts, shuffles, mined = clips.copy(), [], np.full(clips.shape, -1, np.int64)
         for m, kind in enumerate(kinds):
             number = update * batch.micro_batches + m
-            shuffle = exchange(batch.seed, number, batch.micro_batch, batch.blocks)
+            shuffle = derangement(batch.seed, number, batch.micro_batch, batch.blocks)
             shuffles.append(apart(shuffle, self.alike(kind.hard, clips[m])) if kind.shuffles else shuffle)
             if kind.hard == "text":
                 texts[m] = other_captions(batch.seed, number, clips[m], self.source.captions)

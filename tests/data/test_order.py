@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omni_jax.data import order
-from omni_jax.data.order import RngStream, apart, epoch_order, exchange, generator, other_captions, shuffled, stand_ins
+from omni_jax.data.order import RngStream, apart, derangement, epoch_order, generator, other_captions, shuffled, stand_ins
 from omni_jax.types import InputError
 
 
@@ -95,14 +95,14 @@ def test_streams_differ_by_purpose_and_by_both_numbers():
 
 @given(st.integers(1, 6), st.integers(2, 20), st.integers(0, 1000))
 def test_an_exchange_is_a_permutation_of_each_block_without_a_fixed_point(blocks: int, size: int, number: int):
-    shuffle = exchange(3, number, blocks * size, blocks)
+    shuffle = derangement(3, number, blocks * size, blocks)
     assert shuffle.shape == (blocks, size)
     assert (np.sort(shuffle, axis=1) == np.arange(size)).all()
     assert (shuffle != np.arange(size)).all()
 
 
 def test_exchanges_differ_by_block_and_micro_batch():
-    assert len({tuple(row) for number in range(5) for row in exchange(0, number, 64, 4).tolist()}) == 20
+    assert len({tuple(row) for number in range(5) for row in derangement(0, number, 64, 4).tolist()}) == 20
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.integers(0, 100))
@@ -127,7 +127,7 @@ def test_captions_that_are_all_equal_cannot_be_hard_negatives():
 )
 def test_clips_that_are_alike_exchange_nothing_where_that_can_be_helped(size: int, blocks: int, number: int, labels: list[int]):
     same = np.array(labels[: size * blocks])
-    shuffle = exchange(7, number, size * blocks, blocks)
+    shuffle = derangement(7, number, size * blocks, blocks)
     made = apart(shuffle, same)
     assert np.array_equal(apart(shuffle, np.arange(size * blocks)), shuffle), "where all differ nothing is changed"
     for row, numbers in zip(made, same.reshape(blocks, size), strict=True):
