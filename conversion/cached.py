@@ -16,7 +16,7 @@ from omni_jax.config.compile_cache import VARIABLE, cache_root
 from omni_jax.config.hub_name import is_hub_name
 from omni_jax.conversion import hub
 from omni_jax.conversion.folder import FORMAT, MANIFEST
-from omni_jax.io import write_whole
+from omni_jax.io import atomic_write_text
 from omni_jax.types import InputError
 
 _log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _write_record(place: Path, record: Mapping[str, Any]) -> None:
         part: {k: sorted({*v, *before.get(part, {}).get(k, ())}) if k == "revisions" else v for k, v in said.items()}
         for part, said in record.items()
     }
-    write_whole(target, json.dumps(merged, indent=1) + "\n")
+    atomic_write_text(target, json.dumps(merged, indent=1) + "\n")
 
 
 def _read_record(path: Path) -> dict[str, dict[str, Any]]:

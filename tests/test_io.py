@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from omni_jax.io import WholeFile, lock, replacing, write_whole
+from omni_jax.io import WholeFile, atomic_write, atomic_write_text, lock
 from omni_jax.types import InputError
 
 
 def test_a_file_takes_its_name_when_it_is_whole_and_leaves_the_old_one_otherwise(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
-    write_whole(target, "雨\n")
-    with pytest.raises(KeyboardInterrupt), replacing(target) as partial:
+    atomic_write_text(target, "雨\n")
+    with pytest.raises(KeyboardInterrupt), atomic_write(target) as partial:
         partial.write_text("half")
         assert target.read_text(encoding="utf-8") == "雨\n" and partial.name.startswith(".a.txt.") and partial.suffix == ".unfinished"
         raise KeyboardInterrupt
@@ -35,10 +35,10 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_written_names_its_place_and_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere/a: cannot be written \(No such file or directory\); choose another --out$"):
-        write_whole(tmp_path / "nowhere" / "a", "", "choose another --out")
+        atomic_write_text(tmp_path / "nowhere" / "a", "", "choose another --out")
     (tmp_path / "a").mkdir()
     with pytest.raises(InputError, match=r"/a: cannot be written \(Is a directory\); check that the folder exists and has space$"):
-        write_whole(tmp_path / "a", "")
+        atomic_write_text(tmp_path / "a", "")
     assert os.listdir(tmp_path) == ["a"]
 
 

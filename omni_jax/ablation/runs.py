@@ -24,7 +24,7 @@ from omni_jax.api.retriever import OmniRetriever
 from omni_jax.api.shared import Shared
 from omni_jax.api.training import TrainCallbacks, run_training
 from omni_jax.data.synthetic_parts import PartsConfig, write_parts
-from omni_jax.io import write_whole
+from omni_jax.io import atomic_write_text
 from omni_jax.retrieval.directions import AVERAGES, DIRECTIONS
 from omni_jax.train import RunConfig
 from omni_jax.train.run_config import EvaluationSection
@@ -187,7 +187,7 @@ def measure_costs(ablation: Ablation, callbacks: AblationCallbacks, shared: Shar
             _trained(timed, workdir, f"cost of {name}", callbacks, shared, seen=clock, enough=lambda clock=clock: clock.done)
             shutil.rmtree(workdir)
             kept[name] = {"seconds_per_step": (clock.marks[FIRST + TIMED - 1] - clock.marks[FIRST - 1]) / TIMED, "config": known}
-            write_whole(file, json.dumps(kept, indent=1) + "\n")
+            atomic_write_text(file, json.dumps(kept, indent=1) + "\n")
         callbacks.finished()
         found[name] = float(kept[name]["seconds_per_step"])
     return found
@@ -220,7 +220,7 @@ def warm_start(ablation: Ablation, seed: int, callbacks: AblationCallbacks, shar
                 f"warm start of seed {seed}: after {ablation.warm_steps} steps of L_A audio and video together do not beat the better of "
                 f"the two by {MARGIN:.0f} points of R@1 ({_said(last)}); raise --warm-steps, or use another --start"
             )
-        write_whole(reached, json.dumps(found) + "\n")
+        atomic_write_text(reached, json.dumps(found) + "\n")
         OmniRetriever.from_pretrained(folder / "run", step=int(found["steps"])).save(base)
     return base.absolute(), json.loads(reached.read_text())
 
@@ -256,7 +256,7 @@ def score_of(run: RunConfig, workdir: Path, what: str, callbacks: AblationCallba
     _trained(run, workdir, what, callbacks, shared)
     result = json.loads((workdir / "evaluations" / f"{run.steps}.json").read_text())
     scores = {name: result["directions"][name]["R@1"] for name in DIRECTIONS} | {name: result[name] for name in AVERAGES}
-    write_whole(file, json.dumps({"scores": scores, "config": said}) + "\n")
+    atomic_write_text(file, json.dumps({"scores": scores, "config": said}) + "\n")
     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
     shutil.rmtree(workdir / "base", ignore_errors=True)
     return scores

@@ -18,7 +18,7 @@ from omni_jax.data.formats.table import is_source
 from omni_jax.data.loading import load_features, training_features
 from omni_jax.data.manifest import Problem, read_manifest
 from omni_jax.data.sources import open_source
-from omni_jax.io import write_whole
+from omni_jax.io import atomic_write_text
 from omni_jax.retrieval import evaluate
 from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt
 from omni_jax.tokens.tokenizer import Tokenizer
@@ -104,7 +104,7 @@ class Evaluator:
             return {}
         if jax.process_index() == 0:
             (self._workdir / FOLDER).mkdir(exist_ok=True)
-            write_whole(self._workdir / FOLDER / f"{number}.json", json.dumps(result, indent=1) + "\n")
+            atomic_write_text(self._workdir / FOLDER / f"{number}.json", json.dumps(result, indent=1) + "\n")
         averages = {name: result[name] for name in ("AVG-single", "AVG-dual", "AVG-all") if result[name] is not None}
         tied = max((metrics["ties"] for metrics in result["directions"].values()), default=0)
         note = f"; up to {tied} of {result['n']} queries of a direction are decided by a tie, which counts as a hit" if tied else ""

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.ablation.table import as_markdown, as_page, as_text, result_of
     from omni_jax.cli.stopping import signals_noted
     from omni_jax.data.synthetic_parts import PartsConfig
-    from omni_jax.io import write_whole
+    from omni_jax.io import atomic_write_text
 
     parts = PartsConfig(train=args.clips[0], validation=args.clips[1], test=args.clips[1]) if args.clips else PartsConfig()
     given = (args.out, configs, args.seeds, args.start, args.equal, parts, args.warm_steps, args.warm_every)
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     stem = args.out / f"{args.start}-{args.equal}"
     text = as_text(result)
     for ending, content in (("json", json.dumps(result, indent=1)), ("txt", text), ("md", as_markdown(result)), ("html", as_page(result))):
-        write_whole(Path(f"{stem}.{ending}"), content.rstrip("\n") + "\n")
+        atomic_write_text(Path(f"{stem}.{ending}"), content.rstrip("\n") + "\n")
     print(f"{text}\n\n{stem}.txt, .md, .json and .html")
     return DONE
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from omni_jax.config import Preset
 from omni_jax.data.clips import ClipInfo, Limits, digest_line
-from omni_jax.io import replacing
+from omni_jax.io import atomic_write
 from omni_jax.types import InputError, VideoGrid
 
 FORMAT, FIRST_FORMAT = "omni_jax.clips/2", "omni_jax.clips/1"
@@ -210,14 +210,14 @@ def write_batches(folder: Path, batches: Iterable[Any]) -> None:
     """Writes record batches of `schema` as the file of rows. Raises InputError where it cannot be written."""
     import pyarrow as pa
 
-    with replacing(folder / ROWS, "check that the disk has space") as partial, pa.ipc.new_file(str(partial), schema()) as writer:
+    with atomic_write(folder / ROWS, "check that the disk has space") as partial, pa.ipc.new_file(str(partial), schema()) as writer:
         for batch in batches:
             writer.write_batch(batch)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file that appears whole or not at all. Raises InputError where it cannot be written."""
-    with replacing(path, "check that the disk has space") as partial, partial.open("w", encoding="utf-8") as file:
+    with atomic_write(path, "check that the disk has space") as partial, partial.open("w", encoding="utf-8") as file:
         json.dump(value, file, ensure_ascii=False)
 
 

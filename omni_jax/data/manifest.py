@@ -25,7 +25,7 @@ from omni_jax.data.entries import (
 )
 from omni_jax.data.formats.entry import Entry, Notes
 from omni_jax.data.formats.table import FORMATS, sources
-from omni_jax.io import replacing
+from omni_jax.io import atomic_write
 from omni_jax.types import FilePart, InputError, Record
 
 NEGATIVES = "negatives"
@@ -226,7 +226,7 @@ def write_jsonl_atomic(path: os.PathLike[str] | str, rows: Iterable[Mapping[str,
       InputError: when it cannot be written.
     """
     count = 0
-    with replacing(absolute(path)) as partial, partial.open("w", encoding="utf-8") as file:
+    with atomic_write(absolute(path)) as partial, partial.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1

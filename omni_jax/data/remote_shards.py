@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 from omni_jax.data.clip_index import INDEX, ROWS
 from omni_jax.data.record_cache import RecordCache
-from omni_jax.io import replacing
+from omni_jax.io import atomic_write
 from omni_jax.io.remote import RemoteFolder
 from omni_jax.types import InputError
 
@@ -51,11 +51,11 @@ class RemoteShards:
         self.index.mkdir(parents=True, exist_ok=True)
         if not (self.index / INDEX).is_file() or (self.index / INDEX).read_bytes() != said:
             try:
-                with replacing(self.index / ROWS, "free some space or set data.cache") as partial:
+                with atomic_write(self.index / ROWS, "free some space or set data.cache") as partial:
                     self._remote.fetch(ROWS, partial)
             except FileNotFoundError:
                 raise InputError(f"{location}: was prepared by an earlier version; prepare it again to train from a store") from None
-            with replacing(self.index / INDEX, "free some space or set data.cache") as partial:
+            with atomic_write(self.index / INDEX, "free some space or set data.cache") as partial:
                 partial.write_bytes(said)
         self._pool = concurrent.futures.ThreadPoolExecutor(READS, "read shards")
         self._coming: dict[str, concurrent.futures.Future[None]] = {}

@@ -19,7 +19,7 @@ import numpy as np
 
 from omni_jax.data.manifest import write_jsonl_atomic
 from omni_jax.data.synthetic_media import FPS, picture, sound, write_mp4
-from omni_jax.io import replacing
+from omni_jax.io import atomic_write
 from omni_jax.media.workers import run_guarded
 from omni_jax.types import ClipError, InputError
 
@@ -186,7 +186,7 @@ def _record(clip: SyntheticClip, config: SyntheticConfig) -> dict[str, str]:
 def _write_clip(clip: SyntheticClip, folder: Path, config: SyntheticConfig) -> None:
     file = _file(folder, clip)
     # Under its name only when complete, so that an interrupted run can be taken up again.
-    with replacing(file, flush=False) as part:
+    with atomic_write(file, flush=False) as part:
         write_mp4(part, *render(clip, config))
 
 

@@ -46,7 +46,7 @@ class WholeFile:
 
 
 @contextlib.contextmanager
-def replacing(target: Path | epath.Path, hint: str = HINT, *, flush: bool = True) -> Iterator[Path]:
+def atomic_write(target: Path | epath.Path, hint: str = HINT, *, flush: bool = True) -> Iterator[Path]:
     """Yields the name under which to write what takes the place of `target` when the block ends well; otherwise nothing stays.
 
     Args:
@@ -65,11 +65,11 @@ def replacing(target: Path | epath.Path, hint: str = HINT, *, flush: bool = True
         file.discard()
 
 
-def write_whole(target: Path | epath.Path, text: str, hint: str = HINT) -> None:
+def atomic_write_text(target: Path | epath.Path, text: str, hint: str = HINT) -> None:
     """Writes a text file (UTF-8), which appears whole or not at all.
 
     Raises:
       InputError: when it cannot be written; `hint` says what to do.
     """
-    with replacing(target, hint) as path:
+    with atomic_write(target, hint) as path:
         path.write_text(text, encoding="utf-8")

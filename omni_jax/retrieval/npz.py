@@ -51,7 +51,7 @@ def output_file(path: PathLike) -> Iterator[IO[bytes]]:
     Raises:
       InputError: when the folder is missing or cannot be written.
     """
-    with whole.replacing(check_place(path), "free some space or choose another output") as partial, partial.open("wb") as file:
+    with whole.atomic_write(check_place(path), "free some space or choose another output") as partial, partial.open("wb") as file:
         yield file
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from omni_jax.io import write_whole
+from omni_jax.io import atomic_write_text
 from omni_jax.train.board import Board
 from omni_jax.train.loop import ALWAYS, COLLAPSED
 from omni_jax.types import InputError
@@ -34,7 +34,7 @@ class MetricsWriter:
         path = folder / JSONL
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step(line) <= start]
-            write_whole(path, "".join(f"{line}\n" for line in kept))
+            atomic_write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
         self._board = Board(folder / TENSORBOARD, start)
         if config:

@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from omni_jax.io import write_whole
+from omni_jax.io import atomic_write_text
 from omni_jax.train.workdir import skipped_records_name
 from omni_jax.types import InputError
 
@@ -34,7 +34,7 @@ class SkippedRecords:
         rows = [row for line in text.splitlines() if (row := _row(line)) is not None]
         self._seen = {_key(row) for row in rows}
         if text and text != "".join(_line(row) for row in rows):  # a line was cut off
-            write_whole(self.path, "".join(_line(row) for row in rows))
+            atomic_write_text(self.path, "".join(_line(row) for row in rows))
 
     def add(self, row: Mapping[str, Any]) -> bool:
         """Writes a record {"id", ..., "reason"} unless it is there with this reason; returns whether it was new.

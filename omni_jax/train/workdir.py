@@ -20,7 +20,7 @@ from etils import epath
 
 from omni_jax.config import ConfigError, ModelConfig
 from omni_jax.config.made_with import differences, listed
-from omni_jax.io import write_whole
+from omni_jax.io import atomic_write_text
 from omni_jax.train.lock import LOCK
 from omni_jax.types import InputError
 
@@ -173,7 +173,7 @@ def claim_workdir(folder: epath.PathLike, config: WorkdirConfig) -> None:
             raise InputError(f"{folder}: holds another run: {listed(different, 3)}; choose another --workdir")
     else:
         check_workdir_free(folder)
-    write_whole(folder / CONFIG, json.dumps(config.to_json(), indent=1) + "\n")
+    atomic_write_text(folder / CONFIG, json.dumps(config.to_json(), indent=1) + "\n")
 
 
 def run_of(config: WorkdirConfig) -> RunConfig:
