@@ -1,4 +1,4 @@
-"""The plan of the house as data, and the reading of sources that tests/test_house.py checks it with."""
+"""The layout of the repository as data, and the reading of sources that tests/test_house.py checks it with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BASE = {"omni_jax.config", "omni_jax.types", "omni_jax.io"}
 CHAIN = {*BASE, "omni_jax.media", "omni_jax.features", "omni_jax.towers", "omni_jax.tokens"}
-ROOMS = {
+PACKAGES = {
     *CHAIN,
     "omni_jax.data",
     "omni_jax.parallel",
@@ -25,7 +25,7 @@ ROOMS = {
     "omni_jax.api",
 }
 
-# Room -> the rooms it may import; a room may always import itself. docs/development/architecture.md shows the same table to people.
+# Package -> the packages it may import beside itself. docs/development/architecture.md shows the same table to people.
 MAY_IMPORT: dict[str, set[str]] = {
     "omni_jax": {"omni_jax.config", "omni_jax.api", "omni_jax.objectives", "omni_jax.retrieval", "omni_jax.train"},  # lazily: public names
     "omni_jax.__main__": {"omni_jax.cli"},
@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "omni_jax.retrieval",
         "omni_jax.train",
     },
-    "omni_jax.api": {*ROOMS - {"omni_jax.api"}, "omni_jax.conversion"},
+    "omni_jax.api": {*PACKAGES - {"omni_jax.api"}, "omni_jax.conversion"},
     "omni_jax.ablation": {*BASE, "omni_jax.data", "omni_jax.objectives", "omni_jax.retrieval", "omni_jax.train", "omni_jax.api"},
     "omni_jax.serve": {"omni_jax", *BASE, "omni_jax.media", "omni_jax.data", "omni_jax.retrieval", "omni_jax.api"},
     "omni_jax.engines": {
@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "omni_jax.cli": {
         "omni_jax",
-        *ROOMS,
+        *PACKAGES,
         "omni_jax.ablation",
         "omni_jax.engines",
         "omni_jax.serve",
@@ -134,8 +134,8 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room(module: str) -> str:
-    """Returns the room a dotted name belongs to: omni_jax.model.layers is in omni_jax.model."""
+def package(module: str) -> str:
+    """Returns the package a dotted name belongs to: omni_jax.model.layers is in omni_jax.model."""
     parts = module.split(".")
     return ".".join(parts[: 2 if parts[0] == "omni_jax" else 1])
 

@@ -1,4 +1,4 @@
-"""The house keeps its plan: who imports whom, what files are called and how long they are, and that the papers agree with the folders."""
+"""The layout: who imports whom, what files are called and how long they are, and that the documents agree with the folders."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ TEXT_SUFFIXES = {".py", ".md", ".toml", ".lock", ".yaml", ".yml", ".sh", ".cfg",
 
 
 def test_every_file_belongs_to_a_room() -> None:
-    strangers = [name for name in house.modules() if house.room(name) not in house.MAY_IMPORT]
-    assert not strangers, f"no room of the import table holds {strangers}"
+    outside = [name for name in house.modules() if house.package(name) not in house.MAY_IMPORT]
+    assert not outside, f"no package of the import table holds {outside}"
 
 
 def test_rooms_import_only_what_the_table_allows() -> None:
     wrong = []
     for file in house.sources(*house.PRODUCT):
-        mine = house.room(house.module_name(file))
+        mine = house.package(house.module_name(file))
         for found in house.imports(file):
             if found.name.split(".")[0] not in house.PRODUCT:
                 continue
-            other = house.room(found.name)
+            other = house.package(found.name)
             if other != mine and other not in house.MAY_IMPORT.get(mine, set()):
                 wrong.append(f"{found} (from {mine})")
     assert not wrong, "\n".join(wrong)
@@ -44,15 +44,15 @@ def test_rooms_import_only_what_the_table_allows() -> None:
 def test_no_cycles_between_rooms_or_modules() -> None:
     known = house.modules()
     files: dict[str, set[str]] = {name: set() for name in known}
-    rooms: dict[str, set[str]] = {}
+    packages: dict[str, set[str]] = {}
     for name, file in known.items():
         for found in house.imports(file):
             # A package's own __init__ shows names of its modules; a module that imports them from there would close a circle.
             if found.name in known and found.name != name:
                 files[name].add(found.name)
-                if house.room(found.name) != house.room(name) and name != "omni_jax":
-                    rooms.setdefault(house.room(name), set()).add(house.room(found.name))
-    assert house.find_cycle(rooms) is None
+                if house.package(found.name) != house.package(name) and name != "omni_jax":
+                    packages.setdefault(house.package(name), set()).add(house.package(found.name))
+    assert house.find_cycle(packages) is None
     del files["omni_jax"]  # its names are loaded when first used, after the modules below it
     assert house.find_cycle(files) is None
 
@@ -63,10 +63,10 @@ def test_cycle_finder_sees_cycles() -> None:
 
 
 def test_import_reader_resolves_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room = tmp_path / "omni_jax" / "media"
-    room.mkdir(parents=True)
+    package = tmp_path / "omni_jax" / "media"
+    package.mkdir(parents=True)
     (tmp_path / "omni_jax" / "types.py").write_text("")
-    file = room / "probe.py"
+    file = package / "probe.py"
     file.write_text("from ..types import Clip\nfrom omni_jax import types\ndef f():\n    import torch.nn as nn\n    from . import probe\n")
     monkeypatch.setattr(house, "ROOT", tmp_path)
     found = [(i.line, i.name) for i in house.imports(file)]

@@ -29,11 +29,11 @@ def model(golden: GoldenSet, converted: Path) -> omni_jax.OmniRetriever:
 def changed(converted: Path, tmp_path: Path) -> Callable[[str, str, int], Path]:
     """Returns the converted folder with one number of its model's configuration replaced."""
 
-    def make(room: str, field: str, value: int) -> Path:
+    def make(part: str, field: str, value: int) -> Path:
         folder = shutil.copytree(converted, tmp_path / "changed")
         record = json.loads((folder / "omni_jax.json").read_text())
-        assert field in record["model"][room]
-        record["model"][room][field] = value
+        assert field in record["model"][part]
+        record["model"][part][field] = value
         (folder / "omni_jax.json").write_text(json.dumps(record))
         return folder
 
@@ -111,7 +111,7 @@ def test_golden_any_padding_index_will_do(changed: Callable[[str, str, int], Pat
 
 
 @pytest.mark.parametrize(
-    ("room", "field", "value"),
+    ("part", "field", "value"),
     [
         ("vision", "patch_size", 16),
         ("vision", "merge_size", 4),
@@ -122,7 +122,7 @@ def test_golden_any_padding_index_will_do(changed: Callable[[str, str, int], Pat
         ("audio", "num_mel_bins", 80),
     ],
 )
-def test_golden_other_patches_are_refused(changed: Callable[[str, str, int], Path], room: str, field: str, value: int):
-    with pytest.raises(InputError, match=rf"{room}\.{field} is {value}, must be .* fixed at 14/2/2/16") as error:
-        omni_jax.OmniRetriever.from_pretrained(changed(room, field, value))
+def test_golden_other_patches_are_refused(changed: Callable[[str, str, int], Path], part: str, field: str, value: int):
+    with pytest.raises(InputError, match=rf"{part}\.{field} is {value}, must be .* fixed at 14/2/2/16") as error:
+        omni_jax.OmniRetriever.from_pretrained(changed(part, field, value))
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Encoders that several files of this room test."""
+"""Encoders that several test files of this package test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the reference fed its model, laid out as this encoder takes it. Nothing here goes through the token or feature rooms.
+"""What the reference fed its model, laid out as this encoder takes it. Nothing here goes through the token or feature packages.
 
 Letters: N temporal steps or chunks, P patches, F frames, S tokens, M media tokens.
 """

@@ -76,7 +76,7 @@ def test_attention_is_kept_first(compiler: dict[str, float]):
 
 
 def test_layers_that_keep_more_than_expected_are_fewer(compiler: dict[str, float], monkeypatch: pytest.MonkeyPatch):
-    """Two loops take room of their own."""
+    """Two loops take memory of their own."""
     real = fitting.train_program
 
     def program(given: Setting, mesh: Any, count: int) -> Program:

@@ -1,4 +1,4 @@
-"""The tokenizer and configuration of the golden checkpoint, once for all tests of this room."""
+"""The tokenizer and configuration of the golden checkpoint, once for all tests of this package."""
 
 from __future__ import annotations
 
