@@ -23,6 +23,7 @@ from omni_jax.model.layers import (
     Remat,
     RMSNorm,
     SwiGLU,
+    materialize_gradient,
     query_blocks,
     run_layer,
     scan_layers,
@@ -55,9 +56,10 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: RowAttention, key: jax.Array | None, pick: Pick = _all
     ) -> jax.Array:
-        q = rotate(split_heads(self.q(pick(x), key), self.num_heads), pick(cos), pick(sin))
-        k = rotate(split_heads(self.k(x, key), self.num_kv_heads), cos, sin)
-        v = split_heads(self.v(x, key), self.num_kv_heads)
+        q, k, v = (materialize_gradient(part) for part in (self.q(pick(x), key), self.k(x, key), self.v(x, key)))
+        q = rotate(split_heads(q, self.num_heads), pick(cos), pick(sin))
+        k = rotate(split_heads(k, self.num_kv_heads), cos, sin)
+        v = split_heads(v, self.num_kv_heads)
         return self.o(attend(q, k, v), key)
 
 
