@@ -7,10 +7,15 @@ one of the words anew and leaves the others.
 from __future__ import annotations
 
 import argparse
+import functools
+import statistics
 import subprocess
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from etils import epath
+
+from omni_jax.planning import table
 from omni_jax.planning.chips import read_topology
 from tests.house import ROOT
 
@@ -27,6 +32,8 @@ class Case(NamedTuple):
       kinds: places in the cycle of step kinds.
       programs: as on the command line.
       remat: of the decoder's layers.
+      captions: longest caption, in tokens; the published recipe's have about 40.
+      timed: whether it is compiled at full effort, which predicts time.
     """
 
     topology: str
@@ -36,6 +43,8 @@ class Case(NamedTuple):
     kinds: str = "0,1,2"
     programs: str = "train"
     remat: str = "layer"
+    captions: int = 40
+    timed: bool = True
 
     @property
     def arguments(self) -> list[str]:
@@ -51,30 +60,70 @@ class Case(NamedTuple):
             "--config",
             "configs/omniretriever_7b.py",
             *given,
+            "--caption-tokens",
+            str(self.captions),
             *(f"--config.{name}={value}" for name, value in fields.items()),
-            "--full-effort",
+            *(["--full-effort"] if self.timed else []),
         ]
 
+    def made(self, entry: dict[str, Any]) -> bool:
+        """Whether an entry of the table is what this call wrote."""
+        parts = f"--programs {self.programs} --kinds {self.kinds} --caption-tokens {self.captions} "
+        batch = self.clips, self.micro_batches, self.remat
+        return (
+            entry["topology"] == str(read_topology(self.topology, self.slices))
+            and parts in entry["command"]
+            and (entry["micro_batch"], entry["micro_batches"], entry["remat"]) == batch
+            and entry["command"].endswith(table.FULL_EFFORT) == self.timed
+        )
 
-STEPS = (
-    Case("v5e:4x4", 64, 4),  # 256 clips as one pool on 16 chips
-    Case("v5e:16x16"),
-    Case("v6e:8x8"),
-    Case("v5p:4x4x4"),
-    Case("v5p:4x4x8"),
-    Case("v4:4x4x4"),
-    Case("v5e:16x16", 512, slices=2),
-    Case("tpu7x:2x2x4", 128, 2),
+
+QUICK = functools.partial(Case, captions=128, timed=False)
+"""Compiled quickly, for its memory; an expected time assumes a share of the peak."""
+
+RECOMMENDED = {"v5e": Case("v5e:4x4"), "v5p": QUICK("v5p:4x4x4"), "v6e": QUICK("v6e:8x8")}
+"""The training step by chip, all kinds."""
+
+TEXT = (Case("v5e:4x4", kinds="0"),)
+"""Hard negative text alone, on as many clips a chip."""
+
+OTHERS = (
+    QUICK("v4:4x4x4"),
+    QUICK("v5e:16x16"),
+    QUICK("v5e:16x16", 512, slices=2),
+    QUICK("tpu7x:2x2x4", 128, 2),
+    QUICK("v5e:2x2", 4, programs="embed", kinds="0"),
 )
-"""The training step, all kinds."""
 
-EMBED = Case("v5e:2x2", 4, programs="embed", kinds="0")
-REFUSED = Case("v5e:4x4", remat="none", kinds="1")
+REFUSED = QUICK("v5e:4x4", remat="none", kinds="1")
 
 
 def cases() -> tuple[Case, ...]:
     """Returns everything in the table."""
-    return (*STEPS, EMBED, REFUSED)
+    return (*RECOMMENDED.values(), *TEXT, *OTHERS, REFUSED)
+
+
+def hours_per_million(case: Case) -> float:
+    """Returns the chip-hours of a million triples, the mean of the kinds of step, that the table as it is has for a case."""
+    rates = (program.get("predicted") or program["expected"] for program in _entry(case)["programs"])
+    return statistics.fmean(rate["chip_hours_per_million_triples"] for rate in rates)
+
+
+def rows(case: Case) -> list[str]:
+    """Returns what the pages say of a case that is timed: a row for each kind of step."""
+    entry = _entry(case)
+    found = []
+    for program in entry["programs"]:
+        share = f"{program['share_of_peak']:.0%}".replace("%", " %")
+        hours = f"{program['predicted']['chip_hours_per_million_triples']:.0f}"
+        cells = [f"{entry['micro_batch']:,}", program["kind"]["hard"], f"{program['predicted_seconds']:.2f}", share, hours]
+        found.append(f"| {' | '.join([entry['topology'], str(entry['chips']), *cells])} |")
+    return found
+
+
+def _entry(case: Case) -> dict[str, Any]:
+    (entry,) = filter(case.made, table.read(epath.Path(TABLE)))
+    return entry
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ from omni_jax.retrieval.metrics import NDCG_AT, RECALL_AT
 from omni_jax.train.run_config import SECTIONS, RunConfig
 from omni_jax.train.workdir import WorkdirConfig
 from tests import house
+from tools import pods_table
 from tools.documentation import notebooks, pages, spec
 
 DOCS = house.ROOT / "docs"
@@ -95,14 +96,11 @@ def test_the_file_formats_name_every_field_and_file() -> None:
     assert not {name for name in names if f"`{name}`" not in text and f"`{name}/`" not in text}
 
 
-def test_the_costs_of_the_recipes_follow_from_the_pages_of_pods() -> None:
-    """v5e: the predicted step of the three kinds together; v5p and v6e: the mean of the three kinds in the table."""
-    pods = _page("guides/pods.md")
-    hours = [float(re.findall(r"together (\d+) chip-hours per million triples on\s+16 v5e", pods)[0])]
-    for topology in ("v5p:4x4x4", "v6e:8x8"):
-        kinds = [float(x) for x in re.findall(rf"^\| {topology} \|.*\| layer \| 128 \| train.*\| \((\d+)\) \|$", pods, re.MULTILINE)]
-        assert len(kinds) == 3
-        hours.append(round(sum(kinds) / 3))
+def test_the_costs_of_the_recipes_follow_from_the_table_of_pods() -> None:
+    hours = [round(pods_table.hours_per_million(case)) for case in pods_table.RECOMMENDED.values()]
+    for page in (_page("guides/recipes.md"), (house.ROOT / "README.md").read_text(encoding="utf-8")):
+        for chip, million in zip(pods_table.RECOMMENDED, hours, strict=True):
+            assert f"{million} on {chip}" in " ".join(page.split())
     rows = re.findall(
         r"^\| \w[\w-]+ \| [^|]+ \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", _page("guides/recipes.md"), re.MULTILINE
     )
