@@ -3,7 +3,7 @@
 Of each group of three records one has a near miss, which should be found, and a twin of the same caption, which should not. Every case runs
 in a process of its own: its peak is that of the kernel's counter, set back before the mining, less what the tables hold.
 
-Run alone, and write the table of the documentation: python -m tools.benchmarks.mining [--rows N,N] [--write docs/reports/mining.md]
+Run alone, and write the table of the documentation: python -m tools.benchmarks.mining --write docs/guides/hard_negatives.md
 """
 
 from __future__ import annotations
