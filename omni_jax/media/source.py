@@ -84,7 +84,7 @@ def open_container(path: os.PathLike[str] | str) -> Iterator[av.container.InputC
             for context in (stream.codec_context for stream in container.streams.audio):
                 # PyAV frees the list of channels of such a layout once too often, with each frame. Their order is used for nothing.
                 if context is not None and "+" in (layout := context.layout).name:
-                    context.layout = f"{layout.nb_channels}c"
+                    context.layout = f"{layout.nb_channels} channels"
             yield container
 
 
