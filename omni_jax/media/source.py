@@ -70,10 +70,12 @@ def open_container(path: os.PathLike[str] | str) -> Iterator[av.container.InputC
     """
     check_file(path)
     here = not isinstance(path, FilePart) and not is_remote(path)
-    with contextlib.nullcontext(os.fspath(path)) if here else open_bytes(path) as file:
+    # A name such as "take:2.mp4" would be a protocol to FFmpeg, and "%d.png" other files.
+    with contextlib.nullcontext(os.path.join(os.curdir, path)) if here else open_bytes(path) as file:
         try:
             # A playlist may name files of this machine, never a host. Of WAV FFmpeg would search 5 MB for other codecs in disguise.
-            options = {"protocol_whitelist": "file"} | ({"probesize": "65536"} if os.fspath(path).lower().endswith(".wav") else {})
+            options = {"protocol_whitelist": "file", "pattern_type": "none"}
+            options |= {"probesize": "65536"} if os.fspath(path).lower().endswith(".wav") else {}
             container = av.open(file, "r", options=options, **_LENIENT)
         except AvError as error:
             advice = "fetch it again" if is_incomplete(path) else "correct the path, or re-encode it"

@@ -9,6 +9,7 @@ import av
 import av.stream
 import numpy as np
 import pytest
+from PIL import Image
 
 from omni_jax.media import index, video
 from omni_jax.media.video import read_frames, sample_indices
@@ -264,6 +265,19 @@ def test_a_cover_picture_is_not_a_video(tmp_path: Path) -> None:
         container.mux(sound.encode(None))
     with pytest.raises(ClipError, match="has no video stream"):
         read_frames(path, 8)
+
+
+@pytest.mark.parametrize("name", ["take:2.mp4", "http:clip.mp4", "file:clip.mp4", "caf\udce9.mp4", "50%.mp4", "a|b?#.mp4", "%d.png"])
+def test_names_are_names_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """To FFmpeg some are protocols or patterns."""
+    monkeypatch.chdir(tmp_path)
+    if name.endswith(".png"):
+        Image.new("RGB", (64, 48), (200, 0, 0)).save(name)
+        Image.new("RGB", (32, 48)).save("1.png")
+    else:
+        write_clip(Path("clip.mp4"), 0.5, fps=10, audio=False).rename(name)
+    assert read_frames(name, 2).frames.shape[2] > 32
+    assert read_frames(tmp_path / name, 2).frames.shape[2] > 32
 
 
 def test_a_playlist_is_refused(tmp_path: Path) -> None:
