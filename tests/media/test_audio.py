@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import av
@@ -70,6 +71,21 @@ def test_sample_formats_inside_a_container(tmp_path: Path, codec: str) -> None:
     want = tones(1.5, RATE, 2, seed=7).mean(axis=1)
     assert len(got) == len(want)
     assert np.abs(got - want).max() < (2.0 / 128 if codec == "pcm_u8" else 2.0 / 2**15)
+
+
+@pytest.mark.parametrize("channels", [2, 9])
+def test_channels_in_an_order_without_a_name(tmp_path: Path, channels: int) -> None:
+    """PyAV frees the list of such channels twice and ends the process."""
+    samples = tones(1.0, RATE, channels)
+    described = b"".join(struct.pack(">II3f", label, 0, 0, 0, 0) for label in (3, 2, 1, 4, 6, 5, 10, 9, 12)[:channels])
+    chunks = {
+        b"desc": struct.pack(">d4s5I", RATE, b"lpcm", 0, 2 * channels, 1, channels, 16),
+        b"chan": struct.pack(">3I", 0, 0, channels) + described,
+        b"data": bytes(4) + (samples * 32767).astype(">i2").tobytes(),
+    }
+    path = tmp_path / "sound.caf"
+    path.write_bytes(b"caff\0\1\0\0" + b"".join(name + struct.pack(">q", len(data)) + data for name, data in chunks.items()))
+    assert np.abs(read_waveform(path, seconds=0, pad=False).samples - samples[:, 0]).max() < 1e-4
 
 
 def test_first_channel_or_the_mean(tmp_path: Path) -> None:

@@ -69,21 +69,6 @@ def test_eight_and_more_channels(tmp_path: Path, codec: str, sample_format: str,
     assert whole(path, channels="mean")[1000:15_000].std() < 0.3
 
 
-@pytest.mark.parametrize("channels", [2, 9])
-def test_channels_in_an_order_without_a_name(tmp_path: Path, channels: int) -> None:
-    """PyAV frees the list of such channels twice and ends the process."""
-    samples = np.concatenate([tone(1.0, RATE, 300 + 100 * i) for i in range(channels)], axis=1)
-    described = b"".join(struct.pack(">II3f", label, 0, 0, 0, 0) for label in (3, 2, 1, 4, 6, 5, 10, 9, 12)[:channels])
-    chunks = {
-        b"desc": struct.pack(">d4s5I", RATE, b"lpcm", 0, 2 * channels, 1, channels, 16),
-        b"chan": struct.pack(">3I", 0, 0, channels) + described,
-        b"data": bytes(4) + (samples * 32767).astype(">i2").tobytes(),
-    }
-    path = tmp_path / "sound.caf"
-    path.write_bytes(b"caff\0\1\0\0" + b"".join(name + struct.pack(">q", len(data)) + data for name, data in chunks.items()))
-    assert np.abs(whole(path) - samples[:, 0]).max() < 1e-4
-
-
 @pytest.mark.parametrize(
     ("codec", "sample_format", "error"),
     [
