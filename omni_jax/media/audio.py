@@ -356,7 +356,11 @@ class _Track:
         packets = None if sought else self._decoding.packets
         self._ended = check_complete(self._container, self._stream, self._path, packets, f"{there:.6g} s of sound")
         slack = 0.05 if self._format in _COUNTED else 0.5 + 0.01 * (self._declared or 0)
-        if self._declared is not None and self._checked and there < self._declared - slack:
+        if self._declared is None or not self._checked or there >= self._declared - slack:
+            return
+        if self._format in _COUNTED and not self._decoding.error:  # a copy that was broken off ends within a frame
+            self._ended = f"{self._path}: its header states {self._declared:.6g} s of sound; the {there:.6g} s in it are whole and used"
+        else:
             raise ClipError(f"{self._path}: truncated: the audio ends after {there:.6g} s of {self._declared:.6g} s; fetch it again")
 
 

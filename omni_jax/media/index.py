@@ -22,6 +22,7 @@ _CONTAINERS = frozenset({"mp4", "matroska", "mpegts"})
 _CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg2video"})
 _SEARCH_SECONDS = 1.0  # a transport stream has no table of its key frames: the search for one begins this long before it
 _SEARCH_PACKETS = 1000  # and ends here
+_LONG_STEP = 1.5  # times the usual one from frame to frame
 _FIRST_FRAME_PACKETS = 500  # a stream that shows nothing for so long is decoded in order
 
 
@@ -54,6 +55,11 @@ class PacketIndex:
     def saves(self, entry: int, reached: int) -> bool:
         """Whether entering there decodes less than continuing from the frame that was reached."""
         return int(np.searchsorted(self.pts, self.entries[entry])) > reached + 1
+
+    def behind_gaps(self) -> np.ndarray:
+        """Returns the times of the frames behind a long step, where packets may have been left out."""
+        steps = np.diff(self.pts)
+        return self.pts[1:][steps > _LONG_STEP * np.median(steps)] if len(steps) else steps
 
 
 def read_index(container: Any, stream: Any) -> PacketIndex:
@@ -91,9 +97,9 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
             if not packet.is_discard and not (exact and _is_hidden(packet, context.name)):
                 times.append(time)
     pts = np.sort(np.frombuffer(times, np.int64)) * timed
-    exact = exact and len(keys) > 0 and len(pts) > 0 and bool((np.diff(pts) > 0).all())
     back = int(_SEARCH_SECONDS / stream.time_base) if kind == "mpegts" else 0
     entries, sought = np.frombuffer(keys, np.int64), np.frombuffer(seek_times, np.int64) - back
+    exact = exact and len(keys) > 0 and len(pts) > 0 and bool((np.diff(pts) > 0).all())
     return PacketIndex(packets=packets, pts=pts, entries=entries, seek_times=sought, margin=margin, exact=exact, leading=leading)
 
 
@@ -112,6 +118,20 @@ def without_leading(index: PacketIndex, container: Any, stream: Any) -> PacketIn
     return None
 
 
+def shows_all(container: Any, stream: Any, index: PacketIndex) -> bool:
+    """Whether the decoder shows every frame of the groups with a gap inside, which are decoded: those of H.264 and HEVC may not show
+    pictures that miss those that they depend on."""
+    behind = index.behind_gaps()
+    behind = behind[~np.isin(behind, index.entries)] if stream.codec_context.name in ("h264", "hevc") else behind[:0]
+    bounds = np.append(index.entries, index.pts[-1] + 1)
+    for group in np.unique(np.searchsorted(index.entries, behind, side="right")).tolist():
+        first, last = np.searchsorted(index.pts, (bounds[max(0, group - 1)], bounds[group]))
+        times = set(index.pts[first:last].tolist())
+        if times - {frame.pts for frame in decode_from(container, stream, index, index.entry(int(first)), times)}:
+            return False
+    return True
+
+
 def decode_from(container: Any, stream: Any, index: PacketIndex, entry: int, times: set[int]) -> Iterator[Any]:
     """Yields the frames at `times`, and key frames, decoding from an entry on; others that no frame depends on are not decoded.
 
@@ -120,6 +140,7 @@ def decode_from(container: Any, stream: Any, index: PacketIndex, entry: int, tim
     """
     context, left = stream.codec_context, len(times)
     skips = context.name in ("h264", "mpeg2video") or (context.name == "hevc" and _has_one_layer(context.extradata))
+    skips &= not len(index.behind_gaps())  # what is missing is made up from the pictures before, the skipped ones too
     begun, sound_from = False, int(index.entries[min(entry + index.margin, len(index.entries) - 1)])
     try:
         container.seek(int(index.seek_times[entry]), stream=stream, backward=True)

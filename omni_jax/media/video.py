@@ -17,7 +17,7 @@ import av.filter
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
 
-from omni_jax.media.index import PacketIndex, decode_from, read_index, without_leading
+from omni_jax.media.index import PacketIndex, decode_from, read_index, shows_all, without_leading
 from omni_jax.media.sampling import FrameRule, sample_indices
 from omni_jax.media.source import Decoding, check_complete, choose_track, open_container, other_codec
 from omni_jax.types import ClipError, VideoFrames
@@ -51,7 +51,7 @@ def read_frames(
         check_complete(container, stream, path, index.packets, f"{len(index.pts)} frames")
         shown = without_leading(index, container, stream) if index.exact else None
         pictures, count = None, len(index.pts)
-        if shown is not None:
+        if shown is not None and shows_all(container, stream, shown):
             count = len(shown.pts)
             wanted = sample_indices(count, fps, frames, timestamps, path)[0]
             _check_size(stream.width, stream.height, len(wanted), path)

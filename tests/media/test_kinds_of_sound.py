@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import struct
 import tarfile
@@ -242,13 +243,20 @@ def test_a_file_that_cannot_be_read_on_is_told(tmp_path: Path, monkeypatch: pyte
     assert re.search(r"a\.ogg: the file cannot be read on after \d+ packets of the sound \(.*\); what is before is used", told)
 
 
-def test_flac_of_unknown_length(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stated", [0, 5])
+def test_flac_of_unknown_or_another_length(tmp_path: Path, stated: int) -> None:
+    """`ffmpeg -t 2 -c copy` keeps the length of the whole file; a copy that was broken off ends within a frame."""
     path = write_audio(tmp_path / "a.flac", "flac", 2.0, rate=RATE, sample_format="s16")
     data = bytearray(path.read_bytes())
     data[21] &= 0xF0  # STREAMINFO: 36 bits of the number of samples
-    data[22:26] = bytes(4)
+    data[22:26] = (stated * RATE).to_bytes(4, "big")
     path.write_bytes(data)
-    assert len(whole(path)) == 2 * RATE
+    got = read_waveform(path, seconds=0, pad=False)
+    assert len(got.samples) == 2 * RATE
+    assert len(got.warnings) == bool(stated)
+    path.write_bytes(data[:-100])
+    with pytest.raises(ClipError, match="fetch it again") if stated else contextlib.nullcontext():
+        read_waveform(path)
 
 
 def test_gsm(tmp_path: Path) -> None:

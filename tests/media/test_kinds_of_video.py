@@ -86,6 +86,20 @@ def test_a_transport_stream_cut_inside_a_group(tmp_path: Path, share: float) -> 
     assert numbers(got.frames) == spread(first, 95, 4)
 
 
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+@pytest.mark.parametrize("left_out", [range(26, 46), range(30, 31)])
+def test_packets_that_were_left_out(tmp_path: Path, left_out: range, codec: str) -> None:
+    """Pictures behind a splice miss those that they depend on, and the decoder does not show them all."""
+    options = {"preset": "ultrafast", "bf": "2"} | ({"x265-params": "log-level=error:keyint=24:bframes=2"} if codec == "libx265" else {})
+    whole = write_video(tmp_path / "whole.mp4", codec, 96, gop=24, options=options)
+    cut = copy_tracks(tmp_path / "cut.mp4", (whole, 0), keep=lambda packet, number: number not in left_out)
+    with av.open(cut) as container:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    got = read_frames(cut, 5)
+    assert got.num_frames == len(pictures)
+    assert np.array_equal(got.frames, np.stack([pictures[number] for number in got.frame_index]))
+
+
 def test_an_edit_list_behind_the_end(tmp_path: Path) -> None:
     whole = write_video(tmp_path / "whole.mp4", "libx264", 24, options=X264)
     with pytest.raises(ClipError, match=r"cut\.mp4: "):
