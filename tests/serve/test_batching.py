@@ -85,6 +85,18 @@ def test_items_of_one_kind_share_a_batch_and_none_waits_for_ever() -> None:
     assert seen[:3] == [{0}, {1}, {2}]  # the next is of the kind that has waited longest
 
 
+def test_large_items_take_more_room_and_the_largest_goes_alone() -> None:
+    encode = Counting()
+    encode.go.set()
+    batcher = Batcher(encode, size=4, most_waiting=100, room=lambda item: int(item.record.id))
+
+    async def work() -> list[Any]:
+        return await asyncio.gather(*(batcher.answers([item(name)]) for name in "1239111"))
+
+    assert [float(rows[0][0]) for rows in during(batcher, work)] == [1, 2, 3, 9, 1, 1, 1]
+    assert encode.sizes == [3, 2, 1, 1]  # 1 2 1; 3 1; 9; 1
+
+
 def test_one_item_takes_no_other_along() -> None:
     encode = Counting()
     encode.go.set()
