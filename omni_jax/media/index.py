@@ -119,15 +119,18 @@ def without_leading(index: PacketIndex, container: Any, stream: Any) -> PacketIn
 
 
 def shows_all(container: Any, stream: Any, index: PacketIndex) -> bool:
-    """Whether the decoder shows every frame of the groups with a gap inside, which are decoded: those of H.264 and HEVC may not show
-    pictures that miss those that they depend on."""
+    """Whether the decoder shows every frame of the groups with a gap inside, in the order of their times; these groups are decoded.
+
+    Decoders that reorder pictures may leave out or misplace those that miss what they depend on.
+    """
     behind = index.behind_gaps()
-    behind = behind[~np.isin(behind, index.entries)] if stream.codec_context.name in ("h264", "hevc") else behind[:0]
+    behind = behind[~np.isin(behind, index.entries)] if stream.codec_context.name in ("h264", "hevc", "mpeg2video") else behind[:0]
     bounds = np.append(index.entries, index.pts[-1] + 1)
     for group in np.unique(np.searchsorted(index.entries, behind, side="right")).tolist():
         first, last = np.searchsorted(index.pts, (bounds[max(0, group - 1)], bounds[group]))
         times = set(index.pts[first:last].tolist())
-        if times - {frame.pts for frame in decode_from(container, stream, index, index.entry(int(first)), times)}:
+        shown = [frame.pts for frame in decode_from(container, stream, index, index.entry(int(first)), times)]
+        if [time for time in shown if time in times] != sorted(times):
             return False
     return True
 

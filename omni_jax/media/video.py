@@ -49,9 +49,9 @@ def read_frames(
         index = read_index(container, stream)
         fps = _frames_per_second(stream, index.pts)
         check_complete(container, stream, path, index.packets, f"{len(index.pts)} frames")
-        shown = without_leading(index, container, stream) if index.exact else None
+        shown = without_leading(index, container, stream) if index.exact and shows_all(container, stream, index) else None
         pictures, count = None, len(index.pts)
-        if shown is not None and shows_all(container, stream, shown):
+        if shown is not None:
             count = len(shown.pts)
             wanted = sample_indices(count, fps, frames, timestamps, path)[0]
             _check_size(stream.width, stream.height, len(wanted), path)
