@@ -192,9 +192,11 @@ class TrainPipeline:
                     raise
                 restarts += 1
                 if restarts > RESTARTS:
+                    # Workers import the script that started them, and it must not start them again.
+                    script = "; a script calls omni_jax.train below if __name__ == '__main__':" if update == start else ""
                     raise InputError(
                         f"data workers died {restarts} times in a row at step {update + 1}; they need more memory than there is, or more "
-                        f"space in /dev/shm: lower data.workers or the batch"
+                        f"space in /dev/shm: lower data.workers or the batch{script}"
                     ) from None
                 _log.warning("a data worker died; step %d is made again", update + 1)
             except OSError as error:
