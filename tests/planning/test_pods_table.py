@@ -85,10 +85,12 @@ def test_what_runs_out_of_memory_says_so(table: list[dict[str, Any]]) -> None:
         assert said["used_gib"] > said["limit_gib"] and said["change"], said
 
 
-def test_the_embedding_pass_fits_4_v5e(table: list[dict[str, Any]]) -> None:
-    (found,) = [e for e in table if e["chips"] == 4]
-    assert {program["program"] for program in found["programs"]} == {f"embed/{part}" for part in ("vision", "audio", "beats", "rows")}
-    assert fits(found)
+def test_the_embedding_pass_fits_and_the_page_says_what_it_takes(table: list[dict[str, Any]]) -> None:
+    page = (ROOT / "docs/guides/pods.md").read_text()
+    for case in pods_table.EMBED:
+        parts = {program["program"] for program in entry(table, case)["programs"]}
+        assert parts == {f"embed/{part}" for part in ("vision", "audio", "beats", "rows")}
+        assert pods_table.embedding_row(case) in page
 
 
 def test_the_page_shows_the_table() -> None:
