@@ -175,7 +175,7 @@ class Decoding:
 
     Attributes:
       packets: packets read whole.
-      leading: those of them that do not decode before the first frame, as where a copy begins inside a group of pictures.
+      leading: those of them that do not decode before two others do, as where a copy begins inside a group of pictures or a frame.
       lost: those that do not decode after it.
       error: what the decoder, or the container, said last.
       stopped: why the container could not be read to its end, "" where it could.
@@ -189,19 +189,23 @@ class Decoding:
         self.error = self.stopped = ""
 
     def __iter__(self) -> Iterator[Any]:
-        begun = False
+        begun = 0  # packets that decode one after the other: of a copy that begins inside a frame one may by chance
         for stream, packet in self._packets():
             try:
                 frames = stream.decode(packet)
             except AvError as error:
                 self.error = reason(error)
-                if packet is not None and _is_message(packet, stream.codec_context):
+                if packet is None:
+                    continue
+                if _is_message(packet, stream.codec_context):
                     self.packets -= 1
+                elif begun == 1:
+                    self.leading, begun = self.leading + 1, 0
                 else:
-                    self.lost += packet is not None
+                    self.lost += 1
                 continue
-            if frames and not begun:
-                begun, self.leading, self.lost = True, self.lost, 0
+            if frames and begun < 2:
+                begun, self.leading, self.lost = begun + 1, self.leading + self.lost, 0
             yield from frames
 
     def _packets(self) -> Iterator[tuple[Any, Any]]:

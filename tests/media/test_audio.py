@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from omni_jax.media import audio
 from omni_jax.media.audio import read_waveform
 from omni_jax.types import ClipError
 from tests.golden_set import GoldenSet
+from tests.media.containers import damage_packets, write_audio
 from tests.media_samples import cut_file, tones, write_clip, write_sound
 from tests.tolerances import assert_close
 
@@ -86,6 +88,19 @@ def test_channels_in_an_order_without_a_name(tmp_path: Path, channels: int) -> N
     path = tmp_path / "sound.caf"
     path.write_bytes(b"caff\0\1\0\0" + b"".join(name + struct.pack(">q", len(data)) + data for name, data in chunks.items()))
     assert np.abs(read_waveform(path, seconds=0, pad=False).samples - samples[:, 0]).max() < 1e-4
+
+
+def test_a_packet_that_decodes_by_chance_before_the_sound_begins(tmp_path: Path) -> None:
+    """As where a copy begins inside a frame: what fails behind it is no gap."""
+    path = write_audio(tmp_path / "a.mka", "aac", 2.0, rate=RATE, samples=tones(2.0, RATE, 1))
+    got = read_waveform(damage_packets(path, tmp_path / "damaged.mka", {0, 3, 4, 5}), seconds=0)
+    decoded = []
+    with av.open(tmp_path / "damaged.mka") as container:
+        for packet in container.demux(audio=0):
+            with contextlib.suppress(av.error.FFmpegError):
+                decoded += [frame.to_ndarray()[0] for frame in container.streams.audio[0].decode(packet)]
+    assert np.array_equal(got.samples, np.concatenate(decoded))
+    assert got.warnings == ()
 
 
 def test_first_channel_or_the_mean(tmp_path: Path) -> None:
