@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 
 import av
+import av.error
 import numpy as np
 import pytest
 import soundfile
