@@ -116,7 +116,7 @@ class Ablation:
 
 
 Scores = dict[str, float]
-"""R@1 in percent of the 12 directions and the averages."""
+"""R@1 in percent of the 12 directions, the averages, and AVG-all of each of `evaluation.truncate_dims`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +256,7 @@ def score_of(run: RunConfig, workdir: Path, what: str, callbacks: AblationCallba
     _trained(run, workdir, what, callbacks, shared)
     result = json.loads((workdir / "evaluations" / f"{run.steps}.json").read_text())
     scores = {name: result["directions"][name]["R@1"] for name in DIRECTIONS} | {name: result[name] for name in AVERAGES}
+    scores |= {f"AVG-all@{dim}": found["AVG-all"] for dim, found in result.get("truncated", {}).items()}
     atomic_write_text(file, json.dumps({"scores": scores, "config": said}) + "\n")
     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
     shutil.rmtree(workdir / "base", ignore_errors=True)

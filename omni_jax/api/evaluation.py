@@ -20,7 +20,9 @@ from omni_jax.data.manifest import Problem, read_manifest
 from omni_jax.data.sources import open_source
 from omni_jax.io import atomic_write_text
 from omni_jax.retrieval import evaluate
+from omni_jax.retrieval.directions import AVERAGES
 from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt
+from omni_jax.retrieval.rows import truncated
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.train import RunConfig
 from omni_jax.train.trainable import Arrays, join
@@ -99,13 +101,16 @@ class Evaluator:
             self._log(f"evaluation: {len(outcome.problems)} of {len(self.records)} records were skipped; the first: {reason}")
         try:
             result = evaluate(outcome.table, resamples=0)
+            if dims := self._settings.truncate_dims:
+                cut = {dim: evaluate(truncated(outcome.table, dim), resamples=0) for dim in dims}
+                result["truncated"] = {str(dim): {name: found[name] for name in AVERAGES} for dim, found in cut.items()}
         except InputError as e:
             self._log(f"evaluation after step {number} gave nothing: {e}")
             return {}
         if jax.process_index() == 0:
             (self._workdir / FOLDER).mkdir(exist_ok=True)
             atomic_write_text(self._workdir / FOLDER / f"{number}.json", json.dumps(result, indent=1) + "\n")
-        averages = {name: result[name] for name in ("AVG-single", "AVG-dual", "AVG-all") if result[name] is not None}
+        averages = {name: result[name] for name in AVERAGES if result[name] is not None}
         tied = max((metrics["ties"] for metrics in result["directions"].values()), default=0)
         note = f"; up to {tied} of {result['n']} queries of a direction are decided by a tie, which counts as a hit" if tied else ""
         self._log(f"held-out R@1 after step {number}: " + ", ".join(f"{name} {value:.1f}" for name, value in averages.items()) + note)

@@ -29,12 +29,12 @@ from omni_jax.data.shards import ShardWriter, encode_clip, extents, index_row, s
 from omni_jax.types import Clip, InputError, Record, VideoFrames
 
 SHOWN = {"t": (0, 1, 2), "a": (0, 1, 3), "v": (0, 2, 3)}
-"""Modality -> the factors that it shows, in the order of its words, tones and tiles."""
+"""Modality -> the factors that it shows, in the order of its words, tones and patterns."""
 
 FACTORS, VALUES = 4, 4
 COMBINATIONS = VALUES**FACTORS
 RATE = 16_000  # samples per second
-TILE = 28  # pixels: one vision token
+TILE, TILES = 28, 3  # pixels: one vision token; tiles of a picture, one below the other
 FRAMES = 2
 LOWEST, HIGHEST = 160.0, 6400.0  # Hz, of the tones
 
@@ -42,7 +42,10 @@ LOWEST, HIGHEST = 160.0, 6400.0  # Hz, of the tones
 _WORDS = (("dawn", "noon", "dusk", "night"), ("drum", "flute", "bell", "harp"), ("fox", "horse", "crow", "trout"))
 _FORMS = ("{3} {0} , {1} , {2}", "a {2} at {0} {3} with a {1}", "{1} and {2} {3} in {0}", "the {1} of a {2} , {0} {3}")
 _OTHER = ("again", "below", "far", "here", "once", "slowly", "still", "there")  # words without meaning
-_COLOURS = np.array([(220, 40, 40), (40, 200, 60), (50, 70, 220), (235, 225, 120)], np.float64)
+BLOCK = 7  # pixels of one colour along each side
+# For each factor that a picture shows, the pattern of each of its values, (TILE, TILE, 3): they are added, as tones are.
+_PATTERNS = np.random.default_rng(0).uniform(-40, 40, (len(SHOWN["v"]), VALUES, TILE // BLOCK, TILE // BLOCK, 3))
+_PATTERNS = _PATTERNS.repeat(BLOCK, axis=2).repeat(BLOCK, axis=3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +54,13 @@ class PartsConfig:
 
     Attributes:
       train: clips to train on.
-      validation, test: clips of two held-out galleries; none agrees in all factors with another or with one that is trained on.
+      validation, test: clips of two held-out galleries: words, sound and picture are drawn anew; no two agree in all factors.
       seconds: length of the sound.
       noise: of pixels, of the waveform and of loudness: 0 for none.
       seed: of everything drawn.
     """
 
-    train: int = 512
+    train: int = 2048
     validation: int = 64
     test: int = 64
     seconds: float = 0.2
@@ -78,15 +81,17 @@ SPLITS = ("train", "validation", "test")
 
 
 def draw_factors(config: PartsConfig) -> dict[str, np.ndarray]:
-    """Returns split -> (N, K) int, the factors of its clips."""
+    """Returns split -> (N, K) int, the factors of its clips.
+
+    Training shows every combination equally often. Were those of a gallery left out, factors would not be independent in training: caption
+    and sound together determine a combination, so a model could learn that the right pairs of the gallery never occur.
+    """
     rng = np.random.default_rng([config.seed, 1])
     order = rng.permutation(COMBINATIONS)
-    held = config.validation + config.test
-    seen = order[held:]
     numbers = {
         "validation": order[: config.validation],
-        "test": order[config.validation : held],
-        "train": seen[rng.permutation(np.arange(config.train) % len(seen))],
+        "test": order[config.validation : config.validation + config.test],
+        "train": rng.permutation(np.arange(config.train) % COMBINATIONS),
     }
     return {split: np.stack([numbers[split] // VALUES**k % VALUES for k in range(FACTORS)], axis=1) for split in SPLITS}
 
@@ -128,10 +133,10 @@ def sound(factors: Sequence[int], rng: np.random.Generator, config: PartsConfig)
 
 
 def picture(factors: Sequence[int], rng: np.random.Generator, config: PartsConfig) -> np.ndarray:
-    """Returns (F, height, width, 3) uint8: a tile of one colour for each factor that a picture shows, one below the other."""
-    colours = _COLOURS[[factors[k] for k in SHOWN["v"]]]
-    tiles = np.repeat(colours, TILE, axis=0)[None, :, None, :] * (1 + config.noise * rng.uniform(-0.5, 0.5))
-    grain = 128 * config.noise * rng.standard_normal((FRAMES, TILE * len(colours), TILE, 3))
+    """Returns (F, height, width, 3) uint8: a pattern for each factor that a picture shows, one over the other, TILES times."""
+    pattern = sum(_PATTERNS[place, factors[k]] for place, k in enumerate(SHOWN["v"]))
+    tiles = np.tile(127.5 + pattern, (TILES, 1, 1)) * (1 + config.noise * rng.uniform(-0.5, 0.5))
+    grain = 128 * config.noise * rng.standard_normal((FRAMES, *tiles.shape))
     return np.clip(tiles + grain, 0, 255).astype(np.uint8)
 
 

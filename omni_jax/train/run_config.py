@@ -149,16 +149,22 @@ class EvaluationSection:
       media_root: as in the data section.
       every: steps between two evaluations; 0 evaluates at the end alone.
       batch_size: clips encoded together.
+      truncate_dims: numbers of leading dimensions that are scored as well, each on its own.
     """
 
     manifest: str = ""
     media_root: str = ""
     every: int = 0
     batch_size: int = 16
+    truncate_dims: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.batch_size < 1:
             raise ConfigError("config fields evaluation.every and evaluation.batch_size: must be at least 0 and 1")
+        if min(self.truncate_dims, default=1) < 1 or len(set(self.truncate_dims)) < len(self.truncate_dims):
+            raise ConfigError(
+                f"config field evaluation.truncate_dims={self.truncate_dims}: must be different positive numbers of dimensions"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

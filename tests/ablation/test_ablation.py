@@ -79,6 +79,7 @@ def test_a_star_is_an_interval_that_leaves_out_zero_and_one_seed_has_none() -> N
         (["--config.data.train=shards"], "has no held-out clips; name them with --config.evaluation.manifest="),
         (["--config.data.workers=1", "--equal", "cpu_time"], "set --config.data.workers=0"),
         (["--clips", "1", "8"], "each must be at least 2"),
+        (["--config.evaluation.truncate_dims=(4,4)"], "evaluation.truncate_dims=(4, 4): must be different positive numbers"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, arguments: list[str], said: str) -> None:

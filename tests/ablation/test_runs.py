@@ -23,6 +23,7 @@ from omni_jax.types import InputError
 ARGUMENTS = (
     *("--arms", "L_A", "--arm", "cooler=L_A --config.losses.temperature=0.05", "--seeds", "2", "--equal", "cpu_time"),
     *("--clips", "24", "8", "--config.batch.micro_batch=4", "--config.steps=12", "--config.checkpoint.every=4"),
+    "--config.evaluation.truncate_dims=(4,32)",
 )
 
 
@@ -45,7 +46,9 @@ def test_a_killed_ablation_gives_the_same_table_bit_for_bit_when_it_is_run_again
     table = json.loads((whole / "random-cpu_time.json").read_text())
     assert [arm["name"] for arm in table["arms"]] == ["L_A", "cooler"] and "ablate: 6/6 runs" in said
     first, second = table["arms"]
-    assert first["difference"] is None and set(second["difference"]) == set(second["R@1"]) == {*DIRECTIONS, *AVERAGES}
+    figures = [*DIRECTIONS, *AVERAGES, "AVG-all@4", "AVG-all@32"]
+    assert first["difference"] is None and list(second["difference"]) == list(second["R@1"]) == figures
+    assert first["R@1"]["AVG-all@32"] == first["R@1"]["AVG-all"]  # all of its 32 dimensions
     assert first["steps"] == 12 and second["steps"] == max(1, round(12 * first["cpu_seconds_per_step"] / second["cpu_seconds_per_step"]))
     assert all(len(arm["R@1"]["t2v"]["seeds"]) == 2 for arm in table["arms"])
     assert 0 < table["ceilings"]["AVG-single"] <= 100 and table["command"].endswith("--out out")
@@ -74,7 +77,7 @@ def test_a_finished_run_is_used_again_and_one_of_another_config_is_refused(tmp_p
     run, calls = read_config("ablation", ["evaluation.manifest=held_out"]), []
     callbacks = AblationCallbacks(lambda *said: calls.append(said), lambda steps: None, lambda: None, lambda: False)
     (tmp_path / "score.json").write_text(json.dumps({"scores": {"t2v": 50.0}, "config": run.to_json()}))
-    assert score_of(run, tmp_path, "L_A, seed 0", callbacks, Shared()) == {"t2v": 50.0} and calls == [("L_A, seed 0", 200, 200)]
+    assert score_of(run, tmp_path, "L_A, seed 0", callbacks, Shared()) == {"t2v": 50.0} and calls == [("L_A, seed 0", 400, 400)]
     with pytest.raises(InputError, match="holds a run of another config; choose another --out"):
         score_of(dataclasses.replace(run, seed=1), tmp_path, "L_A, seed 1", callbacks, Shared())
 
