@@ -62,10 +62,16 @@ def parse_arms(losses: str, named: Sequence[str] = ()) -> list[Arm]:
     return arms
 
 
-def _weights(text: str, where: str) -> tuple[str, ...]:
-    """Returns the weights of a sum of losses: 1 for those named, 0 for the others."""
+def losses_of(text: str, where: str) -> tuple[str, ...]:
+    """Returns the names in `losses.weights` of a sum of losses. Raises InputError, beginning with `where`, for one that does not exist."""
     chosen = PUBLISHED if text == ALL else tuple(text.split("+"))
     for metric in chosen:
         if metric not in _BY_METRIC:
             raise InputError(f"{where}: there is no loss {metric!r}; add up {', '.join(_BY_METRIC)}, or write {ALL}")
-    return tuple(f"losses.weights.{name}={float(metric in chosen)}" for metric, name in _BY_METRIC.items())
+    return tuple(_BY_METRIC[metric] for metric in chosen)
+
+
+def _weights(text: str, where: str) -> tuple[str, ...]:
+    """Returns the weights of a sum of losses: 1 for those named, 0 for the others."""
+    chosen = losses_of(text, where)
+    return tuple(f"losses.weights.{name}={float(name in chosen)}" for name in _BY_METRIC.values())

@@ -2,7 +2,7 @@
 
 DIR/clips/               synthetic clips, where the config asks for them
 DIR/costs.json           CPU seconds of a step of each arm
-DIR/warm/seed0/          the run that arms of a warm start begin with; its model is base/
+DIR/warm/LOSSES/seed0/   the run that arms of a warm start begin with; its model is base/
 DIR/runs/START/ARM/STEPS-seed0/   a workdir; score.json when it is done; its messages are in the file beside it that ends in .log
 """
 
@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import jax
 
+from omni_jax.ablation.arms import losses_of
 from omni_jax.ablation.intervals import LEAST
 from omni_jax.api.retriever import OmniRetriever
 from omni_jax.api.shared import Shared
@@ -69,10 +70,11 @@ class Ablation:
       out: folder of everything.
       arms: name -> config of its runs; the first is what the others are compared with.
       seeds: how many: 0, 1, ...; a seed decides a run's first weights, its order of clips, augmentations and hard negatives, not its clips.
-      start: "random": the weights that each run draws. "base": those of `model.base`. "warm": those of a run with L_A alone from either.
+      start: "random": the weights that each run draws. "base": those of `model.base`. "warm": those that `warm_losses` reach from either.
       equal: "steps": every arm makes its config's steps. "cpu_time": every arm makes so many as take the CPU time of the first arm's.
       parts: the synthetic clips.
       warm_steps, warm_every: most steps of a warm start, and steps between two looks whether it is reached.
+      warm_losses: sum of losses of a warm start.
     """
 
     out: Path
@@ -83,8 +85,10 @@ class Ablation:
     parts: PartsConfig = dataclasses.field(default_factory=PartsConfig)
     warm_steps: int = 1200
     warm_every: int = 100
+    warm_losses: str = "L_A"
 
     def __post_init__(self) -> None:
+        losses_of(self.warm_losses, f"--warm-losses {self.warm_losses}")
         if self.seeds < LEAST:
             raise InputError(f"--seeds {self.seeds}: an interval over seeds needs at least {LEAST}")
         for name, run in self.arms.items():
@@ -194,21 +198,21 @@ def measure_costs(ablation: Ablation, callbacks: AblationCallbacks, shared: Shar
 
 
 def warm_start(ablation: Ablation, seed: int, callbacks: AblationCallbacks, shared: Shared) -> tuple[Path, dict[str, float]]:
-    """Returns the folder of a model that was trained with L_A until audio and video together find captions, and are found by them, better
+    """Returns the folder of a model that `warm_losses` trained until audio and video together find captions, and are found by them, better
     by MARGIN points than the better of the two alone; and what it reached. Looked for every `warm_every` steps, on the validation clips.
 
     Raises:
       InputError: when that is not reached within `warm_steps`.
       Stopped: when the callbacks say so.
     """
-    folder = ablation.out / "warm" / f"seed{seed}"
+    folder = ablation.out / "warm" / slug(ablation.warm_losses) / f"seed{seed}"
     run = next(iter(ablation.arms.values()))
     run = on_clips(ablation, run, gallery="validation")
     run = dataclasses.replace(
         run,
         seed=seed,
         steps=ablation.warm_steps,
-        losses=dataclasses.replace(run.losses, weights={"pairwise": 1.0}, scalars={}),
+        losses=dataclasses.replace(run.losses, weights=dict.fromkeys(losses_of(ablation.warm_losses, "--warm-losses"), 1.0), scalars={}),
         evaluation=dataclasses.replace(run.evaluation, every=ablation.warm_every),
     )
     reached, base = folder / "reached.json", folder / "base"
@@ -217,8 +221,8 @@ def warm_start(ablation: Ablation, seed: int, callbacks: AblationCallbacks, shar
         last, found = _looked(folder / "run")
         if found is None:
             raise InputError(
-                f"warm start of seed {seed}: after {ablation.warm_steps} steps of L_A audio and video together do not beat the better of "
-                f"the two by {MARGIN:.0f} points of R@1 ({_said(last)}); raise --warm-steps, or use another --start"
+                f"warm start of seed {seed}: after {ablation.warm_steps} steps of {ablation.warm_losses} audio and video together do not "
+                f"beat the better of the two by {MARGIN:.0f} points of R@1 ({_said(last)}); raise --warm-steps, or use other --warm-losses"
             )
         atomic_write_text(reached, json.dumps(found) + "\n")
         OmniRetriever.from_pretrained(folder / "run", step=int(found["steps"])).save(base)

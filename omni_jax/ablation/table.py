@@ -36,6 +36,7 @@ def result_of(ablation: Ablation, arms: Sequence[Arm], outcome: Outcome, command
         "equal": ablation.equal,
         "seeds": ablation.seeds,
         "ceilings": None,
+        "warm_losses": ablation.warm_losses,
         "warm": [dict(row) for row in outcome.warm],
         "arms": [],
     }
@@ -108,8 +109,8 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
     if result["warm"]:
         steps = ", ".join(f"{row['steps']:.0f}" for row in result["warm"])
         notes.append(
-            f"Warm start: a model trained with L_A alone until, on validation clips, audio and video together found captions (t2av, av2t) "
-            f"better by {MARGIN:.0f} points than the better of the two alone: after {steps} steps, by seed."
+            f"Warm start: a model trained with {result['warm_losses']} until, on validation clips, audio and video together found captions "
+            f"(t2av, av2t) better by {MARGIN:.0f} points than the better of the two alone: after {steps} steps, by seed."
         )
     if result["equal"] == "cpu_time":
         notes.append("Equal CPU time: each arm makes as many steps as take the CPU time of the first arm's, by the cost of a step.")

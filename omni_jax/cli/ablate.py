@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--warm-every", type=int, default=100, metavar="N", help="steps between two evaluations of a warm start (default: %(default)s)"
     )
+    parser.add_argument("--warm-losses", default="L_A", metavar="A+B", help="losses of a warm start, or all (default: %(default)s)")
     parser.add_argument("--clips", type=int, nargs=2, metavar=("TRAIN", "TEST"), help="synthetic clips to train on and to score")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of runs and tables; what is finished there is kept")
 
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.io import atomic_write_text
 
     parts = PartsConfig(train=args.clips[0], validation=args.clips[1], test=args.clips[1]) if args.clips else PartsConfig()
-    given = (args.out, configs, args.seeds, args.start, args.equal, parts, args.warm_steps, args.warm_every)
+    given = (args.out, configs, args.seeds, args.start, args.equal, parts, args.warm_steps, args.warm_every, args.warm_losses)
     ablation = Ablation(*given)
     args.out.mkdir(parents=True, exist_ok=True)
     with signals_noted() as signals, _Display(ablation.runs) as display:
@@ -96,7 +97,14 @@ def _command(args: argparse.Namespace) -> str:
     parts += ["--arms", args.arms] if args.arms is not None else []
     for arm in args.arm:
         parts += ["--arm", arm]
-    for name, usual in (("seeds", None), ("start", None), ("equal", None), ("warm_steps", 1200), ("warm_every", 100)):
+    for name, usual in (
+        ("seeds", None),
+        ("start", None),
+        ("equal", None),
+        ("warm_steps", 1200),
+        ("warm_every", 100),
+        ("warm_losses", "L_A"),
+    ):
         if getattr(args, name) != usual:
             parts += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     parts += ["--clips", *map(str, args.clips)] if args.clips else []

@@ -72,6 +72,7 @@ def test_a_star_is_an_interval_that_leaves_out_zero_and_one_seed_has_none() -> N
     ("arguments", "said"),
     [
         (["--arms", "L_A,L_Q"], "there is no loss 'L_Q'"),
+        (["--warm-losses", "L_A+L_Q"], "--warm-losses L_A+L_Q: there is no loss 'L_Q'"),
         (["--seeds", "1"], "--seeds 1: an interval over seeds needs at least 2"),
         (["--arm", "x=--config.nowhere=1", "--arms", "L_A"], "nowhere"),
         (["--start", "base"], "use --start random or warm"),
