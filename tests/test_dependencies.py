@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from omni_jax.config import extras
-from tests.house import PRODUCT, ROOT, imports, sources
+from tests.repository import PRODUCT, ROOT, imports, sources
 
 MODULES = {
     "absl-py": "absl",

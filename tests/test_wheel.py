@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tests.house import ROOT
+from tests.repository import ROOT
 from tests.tolerances import TOLERANCES
 from tests.wheels import build_wheel
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.house import ROOT
+from tests.repository import ROOT
 
 
 def build_wheel(place: Path) -> Path:

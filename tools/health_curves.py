@@ -14,7 +14,7 @@ from omni_jax.api.shared import Shared
 from omni_jax.api.training import TrainCallbacks, run_training
 from omni_jax.cli.config_file import read_config
 from omni_jax.data.synthetic_parts import PartsConfig, write_parts
-from tests.house import ROOT
+from tests.repository import ROOT
 
 PAGE = ROOT / "docs/guides/training_health.md"
 BEGIN, END = "<!-- curves -->", "<!-- end of the curves -->"

@@ -17,7 +17,7 @@ from etils import epath
 
 from omni_jax.planning import table
 from omni_jax.planning.chips import read_topology
-from tests.house import ROOT
+from tests.repository import ROOT
 
 TABLE = ROOT / "docs/reports/pods_table.json"
 BLOCK = 8  # clips of a block, as released; fewer where a host has fewer

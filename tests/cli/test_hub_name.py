@@ -14,8 +14,8 @@ from omni_jax.retrieval import read_embeddings
 from tests.conversion.hub_server import Repository, files_of, hub_on_loopback
 from tests.conversion.test_hub import around
 from tests.golden_set import GoldenSet
-from tests.house import ROOT
 from tests.programs import QUICK
+from tests.repository import ROOT
 from tests.tolerances import assert_close
 
 CAPTIONS = ("a red ball", "rain on a tin roof", "two dogs bark")

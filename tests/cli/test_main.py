@@ -18,7 +18,7 @@ from omni_jax import __version__
 from omni_jax.cli import main as cli
 from omni_jax.config import ConfigError
 from omni_jax.types import ClipError, InputError
-from tests.house import ROOT
+from tests.repository import ROOT
 
 REAL = sorted(cli.COMMANDS)
 

@@ -15,7 +15,7 @@ from omni_jax.data.synthetic import SyntheticConfig, write_set
 from omni_jax.retrieval import read_embeddings
 from omni_jax.types import InputError
 from tests.golden_set import GoldenSet
-from tests.house import ROOT
+from tests.repository import ROOT
 from tests.tolerances import assert_close
 
 NAMES = {"text": "t", "video": "v", "audio": "a", "av": "va", "tv": "tv", "at": "ta", "tva": "tva"}

@@ -23,7 +23,7 @@ from omni_jax.train import RunConfig
 from omni_jax.train.workdir import WorkdirConfig
 from tests.conversion.hub_server import Repository, hub_on_loopback
 from tests.golden_set import GoldenSet
-from tests.house import ROOT
+from tests.repository import ROOT
 
 NAMES = ["--repo", "me/my-adapter", "--base", "tsinghua-ee/WAVE-7B", "--data", "60 clips of one archive"]
 

@@ -17,7 +17,7 @@ from omni_jax.cli.status import BAD_INPUT, INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.config import ConfigError
 from omni_jax.conversion.folder import read_manifest
 from omni_jax.types import InputError
-from tests.house import ROOT
+from tests.repository import ROOT
 from tests.train.tiny_run import CONFIG, make_files
 
 TINY = str(ROOT / "configs" / "tiny.py")

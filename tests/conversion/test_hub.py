@@ -21,7 +21,7 @@ from omni_jax.conversion.importer import to_jax
 from omni_jax.types import InputError
 from tests.conversion.hub_server import Hub, Repository, files_of, hub_on_loopback
 from tests.golden_set import GoldenSet
-from tests.house import ROOT
+from tests.repository import ROOT
 
 BASE, ADAPTER = "tiny/WAVE", "tiny/OmniRetriever"
 CODE = {

@@ -19,7 +19,7 @@ from omni_jax.types import InputError
 from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import assert_same_tensors, beats_file
 from tests.conversion.torch_files import write_torch_file
-from tests.house import ROOT
+from tests.repository import ROOT
 from tests.tolerances import assert_close
 
 BASE = checkpoints.model_config()

@@ -26,7 +26,7 @@ from omni_jax.train import LossConfig, fit_shapes, kinds_of_update
 from omni_jax.types import BatchShapes, InputError, MicroBatch
 from tests.data.training_clips import CONFIG, MemorySource, captions, pipeline, tokenizer
 from tests.full_disk import files_of_at_most
-from tests.house import ROOT
+from tests.repository import ROOT
 
 ALL = LossConfig(pairs="all", negatives="global")
 RELEASED = LossConfig()

@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator
 
 from omni_jax.cli import main as cli
-from tests import house
+from tests import repository
 from tools.documentation import pages
 
-STYLE = house.ROOT / "docs/development/style.md"
+STYLE = repository.ROOT / "docs/development/style.md"
 
 
 def banned() -> list[str]:
@@ -28,10 +28,10 @@ def found(text: str, phrases: list[str]) -> list[str]:
 
 def read_by_people() -> Iterator[tuple[str, str]]:
     """Yields name and text of all that a user reads."""
-    for path in (house.ROOT / "README.md", house.ROOT / "launch/README.md", *sorted((house.ROOT / "docs").rglob("*.md"))):
+    for path in (repository.ROOT / "README.md", repository.ROOT / "launch/README.md", *sorted((repository.ROOT / "docs").rglob("*.md"))):
         if path != STYLE:
-            yield str(path.relative_to(house.ROOT)), path.read_text(encoding="utf-8")
-    yield "CHANGELOG.md", (house.ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## ")[1]
+            yield str(path.relative_to(repository.ROOT)), path.read_text(encoding="utf-8")
+    yield "CHANGELOG.md", (repository.ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## ")[1]
     for name in cli.COMMANDS:
         yield from _help(f"omni-jax {name}", pages.subparsers(cli.build_parser(name))[name])
 
@@ -55,12 +55,12 @@ def test_a_banned_phrase_is_found_across_a_line_break() -> None:
 
 
 def test_every_message_that_troubleshooting_explains_is_one_of_the_code() -> None:
-    page = (house.ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    page = (repository.ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
     explained = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
     said = "\n".join(
         node.value
-        for file in house.sources(*house.PRODUCT)
-        for node in ast.walk(house.tree(file))
+        for file in repository.sources(*repository.PRODUCT)
+        for node in ast.walk(repository.tree(file))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
     assert len(explained) > 20

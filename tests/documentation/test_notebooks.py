@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
-from tests import house
+from tests import repository
 from tests.programs import QUICK
 from tools.documentation import notebooks
 
-FOLDER = house.ROOT / "docs/notebooks"
+FOLDER = repository.ROOT / "docs/notebooks"
 
 
 @pytest.mark.docs
@@ -25,7 +25,7 @@ def test_the_quickstart_notebook_runs_from_the_first_cell_to_the_last(monkeypatc
 
     for name, value in {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(house.ROOT), os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(repository.ROOT), os.environ.get("PYTHONPATH")])))
     notebook = nbformat.read(FOLDER / "quickstart.ipynb", as_version=4)
     NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}).execute()
     executed = tmp_path / "quickstart.ipynb"
@@ -42,7 +42,7 @@ def test_the_build_refuses_a_link_and_an_anchor_that_lead_nowhere(tmp_path: Path
     from mkdocs.config import load_config
     from mkdocs.exceptions import Abort
 
-    text = (house.ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    text = (repository.ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     settings = {key: value for key, value in yaml.safe_load(text).items() if key in ("site_name", "strict", "validation")}
     (tmp_path / "docs").mkdir()
     (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump({**settings, "plugins": []}))
@@ -80,7 +80,7 @@ def test_the_packages_of_the_documentation_are_pinned_with_hashes_beside_the_oth
     pins = {
         name: dict(re.findall(r"^([\w.-]+)==[\w.-]+((?: --hash=sha256:[0-9a-f]{64})*)$", text.replace(" \\\n   ", ""), re.MULTILINE))
         for name in ("requirements.lock", "requirements-docs.lock")
-        for text in [(house.ROOT / name).read_text(encoding="utf-8")]
+        for text in [(repository.ROOT / name).read_text(encoding="utf-8")]
     }
     own = pins["requirements-docs.lock"]
     assert {"mkdocs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python", "nbclient", "ipykernel", "matplotlib"} <= own.keys()

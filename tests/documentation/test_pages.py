@@ -18,11 +18,11 @@ from omni_jax.retrieval.directions import AVERAGES
 from omni_jax.retrieval.metrics import NDCG_AT, RECALL_AT
 from omni_jax.train.run_config import SECTIONS, RunConfig
 from omni_jax.train.workdir import WorkdirConfig
-from tests import house
+from tests import repository
 from tools import pods_table
 from tools.documentation import notebooks, pages, spec
 
-DOCS = house.ROOT / "docs"
+DOCS = repository.ROOT / "docs"
 VARIABLE = re.compile(r"\bOMNI_[A-Z_]+\b")
 
 
@@ -82,8 +82,8 @@ def test_the_exit_codes_are_those_of_the_command_line() -> None:
 
 
 def test_the_environment_variables_are_those_that_the_code_reads() -> None:
-    places = [*house.sources(*house.PRODUCT), *(house.ROOT / "launch").glob("*.sh")]
-    places += [house.ROOT / "tests" / name for name in ("conftest.py", "golden_set.py")]
+    places = [*repository.sources(*repository.PRODUCT), *(repository.ROOT / "launch").glob("*.sh")]
+    places += [repository.ROOT / "tests" / name for name in ("conftest.py", "golden_set.py")]
     read = {name for path in places for name in VARIABLE.findall(path.read_text(encoding="utf-8"))}
     assert read and read == set(VARIABLE.findall(_page("reference/environment.md")))
 
@@ -98,7 +98,7 @@ def test_the_file_formats_name_every_field_and_file() -> None:
 
 def test_the_costs_of_the_recipes_follow_from_the_table_of_pods() -> None:
     hours = [round(pods_table.hours_per_million(case)) for case in pods_table.RECOMMENDED.values()]
-    for page in (_page("guides/recipes.md"), (house.ROOT / "README.md").read_text(encoding="utf-8")):
+    for page in (_page("guides/recipes.md"), (repository.ROOT / "README.md").read_text(encoding="utf-8")):
         for chip, million in zip(pods_table.RECOMMENDED, hours, strict=True):
             assert f"{million} on {chip}" in " ".join(page.split())
     rows = re.findall(
@@ -117,7 +117,7 @@ def test_the_metrics_of_an_evaluation_are_explained() -> None:
 
 def test_every_cited_section_of_the_specification_exists() -> None:
     sections = set(spec.anchors())
-    cited = {path: spec.cited(path.read_text(encoding="utf-8")) for path in house.sources(*house.PRODUCT, "tests")}
+    cited = {path: spec.cited(path.read_text(encoding="utf-8")) for path in repository.sources(*repository.PRODUCT, "tests")}
     assert len([path for path, numbers in cited.items() if numbers]) > 30
     assert not {str(path): numbers - sections for path, numbers in cited.items() if numbers - sections}
     assert sections == set(range(1, len(sections) + 1))
@@ -135,7 +135,7 @@ def test_the_python_api_page_names_what_exists() -> None:
 
 
 def test_the_navigation_names_every_page_once() -> None:
-    listed = re.findall(r": ([\w/]+\.md)$", (house.ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = re.findall(r": ([\w/]+\.md)$", (repository.ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     written = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
     made = {
         *pages.made(),

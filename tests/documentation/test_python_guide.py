@@ -16,7 +16,7 @@ import pytest
 
 from omni_jax import OmniRetriever
 from omni_jax.cli import parity
-from tests import house
+from tests import repository
 from tests.conversion.hub_server import Repository, files_of, hub_on_loopback
 from tests.golden_set import GoldenSet
 from tests.programs import QUICK
@@ -28,7 +28,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def test_the_table_of_arguments_holds_each_of_encode_with_its_default():
-    page = (house.ROOT / "docs/guides/python.md").read_text(encoding="utf-8").partition("## Arguments of sentence-transformers")[2]
+    page = (repository.ROOT / "docs/guides/python.md").read_text(encoding="utf-8").partition("## Arguments of sentence-transformers")[2]
     ours = [line.split("|")[2] for line in page.partition("\n## ")[0].splitlines() if line.startswith("|")][2:]
     told = dict(re.findall(r"`(\w+)(?:=([^`]+))?`", " ".join(ours)))
     parameters = dict(list(inspect.signature(OmniRetriever.encode).parameters.items())[1:])
@@ -39,9 +39,9 @@ def test_the_table_of_arguments_holds_each_of_encode_with_its_default():
 
 @pytest.mark.jit
 def test_golden_a_newcomers_lines_and_the_page_run_as_they_stand(golden: GoldenSet, tmp_path: Path):
-    first, *rest = BLOCK.findall((house.ROOT / "docs/guides/python.md").read_text(encoding="utf-8"))
+    first, *rest = BLOCK.findall((repository.ROOT / "docs/guides/python.md").read_text(encoding="utf-8"))
     assert len(first.strip().splitlines()) <= 8
-    assert first in (house.ROOT / "README.md").read_text(encoding="utf-8")
+    assert first in (repository.ROOT / "README.md").read_text(encoding="utf-8")
     chosen = [i for i, r in enumerate(golden.records) if r.timestamps is None and len(r.modalities) == 3][:2]
     (tmp_path / "clips").mkdir()
     for name, number in zip(("a.mp4", "b.mp4"), chosen, strict=True):
@@ -51,7 +51,7 @@ def test_golden_a_newcomers_lines_and_the_page_run_as_they_stand(golden: GoldenS
     package = installed(tmp_path / "wheel")
     script = [first, "import numpy; numpy.save('index.npy', index)\n", *rest, "import omni_jax.conversion\n"]
     script.append(f"from runner import strangers\nassert not strangers(Path({str(package)!r}))\n")
-    shutil.copy(house.ROOT / "tests/documentation/runner.py", tmp_path)
+    shutil.copy(repository.ROOT / "tests/documentation/runner.py", tmp_path)
     (tmp_path / "page.py").write_text("".join(script))
     repositories = {NAMES[0]: Repository(files_of(golden.checkpoint)), NAMES[1]: Repository(files_of(golden.adapter_dir))}
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN")}

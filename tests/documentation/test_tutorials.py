@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from tests import house
+from tests import repository
 from tests.documentation.runner import blocks, commands
 from tests.golden_set import GoldenSet
 from tests.media_samples import write_clip
 from tests.wheels import installed
 
-TUTORIALS = house.ROOT / "docs/tutorials"
+TUTORIALS = repository.ROOT / "docs/tutorials"
 CLIPS, HELD_OUT = 16, 6
 
 
@@ -62,7 +62,7 @@ def executed(golden: GoldenSet, folder: Path, package: Path) -> Callable[..., st
     small = json.dumps({"frames": golden.preset.frames, "audio_seconds": 1.0, "pixels": 3136})
 
     def execute(*pages: Path) -> str:
-        command = [sys.executable, "-P", str(house.ROOT / "tests/documentation/runner.py"), str(package), small, *map(str, pages)]
+        command = [sys.executable, "-P", str(repository.ROOT / "tests/documentation/runner.py"), str(package), small, *map(str, pages)]
         done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(package)}, capture_output=True, text=True)
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -73,7 +73,7 @@ def executed(golden: GoldenSet, folder: Path, package: Path) -> Callable[..., st
 @pytest.mark.slow
 @pytest.mark.jit
 def test_the_quickstart_runs_as_it_stands_on_the_golden_checkpoint(executed: Callable[..., str]) -> None:
-    shown = executed(house.ROOT / "docs/quickstart.md")
+    shown = executed(repository.ROOT / "docs/quickstart.md")
     assert "quickstart.md has 4 commands" in shown and re.search(r"^media/clip\d+\.mp4$", shown, re.MULTILINE)
 
 
@@ -110,7 +110,7 @@ def test_the_commands_of_the_readme_run_on_the_golden_checkpoint(folder: Path, e
 
     Its Python is that of docs/guides/python.md, which tests run.
     """
-    shown = [words for language, text in blocks(house.ROOT / "README.md") if language == "sh" for words in commands(text)]
+    shown = [words for language, text in blocks(repository.ROOT / "README.md") if language == "sh" for words in commands(text)]
     own = [words for words in shown if words[0] not in ("pip", "make", "hf")]
     assert {"convert", "embed", "search", "eval", "prepare", "train"} <= {words[1] for words in own}
     names = {"omni7b": "omni7b-int8", "clips.npz": "clips-of-int8.npz"}
@@ -118,8 +118,8 @@ def test_the_commands_of_the_readme_run_on_the_golden_checkpoint(folder: Path, e
     (folder / "readme.md").write_text("```sh\n" + "".join(f"{shlex.join(words)}\n" for words in [*own, *int8]) + "```\n")
     assert f"readme.md has {len(own) + 3} commands" in executed(folder / "readme.md")
     assert (folder / "clips.html").exists() and (folder / "my-adapter/adapter_config.json").exists()
-    tested = [text for language, text in blocks(house.ROOT / "docs/guides/python.md") if language == "python"]
-    assert [text for language, text in blocks(house.ROOT / "README.md") if language == "python"] == tested[:1]
+    tested = [text for language, text in blocks(repository.ROOT / "docs/guides/python.md") if language == "python"]
+    assert [text for language, text in blocks(repository.ROOT / "README.md") if language == "python"] == tested[:1]
 
 
 def test_every_tutorial_is_executed_or_compiled() -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 
-from tests.house import ROOT
 from tests.media_samples import write_clip
+from tests.repository import ROOT
 from tests.train.tiny_run import free_port
 
 STORE = 100 << 20  # bytes of a node's object store

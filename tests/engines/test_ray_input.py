@@ -163,12 +163,12 @@ def test_counts_reach_the_progress_line_and_the_metrics(monkeypatch: pytest.Monk
 
 
 def test_nothing_but_the_engines_knows_ray() -> None:
-    from tests import house
+    from tests import repository
 
     knowing = {
-        found.file.relative_to(house.ROOT).as_posix()
-        for file in house.sources(*house.PRODUCT)
-        for found in house.imports(file)
+        found.file.relative_to(repository.ROOT).as_posix()
+        for file in repository.sources(*repository.PRODUCT)
+        for found in repository.imports(file)
         if found.name.split(".")[0] == "ray"
     }
     assert knowing and all(Path(name).parent.as_posix() == "omni_jax/engines" for name in knowing)

@@ -13,7 +13,7 @@ import pytest
 from omni_jax.cli.main import main
 from tests.engines.clusters import Nodes, begin, files, finish, make_clips, noticed, two_nodes, wait_for
 from tests.golden_set import GoldenSet
-from tests.house import ROOT
+from tests.repository import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.jit]
 COUNT, SHARDS, BATCH = 100, 20, 4

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.house import ROOT
+from tests.repository import ROOT
 from tests.train.test_interruptions import arrays, newest, rows, wait_for
 from tests.train.tiny_run import environment, finish, free_port, make_files, omni_jax
 

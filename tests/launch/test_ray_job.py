@@ -13,8 +13,8 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.house import ROOT
 from tests.launch.test_scripts import parsed, run, strict, tools  # noqa: F401 (a fixture)
+from tests.repository import ROOT
 
 JOB = shlex.split("--name embed --image images/omni:1 --bucket b --decoders 32")
 SLICE = shlex.split("--accelerator tpu-v6e-slice --topology 4x4 --chips 4 --slices 2")

@@ -18,7 +18,7 @@ import yaml
 
 from omni_jax.cli.main import build_parser
 from omni_jax.planning.chips import CHIPS
-from tests.house import ROOT
+from tests.repository import ROOT
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))

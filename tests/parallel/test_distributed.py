@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from omni_jax.parallel import distributed
-from tests.house import ROOT
+from tests.repository import ROOT
 from tests.train.tiny_run import free_port
 
 

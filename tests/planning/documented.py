@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from omni_jax.cli import compile as command
-from tests.house import ROOT
+from tests.repository import ROOT
 
 PAGES = ("README.md", "launch/README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md")))
 CALL = ["omni-jax", "compile"]

@@ -11,7 +11,7 @@ import pytest
 from omni_jax.cli.config_file import planned_model, read_config
 from omni_jax.cli.main import main
 from omni_jax.planning import chips, devices, plan
-from tests.house import ROOT
+from tests.repository import ROOT
 
 SEVEN_B = str(ROOT / "configs/omniretriever_7b.py")
 TINY = str(ROOT / "configs/tiny.py")

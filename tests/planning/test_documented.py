@@ -11,8 +11,8 @@ import pytest
 
 from omni_jax.cli.main import main
 from omni_jax.planning import plan, programs
-from tests.house import ROOT
 from tests.planning.documented import PAGES, commands, small
+from tests.repository import ROOT
 
 COMMANDS = commands()
 NAMES = [f"{where}-{number}" for number, (where, _) in enumerate(COMMANDS)]

@@ -17,8 +17,8 @@ from omni_jax.planning.abstract import planned_batch
 from omni_jax.planning.advice import OutOfMemory
 from omni_jax.planning.programs import Memory, Program, Setting
 from omni_jax.train import remat, step_kind
-from tests.house import ROOT
 from tests.planning.test_programs import setting
+from tests.repository import ROOT
 
 CONFIG = str(ROOT / "configs/omniretriever_7b.py")
 LIMIT = 15.75

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.house import ROOT
+from tests.repository import ROOT
 from tools import pods_table
 
 LARGEST = 150e6  # bytes of a collective outside the gathers of a layer's weights

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tests.house import ROOT
+from tests.repository import ROOT
 from tools.stand_ins import CASES, StandIn, model_operations, shapes
 
 

@@ -21,8 +21,8 @@ from omni_jax.planning.chips import read_topology
 from omni_jax.planning.programs import Memory, Program, Setting
 from omni_jax.planning.timing import Timing
 from omni_jax.train import step_kind
-from tests.house import ROOT
 from tests.planning.test_programs import setting
+from tests.repository import ROOT
 
 CONFIG = str(ROOT / "configs/omniretriever_7b.py")
 ROOM = {"layer": 8, "attention": 4, "dots": 1}  # clips a device

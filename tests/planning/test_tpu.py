@@ -21,7 +21,7 @@ from omni_jax.planning import plan
 from omni_jax.planning.chips import CHIPS, read_topology
 from omni_jax.planning.devices import planning_mesh
 from omni_jax.planning.timing import KERNELS, read_timing
-from tests.house import ROOT
+from tests.repository import ROOT
 
 pytestmark = pytest.mark.tpu
 

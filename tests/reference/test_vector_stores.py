@@ -16,10 +16,10 @@ from omni_jax.cli.main import main
 from omni_jax.retrieval.embedding_file import write_embeddings
 from omni_jax.retrieval.search import search
 from omni_jax.types import EmbeddingTable
-from tests import house
+from tests import repository
 from tests.golden_set import GoldenSet
 
-PAGE = house.ROOT / "docs/guides/vector_stores.md"
+PAGE = repository.ROOT / "docs/guides/vector_stores.md"
 RECIPES = ("LanceDB", "Qdrant", "hnswlib", "FAISS")
 
 

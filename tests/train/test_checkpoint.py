@@ -22,7 +22,7 @@ from omni_jax.parallel import make_mesh
 from omni_jax.train.checkpoint import Checkpoints, list_steps, read_trainable
 from omni_jax.types import InputError
 from tests.full_disk import files_of_at_most
-from tests.house import ROOT
+from tests.repository import ROOT
 from tests.train.states import assert_equal, state
 
 pytestmark = pytest.mark.jit
@@ -239,7 +239,7 @@ from pathlib import Path
 from omni_jax.train.checkpoint import Checkpoints
 from omni_jax.types import InputError
 from tests.full_disk import files_of_at_most
-from tests.house import ROOT
+from tests.repository import ROOT
 from tests.train.states import state
 
 checkpoints = Checkpoints(Path(sys.argv[1]), 3)

@@ -16,13 +16,13 @@ from omni_jax.configs import omniretriever_7b, paper_ablations, tiny
 from omni_jax.train import run_config
 from omni_jax.train.plan import LossConfig
 from omni_jax.train.run_config import RunConfig
-from tests import house
+from tests import repository
 
 
 def test_every_config_is_a_run() -> None:
-    for file in house.sources("configs"):
+    for file in repository.sources("configs"):
         if file.name != "__init__.py":
-            RunConfig.from_config(importlib.import_module(house.module_name(file)).get_config())
+            RunConfig.from_config(importlib.import_module(repository.module_name(file)).get_config())
 
 
 def test_every_field_of_a_run_is_read_somewhere() -> None:
@@ -33,8 +33,8 @@ def test_every_field_of_a_run_is_read_somewhere() -> None:
         for f in dataclasses.fields(record)
     }
     read: set[str] = set()
-    for file in house.sources("omni_jax"):
-        read |= {n.attr for n in ast.walk(house.tree(file)) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    for file in repository.sources("omni_jax"):
+        read |= {n.attr for n in ast.walk(repository.tree(file)) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     assert not sorted(f"{owner}.{name}" for owner, name in fields if name not in read)
 
 

@@ -10,8 +10,8 @@ from omni_jax.planning.step_flops import ClipCounts, RowCounts, StepFlops, clip_
 from omni_jax.towers import NAMES
 from omni_jax.train import LossConfig, TrainableConfig
 from omni_jax.train.trainable import select
-from tests.house import ROOT
 from tests.model.builders import SEVEN_B
+from tests.repository import ROOT
 from tests.tolerances import assert_close
 from tools.training_cost import ClipSizes, mean, per_triple, released_per_triple, total
 

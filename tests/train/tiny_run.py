@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from omni_jax.data.synthetic import SyntheticConfig, write_set
-from tests.house import ROOT
 from tests.programs import QUICK
+from tests.repository import ROOT
 
 CONFIG = '''"""omni-jax train --config tiny_run.py"""
 import ml_collections

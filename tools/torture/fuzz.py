@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.house import ROOT
+from tests.repository import ROOT
 from tools.torture import commands
 from tools.torture.outcome import Clock, Outcome
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests import house
+from tests import repository
 from tests.train import tiny_run
 from tools import licences
 from tools.torture import commands
@@ -47,7 +47,7 @@ def run(seed: int, minutes: float, *, offline: bool = True) -> Outcome:
 
 def locks(outcome: Outcome) -> None:
     """Every pin of the lock that users install has hashes, and every pinned package a licence."""
-    text = (house.ROOT / "requirements.lock").read_text(encoding="utf-8").replace("\\\n", " ")
+    text = (repository.ROOT / "requirements.lock").read_text(encoding="utf-8").replace("\\\n", " ")
     pinned = [line for line in text.splitlines() if line and not line.startswith("#")]
     bare = [line.split()[0] for line in pinned if not re.search(r"--hash=sha256:[0-9a-f]{64}", line)]
     outcome.expect(not bare, f"without a hash: {bare}")
@@ -60,10 +60,10 @@ def locks(outcome: Outcome) -> None:
 
 def sources(outcome: Outcome) -> None:
     """No call of the product trusts remote code, unpickles, evaluates or allows pickles in arrays."""
-    files = house.sources(*house.PRODUCT)
+    files = repository.sources(*repository.PRODUCT)
     for file in files:
-        where = str(file.relative_to(house.ROOT))
-        for node in ast.walk(house.tree(file)):
+        where = str(file.relative_to(repository.ROOT))
+        for node in ast.walk(repository.tree(file)):
             if not isinstance(node, ast.Call):
                 continue
             name = ast.unparse(node.func)

@@ -1,4 +1,4 @@
-"""The layout of the repository as data, and the reading of sources that tests/test_house.py checks it with."""
+"""The layout of the repository as data, and the reading of sources that tests/test_repository.py checks it with."""
 
 from __future__ import annotations
 
