@@ -54,7 +54,7 @@ class PartsConfig:
 
     Attributes:
       train: clips to train on.
-      validation, test: clips of two held-out galleries: words, sound and picture are drawn anew; no two agree in all factors.
+      validation, test: clips of two held-out galleries: words, sound and picture are drawn independently; no two agree in all factors.
       seconds: length of the sound.
       noise: of pixels, of the waveform and of loudness: 0 for none.
       seed: of everything drawn.

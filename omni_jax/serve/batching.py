@@ -30,7 +30,7 @@ class Batcher(Generic[Item, Answer]):
         size: int,
         most_waiting: int,
         kind: Callable[[Item], object] = lambda _: None,
-        room: Callable[[Item], int] = lambda _: 1,
+        slots: Callable[[Item], int] = lambda _: 1,
         wait_s: float = 0.002,
     ) -> None:
         """Starts nothing; `run` does.
@@ -40,11 +40,11 @@ class Batcher(Generic[Item, Answer]):
           size: items of a batch, at most; 1 computes each alone.
           most_waiting: items that may wait.
           kind: what the items of a batch have in common. Mixtures would have shapes of their own, each of which is compiled while all wait.
-          room: how many places an item takes in a batch, so that a batch of large ones does not keep small ones waiting for long.
+          slots: how many slots an item takes in a batch, so that a batch of large ones does not keep small ones waiting for long.
           wait_s: seconds that a first item waits for others where the thread is idle.
         """
         self._function, self._size, self._most_waiting = function, size, most_waiting
-        self._kind, self._room, self._wait_s = kind, room, wait_s
+        self._kind, self._slots, self._wait_s = kind, slots, wait_s
         self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
         self._arrived = asyncio.Event()
         self._thread: Executor = ThreadPoolExecutor(1, thread_name_prefix="batch")
@@ -100,10 +100,10 @@ class Batcher(Generic[Item, Answer]):
         rest: list[tuple[Item, asyncio.Future[Answer]]] = []
         taken = 0
         for pair in self._waiting:
-            room = self._room(pair[0])
-            fits = not batch or (taken + room <= self._size and self._kind(pair[0]) == self._kind(batch[0][0]))
+            slots = self._slots(pair[0])
+            fits = not batch or (taken + slots <= self._size and self._kind(pair[0]) == self._kind(batch[0][0]))
             (batch if fits else rest).append(pair)
-            taken += room * fits
+            taken += slots * fits
         self._waiting = rest
         return batch
 

@@ -22,8 +22,8 @@ from omni_jax.media.workers import Guarded
 from omni_jax.serve.batching import Batcher, Busy
 from omni_jax.types import ClipError, Features
 
-MEDIA_ROOM = 4
-"""Captions whose room an item with media takes in a batch: a few have enough tokens to keep a device busy."""
+MEDIA_SLOTS = 4
+"""Slots that an item with media takes in a batch: a few have enough tokens to keep a device busy."""
 
 USUAL = "a caption with about as many words as people type into a search field"
 
@@ -47,7 +47,7 @@ class Embedder:
           most_waiting: items that may wait, before the decoders and before the encoder; more are refused.
         """
         self.model = model
-        self.batcher: Batcher[Features, np.ndarray] = Batcher(self._encode, batch_size, most_waiting, own_table, _room)
+        self.batcher: Batcher[Features, np.ndarray] = Batcher(self._encode, batch_size, most_waiting, own_table, _slots)
         self._batch_size, self.most_waiting = batch_size, most_waiting
         self._decode = Guarded(functools.partial(item_features, preset=model.preset), timeout_s)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
@@ -118,5 +118,5 @@ class Embedder:
         return found
 
 
-def _room(item: Features) -> int:
-    return 1 if item.vision is None and item.audio is None else MEDIA_ROOM
+def _slots(item: Features) -> int:
+    return 1 if item.vision is None and item.audio is None else MEDIA_SLOTS

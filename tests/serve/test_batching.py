@@ -85,10 +85,10 @@ def test_items_of_one_kind_share_a_batch_and_none_waits_for_ever() -> None:
     assert seen[:3] == [{0}, {1}, {2}]  # the next is of the kind that has waited longest
 
 
-def test_large_items_take_more_room_and_the_largest_goes_alone() -> None:
+def test_large_items_take_more_slots_and_the_largest_goes_alone() -> None:
     encode = Counting()
     encode.go.set()
-    batcher = Batcher(encode, size=4, most_waiting=100, room=lambda item: int(item.record.id))
+    batcher = Batcher(encode, size=4, most_waiting=100, slots=lambda item: int(item.record.id))
 
     async def work() -> list[Any]:
         return await asyncio.gather(*(batcher.answers([item(name)]) for name in "1239111"))
