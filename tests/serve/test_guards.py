@@ -57,7 +57,8 @@ def test_refusals_of_the_server_library_have_the_same_form() -> None:
         assert response.status_code == status and words in line_of(response).lower()
         assert response.headers["content-type"] == "application/json" and "content-security-policy" in response.headers
     assert set(answers[1][0].headers["allow"].split(", ")) == {"GET", "HEAD", "POST"}
-    assert answers[3][0].headers["content-range"].startswith("bytes */")
+    # The lowest allowed Starlette leaves out the unit.
+    assert answers[3][0].headers["content-range"].removeprefix("bytes ").startswith("*/")
     assert there.get("/file", headers={"range": "bytes=0-9"}).status_code == 206
 
 
