@@ -8,6 +8,7 @@ from __future__ import annotations
 import array
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,8 +57,9 @@ class PacketIndex:
         """Whether entering there decodes less than continuing from the frame that was reached."""
         return int(np.searchsorted(self.pts, self.entries[entry])) > reached + 1
 
+    @functools.cached_property
     def behind_gaps(self) -> np.ndarray:
-        """Returns the times of the frames behind a long step, where packets may have been left out."""
+        """The times of the frames behind a long step, where packets may have been left out."""
         steps = np.diff(self.pts)
         return self.pts[1:][steps > _LONG_STEP * np.median(steps)] if len(steps) else steps
 
@@ -97,9 +99,9 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
             if not packet.is_discard and not (exact and _is_hidden(packet, context.name)):
                 times.append(time)
     pts = np.sort(np.frombuffer(times, np.int64)) * timed
+    exact = exact and len(keys) > 0 and len(pts) > 0 and bool((np.diff(pts) > 0).all())
     back = int(_SEARCH_SECONDS / stream.time_base) if kind == "mpegts" else 0
     entries, sought = np.frombuffer(keys, np.int64), np.frombuffer(seek_times, np.int64) - back
-    exact = exact and len(keys) > 0 and len(pts) > 0 and bool((np.diff(pts) > 0).all())
     return PacketIndex(packets=packets, pts=pts, entries=entries, seek_times=sought, margin=margin, exact=exact, leading=leading)
 
 
@@ -123,7 +125,7 @@ def shows_all(container: Any, stream: Any, index: PacketIndex) -> bool:
 
     Decoders that reorder pictures may leave out or misplace those that miss what they depend on.
     """
-    behind = index.behind_gaps()
+    behind = index.behind_gaps
     behind = behind[~np.isin(behind, index.entries)] if stream.codec_context.name in ("h264", "hevc", "mpeg2video") else behind[:0]
     bounds = np.append(index.entries, index.pts[-1] + 1)
     for group in np.unique(np.searchsorted(index.entries, behind, side="right")).tolist():
@@ -143,7 +145,7 @@ def decode_from(container: Any, stream: Any, index: PacketIndex, entry: int, tim
     """
     context, left = stream.codec_context, len(times)
     skips = context.name in ("h264", "mpeg2video") or (context.name == "hevc" and _has_one_layer(context.extradata))
-    skips &= not len(index.behind_gaps())  # what is missing is made up from the pictures before, the skipped ones too
+    skips &= not len(index.behind_gaps)  # what is missing is made up from the pictures before, the skipped ones too
     begun, sound_from = False, int(index.entries[min(entry + index.margin, len(index.entries) - 1)])
     try:
         container.seek(int(index.seek_times[entry]), stream=stream, backward=True)
