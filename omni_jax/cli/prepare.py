@@ -74,15 +74,14 @@ def run(args: argparse.Namespace) -> int:
             work = Preparation(out, manifest.records, manifest.problems, chosen, args.shards, store)
         except InputError as error:
             raise InputError(f"{args.manifest}: {error}") from None
-        return _prepare(args, work)
+        return _prepare(args, work, args.out if store else None)
 
 
-def _prepare(args: argparse.Namespace, work: Preparation) -> int:
-    """Runs a preparation and says what came of it; returns the exit status."""
+def _prepare(args: argparse.Namespace, work: Preparation, store: str | None) -> int:
+    """Runs a preparation, whose folder may be in a store, and says what came of it; returns the exit status."""
     from omni_jax.cli.progress import Progress
     from omni_jax.cli.stopping import Terminated, sigterm_raises
     from omni_jax.data.prepare import ERRORS
-    from omni_jax.io.remote import is_remote
 
     done = work.done
     try:
@@ -93,7 +92,6 @@ def _prepare(args: argparse.Namespace, work: Preparation) -> int:
             else:
                 from omni_jax.engines.ray_prepare import write_shards
 
-                store = args.out if is_remote(args.out) else None
                 counts = write_shards(work.begin(), args.ray, local_cpus(args), args.timeout, progress, store)
             with contextlib.closing(counts):
                 for count in counts:
