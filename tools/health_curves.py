@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from omni_jax.api.shared import Shared
 from omni_jax.api.training import TrainCallbacks, run_training
+from omni_jax.api.training_curves import read_rows
 from omni_jax.cli.config_file import read_config
 from omni_jax.data.synthetic_parts import PartsConfig, write_parts
 from tests.repository import ROOT
@@ -39,9 +39,9 @@ def curves(out: Path) -> dict[str, list[dict[str, float]]]:
         clips = write_parts(out / "clips", CLIPS, run.data.resolved_preset())["train"]
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, train=str(clips.absolute())))
         callbacks = TrainCallbacks(log=lambda line: None, begin=lambda *at: None, update=lambda *at: None, stopping=lambda: False)
-        run_training(run, out / name.replace(" ", "-"), callbacks, shared)
-        lines = (out / name.replace(" ", "-") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        found[name] = [row for row in map(json.loads, lines) if "loss" in row]
+        workdir = out / name.replace(" ", "-")
+        run_training(run, workdir, callbacks, shared)
+        found[name] = [row for row in read_rows(workdir / "metrics.jsonl") if "loss" in row]
     return found
 
 
