@@ -1,7 +1,8 @@
-"""`OmniRetriever.encode`: anything a caller hands over to one array of embeddings, in its order."""
+"""`encode` and what goes with it: anything a caller hands over to one array of embeddings, in its order."""
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import functools
@@ -11,35 +12,32 @@ import tempfile
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from omni_jax.config import PREFIXES, TABLE_MODALITIES, TABLES, Preset
+from omni_jax.config import PREFIXES, TABLE_MODALITIES, TABLES, ModelConfig, Preset
 from omni_jax.data.items import Item, is_single, parse_items
 from omni_jax.data.loading import DECODE_LIMIT_S, item_features
 from omni_jax.media.workers import run_guarded
 from omni_jax.retrieval.embedding_pass import Part
+from omni_jax.retrieval.rows import PRECISIONS, finished, similarity
 from omni_jax.types import ArgumentError, ClipError, Features, Record
 
-PRECISIONS = ("float32", "float16", "int8", "binary")
 ON_ERROR = ("raise", "skip", "nan")
 SHOWN = 5  # items named in one line
 
 
-class Model(Protocol):
-    """What is asked of an `OmniRetriever`."""
+class ItemEncoder(abc.ABC):
+    """The methods of `OmniRetriever` that take items as a caller has them, over the one that embeds decoded clips."""
 
+    config: ModelConfig
     preset: Preset
 
-    @property
-    def dim(self) -> int: ...
-
-    @property
-    def prompts(self) -> dict[str, str]: ...
-
+    @abc.abstractmethod
     def report_programs(self, log: Callable[[str], None]) -> contextlib.AbstractContextManager[None]: ...
 
+    @abc.abstractmethod
     def embed_features(
         self,
         clips: Iterable[tuple[Record, Features | ClipError]],
@@ -50,68 +48,137 @@ class Model(Protocol):
         normalize: bool,
     ) -> Generator[Part]: ...
 
+    def encode(
+        self,
+        inputs: Any = None,
+        *,
+        texts: Any = None,
+        videos: Any = None,
+        audios: Any = None,
+        images: Any = None,
+        timestamps: Any = None,
+        prompt_name: str | None = None,
+        batch_size: int = 16,
+        normalize: bool = True,
+        truncate_dim: int | None = None,
+        precision: str = "float32",
+        show_progress: bool | None = None,
+        on_error: str = "raise",
+        workers: int | None = None,
+        prefix: str | None = None,
+    ) -> np.ndarray:
+        """Returns embeddings in the order given: (D,) of one item, (N, D) of a list or an iterator.
 
-def encode_items(
-    model: Model,
-    inputs: Any,
-    *,
-    texts: Any = None,
-    videos: Any = None,
-    audios: Any = None,
-    images: Any = None,
-    timestamps: Any = None,
-    prompt_name: str | None = None,
-    batch_size: int = 16,
-    normalize: bool = True,
-    truncate_dim: int | None = None,
-    precision: str = "float32",
-    show_progress: bool | None = None,
-    on_error: str = "raise",
-    workers: int | None = None,
-    prefix: str | None = None,
-) -> np.ndarray:
-    """Does the work of `OmniRetriever.encode`, whose caller gets the warnings: two frames up."""
-    width = model.dim
-    prompt = _prompt(model, prompt_name if prefix is None else prefix)
-    check_batch_size(batch_size)
-    _check_choice("precision", precision, PRECISIONS)
-    _check_choice("on_error", on_error, ON_ERROR)
-    if on_error == "nan" and precision in ("int8", "binary"):
-        raise ArgumentError(f"encode: on_error='nan': {precision} has no NaN; take float32 or float16, or on_error='skip'")
-    if truncate_dim is not None and not (_whole(truncate_dim) and 1 <= truncate_dim <= width):
-        raise ArgumentError(f"encode: truncate_dim is {truncate_dim!r}; it must be a whole number from 1 to {width}")
-    if workers is not None and not (_whole(workers) and workers >= 0):
-        raise ArgumentError(f"encode: workers is {workers!r}; it must be a whole number of at least 0")
-    given, count, single = _given(inputs, {"text": texts, "video": videos, "audio": audios, "image": images}, timestamps)
-    run = _Run()
-    with contextlib.ExitStack() as stack:
+        An item is a caption (a string), a file (path, bytes or file object: a picture, or the pictures, the sound or both that it has), a
+        PIL image, frames (n, height, width, 3), (waveform, rate), {"array", "fps"}, {"array", "sampling_rate"}, a decoder as torchcodec's,
+        or a dict of what belongs together: {"text": ..., "video": ..., "audio": ..., "image": ..., "timestamps": (start, end)}. Items of
+        all kinds may be in one list; each is embedded with what it has. {"video": path} takes the pictures of a file alone.
 
-        @functools.cache
-        def folder() -> Path:
-            return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="omni_jax_")))
+        Args:
+          inputs: one item, or a list or iterator of items.
+          texts, videos, audios, images: the items by modality in place of `inputs`: one each, or lists of equal length whose items of equal
+            places belong together; None where an item has none. A string is a file name there, but for texts.
+          timestamps: (start, end) seconds of the part of the media to take, for all items, or one for each (None: the whole).
+          prompt_name: a key of `prompts`, what captions are, for a backbone trained with prompts; None: as the preset says.
+          batch_size: items encoded together.
+          normalize: whether rows are scaled to length 1.
+          truncate_dim: how many of the first columns are kept.
+          precision: "float32", "float16", "int8" (each row scaled so that its largest value is 127) or "binary" (packed bits, 8 to a byte).
+          show_progress: whether to show a bar and a line while programs are compiled; None: on a terminal and in a notebook.
+          on_error: what an item that cannot be embedded leads to: "raise" an error at once; "skip" leaves it out of the rows and warns;
+            "nan" puts NaN in its place and warns.
+          workers: processes that decode, 0 decodes in this one (then a decoder that hangs cannot be killed); None: by the number of cores.
+          prefix: the earlier name of `prompt_name`.
 
-        items = run.distinct(parse_items(given, model.preset, folder, prompt))
-        workers = max(1, (os.cpu_count() or 1) - 1) if workers is None else workers
-        function = functools.partial(item_features, preset=model.preset)
-        # A single array is computed at once; starting a process would take longer.
-        here = functools.partial(_needs_no_process, single)
-        loaded = run.loaded(run_guarded(function, items, workers, DECODE_LIMIT_S, name=_name, here=here))
-        bar = stack.enter_context(_Progress(show_progress, count, batch_size))
-        stack.enter_context(model.report_programs(bar.compiling))
-        parts = model.embed_features(loaded, TABLES, own_table, batch_size=batch_size, normalize=normalize and truncate_dim is None)
-        for part in stack.enter_context(contextlib.closing(parts)):
-            bar.update(part.records)
-            run.add(part)
-            if run.problems and on_error == "raise":
-                raise ArgumentError(
-                    f"encode: {len(run.problems)} of the first {run.seen} items cannot be embedded: {run.listed()}; correct them, or "
-                    f"leave them out with on_error='skip' or 'nan'"
-                )
-    rows = run.rows(width, keep_bad=on_error == "nan")
-    for line in run.notes(on_error, model.preset.max_text_tokens):
-        warnings.warn(f"encode: {line}", stacklevel=3)
-    rows = finished(rows, truncate_dim, normalize, precision)
-    return rows[0] if single and len(rows) else rows
+        Raises:
+          ArgumentError: an InputError and a ValueError, for arguments that cannot be used, and under "raise" naming the items.
+
+        Warns:
+          UserWarning: where items were left out, where a caption is the name of a media file, and once where something of the media was
+            replaced (silence for a missing audio track) or captions cut.
+        """
+        width = self.dim
+        prompt = _prompt(self.prompts, prompt_name if prefix is None else prefix)
+        check_batch_size(batch_size)
+        _check_choice("precision", precision, PRECISIONS)
+        _check_choice("on_error", on_error, ON_ERROR)
+        if on_error == "nan" and precision in ("int8", "binary"):
+            raise ArgumentError(f"encode: on_error='nan': {precision} has no NaN; take float32 or float16, or on_error='skip'")
+        if truncate_dim is not None and not (_whole(truncate_dim) and 1 <= truncate_dim <= width):
+            raise ArgumentError(f"encode: truncate_dim is {truncate_dim!r}; it must be a whole number from 1 to {width}")
+        if workers is not None and not (_whole(workers) and workers >= 0):
+            raise ArgumentError(f"encode: workers is {workers!r}; it must be a whole number of at least 0")
+        given, count, single = _given(inputs, {"text": texts, "video": videos, "audio": audios, "image": images}, timestamps)
+        run = _Run()
+        with contextlib.ExitStack() as stack:
+
+            @functools.cache
+            def folder() -> Path:
+                return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="omni_jax_")))
+
+            items = run.distinct(parse_items(given, self.preset, folder, prompt))
+            workers = max(1, (os.cpu_count() or 1) - 1) if workers is None else workers
+            function = functools.partial(item_features, preset=self.preset)
+            # A single array is computed at once; starting a process would take longer.
+            here = functools.partial(_needs_no_process, single)
+            loaded = run.loaded(run_guarded(function, items, workers, DECODE_LIMIT_S, name=_name, here=here))
+            bar = stack.enter_context(_Progress(show_progress, count, batch_size))
+            stack.enter_context(self.report_programs(bar.compiling))
+            parts = self.embed_features(loaded, TABLES, own_table, batch_size=batch_size, normalize=normalize and truncate_dim is None)
+            for part in stack.enter_context(contextlib.closing(parts)):
+                bar.update(part.records)
+                run.add(part)
+                if run.problems and on_error == "raise":
+                    raise ArgumentError(
+                        f"encode: {len(run.problems)} of the first {run.seen} items cannot be embedded: {run.listed()}; correct them, or "
+                        f"leave them out with on_error='skip' or 'nan'"
+                    )
+        rows = run.rows(width, keep_bad=on_error == "nan")
+        for line in run.notes(on_error, self.preset.max_text_tokens):
+            warnings.warn(f"encode: {line}", stacklevel=_level_of_caller())
+        rows = finished(rows, truncate_dim, normalize, precision)
+        return rows[0] if single and len(rows) else rows
+
+    def encode_query(self, inputs: Any = None, **options: Any) -> np.ndarray:
+        """Returns embeddings of what is searched with, as `encode`; captions get the query prompt of a backbone with prompts."""
+        options.setdefault("prompt_name", "query" if self.prompts else None)
+        return self.encode(inputs, **options)
+
+    def encode_document(self, inputs: Any = None, **options: Any) -> np.ndarray:
+        """Returns embeddings of what is searched in, as `encode`; captions get the passage prompt of a backbone with prompts."""
+        options.setdefault("prompt_name", "passage" if self.prompts else None)
+        return self.encode(inputs, **options)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
+        """Returns cosines (N, M) float32 of embeddings (N, D) or (D,) and (M, D) or (D,), in float32, float16 or int8.
+
+        Raises:
+          ArgumentError: for what is no array of vectors of one width.
+        """
+        return similarity(embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
+        """Returns cosines (N,) float32 of `embeddings1[i]` and `embeddings2[i]`.
+
+        Raises:
+          ArgumentError: as `similarity`, and for other lengths.
+        """
+        return similarity(embeddings1, embeddings2, pairwise=True)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What items may have: in any combination, but for an image, which is a video of one frame."""
+        return ("text", "image", "video", "audio")
+
+    @property
+    def dim(self) -> int:
+        """D, the width of an embedding."""
+        return self.config.decoder.hidden_size
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """Prompt name -> what precedes a caption; empty for a backbone that was trained without."""
+        return {name: f"{name}: " for name in PREFIXES} if self.config.prompt == "chat" else {}
 
 
 class _Run:
@@ -229,51 +296,6 @@ class _Progress:
             self._bar.set_postfix_str(f"compiling {program}")
 
 
-def finished(rows: np.ndarray, truncate_dim: int | None, normalize: bool, precision: str) -> np.ndarray:
-    """Returns rows (N, D) float32 cut to their first columns, scaled again where they are to have length 1, in a precision of `PRECISIONS`.
-
-    int8 scales each row so that its largest value is 127, which leaves cosines as they are but for rounding; binary is a bit a column, 1
-    where the value is positive, eight to a byte, less 128, as sentence-transformers packs them: (N, ceil(D / 8)) int8.
-    """
-    if truncate_dim is not None:
-        from omni_jax.retrieval.rows import truncated_rows
-
-        rows = truncated_rows(rows, truncate_dim, normalize)
-    if precision == "float16":
-        return rows.astype(np.float16)
-    if precision == "int8":
-        from omni_jax.retrieval.rows import quantized
-
-        return quantized(rows)[0]
-    if precision == "binary":
-        return (np.packbits(rows > 0, axis=-1).astype(np.int16) - 128).astype(np.int8)
-    return np.ascontiguousarray(rows, np.float32)
-
-
-def similarity(a: Any, b: Any, *, pairwise: bool = False) -> np.ndarray:
-    """Returns cosines of rows: (N, M) float32 of every pair, or (N,) of equal places.
-
-    Raises:
-      ArgumentError: for what is no array of vectors, other widths, or with `pairwise` other lengths.
-    """
-    one, other = (np.atleast_2d(np.asarray(x)) for x in (a, b))
-    if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[1] or {one.dtype.kind, other.dtype.kind} - set("fiu"):
-        raise ArgumentError(
-            f"similarity: arrays of {one.dtype} {one.shape} and {other.dtype} {other.shape}; give (N, D) and (M, D) of one D"
-        )
-    one, other = (unit_rows(x.astype(np.float32)) for x in (one, other))
-    if not pairwise:
-        return one @ other.T
-    if len(one) != len(other):
-        raise ArgumentError(f"similarity_pairwise: {len(one)} and {len(other)} embeddings; give as many of both")
-    return np.vecdot(one, other)
-
-
-def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Returns rows scaled to length 1; zeros stay zeros."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-12))
-
-
 def check_batch_size(batch_size: Any) -> None:
     """Raises ArgumentError for what is no whole number of at least 1."""
     if not _whole(batch_size) or batch_size < 1:
@@ -324,9 +346,9 @@ def _is_interval(value: Any) -> bool:
     return hasattr(value, "__len__") and len(value) == 2 and all(isinstance(x, int | float | np.number) for x in value)
 
 
-def _prompt(model: Model, name: str | None) -> str | None:
-    if name is not None and name not in model.prompts:
-        choice = f"choose one of {', '.join(PREFIXES)}" if model.prompts else "this backbone takes none; omit it"
+def _prompt(prompts: Mapping[str, str], name: str | None) -> str | None:
+    if name is not None and name not in prompts:
+        choice = f"choose one of {', '.join(PREFIXES)}" if prompts else "this backbone takes none; omit it"
         raise ArgumentError(f"encode: prompt_name {name!r}: {choice}")
     return name
 
@@ -357,3 +379,11 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _level_of_caller() -> int:
+    """Returns the `stacklevel` of a warning that is shown where this package was called from."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("omni_jax."):
+        level, frame = level + 1, frame.f_back
+    return level

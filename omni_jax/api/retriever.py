@@ -18,11 +18,11 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from omni_jax.api.encoding import check_batch_size, encode_items, similarity
+from omni_jax.api.encoding import ItemEncoder, check_batch_size
 from omni_jax.api.made_with import made_with
 from omni_jax.api.saving import save_model
 from omni_jax.api.weights import ModelSource, compute_type, find_model, load_params, open_model
-from omni_jax.config import PREFIXES, TABLE_MODALITIES, TABLES, ConfigError, ModelConfig, Preset, preset_key
+from omni_jax.config import TABLE_MODALITIES, TABLES, ConfigError, ModelConfig, Preset, preset_key
 from omni_jax.config import preset as preset_named
 from omni_jax.config.compile_cache import use_compile_cache
 from omni_jax.data.loading import DECODE_LIMIT_S, load_features
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from omni_jax.model import Encoder
 
 
-class OmniRetriever:
+class OmniRetriever(ItemEncoder):
     """Embeds clips and captions with a converted checkpoint.
 
     Attributes:
@@ -172,115 +172,6 @@ class OmniRetriever:
     def programs(self) -> list[str]:
         """Programs compiled so far: what and which shapes."""
         return self._runner.programs
-
-    def encode(
-        self,
-        inputs: Any = None,
-        *,
-        texts: Any = None,
-        videos: Any = None,
-        audios: Any = None,
-        images: Any = None,
-        timestamps: Any = None,
-        prompt_name: str | None = None,
-        batch_size: int = 16,
-        normalize: bool = True,
-        truncate_dim: int | None = None,
-        precision: str = "float32",
-        show_progress: bool | None = None,
-        on_error: str = "raise",
-        workers: int | None = None,
-        prefix: str | None = None,
-    ) -> np.ndarray:
-        """Returns embeddings in the order given: (D,) of one item, (N, D) of a list or an iterator.
-
-        An item is a caption (a string), a file (path, bytes or file object: a picture, or the pictures, the sound or both that it has), a
-        PIL image, frames (n, height, width, 3), (waveform, rate), {"array", "fps"}, {"array", "sampling_rate"}, a decoder as torchcodec's,
-        or a dict of what belongs together: {"text": ..., "video": ..., "audio": ..., "image": ..., "timestamps": (start, end)}. Items of
-        all kinds may be in one list; each is embedded with what it has. {"video": path} takes the pictures of a file alone.
-
-        Args:
-          inputs: one item, or a list or iterator of items.
-          texts, videos, audios, images: the items by modality in place of `inputs`: one each, or lists of equal length whose items of equal
-            places belong together; None where an item has none. A string is a file name there, but for texts.
-          timestamps: (start, end) seconds of the part of the media to take, for all items, or one for each (None: the whole).
-          prompt_name: a key of `prompts`, what captions are, for a backbone trained with prompts; None: as the preset says.
-          batch_size: items encoded together.
-          normalize: whether rows are scaled to length 1.
-          truncate_dim: how many of the first columns are kept.
-          precision: "float32", "float16", "int8" (each row scaled so that its largest value is 127) or "binary" (packed bits, 8 to a byte).
-          show_progress: whether to show a bar and a line while programs are compiled; None: on a terminal and in a notebook.
-          on_error: what an item that cannot be embedded leads to: "raise" an error at once; "skip" leaves it out of the rows and warns;
-            "nan" puts NaN in its place and warns.
-          workers: processes that decode, 0 decodes in this one (then a decoder that hangs cannot be killed); None: by the number of cores.
-          prefix: the earlier name of `prompt_name`.
-
-        Raises:
-          ArgumentError: an InputError and a ValueError, for arguments that cannot be used, and under "raise" naming the items.
-
-        Warns:
-          UserWarning: where items were left out, where a caption is the name of a media file, and once where something of the media was
-            replaced (silence for a missing audio track) or captions cut.
-        """
-        return encode_items(
-            self,
-            inputs,
-            texts=texts,
-            videos=videos,
-            audios=audios,
-            images=images,
-            timestamps=timestamps,
-            prompt_name=prompt_name,
-            batch_size=batch_size,
-            normalize=normalize,
-            truncate_dim=truncate_dim,
-            precision=precision,
-            show_progress=show_progress,
-            on_error=on_error,
-            workers=workers,
-            prefix=prefix,
-        )
-
-    def encode_query(self, inputs: Any = None, **options: Any) -> np.ndarray:
-        """Returns embeddings of what is searched with, as `encode`; captions get the query prompt of a backbone with prompts."""
-        options.setdefault("prompt_name", "query" if self.prompts else None)
-        return encode_items(self, inputs, **options)
-
-    def encode_document(self, inputs: Any = None, **options: Any) -> np.ndarray:
-        """Returns embeddings of what is searched in, as `encode`; captions get the passage prompt of a backbone with prompts."""
-        options.setdefault("prompt_name", "passage" if self.prompts else None)
-        return encode_items(self, inputs, **options)
-
-    def similarity(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
-        """Returns cosines (N, M) float32 of embeddings (N, D) or (D,) and (M, D) or (D,), in float32, float16 or int8.
-
-        Raises:
-          ArgumentError: for what is no array of vectors of one width.
-        """
-        return similarity(embeddings1, embeddings2)
-
-    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
-        """Returns cosines (N,) float32 of `embeddings1[i]` and `embeddings2[i]`.
-
-        Raises:
-          ArgumentError: as `similarity`, and for other lengths.
-        """
-        return similarity(embeddings1, embeddings2, pairwise=True)
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """What items may have: in any combination, but for an image, which is a video of one frame."""
-        return ("text", "image", "video", "audio")
-
-    @property
-    def dim(self) -> int:
-        """D, the width of an embedding."""
-        return self.config.decoder.hidden_size
-
-    @property
-    def prompts(self) -> dict[str, str]:
-        """Prompt name -> what precedes a caption; empty for a backbone that was trained without."""
-        return {name: f"{name}: " for name in PREFIXES} if self.config.prompt == "chat" else {}
 
     def count_tokens(self, text: str) -> int:
         """Returns the tokens of a caption, before it is cut. Raises ClipError for text that is not valid Unicode."""

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from omni_jax.retrieval.stored_rows import StoredRows
-from omni_jax.types import EmbeddingTable, InputError
+from omni_jax.types import ArgumentError, EmbeddingTable, InputError
 
 NORMS = (1e-30, 1e30)  # outside, the reciprocal of a norm or a product of two rows leaves float32
 INT8 = 127  # largest value of an int8 row
 TOGETHER = 32  # rows handled together in float64
 BLOCK = 16_384  # rows cut together
+PRECISIONS = ("float32", "float16", "int8", "binary")
 TRUNCATE_DIM = "truncate_dim"
 """Field of `EmbeddingTable.made_with`: dimensions that vectors were cut to; without it they have all."""
 
@@ -73,8 +74,7 @@ def l2_normalize(rows: np.ndarray) -> np.ndarray:
 
 def truncated_rows(rows: np.ndarray, dim: int, normalize: bool = True) -> np.ndarray:
     """Returns the first `dim` columns of rows (N, D), scaled to length 1 where `normalize` says so; zeros stay zeros."""
-    rows = rows[:, :dim]
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-12)) if normalize else rows
+    return unit_rows(rows[:, :dim]) if normalize else rows[:, :dim]
 
 
 def truncated(table: EmbeddingTable, dim: int | None) -> EmbeddingTable:
@@ -110,3 +110,44 @@ def quantized(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns int8 (N, D) and scales (N,) float32 whose product is near the rows: every row's largest value becomes 127."""
     scale = np.abs(rows).max(axis=1).astype(np.float32) / INT8
     return np.rint(rows / np.where(scale > 0, scale, 1)[:, None]).astype(np.int8), scale
+
+
+def finished(rows: np.ndarray, truncate_dim: int | None, normalize: bool, precision: str) -> np.ndarray:
+    """Returns rows (N, D) float32 cut to their first columns, scaled again where they are to have length 1, in a precision of `PRECISIONS`.
+
+    int8 scales each row so that its largest value is 127, which leaves cosines as they are but for rounding; binary is a bit a column, 1
+    where the value is positive, eight to a byte, less 128, as sentence-transformers packs them: (N, ceil(D / 8)) int8.
+    """
+    if truncate_dim is not None:
+        rows = truncated_rows(rows, truncate_dim, normalize)
+    if precision == "float16":
+        return rows.astype(np.float16)
+    if precision == "int8":
+        return quantized(rows)[0]
+    if precision == "binary":
+        return (np.packbits(rows > 0, axis=-1).astype(np.int16) - 128).astype(np.int8)
+    return np.ascontiguousarray(rows, np.float32)
+
+
+def similarity(a: Any, b: Any, *, pairwise: bool = False) -> np.ndarray:
+    """Returns cosines of rows: (N, M) float32 of every pair, or (N,) of equal places.
+
+    Raises:
+      ArgumentError: for what is no array of vectors, other widths, or with `pairwise` other lengths.
+    """
+    one, other = (np.atleast_2d(np.asarray(x)) for x in (a, b))
+    if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[1] or {one.dtype.kind, other.dtype.kind} - set("fiu"):
+        raise ArgumentError(
+            f"similarity: arrays of {one.dtype} {one.shape} and {other.dtype} {other.shape}; give (N, D) and (M, D) of one D"
+        )
+    one, other = (unit_rows(x.astype(np.float32)) for x in (one, other))
+    if not pairwise:
+        return one @ other.T
+    if len(one) != len(other):
+        raise ArgumentError(f"similarity_pairwise: {len(one)} and {len(other)} embeddings; give as many of both")
+    return np.vecdot(one, other)
+
+
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Returns rows scaled to length 1; zeros stay zeros."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-12))

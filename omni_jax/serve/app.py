@@ -21,7 +21,7 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Respon
 from starlette.routing import Route
 
 from omni_jax import __version__
-from omni_jax.api.encoding import finished
+from omni_jax.retrieval.rows import finished
 from omni_jax.serve.batching import Batcher, Busy
 from omni_jax.serve.embedding import Embedder
 from omni_jax.serve.guards import Guard, Refused, Rules, refused

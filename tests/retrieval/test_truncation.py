@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from omni_jax.api.encoding import finished
 from omni_jax.cli.main import main
 from omni_jax.retrieval.embedding_file import read_embeddings, write_embeddings
-from omni_jax.retrieval.rows import TRUNCATE_DIM, l2_normalize, truncated
+from omni_jax.retrieval.rows import TRUNCATE_DIM, finished, l2_normalize, truncated
 from omni_jax.retrieval.search import Index
 from omni_jax.types import EmbeddingTable, InputError
 
