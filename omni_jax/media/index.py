@@ -9,12 +9,13 @@ import array
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from omni_jax.media.source import AvError, nal_units, read_packets
+from omni_jax.media.source import AvError, Decoding, nal_units, read_packets
 from omni_jax.media.workers import goes_on
 
 # Where a packet is a picture with a time of its own. Others hold fields, repeated or empty pictures, or leave times out (AVI, program
@@ -24,7 +25,8 @@ _CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg2vide
 _SEARCH_SECONDS = 1.0  # a transport stream has no table of its key frames: the search for one begins this long before it
 _SEARCH_PACKETS = 1000  # and ends here
 _LONG_STEP = 1.5  # times the usual one from frame to frame
-_FIRST_FRAME_PACKETS = 500  # a stream that shows nothing for so long is decoded in order
+_SEQUENCE_ENDS = frozenset(mark + nal for mark in (b"\0\0\1", b"\0\0\2") for nal in (b"\x48\1", b"\x4a\1"))  # of HEVC, after start code or size
+_FIRST_FRAMES = 16  # frames that the first key frame may hold back: no codec refers further
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
     kind = next((name for name in _CONTAINERS if name in container.format.name), "")
     exact = bool(kind) and context.name in _CODECS and (context.name != "mpeg2video" or kind == "mpegts")
     times, keys, seek_times = array.array("q"), array.array("q"), array.array("q")
-    packets, margin, timed = 0, 0, True
+    packets, margin, timed, ended = 0, 0, True, False
     leading = kind == "mpegts"
     before = key = None  # times of the last two key frames
     with contextlib.suppress(*AvError):  # a container that cannot be read to its end: `check_complete` says what is missing
@@ -84,6 +86,9 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
                 exact = False
                 continue
             packets += 1
+            if context.name == "hevc":
+                exact &= not (packet.is_keyframe and len(keys) and _drops_leading(packet, context, ended))
+                ended = bytes(packet)[-5:] in _SEQUENCE_ENDS
             time = packet.pts
             if time is None:
                 exact, time, timed = False, packet.dts or 0, timed and packet.dts is not None
@@ -105,19 +110,18 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
     return PacketIndex(packets=packets, pts=pts, entries=entries, seek_times=sought, margin=margin, exact=exact, leading=leading)
 
 
-def without_leading(index: PacketIndex, container: Any, stream: Any) -> PacketIndex | None:
-    """Returns the index from the first frame on that the decoder shows; None where that does not fit the packets."""
-    if not index.leading:
-        return index
-    with contextlib.suppress(*AvError):
-        container.seek(int(index.pts[0]) - int(10 / stream.time_base), stream=stream, backward=True)
-        for _, packet in zip(range(_FIRST_FRAME_PACKETS), read_packets(container, stream), strict=False):
-            for frame in packet.decode() if packet.size else ():
-                at = int(np.searchsorted(index.pts, frame.pts)) if frame.pts is not None else len(index.pts)
-                if at < len(index.pts) and index.pts[at] == frame.pts:
-                    return dataclasses.replace(index, pts=index.pts[at:])
-                return None
-    return None
+def without_leading(index: PacketIndex, decoding: Decoding) -> PacketIndex | None:
+    """Returns the index from the first frame on that the decoder shows; None where the packets behind it are not the next frames.
+
+    Args:
+      decoding: the frames of the track from the start of its file, of which a few are decoded.
+    """
+    shown = [frame.pts for frame in itertools.islice(decoding, _FIRST_FRAMES)]
+    at = int(np.searchsorted(index.pts, shown[0])) if shown and None not in shown else len(index.pts)
+    follow = index.pts[at:]
+    if not shown or decoding.leading or decoding.lost or shown != follow[:_FIRST_FRAMES].tolist():
+        return None
+    return dataclasses.replace(index, pts=follow)
 
 
 def shows_all(container: Any, stream: Any, index: PacketIndex) -> bool:
@@ -188,6 +192,16 @@ def _entry_grade(packet: Any, context: Any) -> int:
         if nal[0] & 0x1F == 1:  # another, which must be of intra slices: first macroblock 0, then slice type 7 or 2
             return 2 if nal[1] == 0x88 or nal[1] >> 4 == 0xB else 0
     return 0
+
+
+def _drops_leading(packet: Any, context: Any, ended: bool) -> bool:
+    """Whether the pictures of HEVC that precede this key frame and depend on others before it are never shown. `ended`: it begins a sequence."""
+    for nal in nal_units(packet, context):
+        kind = nal[0] >> 1 & 0x3F
+        ended |= kind in (36, 37)  # the end of a sequence or of the stream
+        if kind < 32:  # a picture: one that breaks links, or else a clean one
+            return kind in (16, 17, 18) or (ended and kind == 21)
+    return False
 
 
 def _has_one_layer(extradata: bytes | None) -> bool:

@@ -49,7 +49,10 @@ def read_frames(
         index = read_index(container, stream)
         fps = _frames_per_second(stream, index.pts)
         check_complete(container, stream, path, index.packets, f"{len(index.pts)} frames")
-        shown = without_leading(index, container, stream) if index.exact and shows_all(container, stream, index) else None
+        shown = index if index.exact and shows_all(container, stream, index) else None
+        if shown is not None and index.leading:
+            with open_container(path) as start:  # seeking to the first packet of a transport stream may miss it
+                shown = without_leading(index, Decoding(start, _stream(start, path, track), path))
         pictures, count = None, len(index.pts)
         if shown is not None:
             count = len(shown.pts)

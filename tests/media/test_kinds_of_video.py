@@ -75,6 +75,51 @@ def test_an_open_group_at_the_start(tmp_path: Path, codec: str, options: dict[st
     assert numbers(got.frames) == spread(first, 59, 6)
 
 
+def assert_as_decoded(path: Path, *intervals: tuple[float, float]) -> int:
+    """The frames are those that FFmpeg gives one after the other. Returns their number."""
+    with av.open(path) as container:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    for interval in (None, *intervals):
+        got = read_frames(path, 5, interval)
+        assert got.num_frames == len(pictures)
+        assert np.array_equal(got.frames, np.stack([pictures[number] for number in got.frame_index]))
+    return len(pictures)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".ts"])
+def test_open_groups_that_begin_a_sequence(tmp_path: Path, suffix: str) -> None:
+    """HEVC behind an end of sequence: the pictures before a key frame that need the group before are not shown."""
+    options = {"x265-params": "log-level=none:open-gop=1:keyint=12:min-keyint=12:bframes=3:b-adapt=0:scenecut=0"}
+    whole = write_video(tmp_path / f"whole{suffix}", "libx265", 60, options=options)
+    with av.open(whole) as container:
+        before = {i - 1 for i, p in enumerate(p for p in container.demux(video=0) if p.size) if p.is_keyframe}
+    end = (b"\0\0\0\2" if suffix == ".mkv" else b"\0\0\0\1") + b"\x48\1"
+
+    def ended(packet: av.Packet, number: int) -> av.Packet:
+        made = av.Packet(bytes(packet) + end * (number in before))
+        made.pts, made.dts, made.time_base, made.is_keyframe = packet.pts, packet.dts, packet.time_base, packet.is_keyframe
+        return made
+
+    assert 30 < assert_as_decoded(copy_tracks(tmp_path / f"ended{suffix}", (whole, 0), change=ended), (0.9, 1.9)) < 60
+
+
+def test_an_open_group_at_the_start_with_times_of_a_copy(tmp_path: Path) -> None:
+    """`ffmpeg -ss -c copy` moves times before the start behind it: the pictures that are not shown seem to follow the first one. The search
+    for the first packet misses it in such a file."""
+    whole = write_video(tmp_path / "whole.ts", "mpeg2video", 60, fps=25, b_frames=2)
+    with av.open(whole) as container:
+        first, key = [(i, p) for i, p in enumerate(p for p in container.demux(video=0) if p.size) if p.is_keyframe][2]
+    assert key.pts is not None
+
+    def moved(packet: av.Packet, number: int) -> av.Packet:
+        packet.pts = max(packet.pts, key.pts + number - first)
+        packet.dts = packet.dts if number == first else max(packet.dts, key.pts + number - first)
+        return packet
+
+    cut = copy_tracks(tmp_path / "cut.ts", (whole, 0), keep=lambda packet, number: number >= first, change=moved)
+    assert assert_as_decoded(cut, (0.5, 1.2)) == 36
+
+
 @pytest.mark.parametrize("share", [0.1, 0.6])
 def test_a_transport_stream_cut_inside_a_group(tmp_path: Path, share: float) -> None:
     data = write_video(tmp_path / "whole.ts", "libx264", 96, gop=24, options=X264).read_bytes()
@@ -94,11 +139,7 @@ def test_packets_that_were_left_out(tmp_path: Path, left_out: range, codec: str,
     options |= {"x265-params": "log-level=error:keyint=24:bframes=2"} if codec == "libx265" else {}
     whole = write_video(tmp_path / f"whole{suffix}", codec, 96, fps=25, gop=24, options=options)
     cut = copy_tracks(tmp_path / f"cut{suffix}", (whole, 0), keep=lambda packet, number: number not in left_out)
-    with av.open(cut) as container:
-        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    got = read_frames(cut, 5)
-    assert got.num_frames == len(pictures)
-    assert np.array_equal(got.frames, np.stack([pictures[number] for number in got.frame_index]))
+    assert_as_decoded(cut)
 
 
 def test_an_edit_list_behind_the_end(tmp_path: Path) -> None:
