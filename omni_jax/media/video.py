@@ -24,6 +24,7 @@ from omni_jax.types import ClipError, VideoFrames
 
 LARGEST_SAMPLE = 1 << 30  # bytes of all sampled frames: 8 frames of 8k are 0.8 GB, and a file of 100 kB can claim a picture of 2.7 GB
 _KNOWN_SIDE_DATA = frozenset(kind.value for kind in SideData)
+_MATRICES = frozenset({0, 1, 2, 4, 5, 6, 7, 9})  # from YUV to RGB, that FFmpeg 8 knows; it refuses pictures with others, FFmpeg 5 takes BT.601
 _RATE_TOLERANCE = 0.1  # a container's average rate that differs more from the times of the frames is not believed
 
 
@@ -159,11 +160,11 @@ def _decode_in_order(
 
 def _picture(frame: Any, size: tuple[int, int], matrix: bytes | None) -> np.ndarray:
     """(height, width, 3) uint8 RGB, upright."""
-    width, height = size
-    if frame.interlaced_frame:  # as one picture: FFmpeg 8 alone would convert the colours of its two fields apart
-        picture = _filtered(frame, ("scale", f"{width}:{height}:interl=0"), ("format", "rgb24")).to_ndarray()
-    else:
-        picture = frame.to_ndarray(format="rgb24", width=width, height=height)
+    # FFmpeg's filter, as its command line and decord do: PyAV's own conversion places the colours of 10-bit pictures elsewhere. An
+    # interlaced one is converted as one picture; FFmpeg 8 alone would convert the colours of its two fields apart.
+    colours = "color_primaries=unknown:color_trc=unknown" + ":colorspace=unknown" * (frame.colorspace not in _MATRICES)
+    filters = ("setparams", colours), ("scale", f"{size[0]}:{size[1]}:interl=0"), ("format", "rgb24")
+    picture = _filtered(frame, *filters).to_ndarray()
     if matrix is None:
         return picture
     # The point (x, y) is shown at (a x + c y, b x + d y).

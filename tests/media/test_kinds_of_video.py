@@ -346,6 +346,30 @@ def test_one_broken_frame_of_a_gif(tmp_path: Path) -> None:
     assert got.warnings == (f"{tmp_path / 'broken.gif'}: 1 of 20 packets of the video do not decode; the others are used",)
 
 
+def test_colours_of_ten_bits_lie_between_their_pixels(tmp_path: Path) -> None:
+    """As FFmpeg's command line and decord place them: an edge between two colours is the same from both sides."""
+    frame = av.VideoFrame(32, 16, "yuv420p10le")
+    edge = np.where(np.arange(16) < 8, 448, 576)
+    for plane, row in zip(frame.planes, (np.full(32, 512), edge, np.full(16, 512)), strict=True):
+        rows = np.zeros((plane.height, plane.line_size // 2), "<u2")
+        rows[:, : len(row)] = row
+        plane.update(rows.tobytes())
+    with av.open(tmp_path / "edge.mkv", "w") as out:
+        stream: Any = out.add_stream("libx264", rate=25, options={"preset": "ultrafast", "qp": "0"})
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p10le"
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    blue = read_frames(tmp_path / "edge.mkv", 1).frames[0, 8, :, 2].astype(int)
+    assert np.abs(blue[[2, 29]] - (98.1, 162.7)).max() < 2  # Y is (128 - 16) / 219 of 255, U adds 1.772 * 16 / 224 of 255
+    assert np.abs(blue + blue[::-1] - blue[2] - blue[29]).max() <= 1
+
+
+@pytest.mark.parametrize("tag", [{"colorspace": "ycgco"}, {"colorspace": "chroma-derived-c"}, {"color_trc": "log100"}])
+def test_colours_of_a_kind_that_ffmpeg_8_cannot_convert(tmp_path: Path, tag: dict[str, str]) -> None:
+    plain = read_frames(write_video(tmp_path / "plain.mp4", "libx264", 4, options=X264), 4)
+    assert np.array_equal(read_frames(write_video(tmp_path / "tagged.mp4", "libx264", 4, options=X264 | tag), 4).frames, plain.frames)
+
+
 def test_an_interlaced_picture_is_converted_as_one(tmp_path: Path) -> None:
     """FFmpeg 8 would convert the colours of its two fields apart."""
     options = {"preset": "ultrafast", "flags": "+ildct+ilme", "x264-params": "tff=1:qp=0"}
