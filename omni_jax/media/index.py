@@ -25,7 +25,8 @@ _CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg2vide
 _SEARCH_SECONDS = 1.0  # a transport stream has no table of its key frames: the search for one begins this long before it
 _SEARCH_PACKETS = 1000  # and ends here
 _LONG_STEP = 1.5  # times the usual one from frame to frame
-_SEQUENCE_ENDS = frozenset(mark + nal for mark in (b"\0\0\1", b"\0\0\2") for nal in (b"\x48\1", b"\x4a\1"))  # of HEVC, after start code or size
+# Packets of HEVC after which a sequence, or the stream, ends: such a NAL unit behind its start code or its size.
+_SEQUENCE_ENDS = frozenset(mark + nal for mark in (b"\0\0\1", b"\0\0\2") for nal in (b"\x48\1", b"\x4a\1"))
 _FIRST_FRAMES = 16  # frames that the first key frame may hold back: no codec refers further
 
 
@@ -195,7 +196,7 @@ def _entry_grade(packet: Any, context: Any) -> int:
 
 
 def _drops_leading(packet: Any, context: Any, ended: bool) -> bool:
-    """Whether the pictures of HEVC that precede this key frame and depend on others before it are never shown. `ended`: it begins a sequence."""
+    """Whether pictures of HEVC that precede this key frame and depend on the group before are not shown. `ended`: it begins a sequence."""
     for nal in nal_units(packet, context):
         kind = nal[0] >> 1 & 0x3F
         ended |= kind in (36, 37)  # the end of a sequence or of the stream

@@ -24,7 +24,7 @@ from omni_jax.types import ClipError, VideoFrames
 
 LARGEST_SAMPLE = 1 << 30  # bytes of all sampled frames: 8 frames of 8k are 0.8 GB, and a file of 100 kB can claim a picture of 2.7 GB
 _KNOWN_SIDE_DATA = frozenset(kind.value for kind in SideData)
-_MATRICES = frozenset({0, 1, 2, 4, 5, 6, 7, 9})  # from YUV to RGB, that FFmpeg 8 knows; it refuses pictures with others, FFmpeg 5 takes BT.601
+_MATRICES = frozenset({0, 1, 2, 4, 5, 6, 7, 9})  # of colours that FFmpeg 8 converts; pictures with others it refuses, FFmpeg 5 takes BT.601
 _RATE_TOLERANCE = 0.1  # a container's average rate that differs more from the times of the frames is not believed
 
 
