@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import WhisperFeatureExtractor
 
 from omni_jax.config import preset
 from omni_jax.features import audio, audio_segments, audio_tokens, kaldi_fbank, log_mel
@@ -53,6 +52,8 @@ def test_short_padding_equals_300_seconds_of_zeros(samples: int) -> None:
 def test_log_mel_is_the_feature_extractor_s_of_transformers_bit_for_bit(samples: int) -> None:
     """The largest goes through two blocks."""
     waveform = _noise(samples)
+    from transformers import WhisperFeatureExtractor  # takes a second, which each worker would wait for
+
     extract = WhisperFeatureExtractor(feature_size=128, hop_length=160, n_fft=400)
     padded = np.concatenate([waveform, np.zeros(audio.HOP, np.float32)])
     whole = extract(padded, sampling_rate=16_000, padding="do_not_pad", truncation=False, return_tensors="np")["input_features"][0]
