@@ -127,6 +127,12 @@ def tree(file: Path) -> ast.Module:
     return ast.parse(file.read_bytes(), filename=str(file))
 
 
+@functools.cache
+def nodes(file: Path) -> tuple[ast.AST, ...]:
+    """Returns every node of a file's tree: a dozen tests look at each."""
+    return tuple(ast.walk(tree(file)))
+
+
 def module_name(file: Path) -> str:
     """Returns the dotted name: omni_jax/model/__init__.py is omni_jax.model, conversion/rules.py is omni_jax.conversion.rules."""
     parts = file.relative_to(ROOT).with_suffix("").parts
@@ -144,12 +150,17 @@ def modules() -> dict[str, Path]:
     return {module_name(file): file for file in sources(*PRODUCT)}
 
 
-def imports(file: Path) -> Iterator[Import]:
-    """Yields every import of a file, inside functions too, resolved to whole modules where the name is one."""
-    known = modules()
+@functools.cache
+def imports(file: Path) -> tuple[Import, ...]:
+    """Returns every import of a file, inside functions too, resolved to whole modules where the name is one."""
+    return tuple(_imports(file))
+
+
+def _imports(file: Path) -> Iterator[Import]:
+    known = _names(ROOT)
     here = module_name(file)
     package = here if file.name == "__init__.py" else here.rpartition(".")[0]
-    for node in ast.walk(tree(file)):
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield Import(file, node.lineno, alias.name)
@@ -161,6 +172,11 @@ def imports(file: Path) -> Iterator[Import]:
             for alias in node.names:
                 full = f"{base}.{alias.name}"
                 yield Import(file, node.lineno, full if full in known or full in FORBIDDEN_PACKAGES else base)
+
+
+@functools.cache
+def _names(root: Path) -> frozenset[str]:
+    return frozenset(modules())
 
 
 def find_cycle(graph: dict[str, set[str]]) -> list[str] | None:

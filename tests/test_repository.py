@@ -77,13 +77,14 @@ def test_only_commands_print() -> None:
     """The library logs or calls back. Bars of tqdm ask what stderr is; their callers can switch them off."""
     bars = {"omni_jax/api/encoding.py", "omni_jax/api/run.py"}
     library = [file for file in repository.sources(*repository.PRODUCT) if not {"cli", "__main__.py"} & {*file.parts}]
-    assert {file.relative_to(repository.ROOT).as_posix() for file in library if _prints(repository.tree(file))} == bars
+    assert {file.relative_to(repository.ROOT).as_posix() for file in library if _prints(file)} == bars
 
 
-def _prints(tree: ast.AST) -> bool:
+def _prints(file: Path) -> bool:
     return any(
-        (isinstance(node, ast.Name) and node.id == "print") or (isinstance(node, ast.Attribute) and ast.unparse(node) in _STREAMS)
-        for node in ast.walk(tree)
+        (isinstance(node, ast.Name) and node.id == "print")
+        or (isinstance(node, ast.Attribute) and node.attr in ("stdout", "stderr") and ast.unparse(node) in _STREAMS)
+        for node in repository.nodes(file)
     )
 
 
@@ -120,7 +121,7 @@ def test_tests_import_torch_inside_functions_only() -> None:
 def test_tests_that_read_golden_data_say_so() -> None:
     wrong = []
     for file in repository.sources("tests"):
-        functions = [n for n in ast.walk(repository.tree(file)) if isinstance(n, ast.FunctionDef)]
+        functions = [n for n in repository.nodes(file) if isinstance(n, ast.FunctionDef)]
         asks = {f.name: {a.arg for a in f.args.args} for f in functions}
         golden = {"golden", "golden_nemotron"}
         while more := {name for name, needs in asks.items() if needs & golden and not name.startswith("test_")} - golden:
@@ -153,7 +154,7 @@ def test_nothing_is_left_to_be_done() -> None:
             for n, line in enumerate(file.read_text("utf-8").splitlines(), 1)
             if leftover.search(line)
         ]
-        for node in ast.walk(repository.tree(file)):
+        for node in repository.nodes(file):
             if isinstance(node, ast.Raise) and node.exc is not None and "NotImplementedError" in ast.unparse(node.exc):
                 wrong.append(f"{file.relative_to(repository.ROOT)}:{node.lineno} raise NotImplementedError")
     assert not wrong, "\n".join(wrong)
@@ -162,7 +163,7 @@ def test_nothing_is_left_to_be_done() -> None:
 def test_no_test_is_skipped_or_expected_to_fail() -> None:
     wrong = []
     for file in repository.sources("tests"):
-        for node in ast.walk(repository.tree(file)):
+        for node in repository.nodes(file):
             if isinstance(node, ast.Attribute) and node.attr in {"skip", "skipif", "xfail", "importorskip"}:
                 wrong.append(f"{file.relative_to(repository.ROOT)}:{node.lineno} {node.attr}")
     assert not wrong, "\n".join(wrong)
@@ -196,7 +197,7 @@ def test_every_config_field_is_read_somewhere() -> None:
             fields |= {(node.name, f.target.id) for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)}
     read: set[str] = set()
     for file in repository.sources("omni_jax", "conversion"):
-        read |= {n.attr for n in ast.walk(repository.tree(file)) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+        read |= {n.attr for n in repository.nodes(file) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     unread = sorted(f"{owner}.{name}" for owner, name in fields if name not in read)
     assert not unread, f"fields that nothing reads: {unread}"
 

@@ -60,7 +60,7 @@ def test_every_message_that_troubleshooting_explains_is_one_of_the_code() -> Non
     said = "\n".join(
         node.value
         for file in repository.sources(*repository.PRODUCT)
-        for node in ast.walk(repository.tree(file))
+        for node in repository.nodes(file)
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
     assert len(explained) > 20

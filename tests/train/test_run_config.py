@@ -34,7 +34,7 @@ def test_every_field_of_a_run_is_read_somewhere() -> None:
     }
     read: set[str] = set()
     for file in repository.sources("omni_jax"):
-        read |= {n.attr for n in ast.walk(repository.tree(file)) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+        read |= {n.attr for n in repository.nodes(file) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     assert not sorted(f"{owner}.{name}" for owner, name in fields if name not in read)
 
 
