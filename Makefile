@@ -87,11 +87,11 @@ demo: $(SETUP)  ## compare a tiny checkpoint with PyTorch, then train a small mo
 demo-ablation: $(SETUP)  ## what each loss buys on small synthetic clips, over five seeds: omni-jax ablate
 	$(PAGES) .venv/bin/omni-jax demo --ablation
 
-test-fast: $(SETUP)  ## what compiles nothing
-	.venv/bin/python -m pytest $(WORKERS) -m "not jit and not slow and not reference and not tpu and not docs" $(PYTEST_ARGS)
+test-fast: $(SETUP)  ## what compiles nothing and takes no seconds
+	.venv/bin/python -m pytest $(WORKERS) -m "not jit and not costly and not slow and not reference and not tpu and not docs" $(PYTEST_ARGS)
 
-test-jit: $(SETUP)  ## the rest of make test: what compiles
-	.venv/bin/python -m pytest $(WORKERS) -m "jit and not slow and not reference and not tpu and not docs" $(PYTEST_ARGS)
+test-jit: $(SETUP)  ## the rest of make test: what compiles, or takes seconds
+	.venv/bin/python -m pytest $(WORKERS) -m "(jit or costly) and not slow and not reference and not tpu and not docs" $(PYTEST_ARGS)
 
 test: $(SETUP)  ## the default tests, both of the above; no torch, no libtpu, no network
 	.venv/bin/python -m pytest $(WORKERS) -m "not slow and not reference and not tpu and not docs" $(PYTEST_ARGS)

@@ -8,6 +8,7 @@ from omni_jax.config import TABLES
 from tools.benchmarks import encoder_7b, mid_size, tables
 
 
+@pytest.mark.costly
 def test_seven_tables_take_at_most_55_percent_of_the_operations() -> None:
     """At the mid size and at 7B, padding included: this is arithmetic over the batches, and no time."""
     for config in (mid_size.mid_config(), encoder_7b.shape_7b()):

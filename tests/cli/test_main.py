@@ -62,6 +62,7 @@ sys.exit(cli.main(["probe"]))
 """
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("mode", "presses"), [("patient", 1), ("busy", 2)])
 def test_ctrl_c_once_stops_and_twice_leaves_at_once_even_inside_a_c_call(mode: str, presses: int) -> None:
     process = subprocess.Popen([sys.executable, "-c", CTRL_C, mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -157,6 +158,7 @@ def test_interrupt_is_130_and_quiet(probe: ModuleType, capsys: pytest.CaptureFix
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("status", "ends"), [(130, 130), (75, 75), (0, -signal.SIGABRT), (2, -signal.SIGABRT)])
 def test_an_interrupted_command_does_not_wait_for_the_interpreters_end(status: int, ends: int) -> None:
     """What crashes there stands for threads of XLA that are still at work; other commands end as Python does, and would show it."""

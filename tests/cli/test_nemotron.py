@@ -73,6 +73,7 @@ def test_golden_prefix_as_argument_field_and_flag(golden_nemotron: GoldenSet, se
         assert_close(rows[i], queries[i], "invariance")
 
 
+@pytest.mark.costly
 def test_golden_what_the_second_backbone_refuses(face: omni_jax.OmniRetriever, golden_nemotron: GoldenSet):
     with pytest.raises(InputError, match="prompt_name 'document': choose one of passage, query"):
         face.encode(texts=["a"], prefix="document")
@@ -80,6 +81,7 @@ def test_golden_what_the_second_backbone_refuses(face: omni_jax.OmniRetriever, g
         next(face.embed(golden_nemotron.records, ("tv",), share_prefix=True))
 
 
+@pytest.mark.costly
 def test_golden_wave_takes_no_prefix(converted: Path, golden: GoldenSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     arguments = ["--manifest", str(golden.manifest), "--tables", "text"]
     assert embed(converted, tmp_path / "o.npz", *arguments, "--prefix", "query") == 2

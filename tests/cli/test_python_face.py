@@ -106,6 +106,7 @@ def test_golden_tokenizer_of_another_model_is_refused(changed: Callable[[str, st
         assert word in str(error.value)
 
 
+@pytest.mark.costly
 def test_golden_any_padding_index_will_do(changed: Callable[[str, str, int], Path], model: omni_jax.OmniRetriever):
     omni_jax.OmniRetriever.from_pretrained(changed("tokens", "pad", model.config.tokens.pad + 1))
 

@@ -92,6 +92,7 @@ def test_a_folder_of_other_things_stays_as_it_is(capsys: pytest.CaptureFixture[s
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.costly
 def test_weights_of_a_start_that_failed_are_drawn_again(capsys: pytest.CaptureFixture[str], tmp_path: Path, config: str) -> None:
     """The first start fails after its weights were drawn; the second has another architecture."""
     late = "--config.batch.micro_batch=64"

@@ -83,6 +83,7 @@ def test_golden_nemotron_comes_back(golden_nemotron: GoldenSet, tmp_path: Path):
     assert (made.tensors, made.fresh) == (len(tensors), ())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("kind", ["nvomniembed", "thinker"])
 def test_sharded_and_single_folders_come_back(tmp_path: Path, kind: str, shards: int):

@@ -211,6 +211,7 @@ def test_what_no_embedding_needs_may_be_absent_or_extra_and_is_reported(tmp_path
     assert params.keys() == engine.tree_shapes(config).keys() - {("lm_head", "kernel"), ("audio", "bos_eos", "embedding")}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("write", [None, write_torch_file])
 def test_tables_that_the_model_computes_come_back_and_are_checked(tmp_path, weights, write):
     extra = {"model.rotary_emb.inv_freq": np.linspace(0, 1, 16, dtype=np.float32), "model.position_ids": np.arange(4, dtype=np.int64)[None]}
@@ -316,6 +317,7 @@ def test_loose_shards_that_overlap_are_refused(tmp_path, weights):
 # ----------------------------------------------------------------------------------------------------------- the weight norm
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("style", "names"), [("keep", OLD_NORM), ("old", OLD_NORM), ("new", NEW_NORM)])
 def test_an_export_says_how_its_weight_norm_loads(tmp_path, weights, style, names):
     both_ways(tmp_path, folder_of(tmp_path, weights), weight_norm=style)

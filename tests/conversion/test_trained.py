@@ -93,6 +93,7 @@ def test_a_base_that_trained_whole_holds_its_weights_in_its_own_type(tmp_path, s
     assert {path[0] for path in moved} == {"vision", "audio", "beats", "bridge", "decoder", "head"}
 
 
+@pytest.mark.costly
 def test_what_the_run_left_frozen_of_an_adapter_is_taken_from_the_base(tmp_path, source):
     given = checkpoints.write_adapter(tmp_path / "given", ADAPTED)
     conversion.to_jax(source, tmp_path / "model", adapter=given)

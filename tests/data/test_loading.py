@@ -125,6 +125,7 @@ def test_the_preset_chooses_tracks_and_where_sound_starts(tmp_path: Path) -> Non
         assert clip.waveform[24_000] == pytest.approx(level if late else 0.0, abs=0.06)
 
 
+@pytest.mark.costly
 def test_one_bad_clip_never_stops_the_others(tmp_path: Path) -> None:
     good = write_clip(tmp_path / "good.mp4", 1.0, faststart=True)
     mute = write_clip(tmp_path / "mute.mp4", 1.0, audio=False)

@@ -99,6 +99,7 @@ def test_an_incomplete_last_update_is_left_out():
     assert len({name for batch in made.batches(0, 2) for micro in batch.ids for name in micro}) == 16
 
 
+@pytest.mark.costly
 def test_no_update_holds_a_caption_or_a_prefix_twice():
     texts = [text for text in captions(30) for _ in range(2)]
     source = MemorySource(texts, [f"combination-{i // 2}-{i}" for i in range(60)])
@@ -385,6 +386,7 @@ def test_a_process_that_has_read_all_or_some_leaves_no_shared_memory_and_says_no
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "0 1 2\n", "")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("count", "broken"), [(120, 3), (24, 4)], ids=["many", "few"])
 def test_no_clip_stands_in_twice_within_an_update_of_any_number_of_processes(count: int, broken: int):
     source = MemorySource(captions(count), broken=range(0, count, broken))

@@ -95,6 +95,7 @@ def test_features_of_a_shard_are_those_of_the_file_bit_for_bit(manifest: Path, s
         assert known.silent == (name == "clip-1")
 
 
+@pytest.mark.costly
 def test_streamed_clips_equal_prepared_ones(manifest: Path, shards: Path):
     prepared, streamed = open_source(shards, PRESET), open_source(manifest, PRESET)
     assert isinstance(streamed, MediaSource)

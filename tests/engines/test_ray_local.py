@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from omni_jax.cli.main import main
 from tests.engines.clusters import STORE, begin, files, finish, make_clips
 
 
+@pytest.mark.costly
 def test_a_local_cluster_writes_the_bytes_of_the_local_command_into_a_store(tmp_path: Path) -> None:
     manifest, log = make_clips(tmp_path, 6), tmp_path / "log"
     settings = [part for field in ("frames=2", "pixels=3136", "audio_seconds=1") for part in ("--set", field)]

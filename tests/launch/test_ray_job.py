@@ -41,6 +41,7 @@ def command(found: Any) -> Any:
     return parsed(shlex.split(line))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("topology", "chips", "hosts"), [("4x4", 4, 4), ("2x4", 8, 1), ("2x2", 4, 1), ("1x1", 4, 1)])
 def test_embedding_makes_a_rayjob_of_cpu_nodes_and_slices(schema: Any, topology: str, chips: int, hosts: int) -> None:
     found = job(*JOB, *SLICE, "--topology", topology, "--chips", str(chips), "--dry-run", "--", *EMBED)
@@ -77,6 +78,7 @@ def test_the_version_of_ray_is_that_of_the_image() -> None:
     assert '"ray[default]"' in (ROOT / "launch/Dockerfile").read_text()
 
 
+@pytest.mark.costly
 def test_the_schema_refuses_what_the_cluster_would(schema: Any) -> None:
     for path, field in ((("spec",), "backofLimit"), (("spec", "rayClusterSpec", "headGroupSpec", "template", "spec"), "volumess")):
         found = job(*JOB, "--dry-run", "--", *PREPARE)

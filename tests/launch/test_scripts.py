@@ -227,6 +227,7 @@ def strict(schema: Any) -> Any:
     return made
 
 
+@pytest.mark.costly
 def test_the_schema_refuses_what_the_cluster_would() -> None:
     schema = strict(json.loads((Path(__file__).parent / "jobset_v1alpha2.schema.json").read_text()))
     found = yaml.safe_load(run("gke.sh", *GKE, "--dry-run", "--", *TRAIN))

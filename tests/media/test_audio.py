@@ -174,6 +174,7 @@ def test_far_samples_of_a_long_track_are_entered_by_seeking(tmp_path: Path, suff
     assert min(np.abs(centre[:500] - whole[at : at + 500]).max() for at in offsets) < 1e-3
 
 
+@pytest.mark.costly
 def test_three_hours_of_audio_decode_only_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "long.flac"
     with soundfile.SoundFile(path, "w", 8000, 1) as file:

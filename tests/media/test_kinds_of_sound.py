@@ -130,6 +130,7 @@ def _writes(codec: str) -> bool:
 AMR = [("a.amr", "libopencore_amrnb", "s16", 8_000)] if _writes("libopencore_amrnb") else []  # PyAV 19's wheels read AMR alone
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("name", "codec", "sample_format", "rate"),
     [

@@ -87,6 +87,7 @@ def test_a_hang_in_c_code_costs_its_item_only(tmp_path: Path) -> None:
     assert str(got[3]).startswith("fifo.mp4: decoding took longer than 1 s")
 
 
+@pytest.mark.costly
 def test_the_limit_begins_again_while_an_item_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers_module, "LONGEST", 3)
     (_, went), (_, endless) = run_guarded(functions.misbehave, ["slow", "slow600"], 2, 2.0)
@@ -227,6 +228,7 @@ def start_script(folder: Path, limit: float) -> tuple[subprocess.Popen[str], lis
     return program, [psutil.Process(pid) for pid in children]
 
 
+@pytest.mark.costly
 def test_ctrl_c_ends_the_program_and_its_children(tmp_path: Path) -> None:
     program, children = start_script(tmp_path, 600)
     program.send_signal(signal.SIGINT)
@@ -236,6 +238,7 @@ def test_ctrl_c_ends_the_program_and_its_children(tmp_path: Path) -> None:
     assert not psutil.wait_procs(children, timeout=30)[1]
 
 
+@pytest.mark.costly
 def test_children_of_a_killed_program_end_by_themselves(tmp_path: Path) -> None:
     program, children = start_script(tmp_path, 4.0)
     program.kill()

@@ -27,6 +27,7 @@ TINY = np.finfo(np.float32).tiny
 KINDS = (np.float32, ml_dtypes.bfloat16)
 
 
+@pytest.mark.costly
 @settings(max_examples=200, deadline=None)
 @given(
     hnp.arrays(

@@ -46,6 +46,7 @@ def test_numbers_that_make_no_sense_are_refused(calls: list[tuple[Any, ...]], co
     assert calls == []
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("index", "why"), [(0, "not all 2 processes have started"), (1, "no coordinator at 127.0.0.1:{port} ([Errno 111] Connection refused)")]
 )

@@ -186,6 +186,7 @@ def test_faiss_finds_in_an_exported_index_what_search_finds(tmp_path: Path, caps
         assert_close(scores, expected, "cosine_score")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("factory", ["IVF4,Flat", "HNSW8", "SQ8", "PCA8,IVF4,SQ8", "IDMap2,Flat", "IVF4,PQ4x4"])
 @pytest.mark.parametrize("ids", ["names", "numbers"])
 def test_faiss_index_of_any_factory_answers_with_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str, ids: str) -> None:

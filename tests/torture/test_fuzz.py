@@ -25,6 +25,7 @@ def test_golden_some_hundreds_of_mutations(name: str) -> None:
     assert fuzzer.tried == 400
 
 
+@pytest.mark.costly
 def test_the_fuzzer_finds_what_is_behind_several_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A target that fails far from every seed: coverage leads there, and the finding names the error and its place."""
     from omni_jax.conversion.safetensors_io import dtype_name

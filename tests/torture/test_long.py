@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 from tools.torture import long
 from tools.torture.long import Sample
 from tools.torture.outcome import Outcome
@@ -40,6 +42,7 @@ def test_a_run_out_of_time_is_judged_by_what_it_made_and_says_so() -> None:
     assert long._reached(outcome, "updates", 2000, half, 0) == (2000, half)
 
 
+@pytest.mark.costly
 def test_a_process_is_watched_from_outside(tmp_path: Path) -> None:
     code = "import sys, time\nfor i in range(12):\n print('Compiling', i, flush=True)\n open(sys.argv[1], 'a').write('x')\n time.sleep(0.1)"
     place = tmp_path / "done"
