@@ -11,8 +11,7 @@ import pytest
 
 from omni_jax.cli.main import main
 from omni_jax.retrieval import read_embeddings
-from tests.conversion.hub_server import Repository, files_of, hub_on_loopback
-from tests.conversion.test_hub import around
+from tests.conversion.hub_server import Repository, around, files_of, hub_on_loopback
 from tests.golden_set import GoldenSet
 from tests.programs import QUICK
 from tests.repository import ROOT

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +18,13 @@ from omni_jax.conversion import to_jax
 from omni_jax.retrieval import evaluate
 from omni_jax.train import RunConfig
 from omni_jax.train.workdir import WorkdirConfig
-from tests.conversion.hub_server import Repository, hub_on_loopback
+from tests.conversion.hub_server import Repository, asking, hub_on_loopback
 from tests.golden_set import GoldenSet
-from tests.repository import ROOT
 
 NAMES = ["--repo", "me/my-adapter", "--base", "tsinghua-ee/WAVE-7B", "--data", "60 clips of one archive"]
 
 
+@pytest.mark.costly
 def test_golden_adapter_and_card_are_written_and_nothing_is_uploaded(
     golden: GoldenSet, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -66,24 +63,20 @@ def test_golden_a_card_states_recipe_and_the_newest_results(converted: Path, tmp
     assert "license:" not in card
 
 
-def test_golden_an_upload_is_one_commit_and_can_be_loaded_by_its_name(golden: GoldenSet, converted: Path, tmp_path: Path):
-    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    environment |= {"HF_HOME": str(tmp_path / "hf"), "OMNI_JAX_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "omni_jax.cli.main", "push", "--model", str(converted), *NAMES]
+@pytest.mark.costly
+def test_golden_an_upload_is_one_commit_and_can_be_loaded_by_its_name(
+    golden: GoldenSet, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    command = ["push", "--model", str(converted), *NAMES]
     with hub_on_loopback({}) as hub:
-
-        def push(**variables: str) -> subprocess.CompletedProcess[str]:
-            around = environment | {"HF_ENDPOINT": hub.url} | variables
-            return subprocess.run(command, env=around, cwd=ROOT, capture_output=True, text=True)
-
-        refused = push()
-        assert refused.returncode == BAD_INPUT
-        assert refused.stderr.endswith(
+        with asking(hub, tmp_path):
+            assert main(command) == BAD_INPUT
+        assert capsys.readouterr().err.endswith(
             "omni-jax: me/my-adapter: the Hub does not allow it (401); log in with 'hf auth login' or set HF_TOKEN to a token that may "
             "write there\n"
         )
-        done = push(HF_TOKEN="hf_x")
-        assert done.returncode == DONE, done.stderr
+        with asking(hub, tmp_path, HF_TOKEN="hf_x"):
+            assert main(command) == DONE
         found = hub.repositories["me/my-adapter"]
     assert isinstance(found, Repository)
     assert found.files["adapter_model.safetensors"] == (golden.adapter_dir / "adapter_model.safetensors").read_bytes()

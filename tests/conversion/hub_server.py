@@ -8,11 +8,15 @@ import dataclasses
 import hashlib
 import http.server
 import json
+import os
+import sys
 import threading
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 LARGE = 20_000  # bytes from which a file is stored as the Hub stores large ones, under its SHA-256
 
@@ -159,6 +163,41 @@ def hub_on_loopback(repositories: dict[str, Repository]) -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def around(hub: Hub, folder: Path) -> dict[str, str]:
+    """Returns an environment in which the Hub is the one on loopback, and the caches lie in `folder`."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN")}
+    return kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "OMNI_JAX_CACHE": str(folder / "cache")}
+
+
+@contextlib.contextmanager
+def asking(hub: Hub, folder: Path, **variables: str) -> Iterator[pytest.MonkeyPatch]:
+    """Puts this process into the environment of `around`; yields what patches it further.
+
+    The Hub's library reads the environment when it is imported, so it is imported anew, as in a fresh process.
+    """
+    before = _library()
+    with pytest.MonkeyPatch.context() as patch:
+        environment = around(hub, folder) | variables
+        for name in os.environ.keys() - environment.keys():
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        for name in before:
+            del sys.modules[name]
+        try:
+            yield patch
+        finally:
+            if made := _library():
+                made["huggingface_hub"].close_session()
+            for name in made:
+                del sys.modules[name]
+            sys.modules.update(before)
+
+
+def _library() -> dict[str, Any]:
+    return {name: module for name, module in sys.modules.items() if name.split(".")[0] == "huggingface_hub"}
 
 
 def _etag(data: bytes) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from omni_jax.conversion.folder import read_manifest
 from omni_jax.conversion.hub import PART, needed_files
 from omni_jax.conversion.importer import to_jax
 from omni_jax.types import InputError
-from tests.conversion.hub_server import Hub, Repository, files_of, hub_on_loopback
+from tests.conversion.hub_server import Hub, Repository, around, asking, files_of, hub_on_loopback
 from tests.golden_set import GoldenSet
 from tests.repository import ROOT
 
@@ -30,22 +31,15 @@ CODE = {
     "training_args.bin": b"x",
 }
 
-SCRIPT = """
-import json, shutil, sys
+BLOCK = 1 << 16
+"""A file resumes where a block ends, and these files are small."""
+
+SCRIPT = f"""
+import sys
 import huggingface_hub.constants
 from omni_jax.conversion.cached import converted
-from omni_jax.types import InputError
-huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1 << 16  # a file resumes where a block ends, and these files are small
-if len(sys.argv) > 2:
-    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9, int(sys.argv[2]))
-found = []
-for call in json.loads(sys.argv[1]):
-    told = []
-    try:
-        found.append({"place": str(converted(*call[0], **call[1], log=told.append)), "told": told})
-    except InputError as error:
-        found.append({"error": str(error), "told": told})
-print(json.dumps(found))
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = {BLOCK}
+converted(sys.argv[1])
 """
 
 
@@ -64,22 +58,25 @@ def hub(golden: GoldenSet) -> Iterator[Hub]:
 
 @pytest.fixture
 def ask(hub: Hub, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Calls `converted` in a process whose Hub is the one on loopback."""
+    """Calls `converted` where the Hub is the one on loopback, each time with the Hub's library imported anew."""
 
     def run(*calls: tuple[list[str], dict[str, Any]], free: int | None = None, **variables: str) -> list[dict[str, Any]]:
-        arguments = [json.dumps(calls), *([] if free is None else [str(free)])]
-        environment = around(hub, tmp_path) | variables
-        done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        found: list[dict[str, Any]] = []
+        with asking(hub, tmp_path, **variables) as patch:
+            from huggingface_hub import constants
+
+            patch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", BLOCK)
+            if free is not None:
+                patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=10**9, free=free))
+            for arguments, options in calls:
+                told: list[str] = []
+                try:
+                    found.append({"place": str(converted(*arguments, **options, log=told.append)), "told": told})
+                except InputError as error:
+                    found.append({"error": str(error), "told": told})
+        return found
 
     return run
-
-
-def around(hub: Hub, folder: Path) -> dict[str, str]:
-    """Returns an environment in which the Hub is the one on loopback, and the caches lie in `folder`."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN")}
-    return kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "OMNI_JAX_CACHE": str(folder / "cache")}
 
 
 def largest(repository: Repository) -> str:
@@ -88,6 +85,7 @@ def largest(repository: Repository) -> str:
     return max(weights, key=lambda name: len(repository.files[name]))
 
 
+@pytest.mark.costly
 def test_golden_a_name_is_fetched_once_and_converted_once(
     golden: GoldenSet, hub: Hub, ask: Callable[..., list[dict[str, Any]]], tmp_path: Path
 ):
@@ -113,6 +111,7 @@ def test_golden_a_name_is_fetched_once_and_converted_once(
     assert "HF_HUB_OFFLINE" in offline["told"][0]
 
 
+@pytest.mark.costly
 def test_golden_a_connection_that_drops_resumes_within_the_file(hub: Hub, ask: Callable[..., list[dict[str, Any]]]):
     weights = largest(hub.repositories[BASE])
     half = len(hub.repositories[BASE].files[weights]) // 2
@@ -130,7 +129,7 @@ def test_golden_a_kill_costs_nothing_of_what_was_fetched(hub: Hub, ask: Callable
     weights = largest(hub.repositories[BASE])
     half = len(hub.repositories[BASE].files[weights]) // 2 >> 16 << 16
     hub.repositories[BASE].stall[weights] = half
-    command = [sys.executable, "-c", SCRIPT, json.dumps([[[BASE], {}]])]
+    command = [sys.executable, "-c", SCRIPT, BASE]
     with subprocess.Popen(command, env=around(hub, tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             end = time.monotonic() + 120
@@ -147,6 +146,7 @@ def test_golden_a_kill_costs_nothing_of_what_was_fetched(hub: Hub, ask: Callable
     assert not list(tmp_path.rglob(f"*{PART}"))
 
 
+@pytest.mark.costly
 def test_golden_files_that_were_fetched_whole_are_kept(hub: Hub, ask: Callable[..., list[dict[str, Any]]]):
     weights = largest(hub.repositories[BASE])
     hub.repositories[BASE].cut[weights] = [1000] * 20
@@ -162,6 +162,7 @@ def test_golden_files_that_were_fetched_whole_are_kept(hub: Hub, ask: Callable[.
     assert not kept & set(hub.fetched())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("file", ["", "config.json"])
 def test_golden_a_wrong_digest_is_fetched_anew(hub: Hub, ask: Callable[..., list[dict[str, Any]]], file: str):
     file = file or largest(hub.repositories[BASE])
@@ -174,6 +175,7 @@ def test_golden_a_wrong_digest_is_fetched_anew(hub: Hub, ask: Callable[..., list
     assert "place" in right, right
 
 
+@pytest.mark.costly
 def test_golden_what_cannot_be_had_is_one_line(hub: Hub, ask: Callable[..., list[dict[str, Any]]]):
     cases = {
         "no such folder here, and no such repository at": (["tiny/unknown"], {}),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import os
 import re
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ import pytest
 from omni_jax import OmniRetriever
 from omni_jax.cli import parity
 from tests import repository
-from tests.conversion.hub_server import Repository, files_of, hub_on_loopback
+from tests.conversion.hub_server import Repository, around, files_of, hub_on_loopback
 from tests.golden_set import GoldenSet
 from tests.programs import QUICK
 from tests.tolerances import assert_close
@@ -54,11 +53,8 @@ def test_golden_a_newcomers_lines_and_the_page_run_as_they_stand(golden: GoldenS
     shutil.copy(repository.ROOT / "tests/documentation/runner.py", tmp_path)
     (tmp_path / "page.py").write_text("".join(script))
     repositories = {NAMES[0]: Repository(files_of(golden.checkpoint)), NAMES[1]: Repository(files_of(golden.adapter_dir))}
-    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN")}
     with hub_on_loopback(repositories) as hub:
-        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "OMNI_JAX_CACHE": str(tmp_path / "cache")}
-        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
-        environment["PYTHONPATH"] = str(package)
+        environment = around(hub, tmp_path) | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "PYTHONPATH": str(package)}
         done = subprocess.run([sys.executable, "page.py"], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.match(r"clips/[ab]\.mp4\n", done.stdout)
