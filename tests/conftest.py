@@ -60,6 +60,7 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(5000)  # tracing makes objects by the thousand, and JAX is called back each time
         gc.enable()
 
 
