@@ -5,8 +5,8 @@ Clips are a second long, so that a chunk of log-mel is: `n_window` is half of th
     omni-jax train --config tiny --workdir runs/tiny \
         --config.data.train=demo_out/shards --config.evaluation.manifest=demo_out/clips/held_out.jsonl
 
-`tiny:quick` is what `make demo` runs: towers of one layer, a decoder of two, fewer steps at a higher learning rate, and one
-kind of step, whose hard negatives exchange the sound: one program is compiled instead of three.
+`tiny:quick` is what `make demo` runs: towers of one layer, a decoder of two, a higher learning rate, and one kind of
+step, whose hard negatives exchange the sound: one program is compiled instead of three.
 """
 
 import ml_collections
@@ -24,7 +24,7 @@ QUICK = {
     },
     "losses": {"hn_audio_only": True},
     "optimizer": {"learning_rate": 3e-3, "warmup_steps": 25},
-    "steps": 360,
+    "steps": 480,
 }
 
 
