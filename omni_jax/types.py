@@ -316,7 +316,9 @@ class StepKind:
       hard: modality that the hard negative exchanges, None for no hard negative.
       singles: modalities embedded alone, in their order in the row.
       pairs: pairs of L_A.
-      layout: the prompts of each row that takes a gradient; None gives each tuple a row and the single modalities one together.
+      duals: tables of two modalities, embedded for L_J.
+      layout: the prompts of each row that takes a gradient; None gives each tuple a row, the single modalities one together, and so the
+        duals.
       hard_media: whether the sound or picture that the hard negative takes comes with the batch, as mined ones do; otherwise it is that of
         another clip of the block.
     """
@@ -328,11 +330,12 @@ class StepKind:
     pairs: tuple[tuple[str, str], ...]
     layout: tuple[tuple[str, ...], ...] | None = None
     hard_media: bool = False
+    duals: tuple[str, ...] = ()
 
     @property
     def prompts(self) -> tuple[str, ...]:
         """The prompts that take a gradient."""
-        return ("anchor",) * self.anchor + ("positive",) * self.positive + self.singles
+        return ("anchor",) * self.anchor + ("positive",) * self.positive + self.singles + self.duals
 
     @property
     def rows(self) -> tuple[tuple[str, ...], ...]:
@@ -340,7 +343,7 @@ class StepKind:
         if self.layout is not None:
             return self.layout
         tuples = [("anchor",)] * self.anchor + [("positive",)] * self.positive
-        return (*tuples, *([self.singles] if self.singles else []))
+        return (*tuples, *(names for names in (self.singles, self.duals) if names))
 
     def branches(self, share_prefix: bool) -> bool:
         """Whether the hard negative is a branch of its anchor's row: it has the anchor's media, and prefixes are shared."""
@@ -358,7 +361,8 @@ class StepKind:
     @property
     def media(self) -> tuple[str, ...]:
         """The modalities besides text whose tokens some prompt has."""
-        return tuple(modality for modality in ("video", "audio") if self.anchor or modality in self.singles)
+        alone = {*self.singles, *"".join(self.duals)}
+        return tuple(name for name in ("video", "audio") if self.anchor or name in alone or name[0] in alone)
 
     @property
     def shuffles(self) -> bool:

@@ -364,7 +364,7 @@ class TrainPipeline:
     def _example(self, plan: UpdatePlan, micro: int, place: int, got: _Loaded, taken: _Loaded) -> Example:
         kind = plan.kinds[micro]
         caption = self._source.captions[got.clip]
-        prompts = {name: self._prompt(name, caption, got.features, got.features) for name in kind.singles}
+        prompts = {name: self._prompt(name, caption, got.features, got.features) for name in (*kind.singles, *kind.duals)}
         if kind.anchor:
             prompts["anchor"] = self._prompt("tva", caption, got.features, got.features)
         if kind.positive:

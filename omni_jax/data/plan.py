@@ -161,7 +161,7 @@ class Planner:
             positive=self._text_tokens("tva", self.positive_caption(plan.update, clip)) if kind.positive else 0,
             hard=self._text_tokens("tva", self.source.captions[int(plan.texts[micro, place])]) if kind.hard == "text" else own,
             alone=self._text_tokens("text", caption),
-            filler=max(self._text_tokens("video", ""), self._text_tokens("audio", "")),
+            filler=max(self._text_tokens(table, "") for table in ("video", "audio", "av")),
         )
 
     def media_tokens(self, clip: int) -> tuple[int, int]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 PAIRS = (("text", "audio"), ("text", "video"), ("audio", "video"))
 """The three pairs, in the order the release rotates them (SPEC section 6)."""
 
+JOINT = (("text", "av"), ("video", "at"), ("audio", "tv"))
+"""Each modality with the two others together: the pairs of L_J, in the order in which the cycle of PAIRS embeds the first of each."""
+
 HARD_NEGATIVES = ("text", "audio", "video")
 """What the hard negative tuple exchanges, in order: another sample's caption, shuffled audio, shuffled video."""
 
@@ -22,6 +25,11 @@ def active_pairs(step: int, pairs: str = "cycle") -> tuple[tuple[str, str], ...]
     if pairs == "cycle":
         return (PAIRS[step % PERIOD],)
     raise ValueError(f"pairs {pairs!r}: choose 'cycle' or 'all'")
+
+
+def active_duals(step: int, pairs: str = "cycle") -> tuple[str, ...]:
+    """Returns the tables of two modalities that L_J embeds at `step`: one under "cycle", all three under "all"."""
+    return (JOINT[step % PERIOD][1],) if pairs == "cycle" else tuple(dual for _, dual in JOINT)
 
 
 def active_students(step: int, pairs: str = "cycle") -> tuple[str, ...]:

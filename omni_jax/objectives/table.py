@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from omni_jax.objectives.infonce import AxisName
 from omni_jax.objectives.losses import distillation_loss, pairwise_loss, tuple_loss
+from omni_jax.objectives.schedule import JOINT
 from omni_jax.objectives.siglip import siglip_loss
 
 
@@ -64,7 +65,8 @@ class Loss:
     Attributes:
       metric: its name in metrics.
       about: what it compares, for people who watch a run.
-      needs: what is embedded for it: "anchor", "positive", "hard", "singles" (the active modalities), "pairs" (those in pairs).
+      needs: what is embedded for it: "anchor", "positive", "hard", "singles" (the active modalities), "pairs" (those in pairs),
+        "duals" (the active modalities, and two of them together).
       value: the pool to a float32 scalar, the same on every shard.
       scalars: names in SCALARS.
     """
@@ -115,6 +117,14 @@ LOSSES = {
         "Pairwise alignment loss: InfoNCE in both directions over pairs of modalities.",
         frozenset({"pairs"}),
         lambda p: pairwise_loss(p.z, p.pairs, temperature=p.scalars["temperature"], axis_name=p.axis_name),
+    ),
+    "joint": Loss(
+        "L_J",
+        "Joint alignment loss, not in the paper: InfoNCE in both directions between a modality and the two others together.",
+        frozenset({"duals"}),
+        lambda p: pairwise_loss(
+            p.z, [pair for pair in JOINT if pair[1] in p.z], temperature=p.scalars["temperature"], axis_name=p.axis_name
+        ),
     ),
     "siglip": Loss(
         "L_S",

@@ -51,7 +51,7 @@ def train_record(setting: Setting, program: Program, mesh: Any, utilisation: flo
         refusal = OutOfMemory(memory.peak, memory.limit, (), change)
     return {
         **_head(dataclasses.replace(program, refusal=refusal)),
-        "kind": {"hard": kind.hard, "singles": list(kind.singles), "rows": [list(names) for names in kind.rows]},
+        "kind": {"hard": kind.hard, "singles": [*kind.singles, *kind.duals], "rows": [list(names) for names in kind.rows]},
         "shapes": dataclasses.asdict(program.shapes),
         "clips_per_device": setting.clips / batch_shards(mesh),
         "operations": {part: dataclasses.asdict(one) | {"total": one.total} for part, one in parts.items()},

@@ -158,7 +158,7 @@ def padded_counts(config: ModelConfig, kind: StepKind, shapes: BatchShapes) -> C
         return RowCounts(tokens, pairs, pooled, pooled * tokens) if config.has_head else RowCounts(tokens, pairs, tokens, pairs)
 
     tuples = kind.anchor + kind.positive + (1 if shared else 0)
-    fused = tuples + sum(name != "text" for name in kind.singles)
+    fused = tuples + sum(name != "text" for name in kind.singles) + len(kind.duals)
     with_gradient = sum((row(shapes.row_tokens, kind.slots(shared)) for _ in kind.rows), RowCounts(fused=fused))
     beats = "audio" in kind.media and config.beats is not None
     own = bool(kind.hard) and not shared

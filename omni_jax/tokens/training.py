@@ -39,7 +39,7 @@ class PromptLengths:
       video, audio: media tokens, audio doubled where there is BEATs; those of the hard negative are `hard_video` and `hard_audio`.
       caption, positive, hard: text of the anchor, of the augmented copy and of the hard negative, template and end token included.
       alone: the caption of the prompt that is text alone.
-      filler: text of the prompts of one medium, the longer of two.
+      filler: text of the prompts without a caption, the longest of them.
     """
 
     video: int
@@ -62,6 +62,9 @@ class PromptLengths:
             "text": self.alone,
             "audio": self.audio + EDGES + self.filler,
             "video": self.video + EDGES + self.filler,
+            "av": media + self.filler,
+            "tv": self.video + EDGES + self.caption,
+            "at": self.audio + EDGES + self.caption,
         }
 
     def loads(self, kind: StepKind, share_prefix: bool) -> dict[str, int]:

@@ -151,8 +151,9 @@ def step_kind(count: int, losses: LossConfig, mined: bool = False) -> StepKind:
         anchor="anchor" in needs,
         positive="positive" in needs,
         hard=hard,
-        singles=objectives.active_students(count, losses.pairs) if needs & {"singles", "pairs"} else (),
+        singles=objectives.active_students(count, losses.pairs) if needs & {"singles", "pairs", "duals"} else (),
         pairs=objectives.active_pairs(count, losses.pairs) if "pairs" in needs else (),
+        duals=objectives.active_duals(count, losses.pairs) if "duals" in needs else (),
         hard_media=mined and hard in ("audio", "video"),
     )
 

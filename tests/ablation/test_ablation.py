@@ -15,7 +15,7 @@ from omni_jax.types import InputError
 def test_arms_are_sums_of_losses_and_named_config_fields() -> None:
     arms = parse_arms("L_A,all", ["half=L_A+L_D --config.losses.weights.distillation=0.5", "micro = --config.losses.negatives=micro"])
     assert [arm.name for arm in arms] == ["L_A", "all", "half", "micro"]
-    zero = {"losses.weights.tuple=0.0", "losses.weights.distillation=0.0", "losses.weights.siglip=0.0"}
+    zero = {f"losses.weights.{name}=0.0" for name in ("tuple", "distillation", "joint", "siglip")}
     assert set(arms[0].changes) == {*zero, "losses.weights.pairwise=1.0"}
     assert "losses.weights.siglip=0.0" in arms[1].changes and sum(change.endswith("=1.0") for change in arms[1].changes) == 3
     assert arms[2].changes[-1] == "losses.weights.distillation=0.5"
@@ -25,7 +25,7 @@ def test_arms_are_sums_of_losses_and_named_config_fields() -> None:
 @pytest.mark.parametrize(
     ("losses", "named", "said"),
     [
-        ("L_A,L_X", [], r"--arms L_A,L_X: there is no loss 'L_X'; add up L_T, L_D, L_A, L_S, or write all"),
+        ("L_A,L_X", [], r"--arms L_A,L_X: there is no loss 'L_X'; add up L_T, L_D, L_A, L_J, L_S, or write all"),
         ("L_A", [], "at least two"),
         ("L_A,L_A", [], "arm 'L_A' is given twice"),
         ("L_A", ["x"], "write NAME=SETTINGS"),

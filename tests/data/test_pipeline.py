@@ -198,7 +198,8 @@ def test_a_second_row_length_must_save_a_tenth():
 
 def test_planned_row_lengths_are_those_of_the_prompts():
     source = MemorySource(captions(32))
-    for losses in (LossConfig(negatives="global"), RELEASED, LossConfig(pairs="all", hard_scope="global", negatives="global")):
+    joint = LossConfig({"joint": 1, "tuple": 1})
+    for losses in (LossConfig(negatives="global"), RELEASED, LossConfig(pairs="all", hard_scope="global", negatives="global"), joint):
         made = pipeline(source, BatchConfig(4, 2, row_multiple=1), losses, pack=_kept)
         for update in range(3):
             plan = made.planner.plan(update)

@@ -17,6 +17,9 @@ from jax.sharding import PartitionSpec as P
 from numpy.typing import ArrayLike
 
 from omni_jax.objectives import (
+    LOSSES,
+    Pool,
+    active_duals,
     active_hard_negative,
     active_pairs,
     active_students,
@@ -129,6 +132,20 @@ def test_means_over_pairs_and_students() -> None:
     want = np.mean([plain(z, t), plain(z, a), plain(z, v)])
     assert_close(distillation_loss(z, singles, temperature=TAU), want, "loss_from_embeddings")
     assert_close(distillation_loss(z, [t, a, v], temperature=TAU), want, "loss_from_embeddings")
+
+
+def test_the_joint_loss_compares_each_modality_with_the_two_others_together() -> None:
+    z = dict(zip(("text", "audio", "video", "av", "at", "tv"), batch(12, *[(6, 8)] * 6), strict=True))
+    terms = {dual: plain(z[name], z[dual]) for name, dual in (("text", "av"), ("video", "at"), ("audio", "tv"))}
+
+    def joint(names: tuple[str, ...]) -> jax.Array:
+        return LOSSES["joint"].value(Pool({name: z[name] for name in names}, (), (), {"temperature": jnp.float32(TAU)}))
+
+    assert_close(joint(tuple(z)), np.mean(list(terms.values())), "loss_from_embeddings")
+    for step in range(3):  # under the cycle what it compares is embedded anyway
+        (dual,) = active_duals(step)
+        assert_close(joint((*active_students(step), dual)), terms[dual], "loss_from_embeddings")
+    assert active_duals(1, "all") == ("av", "at", "tv")
 
 
 def plain_sigmoid(a: ArrayLike, b: ArrayLike, tau: float, bias: float) -> float:

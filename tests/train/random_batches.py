@@ -107,6 +107,9 @@ def example(seed: int, grid: tuple[int, int] = (4, 6), hard: str | None = "text"
             "text": prompt(clip, grid, "", caption, model),
             "audio": prompt(clip, grid, "a", filler, model),
             "video": prompt(clip, grid, "v", filler, model),
+            "av": prompt(clip, grid, "va", filler, model),
+            "tv": prompt(clip, grid, "v", caption, model),
+            "at": prompt(clip, grid, "a", caption, model),
         },
     )
 
@@ -135,7 +138,9 @@ def batch(
         if one_row:
             kind = dataclasses.replace(kind, layout=(kind.prompts,))
         shapes = fit_shapes(chosen, kind, share_prefix)
-        shapes = dataclasses.replace(shapes, row_tokens=192 if one_row else 64, hard_tokens=64 if shapes.hard_tokens else 0)
+        shapes = dataclasses.replace(
+            shapes, row_tokens=192 if one_row else 128 if kind.duals else 64, hard_tokens=64 if shapes.hard_tokens else 0
+        )
         parts.append(pack_micro_batch(chosen, kind, shapes, model, next_sample(size, blocks), share_prefix))
     return stack_micro_batches(parts) if len(set(kinds)) == 1 else tuple(parts)
 

@@ -47,6 +47,10 @@ def test_losses_without_weight_play_no_streams():
     assert teacher.rows == (("anchor",), ("text", "audio")) and of_modalities(teacher.media) == ("vision", "audio", "beats")
     tuples = step_kind(0, LossConfig({"tuple": 1}))
     assert tuples.rows == (("anchor",), ("positive",))
+    joint = step_kind(0, LossConfig({"joint": 1}, pairs="all"))
+    assert joint.rows == (("text", "audio", "video"), ("av", "at", "tv")) and joint.media == ("video", "audio")
+    assert step_kind(1, LossConfig({"joint": 1})).rows == (("text", "video"), ("at",))  # video against the two others
+    assert step_kind(0, LossConfig({"joint": 1})).media == ("video", "audio")
 
 
 def test_singles_stand_in_one_row_apart_from_each_other():

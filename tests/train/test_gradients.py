@@ -20,7 +20,7 @@ from tests.train.random_batches import MODEL, QUICK, WITH_DROPOUT, batch, parts,
 pytestmark = pytest.mark.jit
 
 TEMPERATURE, BIAS = SCALARS["temperature"].path, SCALARS["siglip_bias"].path
-ALL = {"tuple": 1.0, "distillation": 1.0, "pairwise": 1.0, "siglip": 0.1}
+ALL = {"tuple": 1.0, "distillation": 1.0, "pairwise": 1.0, "siglip": 0.1, "joint": 0.8}
 
 
 def forward(losses: LossConfig, model=MODEL, remat="layer", choice="adapter") -> tuple[Forward, dict, dict]:
