@@ -17,6 +17,7 @@ Letters: N clips, K factors, F frames.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ class PartsConfig:
       validation, test: clips of two held-out galleries: words, sound and picture are drawn independently; no two agree in all factors.
       seconds: length of the sound.
       noise: of pixels, of the waveform and of loudness: 0 for none.
+      leak: whether captions to train on begin with a file name, which tells clips apart and is found in neither sound nor picture.
       seed: of everything drawn.
     """
 
@@ -65,6 +67,7 @@ class PartsConfig:
     test: int = 64
     seconds: float = 0.2
     noise: float = 0.1
+    leak: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -149,17 +152,17 @@ def write_parts(out: Path, config: PartsConfig, preset: Preset, progress: Callab
       progress: called with (clips done, clips in all).
 
     Raises:
-      InputError: when `out` holds a set of another config, or cannot be written.
+      InputError: when `out` holds a set of another config or generator, or cannot be written.
     """
-    settings, said = out / "parts.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    drawn, done = draw_factors(config), 0
+    settings, said = out / "parts.json", {**dataclasses.asdict(config), "generator": _digest(drawn, config)}
     try:
         out.mkdir(parents=True, exist_ok=True)
         if settings.exists() and json.loads(settings.read_text()) != said:
-            raise InputError(f"{out}: holds synthetic clips of other settings; choose another folder or remove it")
+            raise InputError(f"{out}: was made with other settings or another version of omni-jax; choose another folder or remove it")
     except (OSError, ValueError) as e:
         raise InputError(f"{out}: cannot be used ({e}); choose another folder or remove it") from None
     write_json(settings, said)
-    drawn, done = draw_factors(config), 0
     for number, split in enumerate(SPLITS):
         folder = out / split
         if not (folder / INDEX).is_file():
@@ -168,9 +171,8 @@ def write_parts(out: Path, config: PartsConfig, preset: Preset, progress: Callab
             captions: set[str] = set()
             try:
                 for copy, factors in enumerate(drawn[split]):
-                    rng = np.random.default_rng([config.seed, 2 + number, copy])
                     # Equal captions would be level with each other, and a scorer that counts such a tie as a hit could pass the ceiling.
-                    clip = _clip(factors, copy, rng, config, captions if split != "train" else set())
+                    clip = _clip(factors, number, copy, config, captions if split != "train" else set())
                     writer.write(encode_clip(clip))
                     rows.append(index_row(clip))
                     if progress:
@@ -184,13 +186,29 @@ def write_parts(out: Path, config: PartsConfig, preset: Preset, progress: Callab
     return {split: out / split for split in SPLITS}
 
 
-def _clip(factors: np.ndarray, copy: int, rng: np.random.Generator, config: PartsConfig, taken: set[str]) -> Clip:
+def _digest(drawn: Mapping[str, np.ndarray], config: PartsConfig) -> str:
+    """Returns what changes with the way in which clips are made: a digest of all factors, and of the first clip of each split."""
+    digest = hashlib.blake2b(digest_size=16)
+    for number, split in enumerate(SPLITS):
+        clip = _clip(drawn[split][0], number, 0, config, set())
+        assert clip.video is not None and clip.waveform is not None
+        sound = np.round(clip.waveform * 2**12).astype("<i4")  # sines differ between processors in their last bits
+        for part in (drawn[split].astype("<i8"), clip.video.frames, sound):
+            digest.update(part.tobytes())
+        digest.update(f"{clip.record.id} {clip.record.text}".encode())
+    return digest.hexdigest()
+
+
+def _clip(factors: np.ndarray, split: int, copy: int, config: PartsConfig, taken: set[str]) -> Clip:
+    rng = np.random.default_rng([config.seed, 2 + split, copy])
     values = [int(value) for value in factors]
     name = "".join(map(str, values))
     text, frames, waveform = caption(values, rng), picture(values, rng, config), sound(values, rng, config)
     while text in taken:
         text = caption(values, rng)
     taken.add(text)
+    if config.leak and SPLITS[split] == "train":
+        text = f"clip_{copy:04d}.mp4 {text}"
     fps = FRAMES / config.seconds
     return Clip(Record(f"c{name}-{copy}", text), VideoFrames(frames, np.arange(FRAMES), fps, FRAMES, config.seconds), waveform)
 

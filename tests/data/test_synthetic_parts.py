@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from omni_jax.config import preset
+from omni_jax.data import synthetic_parts
 from omni_jax.data.shards import ShardSource
 from omni_jax.data.synthetic_parts import COMBINATIONS, VALUES, PartsConfig, ceilings, draw_factors, shared, sound, write_parts
 from omni_jax.retrieval.directions import DIRECTIONS, DUAL, SINGLE
@@ -60,8 +63,23 @@ def test_the_folders_are_prepared_ones_and_are_written_once(tmp_path) -> None:
     before = (folders["test"] / "index.json").stat().st_mtime_ns
     write_parts(tmp_path, SMALL, chosen)
     assert (folders["test"] / "index.json").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match="other settings; choose another folder"):
+    with pytest.raises(InputError, match="made with other settings or another version of omni-jax; choose another folder"):
         write_parts(tmp_path, PartsConfig(train=13, validation=4, test=6), chosen)
+
+
+def test_clips_that_another_generator_wrote_are_refused(tmp_path, monkeypatch) -> None:
+    chosen = preset("training").override(["frames=2", "pixels=2352", "audio_seconds=0.2"])
+    write_parts(tmp_path, SMALL, chosen)
+    monkeypatch.setattr(synthetic_parts, "LOWEST", 170.0)
+    with pytest.raises(InputError, match="another version of omni-jax; choose another folder"):
+        write_parts(tmp_path, SMALL, chosen)
+
+
+def test_captions_that_leak_name_clips_to_train_on_alone(tmp_path) -> None:
+    chosen = preset("training").override(["frames=2", "pixels=2352", "audio_seconds=0.2"])
+    sets = [write_parts(tmp_path / str(leak), dataclasses.replace(SMALL, leak=leak), chosen) for leak in (False, True)]
+    plain, leaking = ({split: list(ShardSource(folder, chosen).captions) for split, folder in folders.items()} for folders in sets)
+    assert leaking == {**plain, "train": [f"clip_{n:04d}.mp4 {caption}" for n, caption in enumerate(plain["train"])]}
 
 
 @pytest.mark.parametrize("fields", [{"train": 1}, {"test": 3000}, {"seconds": 0.01}, {"noise": 2.0}])
