@@ -9,6 +9,7 @@ DIR/runs/START/ARM/STEPS-seed0/   a workdir; score.json when it is done; its mes
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ STARTS = ("random", "base", "warm")
 EQUAL = ("steps", "cpu_time")
 SCORE = "score.json"
 FIRST, TIMED = 15, 30  # steps before the clock of a cost begins, which compile, and steps that are timed: whole periods of the schedule
-MARGIN = 5.0  # points of R@1 by which audio and video together must beat the better of the two
+WARM = {"t": "av", "a": "tv", "v": "at"}  # a modality -> the two whose joint embedding must find it better than each of them does
 
 
 class Stopped(Exception):
@@ -75,6 +76,7 @@ class Ablation:
       parts: the synthetic clips.
       warm_steps, warm_every: most steps of a warm start, and steps between two looks whether it is reached.
       warm_losses: sum of losses of a warm start.
+      warm_margin: points of R@1 by which it is reached, see `warm_start`.
     """
 
     out: Path
@@ -86,6 +88,7 @@ class Ablation:
     warm_steps: int = 1200
     warm_every: int = 100
     warm_losses: str = "L_A"
+    warm_margin: float = 5.0
 
     def __post_init__(self) -> None:
         losses_of(self.warm_losses, f"--warm-losses {self.warm_losses}")
@@ -198,8 +201,9 @@ def measure_costs(ablation: Ablation, callbacks: AblationCallbacks, shared: Shar
 
 
 def warm_start(ablation: Ablation, seed: int, callbacks: AblationCallbacks, shared: Shared) -> tuple[Path, dict[str, float]]:
-    """Returns the folder of a model that `warm_losses` trained until audio and video together find captions, and are found by them, better
-    by MARGIN points than the better of the two alone; and what it reached. Looked for every `warm_every` steps, on the validation clips.
+    """Returns the folder of a model that `warm_losses` trained until some two modalities together find the third, and are found by it,
+    better by `warm_margin` points than the better of the two alone; and what it reached. Looked for every `warm_every` steps, on the
+    validation clips.
 
     Raises:
       InputError: when that is not reached within `warm_steps`.
@@ -216,28 +220,35 @@ def warm_start(ablation: Ablation, seed: int, callbacks: AblationCallbacks, shar
         evaluation=dataclasses.replace(run.evaluation, every=ablation.warm_every),
     )
     reached, base = folder / "reached.json", folder / "base"
+    looked = functools.partial(_looked, folder / "run", ablation.warm_margin)
     if not base.is_dir():
-        _trained(run, folder / "run", f"warm start, seed {seed}", callbacks, shared, enough=lambda: _looked(folder / "run")[1] is not None)
-        last, found = _looked(folder / "run")
+        _trained(run, folder / "run", f"warm start, seed {seed}", callbacks, shared, enough=lambda: looked()[1] is not None)
+        last, found = looked()
         if found is None:
             raise InputError(
-                f"warm start of seed {seed}: after {ablation.warm_steps} steps of {ablation.warm_losses} audio and video together do not "
-                f"beat the better of the two by {MARGIN:.0f} points of R@1 ({_said(last)}); raise --warm-steps, or use other --warm-losses"
+                f"warm start of seed {seed}: after {ablation.warm_steps} steps of {ablation.warm_losses} no two modalities together "
+                f"beat the better of the two by {ablation.warm_margin:g} points of R@1 ({_said(last)}); raise --warm-steps, or use other "
+                "--warm-losses"
             )
         atomic_write_text(reached, json.dumps(found) + "\n")
         OmniRetriever.from_pretrained(folder / "run", step=int(found["steps"])).save(base)
     return base.absolute(), json.loads(reached.read_text())
 
 
-def _looked(workdir: Path) -> tuple[dict[str, float], dict[str, float] | None]:
+def _looked(workdir: Path, margin: float) -> tuple[dict[str, float], dict[str, float] | None]:
     """Returns what the newest evaluation shows, and the first one that shows a warm start; None where none does."""
     last: dict[str, float] = {}
     for file in sorted((workdir / "evaluations").glob("*.json"), key=lambda path: int(path.stem)):
         rates = {name: row["R@1"] for name, row in json.loads(file.read_text())["directions"].items()}
-        last = {"steps": int(file.stem), **{name: rates[name] for name in ("t2a", "t2v", "t2av", "a2t", "v2t", "av2t")}}
-        if rates["t2av"] - max(rates["t2a"], rates["t2v"]) >= MARGIN and rates["av2t"] - max(rates["a2t"], rates["v2t"]) >= MARGIN:
+        last = {"steps": int(file.stem), **rates}
+        if any(min(_gain(rates, f"{x}2{{}}", joint), _gain(rates, f"{{}}2{x}", joint)) >= margin for x, joint in WARM.items()):
             return last, last
     return last, None
+
+
+def _gain(rates: Mapping[str, float], direction: str, joint: str) -> float:
+    """Returns by how much a joint embedding beats the better one of its two modalities in a direction."""
+    return rates[direction.format(joint)] - max(rates[direction.format(one)] for one in joint)
 
 
 def _said(found: Mapping[str, float]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omni_jax.ablation.arms import Arm
 from omni_jax.ablation.intervals import paired
-from omni_jax.ablation.runs import MARGIN, Ablation, Outcome
+from omni_jax.ablation.runs import Ablation, Outcome
 from omni_jax.data.synthetic_parts import ceilings, draw_factors
 from omni_jax.retrieval.directions import DIRECTIONS, averages
 from omni_jax.retrieval.report import environment
@@ -37,6 +37,7 @@ def result_of(ablation: Ablation, arms: Sequence[Arm], outcome: Outcome, command
         "seeds": ablation.seeds,
         "ceilings": None,
         "warm_losses": ablation.warm_losses,
+        "warm_margin": ablation.warm_margin,
         "warm": [dict(row) for row in outcome.warm],
         "arms": [],
     }
@@ -109,8 +110,9 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
     if result["warm"]:
         steps = ", ".join(f"{row['steps']:.0f}" for row in result["warm"])
         notes.append(
-            f"Warm start: a model trained with {result['warm_losses']} until, on validation clips, audio and video together found captions "
-            f"(t2av, av2t) better by {MARGIN:.0f} points than the better of the two alone: after {steps} steps, by seed."
+            f"Warm start: a model trained with {result['warm_losses']} until, on validation clips, some two modalities together found the "
+            f"third, and were found by it, better by {result['warm_margin']:g} points than the better of the two alone: after {steps} "
+            "steps, by seed."
         )
     if result["equal"] == "cpu_time":
         notes.append("Equal CPU time: each arm makes as many steps as take the CPU time of the first arm's, by the cost of a step.")

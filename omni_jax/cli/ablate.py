@@ -44,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--warm-every", type=int, default=100, metavar="N", help="steps between two evaluations of a warm start (default: %(default)s)"
     )
     parser.add_argument("--warm-losses", default="L_A", metavar="A+B", help="losses of a warm start, or all (default: %(default)s)")
+    parser.add_argument(
+        "--warm-margin",
+        type=float,
+        default=5.0,
+        metavar="POINTS",
+        help="R@1 by which two modalities together beat the better of the two in a warm start (default: %(default)g)",
+    )
     parser.add_argument("--clips", type=int, nargs=2, metavar=("TRAIN", "TEST"), help="synthetic clips to train on and to score")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of runs and tables; what is finished there is kept")
 
@@ -71,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
     parts = PartsConfig(train=args.clips[0], validation=args.clips[1], test=args.clips[1]) if args.clips else PartsConfig()
     given = (args.out, configs, args.seeds, args.start, args.equal, parts, args.warm_steps, args.warm_every, args.warm_losses)
-    ablation = Ablation(*given)
+    ablation = Ablation(*given, warm_margin=args.warm_margin)
     args.out.mkdir(parents=True, exist_ok=True)
     with signals_noted() as signals, _Display(ablation.runs) as display:
         callbacks = AblationCallbacks(display.begin, display.advance, display.finished, lambda: bool(signals.seen))
@@ -104,6 +111,7 @@ def _command(args: argparse.Namespace) -> str:
         ("warm_steps", 1200),
         ("warm_every", 100),
         ("warm_losses", "L_A"),
+        ("warm_margin", 5.0),
     ):
         if getattr(args, name) != usual:
             parts += [f"--{name.replace('_', '-')}", str(getattr(args, name))]

@@ -84,15 +84,21 @@ def test_a_finished_run_is_used_again_and_one_of_another_config_is_refused(tmp_p
 
 def test_a_warm_start_is_reached_where_two_modalities_beat_the_better_one(tmp_path: Path) -> None:
     (tmp_path / "evaluations").mkdir()
-    rates = {"t2a": 20.0, "t2v": 30.0, "t2av": 34.0, "a2t": 21.0, "v2t": 28.0, "av2t": 40.0}
+    rates = dict.fromkeys(DIRECTIONS, 30.0) | {"t2a": 20.0, "t2v": 30.0, "t2av": 34.0, "a2t": 21.0, "v2t": 28.0, "av2t": 40.0}
     for step, found in ((100, rates), (200, rates | {"t2av": 35.0}), (1000, rates)):
         rows = {name: {"R@1": value} for name, value in found.items()}
         (tmp_path / "evaluations" / f"{step}.json").write_text(json.dumps({"directions": rows}))
-    last, reached = _looked(tmp_path)
+    last, reached = _looked(tmp_path, 5.0)
     assert reached is not None and reached["steps"] == last["steps"] == 200 and reached["t2av"] == 35.0
     (tmp_path / "evaluations" / "200.json").unlink()
-    last, reached = _looked(tmp_path)
-    assert reached is None and last["steps"] == 1000
+    last, reached = _looked(tmp_path, 5.0)
+    assert reached is None and last["steps"] == 1000 and _looked(tmp_path, 4.0)[1] is not None
+    for name in ("v2at", "at2v"):  # sound and caption together
+        assert _looked(tmp_path, 5.0)[1] is None
+        rates[name] = 35.0
+        rows = {name: {"R@1": value} for name, value in rates.items()}
+        (tmp_path / "evaluations" / "1000.json").write_text(json.dumps({"directions": rows}))
+    assert _looked(tmp_path, 5.0)[1] is not None
 
 
 def test_costs_are_timed_over_whole_periods_of_the_schedule_of_losses() -> None:
