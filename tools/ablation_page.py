@@ -1,6 +1,6 @@
-"""Writes docs/reports/ablation.md from the tables of `omni-jax ablate`.
+"""Writes tables of `omni-jax ablate` into docs/reports/ablation.md, each in place of the one with its heading, or at the end.
 
-python -m tools.ablation_page losses/warm-steps.json losses/random-steps.json ...
+python -m tools.ablation_page Losses=losses/warm-steps.json Temperature=temperature/random-steps.json ...
 """
 
 from __future__ import annotations
@@ -22,13 +22,24 @@ tell more than one. The model is `configs/ablation.py`, float32, 135 thousand we
 """
 
 
+def section(table: str) -> tuple[str, str]:
+    """Returns heading and text of HEADING=FILE.json."""
+    heading, _, path = table.partition("=")
+    _, _, text = as_markdown(json.loads(Path(path).read_text(encoding="utf-8"))).partition("## ")
+    title, _, rest = text.partition("\n")
+    return f"{heading}: {title[0].lower()}{title[1:]}", rest
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="+", type=Path, help="JSON files that omni-jax ablate wrote, in the order of the page")
-    parser.add_argument("--note", action="append", default=[], help="a sentence on how they were made, such as the machine")
+    parser.add_argument("tables", nargs="*", metavar="HEADING=FILE.json", help="tables that omni-jax ablate wrote")
+    parser.add_argument("--note", help="how they were made, such as the machine, in place of the page's own note")
     args = parser.parse_args()
-    sections = [as_markdown(json.loads(table.read_text(encoding="utf-8"))) for table in args.tables]
-    PAGE.write_text("\n".join([HEAD, *(f"{note}\n" for note in args.note), *sections]).rstrip("\n") + "\n", encoding="utf-8")
+    before, *kept = PAGE.read_text(encoding="utf-8").rstrip("\n").split("\n## ")
+    sections = dict((text.split("\n", 1)) for text in kept) | dict(section(table) for table in args.tables)
+    note = args.note or before.rstrip("\n").rsplit("\n\n", 1)[-1]
+    made = [HEAD.rstrip("\n"), note, *(f"## {title}\n{text.rstrip()}" for title, text in sections.items())]
+    PAGE.write_text("\n\n".join(made) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
