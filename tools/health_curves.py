@@ -1,4 +1,4 @@
-"""Writes the curves of docs/guides/training_health.md: a good run and two bad ones of configs/ablation.py, all losses, 400 steps each.
+"""Writes the curves of docs/guides/training_health.md: a good run and three bad ones of configs/ablation.py, all losses, 400 steps each.
 
 python -m tools.health_curves OUT    OUT keeps the runs; those that are finished there are not made again
 """
@@ -19,12 +19,12 @@ from tests.repository import ROOT
 PAGE = ROOT / "docs/guides/training_health.md"
 BEGIN, END = "<!-- curves -->", "<!-- end of the curves -->"
 STEPS, WINDOW, AT = 400, 10, (10, 50, 100, 400)  # a figure is the mean of the WINDOW steps before it
-RUNS = {
-    "good": (),
-    "temperature 0.002": ("losses.temperature=0.002",),
-    "learning rate 0.3": ("optimizer.learning_rate=0.3",),
+RUNS: dict[str, tuple[tuple[str, ...], PartsConfig]] = {
+    "good": ((), PartsConfig()),
+    "temperature 0.002": (("losses.temperature=0.002",), PartsConfig()),
+    "learning rate 0.3": (("optimizer.learning_rate=0.3",), PartsConfig()),
+    "leaking captions": ((), PartsConfig(leak=True)),
 }
-CLIPS = PartsConfig()
 METRICS = (
     *("L_A", "L_D", "L_T", "grad_norm", "alignment_text", "alignment_video", "uniformity_text", "uniformity_video"),
     *("effective_rank_text", "effective_rank_video", "gap_text_video", "hard_share_video", "teacher_margin_text", "teacher_margin_video"),
@@ -34,9 +34,9 @@ METRICS = (
 def curves(out: Path) -> dict[str, list[dict[str, float]]]:
     """Returns run -> the metrics of its steps."""
     found, shared = {}, Shared(keep_features=True)
-    for name, changes in RUNS.items():
+    for name, (changes, parts) in RUNS.items():
         run = read_config("ablation", [f"steps={STEPS}", "seed=0", *changes])
-        clips = write_parts(out / "clips", CLIPS, run.data.resolved_preset())["train"]
+        clips = write_parts(out / ("leaking-clips" if parts.leak else "clips"), parts, run.data.resolved_preset())["train"]
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, train=str(clips.absolute())))
         callbacks = TrainCallbacks(log=lambda line: None, begin=lambda *at: None, update=lambda *at: None, stopping=lambda: False)
         workdir = out / name.replace(" ", "-")
