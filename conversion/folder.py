@@ -22,7 +22,7 @@ from typing import Any
 
 from etils import epath
 
-from omni_jax.config import PREFIXES, ModelConfig
+from omni_jax.config import PREFIXES, ConfigError, ModelConfig
 from omni_jax.types import InputError
 
 MANIFEST = "omni_jax.json"
@@ -133,6 +133,8 @@ def read_manifest(folder: epath.PathLike) -> Manifest:
             manifest = Manifest(**fields)
             _refuse_outside(path, manifest)
             return manifest
+    except ConfigError as e:
+        raise InputError(f"{folder}: {e}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read ({type(e).__name__}: {e}); convert the checkpoint again") from None
     raise InputError(f"{path}: format {version}, this version reads {FORMAT}; update omni_jax or convert the checkpoint again")

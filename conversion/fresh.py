@@ -33,6 +33,7 @@ from omni_jax.config import (
     VisionConfig,
 )
 from omni_jax.config.components import CONTROL_TOKENS
+from omni_jax.config.hf_fields import BEATS_FIXED, BEATS_NAMES, NAMES
 from omni_jax.conversion import engine, folder
 from omni_jax.conversion.adapter import CONFIG, WEIGHTS, adapter_entries, default_config, write_config
 from omni_jax.conversion.engine import Entry
@@ -153,16 +154,10 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
         "audio_config": {
             "activation_function": "gelu",
             **({"beats_path": BEATS_FILE} if model.beats else {}),
-            "d_model": audio.hidden_size,
-            "encoder_attention_heads": audio.num_heads,
-            "encoder_ffn_dim": audio.intermediate_size,
-            "encoder_layers": audio.num_layers,
-            "max_source_positions": audio.max_source_positions,
+            **_named(audio, NAMES["audio_config"]),
             "model_type": "qwen2_5_omni_audio_encoder",
-            "n_window": audio.n_window,
             "num_hidden_layers": audio.num_layers,
             "num_mel_bins": audio.num_mel_bins,
-            "output_dim": audio.output_size,
         },
         "audio_end_token_id": tokens.audio_eos,
         "audio_start_token_id": tokens.audio_bos,
@@ -174,35 +169,22 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
         "seconds_per_chunk": model.seconds_per_chunk,
         "text_config": {
             "hidden_act": "silu",
-            "hidden_size": text.hidden_size,
-            "intermediate_size": text.intermediate_size,
-            "max_position_embeddings": text.max_positions,
+            **_named(text, NAMES["text_config"]),
             "model_type": "qwen2_5_omni_text",
-            "num_attention_heads": text.num_heads,
-            "num_hidden_layers": text.num_layers,
-            "num_key_value_heads": text.num_kv_heads,
-            "rms_norm_eps": text.rms_norm_eps,
             "rope_scaling": {"mrope_section": list(text.mrope_sections), "rope_type": "default", "type": "default"},
             "rope_theta": text.rope_theta,
-            "vocab_size": text.vocab_size,
         },
         "torch_dtype": "float32",
         "train_classify": model.has_head,
         "video_token_index": tokens.video,
         "vision_config": {
-            "depth": vision.num_layers,
-            "fullatt_block_indexes": list(vision.full_attention_layers),
+            **_named(vision, NAMES["vision_config"]),
             "hidden_act": "silu",
-            "hidden_size": vision.hidden_size,
             "in_channels": vision.in_channels,
-            "intermediate_size": vision.intermediate_size,
             "model_type": "qwen2_5_omni_vision_encoder",
-            "num_heads": vision.num_heads,
-            "out_hidden_size": vision.output_size,
             "patch_size": vision.patch_size,
             "spatial_merge_size": vision.merge_size,
             "temporal_patch_size": vision.temporal_patch_size,
-            "window_size": vision.window_size,
         },
         "vision_end_token_id": tokens.vision_eos,
         "vision_start_token_id": tokens.vision_bos,
@@ -234,6 +216,12 @@ def preprocessor_config(model: ModelConfig) -> dict[str, Any]:
         "sampling_rate": 16000,
         "temporal_patch_size": model.vision.temporal_patch_size,
     }
+
+
+def _named(part: Any, names: Mapping[str, str]) -> dict[str, Any]:
+    """Returns fields of a part of the model under the names that a checkpoint has for them."""
+    values = {theirs: getattr(part, ours) for ours, theirs in names.items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def fresh_value(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -291,24 +279,11 @@ def _write_side_files(out: epath.Path, model: ModelConfig) -> None:
 def _beats_file(beats: BeatsConfig) -> bytes:
     """Returns a torch file {cfg, model} without tensors: a conversion that finds no such file assumes the published settings."""
     cfg = {
-        "activation_fn": "gelu",
+        **BEATS_FIXED,
+        **_named(beats, BEATS_NAMES),
         "conv_bias": beats.conv_bias,
-        "conv_pos": beats.conv_pos,
-        "conv_pos_groups": beats.conv_pos_groups,
-        "deep_norm": True,
-        "embed_dim": beats.embed_dim,
-        "encoder_attention_heads": beats.num_heads,
-        "encoder_embed_dim": beats.hidden_size,
-        "encoder_ffn_embed_dim": beats.intermediate_size,
-        "encoder_layers": beats.num_layers,
         "finetuned_model": beats.predictor_classes > 0,
-        "gru_rel_pos": True,
-        "input_patch_size": beats.patch_size,
-        "layer_norm_first": False,
-        "max_distance": beats.max_distance,
-        "num_buckets": beats.num_buckets,
         "predictor_class": beats.predictor_classes,
-        "relative_position_embedding": True,
     }
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from omni_jax.config import EMBED_STYLE, WAVE_STYLE, BeatsConfig, ConfigError, ModelConfig
-from omni_jax.config.hf_fields import thinker_config
+from omni_jax.config.hf_fields import NAMES, thinker_config
 from omni_jax.conversion import safetensors_io
 from omni_jax.conversion.names import canonical, read_names
 from omni_jax.conversion.safetensors_io import TensorInfo
@@ -207,14 +207,9 @@ def _of_folder(folder: epath.Path, error: ConfigError) -> str:
     return f"{folder / 'config.json'}: {str(error).removeprefix('config.json: ')}"
 
 
-_COUNTS = {
-    "text_config": "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size "
-    "max_position_embeddings",
-    "vision_config": "hidden_size intermediate_size depth num_heads out_hidden_size window_size patch_size temporal_patch_size "
-    "spatial_merge_size in_channels in_chans",
-    "audio_config": "d_model encoder_ffn_dim encoder_layers encoder_attention_heads output_dim num_mel_bins n_window max_source_positions",
-    "": "position_id_per_seconds seconds_per_chunk",
-}
+_NO_COUNTS = ("rms_norm_eps", "fullatt_block_indexes")
+_COUNTS = {section: [name for name in names.values() if name not in _NO_COUNTS] for section, names in NAMES.items()}
+_COUNTS[""] = ["position_id_per_seconds", "seconds_per_chunk"]
 
 
 def _check_types(config: Mapping[str, Any], path: epath.Path) -> None:
@@ -227,7 +222,7 @@ def _check_types(config: Mapping[str, Any], path: epath.Path) -> None:
         fields = config.get(section, {}) if section else config
         if not isinstance(fields, dict):
             raise wrong(section, fields, "an object")
-        for name in names.split():
+        for name in names:
             if name in fields and (type(fields[name]) is not int or fields[name] < 1):
                 raise wrong(f"{section}.{name}".lstrip("."), fields[name], "a whole number above 0")
     text = config.get("text_config", {})

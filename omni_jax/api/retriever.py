@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
 from omni_jax.api.encoding import ItemEncoder, check_batch_size
@@ -115,7 +114,6 @@ class OmniRetriever(ItemEncoder):
         # Before the weights, which take minutes to read at full size.
         chosen = source.preset if preset is None else preset_named(preset)
         chosen.check(source.config.prompt)
-        check_preprocessing(source.folder, source.config)
         tokenizer = source.tokenizer
         mesh = make_mesh() if len(jax.devices()) > 1 else None
         params = load_params(source, None if dtype == "keep" else dtype, mesh)
@@ -316,26 +314,3 @@ class OmniRetriever(ItemEncoder):
             yield
         finally:
             self._runner.compiling = None
-
-
-def check_preprocessing(folder: epath.Path, config: ModelConfig) -> None:
-    """Raises InputError for towers whose input the preprocessing, which has one patch size, does not make."""
-    from omni_jax.features import audio, vision
-    from omni_jax.towers.beats import BEATS_PATCH
-
-    made = {
-        "vision.patch_size": (config.vision.patch_size, vision.PATCH),
-        "vision.merge_size": (config.vision.merge_size, vision.MERGE),
-        "vision.temporal_patch_size": (config.vision.temporal_patch_size, vision.FRAMES_PER_STEP),
-        "vision.in_channels": (config.vision.in_channels, len(vision.MEAN)),
-        "audio.num_mel_bins": (config.audio.num_mel_bins, audio.MEL_BINS),
-    }
-    if config.beats is not None:
-        made["beats.patch_size"] = (config.beats.patch_size, BEATS_PATCH)
-        made["beats.num_mel_bins"] = (config.beats.num_mel_bins, audio.MEL_BINS)
-    for name, (value, fixed) in made.items():
-        if value != fixed:
-            raise InputError(
-                f"{folder}: the model's {name} is {value}, must be {fixed}: the preprocessing is fixed at 14/2/2/16 "
-                f"(patch, merge, temporal patch, fbank patch); use a WAVE-7B or Qwen2.5-Omni checkpoint"
-            )

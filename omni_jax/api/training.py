@@ -21,7 +21,6 @@ from omni_jax import conversion
 from omni_jax.api.evaluation import Evaluator
 from omni_jax.api.made_with import media_digest
 from omni_jax.api.processes import check_equal, check_shared, on_all_processes, on_process_0
-from omni_jax.api.retriever import check_preprocessing
 from omni_jax.api.shared import Shared
 from omni_jax.api.start_report import data_notes, trained_too
 from omni_jax.api.weights import base_digests
@@ -225,7 +224,6 @@ def _model(base: epath.Path, run: RunConfig, preset: Preset) -> tuple[Manifest, 
     if "int8" in (run.model.weights, model.weights):
         model = over_int8(model, run.trainable)
     preset.check(model.prompt)
-    check_preprocessing(base, model)
     tokenizer = Tokenizer.from_pretrained(base)
     tokenizer.check(model.tokens)
     return manifest, model, tokenizer

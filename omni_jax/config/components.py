@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from omni_jax.config.errors import ConfigError, check_divides
-from omni_jax.config.hf_fields import check_beats_fields
+from omni_jax.config.hf_fields import BEATS_NAMES, check_beats_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +50,13 @@ class VisionConfig:
     output_size: int
     full_attention_layers: tuple[int, ...]
     window_size: int = 112  # pixels
-    patch_size: int = 14  # pixels
-    temporal_patch_size: int = 2  # frames
-    merge_size: int = 2  # patches per side joined into one token
-    in_channels: int = 3
-    norm_eps: float = 1e-6
-    rope_theta: float = 1e4
+
+    patch_size: ClassVar[int] = 14  # pixels
+    temporal_patch_size: ClassVar[int] = 2  # frames
+    merge_size: ClassVar[int] = 2  # patches per side joined into one token
+    in_channels: ClassVar[int] = 3
+    norm_eps: ClassVar[float] = 1e-6
+    rope_theta: ClassVar[float] = 1e4
 
     @property
     def head_dim(self) -> int:
@@ -87,10 +88,11 @@ class AudioConfig:
     num_layers: int
     num_heads: int
     output_size: int
-    num_mel_bins: int = 128
     n_window: int = 100
     max_source_positions: int = 1500
-    norm_eps: float = 1e-5
+
+    num_mel_bins: ClassVar[int] = 128
+    norm_eps: ClassVar[float] = 1e-5
 
     @property
     def head_dim(self) -> int:
@@ -122,15 +124,16 @@ class BeatsConfig:
     intermediate_size: int = 3072
     num_heads: int = 12
     embed_dim: int = 512  # width of the patch embedding; no post_extract_proj where it equals hidden_size
-    patch_size: int = 16  # fbank frames and bins
     conv_pos: int = 128  # kernel of the position convolution
     conv_pos_groups: int = 16
     num_buckets: int = 320
     max_distance: int = 800
-    num_mel_bins: int = 128
-    norm_eps: float = 1e-5
     conv_bias: bool = False  # bias of the patch embedding
     predictor_classes: int = 527  # carried classifier, 0 where the checkpoint has none
+
+    patch_size: ClassVar[int] = 16  # fbank frames and bins
+    num_mel_bins: ClassVar[int] = 128
+    norm_eps: ClassVar[float] = 1e-5
 
     @property
     def head_dim(self) -> int:
@@ -162,16 +165,7 @@ class BeatsConfig:
         """
         check_beats_fields(cfg)
         return cls(
-            num_layers=int(cfg["encoder_layers"]),
-            hidden_size=int(cfg["encoder_embed_dim"]),
-            intermediate_size=int(cfg["encoder_ffn_embed_dim"]),
-            num_heads=int(cfg["encoder_attention_heads"]),
-            embed_dim=int(cfg["embed_dim"]),
-            patch_size=int(cfg["input_patch_size"]),
-            conv_pos=int(cfg["conv_pos"]),
-            conv_pos_groups=int(cfg["conv_pos_groups"]),
-            num_buckets=int(cfg["num_buckets"]),
-            max_distance=int(cfg["max_distance"]),
+            **{ours: int(cfg[theirs]) for ours, theirs in BEATS_NAMES.items()},
             conv_bias=bool(cfg.get("conv_bias", False)),
             predictor_classes=int(cfg.get("predictor_class", 0)) if cfg.get("finetuned_model") else 0,
         )
@@ -234,3 +228,8 @@ CONTROL_TOKENS = {
     "vision_eos": "<|vision_eos|>",
 }
 """Field of `SpecialTokens` -> the token's string in the tokenizer."""
+
+
+def constants(kind: type) -> dict[str, Any]:
+    """Returns what is the same in every model of a kind: name -> value. Preprocessing and tower are made for these values alone."""
+    return {name: getattr(kind, name) for name, hint in kind.__annotations__.items() if hint.startswith("ClassVar")}

@@ -13,17 +13,60 @@ from omni_jax.config.errors import ConfigError
 
 SECTIONS = ("text_config", "vision_config", "audio_config")
 
+NAMES: dict[str, dict[str, str]] = {
+    "text_config": {
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "vocab_size": "vocab_size",
+        "rms_norm_eps": "rms_norm_eps",
+        "max_positions": "max_position_embeddings",
+    },
+    "vision_config": {
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "num_layers": "depth",
+        "num_heads": "num_heads",
+        "output_size": "out_hidden_size",
+        "full_attention_layers": "fullatt_block_indexes",
+        "window_size": "window_size",
+    },
+    "audio_config": {
+        "hidden_size": "d_model",
+        "intermediate_size": "encoder_ffn_dim",
+        "num_layers": "encoder_layers",
+        "num_heads": "encoder_attention_heads",
+        "output_size": "output_dim",
+        "n_window": "n_window",
+        "max_source_positions": "max_source_positions",
+    },
+}
+"""Section -> our name of a field -> its name there."""
+
+BEATS_NAMES = {
+    "num_layers": "encoder_layers",
+    "hidden_size": "encoder_embed_dim",
+    "intermediate_size": "encoder_ffn_embed_dim",
+    "num_heads": "encoder_attention_heads",
+    "embed_dim": "embed_dim",
+    "conv_pos": "conv_pos",
+    "conv_pos_groups": "conv_pos_groups",
+    "num_buckets": "num_buckets",
+    "max_distance": "max_distance",
+}
+"""Our name of a whole number of BEATs -> its name in the `cfg` of a published file."""
+
+# Beside those of NAMES.
 _READ = {
     "": "text_config vision_config audio_config model_type classify_type pad_token_id audio_token_index audio_start_token_id "
     "audio_end_token_id video_token_index vision_start_token_id vision_end_token_id position_id_per_seconds seconds_per_chunk "
     "audio_token_id video_token_id train_classify",
-    "text_config": "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size rms_norm_eps "
-    "rope_theta rope_scaling rope_parameters max_position_embeddings layer_types use_sliding_window sliding_window max_window_layers "
-    "head_dim partial_rotary_factor pad_token_id",
-    "vision_config": "depth hidden_size intermediate_size num_heads in_channels in_chans patch_size spatial_patch_size spatial_merge_size "
-    "temporal_patch_size window_size out_hidden_size fullatt_block_indexes rope_parameters embed_dim num_attention_heads num_hidden_layers",
-    "audio_config": "d_model encoder_ffn_dim encoder_layers encoder_attention_heads output_dim num_mel_bins n_window "
-    "max_source_positions beats_path beats_cfg hidden_size intermediate_size num_attention_heads num_hidden_layers",
+    "text_config": "rope_theta rope_scaling rope_parameters layer_types use_sliding_window sliding_window max_window_layers head_dim "
+    "partial_rotary_factor pad_token_id",
+    "vision_config": "rope_parameters embed_dim num_attention_heads num_hidden_layers",
+    "audio_config": "beats_path beats_cfg hidden_size intermediate_size num_attention_heads num_hidden_layers",
 }
 
 # Field -> the values that mean what this model computes.
@@ -36,16 +79,28 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
         "mlp_bias": (False, None),
         "is_causal": (True, None),
     },
-    "vision_config": {"hidden_act": ("silu",)},
-    "audio_config": {"activation_function": ("gelu",), "scale_embedding": (False,), "beats_only": (False, None), "use_beats": (True, None)},
+    "vision_config": {
+        "hidden_act": ("silu",),
+        "patch_size": (14,),
+        "spatial_patch_size": (14, None),
+        "temporal_patch_size": (2,),
+        "spatial_merge_size": (2,),
+        "in_channels": (3, None),
+        "in_chans": (3, None),
+    },
+    "audio_config": {
+        "activation_function": ("gelu",),
+        "scale_embedding": (False,),
+        "beats_only": (False, None),
+        "use_beats": (True, None),
+        "num_mel_bins": (128,),
+    },
 }
 
 # Field -> the field of the same section that it must agree with where both are there: names that transformers maps to each other.
 _SAME = {
     "vision_config": {
         "embed_dim": "hidden_size",
-        "in_chans": "in_channels",
-        "spatial_patch_size": "patch_size",
         "num_attention_heads": "num_heads",
         "num_hidden_layers": "depth",
     },
@@ -79,11 +134,9 @@ _HARMLESS = frozenset(
 # Of a base class that could do otherwise; this model has none of it.
 _EMPTY = ("add_cross_attention", "cross_attention_hidden_size", "is_encoder_decoder", "pruned_heads")
 
-_BEATS_READ = frozenset(
-    "encoder_layers encoder_embed_dim encoder_ffn_embed_dim encoder_attention_heads embed_dim input_patch_size conv_pos conv_pos_groups "
-    "num_buckets max_distance conv_bias predictor_class finetuned_model".split()
-)
-_BEATS_FIXED: dict[str, Any] = {
+_BEATS_READ = {*BEATS_NAMES.values(), "conv_bias", "predictor_class", "finetuned_model"}
+BEATS_FIXED: dict[str, Any] = {
+    "input_patch_size": 16,
     "deep_norm": True,
     "gru_rel_pos": True,
     "relative_position_embedding": True,
@@ -188,10 +241,10 @@ def rope_of(text: Mapping[str, Any]) -> tuple[float, tuple[int, int, int]]:
 
 def check_beats_fields(cfg: Mapping[str, Any]) -> None:
     """Raises ConfigError for a setting of BEATs that this port does not compute, or does not know."""
-    for key, value in _BEATS_FIXED.items():
+    for key, value in BEATS_FIXED.items():
         if cfg.get(key, value) != value:
             raise ConfigError(f"BEATs cfg: {key}={cfg[key]!r} is not supported, only {value!r}")
-    known = _BEATS_READ | _BEATS_TRAINING | _BEATS_FIXED.keys()
+    known = _BEATS_READ | _BEATS_TRAINING | BEATS_FIXED.keys()
     strange = sorted(str(key) for key, value in cfg.items() if key not in known and not _is_empty(value))
     if strange:
         raise ConfigError(
@@ -216,7 +269,7 @@ def _check_attention(text: Mapping[str, Any]) -> None:
 
 
 def _refuse_unknown(section: str, fields: Mapping[str, Any], allowed: set[str] | None = None) -> None:
-    known = {*_READ[section].split(), *_FIXED[section], *_HARMLESS, *(allowed or ())}
+    known = {*_READ[section].split(), *NAMES.get(section, {}).values(), *_FIXED[section], *_HARMLESS, *(allowed or ())}
     for name in _EMPTY:
         if fields.get(name):
             raise ConfigError(f"config.json: {f'{section}.{name}'.lstrip('.')} {fields[name]!r} is not supported; this model has none")

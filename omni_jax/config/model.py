@@ -6,14 +6,24 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from omni_jax.config.components import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, SpecialTokens, VisionConfig
+from omni_jax.config.components import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, SpecialTokens, VisionConfig, constants
 from omni_jax.config.errors import ConfigError
-from omni_jax.config.hf_fields import check_fields, rope_of, thinker_config, token_id
+from omni_jax.config.hf_fields import NAMES, check_fields, rope_of, thinker_config, token_id
 
 ATTENTIONS = ("causal", "bidirectional")
 POOLINGS = ("last_all_layers", "mean")
 PROMPTS = ("plain", "chat")
 WEIGHTS = ("float", "int8", "int8-dynamic")
+
+PARTS = {
+    "decoder": DecoderConfig,
+    "vision": VisionConfig,
+    "audio": AudioConfig,
+    "beats": BeatsConfig,
+    "tokens": SpecialTokens,
+    "lora": LoraConfig,
+}
+"""Field of `ModelConfig` -> the record that it is."""
 
 EMBED_MODEL_TYPE = "nvomniembed"
 """`model_type` of Omni-Embed-Nemotron-3B."""
@@ -117,41 +127,9 @@ class ModelConfig:
             raise ConfigError(f"config.json: vision_config.rope_parameters.rope_theta {rope['rope_theta']!r} is not supported")
         theta, sections = rope_of(text)
         return cls(
-            decoder=DecoderConfig(
-                hidden_size=width,
-                intermediate_size=text["intermediate_size"],
-                num_layers=text["num_hidden_layers"],
-                num_heads=text["num_attention_heads"],
-                num_kv_heads=text["num_key_value_heads"],
-                vocab_size=text["vocab_size"],
-                rms_norm_eps=text["rms_norm_eps"],
-                rope_theta=theta,
-                mrope_sections=sections,
-                max_positions=text.get("max_position_embeddings", 32768),
-            ),
-            vision=VisionConfig(
-                hidden_size=vision["hidden_size"],
-                intermediate_size=vision["intermediate_size"],
-                num_layers=vision["depth"],
-                num_heads=vision["num_heads"],
-                output_size=vision["out_hidden_size"],
-                full_attention_layers=tuple(vision["fullatt_block_indexes"]),
-                window_size=vision["window_size"],
-                patch_size=vision["patch_size"],
-                temporal_patch_size=vision["temporal_patch_size"],
-                merge_size=vision["spatial_merge_size"],
-                in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
-            ),
-            audio=AudioConfig(
-                hidden_size=audio["d_model"],
-                intermediate_size=audio["encoder_ffn_dim"],
-                num_layers=audio["encoder_layers"],
-                num_heads=audio["encoder_attention_heads"],
-                output_size=audio["output_dim"],
-                num_mel_bins=audio["num_mel_bins"],
-                n_window=audio["n_window"],
-                max_source_positions=audio["max_source_positions"],
-            ),
+            decoder=DecoderConfig(**_read(text, "text_config"), rope_theta=theta, mrope_sections=sections),
+            vision=VisionConfig(**_read(vision, "vision_config")),
+            audio=AudioConfig(**_read(audio, "audio_config")),
             beats=beats,
             tokens=SpecialTokens(
                 pad=text["pad_token_id"] if config.get("pad_token_id") is None else config["pad_token_id"],
@@ -169,21 +147,29 @@ class ModelConfig:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dict that `from_json` reads back to an equal record."""
-        return dataclasses.asdict(self)
+        """A JSON-ready dict that `from_json` reads back to an equal record; it holds the constants of the parts, too."""
+        value = dataclasses.asdict(self)
+        return value | {name: value[name] | constants(kind) for name, kind in PARTS.items() if value[name] is not None}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ModelConfig:
-        sections = {
-            "decoder": DecoderConfig,
-            "vision": VisionConfig,
-            "audio": AudioConfig,
-            "beats": BeatsConfig,
-            "tokens": SpecialTokens,
-            "lora": LoraConfig,
-        }
+        """Reads what `to_json` gives. Raises ConfigError for a part that is not made for its constants."""
         fields: dict[str, Any] = {name: tuple(field) if isinstance(field, list) else field for name, field in value.items()}
-        for name, kind in sections.items():
-            if fields.get(name) is not None:
-                fields[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields[name].items()})
+        for name, kind in PARTS.items():
+            if fields.get(name) is None:
+                continue
+            part = {k: tuple(v) if isinstance(v, list) else v for k, v in fields[name].items()}
+            for constant, only in constants(kind).items():
+                if (found := part.pop(constant, only)) != only:
+                    raise ConfigError(
+                        f"the model's {name}.{constant} is {found}, must be {only}: the preprocessing is fixed at 14/2/2/16 "
+                        f"(patch, merge, temporal patch, fbank patch); use a WAVE-7B or Qwen2.5-Omni checkpoint"
+                    )
+            fields[name] = kind(**part)
         return cls(**fields)
+
+
+def _read(section: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns the fields of a section under our names. Raises KeyError for one that is missing, but for the longest prompt."""
+    found = {ours: section[theirs] for ours, theirs in NAMES[name].items() if ours != "max_positions" or theirs in section}
+    return {ours: tuple(value) if isinstance(value, list) else value for ours, value in found.items()}

@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from omni_jax.config import ConfigError, ModelConfig, Preset
+from omni_jax.config import BeatsConfig, ConfigError, ModelConfig, Preset
 from omni_jax.config.batches import AugmentConfig, BatchSection
 from omni_jax.data.augment import augment_text
 from omni_jax.data.clips import same_as
 from omni_jax.data.negatives import MinedNegatives
 from omni_jax.data.order import RngStream, apart, derangement, epoch_order, generator, numbered, other_captions, window_updates
-from omni_jax.data.sources import BEATS_PATCH, ClipSource, fbank_frames, tokens_of
+from omni_jax.data.sources import ClipSource, fbank_frames, tokens_of
 from omni_jax.features.audio import HOP
 from omni_jax.tokens.batching import attention_cost
 from omni_jax.tokens.buckets import round_up
@@ -179,7 +179,7 @@ class Planner:
             steps=limits.steps,
             patches=limits.patches,
             chunks=-(-mel // frames),
-            fbank_frames=max(BEATS_PATCH, fbank_frames(limits.samples)),
+            fbank_frames=max(BeatsConfig.patch_size, fbank_frames(limits.samples)),
             row_tokens=0,
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from omni_jax.config import Preset
+from omni_jax.config import BeatsConfig, Preset
 from omni_jax.data.clips import ClipInfo, ClipSource, Limits
 from omni_jax.data.formats.table import is_source
 from omni_jax.data.loading import DECODE_LIMIT_S, load_training_clip
@@ -26,7 +26,6 @@ from omni_jax.types import Clip, InputError, Record
 __all__ = ["ClipInfo", "ClipSource", "Limits", "MediaSource", "open_source"]
 
 MANIFESTS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
-BEATS_PATCH = 16  # fbank frames
 LONGEST_ASPECT = 4  # of a streamed clip's frames: shapes are fixed before any of them is seen
 
 
@@ -144,4 +143,4 @@ def tokens_of(samples: int) -> int:
 
 def fbank_frames(samples: int) -> int:
     """Returns the fbank frames of a waveform that fill whole patches of BEATs."""
-    return max(0, (samples - KALDI_WINDOW) // HOP + 1) // BEATS_PATCH * BEATS_PATCH
+    return max(0, (samples - KALDI_WINDOW) // HOP + 1) // BeatsConfig.patch_size * BeatsConfig.patch_size

@@ -9,11 +9,11 @@ import functools
 
 import numpy as np
 
-from omni_jax.config import Preset
+from omni_jax.config import AudioConfig, Preset
 from omni_jax.types import AudioSegment, ClipError
 
 SAMPLE_RATE = 16_000  # samples per second
-MEL_BINS = 128
+MEL_BINS = AudioConfig.num_mel_bins
 HOP = SAMPLE_RATE // 100  # samples between frames, 10 ms, of both spectrograms
 
 WHISPER_WINDOW = SAMPLE_RATE // 40  # samples, 25 ms

@@ -12,13 +12,11 @@ import numpy as np
 from einops import rearrange
 from PIL import Image
 
-from omni_jax.config import Preset
+from omni_jax.config import Preset, VisionConfig
 from omni_jax.types import ClipError, VideoFrames, VideoGrid, VisionFeatures
 
-PATCH = 14  # pixels
-MERGE = 2  # patches per side of a token
+PATCH, MERGE, FRAMES_PER_STEP = VisionConfig.patch_size, VisionConfig.merge_size, VisionConfig.temporal_patch_size
 FACTOR = PATCH * MERGE  # pixels per side of a token: frames are resized to multiples of it
-FRAMES_PER_STEP = 2  # frames joined into one temporal step
 MAX_ASPECT = 200  # longer side over shorter side
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of CLIP's training images, RGB, 0..1

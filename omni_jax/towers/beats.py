@@ -17,7 +17,6 @@ from omni_jax.towers.base import MAX_PAIRS, Item, Tower
 from omni_jax.towers.work import Attention, FlopCount, LinearOps, Terms, unpadded
 from omni_jax.types import BatchShapes, BeatsBatch, Features
 
-BEATS_PATCH = 16  # fbank frames of one patch
 BEATS_EDGE = 4  # tokens: a segment's mel frames outnumber its whole fbank patches by at most 18 frames
 BATCH_FRAMES = 8192  # fbank frames of one batch; it holds one segment at least
 
@@ -27,7 +26,7 @@ class BeatsInput(Tower):
 
     name, modality = "beats", "audio"
     fields: ClassVar = {"fbank": 2, "frames": 0, "tokens": 0}
-    unit = BEATS_PATCH
+    unit = BeatsConfig.patch_size
     exact = True
     most = 8
 
@@ -37,7 +36,7 @@ class BeatsInput(Tower):
     def items(self, features: Features, config: ModelConfig) -> list[Item]:
         found = []
         for part, segment in enumerate(features.audio or ()):
-            frames = len(segment.fbank) // BEATS_PATCH * BEATS_PATCH
+            frames = len(segment.fbank) // BeatsConfig.patch_size * BeatsConfig.patch_size
             if segment.tokens > beats_tokens(frames):
                 raise ValueError(f"a segment of {len(segment.fbank)} fbank frames cannot have {segment.tokens} tokens")
             arrays = np.asarray(segment.fbank[:frames], np.float32), np.int32(frames), np.int32(segment.tokens)

@@ -38,7 +38,7 @@ def tiny_config() -> dict[str, Any]:
     config["text_config"] |= {"hidden_size": 32, "intermediate_size": 20, "num_attention_heads": 2, "num_key_value_heads": 1}
     config["text_config"]["rope_scaling"] = {"mrope_section": [2, 3, 3], "rope_type": "default"}
     config["audio_config"] |= {"d_model": 12, "encoder_attention_heads": 2, "encoder_ffn_dim": 20, "output_dim": 32}
-    config["audio_config"] |= {"num_mel_bins": 16, "beats_path": "/training/machine/BEATs.pt"}
+    config["audio_config"] |= {"beats_path": "/training/machine/BEATs.pt"}
     config["vision_config"] |= {"hidden_size": 8, "intermediate_size": 12, "num_heads": 2, "out_hidden_size": 32}
     return config
 

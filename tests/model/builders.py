@@ -19,7 +19,7 @@ from omni_jax.model.layers import ParamFactory
 from omni_jax.types import RowBatch
 from tests.model.reference import Weights
 
-# Head widths 10, 20, 12 and 14, three query heads a KV head, windows of 3x3 merged tokens, 7 tokens an audio chunk, 3 frequency patches,
+# Head widths 10, 20, 12 and 14, three query heads a KV head, windows of 3x3 merged tokens, 7 tokens an audio chunk,
 # 14 channels a convolution group: nothing is a power of two, and nothing equals something else by chance.
 ODD = ModelConfig(
     decoder=DecoderConfig(
@@ -32,8 +32,7 @@ ODD = ModelConfig(
         num_heads=2,
         output_size=60,
         full_attention_layers=(1,),
-        window_size=36,
-        patch_size=6,
+        window_size=84,
     ),
     audio=AudioConfig(
         hidden_size=36,
@@ -41,7 +40,6 @@ ODD = ModelConfig(
         num_layers=2,
         num_heads=3,
         output_size=60,
-        num_mel_bins=20,
         n_window=14,
         max_source_positions=90,
     ),
@@ -55,7 +53,6 @@ ODD = ModelConfig(
         conv_pos_groups=3,
         num_buckets=12,
         max_distance=20,
-        num_mel_bins=48,
         predictor_classes=5,
     ),
     tokens=SpecialTokens(pad=256, audio=257, audio_bos=258, audio_eos=259, video=260, vision_bos=261, vision_eos=262),

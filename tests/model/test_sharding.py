@@ -137,8 +137,8 @@ def inputs(config: ModelConfig) -> dict[str, dict[str, np.ndarray]]:
             "coords": np.tile(grid, (ITEMS, 1, 1)),
             "window": np.tile(np.arange(len(grid)) // 24, (ITEMS, 1)),
         },
-        "whisper_tokens": {"mel": builders.noise(2, ITEMS, 28, 20), "frames": np.full(ITEMS, 28)},
-        "beats_tokens": {"fbank": builders.noise(3, ITEMS, 48, 48), "frames": np.full(ITEMS, 48)},
+        "whisper_tokens": {"mel": builders.noise(2, ITEMS, 28, config.audio.num_mel_bins), "frames": np.full(ITEMS, 28)},
+        "beats_tokens": {"fbank": builders.noise(3, ITEMS, 48, config.beats.num_mel_bins), "frames": np.full(ITEMS, 48)},
         "embed_rows": {**rows, "positions": np.moveaxis(rows["positions"], 0, 1)},
     }
 
