@@ -15,17 +15,24 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from omni_jax.cli.argtypes import add_truncate_dim, positive, whole
+from omni_jax.cli.model_arguments import (
+    add_model_arguments,
+    add_preset_arguments,
+    add_weights_arguments,
+    check_preset,
+    choose_preset,
+    load_model,
+    named_model,
+)
 from omni_jax.cli.on_ray import add_actor_arguments, add_ray_argument, check_ray, embedding_on_ray
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.source import add_source_arguments, read_source
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED, INTERRUPTED, STOPPED_AND_SAVED
-from omni_jax.config import PREFIXES, PRESETS, TABLE_MODALITIES, TABLES, ConfigError, Preset, preset
-from omni_jax.config.made_with import recorded_preset
+from omni_jax.config import TABLE_MODALITIES, TABLES, ConfigError
 from omni_jax.types import InputError, Record
 
 if TYPE_CHECKING:
     from omni_jax.api import OmniRetriever
-    from omni_jax.api.weights import ModelSource
     from omni_jax.data.manifest import Manifest
     from omni_jax.engines.ray_embed import RayEmbedding
     from omni_jax.retrieval.embedding_pass import Outcome, Part
@@ -68,46 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--official-keys", action="store_true", help="write '{id}__table' arrays, as the published extractor does")
 
 
-def add_preset_arguments(parser: argparse.ArgumentParser, usual: str = "the one that the model was trained with") -> None:
-    """Adds the choice of a preset, for one model; `usual` says what is taken without it."""
-    parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: {usual})")
-    add_override_argument(parser)
-    parser.add_argument(
-        "--prefix",
-        choices=PREFIXES,
-        help="prompt prefix of captions, for models trained with one (a record's `prefix` field takes precedence)",
-    )
-
-
-def add_override_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help="override a preset field")
-
-
-def check_preset(args: argparse.Namespace) -> None:
-    """Raises ConfigError for a preset that is unknown, or a field that is: before anything is looked for."""
-    (preset(args.preset) if args.preset else Preset()).override(args.overrides)
-
-
-def choose_preset(args: argparse.Namespace, source: ModelSource, made_with: Mapping[str, Any] | None = None) -> Preset:
-    """Returns the preset that the arguments of `add_preset_arguments` ask for.
-
-    Args:
-      source: the model.
-      made_with: of an index that is searched: its preset is taken where the arguments name none.
-
-    Raises:
-      ConfigError: for one that is unknown, a field that is, or a preset made for another kind of backbone.
-    """
-    if args.preset:
-        chosen = preset(args.preset)
-    else:
-        chosen = recorded_preset(made_with) if made_with is not None else source.preset
-    chosen = chosen.override(args.overrides)
-    chosen = dataclasses.replace(chosen, prefix=args.prefix or chosen.prefix)
-    chosen.check(source.config.prompt)
-    return chosen
-
-
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what every command that embeds a manifest takes."""
     add_model_arguments(parser)
@@ -126,42 +93,6 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive(float),
         metavar="SECONDS",
         help=f"skip a clip whose decoding makes no progress for so long, or takes ten times as long (default: {TIMEOUT_S:g})",
-    )
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the choice of a model, as `named_model` takes it."""
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="MODEL",
-        help="converted folder, workdir of 'omni-jax train', folder of a PyTorch checkpoint, or its name on the Hub (owner/name)",
-    )
-    parser.add_argument("--adapter", metavar="MODEL", help="PEFT adapter of a PyTorch checkpoint: its folder or its name on the Hub")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of --model on the Hub (default: main)")
-    parser.add_argument("--adapter-revision", metavar="REV", help="the same for --adapter")
-
-
-def named_model(args: argparse.Namespace) -> ModelSource:
-    """Opens the model that was asked for, fetched and converted where it is only published.
-
-    Raises:
-      InputError: when there is no such model.
-    """
-    from omni_jax.api.weights import find_model, open_model
-
-    folder = find_model(args.model, args.adapter, revision=args.revision, adapter_revision=args.adapter_revision)
-    return open_model(folder, weights=args.weights)
-
-
-def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds how the weights are held and computed with."""
-    parser.add_argument("--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="weights and computation (default: keep)")
-    parser.add_argument(
-        "--weights",
-        choices=("keep", "int8", "int8-dynamic"),
-        default="keep",
-        help="large matrices rounded to int8, half the memory of bfloat16; int8-dynamic rounds what they multiply too (default: keep)",
     )
 
 
@@ -329,12 +260,6 @@ def usable_tables(args: argparse.Namespace, manifest: Manifest, tables: tuple[st
     if fewer:
         print(f"{args.manifest}: some of the {len(manifest.records)} records lack a modality: {', '.join(fewer)} records", file=sys.stderr)
     return chosen
-
-
-def load_model(args: argparse.Namespace, source: ModelSource, chosen: Preset) -> OmniRetriever:
-    from omni_jax.api import OmniRetriever
-
-    return OmniRetriever.from_source(source, dtype=args.dtype, preset=chosen)
 
 
 def embed(

@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from omni_jax.cli.argtypes import positive, whole
-from omni_jax.cli.embed import add_model_arguments, add_preset_arguments, add_weights_arguments, check_preset, choose_preset, named_model
+from omni_jax.cli.model_arguments import (
+    add_model_arguments,
+    add_preset_arguments,
+    add_weights_arguments,
+    check_preset,
+    choose_preset,
+    named_model,
+)
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED
 from omni_jax.config import mteb_preset

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omni_jax.cli.argtypes import positive, whole
+from omni_jax.cli.model_arguments import add_override_argument
 from omni_jax.cli.on_ray import add_ray_argument, check_ray, local_cpus
 from omni_jax.cli.source import add_source_arguments, read_source
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED, STOPPED_AND_SAVED
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shards", type=positive(int), metavar="N", help="files to write (default: one for every 256 clips)")
     parser.add_argument("--preset", default="training", help=f"one of {', '.join(PRESETS)} (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help="override a preset field")
+    add_override_argument(parser)
     parser.add_argument("--media-root", metavar="DIR", help="folder that media paths start from (default: the manifest's)")
     parser.add_argument("--workers", type=whole, metavar="N", help="decoding processes (default: one less than the cores)")
     parser.add_argument(

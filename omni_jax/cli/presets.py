@@ -9,6 +9,7 @@ import sys
 from etils import epath
 
 from omni_jax.cli import embed
+from omni_jax.cli.model_arguments import add_override_argument, load_model, named_model
 from omni_jax.cli.source import read_source
 from omni_jax.config import ConfigError, Preset, presets_for
 from omni_jax.types import InputError
@@ -18,7 +19,7 @@ EXAMPLE = "omni-jax presets --model omni7b --manifest clips.jsonl --out presets"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     embed.add_input_arguments(parser)
-    embed.add_override_argument(parser)
+    add_override_argument(parser)
     parser.add_argument(
         "--presets", metavar="LIST", help="comma-separated, which ones (default: all of the backbone; wave takes up to 128 frames)"
     )
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     embed.check_timeout(args)
     Preset().override(args.overrides)  # a wrong one is answered before the model is looked for
 
-    source = embed.named_model(args)
+    source = named_model(args)
     known = presets_for(source.config.prompt)
     names = [name.strip() for name in args.presets.split(",")] if args.presets else list(known)
     if unknown := [name for name in names if name not in known]:
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     tables = embed.usable_tables(args, manifest, tables, args.out / "manifest.npz" if args.out else None)
-    model = embed.load_model(args, source, next(iter(chosen.values())))
+    model = load_model(args, source, next(iter(chosen.values())))
     results, bad = {}, 0
     for name, preset in chosen.items():
         model.preset = preset

@@ -7,28 +7,23 @@ import functools
 import json
 import sys
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from omni_jax.cli import embed
 from omni_jax.cli.argtypes import add_truncate_dim
+from omni_jax.cli.model_arguments import add_index_arguments, check_preset, model_for_index
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED
-from omni_jax.config import TABLES, Preset
-from omni_jax.config.made_with import held_otherwise, listed, made_otherwise
+from omni_jax.config import TABLES
 from omni_jax.types import InputError
 
 if TYPE_CHECKING:
-    from omni_jax.api.weights import ModelSource
+    pass
 
 EXAMPLE = 'omni-jax search --model omni7b --index clips.npz --text "a whistle over a gradient sky" -k 5'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    embed.add_model_arguments(parser)
-    parser.add_argument(
-        "--index", action="append", required=True, metavar="FILE.npz", help="embedding file; repeat it for parts of one set"
-    )
+    add_index_arguments(parser)
     query = parser.add_mutually_exclusive_group(required=True)
     query.add_argument("--text", metavar="TEXT", help="search by a caption")
     query.add_argument("--audio", metavar="FILE", help="search by a sound, or by the sound of a video")
@@ -42,9 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object a query instead of lines")
     add_truncate_dim(parser, "index and query")
-    embed.add_preset_arguments(parser, "the one that the index was made with, or else the model's")
-    parser.add_argument("--unchecked", action="store_true", help="search an index even if another model or preset made it")
-    embed.add_weights_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       InputError, ConfigError: for an index, a query or a model that cannot be used.
     """
-    embed.check_preset(args)
+    check_preset(args)
     if args.media_root is not None and args.queries is None:
         raise InputError(f"--media-root {args.media_root}: is for --queries; omit it")
 
@@ -63,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.cli.inputs import read_tables
     from omni_jax.cli.queries import read_queries
     from omni_jax.retrieval.rows import truncated
-    from omni_jax.retrieval.search import TARGETS, target_table
+    from omni_jax.retrieval.search import TARGETS, Index, target_table
 
     queries = read_queries(args)
     if args.prefix and not any(item.get("text") for item in queries.items):
@@ -77,13 +69,7 @@ def run(args: argparse.Namespace) -> int:
     (table,) = index.tables
     if not index.ids:
         raise InputError(f"{args.index[0]}: holds no records")
-    source = embed.named_model(args)
-    chosen = embed.choose_preset(args, source, index.made_with)
-    check_origin(args, index.made_with, source, chosen)
-
-    from omni_jax.retrieval.search import Index
-
-    model = embed.load_model(args, source, chosen)
+    _, chosen, model = model_for_index(args, index.made_with)
     with warnings.catch_warnings(record=args.queries is not None) as caught:
         vectors = model.encode(
             queries.items,
@@ -113,31 +99,6 @@ def _show(args: argparse.Namespace, kind: str | None, name: str, table: str, rec
     print(f"{kind if args.queries is None else one_line(name)} in table {table} of {records} records, by cosine:")
     for rank, (name, score) in enumerate(found, 1):
         print(f"{rank:4d}  {score:7.4f}  {one_line(name)}")
-
-
-def check_origin(args: argparse.Namespace, recorded: Mapping[str, Any] | None, source: ModelSource, chosen: Preset) -> None:
-    """Compares what an index was made with (None: unknown) and what searches it, before weights are read.
-
-    Raises:
-      InputError: where the model or the preset is another, unless the arguments say that it may be.
-    """
-    if recorded is None:
-        print(f"{args.index[0]}: what it was made with is not recorded; search it with the model and preset that made it", file=sys.stderr)
-        return
-    from omni_jax.api.made_with import made_with
-    from omni_jax.retrieval.search import FREE
-
-    here = made_with(source, chosen, dtype=args.dtype, recorded=recorded)
-    found = made_otherwise(recorded, here, FREE)
-    if held := held_otherwise(recorded, here):
-        print(f"{args.index[0]}: was made with weights of another precision: {listed(held)}; cosines differ a little", file=sys.stderr)
-    if found and not args.unchecked:
-        raise InputError(
-            f"{args.index[0]}: was made otherwise than --model {args.model} embeds: {listed(found)}; search with the model and preset that "
-            f"made it, embed it again, or pass --unchecked to search anyway"
-        )
-    if found:
-        print(f"{args.index[0]}: was made otherwise: {listed(found)}", file=sys.stderr)
 
 
 def _count(text: str) -> int:

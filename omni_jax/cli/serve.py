@@ -9,9 +9,8 @@ import os
 import socket
 from pathlib import Path
 
-from omni_jax.cli import embed
 from omni_jax.cli.argtypes import positive
-from omni_jax.cli.search import check_origin
+from omni_jax.cli.model_arguments import add_index_arguments, check_preset, model_for_index
 from omni_jax.types import InputError
 
 EXAMPLE = "omni-jax serve --model omni7b --index clips.npz --manifest clips.jsonl --media clips"
@@ -21,10 +20,7 @@ SHORTEST = 16  # characters of a token
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    embed.add_model_arguments(parser)
-    parser.add_argument(
-        "--index", action="append", required=True, metavar="FILE.npz", help="embedding file; repeat it for parts of one set"
-    )
+    add_index_arguments(parser)
     parser.add_argument(
         "--media",
         metavar="DIR",
@@ -47,9 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=positive(int), metavar="N", help="decoding processes (default: one less than the cores)")
     parser.add_argument("--batch-size", type=positive(int), default=16, metavar="N", help="items encoded together (default: %(default)s)")
     parser.add_argument("--max-waiting", type=positive(int), default=1024, metavar="N", help="items that may wait (default: %(default)s)")
-    embed.add_preset_arguments(parser, "the one that the index was made with, or else the model's")
-    parser.add_argument("--unchecked", action="store_true", help="search an index even if another model or preset made it")
-    embed.add_weights_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,18 +70,14 @@ def run(args: argparse.Namespace) -> int:
     with listening(args.host, args.port) as bound:
         records = records_of(args.manifest, args.media)
         indexes = open_indexes(args.index)
-        made_with = next(iter(indexes.values())).made_with
-        embed.check_preset(args)
-        source = embed.named_model(args)
-        chosen = embed.choose_preset(args, source, made_with)
-        check_origin(args, made_with, source, chosen)
+        check_preset(args)
         workers = args.workers or max(1, (os.cpu_count() or 1) - 1)
         library = Library(indexes, records, Path(args.media) if args.media is not None else None, workers)
 
         from omni_jax.serve.app import make_app
         from omni_jax.serve.embedding import Embedder
 
-        model = embed.load_model(args, source, chosen)
+        source, _, model = model_for_index(args, next(iter(indexes.values())).made_with)
         embedder = Embedder(model, batch_size=args.batch_size, workers=workers, timeout_s=args.timeout, most_waiting=args.max_waiting)
         names = (*(LOOPBACK if local else (args.host,)), *(name.lower() for name in args.allow_host))
         hosts = () if args.host in ("0.0.0.0", "::") and not args.allow_host else names

@@ -13,8 +13,8 @@ import pytest
 from omni_jax import conversion
 from omni_jax.api.saving import save_model
 from omni_jax.api.weights import base_digests, load_params, open_model
-from omni_jax.cli.embed import choose_preset
 from omni_jax.cli.main import build_parser, main
+from omni_jax.cli.model_arguments import choose_preset
 from omni_jax.config import ModelConfig, preset
 from omni_jax.configs import tiny
 from omni_jax.conversion.folder import read_manifest

@@ -218,8 +218,8 @@ def test_search_embeds_what_it_is_given(
             return VIDEO[7:8]
 
     plain = SimpleNamespace(config=SimpleNamespace(prompt="plain"), preset=Preset())
-    monkeypatch.setattr("omni_jax.cli.embed.named_model", lambda _: plain)
-    monkeypatch.setattr("omni_jax.cli.embed.load_model", lambda *_: Model())
+    monkeypatch.setattr("omni_jax.cli.model_arguments.named_model", lambda _: plain)
+    monkeypatch.setattr("omni_jax.cli.model_arguments.load_model", lambda *_: Model())
     ids = tuple(f"clip {i}" for i in range(40))
     write_embeddings(tmp_path / "e.npz", EmbeddingTable(ids, {"text": TEXT, "av": VIDEO, "audio": VIDEO, "video": VIDEO}))
     command = ["search", "--model", "none", "--index", str(tmp_path / "e.npz"), f"--{flag}", "x"]

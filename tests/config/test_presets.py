@@ -79,7 +79,7 @@ def test_of_several_presets_the_one_that_a_setting_does_not_fit_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = SimpleNamespace(config=SimpleNamespace(prompt="plain"))
-    monkeypatch.setattr("omni_jax.cli.embed.named_model", lambda args: plain)
+    monkeypatch.setattr("omni_jax.cli.presets.named_model", lambda args: plain)
     assert main(["presets", "--model", "m", "--manifest", "c.jsonl", "--set", "audio_crop=center"]) == 2
     error = capsys.readouterr().err
     assert "preset wave is left out: preset field audio_crop='center' has no effect" in error
