@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 from collections.abc import Generator
+from pathlib import Path
 
 from tests import workers
 
@@ -82,6 +83,15 @@ def golden() -> golden_set.GoldenSet:
 def golden_nemotron() -> golden_set.GoldenSet:
     """The golden set of the second backbone, OMNI_GOLDEN_NEMOTRON (default nemotron_tiny)."""
     return golden_set.find("OMNI_GOLDEN_NEMOTRON", "nemotron_tiny")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel of these sources, and with what pip installs of it in `installed`; all processes of a run share it."""
+    from tests.wheels import made_once
+
+    place = tmp_path_factory.getbasetemp()
+    return made_once((place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "built")
 
 
 def _count(reporter: pytest.TerminalReporter, *outcomes: str) -> int:

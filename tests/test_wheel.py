@@ -16,7 +16,6 @@ from packaging.requirements import Requirement
 
 from tests.repository import ROOT
 from tests.tolerances import TOLERANCES
-from tests.wheels import build_wheel
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 pytestmark = [pytest.mark.slow, pytest.mark.jit]
@@ -48,9 +47,10 @@ def link(name: str, site: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(built: Path) -> Path:
     """The wheel of the sdist of these sources."""
-    return build_wheel(tmp_path_factory.mktemp("build"))
+    (made,) = built.glob("*.whl")
+    return made
 
 
 @pytest.fixture(scope="module")

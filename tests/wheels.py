@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from omni_jax.io import lock
 from tests.repository import ROOT
 
 
@@ -29,9 +31,18 @@ def build_wheel(place: Path) -> Path:
     return build("wheel", unpacked)
 
 
-def installed(place: Path) -> Path:
-    """Returns a folder that holds what pip installs of the wheel, without what it needs. First on PYTHONPATH, it hides the checkout."""
-    wheel = build_wheel(place)
+def made_once(place: Path) -> Path:
+    """Returns a folder with the wheel, and in `installed` what pip installs of it: made by the first process of a run that asks.
+
+    First on PYTHONPATH, `installed` hides the checkout; what the wheel needs is not in it.
+    """
+    with lock(place.with_suffix(".lock"), wait=True) or contextlib.nullcontext():
+        if not (place / "installed").is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+            _install(build_wheel(place), place / "installed")
+    return place
+
+
+def _install(wheel: Path, target: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
-    subprocess.run([*pip, "--target", str(place / "installed"), str(wheel)], check=True, capture_output=True)
-    return place / "installed"
+    subprocess.run([*pip, "--target", str(target), str(wheel)], check=True, capture_output=True)

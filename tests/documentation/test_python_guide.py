@@ -20,7 +20,6 @@ from tests.conversion.hub_server import Repository, around, files_of, hub_on_loo
 from tests.golden_set import GoldenSet
 from tests.programs import QUICK
 from tests.tolerances import assert_close
-from tests.wheels import installed
 
 NAMES = ("tsinghua-ee/WAVE-7B", "YunzeLiu/OmniRetriever-7B")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -37,7 +36,7 @@ def test_the_table_of_arguments_holds_each_of_encode_with_its_default():
 
 
 @pytest.mark.jit
-def test_golden_a_newcomers_lines_and_the_page_run_as_they_stand(golden: GoldenSet, tmp_path: Path):
+def test_golden_a_newcomers_lines_and_the_page_run_as_they_stand(golden: GoldenSet, tmp_path: Path, built: Path):
     first, *rest = BLOCK.findall((repository.ROOT / "docs/guides/python.md").read_text(encoding="utf-8"))
     assert len(first.strip().splitlines()) <= 8
     assert first in (repository.ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,7 +46,7 @@ def test_golden_a_newcomers_lines_and_the_page_run_as_they_stand(golden: GoldenS
         assert golden.records[number].video == golden.records[number].audio
         for folder in (tmp_path, tmp_path / "clips"):
             shutil.copy(golden.records[number].video, folder / name)
-    package = installed(tmp_path / "wheel")
+    package = built / "installed"
     script = [first, "import numpy; numpy.save('index.npy', index)\n", *rest, "import omni_jax.conversion\n"]
     script.append(f"from runner import strangers\nassert not strangers(Path({str(package)!r}))\n")
     shutil.copy(repository.ROOT / "tests/documentation/runner.py", tmp_path)

@@ -21,7 +21,6 @@ from tests import repository
 from tests.documentation.runner import blocks, commands
 from tests.golden_set import GoldenSet
 from tests.media_samples import write_clip
-from tests.wheels import installed
 
 TUTORIALS = repository.ROOT / "docs/tutorials"
 CLIPS, HELD_OUT = 16, 6
@@ -51,14 +50,10 @@ def folder(golden: GoldenSet, tmp_path: Path) -> Path:
     return made
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return installed(tmp_path_factory.mktemp("wheel"))
-
-
 @pytest.fixture
-def executed(golden: GoldenSet, folder: Path, package: Path) -> Callable[..., str]:
+def executed(golden: GoldenSet, folder: Path, built: Path) -> Callable[..., str]:
     """Executes pages in `folder` with the wheel's package, and returns what was printed."""
+    package = built / "installed"
     small = json.dumps({"frames": golden.preset.frames, "audio_seconds": 1.0, "pixels": 3136})
 
     def execute(*pages: Path) -> str:
