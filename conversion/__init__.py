@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from omni_jax.conversion.exporter import to_torch, write_adapter, write_trained
     from omni_jax.conversion.importer import Summary, to_jax
     from omni_jax.conversion.loader import load
-    from omni_jax.conversion.torch_pickle import read_torch_file
 
-__all__ = ["Summary", "load", "read_torch_file", "to_jax", "to_torch", "write_adapter", "write_trained"]
+__all__ = ["Summary", "load", "to_jax", "to_torch", "write_adapter", "write_trained"]
 
 __getattr__, __dir__ = loaded_when_used(
     __name__,
@@ -27,6 +26,5 @@ __getattr__, __dir__ = loaded_when_used(
         "exporter": "to_torch write_adapter write_trained",
         "importer": "Summary to_jax",
         "loader": "load",
-        "torch_pickle": "read_torch_file",
     },
 )

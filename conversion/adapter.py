@@ -17,12 +17,13 @@ import numpy as np
 from etils import epath
 
 from omni_jax.config import LoraConfig, ModelConfig
-from omni_jax.conversion import engine, safetensors_io, source
+from omni_jax.conversion import engine, source
 from omni_jax.conversion.engine import Entry
 from omni_jax.conversion.module_matching import by_pattern, selected
 from omni_jax.conversion.names import read_adapter_names
 from omni_jax.conversion.rules import base_rules
 from omni_jax.conversion.weight_files import read_weight_file
+from omni_jax.io import safetensors_io
 from omni_jax.types import InputError
 
 CONFIG = "adapter_config.json"

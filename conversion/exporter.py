@@ -25,10 +25,10 @@ from omni_jax.conversion.folder import Manifest, TensorFile
 from omni_jax.conversion.importer import Summary
 from omni_jax.conversion.names import with_norm
 from omni_jax.conversion.rules import TreePath
-from omni_jax.conversion.safetensors_io import Writer, dtype_name
 from omni_jax.conversion.store import Store, open_extra, open_stores
 from omni_jax.conversion.torch_writer import TorchWriter
 from omni_jax.conversion.weight_files import INDEX, TORCH_INDEX, in_format
+from omni_jax.io.safetensors_io import Writer, dtype_name
 from omni_jax.types import InputError
 
 FORMATS = ("keep", "safetensors", "bin")

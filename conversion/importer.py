@@ -21,10 +21,10 @@ from omni_jax.conversion.folder import Manifest, TensorFile
 from omni_jax.conversion.matrices import round_matrix, scale_name
 from omni_jax.conversion.names import OPTIONAL
 from omni_jax.conversion.rules import PEFT_PREFIX
-from omni_jax.conversion.safetensors_io import DTYPES as DTYPE_OF
-from omni_jax.conversion.safetensors_io import dtype_name
 from omni_jax.conversion.source import BeatsFile, Checkpoint
 from omni_jax.conversion.store import PART_BYTES, StoreWriter
+from omni_jax.io.safetensors_io import DTYPES as DTYPE_OF
+from omni_jax.io.safetensors_io import dtype_name
 from omni_jax.model import carried_shapes, rounded_maps
 from omni_jax.types import InputError
 

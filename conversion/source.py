@@ -13,11 +13,11 @@ from etils import epath
 
 from omni_jax.config import EMBED_STYLE, WAVE_STYLE, BeatsConfig, ConfigError, ModelConfig
 from omni_jax.config.hf_fields import NAMES, thinker_config
-from omni_jax.conversion import safetensors_io
 from omni_jax.conversion.names import canonical, read_names
-from omni_jax.conversion.safetensors_io import TensorInfo
-from omni_jax.conversion.torch_pickle import read_torch_file
 from omni_jax.conversion.weight_files import Shard, open_weights
+from omni_jax.io import safetensors_io
+from omni_jax.io.safetensors_io import TensorInfo
+from omni_jax.io.torch_pickle import read_torch_file
 from omni_jax.types import InputError
 
 _SKIPPED_FOLDERS = (".git", ".cache")  # version control and download bookkeeping, not part of a checkpoint

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from omni_jax.conversion.pickle_machine import STORAGES
-from omni_jax.conversion.safetensors_io import DTYPES
+from omni_jax.io.pickle_machine import STORAGES
+from omni_jax.io.safetensors_io import DTYPES
 
 _KINDS = {dtype: name for name, dtype in STORAGES.items()}
 _ALIGN = 64  # bytes, as torch does, so that the file can be mapped

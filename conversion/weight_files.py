@@ -10,9 +10,9 @@ from typing import Any
 
 from etils import epath
 
-from omni_jax.conversion import safetensors_io
-from omni_jax.conversion.safetensors_io import TensorInfo
-from omni_jax.conversion.torch_pickle import open_torch_weights
+from omni_jax.io import safetensors_io
+from omni_jax.io.safetensors_io import TensorInfo
+from omni_jax.io.torch_pickle import open_torch_weights
 from omni_jax.types import InputError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

@@ -63,10 +63,9 @@ def run(args: argparse.Namespace) -> int:
     columns = dict(_role(text) for text in args.column)
 
     # Late, so that `--help` and usage errors answer at once.
-    from omni_jax.conversion.torch_pickle import read_pickle
     from omni_jax.data.benchmarks import BENCHMARKS, match_media, read_annotations
 
-    found = read_annotations(args.name, args.annotations, split=args.split, columns=columns, read_pickle=read_pickle)
+    found = read_annotations(args.name, args.annotations, split=args.split, columns=columns)
     media = BENCHMARKS[args.name].media
     coverage = match_media(found.items, args.media, media)
     if args.fetch_list:

@@ -11,7 +11,6 @@ from typing import Any
 from etils import epath
 
 from omni_jax.config.made_with import ROUNDING
-from omni_jax.conversion.torch_pickle import read_torch_file
 from omni_jax.retrieval.embedding_file import Choose, check_alike, missing_parts
 from omni_jax.retrieval.inputs import captions_left_out, read_inputs, with_captions
 from omni_jax.types import EmbeddingTable, InputError
@@ -26,7 +25,7 @@ def read_tables(names: Sequence[str], choose: Choose | None = None, *, incomplet
     Raises:
       InputError: for files that cannot be read or do not belong together.
     """
-    found = read_inputs(names, read_torch_file, choose)
+    found = read_inputs(names, choose)
     if lacking := missing_parts(names[0].partition("=")[2] or names[0], found):
         if not incomplete:
             raise InputError(lacking)

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -23,6 +23,7 @@ from etils import epath
 
 from omni_jax.config import TABLES
 from omni_jax.config.made_with import ROUNDING
+from omni_jax.io.torch_pickle import read_torch_file
 from omni_jax.retrieval.embedding_file import (
     IDS,
     MEDIA_TABLE,
@@ -42,15 +43,12 @@ CAPTION_MARK = "#"  # `clip7#2` is the third caption of `clip7`
 IDS_FILE = "ids.txt"
 ORIGIN_FILE = "made_with.json"
 
-ReadTorch = Callable[[str], Any]
 
-
-def read_inputs(names: Sequence[str], read_torch: ReadTorch | None = None, choose: Choose | None = None) -> EmbeddingTable:
+def read_inputs(names: Sequence[str], choose: Choose | None = None) -> EmbeddingTable:
     """Returns the tables of all files together, rows brought into the order of the first file that has ids.
 
     Args:
       names: `PATH` or `TABLE=PATH`, as the head of this file says.
-      read_torch: reads a torch file without running it; None: torch files are refused.
       choose: picks one table by the names of those there are; of plain embedding files no other is read.
 
     Raises:
@@ -71,7 +69,7 @@ def read_inputs(names: Sequence[str], read_torch: ReadTorch | None = None, choos
     if not single and ids_from is None:
         return read_embeddings(plain, choose)
     parts = [(plain[0], read_embeddings(plain))] if plain else []
-    parts += [(path, _read(table, path, read_torch)) for table, path in single]
+    parts += [(path, _read(table, path)) for table, path in single]
     joined = _joined(parts, (ids_from, _read_ids(ids_from)) if ids_from is not None else None)
     if choose is None:
         return joined
@@ -140,15 +138,13 @@ def _split(name: str) -> tuple[str | None, str]:
     return (table, path) if sign and table in (*TABLES, IDS) else (None, name)
 
 
-def _read(table: str | None, path: str, read_torch: ReadTorch | None) -> EmbeddingTable:
+def _read(table: str | None, path: str) -> EmbeddingTable:
     """The wanted table of one file, or all of a file that has its own names for them."""
     suffix = PurePath(path).suffix
     if suffix == ".npy":
         return _read_npy(table, path)
     if suffix in TORCH_SUFFIXES:
-        if read_torch is None:
-            raise InputError(f"{path}: torch files are not read here; give an .npz file")
-        content = read_torch(path)
+        content = read_torch_file(path)
         if not isinstance(content, Mapping):
             raise InputError(f"{path}: holds a {type(content).__name__}; expected text_embeds and mllm_embeds by name")
         return from_two_arrays(content, path, table or MEDIA_TABLE)

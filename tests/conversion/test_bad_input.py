@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from omni_jax import conversion
+from omni_jax.io.torch_pickle import read_torch_file
 from omni_jax.types import InputError
 from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import beats_file
@@ -196,7 +197,7 @@ def test_bad_beats_files(tmp_path, base):
         write_torch_file(tmp_path / "bad.pt", value)
         refused(tmp_path, base, "bad.pt", expected, beats=tmp_path / "bad.pt")
     weights = beats_file(tmp_path / "good.pt")
-    cfg = conversion.read_torch_file(tmp_path / "good.pt")["cfg"]
+    cfg = read_torch_file(tmp_path / "good.pt")["cfg"]
     write_torch_file(tmp_path / "bad.pt", {"cfg": cfg | {"encoder_layers": 4}, "model": weights})
     refused(tmp_path, base, "bad.pt", "missing (beats.encoder.layers.3.", beats=tmp_path / "bad.pt")
     weights["layer_norm.weight"][0] = np.nan

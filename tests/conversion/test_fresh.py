@@ -14,8 +14,8 @@ from omni_jax.config import LoraConfig
 from omni_jax.conversion import engine
 from omni_jax.conversion.adapter import adapter_entries
 from omni_jax.conversion.fresh import fresh_value, write_fresh
-from omni_jax.conversion.safetensors_io import read_header
 from omni_jax.conversion.source import model_config, open_checkpoint
+from omni_jax.io.safetensors_io import read_header
 from omni_jax.model import carried_shapes
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.types import InputError

@@ -12,8 +12,8 @@ from omni_jax import conversion
 from omni_jax.conversion import engine
 from omni_jax.conversion.folder import read_manifest
 from omni_jax.conversion.names import NEW_NORM, OLD_NORM, canonical
-from omni_jax.conversion.safetensors_io import TensorInfo
-from omni_jax.conversion.torch_pickle import open_torch_weights
+from omni_jax.io.safetensors_io import TensorInfo
+from omni_jax.io.torch_pickle import open_torch_weights
 from omni_jax.types import InputError
 from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import assert_same_tensors, beats_file

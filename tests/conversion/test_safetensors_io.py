@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 from safetensors import numpy as reference
 
-from omni_jax.conversion.safetensors_io import Writer, read_header
+from omni_jax.io.safetensors_io import Writer, read_header
 from omni_jax.types import InputError
 from tests.tolerances import assert_close
 

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from omni_jax.conversion import read_torch_file
-from omni_jax.conversion.torch_pickle import open_torch_weights
 from omni_jax.conversion.torch_writer import TorchWriter
+from omni_jax.io.torch_pickle import open_torch_weights, read_torch_file
 from omni_jax.types import InputError
 from tests.conversion.torch_files import Assembler, write_legacy_file, write_program, write_torch_file
 from tests.tolerances import assert_close

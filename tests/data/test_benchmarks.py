@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from omni_jax.conversion.torch_pickle import read_pickle
 from omni_jax.data.benchmarks import BENCHMARKS, Annotations, Item, fetch_rows, manifest_rows, match_media, read_annotations, training_rows
 from omni_jax.data.manifest import read_manifest, write_jsonl_atomic
 from omni_jax.types import InputError
@@ -33,7 +32,7 @@ def write_pickle(path: Path, content: object, protocol: int = 2) -> Path:
 
 
 def read(name: str, path: Path, **options) -> Annotations:
-    return read_annotations(name, path, read_pickle=read_pickle, **options)
+    return read_annotations(name, path, **options)
 
 
 def told(found: Annotations) -> dict[str, tuple[str, ...]]:
@@ -64,8 +63,6 @@ def test_a_pickle_that_asks_to_run_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"raw\.pkl: its pickle asks for .*nothing was run"):
         read("msvd", write_pickle(tmp_path / "raw.pkl", {"a": Trap()}))
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(InputError, match="pickles are not read here"):
-        read_annotations("msvd", tmp_path / "raw.pkl")
 
 
 def test_msrvtt_1k_a(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from omni_jax import conversion
 from omni_jax.conversion import engine
 from omni_jax.conversion.rules import base_rules
+from omni_jax.io.torch_pickle import read_torch_file
 from tests.conversion import checkpoints
 from tests.conversion.test_round_trip import beats_file
 from tests.tolerances import assert_close
@@ -196,7 +197,7 @@ def test_torch_saved_files_read_as_torch_reads_them(tmp_path):
         "state": torch.nn.Linear(2, 3).state_dict(),
     }
     torch.save(value, tmp_path / "x.pt")
-    found = conversion.read_torch_file(tmp_path / "x.pt")
+    found = read_torch_file(tmp_path / "x.pt")
     assert found["cfg"] == value["cfg"]
     for part in ("model", "state"):
         assert found[part].keys() == value[part].keys()

@@ -63,7 +63,7 @@ def test_golden_checkpoint_saved_by_torch_is_the_same_model(golden, tmp_path, zi
 def test_views_and_parameters_are_read_as_torch_has_them(tmp_path):
     import torch
 
-    from omni_jax.conversion.torch_pickle import open_torch_weights
+    from omni_jax.io.torch_pickle import open_torch_weights
 
     whole = torch.arange(24, dtype=torch.bfloat16).reshape(4, 6)
     state = {"whole": whole, "turned": whole.T, "inner": whole[1:3, 2:], "own": torch.nn.Parameter(torch.randn(3)), "int": torch.arange(3)}

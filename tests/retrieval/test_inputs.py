@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from omni_jax.conversion.torch_pickle import read_torch_file
 from omni_jax.retrieval import evaluate, write_embeddings
 from omni_jax.retrieval.inputs import captions_left_out, read_inputs, with_captions
 from omni_jax.types import EmbeddingTable, InputError
@@ -27,11 +26,11 @@ def test_two_arrays_from_npz_and_from_a_torch_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "s.npz", text_embeds=A, mllm_embeds=B)
     write_torch_file(tmp_path / "s.bin", {"text_embeds": A, "mllm_embeds": B.astype(np.float16)})
     for name, want in (("s.npz", B), ("s.bin", B.astype(np.float16).astype(np.float32))):
-        got = read_inputs([str(tmp_path / name)], read_torch_file)
+        got = read_inputs([str(tmp_path / name)])
         assert got.ids == ("0", "1", "2", "3") and list(got.tables) == ["text", "av"]
         assert_close(got.tables["text"], A, "round_trip")
         assert_close(got.tables["av"], want, "round_trip")
-        assert list(read_inputs([f"video={tmp_path / name}"], read_torch_file).tables) == ["text", "video"]
+        assert list(read_inputs([f"video={tmp_path / name}"]).tables) == ["text", "video"]
     np.savez(tmp_path / "named.npz", text_embeds=A, mllm_embeds=B, ids=np.array(list("wxyz")))
     assert read_inputs([str(tmp_path / "named.npz")]).ids == ("w", "x", "y", "z")
 
@@ -50,8 +49,6 @@ def test_two_arrays_from_npz_and_from_a_torch_file(tmp_path: Path) -> None:
 def test_torch_files_of_another_form_are_refused(tmp_path: Path, content: object, words: str) -> None:
     write_torch_file(tmp_path / "s.bin", content)
     with pytest.raises(InputError, match=rf"s\.bin.*{words}"):
-        read_inputs([str(tmp_path / "s.bin")], read_torch_file)
-    with pytest.raises(InputError, match="torch files are not read here"):
         read_inputs([str(tmp_path / "s.bin")])
 
 

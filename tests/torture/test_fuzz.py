@@ -28,7 +28,7 @@ def test_golden_some_hundreds_of_mutations(name: str) -> None:
 @pytest.mark.costly
 def test_the_fuzzer_finds_what_is_behind_several_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A target that fails far from every seed: coverage leads there, and the finding names the error and its place."""
-    from omni_jax.conversion.safetensors_io import dtype_name
+    from omni_jax.io.safetensors_io import dtype_name
 
     def target(data: bytes) -> None:
         dtype_name("float32")  # a line of the project's, so that a trace exists

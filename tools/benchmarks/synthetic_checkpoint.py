@@ -13,9 +13,9 @@ from etils import epath
 
 from omni_jax.config import BeatsConfig, ModelConfig
 from omni_jax.conversion import engine
-from omni_jax.conversion.safetensors_io import DTYPES, Writer
 from omni_jax.conversion.torch_writer import TorchWriter
 from omni_jax.conversion.weight_files import in_format
+from omni_jax.io.safetensors_io import DTYPES, Writer
 
 WIDTH, INNER, HEADS, KV_HEADS = 1536, 8960, 12, 2
 

@@ -20,9 +20,9 @@ import numpy as np
 from etils import epath
 
 from omni_jax.config import ModelConfig
-from omni_jax.conversion.safetensors_io import read_header
-from omni_jax.conversion.torch_pickle import read_torch_file
 from omni_jax.data.manifest import read_manifest
+from omni_jax.io.safetensors_io import read_header
+from omni_jax.io.torch_pickle import read_torch_file
 from omni_jax.tokens.prompts import build_sequences
 from omni_jax.tokens.tokenizer import CONTROL_TOKENS, Tokenizer
 from omni_jax.types import ClipError, Features, InputError, Record, VideoGrid, VisionFeatures

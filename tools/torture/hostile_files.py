@@ -24,9 +24,9 @@ from etils import epath
 
 from omni_jax.cli.main import main
 from omni_jax.conversion.adapter import read_config
-from omni_jax.conversion.safetensors_io import read_header
 from omni_jax.conversion.source import model_config, open_checkpoint
 from omni_jax.data.manifest import read_manifest
+from omni_jax.io.safetensors_io import read_header
 from omni_jax.types import InputError
 from tests.conversion.torch_files import write_program
 from tools.torture import commands

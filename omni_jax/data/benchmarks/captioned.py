@@ -21,7 +21,6 @@ from omni_jax.data.benchmarks.items import (
     Annotations,
     Item,
     PathLike,
-    ReadPickle,
     columns_for,
     read_captions,
     read_csv,
@@ -35,7 +34,7 @@ AUDIOCAPS_SECONDS = 10.0  # of AudioSet's clips
 _CUT = re.compile(r"(?P<source>[\w-]{11})_(?P<start>\d+)_(?P<end>\d+)")
 
 
-def clotho(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
+def clotho(path: PathLike) -> Annotations:
     """Returns the clips of a Clotho caption file, of version 1 or 2: five captions each in columns of their own, or one a row."""
     table = read_csv(path)
     numbered = [name for name in table.columns if re.fullmatch(r"caption_?\d+", name.lower())]
@@ -46,7 +45,7 @@ def clotho(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations
     return _gathered(path, rows, table.problems, several=not numbered)
 
 
-def audiocaps(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
+def audiocaps(path: PathLike) -> Annotations:
     """Returns the ten-second clips of an AudioCaps file, five captions each in the test set.
 
     Files of the cut clip may be called YOUTUBE_START_END in seconds or milliseconds, YYOUTUBE, or after the number of a caption; one called
@@ -82,13 +81,13 @@ def audiocaps(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotati
     return dataclasses.replace(found, items=tuple(map(item, found.items)))
 
 
-def sounddescs(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
+def sounddescs(path: PathLike) -> Annotations:
     """Returns the recordings of SoundDescs; a description given in several pieces is one caption."""
-    found = read_captions(path, read_pickle)
+    found = read_captions(path)
     return _gathered(path, ((f"entry {name!r}", name, [" ".join(c for c in captions if c)]) for name, captions in found.items()))
 
 
-def msrvtt(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
+def msrvtt(path: PathLike) -> Annotations:
     """Returns the 1,000 clips of the 1k-A test set, one caption each."""
     table = read_csv(path)
     roles = columns_for(path, table.columns, {"video": ("video_id", "video"), "caption": ("sentence", "caption")}, {})
@@ -98,18 +97,18 @@ def msrvtt(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations
     return _gathered(path, ((place, row[roles["video"]], [row[roles["caption"]]]) for place, row in table.rows), table.problems)
 
 
-def msvd(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
+def msvd(path: PathLike) -> Annotations:
     """Returns the clips of MSVD with all their captions (about forty)."""
     if str(path).endswith(".txt"):
         lines = [line.strip() for line in read_text(path).splitlines()]
         pairs = [(number, *line.partition(" ")[::2]) for number, line in enumerate(lines, 1) if line and not line.startswith("#")]
         entries = [(f"line {number}", name, [caption]) for number, name, caption in pairs]
     else:
-        entries = [(f"entry {name!r}", name, captions) for name, captions in read_captions(path, read_pickle).items()]
+        entries = [(f"entry {name!r}", name, captions) for name, captions in read_captions(path).items()]
     return _gathered(path, entries, several=True)
 
 
-def didemo(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
+def didemo(path: PathLike) -> Annotations:
     """Returns the videos of DiDeMo, all descriptions of a video joined into one paragraph."""
     rows = _records(path, read_json(path), "video", "description")
     links = {row["video"]: row["dl_link"] for _, row in rows if isinstance(row.get("dl_link"), str)}
@@ -118,18 +117,18 @@ def didemo(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations
     return dataclasses.replace(found, items=items)
 
 
-def vatex(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
+def vatex(path: PathLike) -> Annotations:
     """Returns the clips of VATEX with their ten English captions."""
     rows = _records(path, read_json(path), "videoID", "enCap")
     return _gathered(path, ((f"entry {n}", row["videoID"], row["enCap"]) for n, row in rows))
 
 
-def youcook2(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
+def youcook2(path: PathLike) -> Annotations:
     """Returns the clips of YouCook2's validation subset: a step of a recipe each, with one caption, VIDEO_NUMBER by name."""
     return _youcook2(path, "validation")
 
 
-def youcook2_train(path: PathLike, read_pickle: ReadPickle | None = None) -> Annotations:
+def youcook2_train(path: PathLike) -> Annotations:
     """Returns the clips of YouCook2's training subset, as `youcook2` those of the other."""
     return _youcook2(path, "training")
 

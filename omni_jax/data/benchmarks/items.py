@@ -7,14 +7,14 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from etils import epath
 
+from omni_jax.io.torch_pickle import read_pickle
 from omni_jax.types import InputError
 
-ReadPickle = Callable[[str], Any]
 PathLike = str | os.PathLike[str]
 
 
@@ -158,12 +158,10 @@ def captions_by_id(path: PathLike, content: Any) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def read_captions(path: PathLike, read_pickle: ReadPickle | None) -> dict[str, tuple[str, ...]]:
+def read_captions(path: PathLike) -> dict[str, tuple[str, ...]]:
     """Returns id -> captions of a `.pkl` (through the restricted reader) or `.json` file."""
     if os.fspath(path).endswith((".pkl", ".pickle")):
-        if read_pickle is None:
-            raise InputError(f"{path}: pickles are not read here; give the captions as JSON, captions by clip id")
-        return captions_by_id(path, read_pickle(os.fspath(path)))
+        return captions_by_id(path, read_pickle(path))
     return captions_by_id(path, read_json(path))
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from omni_jax.data.benchmarks import captioned
-from omni_jax.data.benchmarks.items import Annotations, PathLike, ReadPickle, read_text
+from omni_jax.data.benchmarks.items import Annotations, PathLike, read_text
 from omni_jax.data.benchmarks.omni_bench import omni_bench
 from omni_jax.types import InputError
 
@@ -22,7 +22,7 @@ class Benchmark:
     """
 
     media: tuple[str, ...]
-    read: Callable[[PathLike, ReadPickle | None], Annotations] | None
+    read: Callable[[PathLike], Annotations] | None
     split: str | None = None
 
 
@@ -47,7 +47,6 @@ def read_annotations(
     *,
     split: PathLike | None = None,
     columns: Mapping[str, str] | None = None,
-    read_pickle: ReadPickle | None = None,
 ) -> Annotations:
     """Returns the clips of a benchmark's annotation file.
 
@@ -55,7 +54,6 @@ def read_annotations(
       name: of BENCHMARKS.
       split: text file of the clip ids to keep, one a line, as the test lists are published.
       columns: role -> column name, for OmniRetriever-Bench.
-      read_pickle: restricted reader of pickle files; None: they are refused.
 
     Raises:
       InputError: for an unknown name, a file of another form, or a split that shares no id with it.
@@ -68,7 +66,7 @@ def read_annotations(
     elif columns:
         raise InputError(f"--column: the columns of {name} are as published; leave it out")
     else:
-        found = read(path, read_pickle)
+        found = read(path)
     if split is None:
         return found
     wanted = dict.fromkeys(line.strip() for line in read_text(split).splitlines() if line.strip())

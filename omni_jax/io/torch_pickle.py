@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from etils import epath
 
-from omni_jax.conversion import safetensors_io
-from omni_jax.conversion.pickle_machine import STORAGES, Name, Refused, Storage, Tensors, interpret, short
-from omni_jax.conversion.safetensors_io import TensorInfo
+from omni_jax.io import safetensors_io
+from omni_jax.io.pickle_machine import STORAGES, Name, Refused, Storage, Tensors, interpret, short
+from omni_jax.io.safetensors_io import TensorInfo
 from omni_jax.types import InputError
 
 _MAX_PICKLE = 256 * 1024 * 1024  # bytes of a pickle: it holds names and shapes, not weights
