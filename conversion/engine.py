@@ -15,9 +15,8 @@ import numpy as np
 from omni_jax.config import ModelConfig
 from omni_jax.conversion.rules import PEFT_PREFIX, Rule, TreePath, base_rules, lora_rules
 from omni_jax.conversion.transforms import Identity, Shape, Transform
+from omni_jax.io.messages import some
 from omni_jax.types import InputError
-
-_SHOWN = 3  # names listed in an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +125,7 @@ def check(entries: Mapping[str, Entry], found: Mapping[str, Shape], where: str, 
         if key in entries and tuple(shape) != entries[key].torch_shape
     ]
     parts = [
-        f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+        f"{len(names)} {kind} ({some(names)})"
         for kind, names in (("unknown", unknown), ("missing", missing), ("misshapen", misshapen))
         if names
     ]

@@ -16,6 +16,7 @@ from typing import Any
 
 from omni_jax.conversion.folder import MANIFEST
 from omni_jax.io.lock import lock
+from omni_jax.io.messages import line_of
 from omni_jax.types import InputError
 
 DEFAULT = "main"
@@ -253,8 +254,7 @@ def _one_line(name: str, revision: str, refused: str = "") -> Iterator[None]:
         if refused and status in (401, 403, 404):
             reason, answered = f"the Hub does not allow it ({status}); {refused}", True
         elif refused and not answered:
-            text = " ".join(str(error).split())[:200]
-            reason = f"cannot be uploaded ({type(error).__name__}: {text}); check the network and run it again"
+            reason = f"cannot be uploaded ({type(error).__name__}: {line_of(error)}); check the network and run it again"
         raise (InputError if answered else Unreachable)(f"{name}: {reason}") from error
 
 
@@ -275,8 +275,5 @@ def _reason(error: Any, revision: str) -> tuple[str, bool]:
         return "no such folder here, and HF_HUB_OFFLINE says not to ask the Hub; unset it, or name a folder", False
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space is left in {hub_cache()}; free some and run it again: what was fetched is kept", True
-    text = " ".join(str(error).split())[:200]
-    return (
-        f"cannot be fetched ({type(error).__name__}: {text}); check the network and run it again: what was fetched is kept",
-        False,
-    )
+    said = f"{type(error).__name__}: {line_of(error)}"
+    return f"cannot be fetched ({said}); check the network and run it again: what was fetched is kept", False

@@ -23,6 +23,7 @@ from omni_jax.conversion.names import OPTIONAL
 from omni_jax.conversion.rules import PEFT_PREFIX
 from omni_jax.conversion.source import BeatsFile, Checkpoint
 from omni_jax.conversion.store import PART_BYTES, StoreWriter
+from omni_jax.io.messages import some
 from omni_jax.io.safetensors_io import DTYPES as DTYPE_OF
 from omni_jax.io.safetensors_io import dtype_name
 from omni_jax.model import carried_shapes, rounded_maps
@@ -395,7 +396,6 @@ def _without_unknown(checkpoint: Checkpoint, entries: Mapping[str, Entry]) -> Ch
     notes = checkpoint.notes
     for names, what in ((known, "read all the same"), (unknown, "not read")):
         if names:
-            more = ", ..." if len(names) > 3 else ""
-            notes += (f"{checkpoint.folder}: {len(names)} tensors that the index does not know are {what} ({', '.join(names[:3])}{more})",)
+            notes += (f"{checkpoint.folder}: {len(names)} tensors that the index does not know are {what} ({some(names)})",)
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in unknown}
     return dataclasses.replace(checkpoint, tensors=tensors, notes=notes)

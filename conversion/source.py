@@ -16,6 +16,7 @@ from omni_jax.config.hf_fields import NAMES, thinker_config
 from omni_jax.conversion.names import canonical, read_names
 from omni_jax.conversion.weight_files import Shard, open_weights
 from omni_jax.io import safetensors_io
+from omni_jax.io.messages import some
 from omni_jax.io.safetensors_io import TensorInfo
 from omni_jax.io.torch_pickle import read_torch_file
 from omni_jax.types import InputError
@@ -85,14 +86,12 @@ def open_checkpoint(folder: epath.PathLike) -> Checkpoint:
     notes = files.notes
     if names.buffers:
         what = f"{len(names.buffers)} tables that the model computes itself are kept for the way back alone"
-        notes += (f"{folder}: {what} ({_some(list(names.buffers))})",)
+        notes += (f"{folder}: {what} ({some(list(names.buffers))})",)
     if doubled:
-        notes += (f"{folder}: {len(doubled)} tensors that {files.index_file} does not know are not read ({_some(sorted(doubled))})",)
+        notes += (f"{folder}: {len(doubled)} tensors that {files.index_file} does not know are not read ({some(sorted(doubled))})",)
     not_float = [f"{name} is {info.dtype}" for name, info in tensors.items() if info.dtype not in safetensors_io.FLOATS]
     if not_float:
-        raise InputError(
-            f"{folder}: {len(not_float)} tensors are not floating point ({_some(not_float)}); quantised weights cannot be read"
-        )
+        raise InputError(f"{folder}: {len(not_float)} tensors are not floating point ({some(not_float)}); quantised weights cannot be read")
     side_files = list_files(folder, leave_out=set(files.names))
     extras = {name: files.tensors[name] for name in names.buffers}
     return Checkpoint(
@@ -145,7 +144,7 @@ def read_beats_file(path: epath.PathLike) -> BeatsFile:
     wrong = [str(name) for name, value in weights.items() if not (isinstance(name, str) and isinstance(value, np.ndarray))]
     wrong += [f"{n} ({v.dtype})" for n, v in weights.items() if isinstance(v, np.ndarray) and not is_float(v.dtype)]
     if wrong:
-        raise InputError(f"{path}: {len(wrong)} entries of 'model' are not floating-point tensors ({_some(wrong)}); not a BEATs file")
+        raise InputError(f"{path}: {len(wrong)} entries of 'model' are not floating-point tensors ({some(wrong)}); not a BEATs file")
     try:
         config = BeatsConfig.from_pt_config(content["cfg"])
     except KeyError as e:
@@ -363,7 +362,3 @@ def is_float(dtype: np.dtype) -> bool:
         return safetensors_io.dtype_name(dtype) in safetensors_io.FLOATS
     except KeyError:
         return False
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -31,6 +31,7 @@ import numpy as np
 from etils import epath
 
 from omni_jax.conversion.folder import ADAPTER, EXTRA, WEIGHTS, Manifest
+from omni_jax.io.messages import line_of
 from omni_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -275,7 +276,7 @@ class Store:
             try:
                 found |= self._checkpointer.restore(path, ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True))
             except (ValueError, KeyError, OSError) as e:
-                raise InputError(f"{path}: cannot be read ({' '.join(str(e).split())[:200]}); {_CONVERT}") from None
+                raise InputError(f"{path}: cannot be read ({line_of(e)}); {_CONVERT}") from None
         for piece in pieces:
             array = found.pop(piece.key)
             if array.shape != piece.shape or array.dtype != piece.dtype:

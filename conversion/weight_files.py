@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from omni_jax.io import safetensors_io
+from omni_jax.io.messages import some
 from omni_jax.io.safetensors_io import TensorInfo
 from omni_jax.io.torch_pickle import open_torch_weights
 from omni_jax.types import InputError
@@ -111,22 +112,22 @@ def _opened(
     doubled = [f"{name} in {' and '.join(there)}" for name, there in where.items() if len(there) > 1]
     if placed is None and doubled:
         raise InputError(
-            f"{folder}: {len(doubled)} doubled tensors ({_some(doubled)}), and no index says which are right; remove the stray file"
+            f"{folder}: {len(doubled)} doubled tensors ({some(doubled)}), and no index says which are right; remove the stray file"
         )
     if placed is not None:
         wrong = [f"{name} not in {file}" for name, file in placed.items() if file not in where.get(name, ())]
         if wrong:
             raise InputError(
-                f"{folder / str(index_file)}: contradicts its shards at {len(wrong)} tensors ({_some(wrong)}); download it again"
+                f"{folder / str(index_file)}: contradicts its shards at {len(wrong)} tensors ({some(wrong)}); download it again"
             )
         if doubled:
-            notes.append(f"{folder}: {len(doubled)} tensors are in two files ({_some(doubled)}); those of {index_file} are read")
+            notes.append(f"{folder}: {len(doubled)} tensors are in two files ({some(doubled)}); those of {index_file} are read")
     home = {name: there[0] for name, there in where.items()} | (placed or {})
     shards = [Shard(file, meta, tuple(name for name in infos if home[name] == file)) for file, (infos, meta) in headers.items()]
     stale = sorted(known - {*files, index_file})
     if stale:
         what = index_file or files[0]
-        notes.append(f"{folder}: {len(stale)} other weight files beside {what} are not read and not copied ({_some(stale)})")
+        notes.append(f"{folder}: {len(stale)} other weight files beside {what} are not read and not copied ({some(stale)})")
     tensors = {name: headers[shard.file][0][name] for shard in shards for name in shard.tensors}
     unlisted = tuple(name for name in where if placed is not None and name not in placed)
     return WeightFiles(tuple(shards), tensors, index_file, metadata, text, known, tuple(notes), unlisted)
@@ -147,10 +148,10 @@ def _read_index(folder: epath.Path, name: str) -> tuple[dict[str, Any], list[str
     files = sorted(set(placed.values()))
     outside = [file for file in files if "/" in file or "\\" in file or file in ("", ".", "..")]
     if outside:
-        raise InputError(f"{folder / name}: names files outside its folder ({_some(outside)}); do not use this checkpoint")
+        raise InputError(f"{folder / name}: names files outside its folder ({some(outside)}); do not use this checkpoint")
     absent = [file for file in files if not (folder / file).exists()]
     if absent:
-        raise InputError(f"{folder / name}: {len(absent)} of {len(files)} weight files are absent ({_some(absent)}); download them")
+        raise InputError(f"{folder / name}: {len(absent)} of {len(files)} weight files are absent ({some(absent)}); download them")
     return metadata, files, placed
 
 
@@ -159,10 +160,6 @@ def _refuse_absent(folder: epath.Path, files: list[str]) -> None:
     found = [match for file in files if (match := _NUMBERED.fullmatch(file))]
     sets = {(match[1], int(match[3])) for match in found}
     if len(sets) > 1 or (found and len(found) < len(files)):
-        raise InputError(f"{folder}: weight files of several checkpoints and no index ({_some(files)}); remove those that do not belong")
+        raise InputError(f"{folder}: weight files of several checkpoints and no index ({some(files)}); remove those that do not belong")
     if sets and len(found) != (total := next(iter(sets))[1]):
-        raise InputError(f"{folder}: {total - len(found)} of {total} weight files are absent (found {_some(files)}); download them")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise InputError(f"{folder}: {total - len(found)} of {total} weight files are absent (found {some(files)}); download them")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omni_jax import __version__
 from omni_jax.cli.progress import Progress
+from omni_jax.io.messages import some
 from omni_jax.retrieval.inputs import CAPTION_MARK
 from omni_jax.retrieval.metrics import Scores
 from omni_jax.retrieval.report import Clip, Other, build_report, render
@@ -95,5 +96,4 @@ def clips_of(records: Sequence[Record]) -> tuple[dict[str, Clip], list[str]]:
         return {}, [f"Pictures and sounds are left out: {e}."]
     if not failed:
         return clips, []
-    more = ", ..." if len(failed) > 5 else ""
-    return clips, [f"Media of {len(failed)} of the {len(wanted)} records shown could not be read: {', '.join(failed[:5])}{more}."]
+    return clips, [f"Media of {len(failed)} of the {len(wanted)} records shown could not be read: {some(failed, 5)}."]

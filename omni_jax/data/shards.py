@@ -30,6 +30,7 @@ from omni_jax.data.record_cache import RecordCache
 from omni_jax.data.remote_shards import RemoteShards
 from omni_jax.features.vision import FRAMES_PER_STEP, PATCH, temporal_steps
 from omni_jax.io import WholeFile
+from omni_jax.io.messages import line_of
 from omni_jax.io.remote import is_remote
 from omni_jax.types import Clip, ClipError, InputError, Record, VideoFrames
 
@@ -177,7 +178,7 @@ class ShardWriter:
         try:
             yield
         except (RuntimeError, OSError) as error:  # the first is the library's own, whatever went wrong below
-            raise InputError(f"{self._path}: cannot be written ({_line(error)}); check that the disk has space") from None
+            raise InputError(f"{self._path}: cannot be written ({line_of(error)}); check that the disk has space") from None
 
 
 def check_shard(path: Path, records: int, size: int | None) -> None:
@@ -209,7 +210,7 @@ def open_shard(path: Path, records: int) -> Any:
         reader = ArrayRecordReader(str(path), _READER)
         there = reader.num_records()
     except Exception as error:  # the library raises whatever its status says
-        raise InputError(f"{path}: cannot be read as a shard ({_line(error)}); {AGAIN}") from None
+        raise InputError(f"{path}: cannot be read as a shard ({line_of(error)}); {AGAIN}") from None
     if there != records:
         raise InputError(f"{path}: holds {there} clips where the index has {records}; {AGAIN}")
     return reader
@@ -331,7 +332,7 @@ class ShardSource:
         except InputError:  # of a store or a shard that is gone; of a damaged record the library says whatever its status says
             raise
         except Exception as error:
-            raise ClipError(f"{self._path(shard)}: clip {self.ids[index]!r} cannot be read ({_line(error)}); {AGAIN}") from None
+            raise ClipError(f"{self._path(shard)}: clip {self.ids[index]!r} cannot be read ({line_of(error)}); {AGAIN}") from None
         if clip.record.id != self.ids[index]:
             raise ClipError(f"{self._path(shard)}: holds clip {clip.record.id!r} where the index has {self.ids[index]!r}; {AGAIN}")
         return dataclasses.replace(clip, silent=self._index.is_silent(index))
@@ -368,7 +369,3 @@ class ShardSource:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state, check=False)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

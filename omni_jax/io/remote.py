@@ -7,8 +7,9 @@ import os
 import random
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from omni_jax.io.messages import line_of
 from omni_jax.types import InputError
 
 TRIES = 6
@@ -47,9 +48,9 @@ class RemoteFolder:
         except ImportError as error:
             extra = EXTRAS.get(protocol)
             fix = f"run pip install 'omni-jax[{extra}]'" if extra else "install it"
-            raise InputError(f"{location}: needs a package that is not installed ({_line(error)}); {fix}") from None
+            raise InputError(f"{location}: needs a package that is not installed ({line_of(error)}); {fix}") from None
         except ValueError as error:
-            raise InputError(f"{location}: no known kind of address ({_line(error)}); use gs://, s3:// or a local folder") from None
+            raise InputError(f"{location}: no known kind of address ({line_of(error)}); use gs://, s3:// or a local folder") from None
         except Exception as error:  # clients look for credentials at once, and have errors of their own
             raise self._refused("", error) from None
 
@@ -117,14 +118,10 @@ class RemoteFolder:
     def _refused(self, name: str, error: Exception, tries: int = 1) -> InputError:
         where = f"{self.location}/{name}".rstrip("/")
         if _is_refusal(error):
-            return InputError(f"{where}: no access ({_line(error)}); give this machine credentials for the bucket")
-        return InputError(f"{where}: cannot be reached after {tries} tries ({_line(error)}); check the address and start again to resume")
+            return InputError(f"{where}: no access ({line_of(error)}); give this machine credentials for the bucket")
+        return InputError(f"{where}: cannot be reached after {tries} tries ({line_of(error)}); check the address and start again to resume")
 
 
 def _is_refusal(error: Exception) -> bool:
     said = f"{type(error).__name__} {error}".replace(" ", "").lower()
     return isinstance(error, PermissionError) or any(word in said for word in NO_RIGHTS)
-
-
-def _line(error: Any) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

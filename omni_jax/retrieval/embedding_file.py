@@ -29,6 +29,7 @@ from etils import epath
 
 from omni_jax.config import TABLES
 from omni_jax.config.made_with import ROUNDING, listed, made_otherwise
+from omni_jax.io.messages import some
 from omni_jax.retrieval.npz import PathLike, check_place, load_arrays, output_file, write_members
 from omni_jax.retrieval.parquet import SUFFIX, load_columns
 from omni_jax.retrieval.stored_rows import StoredRows
@@ -215,8 +216,9 @@ def missing_parts(path: PathLike, table: EmbeddingTable) -> str | None:
     if not missing:
         return None
     name = f"{_PART.sub('', PurePath(path).stem)}-*-of-{table.of:05}.npz"
-    few = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
-    return f"{path}: is {len(table.parts)} of {table.of} parts of a set, without {few} (counted from 0); give all of them ({name})"
+    return (
+        f"{path}: is {len(table.parts)} of {table.of} parts of a set, without {some(missing)} (counted from 0); give all of them ({name})"
+    )
 
 
 def _the(name: str, names: Collection[str]) -> str:
@@ -393,7 +395,7 @@ def _check(table: EmbeddingTable, path: str) -> None:
     if len(set(table.ids)) != len(table.ids):
         seen: set[str] = set()
         twice = list(dict.fromkeys(i for i in table.ids if i in seen or seen.add(i)))
-        raise InputError(f"{path}: {len(twice)} ids appear more than once: {_first(twice)}; every record may be given once")
+        raise InputError(f"{path}: {len(twice)} ids appear more than once: {some(twice, 5)}; every record may be given once")
     if "" in table.ids:
         raise InputError(f"{path}: record {table.ids.index('')} has an empty id")
     for name, rows in table.tables.items():
@@ -404,7 +406,3 @@ def _check(table: EmbeddingTable, path: str) -> None:
             raise InputError(f"{path}: table {name!r} has shape {rows.shape} for {len(ids)} ids; expected one row per id")
         if ids is not table.ids and (len(set(ids)) != len(ids) or not set(ids) <= set(table.ids)):
             raise InputError(f"{path}: the ids of table {name!r} are not among those of the file; write it again")
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -23,6 +23,7 @@ from etils import epath
 
 from omni_jax.config import TABLES
 from omni_jax.config.made_with import ROUNDING
+from omni_jax.io.messages import line_of, some
 from omni_jax.io.torch_pickle import read_torch_file
 from omni_jax.retrieval.embedding_file import (
     IDS,
@@ -170,7 +171,7 @@ def _read_npy(table: str | None, path: str) -> EmbeddingTable:
         with file.open("rb") as stream:
             rows = read_array(stream)
     except (ValueError, EOFError, MemoryError) as e:
-        raise InputError(f"{path}: cannot be read as an array ({' '.join(str(e).split())}); pickled content is never loaded") from e
+        raise InputError(f"{path}: cannot be read as an array ({line_of(e)}); pickled content is never loaded") from e
     except OSError as e:
         raise InputError(f"{path}: cannot be read: {e.strerror or e}") from e
     if rows.ndim != 2:
@@ -192,7 +193,7 @@ def _read_origin(path: epath.Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(e).split())}); export the tables again, or remove it") from None
+        raise InputError(f"{path}: cannot be read ({line_of(e)}); export the tables again, or remove it") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: holds a {type(found).__name__}, an object is expected; export the tables again, or remove it")
     return found
@@ -254,8 +255,8 @@ def _order(path: str, part: EmbeddingTable, home: str, ids: tuple[str, ...] | No
     have, want = set(own), set(ids)
     lacking, extra = [i for i in ids if i not in have], [i for i in own if i not in want]
     if lacking or extra:
-        differences = [f"lacks {len(lacking)} ({', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''})"] if lacking else []
-        differences += [f"adds {len(extra)} ({', '.join(extra[:3])}{', ...' if len(extra) > 3 else ''})"] if extra else []
+        differences = [f"lacks {len(lacking)} ({some(lacking)})"] if lacking else []
+        differences += [f"adds {len(extra)} ({some(extra)})"] if extra else []
         raise InputError(f"{path}: its ids are not those of {home}: it {' and '.join(differences)}; score files of the same records")
     place = {name: i for i, name in enumerate(own)}
     return np.array([place[name] for name in ids])

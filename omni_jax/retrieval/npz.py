@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from omni_jax.io import whole
+from omni_jax.io.messages import line_of
 from omni_jax.types import InputError
 
 ALIGNMENT = 64  # bytes; a CPU backend reads an array that starts so without copying it
@@ -128,9 +129,7 @@ def load_arrays(
     except zipfile.BadZipFile as e:
         raise InputError(f"{path}: truncated or not an .npz file ({e}); write it again") from e
     except (ValueError, EOFError, MemoryError, RuntimeError, zlib.error) as e:
-        raise InputError(
-            f"{path}: cannot be read as arrays ({' '.join(str(e).split()) or type(e).__name__}); pickled content is never loaded"
-        ) from e
+        raise InputError(f"{path}: cannot be read as arrays ({line_of(e)}); pickled content is never loaded") from e
     except OSError as e:
         raise InputError(f"{path}: cannot be read: {e.strerror or e}") from e
 

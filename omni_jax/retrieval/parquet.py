@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from omni_jax.config import TABLES
+from omni_jax.io.messages import line_of
 from omni_jax.retrieval.npz import PathLike, output_file
 from omni_jax.types import EmbeddingTable, InputError
 
@@ -78,9 +79,9 @@ def load_columns(path: PathLike, wanted: Callable[[list[str]], Collection[str]] 
             made_with = (file.schema_arrow.metadata or {}).get(METADATA, b"").decode()
             return _arrays(path, names, file.iter_batches(BLOCK, columns=names)), made_with
     except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeDecodeError, ValueError) as e:
-        raise InputError(f"{path}: truncated or not a Parquet file of embeddings ({' '.join(str(e).split())[:200]})") from e
+        raise InputError(f"{path}: truncated or not a Parquet file of embeddings ({line_of(e)})") from e
     except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror or ' '.join(str(e).split())[:200]}") from e
+        raise InputError(f"{path}: cannot be read: {e.strerror or line_of(e)}") from e
 
 
 def _arrays(path: PathLike, names: Sequence[str], batches: Iterator[Any]) -> dict[str, Any]:

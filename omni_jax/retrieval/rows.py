@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from omni_jax.io.messages import some
 from omni_jax.retrieval.stored_rows import StoredRows
 from omni_jax.types import ArgumentError, EmbeddingTable, InputError
 
@@ -59,10 +60,9 @@ def lengths(rows: np.ndarray | StoredRows, name: str, ids: Sequence[str] | None 
     ):
         found = np.flatnonzero(bad)
         if len(found):
-            places = found[:5] if numbers is None else numbers[found[:5]]
-            shown = ", ".join(str(i) if ids is None else f"{i} ({ids[i]})" for i in places)
-            more = ", ..." if len(found) > 5 else ""
-            raise InputError(f"table {name!r}: {len(found)} rows hold {what}: {shown}{more}; embed these records again or drop them")
+            places = found if numbers is None else numbers[found]
+            shown = some((i if ids is None else f"{i} ({ids[i]})" for i in places), 5)
+            raise InputError(f"table {name!r}: {len(found)} rows hold {what}: {shown}; embed these records again or drop them")
     return norms
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from omni_jax.data.entries import BadEntry
+from omni_jax.io.messages import some
 from omni_jax.types import InputError
 
 ROLES = ("id", "text", "video", "audio", "image", "timestamps", "start", "end", "prefix")
@@ -114,7 +115,7 @@ def check_columns(path: os.PathLike[str] | str, names: Sequence[str], columns: M
     """
     if twice := [name for name in names if name and names.count(name) > 1]:
         raise InputError(f"{path}: two columns are called {twice[0]!r}; rename one")
-    listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    listed = some(names, 20)
     if absent := [name for name in columns.values() if name not in names]:
         raise InputError(f"{path}: has no column {absent[0]!r}, which --columns names; its columns are {listed}")
     known = {"text", "video", "audio", "image", "conversations"}

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from omni_jax.data.entries import BadEntry, absolute, kind
 from omni_jax.data.formats.entry import Entry, Notes, reading, renamed
+from omni_jax.io.messages import line_of
 from omni_jax.types import InputError
 
 _MARK = b"\xef\xbb\xbf"  # a byte-order mark, as some editors write
@@ -87,12 +88,8 @@ def _array(data: bytes) -> Iterator[tuple[int, str, dict[str, Any] | BadEntry]]:
             if text[place : place + 1] not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
         except (ValueError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            yield (
-                line,
-                where,
-                BadEntry(f"malformed JSON ({reason}); nothing from here on can be read: correct it, or write one record a line"),
-            )
+            lost = "nothing from here on can be read: correct it, or write one record a line"
+            yield line, where, BadEntry(f"malformed JSON ({line_of(error)}); {lost}")
             return
         wrong = faults[0] if faults else f"{kind(value)} where a record belongs" if not isinstance(value, dict) else ""
         yield line, where, BadEntry(f"{wrong}; correct the entry") if wrong else value

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from omni_jax.data.entries import BadEntry, absolute
 from omni_jax.data.formats.entry import Entry, Notes, check_columns, media_kind, reading, table_fields
+from omni_jax.io.messages import line_of
 from omni_jax.media.parts import open_binary, parquet_module
 from omni_jax.media.workers import Guarded, goes_on
 from omni_jax.types import ClipError, FilePart, InputError
@@ -45,7 +46,7 @@ def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes)
         try:
             table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
         except Exception as error:  # pyarrow's errors have no class of their own
-            raise InputError(f"{path}: is not a complete Parquet file ({_line(error)}); fetch it again") from None
+            raise InputError(f"{path}: is not a complete Parquet file ({line_of(error)}); fetch it again") from None
         yield from _rows(path, table, columns, notes)
 
 
@@ -86,7 +87,10 @@ def _rows(path: os.PathLike[str] | str, table: Any, columns: Mapping[str, str], 
                 yield Entry(path, f"row {number + 1}", fields, number + 1)
         except Exception as error:
             yield Entry(
-                path, f"row {first + 1}", BadEntry(f"its {count} rows cannot be read ({_line(error)}); fetch the file again"), first + 1
+                path,
+                f"row {first + 1}",
+                BadEntry(f"its {count} rows cannot be read ({line_of(error)}); fetch the file again"),
+                first + 1,
             )
         first += count
 
@@ -207,7 +211,3 @@ def _is_bytes(kind: Any) -> bool:
 def _decoded(kind: Any) -> Any:
     """The type of the values of a dictionary-coded column, any other type as it is."""
     return kind.value_type if str(kind).startswith("dictionary<") else kind
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,0 +1,16 @@
+"""Words of a message that other people's text goes into: one line, however long that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def line_of(error: object) -> str:
+    """Returns what a library's error says, cut to one line; the name of its class where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def some(names: Iterable[object], most: int = 3) -> str:
+    """Returns the first `most` of some names, and dots where there are more."""
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
