@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from omni_jax.cli.status import INTERRUPTED
@@ -37,21 +37,26 @@ def _interrupt_prevails() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """Hands signals to a handler while the block runs; in another thread than the main one, which alone may, it does nothing."""
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in (numbers if here else ())}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
     """Makes SIGTERM raise Terminated in the main thread while the block runs; elsewhere it does nothing."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        with _interrupt_prevails():
-            yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with _handled(stop, signal.SIGTERM), _interrupt_prevails():
+        yield
 
 
 @contextlib.contextmanager
@@ -116,21 +121,14 @@ def signals_noted() -> Iterator[Signals]:
     In another thread than the main one it notes nothing.
     """
     noted = Signals()
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
 
     def note(number: int, frame: FrameType | None) -> None:
         if signal.SIGINT in noted.seen and number == signal.SIGINT:
             raise KeyboardInterrupt
         noted.seen.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with _handled(note, signal.SIGTERM, signal.SIGINT):
         yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -141,17 +139,10 @@ def interrupts_noted() -> Iterator[Signals]:
     several steps asks after each what was noted. In another thread than the main one it notes nothing.
     """
     noted = Signals()
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
 
     def note(number: int, frame: FrameType | None) -> None:
         noted.seen.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        with _interrupt_prevails():
-            yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with _handled(note, signal.SIGINT), _interrupt_prevails():
+        yield noted

@@ -6,6 +6,7 @@ Letters: B rows of the batch (of this shard, under `axis_name`), D width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,19 +44,12 @@ def sigmoid_contrast(
     return loss if axis_name is None else jax.lax.pmean(loss, axis_name)
 
 
-def siglip_loss(
-    embeddings: Mapping[str, jax.Array],
-    pairs: Sequence[tuple[str, str]],
-    *,
-    temperature: float | jax.Array,
-    bias: float | jax.Array,
-    axis_name: AxisName | None = None,
-) -> jax.Array:
+def siglip_loss(embeddings: Mapping[str, jax.Array], pairs: Sequence[tuple[str, str]], **options: Any) -> jax.Array:
     """Returns L_S: the mean over `pairs` of the sigmoid loss between two single-modal embeddings, as L_A has InfoNCE between them.
 
     Args:
       embeddings: modality -> (B, D).
       pairs: pairs of its keys; `schedule.active_pairs` lists those of a step.
+      options: those of `sigmoid_contrast`.
     """
-    terms = [sigmoid_contrast(embeddings[x], embeddings[y], temperature=temperature, bias=bias, axis_name=axis_name) for x, y in pairs]
-    return mean_of(terms, "pairs")
+    return mean_of([sigmoid_contrast(embeddings[x], embeddings[y], **options) for x, y in pairs], "pairs")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,16 @@ class Pool:
     hard_scope: str = "local"
     hard_blocks: int | None = None
     hard_weight: float = 1.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every loss reads of it besides embeddings."""
+        return {"temperature": self.scalars["temperature"], "axis_name": self.axis_name}
+
+    @property
+    def hard_options(self) -> dict[str, Any]:
+        """The same for a loss with hard negatives."""
+        return self.options | {name: getattr(self, name) for name in ("hard_scope", "hard_blocks", "hard_weight")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,30 +104,19 @@ LOSSES = {
         "L_T",
         "Tuple loss: the whole tuple against the augmented copy, with hard negatives.",
         frozenset({"anchor", "positive", "hard"}),
-        lambda p: tuple_loss(
-            p.z["anchor"],
-            p.z["positive"],
-            p.z["hard"],
-            temperature=p.scalars["temperature"],
-            axis_name=p.axis_name,
-            hard_scope=p.hard_scope,
-            hard_blocks=p.hard_blocks,
-            hard_weight=p.hard_weight,
-        ),
+        lambda p: tuple_loss(p.z["anchor"], p.z["positive"], p.z["hard"], **p.hard_options),
     ),
     "distillation": Loss(
         "L_D",
         "Distillation loss: similarities of single modalities towards those of the whole tuple.",
         frozenset({"anchor", "singles"}),
-        lambda p: distillation_loss(
-            p.z["anchor"], [p.z[name] for name in p.singles], temperature=p.scalars["temperature"], axis_name=p.axis_name
-        ),
+        lambda p: distillation_loss(p.z["anchor"], [p.z[name] for name in p.singles], **p.options),
     ),
     "pairwise": Loss(
         "L_A",
         "Pairwise alignment loss: InfoNCE in both directions over pairs of modalities.",
         frozenset({"pairs"}),
-        lambda p: pairwise_loss(p.z, p.pairs, temperature=p.scalars["temperature"], axis_name=p.axis_name),
+        lambda p: pairwise_loss(p.z, p.pairs, **p.options),
     ),
     "joint": Loss(
         "L_J",
@@ -130,7 +130,7 @@ LOSSES = {
         "L_S",
         "Sigmoid loss over pairs of modalities: each pair of the batch judged by itself.",
         frozenset({"pairs"}),
-        lambda p: siglip_loss(p.z, p.pairs, temperature=p.scalars["temperature"], bias=p.scalars["siglip_bias"], axis_name=p.axis_name),
+        lambda p: siglip_loss(p.z, p.pairs, bias=p.scalars["siglip_bias"], **p.options),
         scalars=("temperature", "siglip_bias"),
     ),
 }
