@@ -7,7 +7,6 @@ Axis letters: I inputs, O outputs, K kernel taps, C channels, E patch-embedding 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Protocol
 
 import numpy as np
@@ -35,10 +34,6 @@ class Transform(Protocol):
         """Returns the torch tensor of a tree leaf, C-contiguous."""
         ...
 
-    def tree_shape(self, torch_shape: Shape) -> Shape:
-        """Returns the leaf's shape for a tensor's shape."""
-        ...
-
     def torch_shape(self, tree_shape: Shape) -> Shape:
         """Returns the tensor's shape for a leaf's shape."""
         ...
@@ -55,9 +50,6 @@ class Identity:
 
     inverse = forward
 
-    def tree_shape(self, torch_shape: Shape) -> Shape:
-        return tuple(torch_shape)
-
     def torch_shape(self, tree_shape: Shape) -> Shape:
         return tuple(tree_shape)
 
@@ -72,9 +64,6 @@ class ReverseAxes:
         return _reversed_copy(array)
 
     inverse = forward
-
-    def tree_shape(self, torch_shape: Shape) -> Shape:
-        return tuple(torch_shape[::-1])
 
     def torch_shape(self, tree_shape: Shape) -> Shape:
         return tuple(tree_shape[::-1])
@@ -96,9 +85,6 @@ class PatchKernel:
     def inverse(self, array: np.ndarray) -> np.ndarray:
         return _reversed_copy(array).reshape(self.torch_shape(array.shape))
 
-    def tree_shape(self, torch_shape: Shape) -> Shape:
-        return (math.prod(torch_shape[1:]), torch_shape[0])
-
     def torch_shape(self, tree_shape: Shape) -> Shape:
         return (tree_shape[-1], *self.inner)
 
@@ -116,9 +102,6 @@ class KeepAxis:
 
     def inverse(self, array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array).reshape(self.torch_shape(array.shape))
-
-    def tree_shape(self, torch_shape: Shape) -> Shape:
-        return (math.prod(torch_shape),)
 
     def torch_shape(self, tree_shape: Shape) -> Shape:
         return tuple(tree_shape[0] if axis == self.axis else 1 for axis in range(self.rank))

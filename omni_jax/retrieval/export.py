@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from etils import epath
 
 from omni_jax.retrieval.directions import possible
 from omni_jax.retrieval.embedding_file import IDS, MADE_WITH, SCALE, origin_member, own_ids, read_embeddings
+from omni_jax.retrieval.faiss_search import faiss_module
 from omni_jax.retrieval.inputs import IDS_FILE, ORIGIN_FILE
 from omni_jax.retrieval.metrics import RECALL_AT, direction_metrics, evaluate
 from omni_jax.retrieval.npz import check_place, output_file, write_array, write_members
@@ -151,7 +150,7 @@ def export_faiss(
     Raises:
       InputError: when faiss is not installed, for rows of only zeros, a factory string that faiss does not know, or too few rows for it.
     """
-    faiss = _faiss()
+    faiss = faiss_module("export --to npy")
     target = _folder(folder)
     numbers = _numbers(table)
     made = []
@@ -195,13 +194,6 @@ def _unit(table: EmbeddingTable, name: str, numbers: np.ndarray) -> np.ndarray:
         record = table.ids_of(name)[numbers[int(np.argmin(good))]]
         raise InputError(f"table {name!r}: record {record!r} holds NaN, infinity or only zeros; embed it again or drop it")
     return rows / norms
-
-
-def _faiss() -> ModuleType | Any:
-    try:
-        return importlib.import_module("faiss")
-    except ImportError as e:
-        raise InputError("faiss is not installed; run pip install 'omni-jax[faiss]', or export --to npy") from e
 
 
 def _folder(path: str | os.PathLike[str]) -> epath.Path:

@@ -42,7 +42,7 @@ class FaissIndex:
         Raises:
           InputError: where faiss is not installed, or for rows with NaN, infinity or only zeros.
         """
-        faiss = _faiss()
+        faiss = faiss_module("search exactly (--search exact)")
         rows = as_rows(gallery, name)
         count, width = rows.shape
         self.cells = 0 if count <= SMALL else round(4 * math.sqrt(count))
@@ -65,8 +65,9 @@ def _unit(rows: np.ndarray, name: str) -> np.ndarray:
     return np.ascontiguousarray(rows / lengths(rows, name)[:, None], np.float32)
 
 
-def _faiss() -> Any:
+def faiss_module(otherwise: str) -> Any:
+    """Returns FAISS. Raises InputError where it is not installed; `otherwise` says what needs none."""
     try:
         return importlib.import_module("faiss")
     except ImportError as e:
-        raise InputError("faiss is not installed; run pip install 'omni-jax[faiss]', or search exactly (--search exact)") from e
+        raise InputError(f"faiss is not installed; run pip install 'omni-jax[faiss]', or {otherwise}") from e

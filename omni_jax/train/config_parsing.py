@@ -62,9 +62,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise _wrong(
-            where, value, {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(kind, kind.__name__)
-        )
+        raise _wrong(where, value, WORDS.get(kind, kind.__name__))
     return value
 
 
