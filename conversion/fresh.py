@@ -38,7 +38,7 @@ from omni_jax.conversion import engine, folder
 from omni_jax.conversion.adapter import CONFIG, WEIGHTS, adapter_entries, default_config, write_config
 from omni_jax.conversion.engine import Entry
 from omni_jax.conversion.folder import Manifest, TensorFile
-from omni_jax.conversion.fresh_tokenizer import copy_tokenizer, train_tokenizer
+from omni_jax.conversion.fresh_tokenizer import train_tokenizer
 from omni_jax.conversion.importer import Summary
 from omni_jax.conversion.store import StoreWriter
 from omni_jax.conversion.weight_files import SINGLE
@@ -54,9 +54,8 @@ def write_fresh(
     out: epath.PathLike,
     architecture: Mapping[str, Any],
     *,
+    captions: Iterable[str],
     seed: int = 0,
-    captions: Iterable[str] | None = None,
-    tokenizer: epath.PathLike | None = None,
     lora: LoraConfig | None = None,
 ) -> Summary:
     """Writes the converted folder `out` with random float32 weights; it appears under its name only when complete.
@@ -68,17 +67,14 @@ def write_fresh(
         the decoder. May hold those of `ModelConfig` that are no records: `positions_per_second`, `attention`, `pooling` ...
       seed: of the weights; the same seed gives the same weights.
       captions: texts to train a byte-level BPE vocabulary on.
-      tokenizer: folder whose tokenizer files are used instead.
       lora: adapter, at its usual start (B zero), kept apart from the base.
 
     Raises:
-      InputError: a field that is unknown or does not fit, neither captions nor tokenizer, or an `out` that exists.
+      InputError: a field that is unknown or does not fit, or an `out` that exists.
     """
-    if (captions is None) == (tokenizer is None):
-        raise InputError("fresh weights need captions to train a vocabulary on, or the folder of a tokenizer: give one of the two")
     started = time.monotonic()
     with folder.new_folder(out) as temporary:
-        ids, size = train_tokenizer(captions, temporary) if captions is not None else copy_tokenizer(epath.Path(tokenizer or ""), temporary)
+        ids, size = train_tokenizer(captions, temporary)
         model = model_config(architecture, ids, size, lora)
         _write_side_files(temporary, model)
         entries = _once(engine.base_entries(model))

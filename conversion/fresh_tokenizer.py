@@ -1,4 +1,4 @@
-"""Tokenizer files of Qwen2's kind with the control tokens: trained on captions, or copied from another checkpoint."""
+"""Tokenizer files of Qwen2's kind with the control tokens, trained on captions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from omni_jax.config.components import CONTROL_TOKENS
-from omni_jax.conversion.folder import copy_files
-from omni_jax.types import InputError
 
 END = "<|im_end|>"
 FILLER = "Please describe the video."  # used in prompts of one medium; part of what a vocabulary is trained on
-FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 # Qwen2's split of a text into words: contractions, letters, single digits, punctuation, line ends, spaces.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -69,25 +66,3 @@ def train_tokenizer(captions: Iterable[str], out: epath.Path, vocabulary: int = 
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in record["model"]["merges"]]
     (out / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
     return ids, -(-size // _MULTIPLE) * _MULTIPLE
-
-
-def copy_tokenizer(source: epath.Path, out: epath.Path) -> tuple[dict[str, int], int]:
-    """Copies the tokenizer files of a checkpoint and returns the ids of the added tokens and the size of the vocabulary, rounded up.
-
-    Raises:
-      InputError: no `tokenizer.json`, or one that lacks a control token.
-    """
-    file = source / "tokenizer.json"
-    if not file.exists():
-        raise InputError(f"{file}: no such file; name the folder of a checkpoint that has one")
-    try:
-        bpe = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as e:  # the library raises bare Exception
-        raise InputError(f"{file}: cannot be read as a tokenizer ({str(e).splitlines()[0]}); copy it again from the checkpoint") from None
-    known: dict[str, int] = bpe.get_vocab(with_added_tokens=True)
-    ids = {token: known[token] for token in (END, *CONTROL_TOKENS.values()) if token in known}
-    absent = [token for token in (END, *CONTROL_TOKENS.values()) if token not in ids]
-    if absent:
-        raise InputError(f"{file}: the tokenizer lacks {', '.join(absent)}; use the tokenizer of a WAVE checkpoint")
-    copy_files(source, tuple(name for name in FILES if (source / name).exists()), out)
-    return ids, -(-(1 + max(known.values())) // _MULTIPLE) * _MULTIPLE

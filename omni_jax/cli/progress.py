@@ -107,8 +107,8 @@ class Progress:
 class Waiting:
     """Shows work that cannot say how far it is, as compilations: one bar for all, begun with the first. Use it as a context manager."""
 
-    def __init__(self, what: str, unit: str, total: int | None = None):
-        self._make = lambda: Progress(total, what, unit=unit)
+    def __init__(self, what: str, unit: str):
+        self._make = lambda: Progress(None, what, unit=unit)
         self._bar: Progress | None = None
 
     def __enter__(self) -> Waiting:

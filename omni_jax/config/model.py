@@ -97,7 +97,7 @@ class ModelConfig:
             )
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], beats: BeatsConfig | None, lora: LoraConfig | None = None) -> ModelConfig:
+    def from_hf(cls, config: Mapping[str, Any], beats: BeatsConfig | None) -> ModelConfig:
         """Reads the `config.json` (already parsed) of a WAVE checkpoint, of Omni-Embed-Nemotron, or of a Qwen2.5-Omni thinker.
 
         Args:
@@ -107,14 +107,14 @@ class ModelConfig:
           ConfigError: naming the missing or unsupported field.
         """
         try:
-            return cls._from_hf(config, beats, lora)
+            return cls._from_hf(config, beats)
         except KeyError as e:
             raise ConfigError(
                 f"config.json: field {e.args[0]!r} is missing; is this a WAVE-7B or Qwen2.5-Omni checkpoint folder?"
             ) from None
 
     @classmethod
-    def _from_hf(cls, config: Mapping[str, Any], beats: BeatsConfig | None, lora: LoraConfig | None) -> ModelConfig:
+    def _from_hf(cls, config: Mapping[str, Any], beats: BeatsConfig | None) -> ModelConfig:
         config = thinker_config(config)
         check_fields(config)
         text, vision, audio = config["text_config"], config["vision_config"], config["audio_config"]
@@ -140,7 +140,6 @@ class ModelConfig:
                 vision_bos=config["vision_start_token_id"],
                 vision_eos=config["vision_end_token_id"],
             ),
-            lora=lora,
             positions_per_second=config["position_id_per_seconds"],
             seconds_per_chunk=config["seconds_per_chunk"],
             **(EMBED_STYLE if config.get("model_type") == EMBED_MODEL_TYPE else {}),

@@ -65,11 +65,7 @@ def atomic_write(target: Path | epath.Path, hint: str = HINT, *, flush: bool = T
         file.discard()
 
 
-def atomic_write_text(target: Path | epath.Path, text: str, hint: str = HINT) -> None:
-    """Writes a text file (UTF-8), which appears whole or not at all.
-
-    Raises:
-      InputError: when it cannot be written; `hint` says what to do.
-    """
-    with atomic_write(target, hint) as path:
+def atomic_write_text(target: Path | epath.Path, text: str) -> None:
+    """Writes a text file (UTF-8), which appears whole or not at all. Raises InputError when it cannot be written."""
+    with atomic_write(target) as path:
         path.write_text(text, encoding="utf-8")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from omni_jax.types import EmbeddingTable, InputError
 FACTORY = "Flat"  # exact
 BLOCK = 16384  # rows added to an index together
 TRAIN = 262_144  # rows that an index learns its cells and codes from
+SEED = 0  # of every sample
 QUERIES = 4096  # records that ask when the loss of recall is measured
 
 
@@ -71,30 +72,27 @@ class _Int8:
         return quantized(self._rows[part])[0]
 
 
-def recall_loss(
-    before: EmbeddingTable, after: EmbeddingTable, ties: str = "optimistic", queries: int = QUERIES, seed: int = 0
-) -> dict[str, dict[str, tuple[float, float]]]:
+def recall_loss(before: EmbeddingTable, after: EmbeddingTable, queries: int = QUERIES) -> dict[str, dict[str, tuple[float, float]]]:
     """Returns direction -> {"R@1": (before, after), "R@5": ..., "R@10": ...}, in percent.
 
     Args:
       queries: records that ask, at most; more are sampled. Every record answers, so that the work grows with the records, not their square.
-      seed: of the sample.
 
     Raises:
       InputError: when the tables allow no direction, or hold NaN or zero vectors.
     """
     if len(before.ids) <= queries:
-        found = [evaluate(tables, ties=ties, resamples=0)["directions"] for tables in (before, after)]
+        found = [evaluate(tables, resamples=0)["directions"] for tables in (before, after)]
     else:
-        asking = np.sort(np.random.default_rng(seed).choice(len(before.ids), queries, replace=False))
-        found = [_sampled(tables, asking, ties) for tables in (before, after)]
+        asking = np.sort(np.random.default_rng(SEED).choice(len(before.ids), queries, replace=False))
+        found = [_sampled(tables, asking) for tables in (before, after)]
     return {
         name: {f"R@{k}": (float(metrics[f"R@{k}"]), float(found[1][name][f"R@{k}"])) for k in RECALL_AT}
         for name, metrics in found[0].items()
     }
 
 
-def _sampled(table: EmbeddingTable, asking: np.ndarray, ties: str) -> dict[str, dict[str, float | int]]:
+def _sampled(table: EmbeddingTable, asking: np.ndarray) -> dict[str, dict[str, float | int]]:
     """The metrics of every direction that the tables allow, asked by some records alone (their numbers)."""
     wanted = possible(table.tables)
     if not wanted:
@@ -107,7 +105,7 @@ def _sampled(table: EmbeddingTable, asking: np.ndarray, ties: str) -> dict[str, 
         asked, rows = held[query], np.flatnonzero(np.isin(numbers[query], asking))
         some = dataclasses.replace(asked, rows=asked.rows[rows], scale=asked.scale[rows], same=asked.same[rows])
         relevance: Any = numbers[query][rows], numbers[gallery]
-        found[direction] = direction_metrics(rank_pair(some, held[gallery], relevance)[0], ties)
+        found[direction] = direction_metrics(rank_pair(some, held[gallery], relevance)[0])
     return found
 
 
@@ -135,9 +133,7 @@ def export_parquet(
     write_columns(path, table, str(origin_member(table).get(MADE_WITH, "")), texts)
 
 
-def export_faiss(
-    table: EmbeddingTable, folder: str | os.PathLike[str], names: Sequence[str] | None = None, factory: str = FACTORY, seed: int = 0
-) -> list[str]:
+def export_faiss(table: EmbeddingTable, folder: str | os.PathLike[str], factory: str = FACTORY) -> list[str]:
     """Writes TABLE.faiss, an inner-product index of unit rows, for every table, ids.txt and, where it is known what the vectors were
     made with, made_with.json; returns the file names.
 
@@ -145,7 +141,6 @@ def export_faiss(
 
     Args:
       factory: what faiss.index_factory makes an index of; one that must be trained is, on at most TRAIN rows.
-      seed: of the sample of those rows.
 
     Raises:
       InputError: when faiss is not installed, for rows of only zeros, a factory string that faiss does not know, or too few rows for it.
@@ -154,7 +149,7 @@ def export_faiss(
     target = _folder(folder)
     numbers = _numbers(table)
     made = []
-    for name in names or table.tables:
+    for name in table.tables:
         rows = table.tables[name]
         own = np.array([numbers[record] for record in table.ids_of(name)], np.int64)
         try:
@@ -163,7 +158,7 @@ def export_faiss(
             if not places and not isinstance(index, (faiss.IndexIVF, faiss.IndexIDMap)):
                 index = faiss.IndexIDMap2(index)
             if not index.is_trained:
-                index.train(_unit(table, name, np.sort(np.random.default_rng(seed).permutation(len(rows))[:TRAIN])))
+                index.train(_unit(table, name, np.sort(np.random.default_rng(SEED).permutation(len(rows))[:TRAIN])))
             for start in range(0, len(rows), BLOCK):
                 block = np.arange(start, min(start + BLOCK, len(rows)))
                 if isinstance(index, faiss.IndexIDMap) or not places:

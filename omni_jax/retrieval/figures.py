@@ -18,6 +18,7 @@ from omni_jax.retrieval.search import search
 STUDIED = 4096  # queries whose neighbours are looked at; more are sampled, so that a report costs O(STUDIED * M)
 NEIGHBOURS = 10
 SHOWN = 3  # neighbours named in the gallery
+SEED = 0  # of all samples
 EXTREMES = 8  # best queries, and worst queries, of a direction
 PAIRS = 2000  # pairs whose cosines are drawn
 POINTS = 150  # rows of a table in the scatter plot
@@ -128,9 +129,7 @@ def recall_curve(places: FirstHitRanks, points: int = 48) -> Curve:
     return Curve(tuple(ranks.tolist()), tuple(shares.tolist()), tuple((ranks / places.gallery).tolist()))
 
 
-def hubness_and_examples(
-    tables: Mapping[str, np.ndarray], scores: Scores, direction: str, seed: int = 0, shown: int = EXTREMES
-) -> tuple[Hubness, list[Example]]:
+def hubness_and_examples(tables: Mapping[str, np.ndarray], scores: Scores, direction: str) -> tuple[Hubness, list[Example]]:
     """Returns the hubness of a direction, and its `shown` best and worst queries.
 
     Best: found first, by the largest margin. Worst: by the lowest place, then the smallest margin. With more than STUDIED queries
@@ -140,9 +139,9 @@ def hubness_and_examples(
     queries, gallery = tables[query_table], tables[gallery_table]
     places = scores.places[direction]
     gallery_record = scores.rows[gallery_table]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     sample = np.sort(rng.permutation(len(places.query))[:STUDIED])
-    low = np.argsort(-places.place, kind="stable")[:shown]
+    low = np.argsort(-places.place, kind="stable")[:EXTREMES]
     studied = np.union1d(sample, low)
     wanted = min(max(NEIGHBOURS, SHOWN) + 1, len(gallery))
     cosines, items = search(queries[places.query[studied]], gallery, wanted, name=gallery_table)
@@ -167,7 +166,7 @@ def hubness_and_examples(
     place = places.place[studied]
     examples = []
     for kind, order in (("best", np.lexsort((-margin, place))), ("worst", np.lexsort((margin, -place)))):
-        for i in order[: min(shown, max(1, len(order) // 2))].tolist():  # a query is not among the best and the worst at once
+        for i in order[: min(EXTREMES, max(1, len(order) // 2))].tolist():  # a query is not among the best and the worst at once
             near = [
                 Neighbour(str(scores.records[gallery_record[item]]), float(level), bool(mine))
                 for item, level, mine in zip(items[i, :SHOWN], cosines[i, :SHOWN], own[i, :SHOWN], strict=True)
@@ -177,12 +176,12 @@ def hubness_and_examples(
     return hubness, examples
 
 
-def modality_gap(tables: Mapping[str, np.ndarray], scores: Scores, direction: str, seed: int = 0) -> Gap:
+def modality_gap(tables: Mapping[str, np.ndarray], scores: Scores, direction: str) -> Gap:
     """Returns the cosines of relevant and of random pairs, and the distance between the two tables' centres."""
     query_table, gallery_table = DIRECTIONS[direction]
     queries, gallery = tables[query_table], tables[gallery_table]
     places = scores.places[direction]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     chosen = rng.permutation(len(places.query))[:PAIRS]
     other = rng.integers(len(gallery), size=len(chosen))
     q = l2_normalize(queries[places.query[chosen]])
@@ -203,9 +202,9 @@ def modality_gap(tables: Mapping[str, np.ndarray], scores: Scores, direction: st
     )
 
 
-def scatter(tables: Mapping[str, np.ndarray], names: list[str], seed: int = 0) -> tuple[dict[str, np.ndarray], tuple[float, float]]:
+def scatter(tables: Mapping[str, np.ndarray], names: list[str]) -> tuple[dict[str, np.ndarray], tuple[float, float]]:
     """Returns up to POINTS unit rows of each table on their two common principal axes, (P, 2) each, and the shares of variance there."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     rows = [l2_normalize(tables[name][np.sort(rng.permutation(len(tables[name]))[:POINTS])]) for name in names]
     every = np.concatenate(rows).astype(np.float64)
     every -= every.mean(axis=0)

@@ -88,7 +88,7 @@ class Report:
         return tuple(dict.fromkeys([*outermost, *found]))
 
 
-def build_report(name: str, tables: Mapping[str, np.ndarray], scores: Scores, others: Sequence[Other] = (), seed: int = 0) -> Report:
+def build_report(name: str, tables: Mapping[str, np.ndarray], scores: Scores, others: Sequence[Other] = ()) -> Report:
     """Returns the report of a result.
 
     Args:
@@ -96,10 +96,9 @@ def build_report(name: str, tables: Mapping[str, np.ndarray], scores: Scores, ot
       tables: table name -> (N, D), those that were scored.
       scores: from `score` over the same tables.
       others: results to show beside it.
-      seed: of the samples taken where there are many records.
     """
     names = list(scores.places)
-    closer = {direction: figures.hubness_and_examples(tables, scores, direction, seed) for direction in names}
+    closer = {direction: figures.hubness_and_examples(tables, scores, direction) for direction in names}
     used = [table for table in WORDS if table in {side for direction in names for side in DIRECTIONS[direction]}]
     return Report(
         name,
@@ -108,9 +107,9 @@ def build_report(name: str, tables: Mapping[str, np.ndarray], scores: Scores, ot
         {direction: figures.rank_histogram(scores.places[direction]) for direction in names},
         {direction: figures.recall_curve(scores.places[direction]) for direction in names},
         {direction: hubness for direction, (hubness, _) in closer.items()},
-        {direction: figures.modality_gap(tables, scores, direction, seed) for direction in _one_way(names)},
+        {direction: figures.modality_gap(tables, scores, direction) for direction in _one_way(names)},
         [example for _, examples in closer.values() for example in examples],
-        figures.scatter(tables, used, seed),
+        figures.scatter(tables, used),
     )
 
 

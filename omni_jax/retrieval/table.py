@@ -73,21 +73,19 @@ def format_left_out(left_out: Mapping[str, Sequence[str]], captions: int, clips:
     return "\n".join(lines)
 
 
-def format_comparison(results: Mapping[str, Mapping[str, Any]], metric: str = "R@1") -> str:
-    """Returns one metric of several results side by side: rows are directions and averages, columns are results in the order given.
+def format_comparison(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns R@1 of several results side by side: rows are directions and averages, columns are results in the order given.
 
     A result may hold some directions only, as the published ones do. Results over different numbers of records, or scored under
     different tie policies, are pointed out below the table.
     """
-    rows = [[metric, *results]]
+    rows = [["R@1", *results]]
     for name in DIRECTIONS:
-        values = [result["directions"].get(name, {}).get(metric) for result in results.values()]
+        values = [result["directions"].get(name, {}).get("R@1") for result in results.values()]
         if any(value is not None for value in values):
-            rows.append([name, *(_cell(value, COLUMNS[metric][1]) for value in values)])
-    averages = [[name, *(_cell(result.get(name), ".2f") for result in results.values())] for name in AVERAGES]
-    if metric == "R@1":
-        rows += averages
-    lines = aligned(rows, rule_before=(1, len(rows) - len(averages)) if metric == "R@1" else (1,))
+            rows.append([name, *(_cell(value, COLUMNS["R@1"][1]) for value in values)])
+    rows += [[name, *(_cell(result.get(name), ".2f") for result in results.values())] for name in AVERAGES]
+    lines = aligned(rows, rule_before=(1, len(rows) - len(AVERAGES)))
     sizes = {name: result["n"] for name, result in results.items() if "n" in result}
     if len(set(sizes.values())) > 1:
         lines += ["", "Note: galleries differ in size, so these columns are not comparable: " + _listed(sizes) + "."]

@@ -45,16 +45,15 @@ def chunk_starts(values: np.ndarray, span: float) -> list[int]:
         starts.append(place)
 
 
-def interleave(config: ModelConfig, video: VideoGrid | None, audio_tokens: int | None, audio_repeat: int = 2) -> MediaOrder:
+def interleave(config: ModelConfig, video: VideoGrid | None, audio_tokens: int | None) -> MediaOrder:
     """Returns the order of a prompt's media tokens.
 
     Video and audio alternate in chunks of 2 x 25 x `second_per_grid` position units (two temporal steps), video first; where one kind
-    has more chunks, its last ones follow one another. Audio tokens are repeated after that: 2 for Whisper and BEATs in turn, 1 for a
-    backbone without BEATs.
+    has more chunks, its last ones follow one another. Audio tokens are repeated after that (`ModelConfig.audio_repeat`).
     """
     merge = config.vision.merge_size
     video_count = video.tokens(merge) if video else 0
-    audio_count = audio_repeat * (audio_tokens or 0)
+    audio_count = config.audio_repeat * (audio_tokens or 0)
     if video is None or audio_tokens is None:
         source = np.full(video_count + audio_count, SOURCE_AUDIO if video is None else SOURCE_VIDEO, np.int8)
         return MediaOrder(source, np.arange(len(source), dtype=np.int32), 0)
@@ -63,7 +62,7 @@ def interleave(config: ModelConfig, video: VideoGrid | None, audio_tokens: int |
     span = config.positions_per_second * config.seconds_per_chunk * video.second_per_grid
     step_values = np.arange(steps) * video.second_per_grid * config.positions_per_second
     video_cuts = [*chunk_starts(np.repeat(step_values, rows * columns), span), video_count]
-    audio_cuts = [*(audio_repeat * start for start in chunk_starts(np.arange(audio_tokens), span)), audio_count]
+    audio_cuts = [*(config.audio_repeat * start for start in chunk_starts(np.arange(audio_tokens), span)), audio_count]
     pieces: list[tuple[int, int, int]] = []
     for c in range(max(len(video_cuts), len(audio_cuts)) - 1):
         for kind, cuts in ((SOURCE_VIDEO, video_cuts), (SOURCE_AUDIO, audio_cuts)):

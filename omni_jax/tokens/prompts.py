@@ -30,19 +30,16 @@ class MediaBlock:
 
 
 @functools.lru_cache(maxsize=1024)
-def media_block(
-    config: ModelConfig, video: VideoGrid | None, audio_tokens: int | None, *, start: int = 0, audio_repeat: int | None = None
-) -> MediaBlock:
+def media_block(config: ModelConfig, video: VideoGrid | None, audio_tokens: int | None, *, start: int = 0) -> MediaBlock:
     """Returns the tokens of a prompt's media, bos and eos included: arrays to read only, since clips of one shape share them.
 
     Args:
       video: the video's grid, None for a prompt without video.
       audio_tokens: tokens k of the audio tower, None for a prompt without audio.
       start: position of the block's first token.
-      audio_repeat: prompt tokens per audio-tower token; None takes the backbone's.
     """
     tokens = config.tokens
-    order = interleave(config, video, audio_tokens, config.audio_repeat if audio_repeat is None else audio_repeat)
+    order = interleave(config, video, audio_tokens)
     positions, after = media_positions(config, order, video, start)
     bos = [tokens.vision_bos] * (video is not None) + [tokens.audio_bos] * (audio_tokens is not None)
     eos = [tokens.audio_eos] * (audio_tokens is not None) + [tokens.vision_eos] * (video is not None)

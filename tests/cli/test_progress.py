@@ -76,9 +76,9 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 def test_waiting_returns_what_the_work_gives_and_counts_it(capsys: pytest.CaptureFixture[str]):
-    with Waiting("compile", "programs", 2) as waiting:
+    with Waiting("compile", "programs") as waiting:
         assert [waiting("one", lambda: 1), waiting("two", lambda: 2)] == [1, 2]
-    assert re.fullmatch(r"compile: 2/2 programs, \S+ programs/s, 0 s; two, 0 s\n", capsys.readouterr().err)
+    assert re.fullmatch(r"compile: 2 programs, \S+ programs/s, 0 s; two, 0 s\n", capsys.readouterr().err)
 
 
 def test_nothing_is_shown_of_work_that_never_began(capsys: pytest.CaptureFixture[str]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ def tiny_config() -> dict[str, Any]:
 
 
 def model_config(beats: BeatsConfig = BEATS, lora: LoraConfig | None = None) -> ModelConfig:
-    return ModelConfig.from_hf(tiny_config(), beats, lora)
+    return dataclasses.replace(ModelConfig.from_hf(tiny_config(), beats), lora=lora)
 
 
 def tensors(config: ModelConfig, dtype: Any = ml_dtypes.bfloat16, table_layers: Iterable[int] | None = None, seed: int = 0) -> Tensors:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -118,7 +117,7 @@ def test_golden_key_set_is_that_of_a_wave_checkpoint(golden, tmp_path):
     model = model_config(open_checkpoint(epath.Path(golden.checkpoint)))
     sections = {name: dataclasses.asdict(getattr(model, name)) for name in ("decoder", "vision", "audio", "beats")}
     del sections["decoder"]["vocab_size"]
-    write_fresh(tmp_path / "fresh", sections, tokenizer=golden.checkpoint)
+    write_fresh(tmp_path / "fresh", sections, captions=CAPTIONS)
     conversion.to_torch(tmp_path / "fresh", base_out=tmp_path / "base")
     made, wanted = (open_checkpoint(epath.Path(folder)).tensors for folder in (tmp_path / "base", golden.checkpoint))
     assert set(made) == set(wanted)
@@ -142,17 +141,3 @@ def test_an_architecture_that_does_not_fit_is_named(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         write_fresh(tmp_path / "model", sections, captions=CAPTIONS)
     assert not (tmp_path / "model").exists()
-
-
-def test_a_vocabulary_comes_from_captions_or_a_tokenizer(tmp_path, fresh):
-    with pytest.raises(InputError, match="captions to train a vocabulary on, or the folder of a tokenizer"):
-        write_fresh(tmp_path / "model", ARCHITECTURE)
-    with pytest.raises(InputError, match="no such file"):
-        write_fresh(tmp_path / "model", ARCHITECTURE, tokenizer=tmp_path)
-    broken = tmp_path / "tokenizer"
-    broken.mkdir()
-    record = json.loads((fresh / "tokenizer.json").read_text())
-    record["added_tokens"] = [t for t in record["added_tokens"] if t["content"] != "<|VIDEO|>"]
-    (broken / "tokenizer.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match=r"the tokenizer lacks <\|VIDEO\|>"):
-        write_fresh(tmp_path / "model", ARCHITECTURE, tokenizer=broken)

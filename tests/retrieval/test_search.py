@@ -116,8 +116,8 @@ def test_int8_export_is_an_embedding_file_and_its_loss_is_what_eval_sees(tmp_pat
 def test_the_loss_of_a_large_file_is_measured_by_a_sample_of_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     want = table(300, 8)
     held = export_int8(want, tmp_path / "small.npz")
-    sampled = recall_loss(want, held, queries=120, seed=3)
-    rows = np.sort(np.random.default_rng(3).choice(300, 120, replace=False))
+    sampled = recall_loss(want, held, queries=120)
+    rows = np.sort(np.random.default_rng(0).choice(300, 120, replace=False))
     for name, (query, gallery) in {"t2v": ("text", "video"), "av2t": ("av", "text")}.items():
         for side, tables in enumerate((want.tables, held.tables)):
             places = naive.ranks(naive.cosines(tables[query][rows], tables[gallery]), rows.tolist(), range(300))

@@ -149,7 +149,8 @@ def test_media_block_equals_the_plain_rewrite_golden(
 ) -> None:
     grid = (steps, 2 * rows, 2 * columns)
     video, audio = (grid if "v" in kinds else None), (k if "a" in kinds else None)
-    block = media_block(CONFIG, VideoGrid(grid, second_per_grid) if video else None, audio, start=start, audio_repeat=repeat)
+    config = CONFIG if repeat == 2 else dataclasses.replace(CONFIG, beats=None)
+    block = media_block(config, VideoGrid(grid, second_per_grid) if video else None, audio, start=start)
     ids, places, owners, after = _naive_block(video, second_per_grid, audio, repeat, start)
     assert block.ids.tolist() == ids
     assert block.positions.T.tolist() == [list(p) for p in places]
@@ -170,7 +171,7 @@ def test_temporal_positions_are_truncated_in_float32_golden() -> None:
 
 def test_eos_follows_the_last_chunk_not_the_largest_position_golden() -> None:
     """Quirk of the reference (SPEC section 4): with a tall grid and one audio token, text goes back below the video's rows."""
-    block = media_block(CONFIG, VideoGrid((1, 20, 20), 0.5), 1, audio_repeat=2)
+    block = media_block(CONFIG, VideoGrid((1, 20, 20), 0.5), 1)
     assert block.positions[:, 2:-2].max() == 10
     assert block.next == 4
 
