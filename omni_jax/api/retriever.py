@@ -267,7 +267,7 @@ class OmniRetriever(ItemEncoder):
             return record, tokenized_clip(item, tables_of(item), self._tokenizer, self.config, self.preset)
 
         def plan(group: Sequence[TokenizedClip]) -> EncoderBatch:
-            batch = self._batch(group, tables, planner, share_prefix)
+            batch = build_batches(group, self.config, share_prefix=share_prefix, planner=planner)
             planned.append(planner.known())
             return batch
 
@@ -286,22 +286,8 @@ class OmniRetriever(ItemEncoder):
         """
         planner = Planner(row_multiple=self.row_multiple)
         planner.learn(shapes)
-        plan = functools.partial(self._batch, tables=tables, planner=planner)
+        plan = functools.partial(build_batches, config=self.config, planner=planner)
         return start_group(clips, [], tables, plan=plan, encode=self._encode, normalize=normalize)
-
-    def _batch(
-        self, group: Sequence[TokenizedClip], tables: Sequence[str], planner: Planner, share_prefix: bool | None = None
-    ) -> EncoderBatch:
-        return build_batches(
-            [clip.features for clip in group],
-            tables,
-            self._tokenizer,
-            self.config,
-            self.preset,
-            share_prefix=share_prefix,
-            planner=planner,
-            sequences=[clip.sequences for clip in group],
-        )
 
     def _encode(self, batch: EncoderBatch) -> Iterator[tuple[int, str, np.ndarray]]:
         return self._runner.embed(batch, self.preset.text_head)

@@ -75,7 +75,7 @@ def decode(key: str, box: list[Any], record: Record) -> tuple[Status, TokenizedC
     clip = tokenized_clip(features, setup.tables, setup.tokenizer, setup.config, setup.preset)
     if isinstance(clip, ClipError):
         return Status(error=clip), None
-    sizes = clip_sizes(clip.features, clip.sequences, setup.config, setup.config.shares_prefix)
+    sizes = clip_sizes(clip, setup.config, setup.config.shares_prefix)
     return Status(sizes, None, features.silent, _bytes(features)), clip
 
 

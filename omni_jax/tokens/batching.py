@@ -11,50 +11,34 @@ from typing import Any
 
 import numpy as np
 
-from omni_jax.config import DecoderConfig, ModelConfig, Preset
+from omni_jax.config import DecoderConfig, ModelConfig
 from omni_jax.tokens.buckets import Piece, Planner, RowPlan
 from omni_jax.tokens.packing import MediaRows, group_prompts, owners, row_batch
-from omni_jax.tokens.prompts import build_sequences
-from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.towers import NAMES, TOWERS, Item, Tower, in_turn, table_rows
-from omni_jax.types import SOURCE_AUDIO, SOURCE_VIDEO, EncoderBatch, Features, RowBatch, TokenSequence
+from omni_jax.types import SOURCE_AUDIO, SOURCE_VIDEO, EncoderBatch, RowBatch, TokenizedClip
 
 __all__ = ["Planner", "build_batches", "clip_sizes", "plan_group"]
 
 
 def build_batches(
-    features: Sequence[Features],
-    tables: Sequence[str],
-    tokenizer: Tokenizer,
-    config: ModelConfig,
-    preset: Preset,
-    *,
-    share_prefix: bool | None = None,
-    planner: Planner,
-    sequences: Sequence[Mapping[str, TokenSequence]] | None = None,
+    clips: Sequence[TokenizedClip], config: ModelConfig, *, planner: Planner, share_prefix: bool | None = None
 ) -> EncoderBatch:
     """Returns everything the encoder needs for these clips, in static shapes that the planner chooses.
 
-    A clip gets a prompt for each requested table whose modalities it has; towers run only for media that some prompt contains.
+    Towers run only for media that some prompt contains.
 
     Args:
       share_prefix: whether prompts of a clip with the same media share its tokens; None: where the backbone's attention is causal.
       planner: remembers shapes between calls.
-      sequences: what `build_sequences` returned for each clip, where the caller has built them (to set bad captions aside).
 
     Raises:
       ConfigError: where a prefix is to be shared and cannot be.
-      ClipError: where a prompt cannot be built (build sequences one by one to know which clip).
     """
     share_prefix = config.shares_prefix if share_prefix is None else share_prefix
     config.check_share_prefix(share_prefix)
-    if sequences is None:
-        sequences = [build_sequences(f, tables, tokenizer, config, preset) for f in features]
-    groups = [g for clip, found in enumerate(sequences) for g in group_prompts(clip, found, share_prefix)]
-    items = {
-        tower: [(n, item) for n, clip in enumerate(features) for item in _items(tower, clip, sequences[n], config)] for tower in TOWERS
-    }
-    plan = plan_group([clip_sizes(f, found, config, share_prefix) for f, found in zip(features, sequences, strict=True)], config, planner)
+    groups = [group for n, clip in enumerate(clips) for group in group_prompts(n, clip.sequences, share_prefix)]
+    items = {tower: [(n, item) for n, clip in enumerate(clips) for item in _items(tower, clip, config)] for tower in TOWERS}
+    plan = plan_group([clip_sizes(clip, config, share_prefix) for clip in clips], config, planner)
 
     taken = 0  # rows of the media table
     batches: dict[str, tuple[Any, ...]] = dict.fromkeys(NAMES, ())
@@ -70,7 +54,7 @@ def build_batches(
             taken += piece.count * each
         for n, (clip, item) in enumerate(found):
             places.setdefault((clip, tower.modality), {}).setdefault(item.part, {}).setdefault(tower.name, []).append(rows_of[n])
-    media = {clip: MediaRows(*(_in_order(places.get((clip, name), {})) for name in ("video", "audio"))) for clip in range(len(features))}
+    media = {clip: MediaRows(*(_in_order(places.get((clip, name), {})) for name in ("video", "audio"))) for clip in range(len(clips))}
     rows: list[RowBatch] = []
     owned: list[np.ndarray] = []
     for batch in plan.rows:
@@ -83,7 +67,7 @@ def build_batches(
         owners=tuple(owned),
         used_tokens=plan.used,
         total_tokens=taken + sum(r.ids.size for r in rows),
-        truncated=sum(any(s.truncated for s in found.values()) for found in sequences),
+        truncated=sum(any(s.truncated for s in clip.sequences.values()) for clip in clips),
     )
 
 
@@ -103,10 +87,10 @@ class ClipSizes:
     prompts: tuple[int, ...]
 
 
-def clip_sizes(features: Features, sequences: Mapping[str, TokenSequence], config: ModelConfig, share_prefix: bool) -> ClipSizes:
-    """Returns the sizes of a clip with its prompts, as `build_sequences` returned them."""
-    groups = group_prompts(0, sequences, share_prefix)
-    items = {tower.name: _items(tower, features, sequences, config) for tower in TOWERS}
+def clip_sizes(clip: TokenizedClip, config: ModelConfig, share_prefix: bool) -> ClipSizes:
+    """Returns the sizes of a clip with its prompts."""
+    groups = group_prompts(0, clip.sequences, share_prefix)
+    items = {tower.name: _items(tower, clip, config) for tower in TOWERS}
     return ClipSizes(
         media={name: tuple(item.size for item in found) for name, found in items.items()},
         tokens=sum(item.tokens for found in items.values() for item in found),
@@ -144,11 +128,11 @@ def attention_cost(config: DecoderConfig) -> float:
     return 4 * width / linear
 
 
-def _items(tower: Tower, features: Features, sequences: Mapping[str, TokenSequence], config: ModelConfig) -> list[Item]:
+def _items(tower: Tower, clip: TokenizedClip, config: ModelConfig) -> list[Item]:
     """Returns what a tower reads of a clip; nothing where no prompt has its tokens, or the backbone lacks it."""
     source = {"video": SOURCE_VIDEO, "audio": SOURCE_AUDIO}[tower.modality]
-    read = tower.runs(config) and any((s.source == source).any() for s in sequences.values())
-    return tower.items(features, config) if read else []
+    read = tower.runs(config) and any((s.source == source).any() for s in clip.sequences.values())
+    return tower.items(clip.features, config) if read else []
 
 
 def _in_order(parts: Mapping[int, Mapping[str, list[np.ndarray]]]) -> np.ndarray:

@@ -11,12 +11,12 @@ from tokenizers import models, pre_tokenizers
 
 from omni_jax.config import TABLES, ModelConfig, Preset
 from omni_jax.model.runner import Runner
-from omni_jax.tokens.batching import build_batches
 from omni_jax.tokens.buckets import Piece, Planner, RowPlan
 from omni_jax.tokens.tokenizer import CONTROL_TOKENS, END, Tokenizer
 from omni_jax.towers import Tower
 from omni_jax.types import AudioSegment, EncoderBatch, Features, Record, VideoGrid, VisionFeatures
 from tests.model import builders
+from tests.tokens.batched import batched
 
 Embeddings = dict[tuple[int, str], np.ndarray]
 PRESET = Preset(filler="Say it.")
@@ -76,7 +76,7 @@ def plan(
     config: ModelConfig, features: Sequence[Features], planner: Planner, tables: Sequence[str] = TABLES, share_prefix: bool = True
 ) -> EncoderBatch:
     """Returns the batch of these clips for these tables."""
-    return build_batches(features, tables, tokenizer(config), config, PRESET, share_prefix=share_prefix, planner=planner)
+    return batched(features, tables, tokenizer(config), config, PRESET, share_prefix=share_prefix, planner=planner)
 
 
 def embed(runner: Runner, batch: EncoderBatch) -> Embeddings:

@@ -13,11 +13,11 @@ from omni_jax.features import audio_tokens
 from omni_jax.model import Encoder, abstract_encoder, with_params
 from omni_jax.model.runner import Runner
 from omni_jax.parallel import make_mesh
-from omni_jax.tokens.batching import build_batches
 from omni_jax.tokens.buckets import Planner
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.types import AudioSegment, EncoderBatch, Features, VideoGrid, VisionFeatures
 from tests.golden_set import GoldenSet
+from tests.tokens.batched import batched
 from tests.tolerances import assert_close
 
 pytestmark = [pytest.mark.jit, pytest.mark.exact]
@@ -52,7 +52,7 @@ def features(golden: GoldenSet) -> list[Features]:
 
 
 def plan(golden: GoldenSet, config: ModelConfig, clips: list[Features], planner: Planner, tables: tuple[str, ...] = TABLES) -> EncoderBatch:
-    return build_batches(clips, tables, Tokenizer.from_pretrained(golden.checkpoint), config, golden.preset, planner=planner)
+    return batched(clips, tables, Tokenizer.from_pretrained(golden.checkpoint), config, golden.preset, planner=planner)
 
 
 def embed(runner: Runner, batch: EncoderBatch) -> Embeddings:
@@ -114,7 +114,7 @@ def test_golden_sharding_of_the_second_backbone(golden_nemotron: GoldenSet, enco
 
 def test_golden_prefix_sharing_is_refused(golden_nemotron: GoldenSet, encoder: Encoder):
     with pytest.raises(ConfigError, match="bidirectional, not causal"):
-        build_batches(
+        batched(
             features(golden_nemotron),
             TABLES,
             Tokenizer.from_pretrained(golden_nemotron.checkpoint),

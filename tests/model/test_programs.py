@@ -10,10 +10,11 @@ from flax import nnx
 from omni_jax.config import TABLES, BeatsConfig, ModelConfig, Preset, preset
 from omni_jax.model import Encoder
 from omni_jax.model.runner import Runner
-from omni_jax.tokens.batching import Planner, build_batches
+from omni_jax.tokens.batching import Planner
 from omni_jax.tokens.tokenizer import Tokenizer
 from tests.golden_set import GoldenSet
 from tests.tokens import synthetic
+from tests.tokens.batched import batched
 
 CLIPS, GROUP = 200, 16
 MOST_PROGRAMS = 16
@@ -40,7 +41,7 @@ def _embed(
     """Returns (used tokens, total tokens, embeddings)."""
     used = total = rows = 0
     for start in range(0, len(features), GROUP):
-        batch = build_batches(features[start : start + GROUP], TABLES, tokenizer, config, chosen, planner=planner)
+        batch = batched(features[start : start + GROUP], TABLES, tokenizer, config, chosen, planner=planner)
         used, total = used + batch.used_tokens, total + batch.total_tokens
         rows += sum(1 for _ in runner.embed(batch, chosen.text_head))
     return used, total, rows

@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 
 from omni_jax.config import TABLES, BeatsConfig, ModelConfig, preset
 from omni_jax.features.audio import KALDI_WINDOW
-from omni_jax.tokens.batching import Planner, build_batches, clip_sizes, plan_group
+from omni_jax.tokens.batching import Planner, clip_sizes, plan_group
 from omni_jax.tokens.buckets import cover, round_up, row_size
 from omni_jax.tokens.prompts import build_sequences
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.towers.base import MAX_PAIRS
 from omni_jax.towers.beats import beats_tokens
-from omni_jax.types import EncoderBatch, Features
+from omni_jax.types import EncoderBatch, Features, TokenizedClip
 from tests.golden_set import find
 from tests.tokens import synthetic
+from tests.tokens.batched import batched
 
 GOLDEN = find("OMNI_GOLDEN", "wave_tiny")
 CONFIG = ModelConfig.from_hf(GOLDEN.config, BeatsConfig())
@@ -103,7 +104,7 @@ def _measure(features: Sequence[Features], name: str, group: int, planner: Plann
     shapes: set[tuple] = set()
     used = total = 0
     for start in range(0, len(features), group):
-        batch = build_batches(features[start : start + group], TABLES, TOKENIZER, CONFIG, preset(name), planner=planner)
+        batch = batched(features[start : start + group], TABLES, TOKENIZER, CONFIG, preset(name), planner=planner)
         shapes |= _shapes(batch)
         used, total = used + batch.used_tokens, total + batch.total_tokens
     assert len(shapes) == planner.programs
@@ -135,7 +136,7 @@ def test_a_second_pass_compiles_nothing_golden() -> None:
 
 def test_plans_are_deterministic_golden() -> None:
     features = synthetic.clips(12, preset("mteb"), seed=6, seconds=(1.0, 20.0))
-    one, two = (build_batches(features, TABLES, TOKENIZER, CONFIG, preset("mteb"), planner=Planner()) for _ in range(2))
+    one, two = (batched(features, TABLES, TOKENIZER, CONFIG, preset("mteb"), planner=Planner()) for _ in range(2))
     assert _shapes(one) == _shapes(two)
     for a, b in zip((*(rows.ids for rows in one.rows), *one.owners), (*(rows.ids for rows in two.rows), *two.owners), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -149,17 +150,19 @@ def test_groups_planned_from_sizes_and_learned_shapes_are_those_of_one_planner_g
         group = features[start : start + 6]
         sequences = [build_sequences(clip, TABLES, TOKENIZER, CONFIG, chosen) for clip in group]
         before = ahead.known()
-        plan_group([clip_sizes(*pair, CONFIG, CONFIG.shares_prefix) for pair in zip(group, sequences, strict=True)], CONFIG, ahead)
+        plan_group(
+            [clip_sizes(TokenizedClip(*pair), CONFIG, CONFIG.shares_prefix) for pair in zip(group, sequences, strict=True)], CONFIG, ahead
+        )
         elsewhere = Planner()
         elsewhere.learn(before)
-        one, two = (build_batches(group, TABLES, TOKENIZER, CONFIG, chosen, planner=planner) for planner in (together, elsewhere))
+        one, two = (batched(group, TABLES, TOKENIZER, CONFIG, chosen, planner=planner) for planner in (together, elsewhere))
         assert _shapes(one) == _shapes(two)
         assert together.known() == elsewhere.known() == ahead.known()
 
 
 def test_equal_audio_gets_an_exact_beats_shape_golden() -> None:
     features = synthetic.clips(16, preset("training"), seed=7, seconds=(8.0, 8.0))
-    batch = build_batches(features, ("audio",), TOKENIZER, CONFIG, preset("training"), planner=Planner())
+    batch = batched(features, ("audio",), TOKENIZER, CONFIG, preset("training"), planner=Planner())
     assert {(b.fbank.shape[1], b.max_tokens) for b in batch.beats} == {(784, 200)}
     assert sum(b.fbank.shape[0] for b in batch.beats) == 16
 
@@ -170,7 +173,7 @@ def test_a_long_track_does_not_stretch_its_neighbours_golden() -> None:
         *synthetic.clips(7, preset("mteb"), seed=8, seconds=(2.0, 4.0)),
         *synthetic.clips(1, preset("mteb"), seed=9, seconds=(290.0, 290.0)),
     ]
-    batch = build_batches(features, TABLES, TOKENIZER, CONFIG, preset("mteb"), planner=Planner())
+    batch = batched(features, TABLES, TOKENIZER, CONFIG, preset("mteb"), planner=Planner())
     assert 1 - batch.used_tokens / batch.total_tokens <= MOST_PADDING
     assert min(r.ids.shape[1] for r in batch.rows) <= 4096
     assert any(r.ids.shape[1] > 4096 and r.ids.shape[0] == 1 for r in batch.rows)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni_jax.config import TABLES, BeatsConfig, ModelConfig, preset
-from omni_jax.tokens.batching import Planner, build_batches
+from omni_jax.tokens.batching import Planner
 from omni_jax.tokens.packing import first_fit_decreasing
 from omni_jax.tokens.prompts import build_sequences
 from omni_jax.tokens.tokenizer import Tokenizer
@@ -19,6 +19,7 @@ from omni_jax.towers.vision import step_layout
 from omni_jax.types import SOURCE_AUDIO, SOURCE_TEXT, EncoderBatch, Features, Record, RowBatch, TokenSequence
 from tests.golden_set import find
 from tests.tokens import synthetic
+from tests.tokens.batched import batched
 
 GOLDEN = find("OMNI_GOLDEN", "wave_tiny")
 CONFIG = ModelConfig.from_hf(GOLDEN.config, BeatsConfig())
@@ -135,7 +136,7 @@ def test_every_prompt_is_recovered_golden(shapes: list[dict], tables: set[str], 
         )
     asked = [t for t in TABLES if t in tables]
     planner = Planner(row_multiple=multiple)
-    batch = build_batches(features, asked, TOKENIZER, CONFIG, preset(name), share_prefix=share, planner=planner)
+    batch = batched(features, asked, TOKENIZER, CONFIG, preset(name), share_prefix=share, planner=planner)
     check(batch, features, [build_sequences(f, asked, TOKENIZER, CONFIG, preset(name)) for f in features])
     assert all(rows.ids.shape[0] % multiple == 0 for rows in batch.rows)
     if not share:
@@ -148,8 +149,8 @@ def _one(seconds: float = 2.0) -> Features:
 
 def test_shared_media_is_written_once_golden() -> None:
     features = [_one()]
-    alone = build_batches(features, TABLES, TOKENIZER, CONFIG, preset("training"), share_prefix=False, planner=Planner())
-    shared = build_batches(features, TABLES, TOKENIZER, CONFIG, preset("training"), share_prefix=True, planner=Planner())
+    alone = batched(features, TABLES, TOKENIZER, CONFIG, preset("training"), share_prefix=False, planner=Planner())
+    shared = batched(features, TABLES, TOKENIZER, CONFIG, preset("training"), share_prefix=True, planner=Planner())
     sequences = build_sequences(features[0], TABLES, TOKENIZER, CONFIG, preset("training"))
     media = sum(sequences[name].prefix for name in ("video", "audio", "av"))
     assert alone.used_tokens - shared.used_tokens == media
@@ -161,7 +162,7 @@ def test_shared_media_is_written_once_golden() -> None:
 
 def test_towers_run_only_for_media_that_a_table_needs_golden() -> None:
     def made(*tables: str) -> EncoderBatch:
-        return build_batches([_one()], tables, TOKENIZER, CONFIG, preset("training"), planner=Planner())
+        return batched([_one()], tables, TOKENIZER, CONFIG, preset("training"), planner=Planner())
 
     assert (made("text").vision, made("text").audio, made("text").beats) == ((), (), ())
     assert made("tv").audio == made("tv").beats == ()
@@ -170,7 +171,7 @@ def test_towers_run_only_for_media_that_a_table_needs_golden() -> None:
 
 
 def test_empty_batch_has_no_rows_golden() -> None:
-    batch = build_batches([], TABLES, TOKENIZER, CONFIG, preset("training"), planner=Planner())
+    batch = batched([], TABLES, TOKENIZER, CONFIG, preset("training"), planner=Planner())
     assert (batch.rows, batch.used_tokens, batch.total_tokens) == ((), 0, 0)
 
 
@@ -180,7 +181,7 @@ def test_audio_of_several_segments_is_joined_in_order_golden() -> None:
     assert features[0].audio_tokens == 7525
     decoder = dataclasses.replace(CONFIG.decoder, max_positions=32768)  # as published; a small checkpoint may take shorter prompts
     config = dataclasses.replace(CONFIG, decoder=decoder)
-    batch = build_batches(features, ("audio",), TOKENIZER, config, preset("mteb"), planner=Planner())
+    batch = batched(features, ("audio",), TOKENIZER, config, preset("mteb"), planner=Planner())
     (rows,) = batch.rows
     assert rows.ids.shape == (1, 16384)
     sequences = build_sequences(features[0], ("audio",), TOKENIZER, config, preset("mteb"))
@@ -192,7 +193,7 @@ def test_audio_of_several_segments_is_joined_in_order_golden() -> None:
 def test_cut_captions_are_counted_by_clip_golden() -> None:
     long = Features(Record("x", "red ball " * 2000), synthetic.vision((1, 2, 2)), None)
     short = Features(Record("y", "red ball"), synthetic.vision((1, 2, 2)), None)
-    batch = build_batches([long, short, long], ("text", "tv"), TOKENIZER, CONFIG, preset("training"), planner=Planner())
+    batch = batched([long, short, long], ("text", "tv"), TOKENIZER, CONFIG, preset("training"), planner=Planner())
     assert batch.truncated == 2
 
 
@@ -213,7 +214,7 @@ def test_vision_batches_hold_layout_and_patches_golden() -> None:
         Features(Record("x", None), synthetic.vision((2, 4, 6))),
         Features(Record("y", None), synthetic.vision((1, 8, 8), first=1000)),
     ]
-    batch = build_batches(features, ("video",), TOKENIZER, CONFIG, preset("training"), planner=Planner())
+    batch = batched(features, ("video",), TOKENIZER, CONFIG, preset("training"), planner=Planner())
     found = {}
     for v in batch.vision:
         for n in range(len(v.patches)):
@@ -251,4 +252,4 @@ def test_inconsistent_segment_is_refused_golden() -> None:
     (segment,) = synthetic.audio(16_000)
     broken = Features(Record("x", None), None, (type(segment)(segment.log_mel, segment.fbank[:16], segment.tokens),))
     with pytest.raises(ValueError, match="cannot have"):
-        build_batches([broken], ("audio",), TOKENIZER, CONFIG, preset("training"), planner=Planner())
+        batched([broken], ("audio",), TOKENIZER, CONFIG, preset("training"), planner=Planner())

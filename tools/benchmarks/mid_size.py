@@ -16,7 +16,7 @@ from omni_jax.config import AudioConfig, BeatsConfig, DecoderConfig, ModelConfig
 from omni_jax.model import Encoder, abstract_encoder, abstract_params, with_params
 from omni_jax.tokens.batching import Planner, build_batches
 from omni_jax.tokens.prompts import build_sequences
-from omni_jax.types import AudioSegment, EncoderBatch, Features, Record, TokenSequence, VideoGrid, VisionFeatures
+from omni_jax.types import AudioSegment, EncoderBatch, Features, Record, TokenizedClip, TokenSequence, VideoGrid, VisionFeatures
 
 PRESET = Preset()
 WORDS = 1000  # vocabulary indices from here on are ordinary text
@@ -103,9 +103,8 @@ def sequences(clips: Sequence[Features], tables: Sequence[str], config: ModelCon
 
 def batch(clips: Sequence[Features], tables: Sequence[str], config: ModelConfig, planner: Planner) -> EncoderBatch:
     """Returns the encoder's batch of these clips, as `embed` would build it."""
-    words: object = RandomWords(config.decoder.vocab_size)
-    made = sequences(clips, tables, config)
-    return build_batches(clips, tables, words, config, PRESET, planner=planner, sequences=made)  # pyright: ignore[reportArgumentType]
+    made = map(TokenizedClip, clips, sequences(clips, tables, config))
+    return build_batches(list(made), config, planner=planner)
 
 
 def parameter_count(encoder: Encoder) -> int:
