@@ -49,38 +49,18 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
 }
 
 # Fields that are read below, and those that say how an adapter came to be and not what it computes.
-_READ = {
-    "alpha_pattern",
-    "exclude_modules",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "modules_to_save",
-    "peft_type",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "use_rslora",
-}
-_HARMLESS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "inference_mode",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "merge_weights",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "task_type",
-}
+_READ = frozenset(
+    """
+    alpha_pattern exclude_modules init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout
+    modules_to_save peft_type r rank_pattern target_modules use_rslora
+    """.split()
+)
+_HARMLESS = frozenset(
+    """
+    auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config inference_mode loftq_config
+    lora_ga_config megatron_config megatron_core merge_weights peft_version qalora_group_size revision task_type
+    """.split()
+)
 
 _HARMLESS_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` under which PEFT leaves the base as it is. Under others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) it subtracts

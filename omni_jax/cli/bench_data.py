@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omni_jax.cli.printing import one_line
+from omni_jax.cli.source import check_jsonl, write_fetch_list
 from omni_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if not (args.out or args.audit or args.fetch_list):
         raise InputError("nothing to do: give --out FILE.jsonl, --fetch-list FILE or --audit")
-    if args.out and args.out.suffix != ".jsonl":
-        raise InputError(f"--out {args.out}: the name of a manifest ends in .jsonl")
+    if args.out:
+        check_jsonl(args.out)
     columns = dict(_role(text) for text in args.column)
 
     # Late, so that `--help` and usage errors answer at once.
@@ -110,16 +111,13 @@ def _write_manifests(out: Path, folder: str, media: tuple[str, ...], found: Anno
 
 def _write_fetch_list(path: str, coverage: Coverage) -> None:
     from omni_jax.data.benchmarks import fetch_rows
-    from omni_jax.retrieval.embedding_file import output_file
 
     rows = list(fetch_rows(coverage.missing))
     if coverage.missing and not rows:
         raise InputError("--fetch-list: these annotations do not name the sources of the media; see the benchmark's own page")
-    with output_file(path) as file:
-        file.write("".join("\t".join(row) + "\n" for row in (("id", "url", "start", "end"), *rows)).encode())
     without = len(coverage.missing) - len(rows)
     rest = f"; of {without} more the annotations do not say where they are to be had" if without else ""
-    print(f"{path}: {len(rows)} clips of {len({row[1] for row in rows})} sources to fetch{rest}")
+    print(write_fetch_list(path, rows) + rest)
 
 
 def _audit(name: str, annotations: str, found: Annotations, coverage: Coverage) -> str:

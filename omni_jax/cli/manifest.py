@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from omni_jax.cli.printing import one_line
-from omni_jax.cli.source import add_format_arguments, read_source
+from omni_jax.cli.source import add_format_arguments, check_jsonl, read_source, write_fetch_list
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED
 from omni_jax.types import InputError
 
@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if not (args.out or args.fetch_list):
         raise InputError("nothing to do: give --out FILE.jsonl or --fetch-list FILE")
-    if args.out and args.out.suffix != ".jsonl":
-        raise InputError(f"--out {args.out}: the name of a manifest ends in .jsonl")
+    if args.out:
+        check_jsonl(args.out)
     if args.fetched and not Path(args.fetched).is_dir():
         raise InputError(f"--fetched {args.fetched}: no such folder; name the one that the downloader wrote")
 
@@ -65,10 +65,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_fetch_list(path: str, remote: tuple[tuple[str, str, str, str], ...]) -> None:
-    from omni_jax.retrieval.embedding_file import output_file
-
     if not remote:
         raise InputError("--fetch-list: no media of this source are at web addresses")
-    with output_file(path) as file:
-        file.write("".join("\t".join(row) + "\n" for row in (("id", "url", "start", "end"), *remote)).encode())
-    print(f"{path}: {len(remote)} clips of {len({row[1] for row in remote})} sources to fetch")
+    print(write_fetch_list(path, remote))

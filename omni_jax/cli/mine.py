@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omni_jax.cli.argtypes import positive, whole
+from omni_jax.cli.source import check_jsonl
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED
 from omni_jax.types import InputError
 
@@ -63,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       InputError: for files that cannot be used, or when no record has a valid negative.
     """
-    if args.out.suffix != ".jsonl":
-        raise InputError(f"--out {args.out}: the name of a manifest ends in .jsonl")
+    check_jsonl(args.out)
     if args.probe is not None and args.search != "faiss":
         raise InputError(f"--probe {args.probe}: is for --search faiss; leave it out")
 

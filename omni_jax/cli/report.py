@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omni_jax import __version__
 from omni_jax.cli.progress import Progress
+from omni_jax.data.formats.entry import media_kind
 from omni_jax.io.messages import some
 from omni_jax.retrieval.inputs import CAPTION_MARK
 from omni_jax.retrieval.metrics import Scores
@@ -17,8 +18,6 @@ from omni_jax.retrieval.report import Clip, Other, build_report, render
 from omni_jax.types import ClipError, EmbeddingTable, InputError, Record
 
 TIME_LIMIT = 60.0  # seconds one clip may take
-SOUND_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".m4a", ".opus", ".aac"}
-VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 
 
 def records_of(manifests: Sequence[str], media: str | None) -> dict[str, Record]:
@@ -39,11 +38,11 @@ def records_of(manifests: Sequence[str], media: str | None) -> dict[str, Record]
         return {record.id: record for manifest in read.values() for record in manifest.records}
     found: dict[str, Record] = {}
     for path in sorted(Path(media).iterdir()) if media is not None else ():
-        kind = path.suffix.lower()
-        if kind not in SOUND_SUFFIXES | VIDEO_SUFFIXES or not path.is_file():
+        kind = media_kind(path.name)
+        if kind not in ("video", "audio") or not path.is_file():
             continue
         record = found.get(path.stem, Record(path.stem))
-        if kind in VIDEO_SUFFIXES:
+        if kind == "video":
             record = dataclasses.replace(record, video=record.video or path, audio=record.audio or path)
         else:
             record = dataclasses.replace(record, audio=path)

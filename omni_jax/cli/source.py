@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omni_jax.types import InputError
@@ -55,3 +57,18 @@ def columns(text: str) -> list[tuple[str, str]]:
             raise InputError(f"--columns {text}: {part!r} is not ROLE=NAME; the roles are {', '.join(ROLES)}")
         found.append((role, name))
     return found
+
+
+def check_jsonl(out: Path) -> None:
+    """Raises InputError for a manifest to write that is not called so."""
+    if out.suffix != ".jsonl":
+        raise InputError(f"--out {out}: the name of a manifest ends in .jsonl")
+
+
+def write_fetch_list(path: str, rows: Sequence[tuple[str, str, str, str]]) -> str:
+    """Writes (id, URL, start, end) of media to be fetched, tab-separated, and returns a line on them."""
+    from omni_jax.retrieval.npz import output_file
+
+    with output_file(path) as file:
+        file.write("".join("\t".join(row) + "\n" for row in (("id", "url", "start", "end"), *rows)).encode())
+    return f"{path}: {len(rows)} clips of {len({url for _, url, _, _ in rows})} sources to fetch"

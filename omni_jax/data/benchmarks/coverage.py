@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from omni_jax.data.benchmarks.items import Item
+from omni_jax.data.formats.entry import media_kind
 from omni_jax.types import InputError
 
-VIDEO = frozenset("mp4 mkv mov webm avi m4v mpg mpeg flv 3gp wmv".split())
-AUDIO = frozenset("wav flac mp3 ogg oga opus m4a aac".split())
 CAPTION_MARK = "#"
 
 
@@ -60,13 +59,13 @@ def match_media(items: Sequence[Item], folder: str | os.PathLike[str], media: Se
     root = Path(folder)
     if not root.is_dir():
         raise InputError(f"{folder}: no such folder; name the one that holds the media")
-    endings = VIDEO if "video" in media else VIDEO | AUDIO
+    kinds = ("video",) if "video" in media else ("video", "audio")
     by_name: dict[str, list[Path]] = defaultdict(list)
     files = []
     for parent, folders, names in os.walk(root, followlinks=True):
         folders.sort()
         for name in sorted(names):
-            if name.rpartition(".")[2].lower() in endings:
+            if media_kind(name) in kinds:
                 path = Path(parent, name)
                 files.append(path)
                 for key in {name, path.stem}:
@@ -107,7 +106,7 @@ def match_media(items: Sequence[Item], folder: str | os.PathLike[str], media: Se
 def without_ending(name: str) -> str:
     """Returns a file's name without the ending of a medium."""
     stem, _, ending = name.rpartition(".")
-    return stem if stem and ending.lower() in VIDEO | AUDIO else name
+    return stem if stem and media_kind(ending) in ("video", "audio") else name
 
 
 def _same(paths: Sequence[Path]) -> bool:
