@@ -56,11 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Makes the runs, writes DIR/START-EQUAL.json, .txt, .md and .html, prints the table and returns the exit status.
-
-    Raises:
-      InputError, ConfigError: for arms, a config, clips or a folder that cannot be used.
-    """
+    """Makes the runs, writes DIR/START-EQUAL.json, .txt, .md and .html, prints the table and returns the exit status."""
     if advice := lacking():
         raise InputError(advice)
     from omni_jax.ablation.arms import parse_arms

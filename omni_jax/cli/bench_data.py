@@ -52,18 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the manifest and returns the exit status: 0, or 1 when clips are missing.
-
-    Raises:
-      InputError: for anything in the arguments that cannot be used.
-    """
+    """Writes the manifest and returns the exit status: 0, or 1 when clips are missing."""
     if not (args.out or args.audit or args.fetch_list):
         raise InputError("nothing to do: give --out FILE.jsonl, --fetch-list FILE or --audit")
     if args.out:
         check_jsonl(args.out)
     columns = dict(_role(text) for text in args.column)
 
-    # Late, so that `--help` and usage errors answer at once.
     from omni_jax.data.benchmarks import BENCHMARKS, match_media, read_annotations
 
     found = read_annotations(args.name, args.annotations, split=args.split, columns=columns)

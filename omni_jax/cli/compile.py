@@ -59,11 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the plan and returns 0, or 2 where something does not fit.
-
-    Raises:
-      ConfigError: for a config, topology or mesh that cannot be used.
-    """
+    """Prints the plan and returns 0, or 2 where something does not fit."""
     chosen = _among(args.programs, PROGRAMS, "--programs")
     counts = [int(c) for c in _among(args.kinds, ("0", "1", "2"), "--kinds")]
     if not 0 < args.utilisation <= 1:

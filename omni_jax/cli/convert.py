@@ -81,7 +81,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    # Late, so that `--help` answers at once.
     from omni_jax import conversion
     from omni_jax.cli.progress import Progress
 

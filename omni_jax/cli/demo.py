@@ -24,11 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo and returns the exit status.
-
-    Raises:
-      InputError: when the demo's data are not at hand, or --out cannot be written or holds something else.
-    """
+    """Runs the demo and returns the exit status."""
     # Before NumPy is imported. Its threads would fight with the step for the cores: features are small and many.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _check_place(args.out)

@@ -106,9 +106,6 @@ def check_timeout(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Embeds and returns the exit status: 0, 1 when records were skipped, 75 when SIGTERM and 130 when Ctrl-C stopped it; what was
     finished is kept then.
-
-    Raises:
-      InputError, ConfigError: for anything in the arguments that cannot be used.
     """
     check_timeout(args)
     check_ray(args)
@@ -119,7 +116,6 @@ def run(args: argparse.Namespace) -> int:
     if args.out.suffix != ".npz":
         raise InputError(f"--out {args.out}: the name of an embedding file ends in .npz")
 
-    # Late, so that `--help` and usage errors answer at once.
     from omni_jax.retrieval.embedding_file import check_place, part_path
     from omni_jax.retrieval.embedding_pass import first_of_prompts
 

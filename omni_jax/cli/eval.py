@@ -72,15 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table and returns the exit status.
-
-    Raises:
-      InputError: for anything in the files that cannot be scored.
-    """
+    """Prints the table and returns the exit status."""
     for flag, value in (("--manifest", " ".join(args.manifest)), ("--media", args.media)):
         if value and not args.html:
             raise InputError(f"{flag} {value}: is for the report; name its file with --html")
-    # The library imports come late so that `--help` and usage errors answer at once.
     import jax
     import numpy as np
     from jax.sharding import Mesh

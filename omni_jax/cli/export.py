@@ -34,11 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the export and returns the exit status.
-
-    Raises:
-      InputError: for files that cannot be read or a place that cannot be written, or when faiss is wanted and not installed.
-    """
+    """Writes the export and returns the exit status."""
     ending = ENDINGS.get(args.to)
     if ending and not args.out.endswith(ending):
         raise InputError(f"--out {args.out}: {args.to} is one embedding file; its name ends in {ending}")
@@ -51,7 +47,6 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--{flag}: is for --to {form}, and has no effect with --to {args.to}; leave it out")
     args.queries = QUERIES if args.queries is None else args.queries
 
-    # Late, so that `--help` and usage errors answer at once.
     from omni_jax.cli.inputs import read_tables
     from omni_jax.cli.report import captions_of, records_of
     from omni_jax.retrieval.export import FACTORY, export_faiss, export_int8, export_npy, export_parquet, format_loss, recall_loss

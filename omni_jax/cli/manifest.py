@@ -27,11 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the manifest and returns the exit status: 0, or 1 when entries were skipped.
-
-    Raises:
-      InputError: for a source that cannot be read, or has no entry that can be used.
-    """
+    """Writes the manifest and returns the exit status: 0, or 1 when entries were skipped."""
     if not (args.out or args.fetch_list):
         raise InputError("nothing to do: give --out FILE.jsonl or --fetch-list FILE")
     if args.out:
@@ -39,7 +35,6 @@ def run(args: argparse.Namespace) -> int:
     if args.fetched and not Path(args.fetched).is_dir():
         raise InputError(f"--fetched {args.fetched}: no such folder; name the one that the downloader wrote")
 
-    # Late, so that `--help` and usage errors answer at once.
     from omni_jax.data.manifest import row_of, write_jsonl_atomic
 
     found = read_source(args)

@@ -59,16 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the mined manifest and returns the exit status: 0, 1 when records were skipped.
-
-    Raises:
-      InputError: for files that cannot be used, or when no record has a valid negative.
-    """
+    """Writes the mined manifest and returns the exit status: 0, 1 when records were skipped."""
     check_jsonl(args.out)
     if args.probe is not None and args.search != "faiss":
         raise InputError(f"--probe {args.probe}: is for --search faiss; leave it out")
 
-    # Late, so that `--help` and usage errors answer at once.
     from omni_jax.cli.inputs import read_tables
     from omni_jax.cli.progress import Progress
     from omni_jax.data.manifest import read_manifest, write_jsonl_atomic

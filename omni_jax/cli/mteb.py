@@ -41,18 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the tasks and prints their scores in percent; returns the exit status: 1 when a task failed or items could not be embedded.
-
-    Raises:
-      InputError, ConfigError: for a task, a model or a preset that cannot be used, or when mteb is not installed.
-    """
+    """Runs the tasks and prints their scores in percent; returns the exit status: 1 when a task failed or items could not be embedded."""
     check_preset(args)
     if args.name is not None and args.name.count("/") != 1:
         raise InputError(f"--name {args.name}: write ORGANIZATION/MODEL")
     if importlib.util.find_spec("mteb") is None or importlib.util.find_spec("torch") is None:
         raise InputError("mteb is not installed, or without torch; run pip install 'omni-jax[mteb]'")
 
-    # Late, so that `--help` and usage errors answer at once.
     from omni_jax.api.mteb_encoder import OmniRetrieverEncoder
     from omni_jax.retrieval.table import aligned
 

@@ -44,15 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepares and returns the exit status: 0, 1 when records were skipped, 75 when SIGTERM stopped it after saving.
-
-    Raises:
-      InputError, ConfigError: for anything in the arguments that cannot be used.
-    """
+    """Prepares and returns the exit status: 0, 1 when records were skipped, 75 when SIGTERM stopped it after saving."""
     chosen = preset(args.preset).override(args.overrides)
     check_ray(args)
 
-    # Late, so that `--help` and usage errors answer at once.
     from omni_jax.data.prepare import Preparation
     from omni_jax.data.shards import TEXT_FIELDS
     from omni_jax.io.remote import RemoteFolder, is_remote

@@ -30,11 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints R@1 of the 12 directions, one column a preset, and returns the exit status.
-
-    Raises:
-      InputError, ConfigError: for anything in the arguments that cannot be used, or when a preset leaves nothing to score.
-    """
+    """Prints R@1 of the 12 directions, one column a preset, and returns the exit status."""
     embed.check_timeout(args)
     Preset().override(args.overrides)  # a wrong one is answered before the model is looked for
 
@@ -56,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"preset {name} is left out: {e}", file=sys.stderr)
     tables = embed.parse_tables(args.tables)
 
-    # Late, so that `--help` and usage errors answer at once.
     from omni_jax.retrieval import evaluate, format_comparison, write_embeddings
     from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt
 

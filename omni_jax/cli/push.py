@@ -25,18 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exports the adapter, writes its card, and uploads both unless --out keeps them here; returns the exit status.
-
-    Raises:
-      InputError: for a model without an adapter, names that are none, or what the Hub refuses.
-    """
+    """Exports the adapter, writes its card, and uploads both unless --out keeps them here; returns the exit status."""
     for option in ("repo", "base"):
         if HUB_NAME.fullmatch(getattr(args, option)) is None:
             raise InputError(f"--{option} {getattr(args, option)}: is not a name on the Hub; write owner/name")
     if not args.data.strip():
         raise InputError("--data: is empty; say in words what the adapter was trained on")
 
-    # Late, so that `--help` and usage errors answer at once.
     from omni_jax.api.publishing import model_card, write_adapter, write_card
     from omni_jax.api.weights import open_model
     from omni_jax.conversion.hub import upload

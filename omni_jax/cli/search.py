@@ -40,16 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints rank, cosine and id of the nearest records of each query and returns the exit status: 0, or 1 when queries were skipped.
-
-    Raises:
-      InputError, ConfigError: for an index, a query or a model that cannot be used.
-    """
+    """Prints rank, cosine and id of the nearest records of each query and returns the exit status: 0, or 1 when queries were skipped."""
     check_preset(args)
     if args.media_root is not None and args.queries is None:
         raise InputError(f"--media-root {args.media_root}: is for --queries; omit it")
 
-    # Late, so that `--help` and usage errors answer at once.
     import numpy as np
 
     from omni_jax.cli.inputs import read_tables

@@ -46,11 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until it is interrupted.
-
-    Raises:
-      InputError, ConfigError: for an index, a model, a folder or an address that cannot be used.
-    """
+    """Serves until it is interrupted."""
     local = args.host in ("127.0.0.1", "localhost", "::1")
     if not local and args.token is None:
         raise InputError(f"--host {args.host}: is reached from other machines; give a --token that clients must show")
@@ -59,7 +55,6 @@ def run(args: argparse.Namespace) -> int:
     if lacking := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise InputError(f"{', '.join(lacking)} is not installed; run pip install 'omni-jax[serve]'")
 
-    # Late, so that `--help` and usage errors answer at once.
     import uvicorn
 
     from omni_jax.cli.report import records_of

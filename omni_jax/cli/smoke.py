@@ -41,12 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Makes one step and one checkpoint in a folder of the workdir, says what was seen, removes the folder, and returns 0.
-
-    Raises:
-      InputError, ConfigError: when something is not as a run needs it: processes that do not meet, devices that make no mesh, a workdir
-        that cannot be written or that not every process sees.
-    """
+    """Makes one step and one checkpoint in a folder of the workdir, says what was seen, removes the folder, and returns 0."""
     began = time.monotonic()
     join(args)
 

@@ -47,11 +47,7 @@ def join(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains and returns the exit status: 0, 75 when SIGTERM or 130 when Ctrl-C stopped it after saving.
-
-    Raises:
-      InputError, ConfigError: for anything in the config, the data or the workdir that cannot be used.
-    """
+    """Trains and returns the exit status: 0, 75 when SIGTERM or 130 when Ctrl-C stopped it after saving."""
     from omni_jax.cli.stopping import signals_noted
 
     with signals_noted() as signals, _Display() as display:
@@ -61,7 +57,6 @@ def run(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace, signals: Signals, display: _Display) -> int:
     config = read_config(args.config, args.overrides)
 
-    # Late, so that `--help` and usage errors answer at once.
     from omni_jax.cli.progress import Progress
 
     join(args)
