@@ -200,11 +200,7 @@ def _is_cached(remote: Remote, file: str) -> bool:
 
 
 def check_space(needs: Mapping[Path, int], what: str) -> str:
-    """Returns a phrase on the disk space that some folders need.
-
-    Raises:
-      InputError: where a file system has less.
-    """
+    """Returns a phrase on the disk space that some folders need. Raises InputError where a file system has less."""
     by_disk: dict[int, tuple[Path, list[str], int]] = {}
     for folder, size in needs.items():
         home = next(parent for parent in (folder, *folder.parents) if parent.exists())

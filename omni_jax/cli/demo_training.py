@@ -260,11 +260,7 @@ def _begin(out: Path, scale: Scale) -> None:
 
 
 def _remove_earlier(folder: Path) -> None:
-    """Removes a folder that an earlier demo wrote.
-
-    Raises:
-      InputError: when it is not one.
-    """
+    """Removes a folder that an earlier demo wrote. Raises InputError when it is not one."""
     if folder.exists():
         if not any((folder / name).is_file() for name in MARKS):
             raise InputError(f"{folder}: is not a folder of an earlier demo; choose another --out")

@@ -51,11 +51,7 @@ def read_captioned(
 
 
 def read_result(path: str) -> dict[str, Any]:
-    """Returns a result that `omni-jax eval --json` wrote.
-
-    Raises:
-      InputError: for a file of another kind.
-    """
+    """Returns a result that `omni-jax eval --json` wrote. Raises InputError for a file of another kind."""
     try:
         result = json.loads(epath.Path(path).read_text())
     except OSError as e:

@@ -37,11 +37,7 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_source(args: argparse.Namespace) -> Manifest:
-    """Returns the records that the arguments name.
-
-    Raises:
-      InputError: when they cannot be read.
-    """
+    """Returns the records that the arguments name. Raises InputError when they cannot be read."""
     from omni_jax.data.manifest import read_manifest
 
     fetched = getattr(args, "fetched", None)

@@ -33,11 +33,7 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def join(args: argparse.Namespace) -> None:
-    """Joins the other processes of the run, before jax is used.
-
-    Raises:
-      InputError: when they cannot connect.
-    """
+    """Joins the other processes of the run, before jax is used. Raises InputError when they cannot connect."""
     from omni_jax.parallel import start
 
     try:

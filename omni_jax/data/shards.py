@@ -197,11 +197,7 @@ def check_shard(path: Path, records: int, size: int | None) -> None:
 
 
 def open_shard(path: Path, records: int) -> Any:
-    """Returns a reader of a shard.
-
-    Raises:
-      InputError: when it is missing, damaged, or holds another number of records.
-    """
+    """Returns a reader of a shard. Raises InputError when it is missing, damaged, or holds another number of records."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     if not path.is_file():

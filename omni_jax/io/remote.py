@@ -33,11 +33,7 @@ class RemoteFolder:
     """
 
     def __init__(self, location: str) -> None:
-        """Connects to the store.
-
-        Raises:
-          InputError: when its client is not installed, or there are no credentials.
-        """
+        """Connects to the store. Raises InputError when its client is not installed, or there are no credentials."""
         import fsspec
 
         self.location = location.rstrip("/")

@@ -39,11 +39,7 @@ def prepare_environment() -> None:
 
 
 def topology_devices(topology: Topology) -> list[Any]:
-    """Returns the devices to compile for.
-
-    Raises:
-      ConfigError: where the compiler does not know the topology.
-    """
+    """Returns the devices to compile for. Raises ConfigError where the compiler does not know the topology."""
     prepare_environment()
     options: dict[str, Any] = dict(topology.chip.options)
     if topology.chip.dimensions == 3 and topology.chips // topology.slices >= 64:

@@ -168,11 +168,7 @@ def make(
 
 
 def swept(request: Request, count: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Returns what a sweep tried, the recommended choice first.
-
-    Raises:
-      ConfigError: as `Request.setting`; where libtpu is missing.
-    """
+    """Returns what a sweep tried, the recommended choice first. Raises ConfigError as `Request.setting`; where libtpu is missing."""
     setting = request.setting()
     if not has_compiler():
         raise ConfigError(

@@ -324,11 +324,7 @@ def from_two_arrays(arrays: Mapping[str, Any], path: str, media: str = MEDIA_TAB
 
 
 def id_names(ids: np.ndarray, path: str) -> tuple[str, ...]:
-    """Returns record ids as text.
-
-    Raises:
-      InputError: when they are neither text nor whole numbers.
-    """
+    """Returns record ids as text. Raises InputError when they are neither text nor whole numbers."""
     if ids.ndim != 1 or ids.dtype.kind not in "USiu":
         raise InputError(f"{path}: 'ids' is {ids.dtype} {ids.shape}; expected one text or whole number per record")
     try:

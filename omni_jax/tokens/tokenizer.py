@@ -32,11 +32,7 @@ class Tokenizer:
     """
 
     def __init__(self, plain: tokenizers.Tokenizer, added: Mapping[str, int], where: str = "the tokenizer", digest: str = ""):
-        """Takes a tokenizer without added tokens and the added tokens apart.
-
-        Raises:
-          InputError: when a control token is missing.
-        """
+        """Takes a tokenizer without added tokens and the added tokens apart. Raises InputError when a control token is missing."""
         missing = [name for name in (END, *CONTROL_TOKENS.values()) if name not in added]
         if missing:
             raise InputError(f"{where}: the tokenizer lacks {', '.join(missing)}; use the folder of a WAVE-7B checkpoint")

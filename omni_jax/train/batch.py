@@ -174,11 +174,7 @@ def pack_update(micro_batches: Sequence[MicroBatch], shapes: Sequence[BatchShape
 
 
 def stack_micro_batches(batches: Sequence[TrainBatch]) -> TrainBatch:
-    """Returns one batch of all micro-batches; they must agree in their shapes.
-
-    Raises:
-      ValueError: when they do not.
-    """
+    """Returns one batch of all micro-batches; they must agree in their shapes. Raises ValueError when they do not."""
     kinds = tuple(kind for batch in batches for kind in batch.kinds)
     plain = [dataclasses.replace(batch, kinds=()) for batch in batches]
     if len({jax.tree.structure(b) for b in plain}) > 1 or len({tuple(x.shape[1:] for x in jax.tree.leaves(b)) for b in plain}) > 1:

@@ -50,11 +50,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: epath.PathLike, keep: int):
-        """Takes the folder, made where it is not there, and how many checkpoints stay.
-
-        Raises:
-          InputError: when the folder cannot be made.
-        """
+        """Takes the folder, made where it is not there, and how many checkpoints stay. Raises InputError when the folder cannot be made."""
         self._folder = epath.Path(folder).absolute()
         self.notes: list[str] = []
         self._reported = False
@@ -196,11 +192,7 @@ def list_steps(folder: epath.PathLike) -> list[int]:
 
 
 def read_trainable(folder: epath.PathLike, step: int) -> dict[str, np.ndarray]:
-    """Returns path -> float32 array of one checkpoint, in memory of the host.
-
-    Raises:
-      InputError: when it cannot be read.
-    """
+    """Returns path -> float32 array of one checkpoint, in memory of the host. Raises InputError when it cannot be read."""
     path = epath.Path(folder).absolute() / str(step) / TRAINABLE
     _quieten()
     try:

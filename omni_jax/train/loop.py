@@ -183,11 +183,7 @@ class Watch:
         return self._collapsed
 
     def __call__(self, number: int, row: Row) -> None:
-        """Warns of the metrics of step `number`, COLLAPSED among them.
-
-        Raises:
-          InputError: when a limit of `StopSection` is reached.
-        """
+        """Warns of the metrics of step `number`, COLLAPSED among them. Raises InputError when a limit of `StopSection` is reached."""
         limits = self._limits
         if row["skipped_in_row"]:
             reason = f"loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"

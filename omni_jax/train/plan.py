@@ -124,11 +124,7 @@ def _numbers(field: str, given: Mapping[str, Any], known: Sequence[str]) -> dict
 
 
 def renamed(losses: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns fields of a `LossConfig` by their present names.
-
-    Raises:
-      ConfigError: for a field that is given under both names.
-    """
+    """Returns fields of a `LossConfig` by their present names. Raises ConfigError for a field that is given under both names."""
     found = dict(losses)
     old = {RENAMED[name].partition(".")[2]: found.pop(name) for name in RENAMED if name in found}
     if not old:

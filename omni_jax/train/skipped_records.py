@@ -21,11 +21,7 @@ class SkippedRecords:
     """
 
     def __init__(self, workdir: epath.Path, process: int):
-        """Reads what earlier starts of the run have written.
-
-        Raises:
-          InputError: when the file cannot be read.
-        """
+        """Reads what earlier starts of the run have written. Raises InputError when the file cannot be read."""
         self.path = workdir / skipped_records_name(workdir, process)
         try:
             text = self.path.read_text() if self.path.exists() else ""

@@ -73,11 +73,7 @@ def is_workdir(folder: epath.PathLike) -> bool:
 
 
 def read_config(folder: epath.PathLike) -> WorkdirConfig | None:
-    """Returns what the run of a workdir was started with; None where none was started.
-
-    Raises:
-      InputError: for a file that cannot be read.
-    """
+    """Returns what the run of a workdir was started with; None where none was started. Raises InputError for a file that cannot be read."""
     path = epath.Path(folder) / CONFIG
     if not path.exists():
         return None

@@ -15,11 +15,7 @@ _LONGEST_CELL = 1 << 24  # characters
 
 
 def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes) -> Iterator[Entry]:
-    """Yields the rows of a table.
-
-    Raises:
-      InputError: for a table without names of columns, or without those that are needed.
-    """
+    """Yields the rows of a table. Raises InputError for a table without names of columns, or without those that are needed."""
     csv.field_size_limit(_LONGEST_CELL)
     with reading(path):
         opened: Any = absolute(path).open("r", encoding="utf-8-sig", errors="surrogateescape", newline="")
