@@ -60,7 +60,7 @@ def lengths(rows: np.ndarray | StoredRows, name: str, ids: Sequence[str] | None 
     ):
         found = np.flatnonzero(bad)
         if len(found):
-            places = found if numbers is None else numbers[found]
+            places = (found if numbers is None else numbers[found])[:6].tolist()
             shown = some((i if ids is None else f"{i} ({ids[i]})" for i in places), 5)
             raise InputError(f"table {name!r}: {len(found)} rows hold {what}: {shown}; embed these records again or drop them")
     return norms
