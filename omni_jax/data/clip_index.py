@@ -21,6 +21,7 @@ from typing import Any
 from omni_jax.config import Preset
 from omni_jax.data.clips import ClipInfo, Limits, digest_line
 from omni_jax.io import atomic_write
+from omni_jax.io.messages import line_of
 from omni_jax.types import InputError, VideoGrid
 
 FORMAT, FIRST_FORMAT = "omni_jax.clips/2", "omni_jax.clips/1"
@@ -103,7 +104,7 @@ class ClipIndex:
             unfinished = "its preparation was interrupted" if (folder / "preparation.json").is_file() else "not a prepared folder"
             raise InputError(f"{folder}: {unfinished} (no {INDEX}); run 'omni-jax prepare'") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-            raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); {AGAIN}") from None
+            raise InputError(f"{path}: cannot be read ({line_of(error)}); {AGAIN}") from None
         self._columns = {name: self._table.column(name) for name in self._table.column_names}
         self.ids, self.captions = (_Texts(functools.partial(self._value, name), len(self._table)) for name in ("id", "caption"))
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 import numpy as np
 
 from omni_jax.config import Preset
+from omni_jax.data.formats.entry import media_kind
+from omni_jax.io.messages import line_of
 from omni_jax.types import ClipError, FilePart, Record, VideoFrames
 
 if TYPE_CHECKING:
@@ -31,11 +33,6 @@ Audio: TypeAlias = "Media | tuple[np.ndarray, int] | Mapping[str, Any] | Any"
 
 FIELDS = ("text", "video", "audio", "image", "timestamps")
 """Keys of an item that is a dict."""
-
-MEDIA_SUFFIXES = frozenset(
-    ".3gp .aac .aif .aiff .avi .bmp .flac .flv .gif .jpeg .jpg .m4a .m4v .mkv .mov .mp3 .mp4 .mpeg .mpg .oga .ogg .ogv .opus .png "
-    ".tif .tiff .ts .wav .webm .webp .wma .wmv".split()
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +106,7 @@ def parse_items(
         except ClipError as error:
             yield Item(Record(str(number)), error=error, named=parser.named)
         except Exception as error:  # the caller's object raises what it likes: that item's fault alone
-            line = f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]}); give it in another form"
+            line = f"cannot be read ({type(error).__name__}: {line_of(error)}); give it in another form"
             yield Item(Record(str(number)), error=ClipError(line), named=parser.named)
 
 
@@ -190,7 +187,7 @@ class _Parser:
             raise ClipError(f"its text is of type {type(text).__name__}; give a string")
         if not text.strip():
             raise ClipError("its text is empty; fill it in or omit it")
-        if os.path.splitext(text)[1].lower() in MEDIA_SUFFIXES and len(text) < 4096 and "\0" not in text and os.path.isfile(text):
+        if media_kind(os.path.splitext(text)[1]) and len(text) < 4096 and "\0" not in text and os.path.isfile(text):
             self.notes.append(
                 f"the caption {text!r} is the name of a file and is embedded as text; for the file give pathlib.Path({text!r})"
             )
@@ -335,4 +332,4 @@ def _decoding(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ClipError(f"{what} cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
+        raise ClipError(f"{what} cannot be decoded ({type(error).__name__}: {line_of(error)})") from None

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import omni_jax
 from omni_jax.config import ConfigError
+from omni_jax.io.messages import line_of
 from omni_jax.types import InputError
 
 LOCAL, AUTO = "local", "auto"
@@ -94,8 +95,7 @@ def connected(address: str, cpus: int) -> Iterator[Any]:
     try:
         ray.init(address=address, **quiet)
     except (Exception, SystemExit) as error:  # of a cluster that has gone since it answered Ray ends the process
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"--ray {address}: cannot be used ({reason or type(error).__name__}); start the cluster or check it") from None
+        raise InputError(f"--ray {address}: cannot be used ({line_of(error)}); start the cluster or check it") from None
     try:
         if main:
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has set its own

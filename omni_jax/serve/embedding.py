@@ -97,7 +97,7 @@ class Embedder:
             if item.error is not None or not item.reads:
                 return item_features(item, self.model.preset)
             found: Features = self._decode(item, f"item {item.record.id}")
-            if any("silence is used" in line for line in found.warnings):
+            if found.silent:
                 raise ClipError("its audio has no sound that can be read")  # silence is no query
             return found
         except ClipError as error:
