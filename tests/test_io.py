@@ -34,9 +34,9 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_names_its_place_and_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere/a: cannot be written \(No such file or directory\); choose another --out$"):
-        with atomic_write(tmp_path / "nowhere" / "a", "choose another --out") as path:
-            path.touch()
+    place, error = tmp_path / "nowhere" / "a", r"nowhere/a: cannot be written \(No such file or directory\); choose another --out$"
+    with pytest.raises(InputError, match=error), atomic_write(place, "choose another --out") as path:
+        path.touch()
     (tmp_path / "a").mkdir()
     with pytest.raises(InputError, match=r"/a: cannot be written \(Is a directory\); check that the folder exists and has space$"):
         atomic_write_text(tmp_path / "a", "")

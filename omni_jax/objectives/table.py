@@ -122,9 +122,7 @@ LOSSES = {
         "L_J",
         "Joint alignment loss, not in the paper: InfoNCE in both directions between a modality and the two others together.",
         frozenset({"duals"}),
-        lambda p: pairwise_loss(
-            p.z, [pair for pair in JOINT if pair[1] in p.z], temperature=p.scalars["temperature"], axis_name=p.axis_name
-        ),
+        lambda p: pairwise_loss(p.z, [pair for pair in JOINT if pair[1] in p.z], **p.options),
     ),
     "siglip": Loss(
         "L_S",
