@@ -75,7 +75,7 @@ def test_ablations_differ_in_the_weights_alone(name: str, weights: dict[str, int
         ({"batch": {"micro_batch": 6, "blocks": 4}}, r"batch\.blocks=4: must divide"),
         ({"losses": {"temperature": -1.0}}, r"temperature=-1\.0: must be positive"),
         ({"losses": {"hard_weight": 0.0}}, r"hard_weight=0\.0: must be positive"),
-        ({"losses": {"weights": {"triple": 1.0}}}, r"weights\.triple: unknown; choose among tuple, distillation, pairwise, siglip"),
+        ({"losses": {"weights": {"triple": 1.0}}}, r"weights\.triple: unknown; choose among tuple, distillation, pairwise, joint, siglip"),
         ({"losses": {"weights": {"tuple": "much"}}}, r"weights\.tuple='much': must be a number"),
         ({"losses": {"weights": {"tuple": 0.0}}}, "must not be negative, and one at least must be positive"),
         ({"losses": {"scalars": {"siglip_bias": -1.0}}}, r"scalars\.siglip_bias: unknown; choose among none"),
