@@ -187,18 +187,17 @@ def _entry_grade(packet: Any, context: Any) -> int:
     """1 where decoding can begin at a key frame, 2 where that of one key frame earlier is safe, 0 where the flag is wrong."""
     if context.name != "h264":
         return 2 if context.name == "mpeg2video" else 1
-    for nal in nal_units(packet, context):
-        if nal[0] & 0x1F == 5:  # a picture that resets the decoder
+    for kind, head in nal_units(packet, context):
+        if kind == 5:  # a picture that resets the decoder
             return 1
-        if nal[0] & 0x1F == 1:  # another, which must be of intra slices: first macroblock 0, then slice type 7 or 2
-            return 2 if nal[1] == 0x88 or nal[1] >> 4 == 0xB else 0
+        if kind == 1:  # another, which must be of intra slices: first macroblock 0, then slice type 7 or 2
+            return 2 if head == 0x88 or head >> 4 == 0xB else 0
     return 0
 
 
 def _drops_leading(packet: Any, context: Any, ended: bool) -> bool:
     """Whether pictures of HEVC that precede this key frame and depend on the group before are not shown. `ended`: it begins a sequence."""
-    for nal in nal_units(packet, context):
-        kind = nal[0] >> 1 & 0x3F
+    for kind, _ in nal_units(packet, context):
         ended |= kind in (36, 37)  # the end of a sequence or of the stream
         if kind < 32:  # a picture: one that breaks links, or else a clean one
             return kind in (16, 17, 18) or (ended and kind == 21)

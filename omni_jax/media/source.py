@@ -246,24 +246,27 @@ class Decoding:
         return ", ".join(parts)
 
 
-def nal_units(packet: Any, context: Any) -> Iterator[bytes]:
-    """Yields the first two bytes of each NAL unit of an H.264 or HEVC packet."""
-    data, extradata = bytes(packet), context.extradata
-    if not extradata or extradata[0] != 1:  # separated by start codes
-        yield from (unit[:2] for unit in data.split(b"\0\0\1")[1:] if len(unit) > 1)
-        return
-    width, at = extradata[21 if context.name == "hevc" else 4] % 4 + 1, 0
-    while at + width + 1 < len(data):
-        yield data[at + width : at + width + 2]
-        at += width + int.from_bytes(data[at : at + width], "big")
+_START_CODE = b"\0\0\1"
+
+
+def nal_units(packet: Any, context: Any) -> Iterator[tuple[int, int]]:
+    """Yields the type and the second byte of each NAL unit of an H.264 or HEVC packet."""
+    data, extradata, hevc = bytes(packet), context.extradata, context.name == "hevc"
+    sized = bool(extradata) and extradata[0] == 1  # each is behind its size; else behind a start code
+    width = extradata[21 if hevc else 4] % 4 + 1 if sized else len(_START_CODE)
+    at = 0 if sized else data.find(_START_CODE)
+    while 0 <= at < len(data) - width - 1:
+        unit = at + width
+        yield data[unit] >> 1 & 0x3F if hevc else data[unit] & 0x1F, data[unit + 1]
+        at = unit + int.from_bytes(data[at:unit], "big") if sized else data.find(_START_CODE, unit)
 
 
 def _is_message(packet: Any, context: Any) -> bool:
     """Whether a packet of H.264 or HEVC holds no picture but what surrounds one, which FFmpeg may give in packets of its own and refuse."""
     if context.name not in ("h264", "hevc"):
         return False
-    kinds = [unit[0] >> 1 & 0x3F if context.name == "hevc" else unit[0] & 0x1F for unit in nal_units(packet, context)]
-    return bool(kinds) and set(kinds) <= set(range(32, 41) if context.name == "hevc" else range(6, 13))
+    kinds = {kind for kind, _ in nal_units(packet, context)}
+    return bool(kinds) and kinds <= set(range(32, 41) if context.name == "hevc" else range(6, 13))
 
 
 def _keep_end(packet: Any) -> None:
