@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -288,9 +289,9 @@ class _Track:
 
     def _samples(self) -> Iterator[np.ndarray]:
         """Yields mono blocks at `rate`: gaps are filled, another rate is resampled."""
-        frame, expected, lost = self._first, None, self._decoding.lost
+        expected, lost = None, self._decoding.lost
         converter, rate = None, self.rate
-        while frame is not None:
+        for frame in itertools.chain((self._first,), self._frames):
             lost, missing = self._decoding.lost, self._decoding.lost - lost
             jump = 0.0 if expected is None or frame.pts is None else float((frame.pts - expected) * self._stream.time_base)
             gap = round(jump * self.rate)
@@ -311,7 +312,6 @@ class _Track:
                 rate = frame.sample_rate
                 converter = soxr.ResampleStream(rate, self.rate, 1, dtype="float32", quality="HQ") if rate != self.rate else None
             yield converter.resample_chunk(block) if converter else block
-            frame = next(self._frames, None)
         if converter:
             yield converter.resample_chunk(np.zeros(0, np.float32), last=True)
 
