@@ -85,21 +85,17 @@ def read_waveform(
       ClipError: when the file is missing, empty, a directory, not a media file or truncated, and when a file that holds audio alone cannot
         be decoded, has no samples, has NaN or infinite samples, loses more than LARGEST_LOSS of its packets, or ends before the interval.
     """
-    wanted = round(seconds * SAMPLE_RATE) if seconds > 0 else None
-    warnings: tuple[str, ...] = ()
     in_video = False
     try:
         with open_container(path) as container:
             in_video = bool(tracks(container, "video"))
             sound = _Track(container, path, channels, track, start)
-            samples = _cut(sound, wanted, crop, timestamps)
-            warnings = sound.warnings()
+            return Waveform(_part(sound, seconds, pad, crop, timestamps), sound.warnings())
     except _Unreadable as error:
         if not in_video:
             raise ClipError(f"{path}: {error}; re-encode it or remove the record's audio field") from None
-        length = wanted if pad and wanted else round(SILENCE_SECONDS * SAMPLE_RATE)
+        length = round((seconds if pad and seconds > 0 else SILENCE_SECONDS) * SAMPLE_RATE)
         return Waveform(np.zeros(max(length, SHORTEST), np.float32), (f"{path}: {error}; silence is used instead",), silent=True)
-    return Waveform(_padded(samples, wanted, pad), warnings)
 
 
 def array_waveform(
@@ -123,17 +119,11 @@ def array_waveform(
     Raises:
       ClipError: when they end before the interval.
     """
-    wanted = round(seconds * SAMPLE_RATE) if seconds > 0 else None
     mixer = _Mixer(channels)
     try:
-        cut = _cut(_Held(mixer.mono(samples), rate), wanted, crop, timestamps)
+        return Waveform(_part(_Held(mixer.mono(samples), rate), seconds, pad, crop, timestamps), mixer.warnings(name))
     except _Unreadable as error:
         raise ClipError(f"{name}: {error}; correct the interval") from None
-    return Waveform(_padded(cut, wanted, pad), mixer.warnings(name))
-
-
-def _padded(samples: np.ndarray, wanted: int | None, pad: bool) -> np.ndarray:
-    return np.pad(samples, (0, max(0, SHORTEST - len(samples), (wanted if pad and wanted else 0) - len(samples))))
 
 
 class _Mixer:
@@ -171,6 +161,13 @@ class _Held:
 
 class _Unreadable(Exception):
     """A track that cannot be used; the message completes "FILE: ..."."""
+
+
+def _part(track: _Track | _Held, seconds: float, pad: bool, crop: str, timestamps: tuple[float, float] | None) -> np.ndarray:
+    """Returns the part of a track that is wanted, at 16 kHz, cropped and padded: (N,) float32."""
+    wanted = round(seconds * SAMPLE_RATE) if seconds > 0 else None
+    samples = _cut(track, wanted, crop, timestamps)
+    return np.pad(samples, (0, max(0, SHORTEST - len(samples), (wanted if pad and wanted else 0) - len(samples))))
 
 
 def _cut(track: _Track | _Held, wanted: int | None, crop: str, timestamps: tuple[float, float] | None) -> np.ndarray:
