@@ -23,6 +23,7 @@ from typing import Any
 from etils import epath
 
 from omni_jax.config import PREFIXES, ConfigError, ModelConfig
+from omni_jax.io.remote import absolute, check_holds_weights
 from omni_jax.types import InputError
 
 MANIFEST = "omni_jax.json"
@@ -167,7 +168,8 @@ def new_folder(out: epath.PathLike) -> Iterator[epath.Path]:
     Raises:
       InputError: `out` exists and is not an empty folder, or cannot be created.
     """
-    out = epath.Path(out).absolute()
+    check_holds_weights(out)
+    out = absolute(out)
     if out.exists() and (not out.is_dir() or any(True for _ in out.iterdir())):
         raise InputError(f"{out}: exists and is not an empty folder; choose another name or remove it first")
     temporary = out.parent / f".{out.name}.incomplete-{os.getpid()}"

@@ -32,6 +32,7 @@ from etils import epath
 
 from omni_jax.conversion.folder import ADAPTER, EXTRA, WEIGHTS, Manifest
 from omni_jax.io.messages import line_of
+from omni_jax.io.remote import absolute
 from omni_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -373,7 +374,7 @@ def _stored(name: str, at: Mapping[str, Any]) -> Stored:
 
 
 def _part(folder: epath.Path, part: int) -> epath.Path:
-    return (folder / f"part-{part:05d}").absolute()
+    return absolute(folder / f"part-{part:05d}")
 
 
 def _checkpointer() -> ocp.Checkpointer:

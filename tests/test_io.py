@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from omni_jax.io import WholeFile, atomic_write, atomic_write_text, lock
+from omni_jax.io import WholeFile, atomic_write, atomic_write_text, lock, scratch_folder
 from omni_jax.types import InputError
 
 
@@ -58,3 +59,22 @@ def test_a_lock_holds_against_another_process_and_ends_with_it(tmp_path: Path) -
     (tmp_path / "lock").unlink()  # as a run that ends removes its folder: the name is free for the next
     with held, lock(tmp_path / "lock") as again:  # type: ignore[union-attr]
         assert again is not None
+
+
+def test_a_scratch_folder_of_a_killed_process_is_removed_and_that_of_another_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import sys\nfrom omni_jax.io import scratch_folder\n"
+        "with scratch_folder('work') as made:\n    (made / 'half').write_text('x')\n    print(made, flush=True)\n    sys.stdin.read()"
+    )
+    command, around = [sys.executable, "-c", code], {**os.environ, "TMPDIR": str(tmp_path)}
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with subprocess.Popen(command, env=around, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        left = Path(other.stdout.readline().strip()).parent
+        os.utime(left, (0, 0))
+        with scratch_folder("work") as made:
+            assert made.is_dir() and not list(made.iterdir()) and (left / "files" / "half").exists()
+        other.kill()
+    with scratch_folder("work") as made:
+        assert os.listdir(tmp_path) == [made.parent.name]
+    assert os.listdir(tmp_path) == []

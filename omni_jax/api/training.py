@@ -34,7 +34,7 @@ from omni_jax.data.pipeline import TrainPipeline
 from omni_jax.data.plan import BatchConfig
 from omni_jax.data.record_cache import RecordCache
 from omni_jax.data.sources import MediaSource, open_source
-from omni_jax.io.remote import is_remote
+from omni_jax.io.remote import absolute, check_holds_weights, is_remote
 from omni_jax.model import param_shardings
 from omni_jax.parallel import batch_axes, batch_shards, make_mesh
 from omni_jax.tokens.tokenizer import Tokenizer
@@ -103,8 +103,8 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
     Raises:
       InputError, ConfigError: for anything in the config, the data or the workdir that cannot be used.
     """
-    folder = epath.Path(workdir)
-    folder = folder if "://" in str(folder) else epath.Path(folder).absolute()
+    check_holds_weights(workdir)
+    folder = absolute(workdir)
     use_compile_cache()
     check_equal("the config", run.to_json())
     mesh = on_all_processes(lambda: _mesh(run))
@@ -252,8 +252,7 @@ def _mesh(run: RunConfig) -> Mesh | None:
 def _base(run: RunConfig, workdir: epath.Path, captions: Sequence[str]) -> epath.Path:
     """Returns the folder of the base weights, drawn into the workdir where the config names none."""
     if run.model.base:
-        base = epath.Path(run.model.base)
-        return base if "://" in str(base) else epath.Path(base).absolute()
+        return absolute(run.model.base)
     base = workdir / BASE
 
     def draw() -> None:

@@ -21,6 +21,7 @@ from omni_jax.config import ConfigError, ModelConfig, Preset, default_preset
 from omni_jax.config.hub_name import is_hub_name
 from omni_jax.conversion.cached import converted
 from omni_jax.conversion.folder import MANIFEST, Manifest, read_manifest
+from omni_jax.io.remote import reaching
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.train.workdir import TOKENIZER_FILES, WorkdirConfig, is_workdir, read_trained, read_workdir, run_of, trained_fingerprints
 from omni_jax.types import InputError
@@ -142,8 +143,9 @@ def find_model(
       InputError: for what is not there, cannot be fetched or converted, and an adapter or a revision for what has its own.
     """
     folder = epath.Path(name)
-    ready = is_workdir(folder) or (folder / MANIFEST).exists()
-    published = is_hub_name(name) or (not ready and (folder / "config.json").exists()) or adapter is not None
+    with reaching(name):
+        ready = is_workdir(folder) or (folder / MANIFEST).exists()
+        published = is_hub_name(name) or (not ready and (folder / "config.json").exists()) or adapter is not None
     if not published or ready:
         if adapter is not None or revision is not None:
             what = "an adapter" if adapter is not None else f"a revision ({revision})"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
 
     from omni_jax.data.prepare import Preparation
     from omni_jax.data.shards import TEXT_FIELDS
-    from omni_jax.io.remote import RemoteFolder, is_remote
+    from omni_jax.io import scratch_folder
+    from omni_jax.io.remote import RemoteFolder, StoreError, is_remote
 
     idle = [text for text in args.overrides if text.partition("=")[0] in TEXT_FIELDS]
     if idle:
@@ -65,9 +65,11 @@ def run(args: argparse.Namespace) -> int:
     store = RemoteFolder(args.out) if is_remote(args.out) else None
     with contextlib.ExitStack() as held:
         # Shards are written on the local disk and go to the store when they are whole.
-        out = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="omni_jax-prepare-")) if store else args.out)
+        out = held.enter_context(scratch_folder("omni_jax-prepare")) if store else Path(args.out)
         try:
             work = Preparation(out, manifest.records, manifest.problems, chosen, args.shards, store)
+        except StoreError:
+            raise
         except InputError as error:
             raise InputError(f"{args.manifest}: {error}") from None
         return _prepare(args, work, args.out if store else None)

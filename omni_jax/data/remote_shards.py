@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from omni_jax.data.clip_index import INDEX, ROWS
 from omni_jax.data.record_cache import RecordCache
 from omni_jax.io import atomic_write
-from omni_jax.io.remote import RemoteFolder
+from omni_jax.io.remote import RemoteFolder, StoreError
 from omni_jax.types import InputError
 
 READS = 16  # ranges read at once by one process
@@ -59,6 +59,7 @@ class RemoteShards:
                 partial.write_bytes(said)
         self._pool = concurrent.futures.ThreadPoolExecutor(READS, "read shards")
         self._coming: dict[str, concurrent.futures.Future[None]] = {}
+        self._failed = False  # the run ends with what cannot be read, and would wait for what is still to be read ahead
         self._guard = threading.Lock()
 
     def sizes(self) -> dict[str, int]:
@@ -109,7 +110,13 @@ class RemoteShards:
         return data
 
     def _bring(self, name: str, shard: str, start: int, stop: int) -> None:
-        self._cache.put(name, self._remote.read(shard, start, stop))
+        if self._failed:
+            return
+        try:
+            self._cache.put(name, self._remote.read(shard, start, stop))
+        except StoreError:
+            self._failed = True
+            raise
 
     def _key(self, shard: str, start: int) -> str:
         return f"{self._name}/{shard}.{start}"

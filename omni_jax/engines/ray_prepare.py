@@ -6,15 +6,14 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-import tempfile
 import time
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from omni_jax.data.prepare import PARTS, ShardJob, media_names, prepare_record, send_shard, write_shard
 from omni_jax.engines.ray_cluster import ATTEMPTS, Counters, Lost, Report, check_code, code_stamp, connected, cpus, result
+from omni_jax.io import scratch_folder
 from omni_jax.io.remote import RemoteFolder
 from omni_jax.media.workers import Guarded, stop_at_our_fault
 from omni_jax.types import InputError
@@ -100,7 +99,7 @@ def _write(job: ShardJob, processes: int, timeout_s: float, stamp: str, store: s
     pool = _pools.setdefault((processes, timeout_s), _Pool(processes, timeout_s))
     with contextlib.ExitStack() as held:
         if store is not None:  # a shard is written on this node's disk, and sent when it is whole
-            folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="omni_jax-prepare-")))
+            folder = held.enter_context(scratch_folder("omni_jax-prepare"))
             job = dataclasses.replace(job, path=folder / job.path.name, part=folder / job.part.name)
         for found in write_shard(job, stop_at_our_fault(pool.outcomes(job.items))):
             counts.update(found, clips=1 - found.get("skipped", 0))

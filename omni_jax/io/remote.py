@@ -6,15 +6,19 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 from omni_jax.io.messages import line_of
 from omni_jax.types import InputError
 
+if TYPE_CHECKING:
+    from etils import epath
+
 TRIES = 6
 PAUSE_S = 0.2  # before the second try, doubled before each further one: some 6 s in all
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}  # protocol -> the extra that brings its client
+CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs")  # packages whose errors are those of a store
 NO_RIGHTS = ("credential", "permission", "forbidden", "accessdenied", "unauthorized", "anonymouscaller")
 
 Done = TypeVar("Done")
@@ -23,6 +27,35 @@ Done = TypeVar("Done")
 def is_remote(location: os.PathLike[str] | str) -> bool:
     """Returns whether a location is in an object store."""
     return "://" in os.fspath(location)
+
+
+def absolute(location: os.PathLike[str] | str) -> epath.Path:
+    """Returns the path from the root of the disk; a URL as it is, which epath would take for the name of a local folder."""
+    from etils import epath  # slow to import
+
+    path = epath.Path(location)
+    return path if is_remote(path) else path.absolute()
+
+
+class StoreError(InputError):
+    """What an object store refuses, in one line that begins with its address."""
+
+
+@contextlib.contextmanager
+def reaching(location: os.PathLike[str] | str) -> Iterator[None]:
+    """Makes a StoreError of what a store's client raises in the block, which reads or writes the location; others pass."""
+    try:
+        yield
+    except Exception as error:
+        if not is_remote(location) or not (isinstance(error, OSError) or type(error).__module__.partition(".")[0] in CLIENTS):
+            raise
+        raise _refused(os.fspath(location), error) from None
+
+
+def check_holds_weights(location: os.PathLike[str] | str) -> None:
+    """Raises InputError for a place where weights cannot be kept: Orbax would write them into a local folder of its name."""
+    if is_remote(location) and not os.fspath(location).startswith("gs://"):
+        raise InputError(f"{os.fspath(location)}: weights can be kept on a disk or at gs:// alone; choose another place")
 
 
 class RemoteFolder:
@@ -34,7 +67,7 @@ class RemoteFolder:
 
     def __init__(self, location: str) -> None:
         """Connects to the store. Raises InputError when its client is not installed, or there are no credentials."""
-        import fsspec
+        import fsspec  # slow to import
 
         self.location = location.rstrip("/")
         protocol = location.partition("://")[0]
@@ -48,7 +81,7 @@ class RemoteFolder:
         except ValueError as error:
             raise InputError(f"{location}: no known kind of address ({line_of(error)}); use gs://, s3:// or a local folder") from None
         except Exception as error:  # clients look for credentials at once, and have errors of their own
-            raise self._refused("", error) from None
+            raise _refused(self.location, error) from None
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         """Returns a file, or its bytes [start, stop).
@@ -107,15 +140,19 @@ class RemoteFolder:
                 raise
             except Exception as error:  # every client has its own
                 if attempt == TRIES - 1 or _is_refusal(error):
-                    raise self._refused(name, error, attempt + 1) from None
+                    raise _refused(f"{self.location}/{name}".rstrip("/"), error, attempt + 1) from None
             time.sleep(PAUSE_S * 2**attempt * random.uniform(0.5, 1))
         raise AssertionError
 
-    def _refused(self, name: str, error: Exception, tries: int = 1) -> InputError:
-        where = f"{self.location}/{name}".rstrip("/")
-        if _is_refusal(error):
-            return InputError(f"{where}: no access ({line_of(error)}); give this machine credentials for the bucket")
-        return InputError(f"{where}: cannot be reached after {tries} tries ({line_of(error)}); check the address and start again to resume")
+
+def _refused(where: str, error: Exception, tries: int = 1) -> StoreError:
+    again = f" after {tries} tries" if tries > 1 else ""
+    if _is_refusal(error):
+        return StoreError(f"{where}: no access ({line_of(error)}); give this machine credentials for the bucket")
+    if isinstance(error, FileNotFoundError):  # of which one client says the bucket's name, another an address of its own
+        bucket = where.partition("://")[2].partition("/")[0]
+        return StoreError(f"{where}: not found{again}; check that the bucket {bucket} and what is named in it are there, and start again")
+    return StoreError(f"{where}: cannot be reached{again} ({line_of(error)}); check the address and start again to resume")
 
 
 def _is_refusal(error: Exception) -> bool:

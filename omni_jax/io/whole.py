@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from omni_jax.io.remote import reaching
 from omni_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class WholeFile:
     def discard(self) -> None:
         """Removes what was written and not finished."""
         if not self._finished:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, InputError), reaching(self.path):
                 self.path.unlink(missing_ok=True)
 
 
@@ -57,8 +58,9 @@ def atomic_write(target: Path | epath.Path, hint: str = HINT, *, flush: bool = T
     """
     file = WholeFile(target, flush=flush)
     try:
-        yield file.path
-        file.finish()
+        with reaching(target):
+            yield file.path
+            file.finish()
     except OSError as e:
         raise InputError(f"{target}: cannot be written ({e.strerror or e}); {hint}") from None
     finally:

@@ -30,6 +30,7 @@ from etils import epath
 from omni_jax.config import TABLES
 from omni_jax.config.made_with import ROUNDING, listed, made_otherwise
 from omni_jax.io.messages import some
+from omni_jax.io.remote import reaching
 from omni_jax.retrieval.npz import PathLike, check_place, load_arrays, output_file, write_members
 from omni_jax.retrieval.parquet import SUFFIX, load_columns
 from omni_jax.retrieval.stored_rows import StoredRows
@@ -163,8 +164,9 @@ def whole_set(path: PathLike | Sequence[PathLike]) -> list[PathLike]:
     found: list[PathLike] = []
     for given in [path] if isinstance(path, str | os.PathLike) else path:
         file = epath.Path(given)
-        known = file.exists() or file.suffix != NPZ
-        parts = [] if known else sorted(p for p in file.parent.glob(f"{file.stem}-*-of-*{NPZ}") if _PART.sub("", p.stem) == file.stem)
+        with reaching(given):
+            known = file.suffix != NPZ or file.exists()
+            parts = [] if known else sorted(p for p in file.parent.glob(f"{file.stem}-*-of-*{NPZ}") if _PART.sub("", p.stem) == file.stem)
         found += parts or [given]
     return found
 

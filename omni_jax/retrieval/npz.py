@@ -17,6 +17,7 @@ from etils import epath
 
 from omni_jax.io import whole
 from omni_jax.io.messages import line_of
+from omni_jax.io.remote import is_remote
 from omni_jax.types import InputError
 
 ALIGNMENT = 64  # bytes; a CPU backend reads an array that starts so without copying it
@@ -36,11 +37,12 @@ def check_place(path: PathLike) -> epath.Path:
       InputError: when the folder is missing or not writable, or the name is that of a folder.
     """
     target = epath.Path(path)
-    if not target.parent.is_dir():
+    remote = is_remote(path)  # where folders are parts of names, and writing shows what is missing
+    if not remote and not target.parent.is_dir():
         raise InputError(f"{path}: folder {target.parent} does not exist; create it or choose another output")
     if target.is_dir():
         raise InputError(f"{path} is a folder; name a file")
-    if "://" not in str(path) and not os.access(target.parent, os.W_OK):
+    if not remote and not os.access(target.parent, os.W_OK):
         raise InputError(f"{path}: folder {target.parent} cannot be written to; choose another output")
     return target
 

@@ -28,6 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from omni_jax.io.remote import absolute
 from omni_jax.parallel import barrier, run_on_process_0
 from omni_jax.train.fingerprint import fingerprints
 from omni_jax.train.state import TrainState
@@ -51,7 +52,7 @@ class Checkpoints:
 
     def __init__(self, folder: epath.PathLike, keep: int):
         """Takes the folder, made where it is not there, and how many checkpoints stay. Raises InputError when the folder cannot be made."""
-        self._folder = epath.Path(folder).absolute()
+        self._folder = absolute(folder)
         self.notes: list[str] = []
         self._reported = False
         _quieten()
@@ -187,13 +188,13 @@ class Checkpoints:
 
 def list_steps(folder: epath.PathLike) -> list[int]:
     """Returns the whole checkpoints in a folder of them, oldest first."""
-    path = epath.Path(folder).absolute()
+    path = absolute(folder)
     return sorted(ocp.utils.checkpoint_steps(path)) if path.is_dir() else []
 
 
 def read_trainable(folder: epath.PathLike, step: int) -> dict[str, np.ndarray]:
     """Returns path -> float32 array of one checkpoint, in memory of the host. Raises InputError when it cannot be read."""
-    path = epath.Path(folder).absolute() / str(step) / TRAINABLE
+    path = absolute(folder) / str(step) / TRAINABLE
     _quieten()
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
@@ -214,7 +215,7 @@ def trainable_fingerprints(folder: epath.PathLike, step: int) -> dict[str, str] 
     Raises:
       InputError: when they cannot be read.
     """
-    path = epath.Path(folder).absolute() / str(step)
+    path = absolute(folder) / str(step)
     try:
         recorded = _recorded(path)
         return None if recorded is None else {name.replace(".", "/"): str(digits) for name, digits in recorded[TRAINABLE].items()}

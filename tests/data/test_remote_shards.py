@@ -23,6 +23,7 @@ from omni_jax.data.pipeline import PipelineBatch, TrainPipeline
 from omni_jax.data.plan import BatchConfig
 from omni_jax.data.prepare import Preparation
 from omni_jax.data.record_cache import RecordCache
+from omni_jax.data.remote_shards import READS
 from omni_jax.data.shards import ShardSource, ShardWriter, encode_clip, index_row, shard_name
 from omni_jax.data.sources import open_source
 from omni_jax.io import remote
@@ -167,10 +168,21 @@ def test_a_shard_that_disappears_ends_the_run_in_one_line_after_some_tries(store
         del store[f"/bucket/shards/{shard_name(shard, SHARDS)}"]
     Flaky.seen.clear()
     with pytest.raises(
-        InputError, match=r"^flaky://bucket/shards/clips-train.*: cannot be reached after 6 tries \(.*\); check the address"
+        InputError, match=r"^flaky://bucket/shards/clips-train.*: not found after 6 tries; check that the bucket bucket and what"
     ) as e:
         list(batches)
     assert not isinstance(e.value, ClipError) and "\n" not in str(e.value) and max(Flaky.seen.values()) == remote.TRIES
+
+
+def test_reading_ahead_ends_with_the_first_range_that_cannot_be_read(store: dict, tmp_path: Path):
+    shards = source(tmp_path)._remote
+    assert shards is not None
+    name = shard_name(0, SHARDS)
+    del store[f"/bucket/shards/{name}"]
+    Flaky.seen.clear()
+    shards.ahead((name, start, start + 1) for start in range(200))
+    shards._pool.shutdown()
+    assert 0 < len(Flaky.seen) <= READS
 
 
 @pytest.mark.parametrize(
