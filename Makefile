@@ -99,7 +99,7 @@ test: $(SETUP)  ## the default tests, both of the above; no torch, no libtpu, no
 test-slow: $(SETUP)  ## kills, several processes, long parity
 	.venv/bin/python -m pytest $(WORKERS) -m "slow and not reference and not tpu and not docs" $(PYTEST_ARGS)
 
-test-reference: $(REFERENCE)  ## against torch, transformers' torch model and PEFT; recorded outputs, compiled in full
+test-reference: $(REFERENCE)  ## against torch, transformers' torch model and PEFT; object stores on loopback; recorded outputs, compiled in full
 	.venv-reference/bin/python -m pytest $(WORKERS) $(FULL) -m "reference or exact" $(PYTEST_ARGS)
 
 test-tpu: $(TPU)  ## compile for TPU, with no TPU attached

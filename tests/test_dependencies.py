@@ -63,6 +63,13 @@ def test_pins_lie_within_the_declared_ranges(lock: str) -> None:
         assert DECLARED.keys() - pinned.keys() == set()
 
 
+def test_extras_that_are_tested_in_the_reference_environment_are_pinned_there_within_their_ranges() -> None:
+    pinned = pins("requirements.lock") | pins("requirements-reference.lock")
+    extras_there = ("gcs", "s3", "mteb", "sentence-transformers", "reference")
+    wanted = [Requirement(line) for name in extras_there for line in PROJECT["optional-dependencies"][name]]
+    assert [f"{r} {pinned.get(r.name)}" for r in wanted if not r.specifier.contains(pinned.get(r.name, "0"))] == []
+
+
 def test_lower_bounds_are_what_is_tested_as_lowest() -> None:
     pinned = pins("requirements.lock") | pins("requirements-lowest.lock")
     for name, requirement in DECLARED.items():

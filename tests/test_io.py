@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from omni_jax.io import WholeFile, atomic_write, atomic_write_text, lock, scratch_folder
+from omni_jax.io.remote import absolute, check_holds_weights
 from omni_jax.types import InputError
 
 
@@ -78,3 +79,14 @@ def test_a_scratch_folder_of_a_killed_process_is_removed_and_that_of_another_sta
     with scratch_folder("work") as made:
         assert os.listdir(tmp_path) == [made.parent.name]
     assert os.listdir(tmp_path) == []
+
+
+def test_an_address_of_a_store_stays_one_and_weights_are_kept_where_orbax_writes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert os.fspath(absolute("gs://bucket/run")) == "gs://bucket/run" and os.fspath(absolute("run")) == str(tmp_path / "run")
+    for place in ("gs://bucket/run", "run", tmp_path):
+        check_holds_weights(place)
+    with pytest.raises(InputError, match=r"^s3://bucket/run: weights can be kept on a disk or at gs:// alone; choose another place$"):
+        check_holds_weights("s3://bucket/run")

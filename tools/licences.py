@@ -21,8 +21,8 @@ HEAD = """# Licences of the dependencies
 `python -m tools.licences` writes this page from the metadata of each package of `requirements.lock` (its licence expression, else its
 licence field, else its classifiers). None of them is part of this repository; `pip` installs them. The optional environments
 add the packages of
-`requirements-reference.lock` (parity tests and benchmarks), `requirements-tpu.lock` (compiling for TPU) and `requirements-docs.lock` (this
-site), which no user needs.
+`requirements-reference.lock` (parity tests, benchmarks, object stores), `requirements-tpu.lock` (compiling for TPU) and
+`requirements-docs.lock` (this site), which no user needs.
 
 Some wheels contain libraries with licences of their own: `av` has FFmpeg and its encoders (LGPL and GPL), `soundfile` has libsndfile and
 libmpg123 (LGPL), `faiss-cpu` and `numpy` have OpenBLAS (BSD). If you redistribute the wheels, comply with these licences as well.

@@ -3,72 +3,35 @@
 moto's server answers; two data workers read through s3fs. Batches must have equal digests, from the first step and resumed, with a cache
 that holds everything and one that holds two steps. Printed are requests, failures, and how long steps waited.
 
-In an environment that has them, too: pip install 'moto[server]' s3fs; python -m tools.benchmarks.object_store
+Run alone: .venv-reference/bin/python -m tools.benchmarks.object_store
 """
 
 from __future__ import annotations
 
-import collections
-import hashlib
 import os
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-BUCKET = "clips"
 CLIPS, SHARDS, STEPS, WORKERS = 120, 6, 12, 2
 SLOW_S = 0.5
 
 
-class Faulty:
-    """A WSGI application in front of another, which fails a fifth of the ranges asked for once and delays one in fifty."""
-
-    def __init__(self, application: Callable[..., Iterable[bytes]]) -> None:
-        self._application, self._guard = application, threading.Lock()
-        self.counts: collections.Counter[str] = collections.Counter()
-        self._seen: set[str] = set()
-
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        asked = f"{environ['PATH_INFO']} {environ.get('HTTP_RANGE', '')}"
-        chance = int.from_bytes(hashlib.blake2b(asked.encode(), digest_size=4).digest(), "little") % 100
-        if environ["REQUEST_METHOD"] == "GET" and "HTTP_RANGE" in environ:
-            with self._guard:
-                first = asked not in self._seen
-                self._seen.add(asked)
-                self.counts["ranges"] += 1
-            if first and chance < 20:
-                self.counts["failed"] += 1
-                start_response("503 Slow Down", [("Content-Length", "0")])
-                return [b""]
-            if chance >= 98:
-                self.counts["slow"] += 1
-                time.sleep(SLOW_S)
-        return self._application(environ, start_response)
-
-
 def run() -> dict[str, Any]:
     """Returns the counts of the server and the longest waits in seconds, and prints them; raises where a digest differs."""
-    from moto.server import DomainDispatcherApplication, create_backend_app  # pyright: ignore[reportMissingImports]
-    from werkzeug.serving import make_server  # pyright: ignore[reportMissingImports]
-
     from omni_jax.data.plan import BatchConfig
     from omni_jax.data.record_cache import RecordCache
     from omni_jax.data.shards import ShardSource
     from omni_jax.io.remote import RemoteFolder
+    from tests import object_servers
     from tests.data.test_remote_shards import digest, write_folder
     from tests.data.training_clips import PRESET, pipeline
 
-    faulty = Faulty(DomainDispatcherApplication(create_backend_app))
-    server = make_server("127.0.0.1", 0, faulty, threaded=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-    os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
+    faults = object_servers.Faults(SLOW_S)
     batch = BatchConfig(micro_batch=8, blocks=2)
     found: dict[str, Any] = {}
 
@@ -80,13 +43,14 @@ def run() -> dict[str, Any]:
             begun = time.perf_counter()
         return digests, max(waits[WORKERS:], default=0.0)  # without the start of the workers
 
-    with tempfile.TemporaryDirectory(prefix="omni_jax-store-") as name:
+    with tempfile.TemporaryDirectory(prefix="omni_jax-store-") as name, object_servers.s3(faults) as environment:
+        os.environ |= environment
         folder = Path(name)
         write_folder(folder / "local", CLIPS, SHARDS)
         import s3fs  # pyright: ignore[reportMissingImports]
 
-        s3fs.S3FileSystem().mkdir(BUCKET)
-        store = RemoteFolder(f"s3://{BUCKET}/shards")
+        s3fs.S3FileSystem().mkdir(object_servers.BUCKET)
+        store = RemoteFolder(f"s3://{object_servers.BUCKET}/shards")
         for path in (folder / "local").iterdir():
             store.put(path, path.name)
         near = ShardSource(folder / "local", PRESET)
@@ -99,8 +63,7 @@ def run() -> dict[str, Any]:
             resumed, _ = batches(far, STEPS // 2)
             assert digests == expected and resumed == expected[STEPS // 2 :], f"other batches with a {what} cache"
             assert sum(path.stat().st_size for path in cache.folder.glob("*/*")) <= size
-    server.shutdown()
-    found |= faulty.counts
+    found |= faults.counts
     print(f"{STEPS} steps, twice over S3, equal digests: " + ", ".join(f"{key} {np.round(value, 2)}" for key, value in found.items()))
     return found
 
