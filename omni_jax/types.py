@@ -321,6 +321,7 @@ class StepKind:
         duals.
       hard_media: whether the sound or picture that the hard negative takes comes with the batch, as mined ones do; otherwise it is that of
         another clip of the block.
+      reach: tokens that no prompt of a row is longer than, its branches counted; one with branches begins its row. 0: not known.
     """
 
     anchor: bool
@@ -331,6 +332,7 @@ class StepKind:
     layout: tuple[tuple[str, ...], ...] | None = None
     hard_media: bool = False
     duals: tuple[str, ...] = ()
+    reach: int = 0
 
     @property
     def prompts(self) -> tuple[str, ...]:

@@ -325,8 +325,9 @@ class TrainPipeline:
         raise InputError(f"a clip cannot be used and no other can replace it; check the data: {first}")
 
     def _fits(self, lengths: PromptLengths, plan: UpdatePlan, micro: int) -> bool:
-        how = plan.kinds[micro], self._config.shares_prefix
-        return lengths.row(*how) <= plan.shapes[micro].row_tokens and lengths.hard_row(*how) <= plan.shapes[micro].hard_tokens
+        kind, shapes, share = plan.kinds[micro], plan.shapes[micro], self._config.shares_prefix
+        fits = lengths.row(kind, share) <= shapes.row_tokens and lengths.hard_row(kind, share) <= shapes.hard_tokens
+        return fits and lengths.reach(kind, share) <= kind.reach
 
     def _read(self, plan: UpdatePlan, micro: int, clip: int) -> _Loaded:
         read, features = self._known(clip)

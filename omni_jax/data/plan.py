@@ -124,6 +124,7 @@ class Planner:
         self._layouts: dict[StepKind, StepKind] = {}
         self._sizes: dict[StepKind, list[int]] = {}
         self._hard_sizes: dict[StepKind, int] = {}
+        self._reaches: dict[StepKind, int] = {}
         self._survey()
 
     def plan(self, update: int) -> UpdatePlan:
@@ -214,6 +215,7 @@ class Planner:
         row_tokens = next((size for size in self._sizes.get(kind, ()) if size >= row), round_up(row, multiple))
         known = self._hard_sizes.get(kind, 0)
         hard_tokens = known if hard <= known else round_up(hard, multiple)
+        laid = dataclasses.replace(laid, reach=max(self._reaches.get(kind, 0), *(clip.reach(kind, share) for clip in clips)))
         return laid, dataclasses.replace(self.media_shapes(), row_tokens=row_tokens, hard_tokens=hard_tokens)
 
     def clips(self, update: int) -> np.ndarray:
@@ -245,7 +247,7 @@ class Planner:
 
     def _survey(self) -> None:
         """Chooses, from the first steps, for each kind the layout of its rows, one or two lengths of them (few sizes are few
-        compilations), and the length of the rows that hard negatives have to themselves."""
+        compilations), the length of the rows that hard negatives have to themselves, and the reach of prompts."""
         drawn: dict[StepKind, list[list[PromptLengths]]] = {}
         for update in range(SAMPLED_UPDATES):
             for kind, clips in self._drawn(update)[1].items():
@@ -256,6 +258,7 @@ class Planner:
             laid = lay_out(kind, every, share_prefix=share, multiple=multiple, attention=attention)
             self._layouts[kind] = laid
             self._sizes[kind] = row_sizes([max(clip.row(laid, share) for clip in clips) for clips in updates], multiple)
+            self._reaches[kind] = max(clip.reach(kind, share) for clip in every)
             self._hard_sizes[kind] = multiple_of(multiple, max(clip.hard_row(kind, share) for clip in every))
 
     def __getstate__(self) -> dict:

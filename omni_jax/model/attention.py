@@ -1,6 +1,6 @@
 """Attention of packed decoder rows: one interface, several kernels with equal numbers.
 
-Letters: R rows, S tokens, H heads, K KV heads, G query heads per KV head, h head width, C copies of the keys.
+Letters: R rows, S tokens, T keys of splash, H heads, K KV heads, G query heads per KV head, h head width.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def pooled_attention(segment: jax.Array, branch: jax.Array, pool: jax.Array, *, 
 
 
 def row_attention(
-    segment: jax.Array, branch: jax.Array, *, kernel: str = "plain", branches: int = BRANCHES, causal: bool = True
+    segment: jax.Array, branch: jax.Array, *, kernel: str = "plain", branches: int = BRANCHES, causal: bool = True, reach: int = 0
 ) -> RowAttention:
     """Returns the softmax attention of packed rows, under the mask that `row_mask` writes out.
 
@@ -96,6 +96,7 @@ def row_attention(
       kernel: one of KERNELS but "auto".
       branches: the largest branch number that may occur (read by splash, which pays for each beyond the first).
       causal: whether a query sees no later key; else it sees all of its segment, and there are no branches.
+      reach: as in `types.StepKind`: splash leaves out what is further away. Segments that are longer give wrong values.
 
     Returns:
       A function of q (R, S, H, h), k and v (R, S, K, h), K dividing H, that gives (R, S, H*h) in the dtype of q.
@@ -103,22 +104,36 @@ def row_attention(
     if kernel == "plain":
         mask, blocks = row_mask(segment, branch, causal), attend_causal if causal else attend_blocks
         return lambda q, k, v: checkpoint_name(blocks(q, k, v, mask), "attention")
-    ids = splash_ids(*_pad_ids(segment, branch), max(branches, 1) if causal else 1)
+    reach = -(-reach // LANES) * LANES
+    ids = splash_ids(*_pad_ids(segment, branch), max(branches, 1) if causal else 1, reach)
     # Named within: a backward pass needs its log-sums too, and else would run the kernel again for them.
-    return lambda q, k, v: _splash_rows(q, k, v, *ids, causal, kernel == "splash_interpret")
+    return lambda q, k, v: _splash_rows(q, k, v, *ids, causal, reach, kernel == "splash_interpret")
 
 
-def splash_ids(segment: jax.Array, branch: jax.Array, branches: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the segment ids of queries (R, S) and of keys (R, branches * S): equal ids, and the causal mask, are `row_mask`.
+def splash_ids(segment: jax.Array, branch: jax.Array, branches: int, reach: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Returns the segment ids of queries (R, S) and of keys (R, T): equal ids, and `splash_mask`, are `row_mask`.
 
     Splash knows ids that must be equal, not branches. Branch 1 takes its prefix's id: the prefix precedes it, so that the causal mask
     hides the branch from the prefix. For each further branch the keys are repeated, where only the prefix has an id: the branch's.
+    Within a known reach the first `reach` keys hold all prefixes of branches, and no others are repeated: T = S + (branches - 1) * reach.
     """
     size = branches + 1
     query = segment * size + jnp.maximum(branch, 1)
     prefix = branch == 0
     copies = [jnp.where(prefix & (segment > 0), segment * size + number, -1) for number in range(2, branches + 1)]
-    return query, jnp.concatenate([query, *copies], axis=1)
+    return query, jnp.concatenate([query, *(copy[:, : reach or None] for copy in copies)], axis=1)
+
+
+def splash_mask(tokens: int, keys: int, causal: bool, reach: int = 0) -> np.ndarray:
+    """Returns (S, T) bool, the same for all rows: whether the query at a place may see the key at a place, `splash_ids` left aside."""
+    queries = np.arange(tokens)[:, None]
+    size = min(reach, tokens) or tokens  # of a copy of keys
+    places = np.concatenate([np.arange(tokens), np.arange(keys - tokens) % size])
+    seen = queries >= places if causal else np.ones((tokens, keys), bool)
+    if reach:
+        seen &= abs(queries - places) < reach
+        seen[reach:, tokens:] = False
+    return seen
 
 
 def _pad_ids(segment: jax.Array, branch: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -128,21 +143,23 @@ def _pad_ids(segment: jax.Array, branch: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def _splash_rows(
-    q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array, key_ids: jax.Array, causal: bool, interpret: bool
+    q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array, key_ids: jax.Array, causal: bool, reach: int, interpret: bool
 ) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash  # slow, and for TPUs alone
 
     rows, tokens, heads, width = q.shape
-    kv_heads, padded = k.shape[2], query_ids.shape[1]
-    copies = key_ids.shape[1] // padded
+    kv_heads, padded, keys = k.shape[2], query_ids.shape[1], key_ids.shape[1]
+    size = min(reach, padded) or padded  # of a copy of keys
     q, k, v = (jnp.pad(x, ((0, 0), (0, padded - tokens), (0, 0), (0, 0))) for x in (q, k, v))
     # Splash scales nothing; heads lead, query heads grouped by the KV head they share.
     q = rearrange(q * width**-0.5, "b s (k g) h -> b k g s h", k=kv_heads)
-    k, v = (jnp.tile(rearrange(x, "b s k h -> b k s h"), (1, 1, copies, 1)) for x in (k, v))
+    k, v = (rearrange(x, "b s k h -> b k s h") for x in (k, v))
+    if keys > padded:
+        k, v = (jnp.concatenate([x, *[x[:, :, :size]] * ((keys - padded) // size)], axis=2) for x in (k, v))
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array, key_ids: jax.Array) -> jax.Array:
         # Made here and not kept: its tables of blocks are constants of this trace.
-        kernel = _kernel(padded, heads // kv_heads, copies, causal, interpret)
+        kernel = _kernel(splash_mask(padded, keys, causal, reach), heads // kv_heads, interpret)
 
         def row(q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array, key_ids: jax.Array) -> Any:
             return jax.vmap(lambda q, k, v: kernel(q, k, v, splash.SegmentIds(query_ids, key_ids)))(q, k, v)
@@ -159,14 +176,13 @@ def _splash_rows(
     return rearrange(out, "b k g s h -> b s (k g h)")[:, :tokens]
 
 
-def _kernel(tokens: int, heads: int, copies: int, causal: bool, interpret: bool) -> splash.SplashAttentionKernel:
-    """The splash kernel of G heads that share keys: (G, S, h), (C*S, h), (C*S, h) -> (G, S, h)."""
+def _kernel(mask: np.ndarray, heads: int, interpret: bool) -> splash.SplashAttentionKernel:
+    """The splash kernel of G heads that share keys, under a mask (S, T): (G, S, h), (T, h), (T, h) -> (G, S, h)."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    earlier = np.tri(tokens, dtype=bool) if causal else np.ones((tokens, tokens), bool)
-    mask = splash_mask.MultiHeadMask([splash_mask.NumpyMask(np.tile(earlier, (1, copies)))] * heads)
-    tile = next(t for t in TILES if math.gcd(tokens, t) == t)
+    tile = next(t for t in TILES if math.gcd(*mask.shape, t) == t)
     sizes = splash.BlockSizes(block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile)
     named = {"residual_checkpoint_name": "attention", "interpret": interpret}
-    return splash.make_splash_mqa(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, **named)
+    every = masks.MultiHeadMask([masks.NumpyMask(mask)] * heads)
+    return splash.make_splash_mqa(every, block_sizes=sizes, head_shards=1, q_seq_shards=1, **named)

@@ -132,6 +132,7 @@ class Decoder(nnx.Module):
         remat: Remat = None,
         attention: str = "plain",
         branches: int = BRANCHES,
+        reach: int = 0,
         frozen: bool = True,
     ) -> jax.Array:
         """Returns the pooled hidden states (R, K, L, D): layers 1 .. L-1 as they are, layer L after the final norm.
@@ -145,7 +146,7 @@ class Decoder(nnx.Module):
           media: (M, D) media tokens that `media_index` points into, or (G, M, D): one table for each R / G consecutive rows.
           dropout_key: turns LoRA dropout on.
           remat: what the layers keep for the backward pass.
-          attention, branches: kernel and largest branch number, as in `attention.row_attention`.
+          attention, branches, reach: kernel, largest branch number and length of prompts, as in `attention.row_attention`.
           frozen: whether no gradient is asked of the layers' weights but LoRA's. Both values give the same numbers.
         """
         x = self._look_up(ids, dtype)
@@ -154,7 +155,7 @@ class Decoder(nnx.Module):
         x = constrain(x, "batch", "tokens", "features")
         angles = tmrope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_sections)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
-        attend = row_attention(segment, branch, kernel=attention, branches=branches, causal=self.causal)
+        attend = row_attention(segment, branch, kernel=attention, branches=branches, causal=self.causal, reach=reach)
         layers = self.config.num_layers
         keys = None if dropout_key is None else jax.random.split(dropout_key, layers)
 

@@ -75,6 +75,7 @@ def planned_batch(
     share = config.shares_prefix
     kind = lay_out(kind, [clip], share_prefix=share, multiple=row_multiple, attention=attention_cost(config.decoder))
     row, hard = (multiple_of(row_multiple, n) for n in (clip.row(kind, share), clip.hard_row(kind, share)))
+    kind = dataclasses.replace(kind, reach=clip.reach(kind, share))
     fbank = multiple_of(config.beats.patch_size, frames) if config.beats else 0
     return kind, BatchShapes(steps, patches, chunks, fbank, row, hard)
 

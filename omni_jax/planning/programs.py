@@ -258,5 +258,6 @@ def _compiled(
     per_slice = setting.topology.devices // setting.topology.slices if setting.topology.slices > 1 else 0
     text = compiled.as_text() or ""
     causal = setting.config.attention == "causal"
-    timing = read_timing(text, setting.topology.chip, per_slice, causal) if setting.timed else None
+    reach = program.kind.reach if program.kind else 0
+    timing = read_timing(text, setting.topology.chip, per_slice, causal, reach) if setting.timed else None
     return dataclasses.replace(program, memory=memory, found=collectives(text, per_slice), seconds=taken, timing=timing)

@@ -11,7 +11,11 @@ import collections
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 
+import numpy as np
+
+from omni_jax.model.attention import splash_mask
 from omni_jax.planning import products
 from omni_jax.planning.chips import Chip
 from omni_jax.planning.hlo import Collective, Computation, Instruction, all_called, as_collective, called, parse, shape_bytes, trips
@@ -88,19 +92,19 @@ _Key = tuple[str, str]  # "" or the name of what has no estimate; the source
 _Parts = dict[_Key, _Part]
 
 
-def read_timing(text: str, chip: Chip, devices_per_slice: int = 0, causal: bool = True) -> Timing | None:
+def read_timing(text: str, chip: Chip, devices_per_slice: int = 0, causal: bool = True, reach: int = 0) -> Timing | None:
     """Returns the time of an optimised HLO module, None where it carries no estimates.
 
     Args:
       devices_per_slice: decides which collectives cross slices; 0 where there is one.
-      causal: whether attention kernels skip the blocks above the diagonal.
+      causal, reach: of attention kernels, as in `model.attention.splash_mask`: blocks in which no query sees a key are not multiplied.
 
     Raises:
       ConfigError: for a chip whose clock is not known.
     """
     if not _CYCLES.search(text):
         return None
-    reader = _Reader(text, chip, devices_per_slice, causal)
+    reader = _Reader(text, chip, devices_per_slice, functools.partial(splash_mask, causal=causal, reach=reach))
     parts = reader.cost(reader.entry)
     total = sum(part.seconds for part in parts.values())
     added: dict[str, float] = collections.defaultdict(float)
@@ -127,10 +131,10 @@ def _operation(name: str, source: str, part: _Part, total: float) -> Operation:
 class _Reader:
     """Reads one module. Costs of computations are kept, since many are called from several places."""
 
-    def __init__(self, text: str, chip: Chip, devices_per_slice: int, causal: bool):
+    def __init__(self, text: str, chip: Chip, devices_per_slice: int, mask: Callable[[int, int], np.ndarray]):
         self.computations, self.entry = parse(text)
         self.sources = Sources(text)
-        self.chip, self.per_slice, self.causal = chip, devices_per_slice, causal
+        self.chip, self.per_slice, self.mask = chip, devices_per_slice, mask
         self.clock, self.peak = chip.clock, chip.teraflops * 1e12 / chip.devices
         self.hbm, self.ici, self.dcn = (x * 1e9 / chip.devices for x in (chip.hbm_gbs, chip.ici_gbs, chip.dcn_gbs))
         self.cost = functools.cache(self._cost)
@@ -248,7 +252,7 @@ class _Reader:
         return any(_START in one.rest or _DONE in one.rest for one in self.computations.get(called(item, "calls"), {}).values())
 
     def _kernel(self, computation: Computation, item: Instruction) -> float:
-        """Operations of a splash kernel, from the shapes of its queries (.., G, S, h) and keys (.., C * S, h); of another kernel none."""
+        """Operations of a splash kernel, from the shapes of its queries (.., G, S, h) and keys (.., T, h); of another kernel none."""
         count = next((n for name, n in _KERNEL_PRODUCTS if name in item.name), 0)
         arrays = [products.dimensions(computation[name].shape) for name in item.operands if name in computation]
         wide = [sizes for sizes in arrays if len(sizes) >= 4]
@@ -256,9 +260,9 @@ class _Reader:
             return 0.0
         (*heads, queries, width), keys = wide[0], wide[1][-2]
         block = re.search(r'block_q\\": (\d+)', item.rest)
-        along = max(1, queries // int(block[1])) if block else queries
-        seen = (along + 1) / (2 * along) if self.causal else 1.0  # blocks on or below the diagonal
-        return 2.0 * count * width * queries * keys * seen * functools.reduce(int.__mul__, heads, 1)
+        side = int(block[1]) if block else 1
+        blocks = self.mask(queries, keys).reshape(queries // side, side, keys // side, side).any(axis=(1, 3))
+        return 2.0 * count * width * blocks.sum() * side**2 * functools.reduce(int.__mul__, heads, 1)
 
 
 def _seconds(parts: _Parts) -> float:

@@ -15,6 +15,7 @@ from omni_jax.towers import TOWERS
 from omni_jax.towers.base import multiple_of
 from omni_jax.types import ClipError, Features, MediaBatch, StepKind
 
+REACH = 128  # tokens: of a multiple of it a prompt's length is said to be at most, since each value is a compilation
 EDGES = 2  # begin and end token around each kind of media
 
 
@@ -79,6 +80,10 @@ class PromptLengths:
         """Returns the tokens of the longest row that takes a gradient."""
         loads = self.loads(kind, share_prefix)
         return max(sum(loads[name] for name in names) for names in kind.rows)
+
+    def reach(self, kind: StepKind, share_prefix: bool) -> int:
+        """Returns `StepKind.reach` for this clip."""
+        return multiple_of(REACH, max(self.loads(kind, share_prefix).values()))
 
     def hard_row(self, kind: StepKind, share_prefix: bool) -> int:
         """Returns the tokens of the hard negative's own row, 0 where it has none."""

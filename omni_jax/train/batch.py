@@ -138,8 +138,16 @@ def pack_micro_batch(
         made = [Group(b + count * (name == "positive") + 2 * count * (name == "hard"), ((name, prompts[name]),)) for name in names]
         if branches and "anchor" in names:
             _check_branch(b, prompts["anchor"], prompts["hard"])
+            if kind.reach and names[0] != "anchor":
+                raise ValueError(f"a row of {', '.join(names)}: with a known reach an anchor with a branch begins its row")
             made[names.index("anchor")] = Group(b, (("anchor", prompts["anchor"]), ("hard", prompts["hard"])))
         return made
+
+    for b, example in enumerate(examples) if kind.reach else ():
+        sizes = {name: len(example.prompts[name].ids) for name in kind.prompts}
+        longest = max(size + (_rest(example) if branches and name == "anchor" else 0) for name, size in sizes.items())
+        if longest > kind.reach:
+            raise ValueError(f"clip {b}: a prompt of {longest} tokens, more than the {kind.reach} that its step kind reaches")
 
     def rows(of_each: Sequence[Sequence[str]], size: int, slots: int) -> RowBatch:
         laid = [groups(b, names) for b in range(count) for names in of_each]

@@ -86,7 +86,8 @@ def embed_streams(
     # The only branches: two captions that share the anchor's media.
     branches = 2 if kind.hard and batch.hard is None else 0
     media = media_table(model, features, batch.clips)
-    pooled = pool_in_pieces(model, batch.rows, media, dropout_key, remat=remat, attention=attention, branches=branches, frozen=frozen)
+    options = {"remat": remat, "attention": attention, "branches": branches, "reach": kind.reach, "frozen": frozen}
+    pooled = pool_in_pieces(model, batch.rows, media, dropout_key, **options)
     found = {name: pooled[:, r, k] for r, names in enumerate(kind.pooled(branches > 0)) for k, name in enumerate(names)}
     last = "text" in found and text_head == "last"
     embedded = {"text": model.last(found.pop("text"))} if last else {}

@@ -205,6 +205,8 @@ def test_planned_row_lengths_are_those_of_the_prompts():
             plan = made.planner.plan(update)
             share, (micro_batches, _) = CONFIG.shares_prefix, made.make(update).batch
             needs = [fit_shapes(m.examples, m.kind, share) for m in micro_batches]
+            longest = [max(len(e.prompts[name].ids) for e in m.examples for name in m.kind.prompts) for m in micro_batches]
+            assert all(size <= m.kind.reach and m.kind.reach % 128 == 0 for size, m in zip(longest, micro_batches, strict=True))
             planned = [
                 (lengths.row(kind, share), lengths.hard_row(kind, share))
                 for m, kind in enumerate(plan.kinds)

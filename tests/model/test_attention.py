@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from omni_jax.config import ConfigError
-from omni_jax.model.attention import choose, pooled_attention, row_attention, row_mask, splash_ids
+from omni_jax.model.attention import choose, pooled_attention, row_attention, row_mask, splash_ids, splash_mask
 from omni_jax.parallel import make_mesh
 from omni_jax.train.remat import REMAT
 from tests.model.builders import noise
@@ -25,6 +25,10 @@ PACKED = [
     [(1, 0, 40), (1, 1, 9), (1, 2, 11), (2, 0, 30), (3, 1, 20), (0, 0, 40)],  # branches, a prompt, a prompt numbered 1, padding
     [(0, 0, 5), (1, 0, 1), (2, 0, 60), (2, 1, 4), (2, 2, 50), (3, 0, 30)],  # padding first, a single token
 ]
+LEADING = [  # prompts of 128 tokens at most, those with branches first
+    [(1, 0, 80), (1, 1, 9), (1, 2, 11), (2, 0, 120), (3, 0, 128), (4, 0, 36), (0, 0, 100)],
+    [(1, 0, 100), (1, 1, 4), (1, 2, 24), (2, 0, 1), (3, 0, 128), (4, 0, 99), (5, 0, 128)],
+]
 PLAIN_ROWS = [[(1, 0, 100), (2, 0, 50)], [(1, 0, 70), (2, 0, 40), (0, 0, 40)]]
 
 
@@ -35,33 +39,52 @@ def ids(rows: list[list[tuple[int, int, int]]]) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(segment), jnp.asarray(branch)
 
 
-def inputs() -> tuple[jax.Array, ...]:
-    shapes = (ROWS, TOKENS, HEADS, WIDTH), (ROWS, TOKENS, KV_HEADS, WIDTH), (ROWS, TOKENS, KV_HEADS, WIDTH)
+def inputs(tokens: int = TOKENS) -> tuple[jax.Array, ...]:
+    shapes = (ROWS, tokens, HEADS, WIDTH), (ROWS, tokens, KV_HEADS, WIDTH), (ROWS, tokens, KV_HEADS, WIDTH)
     return tuple(jnp.asarray(noise(i, *shape)) for i, shape in enumerate(shapes))
 
 
-@pytest.mark.parametrize(("rows", "branches"), [(PACKED, 2), (PLAIN_ROWS, 0), (PLAIN_ROWS, 2)], ids=["branches", "segments", "unused"])
-def test_splash_ids_and_causality_are_the_row_mask(rows: list, branches: int):
-    segment, branch = ids(rows)
-    query, key = splash_ids(segment, branch, max(branches, 1))
-    copies = key.shape[1] // TOKENS
-    causal = np.tile(np.tri(TOKENS, dtype=bool), (1, copies))
-    seen = (np.asarray(query)[:, :, None] == np.asarray(key)[:, None, :]) & causal
-    # Each key is met once, in whichever copy.
-    np.testing.assert_array_equal(seen.reshape(ROWS, TOKENS, copies, TOKENS).sum(axis=2), np.asarray(row_mask(segment, branch)))
+CASES = {"branches": (PACKED, 2, 0), "segments": (PLAIN_ROWS, 0, 0), "unused": (PLAIN_ROWS, 2, 0), "reach": (LEADING, 2, 128)}
 
 
-@pytest.mark.parametrize(("rows", "branches"), [(PACKED, 2), (PLAIN_ROWS, 0)], ids=["branches", "segments"])
-def test_splash_agrees_with_plain(rows: list, branches: int):
+@pytest.mark.parametrize(("rows", "branches", "reach"), CASES.values(), ids=CASES)
+def test_splash_ids_and_mask_are_the_row_mask(rows: list, branches: int, reach: int):
     segment, branch = ids(rows)
-    weight = jnp.asarray(noise(7, ROWS, TOKENS, HEADS * WIDTH))
+    tokens = segment.shape[1]
+    query, key = splash_ids(segment, branch, max(branches, 1), reach)
+    mask = splash_mask(tokens, key.shape[1], causal=True, reach=reach)
+    seen = (np.asarray(query)[:, :, None] == np.asarray(key)[:, None, :]) & mask
+    # Each key is met once, in whichever copy; what padding sees of other padding does not count.
+    met = np.zeros((ROWS, tokens, tokens), int)
+    for start in range(0, key.shape[1], tokens):
+        part = seen[:, :, start : start + tokens]
+        met[:, :, : part.shape[2]] += part
+    used = np.asarray(segment)[:, :, None] > 0 if reach else True
+    np.testing.assert_array_equal(met * used, np.asarray(row_mask(segment, branch)) * used)
+
+
+def test_reach_leaves_out_blocks_of_pairs():
+    """Five blocks of 128: the diagonal and one before it, and the first block alone again for a second branch."""
+    whole, near = (splash_mask(640, 640 + size, causal=True, reach=reach) for size, reach in ((640, 0), (128, 128)))
+    counts = [mask.reshape(5, 128, -1, 128).any(axis=(1, 3)).sum() for mask in (whole, near)]
+    assert counts == [2 * 15, 5 + 4 + 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "branches", "reach"), [CASES[name] for name in ("branches", "segments", "reach")], ids=["branches", "segments", "reach"]
+)
+def test_splash_agrees_with_plain(rows: list, branches: int, reach: int):
+    segment, branch = ids(rows)
+    tokens = segment.shape[1]
+    weight = jnp.asarray(noise(7, ROWS, tokens, HEADS * WIDTH))
+    read = (segment > 0)[..., None] | (reach == 0)  # padding sees less of other padding within a reach
 
     def run(kernel: str):
         def weighed(q, k, v):
-            out = row_attention(segment, branch, kernel=kernel, branches=branches)(q, k, v)
+            out = row_attention(segment, branch, kernel=kernel, branches=branches, reach=reach)(q, k, v) * read
             return jnp.sum(out * weight), out
 
-        (_, out), gradients = jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2), has_aux=True))(*inputs())
+        (_, out), gradients = jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2), has_aux=True))(*inputs(tokens))
         return out, gradients
 
     (plain, by_plain), (splash, by_splash) = run("plain"), run("splash_interpret")

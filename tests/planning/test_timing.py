@@ -152,6 +152,17 @@ def test_attention_kernels_are_counted_from_their_shapes(name: str, count: int, 
     assert (kernel.bound, kernel.reached) == ("MXU", pytest.approx(KERNEL_SHARE))
 
 
+def test_a_known_reach_leaves_blocks_of_a_kernel_out():
+    """Four blocks of 128 queries, with keys from the block before theirs on; the first block again for a second branch."""
+    body = (
+        "  %q = bf16[1,1,512,64]{3,2,1,0} broadcast(%x)\n  %k = bf16[1,1,640,64]{3,2,1,0} broadcast(%x)\n"
+        '  %splash_mqa_fwd.3 = f32[8]{0} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", '
+        'frontend_attributes={kernel_metadata={"xprof_metadata":"{\\"block_q\\": 128}"}}\n'
+        f"  ROOT %e = f32[8]{{0}} add(%x, %x), {cycles(1)}"
+    )
+    assert timed(body, reach=128).multiplied == pytest.approx(2 * 2 * 64 * (4 + 3 + 1) * 128**2)
+
+
 TABLES = """FileNames
 1 "/somewhere/model/layers.py"
 2 "/somewhere/model/decoder.py"

@@ -29,6 +29,8 @@ def test_loads_count_a_branch_in_its_anchors_row():
     assert CLIP.loads(TEXT, True) == {"anchor": 700, "positive": 660, "text": 40, "audio": 408}
     assert CLIP.loads(TEXT, False)["anchor"] == 660
     assert (CLIP.row(TEXT, True), CLIP.hard_row(TEXT, True)) == (700, 0)
+    assert (CLIP.reach(TEXT, True), CLIP.reach(TEXT, False)) == (768, 768)
+    assert CLIP.reach(dataclasses.replace(TEXT, anchor=False, positive=False, hard=None), True) == 512
     assert (CLIP.row(AUDIO, True), CLIP.hard_row(AUDIO, True), CLIP.hard_row(TEXT, False)) == (660, 660, 660)
     assert CLIP.row(VIDEO, True) == 660 and CLIP.row(dataclasses.replace(VIDEO, layout=(VIDEO.prompts,)), True) == 1952
 

@@ -98,6 +98,17 @@ def test_a_branch_follows_its_anchor_among_other_prompts_of_its_row():
         assert np.array_equal(getattr(made, name)[0, 0, 0, :first], getattr(alone, name)[0, 0, 1, :first])
 
 
+def test_a_prompt_that_is_longer_than_its_kind_reaches_is_refused():
+    clip = example(0)
+    size = len(clip.prompts["anchor"].ids) + len(clip.prompts["hard"].ids) - clip.prompts["hard"].prefix
+    packed([clip, example(0)], dataclasses.replace(TEXT, reach=size))
+    with pytest.raises(ValueError, match=rf"clip 0: a prompt of {size} tokens, more than the {size - 1} that its step kind reaches"):
+        packed([clip, example(0)], dataclasses.replace(TEXT, reach=size - 1))
+    behind = dataclasses.replace(TEXT, layout=(("positive", "anchor", "audio"), ("text",)), reach=1024)
+    with pytest.raises(ValueError, match="an anchor with a branch begins its row"):
+        packed([clip, example(1)], behind)
+
+
 def test_exchanged_media_need_a_row_of_their_own():
     clips = [example(i, hard="audio") for i in range(2)]
     made = packed(clips, AUDIO)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from omni_jax.model import attention, decoder
 from omni_jax.objectives import LOSSES, SCALARS
 from omni_jax.parallel import make_mesh
 from omni_jax.train import LossConfig, StepConfig, TrainableConfig, TrainStep, place_batch
@@ -40,6 +41,20 @@ def released() -> TrainStep:
 
 def micro(update: int, **sizes):
     return batch(LossConfig(negatives="micro", temperature=0.2), update, micro=2, clips=8, **sizes)
+
+
+def test_attention_is_told_how_far_prompts_reach(monkeypatch):
+    step, told = make(recipe()), []
+
+    def row_attention(*ids, reach, **options):
+        told.append(reach)
+        return attention.row_attention(*ids, **options)
+
+    monkeypatch.setattr(decoder, "row_attention", row_attention)
+    one = batch(LossConfig(negatives="global"))
+    kind = dataclasses.replace(one.kinds[0], reach=128)
+    step.lower(*step.init(weights()), dataclasses.replace(one, kinds=(kind,)))
+    assert told == [128]
 
 
 def test_accumulation_averages_the_micro_batches(released):
