@@ -36,6 +36,8 @@ LARGEST_EXCHANGE = 2**27
 """Bytes that a device receives at once when token embeddings come to their rows; more go in pieces."""
 
 Pick = Callable[[jax.Array], jax.Array]
+Turn = Callable[[jax.Array, Pick], jax.Array]
+"""Rotates (B, S, H, h) by the angles of the tokens that are picked."""
 
 
 def _all(x: jax.Array) -> jax.Array:
@@ -53,12 +55,10 @@ class Attention(nnx.Module):
         self.o = Linear(make / "o", width, width, ("heads", "embed"), bias=False)
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
 
-    def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: RowAttention, key: jax.Array | None, pick: Pick = _all
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, turn: Turn, attend: RowAttention, key: jax.Array | None, pick: Pick = _all) -> jax.Array:
         q, k, v = (materialize_gradient(part) for part in (self.q(pick(x), key), self.k(x, key), self.v(x, key)))
-        q = rotate(split_heads(q, self.num_heads), pick(cos), pick(sin))
-        k = rotate(split_heads(k, self.num_kv_heads), cos, sin)
+        q = turn(split_heads(q, self.num_heads), pick)
+        k = turn(split_heads(k, self.num_kv_heads), _all)
         v = split_heads(v, self.num_kv_heads)
         return self.o(attend(q, k, v), key)
 
@@ -72,10 +72,8 @@ class Layer(nnx.Module):
         self.norm_mlp = RMSNorm(make, config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(make / "mlp", config.hidden_size, config.intermediate_size, bias=False)
 
-    def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: RowAttention, key: jax.Array | None, pick: Pick = _all
-    ) -> jax.Array:
-        x = pick(x) + self.attn(self.norm_attn(x), cos, sin, attend, key, pick)
+    def __call__(self, x: jax.Array, turn: Turn, attend: RowAttention, key: jax.Array | None, pick: Pick = _all) -> jax.Array:
+        x = pick(x) + self.attn(self.norm_attn(x), turn, attend, key, pick)
         return x + self.mlp(self.norm_mlp(x), key)
 
 
@@ -159,11 +157,14 @@ class Decoder(nnx.Module):
         layers = self.config.num_layers
         keys = None if dropout_key is None else jax.random.split(dropout_key, layers)
 
+        def turn(x: jax.Array, pick: Pick) -> jax.Array:
+            return rotate(x, pick(cos), pick(sin), product=attention.startswith("splash"))
+
         def pick(x: jax.Array) -> jax.Array:
             return constrain(jnp.take_along_axis(x, pool[..., None], axis=1), "batch", None, None)
 
         def body(layer: Layer, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-            x = constrain(layer(checkpoint_name(x, "layer_input"), cos, sin, attend, key), "batch", "tokens", "features")
+            x = constrain(layer(checkpoint_name(x, "layer_input"), turn, attend, key), "batch", "tokens", "features")
             return x, None if self.mean else pick(x)
 
         if self.mean:
@@ -175,7 +176,7 @@ class Decoder(nnx.Module):
         attend_pooled = pooled_attention(segment, branch, pool, causal=self.causal)
 
         def ending(layer: Layer, x: jax.Array, key: jax.Array | None) -> jax.Array:
-            return layer(checkpoint_name(x, "layer_input"), cos, sin, attend_pooled, key, pick)
+            return layer(checkpoint_name(x, "layer_input"), turn, attend_pooled, key, pick)
 
         x, pooled = scan_layers(self.layers, body, x, keys, remat, count=layers - 1, in_place=_base_weights if frozen else False)
         last = run_layer(self.layers, layers - 1, ending, x, None if keys is None else keys[-1], remat)

@@ -12,6 +12,7 @@ import pytest
 from omni_jax.model import Encoder, decoder
 from omni_jax.model.attention import row_attention, row_mask
 from omni_jax.model.encoder import FusionHead
+from omni_jax.model.rope import rotate
 from tests.model import builders, reference
 from tests.model.builders import Prompt
 from tests.model.reference import Weights
@@ -38,7 +39,7 @@ def one_row() -> tuple[np.ndarray, np.ndarray]:
 def run_row(module: Any, x: np.ndarray, positions: np.ndarray) -> jax.Array:
     attend = row_attention(jnp.ones((1, 13), jnp.int32), jnp.zeros((1, 13), jnp.int32))
     cos, sin = angles(positions)
-    return module(jnp.asarray(x), cos, sin, attend, None)
+    return module(jnp.asarray(x), lambda x, pick: rotate(x, pick(cos), pick(sin)), attend, None)
 
 
 def test_attention(one_row: tuple[np.ndarray, ...]):

@@ -111,6 +111,24 @@ def test_rope_of_equal_axes_depends_on_distance_only():
     assert abs(score(25, 20) - score(26, 20)) > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_halves_exchanged_by_a_product_give_the_same_numbers(dtype: jnp.dtype):
+    x, turns = jnp.asarray(builders.noise(1, 2, 5, 3, 16), dtype), builders.noise(2, 2, 5, 8)
+    weight = builders.noise(3, 2, 5, 3, 16)
+
+    def rotated(product: bool) -> tuple[jax.Array, jax.Array]:
+        def weighed(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = rope.rotate(x, jnp.cos(turns), jnp.sin(turns), product=product)
+            return jnp.sum(out.astype(jnp.float32) * weight), out
+
+        gradient, out = jax.grad(weighed, has_aux=True)(x)
+        return out, gradient
+
+    for got, want in zip(rotated(True), rotated(False), strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
+
+
 def test_vision_rope():
     x = builders.noise(1, 1, 24, 2, 20)
     places = reference_towers.patch_order(4, 6, 2)
