@@ -130,11 +130,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         inputs, outputs = self.axes
+        base = x if self.lora_a is None else materialize_gradient(x)  # apart from the adapter's, which dropout makes elementwise work
         if self.kernel_scale is None:
-            y = x @ gather(self.kernel[...].astype(x.dtype), inputs, outputs)
+            y = base @ gather(self.kernel[...].astype(x.dtype), inputs, outputs)
         else:
             kernel, scale = gather(self.kernel[...], inputs, outputs), gather(self.kernel_scale[...], outputs)
-            y = int8.product(x, kernel, scale, dynamic=self.weights == "int8-dynamic")
+            y = int8.product(base, kernel, scale, dynamic=self.weights == "int8-dynamic")
         if self.bias is not None:
             y = y + gather(self.bias[...].astype(x.dtype), outputs)
         if self.lora_a is not None and self.lora_b is not None:
@@ -198,7 +199,8 @@ def materialize_gradient(x: jax.Array) -> jax.Array:
     """Returns x. Its gradient is computed once and stored.
 
     Left alone, the TPU compiler computes an elementwise gradient inside each product that reads or makes it, again for each, which makes
-    these products slower by a third.
+    these products slower by a third. It also adds the gradients of what several maps read, and multiplies by the norm's, inside one of
+    their products.
     """
     return x
 
@@ -215,7 +217,7 @@ class SwiGLU(nnx.Module):
         self.down = Linear(make / "down", inner, width, ("mlp", "embed"), bias=bias)
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        gate, up = (materialize_gradient(part(x, dropout_key)) for part in (self.gate, self.up))
+        gate, up = (materialize_gradient(part(materialize_gradient(x), dropout_key)) for part in (self.gate, self.up))
         return self.down(materialize_gradient(jax.nn.silu(gate) * up), dropout_key)
 
 
