@@ -97,7 +97,7 @@ def test_the_file_formats_name_every_field_and_file() -> None:
 
 
 def test_the_costs_of_the_recipes_follow_from_the_table_of_pods() -> None:
-    hours = [round(pods_table.hours_per_million(case)) for case in pods_table.RECOMMENDED.values()]
+    hours = [round(pods_table.hours_per_million(chip)) for chip in pods_table.RECOMMENDED]
     for page in (_page("guides/recipes.md"), (repository.ROOT / "README.md").read_text(encoding="utf-8")):
         for chip, million in zip(pods_table.RECOMMENDED, hours, strict=True):
             assert f"{million} on {chip}" in " ".join(page.split())
