@@ -288,6 +288,7 @@ class _Track:
         """Yields mono blocks at `rate`: gaps are filled, another rate is resampled."""
         expected, lost = None, self._decoding.lost
         converter, rate = None, self.rate
+        assert self._first is not None  # opening and seeking refuse a track without any
         for frame in itertools.chain((self._first,), self._frames):
             lost, missing = self._decoding.lost, self._decoding.lost - lost
             jump = 0.0 if expected is None or frame.pts is None else float((frame.pts - expected) * self._stream.time_base)

@@ -111,6 +111,7 @@ def test_an_open_group_at_the_start_with_times_of_a_copy(tmp_path: Path) -> None
     assert key.pts is not None
 
     def moved(packet: av.Packet, number: int) -> av.Packet:
+        assert packet.pts is not None and packet.dts is not None
         packet.pts = max(packet.pts, key.pts + number - first)
         packet.dts = packet.dts if number == first else max(packet.dts, key.pts + number - first)
         return packet
