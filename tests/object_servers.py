@@ -99,11 +99,30 @@ def gs(faults: Faults) -> Iterator[dict[str, str]]:
     from gcp_storage_emulator.server import RequestHandler  # pyright: ignore[reportMissingImports]
     from gcp_storage_emulator.storage import Storage  # pyright: ignore[reportMissingImports]
 
+    guard = threading.Lock()  # a request may change the tables that another one walks through
+
+    def guarded(answer: Callable[[RequestHandler], None]) -> Callable[[RequestHandler], None]:
+        def alone(handler: RequestHandler) -> None:
+            with guard:
+                answer(handler)
+
+        return alone
+
     class Faulty(RequestHandler):
+        do_PUT, do_PATCH, do_DELETE = map(guarded, (RequestHandler.do_PUT, RequestHandler.do_PATCH, RequestHandler.do_DELETE))
+
+        def do_POST(self) -> None:
+            if "/moveTo/" in self.path:  # the emulator cannot, and gcsfs would try again before it copies
+                return self._refuse(405)
+            guarded(RequestHandler.do_POST)(self)
+
         def do_GET(self) -> None:
             status = faults.status("GET", self.path, self.headers.get("Range", ""))
             if status is None:
-                return super().do_GET()
+                return guarded(RequestHandler.do_GET)(self)
+            self._refuse(status)
+
+        def _refuse(self, status: int) -> None:
             said = json.dumps({"error": {"code": status, "message": ANONYMOUS if status == 401 else "Refused"}}).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(said)))

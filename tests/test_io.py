@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and locks."""
+"""Files that appear whole or not at all, files that grow, and locks."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from omni_jax.io import WholeFile, atomic_write, atomic_write_text, lock, scratch_folder
+from omni_jax.io import GrowingText, WholeFile, atomic_write, atomic_write_text, lock, scratch_folder
 from omni_jax.io.remote import absolute, check_holds_weights
 from omni_jax.types import InputError
 
@@ -23,6 +24,42 @@ def test_a_file_takes_its_name_when_it_is_whole_and_leaves_the_old_one_otherwise
         assert target.read_text(encoding="utf-8") == "雨\n" and partial.name.startswith(".a.txt.") and partial.suffix == ".unfinished"
         raise KeyboardInterrupt
     assert target.read_text(encoding="utf-8") == "雨\n" and os.listdir(tmp_path) == ["a.txt"]
+
+
+class StoredObject:
+    """An object of a store, which is replaced as a whole."""
+
+    def __init__(self) -> None:
+        self.versions: list[str] = []
+
+    def __fspath__(self) -> str:
+        return "gs://bucket/metrics.jsonl"
+
+    def exists(self) -> bool:
+        return bool(self.versions)
+
+    def read_text(self) -> str:
+        return self.versions[-1]
+
+    def write_text(self, text: str) -> None:
+        self.versions.append(text)
+
+
+def test_an_object_that_grows_keeps_what_it_had_and_is_not_replaced_for_each_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: Any = StoredObject()
+    first = GrowingText(there)
+    first.write("1\n")
+    first.write("2\n")
+    assert there.versions == []
+    first.sync()
+    first.sync()
+    first.write("3\n")  # and the process is killed
+    assert there.versions == ["1\n2\n"]
+    monkeypatch.setattr("omni_jax.io.growing.PERIOD_S", 0.0)
+    second = GrowingText(there)
+    second.write("4\n")
+    second.close()
+    assert there.versions == ["1\n2\n", "1\n2\n4\n"]
 
 
 def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:

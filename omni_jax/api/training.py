@@ -191,6 +191,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
             update=callbacks.update,
             replaced=replaced,
             stopping=callbacks.stopping,
+            saving=lambda: writer.sync() if writer is not None else None,
             evaluate=evaluator,
             evaluated=lambda number: writer is not None and evaluated(folder, number),  # process 0 says it for all
             collapsed=lambda number: collapsed_in_row(folder, number),

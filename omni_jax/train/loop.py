@@ -60,6 +60,7 @@ class LoopCallbacks:
       update: called with (steps made, metrics) after every step, for a progress display.
       replaced: called with (steps made, record id, reason) for each clip of this process that could not be used.
       stopping: whether the run should save and leave.
+      saving: called before each checkpoint, with all rows of the steps before it given.
       evaluate: (steps made, trainable arrays) -> figures by name, none where no record is usable; None where it was
         stopped meanwhile. Without it nothing is evaluated.
       evaluated: whether the figures after so many steps are there already; asked for the step from which a run resumes.
@@ -71,6 +72,7 @@ class LoopCallbacks:
     update: Callable[[int, Row], None]
     replaced: Callable[[int, str, str], None]
     stopping: Callable[[], bool]
+    saving: Callable[[], None] = lambda: None
     evaluate: Callable[[int, Arrays], Mapping[str, float] | None] | None = None
     evaluated: Callable[[int], bool] = lambda number: True
     collapsed: Callable[[int], int] = lambda number: 0
@@ -104,6 +106,11 @@ def train(
     watch = Watch(run.stop, callbacks.log, process_sum([collapsed])[0])
     pending: _Pending | None = None
     began = time.monotonic()
+
+    def save(state: TrainState) -> None:
+        callbacks.saving()
+        checkpoints.save(state)
+
     stopped = any_process(callbacks.stopping())
     due = start > 0 and (start == total or (run.evaluation.every > 0 and start % run.evaluation.every == 0))
     missing = due and callbacks.evaluate is not None and not any_process(callbacks.evaluated(start))
@@ -111,7 +118,7 @@ def train(
         missing = not _evaluate(start, state, callbacks)  # a run that was killed in the midst of it had saved before
         began = time.monotonic()
     if start == total or stopped:
-        checkpoints.save(state)
+        save(state)
         checkpoints.wait()
         return state, start == total and not missing
     with contextlib.closing(data.batches(start, total)) as made:
@@ -122,7 +129,7 @@ def train(
             if stopped or failed:
                 if pending is not None:
                     pending.settle(watch, callbacks)
-                checkpoints.save(state)
+                save(state)
                 checkpoints.wait()
                 if failed:
                     raise failure or InputError(f"the data of another process failed, see its own message; step {number - 1} is saved")
@@ -137,7 +144,7 @@ def train(
             due = number == total or (run.evaluation.every > 0 and number % run.evaluation.every == 0)
             if due or number % run.checkpoint.every == 0:
                 pending = pending.settle(watch, callbacks)
-                checkpoints.save(state)
+                save(state)
             missing = due and callbacks.evaluate is not None
             if missing and not any_process(callbacks.stopping()):
                 missing = not _evaluate(number, state, callbacks)

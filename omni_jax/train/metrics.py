@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from omni_jax.io import atomic_write_text
+from omni_jax.io import GrowingText, atomic_write_text
+from omni_jax.io.remote import StoreError
 from omni_jax.train.board import Board
 from omni_jax.train.loop import ALWAYS, COLLAPSED
 from omni_jax.types import InputError
@@ -35,34 +36,51 @@ class MetricsWriter:
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step(line) <= start]
             atomic_write_text(path, "".join(f"{line}\n" for line in kept))
-        self._file = path.open("a")
+        self._file = GrowingText(path)
         self._board = Board(folder / TENSORBOARD, start)
         if config:
             self._board.write_run(config, parameters)
 
     def write(self, number: int, values: Mapping[str, Any]) -> None:
-        """Writes the metrics after `number` steps where a reader finds them at once; values that are not finite become null.
+        """Writes the metrics after `number` steps; values that are not finite become null. A reader finds them at once, in an object store
+        within a minute.
 
         Raises:
           InputError: when they cannot be written.
         """
-        try:
+        with _written(f"of step {number}"):
             row = {"step": number, **{name: _finite(value) for name, value in values.items()}}
             row |= {earlier: row[name] for name, earlier in EARLIER.items() if name in row}
             self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
             if not set(values) <= set(ALWAYS):  # which is all that a step has that is not logged
                 self._board.write(number, values)
-        except OSError as e:
-            raise InputError(
-                f"the metrics of step {number} cannot be written: {e.strerror or e}; check disk space and permissions of the "
-                f"workdir, then start the run again: it resumes from its newest checkpoint"
-            ) from e
+
+    def sync(self) -> None:
+        """Returns when a reader finds every row in `metrics.jsonl`, so that none lies before a checkpoint and is lost with the process.
+
+        Raises:
+          InputError: when they cannot be written.
+        """
+        with _written("before a checkpoint"):
+            self._file.sync()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of a line that is still to be written, about which `write` has complained
+        with contextlib.suppress(OSError, StoreError):  # of a line that is still to be written, about which `write` has complained
             self._file.close()
         self._board.close()
+
+
+@contextlib.contextmanager
+def _written(rows: str) -> Iterator[None]:
+    """Makes an InputError of what keeps the metrics from being written."""
+    try:
+        yield
+    except (OSError, StoreError) as e:
+        reason = str(e) if isinstance(e, StoreError) else e.strerror or e
+        raise InputError(
+            f"the metrics {rows} cannot be written: {reason}; check disk space and permissions of the workdir, then start the run again: "
+            f"it resumes from its newest checkpoint"
+        ) from e
 
 
 def evaluated(workdir: epath.PathLike, number: int) -> bool:

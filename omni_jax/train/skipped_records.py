@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from omni_jax.io import atomic_write_text
+from omni_jax.io import GrowingText, atomic_write_text
 from omni_jax.train.workdir import skipped_records_name
 from omni_jax.types import InputError
 
@@ -42,7 +43,7 @@ class SkippedRecords:
             return False
         self._seen.add(_key(row))
         try:
-            with self.path.open("a") as file:
+            with contextlib.closing(GrowingText(self.path)) as file:
                 file.write(_line(row))
         except OSError as e:
             raise InputError(f"{self.path}: cannot be written ({e.strerror or e}); free some space and run it again") from None

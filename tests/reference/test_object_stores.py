@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import fsspec
 import numpy as np
@@ -22,6 +23,9 @@ from omni_jax.io import remote
 from omni_jax.io.remote import RemoteFolder, absolute
 from omni_jax.retrieval.embedding_file import part_path, write_embeddings
 from omni_jax.retrieval.search import Index
+from omni_jax.train import metrics
+from omni_jax.train.metrics import MetricsWriter
+from omni_jax.train.skipped_records import SkippedRecords
 from omni_jax.types import EmbeddingTable, InputError
 from tests import object_servers
 from tests.data.test_remote_shards import digests, write_folder
@@ -46,7 +50,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, Faults]]:
             fsspec.filesystem("s3", skip_instance_cache=True).mkdir(BUCKET)
         yield f"{request.param}://{BUCKET}", faults
         assert threading.active_count() > before
-    fsspec.filesystem(request.param).clear_instance_cache()
+    fsspec.get_filesystem_class(request.param).clear_instance_cache()
 
 
 @pytest.fixture
@@ -124,6 +128,29 @@ def test_sets_of_tables_are_written_scored_and_searched(store: tuple[str, Faults
     query = rng.standard_normal((2, 16))
     found = [Index.open(place, "av").search(query, 5) for place in (near, far)]
     assert repr(found[0]) == repr(found[1])
+
+
+def test_a_run_that_resumes_has_the_metrics_and_skipped_records_of_before(store: tuple[str, Faults], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(metrics, "Board", MagicMock())  # whose thread outlives the server
+    folder = absolute(f"{store[0]}/run")
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in RemoteFolder(f"{store[0]}/run").read(name).splitlines()]
+
+    killed = MetricsWriter(folder, 0)
+    for number in (1, 2):
+        killed.write(number, {"loss": 1.0})
+    killed.sync()
+    killed.write(3, {"loss": 2.0})
+    assert [row["step"] for row in lines("metrics.jsonl")] == [1, 2]
+    resumed = MetricsWriter(folder, 2)
+    resumed.write(3, {"loss": 3.0})
+    resumed.close()
+    assert [(row["step"], row["loss"]) for row in lines("metrics.jsonl")] == [(1, 1.0), (2, 1.0), (3, 3.0)]
+    for start, names in enumerate((["a", "b"], ["b", "c"])):
+        skipped = SkippedRecords(folder, 0)
+        assert [skipped.add({"id": name, "reason": "broken"}) for name in names] == [start == 0, True]
+    assert [row["id"] for row in lines("skipped_records.jsonl")] == ["a", "b", "c"]
 
 
 def test_what_is_missing_or_refused_is_one_line(

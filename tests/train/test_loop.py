@@ -122,6 +122,7 @@ class World:
 
         callbacks = LoopCallbacks(
             row=writer.write,
+            saving=writer.sync,
             log=self.lines.append,
             update=update,
             replaced=lambda n, name, reason: self.lines.append(f"update {n}: {name}: {reason}"),
