@@ -108,12 +108,13 @@ def test_an_open_group_at_the_start_with_times_of_a_copy(tmp_path: Path) -> None
     whole = write_video(tmp_path / "whole.ts", "mpeg2video", 60, fps=25, b_frames=2)
     with av.open(whole) as container:
         first, key = [(i, p) for i, p in enumerate(p for p in container.demux(video=0) if p.size) if p.is_keyframe][2]
-    assert key.pts is not None
+    start = key.pts
+    assert start is not None
 
     def moved(packet: av.Packet, number: int) -> av.Packet:
         assert packet.pts is not None and packet.dts is not None
-        packet.pts = max(packet.pts, key.pts + number - first)
-        packet.dts = packet.dts if number == first else max(packet.dts, key.pts + number - first)
+        packet.pts = max(packet.pts, start + number - first)
+        packet.dts = packet.dts if number == first else max(packet.dts, start + number - first)
         return packet
 
     cut = copy_tracks(tmp_path / "cut.ts", (whole, 0), keep=lambda packet, number: number >= first, change=moved)
