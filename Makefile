@@ -137,7 +137,7 @@ pods-table: $(TPU)  ## compile the 7B programs for TPU pods at full effort, some
 lint: $(SETUP)  ## ruff (rules and format) and pyright
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/pyright
+	.venv/bin/pyright --project .
 
 format: $(SETUP)  ## format, and fix what ruff can fix
 	.venv/bin/ruff check --fix .
