@@ -27,14 +27,14 @@ DEEPER = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, n
 # pass computes a layer anew and passes gradients on. A layer's are gathered in the loop, as they are cut out of the stack.
 WEIGHTS = {
     # Vision: patches, 2 layers of q, k, v, proj (with the audio tower's 2 x 4), gate and up, down; merger.
-    "f32[216,32]": 1,
+    "f32[1176,32]": 1,
     "f32[1,32,32]": 16,
     "f32[1,32,24]": 4,
     "f32[1,24,32]": 2,
     "f32[128,128]": 1,
     "f32[128,64]": 1,
-    # Audio: convolutions (3 x 20 and 3 x 32 inputs), fc1, fc2, proj.
-    "f32[60,32]": 1,
+    # Audio: convolutions (3 x 128 and 3 x 32 inputs), fc1, fc2, proj.
+    "f32[384,32]": 1,
     "f32[96,32]": 1,
     "f32[1,32,40]": 2,
     "f32[1,40,32]": 2,
@@ -63,7 +63,7 @@ WEIGHTS = {
 ACTIVATIONS = {
     # What the hard negative exchanges within its block, Whisper tokens and BEATs features; row numbers.
     "f32[1,8,1,14,64]": 1,
-    "f32[1,8,1,9,48]": 1,
+    "f32[1,8,1,24,48]": 1,
     "s32[1,8,1,64]": 1,
     "s32[1,8,3,64]": 1,
     # Of the fusion head, pooled states of the batch, three of each clip or one.
