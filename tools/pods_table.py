@@ -108,7 +108,7 @@ def cases() -> tuple[Case, ...]:
 
 
 def hours_per_million(chip: str) -> float:
-    """Returns the chip-hours of a million triples, the mean of the kinds of step, that the table as it is has for a chip of RECOMMENDED."""
+    """Returns the chip-hours of a million triples on a chip of RECOMMENDED, as the table has them: the mean over the kinds of step."""
     programs = (program for case in RECOMMENDED[chip] for program in _entry(case)["programs"])
     rates = (program.get("predicted") or program["expected"] for program in programs)
     return statistics.fmean(rate["chip_hours_per_million_triples"] for rate in rates)

@@ -204,6 +204,8 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
             if jax.process_count() == 1:
                 raise
             raise InputError(f"another process was lost ({one_line(e)}); {checkpoints.kept()}; start all processes again to resume") from e
+        if writer is not None:
+            writer.sync()  # the figures of the last evaluation follow the last checkpoint, and closing complains of nothing
         return Outcome(int(state.step), total, done)
 
 

@@ -61,7 +61,7 @@ class MetricsWriter:
         Raises:
           InputError: when they cannot be written.
         """
-        with _written("before a checkpoint"):
+        with _written("of the last steps"):
             self._file.sync()
 
     def close(self) -> None:

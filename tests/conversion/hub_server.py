@@ -175,7 +175,7 @@ def around(hub: Hub, folder: Path) -> dict[str, str]:
 def asking(hub: Hub, folder: Path, **variables: str) -> Iterator[pytest.MonkeyPatch]:
     """Puts this process into the environment of `around`; yields what patches it further.
 
-    The Hub's library reads the environment when it is imported, so it is imported anew, as in a fresh process.
+    The Hub's library reads the environment when it is imported, so it is imported again, as in a fresh process.
     """
     before = _library()
     with pytest.MonkeyPatch.context() as patch:

@@ -58,7 +58,7 @@ def hub(golden: GoldenSet) -> Iterator[Hub]:
 
 @pytest.fixture
 def ask(hub: Hub, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Calls `converted` where the Hub is the one on loopback, each time with the Hub's library imported anew."""
+    """Calls `converted` where the Hub is the one on loopback, each time with the Hub's library imported again."""
 
     def run(*calls: tuple[list[str], dict[str, Any]], free: int | None = None, **variables: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
