@@ -28,11 +28,12 @@ _SEEK_MARGIN_SECONDS = 1.0  # decoded before the first sample wanted, so that th
 _LATE_SECONDS = 0.2  # a smaller difference of the tracks' starts is codec delay or interleaving, which players and the reference ignore
 _BLOCK = 1 << 16  # samples in memory resampled together
 _HOLE_SECONDS = (0.05, 10.0)  # a jump in the times of Ogg that a lost page explains; a longer one is another stream's start
+_LARGEST_FRAME = 4096  # bytes: more than a frame of mp3 has
 _SILENT, _AUDIBLE = 1e-4, 1e-3  # peaks: -80 and -60 dB
 # Containers whose packets are numbered in samples from the file's own table, so that seeking is exact ("mp4": every edition of it).
 _EXACT = frozenset({"mp4", "wav", "w64", "aiff", "au", "flac"})
 # Headers that state a length. For others FFmpeg guesses it from the file's size and its first packets.
-_STATED = frozenset({"mp4", "w64", "au", "flac", "asf", "ape", "tta", "wv"})
+_STATED = frozenset({"mp4", "w64", "au", "flac", "ape", "tta", "wv"})
 _COUNTED = frozenset({"flac", "tta", "wv"})  # of these, those whose samples are counted
 # Streams of bare packets: the times of a packet are counted, so that they cannot show how much was lost before it.
 _BARE = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "loas", "amr", "gsm"})
@@ -356,7 +357,8 @@ class _Track:
         slack = 0.05 if self._format in _COUNTED else 0.5 + 0.01 * (self._declared or 0)
         if self._declared is None or not self._checked or there >= self._declared - slack:
             return
-        if self._format in _COUNTED and not self._decoding.error:  # a copy that was broken off ends within a frame
+        # A copy that was broken off ends within a frame. Programs that cut a file keep the header of the whole.
+        if (self._format in _COUNTED and not self._decoding.error) or (self._format == "mp3" and _holds_frame(self._decoding.last)):
             self._ended = f"{self._path}: its header states {self._declared:.6g} s of sound; the {there:.6g} s in it are whole and used"
         else:
             raise ClipError(f"{self._path}: truncated: the audio ends after {there:.6g} s of {self._declared:.6g} s; fetch it again")
@@ -374,6 +376,12 @@ def _mp3_seconds(path: os.PathLike[str] | str, rate: int) -> float | None:
         if at >= 0 and (mark == b"VBRI" or (data[at + 7 : at + 8] > b"\0" and data[at + 7] & 1)):
             return int.from_bytes(data[at + place : at + place + 4], "big") * (1152 if rate >= 32_000 else 576) / rate
     return None
+
+
+def _holds_frame(packet: Any) -> bool:
+    """Whether the last packet of an mp3 file has all of its frame: FFmpeg's parser, given more bytes, makes it no longer."""
+    frames = av.CodecContext.create("mp3", "r").parse(bytes(packet) + bytes(_LARGEST_FRAME))
+    return not frames or frames[0].size <= packet.size
 
 
 _TYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}

@@ -179,12 +179,14 @@ class Decoding:
       lost: those that do not decode after it.
       error: what the decoder, or the container, said last.
       stopped: why the container could not be read to its end, "" where it could.
+      last: the last packet with something in it.
     """
 
     def __init__(self, container: av.container.InputContainer, stream: Any, path: os.PathLike[str] | str) -> None:
         self._container, self._stream, self._path = container, stream, path
         self._whole = stream.type == "audio" and "mp4" in container.format.name
         self._place = 0  # of the last packet in the file, bytes
+        self.last: Any = None
         self.packets = self.leading = self.lost = 0
         self.error = self.stopped = ""
 
@@ -224,7 +226,7 @@ class Decoding:
                 goes_on()
                 self.packets += not packet.is_corrupt and (packet.size > 0 or packet.dts is not None)
                 if packet.size:  # an empty packet repeats a picture; the decoder would take it for the end
-                    self._place = start + (packet.pos or 0)
+                    self.last, self._place = packet, start + (packet.pos or 0)
                     if self._whole and packet.has_sidedata("skip_samples"):
                         _keep_end(packet)
                     yield stream, packet
@@ -305,7 +307,7 @@ def check_complete(
 def is_incomplete(path: os.PathLike[str] | str) -> bool | None:
     """Whether a file ends before its parts do; None where it may, as its sizes contradict each other.
 
-    Knows Matroska and WebM, MP4 and MOV, AVI, WAV, RF64, W64 and AIFF, CAF, Ogg; False for everything else.
+    Knows Matroska and WebM, MP4 and MOV, AVI, WAV, RF64, W64 and AIFF, CAF, Ogg, ASF; False for everything else.
     """
     with open_bytes(path) as file:
         length = file.seek(0, os.SEEK_END)
@@ -326,6 +328,11 @@ def is_incomplete(path: os.PathLike[str] | str) -> bool | None:
             return _ogg_end(file, length) > length
         if head[:4] == b"caff":
             return _boxes_end(file, length, caf=True) > length
+        if head[:4] == b"\x30\x26\xb2\x75":  # ASF: a header, whose size some writers of tags leave wrong, and the object of the packets
+            start = int.from_bytes(head[16:24], "little")
+            file.seek(min(start, length))
+            data = file.read(24)
+            return start > length or (data[:4] == b"\x36\x26\xb2\x75" and start + int.from_bytes(data[16:], "little") > length)
     return False
 
 

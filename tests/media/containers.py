@@ -12,6 +12,7 @@ import av
 import av.stream
 import numpy as np
 
+from omni_jax.media.audio import read_waveform
 from tests.media_samples import picture, tones
 
 
@@ -148,3 +149,21 @@ def damage_packets(path: Path, target: Path, numbers: set[int], fill: bytes = b"
                 data[at : at + packet.size] = fill * packet.size
     target.write_bytes(data)
     return target
+
+
+def whole(path: Path, **options: Any) -> np.ndarray:
+    got = read_waveform(path, seconds=0, pad=False, **options)
+    assert not any("silence is used" in line for line in got.warnings)
+    return got.samples
+
+
+def tone(seconds: float, rate: int, pitch: float) -> np.ndarray:
+    """(N, 1) float32."""
+    return (0.4 * np.sin(2 * np.pi * pitch * np.arange(round(seconds * rate)) / rate)).astype(np.float32)[:, None]
+
+
+def mp3(path: Path, seconds: float, *, xing: bool = True, pitch: float = 440.0, **options: str) -> Path:
+    muxer = {"write_xing": str(int(xing)), "id3v2_version": "3" if xing else "0"}
+    return write_audio(
+        path, "libmp3lame", seconds, sample_format="fltp", samples=tone(seconds, 48_000, pitch), options=options, container_options=muxer
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import struct
 import tarfile
@@ -17,25 +16,14 @@ from av.codec.codec import Codec, UnknownCodecError
 from omni_jax.media import source
 from omni_jax.media.audio import read_waveform
 from omni_jax.types import ClipError, FilePart
-from tests.media.containers import copy_tracks, damage_packets, wav_bytes, write_audio, write_video
-from tests.media_samples import tones, write_clip, write_sound
+from tests.media.containers import copy_tracks, damage_packets, mp3, tone, wav_bytes, whole, write_audio, write_video
+from tests.media_samples import tones, write_clip
 
 RATE = 16_000
 
 
-def whole(path: Path, **options: Any) -> np.ndarray:
-    got = read_waveform(path, seconds=0, pad=False, **options)
-    assert not any("silence is used" in line for line in got.warnings)
-    return got.samples
-
-
 def at_16k(samples: np.ndarray, rate: int) -> np.ndarray:
     return soxr.resample(samples, rate, RATE, quality="HQ")
-
-
-def tone(seconds: float, rate: int, pitch: float) -> np.ndarray:
-    """(N, 1) float32."""
-    return (0.4 * np.sin(2 * np.pi * pitch * np.arange(round(seconds * rate)) / rate)).astype(np.float32)[:, None]
 
 
 def pitch(samples: np.ndarray) -> float:
@@ -165,22 +153,7 @@ def test_far_samples_are_those_of_reading_through(tmp_path: Path, name: str, cod
     assert np.abs(far[100:-100] - got[33 * RATE + 100 : 34 * RATE - 100]).max() < 2e-3
 
 
-# ------------------------------------------------------------------------------------------------------ what headers do not say
-
-
-def mp3(path: Path, seconds: float, *, xing: bool = True, pitch: float = 440.0, **options: str) -> Path:
-    muxer = {"write_xing": str(int(xing)), "id3v2_version": "3" if xing else "0"}
-    return write_audio(
-        path, "libmp3lame", seconds, sample_format="fltp", samples=tone(seconds, 48_000, pitch), options=options, container_options=muxer
-    )
-
-
-@pytest.mark.parametrize("quality", [{"b": "64000"}, {"q": "2"}])
-def test_mp3_without_a_xing_header(tmp_path: Path, quality: dict[str, str]) -> None:
-    path = mp3(tmp_path / "a.mp3", 5.0, xing=False, **quality)
-    got = whole(path)
-    assert abs(len(got) - 5.04 * RATE) < 500
-    assert whole(path, timestamps=(2.0, 4.0)).std() == pytest.approx(got.std(), rel=0.05)
+# ------------------------------------------------------------------------------------------------------------------ joined files
 
 
 def test_mp3_inside_wav(tmp_path: Path) -> None:
@@ -244,82 +217,10 @@ def test_a_file_that_cannot_be_read_on_is_told(tmp_path: Path, monkeypatch: pyte
     assert re.search(r"a\.ogg: the file cannot be read on after \d+ packets of the sound \(.*\); what is before is used", told)
 
 
-@pytest.mark.parametrize("stated", [0, 5])
-def test_flac_of_unknown_or_another_length(tmp_path: Path, stated: int) -> None:
-    """`ffmpeg -t 2 -c copy` keeps the length of the whole file; a copy that was broken off ends within a frame."""
-    path = write_audio(tmp_path / "a.flac", "flac", 2.0, rate=RATE, sample_format="s16")
-    data = bytearray(path.read_bytes())
-    data[21] &= 0xF0  # STREAMINFO: 36 bits of the number of samples
-    data[22:26] = (stated * RATE).to_bytes(4, "big")
-    path.write_bytes(data)
-    got = read_waveform(path, seconds=0, pad=False)
-    assert len(got.samples) == 2 * RATE
-    assert len(got.warnings) == bool(stated)
-    path.write_bytes(data[:-100])
-    with pytest.raises(ClipError, match="fetch it again") if stated else contextlib.nullcontext():
-        read_waveform(path)
-
-
 def test_gsm(tmp_path: Path) -> None:
     blocks = np.random.default_rng(0).integers(0, 256, (50, 65), np.uint8)
     (tmp_path / "a.wav").write_bytes(wav_bytes(0x31, 1, 8000, 1625, 65, 0, blocks.tobytes(), struct.pack("<H", 320)))
     assert len(whole(tmp_path / "a.wav")) == 50 * 320 * 2
-
-
-@pytest.mark.parametrize("sizes", ["riff too big", "zero", "all ones", "data unknown", "data too big", "data too big, the whole unknown"])
-def test_wrong_sizes_in_wav(tmp_path: Path, sizes: str) -> None:
-    data = bytearray(write_sound(tmp_path / "a.wav", 2.0).read_bytes())
-    at = data.index(b"data") + 4
-    riff, chunk = {
-        "riff too big": (len(data) + 5000, None),
-        "zero": (0, 0),
-        "all ones": (2**32 - 1, 2**32 - 1),
-        "data unknown": (0, 0x7FFFF000),
-        "data too big": (len(data) - 8, len(data) + 5000),
-        "data too big, the whole unknown": (2**32 - 1, 2 * len(data)),
-    }[sizes]
-    data[4:8] = struct.pack("<I", riff)
-    if chunk is not None:
-        data[at : at + 4] = struct.pack("<I", chunk)
-    (tmp_path / "b.wav").write_bytes(data)
-    got = read_waveform(tmp_path / "b.wav", seconds=0)
-    assert np.array_equal(got.samples, whole(tmp_path / "a.wav"))
-    told = "the sizes in its header contradict each other, and one is larger than the file; the 2 s of sound in it are used"
-    assert got.warnings == ((f"{tmp_path / 'b.wav'}: {told}",) if "data too big" in sizes else ())
-
-
-@pytest.mark.parametrize("name", ["a.caf", "a.rf64", "a.w64", "a.flac"])
-def test_copies_that_were_broken_off(tmp_path: Path, name: str) -> None:
-    options: dict[str, Any] = {"format": "wav", "container_options": {"rf64": "always"}} if name == "a.rf64" else {}
-    codec = "flac" if name == "a.flac" else "pcm_s16le"
-    path = write_audio(tmp_path / name, codec, 2.0, rate=RATE, sample_format="s16", **options)
-    path.write_bytes(path.read_bytes()[:-4000])
-    with pytest.raises(ClipError, match=r"truncated: the \w+ ends .*after 1\.\d+ s of .*; fetch it again"):
-        whole(path)
-
-
-def test_a_tag_behind_wav(tmp_path: Path) -> None:
-    path = write_sound(tmp_path / "a.wav", 2.0)
-    before = whole(path)
-    path.write_bytes(path.read_bytes() + b"TAGa title of thirty characters".ljust(128))
-    assert np.array_equal(whole(path), before)
-
-
-def test_a_quiet_start_says_nothing_of_the_length(tmp_path: Path) -> None:
-    """FFmpeg guesses 306 s from the small packets at the start of bare AAC."""
-    noise = np.random.default_rng(0).uniform(-0.3, 0.3, (9 * 44_100, 1)).astype(np.float32)
-    samples = np.concatenate([np.zeros((3 * 44_100, 1), np.float32), noise])
-    path = write_audio(tmp_path / "a.aac", "aac", 12.0, rate=44_100, samples=samples, bit_rate=128_000)
-    assert abs(len(whole(path)) - 12 * RATE) < 0.1 * RATE
-    assert len(whole(path, crop="center")) == len(whole(path))
-
-
-def test_a_tag_before_and_after_mp3(tmp_path: Path) -> None:
-    path = mp3(tmp_path / "a.mp3", 2.0)
-    plain = len(whole(path))
-    tag = b"ID3\x03\x00\x00" + bytes([0, 0, 8, 0]) + bytes(1024)
-    path.write_bytes(tag + path.read_bytes() + b"TAG" + bytes(125))
-    assert abs(len(whole(path)) - plain) <= 1
 
 
 # ----------------------------------------------------------------------------------------------------------- damaged and changed
