@@ -52,6 +52,15 @@ def test_members_of_long_and_foreign_names_are_found_in_every_kind_of_tar(tmp_pa
     assert contents(found, "video") == [b"x" * len(key) for key in keys]
 
 
+@pytest.mark.parametrize(
+    ("name", "role"), [("a.MKA", "audio"), ("a.m4b", "audio"), ("a.wv", "audio"), ("a.vob", "video"), ("a.m2ts", "video")]
+)
+def test_a_folder_of_files_of_less_usual_suffixes(tmp_path: Path, name: str, role: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    found = read_manifest(tmp_path)
+    assert contents(found, role) == [name] and not found.problems
+
+
 @pytest.mark.parametrize("how", ["gnu", "0.0", "0.1", "1.0"])
 def test_a_sparse_member_is_a_problem_of_its_record(tmp_path: Path, how: str) -> None:
     with (tmp_path / "sparse.mp4").open("wb") as file:

@@ -20,8 +20,9 @@ FILE_NAME = "file_name"
 """The column of a metadata file that names a media file, alone or after a kind (`audio_file_name`)."""
 
 _SUFFIXES = {
-    "video": ".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv",
-    "audio": ".aac .aif .aiff .flac .m4a .mp3 .oga .ogg .opus .wav .wma",
+    "video": ".3g2 .3gp .asf .avi .dv .f4v .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv",
+    "audio": ".aac .ac3 .aif .aifc .aiff .amr .ape .au .caf .dsf .eac3 .flac .m4a .m4b .mka .mp2 .mp3 .mpc .oga .ogg .opus .spx .tta .w64 "
+    ".wav .wma .wv",
     "image": ".bmp .gif .jpeg .jpg .png .tif .tiff .webp",
 }
 _KINDS = {suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
