@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,8 +68,8 @@ class PacketIndex:
         return self.pts[1:][steps > _LONG_STEP * np.median(steps)] if len(steps) else steps
 
 
-def read_index(container: Any, stream: Any) -> PacketIndex:
-    """Walks the packets without decoding them; leaves the container at its end."""
+def read_index(container: Any, stream: Any, path: os.PathLike[str] | str) -> PacketIndex:
+    """Walks the packets without decoding them; leaves the container at its end. Raises ClipError for encrypted ones."""
     context = stream.codec_context
     kind = next((name for name in _CONTAINERS if name in container.format.name), "")
     exact = bool(kind) and context.name in _CODECS and (context.name != "mpeg2video" or kind == "mpegts")
@@ -77,7 +78,7 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
     leading = kind == "mpegts"
     before = key = None  # times of the last two key frames
     with contextlib.suppress(*AvError):  # a container that cannot be read to its end: `check_complete` says what is missing
-        for packet in read_packets(container, stream):
+        for packet in read_packets(container, stream, path):
             goes_on()
             if not packet.size:
                 exact &= packet.dts is None and packet.pts is None  # the end; an empty packet elsewhere repeats a picture
@@ -154,7 +155,7 @@ def decode_from(container: Any, stream: Any, index: PacketIndex, entry: int, tim
     begun, sound_from = False, int(index.entries[min(entry + index.margin, len(index.entries) - 1)])
     try:
         container.seek(int(index.seek_times[entry]), stream=stream, backward=True)
-        for number, packet in enumerate(read_packets(container, stream)):
+        for number, packet in enumerate(container.demux(stream)):
             goes_on()
             if not begun:
                 begun = packet.is_keyframe and packet.pts == index.entries[entry]
@@ -177,7 +178,7 @@ def decode_from(container: Any, stream: Any, index: PacketIndex, entry: int, tim
                     yield frame
             if not left:
                 return
-    except AvError:
+    except (*AvError, IndexError):  # the second as in `read_packets`
         return
     finally:
         context.skip_frame = "DEFAULT"

@@ -126,11 +126,14 @@ def choose_track(container: av.container.InputContainer, kind: str, number: int,
     return max(found, key=merit)
 
 
-def read_packets(container: av.container.InputContainer, stream: Any) -> Iterator[Any]:
+def read_packets(container: av.container.InputContainer, stream: Any, path: os.PathLike[str] | str) -> Iterator[Any]:
     """Yields the packets of a track and an empty one for its end. Raises AvError where the container cannot be read on."""
     # PyAV 18 ends with an IndexError, after that empty packet, where other tracks began on the way.
     with contextlib.suppress(IndexError):
-        yield from container.demux(stream)
+        for packet in container.demux(stream):
+            if packet.has_sidedata("encryption_info"):  # decoders make pictures of noise of it, and may not complain
+                raise ClipError(f"{path}: its {stream.type} is encrypted (DRM); decrypt the file, or leave it out")
+            yield packet
 
 
 _KIN = (
@@ -222,7 +225,7 @@ class Decoding:
     def _demux(self, container: av.container.InputContainer, stream: Any, start: int) -> Iterator[tuple[Any, Any]]:
         # A container that cannot be read on has ended: `check_complete` says what is missing.
         try:
-            for packet in read_packets(container, stream):
+            for packet in read_packets(container, stream, self._path):
                 goes_on()
                 self.packets += not packet.is_corrupt and (packet.size > 0 or packet.dts is not None)
                 if packet.size:  # an empty packet repeats a picture; the decoder would take it for the end

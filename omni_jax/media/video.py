@@ -47,7 +47,7 @@ def read_frames(
     """
     with open_container(path) as container:
         stream = _stream(container, path, track)
-        index = read_index(container, stream)
+        index = read_index(container, stream, path)
         fps = _frames_per_second(stream, index.pts)
         check_complete(container, stream, path, index.packets, f"{len(index.pts)} frames")
         shown = index if index.exact and shows_all(container, stream, index) else None

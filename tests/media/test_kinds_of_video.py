@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from omni_jax.media import video
+from omni_jax.media.audio import read_waveform
 from omni_jax.media.video import read_frames
 from omni_jax.types import ClipError
 from tests.media.containers import copy_tracks, edit_list, write_audio, write_video
@@ -379,3 +380,17 @@ def test_a_track_without_pictures_beside_one(tmp_path: Path) -> None:
     sound = write_audio(tmp_path / "sound.mp4", "aac", 1.0)
     with pytest.raises(ClipError, match="has no video stream"):
         read_frames(sound, 8)
+
+
+@pytest.mark.parametrize("kind", ["video", "audio"])
+def test_encrypted_tracks_are_refused(tmp_path: Path, kind: str) -> None:
+    """FFmpeg decodes their noise, in part without an error."""
+    key = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "76a6c65c5ea762046bd749a2e632ccbb", "encryption_kid": "a7" * 16}
+    if kind == "video":
+        path = write_video(tmp_path / "a.mp4", "libx264", 12, container_options=key)
+        with pytest.raises(ClipError, match="its video is encrypted"):
+            read_frames(path, 4)
+    else:
+        path = write_audio(tmp_path / "a.m4a", "aac", 1.0, container_options=key)
+        with pytest.raises(ClipError, match="its audio is encrypted"):
+            read_waveform(path)
