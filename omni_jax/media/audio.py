@@ -356,6 +356,8 @@ class _Track:
         self._ended = check_complete(self._container, self._stream, self._path, packets, f"{there:.6g} s of sound")
         slack = 0.05 if self._format in _COUNTED else 0.5 + 0.01 * (self._declared or 0)
         if self._declared is None or not self._checked or there >= self._declared - slack:
+            if self._declared and there <= self._declared + slack:  # what follows is no sound: a tag
+                self._decoding.stopped = ""
             return
         # A copy that was broken off ends within a frame. Programs that cut a file keep the header of the whole.
         if (self._format in _COUNTED and not self._decoding.error) or (self._format == "mp3" and _holds_frame(self._decoding.last)):

@@ -128,3 +128,12 @@ def test_mp3_without_a_xing_header(tmp_path: Path, quality: dict[str, str]) -> N
     got = whole(path)
     assert abs(len(got) - 5.04 * RATE) < 500
     assert whole(path, timestamps=(2.0, 4.0)).std() == pytest.approx(got.std(), rel=0.05)
+
+
+def test_a_tag_behind_wavpack(tmp_path: Path) -> None:
+    """FFmpeg says that the file cannot be read on there."""
+    path = write_audio(tmp_path / "a.wv", "wavpack", 2.0, rate=RATE, sample_format="s16p")
+    before = whole(path)
+    path.write_bytes(path.read_bytes() + b"APETAGEX".ljust(100, b"a") + b"TAG".ljust(128))
+    got = read_waveform(path, seconds=0, pad=False)
+    assert np.array_equal(got.samples, before) and not got.warnings
