@@ -137,3 +137,11 @@ def test_a_tag_behind_wavpack(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"APETAGEX".ljust(100, b"a") + b"TAG".ljust(128))
     got = read_waveform(path, seconds=0, pad=False)
     assert np.array_equal(got.samples, before) and not got.warnings
+
+
+def test_a_damaged_file_is_not_called_truncated(tmp_path: Path) -> None:
+    path = write_audio(tmp_path / "a.tta", "tta", 4.0, rate=RATE, sample_format="s16")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + b"\xff" * (len(data) // 2))
+    with pytest.raises(ClipError, match=r"damaged: \d+ of \d+ packets of the sound do not decode"):
+        whole(path)
