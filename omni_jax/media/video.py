@@ -15,6 +15,7 @@ from typing import Any
 
 import av.filter
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from av.sidedata.sidedata import Type as SideData
 
 from omni_jax.media.index import PacketIndex, decode_from, read_index, shows_all, without_leading
@@ -178,10 +179,10 @@ def _matrix(frame: Any) -> bytes | None:
     """How a picture is shown: phones store a turned or mirrored one and a note of it. Streams may have the note at their key frames alone,
     where it holds until the next."""
     try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
+        matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # frame.side_data would be a cycle, which keeps pictures by the hundred
     except ValueError:  # some of it is of a kind that PyAV does not know, as EXIF or the number of a view
         deletions = [("sidedata", f"mode=delete:type={number}") for number in range(64) if number not in _KNOWN_SIDE_DATA]
-        matrix = _filtered(frame, *deletions).side_data.get("DISPLAYMATRIX")
+        matrix = SideDataContainer(_filtered(frame, *deletions)).get("DISPLAYMATRIX")
     return None if matrix is None else bytes(matrix)
 
 

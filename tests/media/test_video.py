@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -85,6 +86,13 @@ def test_whole_five_frame_clip_repeats_frames(tmp_path: Path) -> None:
     got = read_frames(write_clip(tmp_path / "five.mp4", 0.5, fps=10), 8)
     assert got.frame_index.tolist() == [0, 0, 1, 1, 2, 2, 3, 4]
     assert numbers(got.frames) == got.frame_index.tolist()
+
+
+def test_pictures_are_not_kept_until_garbage_is_collected(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mp4")
+    gc.collect()
+    read_frames(clip, 8)
+    assert sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects()) <= 1
 
 
 def test_single_frame_clip(tmp_path: Path) -> None:
