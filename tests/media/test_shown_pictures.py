@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from omni_jax.media import video
 from omni_jax.media.video import read_frames
 from tests.media.containers import write_video
 from tests.media_samples import picture, write_clip
@@ -33,6 +34,17 @@ def test_colours_of_ten_bits_lie_between_their_pixels(tmp_path: Path) -> None:
     blue = read_frames(tmp_path / "edge.mkv", 1).frames[0, 8, :, 2].astype(int)
     assert np.abs(blue[[2, 29]] - (98.1, 162.7)).max() < 2  # Y is (128 - 16) / 219 of 255, U adds 1.772 * 16 / 224 of 255
     assert np.abs(blue + blue[::-1] - blue[2] - blue[29]).max() <= 1
+
+
+@pytest.mark.parametrize("matrix", ["bt709", "smpte170m", "bt2020nc"])
+@pytest.mark.parametrize("shown_range", ["tv", "pc"])
+def test_colours_of_eight_bits_are_those_of_the_command_line(tmp_path: Path, matrix: str, shown_range: str) -> None:
+    clip = write_video(tmp_path / "a.mp4", "libx264", 4, options=X264 | {"colorspace": matrix, "color_range": shown_range})
+    got = read_frames(clip, 4)
+    with av.open(clip) as container:
+        for frame, shown in zip(container.decode(video=0), got.frames, strict=True):
+            scale = ("scale", f"{frame.width}:{frame.height}:interl=0")
+            assert np.array_equal(shown, video._filtered(frame, scale, ("format", "rgb24")).to_ndarray())
 
 
 @pytest.mark.parametrize("tag", [{"colorspace": "ycgco"}, {"colorspace": "chroma-derived-c"}, {"color_trc": "log100"}])
