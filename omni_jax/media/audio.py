@@ -88,7 +88,7 @@ def read_waveform(
     """
     in_video = False
     try:
-        with open_container(path) as container:
+        with open_container(path, by_header=True) as container:
             in_video = bool(tracks(container, "video"))
             sound = _Track(container, path, channels, track, start)
             return Waveform(_part(sound, seconds, pad, crop, timestamps), sound.warnings())
@@ -254,7 +254,7 @@ class _Track:
         """Samples of the track: stated in its header, else counted by decoding it."""
         if self._format in _EXACT and self._declared:
             return round(self._declared * self.rate) + self._late
-        with open_container(self._path) as container:
+        with open_container(self._path, by_header=True) as container:
             again = _Track(container, self._path, self._channels, self._number, "track")
             return self._late + sum(map(len, again.blocks(0)))
 

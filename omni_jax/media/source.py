@@ -62,8 +62,12 @@ def open_bytes(path: os.PathLike[str] | str) -> contextlib.AbstractContextManage
 
 
 @contextlib.contextmanager
-def open_container(path: os.PathLike[str] | str) -> Iterator[av.container.InputContainer]:
+def open_container(path: os.PathLike[str] | str, by_header: bool = False) -> Iterator[av.container.InputContainer]:
     """Yields an opened container.
+
+    Args:
+      by_header: whether the size of pictures and their delay may be what the header of an MP4 file says. FFmpeg decodes the first key
+        frame otherwise.
 
     Raises:
       ClipError: when there is no such file, or it is not a media file that FFmpeg knows.
@@ -76,6 +80,7 @@ def open_container(path: os.PathLike[str] | str) -> Iterator[av.container.InputC
             # A playlist may name files of this machine, never a host. Of WAV FFmpeg would search 5 MB for other codecs in disguise.
             options = {"protocol_whitelist": "file", "pattern_type": "none"}
             options |= {"probesize": "65536"} if os.fspath(path).lower().endswith(".wav") else {}
+            options |= {"skip_frame": "all"} if by_header and _is_mp4(file) else {}
             container = av.open(file, "r", options=options, **_LENIENT)
         except AvError as error:
             advice = "fetch it again" if is_incomplete(path) else "correct the path, or re-encode it"
@@ -88,6 +93,13 @@ def open_container(path: os.PathLike[str] | str) -> Iterator[av.container.InputC
                 if context is not None and "+" in (layout := context.layout).name:
                     context.layout = f"{layout.nb_channels} channels"
             yield container
+
+
+def _is_mp4(file: Any) -> bool:
+    with open(file, "rb") if isinstance(file, str) else contextlib.nullcontext(file) as opened:
+        head = opened.read(8)
+        opened.seek(0)
+    return head[4:] == b"ftyp"
 
 
 # Titles in a wrong character set are no reason to refuse a file. PyAV 19 has no such argument and never raises for them.

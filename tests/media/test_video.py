@@ -88,6 +88,16 @@ def test_whole_five_frame_clip_repeats_frames(tmp_path: Path) -> None:
     assert numbers(got.frames) == got.frame_index.tolist()
 
 
+@pytest.mark.parametrize("size", [(32, 16), (65_535, 65_535)])
+def test_a_header_that_states_another_size_than_the_pictures_have(tmp_path: Path, size: tuple[int, int]) -> None:
+    plain = write_clip(tmp_path / "plain.mp4", video_codec="libx264")
+    data = bytearray(plain.read_bytes())
+    at = data.index(b"avc1", data.index(b"stsd")) + 28  # of the sample entry: width and height
+    data[at : at + 4] = b"".join(side.to_bytes(2, "big") for side in size)
+    (tmp_path / "other.mp4").write_bytes(data)
+    assert np.array_equal(read_frames(tmp_path / "other.mp4", 8).frames, read_frames(plain, 8).frames)
+
+
 def test_pictures_are_not_kept_until_garbage_is_collected(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "a.mp4")
     gc.collect()
