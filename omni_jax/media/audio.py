@@ -168,7 +168,12 @@ def _part(track: _Track | _Held, seconds: float, pad: bool, crop: str, timestamp
     """Returns the part of a track that is wanted, at 16 kHz, cropped and padded: (N,) float32."""
     wanted = round(seconds * SAMPLE_RATE) if seconds > 0 else None
     samples = _cut(track, wanted, crop, timestamps)
-    return np.pad(samples, (0, max(0, SHORTEST - len(samples), (wanted if pad and wanted else 0) - len(samples))))
+    return _filled(samples, max(SHORTEST, wanted if pad and wanted else 0))
+
+
+def _filled(samples: np.ndarray, length: int) -> np.ndarray:
+    """Returns samples with silence behind them up to a length."""
+    return samples if len(samples) >= length else np.pad(samples, (0, length - len(samples)))
 
 
 def _cut(track: _Track | _Held, wanted: int | None, crop: str, timestamps: tuple[float, float] | None) -> np.ndarray:
@@ -209,7 +214,7 @@ def _resample(track: _Track | _Held, start: int, stop: int | None, wanted: int |
     samples = np.concatenate(parts)
     length = math.ceil((position - start) * SAMPLE_RATE / track.rate)
     length = length if wanted is None else min(length, wanted)
-    return np.pad(samples[:length], (0, max(0, length - len(samples))))
+    return _filled(samples[:length], length)
 
 
 class _Track:
@@ -289,10 +294,11 @@ class _Track:
         """Yields mono blocks at `rate`: gaps are filled, another rate is resampled."""
         expected, lost = None, self._decoding.lost
         converter, rate = None, self.rate
+        time_base = float(self._stream.time_base)
         assert self._first is not None  # opening and seeking refuse a track without any
         for frame in itertools.chain((self._first,), self._frames):
             lost, missing = self._decoding.lost, self._decoding.lost - lost
-            jump = 0.0 if expected is None or frame.pts is None else float((frame.pts - expected) * self._stream.time_base)
+            jump = 0.0 if expected is None or frame.pts is None else (frame.pts - expected) * time_base
             gap = round(jump * self.rate)
             if missing and expected is not None:
                 self._gaps += missing
@@ -303,7 +309,7 @@ class _Track:
                 gap = 0
             if gap > 0:
                 yield np.zeros(gap, np.float32)
-            expected = None if frame.pts is None else frame.pts + frame.samples / frame.sample_rate / self._stream.time_base
+            expected = None if frame.pts is None else frame.pts + frame.samples / frame.sample_rate / time_base
             block = self._mixer.mono(_floats(frame))
             if frame.sample_rate != rate:
                 if converter:
