@@ -107,13 +107,13 @@ def patch_features(frames: VideoFrames) -> VisionFeatures:
     processor, and the time between steps is that of the frames sampled."""
     _check(frames)
     count, height, width = frames.frames.shape[:3]
-    pixels = (frames.frames.astype(np.float32) / np.float32(255) - MEAN) / STD
-    if count % FRAMES_PER_STEP:
-        pixels = np.concatenate([pixels, pixels[-1:]])
-    return VisionFeatures(
-        patches=patchify(pixels),
-        grid=VideoGrid((temporal_steps(count), height // PATCH, width // PATCH), FRAMES_PER_STEP / (count / frames.seconds)),
-    )
+    padded = np.concatenate([frames.frames, frames.frames[-1:]]) if count % FRAMES_PER_STEP else frames.frames
+    patches = patchify(padded).astype(np.float32)  # the bytes are put in order: they are a quarter of the numbers
+    patches /= np.float32(255)
+    patches -= np.repeat(MEAN, patches.shape[1] // len(MEAN))
+    patches /= np.repeat(STD, patches.shape[1] // len(STD))
+    grid = VideoGrid((temporal_steps(count), height // PATCH, width // PATCH), FRAMES_PER_STEP / (count / frames.seconds))
+    return VisionFeatures(patches, grid)
 
 
 def temporal_steps(frames: int) -> int:
