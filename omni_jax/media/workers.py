@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
+import ctypes
 import functools
 import itertools
 import json
@@ -45,6 +46,7 @@ ALIKE = 5
 
 _OURS = (TypeError, AttributeError, NameError, ImportError, NotImplementedError, AssertionError, RecursionError)  # no file raises these
 _JOIN_LIMIT_S = 10.0
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _ORPHAN_GRACE_S = 2.0  # a hung child ends itself this long after its parent should have done so
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from omni_jax.media.workers import _serve; _serve(int(sys.argv[1]))"
 
@@ -391,8 +393,17 @@ def _left(deadline: float) -> float | None:
     return left
 
 
+def keep_freed_memory() -> None:
+    """Lets glibc keep up to 256 MiB of freed memory for the next clip: what the kernel takes back it zeroes before it gives it again."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
+
+
 def _serve(descriptor: int) -> None:
     """Life of a child: receive the function, then item after item, until the parent closes the socket."""
+    keep_freed_memory()
     # An orphan that hangs in C code is ended by the kernel: the default action of an alarm needs no Python.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     # A terminal's Ctrl-C goes to this process too; it ends with its parent.

@@ -42,6 +42,12 @@ def test_a_slow_item_does_not_change_the_order() -> None:
     assert [got for _, got in run_guarded(functions.slow_first, range(9), 2, 60)] == list(range(9))
 
 
+def test_processes_keep_the_memory_of_a_clip_for_the_next() -> None:
+    ((_, taken),) = run_guarded(functions.pages_taken, [24 << 20], 1, 60)
+    assert isinstance(taken, int)
+    assert taken < 200
+
+
 def test_no_items() -> None:
     assert list(run_guarded(functions.square, [], 2, 60)) == []
 

@@ -29,6 +29,7 @@ from omni_jax.data.loading import load_training_clip, training_features
 from omni_jax.data.shards import ShardWriter, encode_clip
 from omni_jax.media.audio import read_waveform
 from omni_jax.media.video import read_frames
+from omni_jax.media.workers import keep_freed_memory
 from omni_jax.types import Features, Record
 
 FPS, SECONDS, FRAMES, RATE = 24, 10, 8, 16_000
@@ -129,6 +130,7 @@ def _processors() -> tuple[Any, Any]:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     threadpool_limits(1)  # as in the processes that decode
+    keep_freed_memory()
     torch.set_num_threads(1)
     smallest, largest = TRAINING.areas
     return Qwen2VLImageProcessorPil(size={"shortest_edge": smallest, "longest_edge": largest}), WhisperFeatureExtractor(feature_size=128)
