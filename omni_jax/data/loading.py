@@ -53,11 +53,14 @@ def load_features(
 
 def record_features(record: Record, preset: Preset, modalities: frozenset[str]) -> Features:
     """Returns one record's features. Raises ClipError when its media cannot be used."""
-    return clip_features(load_clip(record, preset, modalities), preset)
+    return clip_features(load_clip(record, preset, modalities, fitted=True), preset, fitted=True)
 
 
-def load_clip(record: Record, preset: Preset, modalities: frozenset[str]) -> Clip:
+def load_clip(record: Record, preset: Preset, modalities: frozenset[str], fitted: bool = False) -> Clip:
     """Returns a record with its frames and waveform, of those modalities that are asked for and that it has.
+
+    Args:
+      fitted: whether frames are cropped and resized, each as soon as it is decoded.
 
     Raises:
       ClipError: when a media file cannot be used.
@@ -70,7 +73,8 @@ def load_clip(record: Record, preset: Preset, modalities: frozenset[str]) -> Cli
         from omni_jax.media.sampling import FrameRule
         from omni_jax.media.video import read_frames
 
-        video = read_frames(record.video, FrameRule.of(preset), record.timestamps, preset.video_track)
+        options = {"fit": functools.partial(_fitted, record, preset)} if fitted else {}
+        video = read_frames(record.video, FrameRule.of(preset), record.timestamps, preset.video_track, **options)
         warnings = video.warnings
     if "a" in modalities and record.audio is not None:
         from omni_jax.media.audio import read_waveform
@@ -79,6 +83,13 @@ def load_clip(record: Record, preset: Preset, modalities: frozenset[str]) -> Cli
         audio = _cut_waveform(read, record.timestamps, preset)
         waveform, warnings, silent = audio.samples, (*warnings, *audio.warnings), audio.silent
     return Clip(record=record, video=video, waveform=waveform, warnings=warnings, silent=silent)
+
+
+def _fitted(record: Record, preset: Preset, picture: np.ndarray) -> np.ndarray:
+    from omni_jax.features.vision import fit
+
+    with _naming(record, record.video):
+        return fit(picture[None], preset)[0]
 
 
 def item_features(item: Item, preset: Preset) -> Features:
@@ -170,18 +181,18 @@ def _cut_waveform(reader: Callable[..., Waveform], timestamps: tuple[float, floa
     return Waveform(np.pad(samples, (0, max(0, shortest - samples.size))), wide.warnings)
 
 
-def clip_features(clip: Clip, preset: Preset) -> Features:
-    """Returns the model-ready arrays of a decoded clip.
+def clip_features(clip: Clip, preset: Preset, fitted: bool = False) -> Features:
+    """Returns the model-ready arrays of a decoded clip; `fitted` as it was loaded with.
 
     Raises:
       ClipError: when they cannot be computed; the message starts with the media file.
     """
     vision = audio = None
     if clip.video is not None:
-        from omni_jax.features.vision import vision_features
+        from omni_jax.features.vision import patch_features, vision_features
 
         with _naming(clip.record, clip.record.video):
-            vision = vision_features(clip.video, preset)
+            vision = patch_features(clip.video) if fitted else vision_features(clip.video, preset)
     if clip.waveform is not None:
         from omni_jax.features.audio import audio_segments
 
@@ -199,14 +210,11 @@ def load_training_clip(item: tuple[Record, Preset]) -> Clip:
       ClipError: when the media cannot be used, or the audio is longer than one segment.
     """
     from omni_jax.features.audio import SAMPLE_RATE, SEGMENT_SAMPLES, SEGMENT_SECONDS
-    from omni_jax.features.vision import training_frames
 
     record, preset = item
-    clip = load_clip(record, preset, frozenset("va"))
+    clip = load_clip(record, preset, frozenset("va"), fitted=True)
     if clip.video is None:
         raise ClipError(f"record {record.id!r}: has no video; training needs one")
-    with _naming(record, record.video):
-        clip = dataclasses.replace(clip, video=training_frames(clip.video, preset))
     if clip.waveform is None:
         seconds = preset.audio_seconds if preset.audio_pad and preset.audio_seconds else SILENCE_S
         silence = np.zeros(max(SAMPLE_RATE, round(seconds * SAMPLE_RATE)), np.float32)

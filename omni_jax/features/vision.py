@@ -97,9 +97,13 @@ def training_frames(frames: VideoFrames, preset: Preset) -> VideoFrames:
       ClipError: as `vision_features`.
     """
     _check(frames)
-    pictures = square_crop(frames.frames) if preset.frame_crop == "square" else frames.frames
-    height, width = smart_resize(pictures.shape[1], pictures.shape[2], *preset.areas)
-    return dataclasses.replace(frames, frames=resize(pictures, height, width))
+    return dataclasses.replace(frames, frames=fit(frames.frames, preset))
+
+
+def fit(frames: np.ndarray, preset: Preset) -> np.ndarray:
+    """Returns frames (F, height, width, 3) uint8 cropped and resized as the preset says. Raises ClipError as `smart_resize` does."""
+    pictures = square_crop(frames) if preset.frame_crop == "square" else frames
+    return resize(pictures, *smart_resize(pictures.shape[1], pictures.shape[2], *preset.areas))
 
 
 def patch_features(frames: VideoFrames) -> VisionFeatures:

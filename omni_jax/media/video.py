@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -24,6 +25,7 @@ from omni_jax.media.sampling import FrameRule, sample_indices
 from omni_jax.media.source import Decoding, check_complete, choose_track, open_container, other_codec
 from omni_jax.types import ClipError, VideoFrames
 
+Fit = Callable[[np.ndarray], np.ndarray]
 LARGEST_SAMPLE = 1 << 30  # bytes of all sampled frames: 8 frames of 8k are 0.8 GB, and a file of 100 kB can claim a picture of 2.7 GB
 _KNOWN_SIDE_DATA = frozenset(kind.value for kind in SideData)
 _MATRICES = frozenset({0, 1, 2, 4, 5, 6, 7, 9})  # of colours that FFmpeg 8 converts; pictures with others it refuses, FFmpeg 5 takes BT.601
@@ -31,7 +33,11 @@ _RATE_TOLERANCE = 0.1  # a container's average rate that differs more from the t
 
 
 def read_frames(
-    path: os.PathLike[str] | str, frames: int | FrameRule, timestamps: tuple[float, float] | None = None, track: int = -1
+    path: os.PathLike[str] | str,
+    frames: int | FrameRule,
+    timestamps: tuple[float, float] | None = None,
+    track: int = -1,
+    fit: Fit = np.asarray,
 ) -> VideoFrames:
     """Returns frames spread over a clip, upright and all of the first one's size.
 
@@ -42,6 +48,7 @@ def read_frames(
       frames: F, how many to sample, a clip with fewer repeats some; or a rule that says how many and which.
       timestamps: (start, end) seconds of the part to sample; None for the whole stream.
       track: its number among the video tracks, from 0; -1 as `choose_track` chooses.
+      fit: crops or resizes a picture (height, width, 3) uint8 as soon as it is decoded, so that large ones are never held together.
 
     Raises:
       ClipError: when the file is missing, empty, a directory, not a video, truncated (fewer packets than the container declares), damaged
@@ -61,10 +68,10 @@ def read_frames(
             count = len(shown.pts)
             wanted = sample_indices(count, fps, frames, timestamps, path)[0]
             if 3 * stream.width * stream.height * len(wanted) <= LARGEST_SAMPLE:  # by the header; its pictures may be smaller
-                pictures = _enter(container, stream, shown, np.unique(wanted))
+                pictures = _enter(container, stream, shown, np.unique(wanted), fit)
     warnings: tuple[str, ...] = ()
     if pictures is None:
-        pictures, count, warnings = _decode_in_order(path, track, count, fps, frames, timestamps)
+        pictures, count, warnings = _decode_in_order(path, track, count, fps, frames, timestamps, fit)
     indices, seconds = sample_indices(count, fps, frames, timestamps, path)
     stacked = np.stack([pictures[i] for i in indices.tolist()])
     return VideoFrames(frames=stacked, frame_index=indices, fps=fps, num_frames=count, seconds=seconds, warnings=warnings)
@@ -103,7 +110,7 @@ def _frames_per_second(stream: Any, pts: np.ndarray) -> float:
     return measured[0]
 
 
-def _enter(container: Any, stream: Any, index: PacketIndex, wanted: np.ndarray) -> dict[int, np.ndarray] | None:
+def _enter(container: Any, stream: Any, index: PacketIndex, wanted: np.ndarray, fit: Fit) -> dict[int, np.ndarray] | None:
     """Decodes the wanted frames from the key frames before them; None where one of them does not come out."""
     size = (stream.width, stream.height)
     pictures: dict[int, np.ndarray] = {}
@@ -120,7 +127,7 @@ def _enter(container: Any, stream: Any, index: PacketIndex, wanted: np.ndarray) 
                 return None
             matrix = _matrix(frame) or matrix
             if frame.pts in by_time:
-                pictures[by_time[frame.pts]] = _picture(frame, size, matrix)
+                pictures[by_time[frame.pts]] = fit(_picture(frame, size, matrix))
         if len(pictures) < len(wanted) - len(numbers) + together:
             return None
         del numbers[:together]
@@ -128,7 +135,13 @@ def _enter(container: Any, stream: Any, index: PacketIndex, wanted: np.ndarray) 
 
 
 def _decode_in_order(
-    path: os.PathLike[str] | str, track: int, guess: int, fps: float, frames: int | FrameRule, timestamps: tuple[float, float] | None
+    path: os.PathLike[str] | str,
+    track: int,
+    guess: int,
+    fps: float,
+    frames: int | FrameRule,
+    timestamps: tuple[float, float] | None,
+    fit: Fit,
 ) -> tuple[dict[int, np.ndarray], int, tuple[str, ...]]:
     """Returns the wanted frames by number, the number of all frames and warnings; decodes once where `guess` is that number, else twice."""
     while True:
@@ -149,7 +162,7 @@ def _decode_in_order(
                 if frame.key_frame or count in wanted:
                     matrix = _matrix(frame) or matrix
                 if count in wanted:
-                    pictures[count] = _picture(frame, size, matrix)
+                    pictures[count] = fit(_picture(frame, size, matrix))
                 count += 1
         refusal = decoding.refusal("video") or ("" if count else f"the video stream holds no frames ({decoding.error or 'no packets'})")
         if refusal:
