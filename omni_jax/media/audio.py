@@ -15,7 +15,8 @@ import numpy as np
 import soxr
 from av.audio.plane import AudioPlane
 
-from omni_jax.media.source import AvError, Decoding, check_complete, choose_track, open_bytes, open_container, other_codec, tracks
+from omni_jax.media.parts import open_bytes
+from omni_jax.media.source import AvError, Decoding, check_complete, choose_track, open_container, other_codec, tracks
 from omni_jax.types import ClipError
 
 SAMPLE_RATE = 16_000  # Hz

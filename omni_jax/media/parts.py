@@ -86,6 +86,11 @@ def open_part(part: FilePart) -> Iterator[IO[bytes]]:
         yield cast("IO[bytes]", Window(file, part.start, part.size, part.name))
 
 
+def open_bytes(path: os.PathLike[str] | str) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """Opens a file of this machine or of a remote store, or a part of a file, for reading. Raises ClipError where it cannot."""
+    return open_part(path) if isinstance(path, FilePart) else open_binary(path)
+
+
 def check_part(part: FilePart) -> None:
     """Raises ClipError where a tar's member is empty, is cut off, or is not where it was when the tar was listed."""
     if part.column:

@@ -7,7 +7,7 @@ import functools
 import os
 import stat
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 import av
 import av.container
@@ -16,7 +16,8 @@ import av.logging
 import av.stream
 
 from omni_jax.io.remote import is_remote
-from omni_jax.media.parts import Window, check_part, open_binary, open_part
+from omni_jax.media.ends import is_incomplete
+from omni_jax.media.parts import Window, check_part, open_bytes
 from omni_jax.media.workers import goes_on
 from omni_jax.types import ClipError, FilePart
 
@@ -54,11 +55,6 @@ def check_file(path: os.PathLike[str] | str) -> None:
         raise ClipError(f"{path}: file is empty; fetch it again")
     if not os.access(path, os.R_OK):
         raise ClipError(f"{path}: may not be read; check its permissions")
-
-
-def open_bytes(path: os.PathLike[str] | str) -> contextlib.AbstractContextManager[IO[bytes]]:
-    """Opens a file of this machine or of a remote store, or a part of a file, for reading. Raises ClipError where it cannot."""
-    return open_part(path) if isinstance(path, FilePart) else open_binary(path)
 
 
 @contextlib.contextmanager
@@ -319,108 +315,10 @@ def check_complete(
     return ""
 
 
-def is_incomplete(path: os.PathLike[str] | str) -> bool | None:
-    """Whether a file ends before its parts do; None where it may, as its sizes contradict each other.
-
-    Knows Matroska and WebM, MP4 and MOV, AVI, WAV, RF64, W64 and AIFF, CAF, Ogg, ASF; False for everything else.
-    """
-    with open_bytes(path) as file:
-        length = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        head = file.read(64)
-        if head[:4] == b"\x1aE\xdf\xa3":
-            return _matroska_end(head) > length
-        if head[4:8] in (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"free", b"skip"):
-            return _boxes_end(file, length, caf=False) > length
-        if head[:4] in (b"RF64", b"BW64") and head[12:16] == b"ds64":  # the sizes of the whole and of the samples
-            return min(int.from_bytes(head[20:28], "little"), int.from_bytes(head[28:36], "little")) > length
-        if head[:4] in (b"RIFF", b"FORM"):
-            end = _chunks_end(file, length, "little" if head[:4] == b"RIFF" else "big")
-            return None if end is None else end > length
-        if head[:4] == b"riff":  # W64
-            return int.from_bytes(head[16:24], "little") > length
-        if head[:4] == b"OggS":
-            return _ogg_end(file, length) > length
-        if head[:4] == b"caff":
-            return _boxes_end(file, length, caf=True) > length
-        if head[:4] == b"\x30\x26\xb2\x75":  # ASF: a header, whose size some writers of tags leave wrong, and the object of the packets
-            start = int.from_bytes(head[16:24], "little")
-            file.seek(min(start, length))
-            data = file.read(24)
-            return start > length or (data[:4] == b"\x36\x26\xb2\x75" and start + int.from_bytes(data[16:], "little") > length)
-    return False
-
-
 def reason(error: BaseException) -> str:
     """One line of an exception's message, without the path that our own messages already name."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split())
-
-
-def _matroska_end(head: bytes) -> int:
-    """End of the Segment element in bytes; 0 where its size is left open, as in a live recording."""
-    size, start = _vint(head, 4)
-    segment = start + size
-    if head[segment : segment + 4] != b"\x18S\x80g":
-        return 0
-    size, start = _vint(head, segment + 4)
-    return 0 if size < 0 else start + size
-
-
-def _vint(data: bytes, at: int) -> tuple[int, int]:
-    """Reads an EBML size: (value, position after it); the value is -1 where all its bits are set (unknown) or the data end."""
-    if at >= len(data) or not data[at]:
-        return -1, at
-    width = 9 - data[at].bit_length()
-    value = int.from_bytes(data[at : at + width], "big") & ((1 << 7 * width) - 1)
-    return (-1 if value == (1 << 7 * width) - 1 else value), at + width
-
-
-def _boxes_end(file: IO[bytes], length: int, caf: bool) -> int:
-    """End of the last top-level MP4 box, or CAF chunk, that starts within the file."""
-    at = 8 if caf else 0
-    while at + 8 <= length:
-        file.seek(at)
-        head = file.read(16)
-        size = int.from_bytes(head[:4], "big")
-        if caf:
-            size = 12 + int.from_bytes(head[4:12], "big", signed=True) if head[4:5] < b"\x80" else 0
-        elif size == 1:
-            size = int.from_bytes(head[8:16], "big")
-        if size == 0:  # "to the end of the file"
-            return length
-        if size < 8:  # not a box: padding after the last one
-            return at
-        at += size
-    return at
-
-
-_CHUNKS = frozenset({b"data", b"SSND", b"LIST", b"idx1"})
-_UNFILLED = 0x7FFF_F000  # bytes: what writers to a pipe leave as a size is above
-
-
-def _chunks_end(file: IO[bytes], length: int, order: Any) -> int | None:
-    """End of the last chunk that starts within a RIFF or FORM file, or within one of the several lists of a long AVI.
-
-    Writers leave the size of the whole list wrong, and that of a chunk unfilled, which counts as right. None where the samples of a sound
-    file are more than both the file and the list: a copy that was broken off has the two sizes as they were.
-    """
-    at = whole = 0
-    while at + 8 <= length:
-        file.seek(at)
-        head = file.read(8)
-        size = int.from_bytes(head[4:8], order)
-        if head[:4] in (b"RIFF", b"FORM"):
-            whole = at + 8 + size if size < _UNFILLED else 0
-            at += 12
-            continue
-        # Behind the last chunk there may be anything, a tag of another format for one.
-        if size == 0 or size >= _UNFILLED or (head[:4] not in _CHUNKS and at + 8 + size > length):
-            return length
-        if head[:4] in (b"data", b"SSND") and at + 8 + size > max(length, whole):
-            return None
-        at += 8 + size + size % 2
-    return at if at > length + 1 else length  # the padding byte of an odd size is often left out
 
 
 def _next_in_chain(path: os.PathLike[str] | str, place: int) -> int:
@@ -447,16 +345,3 @@ def _from(path: os.PathLike[str] | str, start: int) -> Iterator[Window]:
     """Yields a file from a byte on."""
     with open_bytes(path) as file:
         yield Window(file, start, file.seek(0, os.SEEK_END) - start, os.fspath(path))
-
-
-def _ogg_end(file: IO[bytes], length: int) -> int:
-    """End of the last page that starts within the file."""
-    start = max(0, length - (1 << 17))  # a page has at most 65,307 bytes
-    file.seek(start)
-    tail = file.read()
-    page = tail.rfind(b"OggS\0")
-    segments = tail[page + 26 : page + 27]
-    if page < 0 or not segments:
-        return length + 1
-    table = tail[page + 27 : page + 27 + segments[0]]
-    return start + page + 27 + segments[0] + sum(table)
