@@ -40,6 +40,17 @@ def is_incomplete(path: os.PathLike[str] | str) -> bool | None:
     return False
 
 
+def advice(path: os.PathLike[str] | str) -> str:
+    """Says what to do about a file that FFmpeg does not know."""
+    with open_bytes(path) as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS: run git lfs pull"
+    if head[4:8] in (b"styp", b"sidx", b"emsg", b"moof"):
+        return "it is a segment of a stream: put the initialization segment before it (cat init.mp4 part.m4s > clip.mp4)"
+    return "fetch it again" if is_incomplete(path) else "correct the path, or re-encode it"
+
+
 def _matroska_end(head: bytes) -> int:
     """End of the Segment element in bytes; 0 where its size is left open, as in a live recording."""
     size, start = _vint(head, 4)

@@ -16,7 +16,7 @@ import av.logging
 import av.stream
 
 from omni_jax.io.remote import is_remote
-from omni_jax.media.ends import is_incomplete
+from omni_jax.media.ends import advice, is_incomplete
 from omni_jax.media.parts import Window, check_part, open_bytes
 from omni_jax.media.workers import goes_on
 from omni_jax.types import ClipError, FilePart
@@ -79,8 +79,7 @@ def open_container(path: os.PathLike[str] | str, by_header: bool = False) -> Ite
             options |= {"skip_frame": "all"} if by_header and _is_mp4(file) else {}
             container = av.open(file, "r", options=options, **_LENIENT)
         except AvError as error:
-            advice = "fetch it again" if is_incomplete(path) else "correct the path, or re-encode it"
-            raise ClipError(f"{path}: not a media file, or a damaged one ({reason(error)}); {advice}") from None
+            raise ClipError(f"{path}: not a media file, or a damaged one ({reason(error)}); {advice(path)}") from None
         with container:
             if PLAYLISTS & set(container.format.name.split(",")):
                 raise ClipError(f"{path}: a playlist ({container.format.name}), which names other files; give the media file itself")

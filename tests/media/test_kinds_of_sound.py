@@ -345,6 +345,13 @@ def test_bad_advice_is_not_given(tmp_path: Path) -> None:
     data = clip.read_bytes()
     (tmp_path / "short.mp4").write_bytes(data[: len(data) // 2])
     (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(4000))
-    for name, advice in (("short.mp4", "fetch it again"), ("noise.mp4", "correct the path, or re-encode it")):
+    (tmp_path / "part.m4s").write_bytes(b"\0\0\0\x10stypmsdh\0\0\0\0\0\0\1\0moof" + bytes(248))
+    (tmp_path / "lfs.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 10\n")
+    for name, advice in (
+        ("short.mp4", "fetch it again"),
+        ("noise.mp4", "correct the path, or re-encode it"),
+        ("part.m4s", r"put the initialization segment before it \(.*\)"),
+        ("lfs.mp4", "run git lfs pull"),
+    ):
         with pytest.raises(ClipError, match=f"{advice}$"):
             read_waveform(tmp_path / name)
