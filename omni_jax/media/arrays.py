@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from omni_jax.media.sampling import FrameRule, sample_indices
 from omni_jax.types import ClipError, VideoFrames
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of large pictures and damaged notes: Pillow's go to the terminal
 
 PICTURE_FPS = 24.0
 """Frames a second of pictures that come without a rate, as transformers takes them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +116,12 @@ def test_photos_with_exif(tmp_path: Path, orientation: int) -> None:
     got = read_frames(tmp_path / "photo.jpg", 1).frames[0]
     assert got.shape == want.shape
     assert np.abs(got.astype(int) - want).mean() < 1.5
+
+
+def test_pillow_prints_nothing(tmp_path: Path) -> None:
+    """Its warnings of a large picture and of a damaged note would go to the terminal."""
+    Image.new("L", (400, 300)).save(tmp_path / "a.png")
+    read = f"Image.MAX_IMAGE_PIXELS = 100_000; print(read_picture({str(tmp_path / 'a.png')!r}).size)"
+    code = f"from omni_jax.media.arrays import read_picture; from PIL import Image; {read}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("(400, 300)\n", "")
