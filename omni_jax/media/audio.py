@@ -369,8 +369,11 @@ class _Track:
         # A copy that was broken off ends within a frame. Programs that cut a file keep the header of the whole.
         if (self._format in _COUNTED and not self._decoding.error) or (self._format == "mp3" and _holds_frame(self._decoding.last)):
             self._ended = f"{self._path}: its header states {self._declared:.6g} s of sound; the {there:.6g} s in it are whole and used"
-        elif not self._decoding.refusal("sound"):  # what `warnings` refuses is damaged, and need not be short
-            raise ClipError(f"{self._path}: truncated: the audio ends after {there:.6g} s of {self._declared:.6g} s; fetch it again")
+            return
+        ends = f"the audio ends after {there:.6g} s of {self._declared:.6g} s"
+        if self._decoding.leading + self._decoding.lost > 1:  # not the last alone
+            raise _Unreadable(f"damaged: {self._decoding.said('sound')}, {ends}")
+        raise ClipError(f"{self._path}: truncated: {ends}; fetch it again")
 
 
 def _mp3_seconds(path: os.PathLike[str] | str, rate: int) -> float | None:
