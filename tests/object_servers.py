@@ -129,11 +129,15 @@ def gs(faults: Faults) -> Iterator[dict[str, str]]:
             self.end_headers()
             self.wfile.write(said)
 
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # a client that opens more connections at once than can wait would lose a request, and never know
+
     storage = Storage(use_memory_fs=True)
     buckets.create_bucket(BUCKET, storage)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Faulty, storage))
+    server = Server(("127.0.0.1", 0), partial(Faulty, storage))
     with _served(server):
-        yield ENVIRONMENT | {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{server.server_port}"}
+        address = f"http://127.0.0.1:{server.server_port}"
+        yield ENVIRONMENT | {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ import fsspec
 import numpy as np
 import pytest
 
+from omni_jax.api.training import TrainCallbacks, run_training
+from omni_jax.cli.config_file import read_config
 from omni_jax.cli.main import main
 from omni_jax.data.plan import BatchConfig
 from omni_jax.data.record_cache import RecordCache
@@ -21,7 +23,7 @@ from omni_jax.data.shards import ShardSource
 from omni_jax.data.sources import open_source
 from omni_jax.io import remote
 from omni_jax.io.remote import RemoteFolder, absolute
-from omni_jax.retrieval.embedding_file import part_path, write_embeddings
+from omni_jax.retrieval.embedding_file import part_path, read_embeddings, write_embeddings
 from omni_jax.retrieval.search import Index
 from omni_jax.train import metrics
 from omni_jax.train.metrics import MetricsWriter
@@ -32,6 +34,7 @@ from tests.data.test_remote_shards import digests, write_folder
 from tests.data.training_clips import PRESET, pipeline
 from tests.media_samples import write_clip
 from tests.object_servers import BUCKET, Faults
+from tests.train.tiny_run import CONFIG, make_files
 
 pytestmark = [pytest.mark.reference, pytest.mark.jit]
 
@@ -151,6 +154,45 @@ def test_a_run_that_resumes_has_the_metrics_and_skipped_records_of_before(store:
         skipped = SkippedRecords(folder, 0)
         assert [skipped.add({"id": name, "reason": "broken"}) for name in names] == [start == 0, True]
     assert [row["id"] for row in lines("skipped_records.jsonl")] == ["a", "b", "c"]
+
+
+def trained(folder: Path, shards: str, workdir: str, stop: int = 4) -> None:
+    """Runs a config of 4 steps, all of one kind, until so many are made and saved."""
+    (folder / "run.py").write_text(CONFIG.format(shards=shards, held_out=""))
+    steps: list[int] = []
+    callbacks = TrainCallbacks(print, lambda *_: None, lambda step, _: steps.append(step), lambda: stop in steps)
+    changes = ("steps=4", "losses.weights={'pairwise': 1.0}", f"data.cache={folder / 'cache'}")
+    assert run_training(read_config(str(folder / "run.py"), changes), absolute(workdir), callbacks).step == stop
+
+
+def embedded(folder: Path, model: str, out: str) -> EmbeddingTable:
+    clips = folder / "clips" / "held_out.jsonl"
+    assert main(["embed", "--model", model, "--manifest", str(clips), "--tables", "text,av", "--out", out, "--workers", "0"]) == 0
+    return read_embeddings(absolute(out))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EmbeddingTable]:
+    """A folder of clips and shards, and what a run on this disk that nothing stopped makes of the held-out clips."""
+    folder = tmp_path_factory.mktemp("run")
+    make_files(folder)
+    trained(folder, str(folder / "shards"), str(folder / "run"))
+    return folder, embedded(folder, str(folder / "run"), str(folder / "held_out.npz"))
+
+
+def test_a_run_from_a_bucket_resumes_and_embeds_as_one_on_a_disk(
+    store: tuple[str, Faults], run: tuple[Path, EmbeddingTable], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(metrics, "Board", MagicMock())  # whose thread outlives the server
+    address, (folder, expected) = store[0], run
+    upload(folder / "shards", f"{address}/train")
+    workdir = f"{address}/whole-run" if address.startswith("gs") else str(tmp_path)  # weights can be kept at gs:// alone
+    for stop in (2, 4):
+        trained(folder, f"{address}/train", workdir, stop)
+    found = embedded(folder, workdir, f"{address}/held_out.npz")
+    assert found.ids == expected.ids
+    for name, table in expected.tables.items():
+        np.testing.assert_array_equal(found.tables[name], table)
 
 
 def test_what_is_missing_or_refused_is_one_line(
