@@ -116,10 +116,11 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
         on_process_0(lambda: held.enter_context(run_lock(folder)))
         check_shared(folder)
         skipped = on_all_processes(lambda: SkippedRecords(folder, jax.process_index()))
+        held.callback(skipped.close)
         listed = f"listed in {skipped.path}; the first"
 
         def keep(problems: Sequence[Problem]) -> None:
-            on_process_0(lambda: [skipped.add(problem.row()) for problem in problems])
+            on_process_0(lambda: [*(skipped.add(problem.row()) for problem in problems), skipped.sync()])
 
         if problems:
             callbacks.log(f"{run.data.train}: {len(problems)} records cannot be trained on, {listed}: {problems[0].reason}")
@@ -184,6 +185,11 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
             if skipped.add({"id": name, "update": number, "reason": reason}):
                 callbacks.log(f"step {number}: record {name!r} was replaced by another: {reason} (listed in {skipped.path.name})")
 
+        def written() -> None:
+            skipped.sync()
+            if writer is not None:
+                writer.sync()
+
         callbacks.begin(start, total, run.batch.clips)
         loop_callbacks = LoopCallbacks(
             row=row,
@@ -191,7 +197,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
             update=callbacks.update,
             replaced=replaced,
             stopping=callbacks.stopping,
-            saving=lambda: writer.sync() if writer is not None else None,
+            saving=written,
             evaluate=evaluator,
             evaluated=lambda number: writer is not None and evaluated(folder, number),  # process 0 says it for all
             collapsed=lambda number: collapsed_in_row(folder, number),
@@ -204,8 +210,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
             if jax.process_count() == 1:
                 raise
             raise InputError(f"another process was lost ({one_line(e)}); {checkpoints.kept()}; start all processes again to resume") from e
-        if writer is not None:
-            writer.sync()  # the figures of the last evaluation follow the last checkpoint, and closing complains of nothing
+        written()  # the figures of the last evaluation follow the last checkpoint, and closing complains of nothing
         return Outcome(int(state.step), total, done)
 
 

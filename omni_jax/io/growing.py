@@ -20,13 +20,14 @@ class GrowingText:
     object is held in memory and written whole: once in PERIOD_S, and when `sync` or `close` says so.
     """
 
-    def __init__(self, path: epath.Path):
-        """Opens the file, made where it is not there. Raises OSError; StoreError where an object store refuses."""
+    def __init__(self, path: epath.Path, text: str | None = None):
+        """Opens the file, made where it is not there; `text` is what is in it, where that has been read. Raises OSError; StoreError where
+        an object store refuses."""
         self._path = path
         self._file = None if is_remote(path) else path.open("a", encoding="utf-8")
-        self._text, self._written = "", time.monotonic()
+        self._text, self._written = text or "", time.monotonic()
         self._waiting = False
-        if self._file is None:
+        if self._file is None and text is None:
             with reaching(path):
                 self._text = path.read_text() if path.exists() else ""
 

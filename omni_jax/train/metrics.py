@@ -33,10 +33,11 @@ class MetricsWriter:
         """
         folder = epath.Path(workdir)
         path = folder / JSONL
+        kept = ""
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= start]
-            atomic_write_text(path, "".join(f"{line}\n" for line in kept))
-        self._file = GrowingText(path)
+            kept = "".join(f"{line}\n" for line in path.read_text().splitlines() if _step(line) <= start)
+            atomic_write_text(path, kept)
+        self._file = GrowingText(path, kept)
         self._board = Board(folder / TENSORBOARD, start)
         if config:
             self._board.write_run(config, parameters)

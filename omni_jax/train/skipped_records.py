@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 from omni_jax.io import GrowingText, atomic_write_text
+from omni_jax.io.remote import StoreError
 from omni_jax.train.workdir import skipped_records_name
 from omni_jax.types import InputError
 
@@ -30,11 +31,14 @@ class SkippedRecords:
             raise InputError(f"{self.path}: cannot be read ({e}); move it away") from None
         rows = [row for line in text.splitlines() if (row := _row(line)) is not None]
         self._seen = {_key(row) for row in rows}
-        if text and text != "".join(_line(row) for row in rows):  # a line was cut off
-            atomic_write_text(self.path, "".join(_line(row) for row in rows))
+        self._kept = "".join(_line(row) for row in rows)
+        self._file: GrowingText | None = None
+        if text != self._kept:  # a line was cut off
+            atomic_write_text(self.path, self._kept)
 
     def add(self, row: Mapping[str, Any]) -> bool:
-        """Writes a record {"id", ..., "reason"} unless it is there with this reason; returns whether it was new.
+        """Writes a record {"id", ..., "reason"} unless it is there with this reason; returns whether it was new. A reader finds it at once,
+        in an object store after `sync` at the latest: what is lost with the process before a checkpoint is found again behind it.
 
         Raises:
           InputError: when it cannot be written.
@@ -42,12 +46,29 @@ class SkippedRecords:
         if _key(row) in self._seen:
             return False
         self._seen.add(_key(row))
+        with self._writing():
+            if self._file is None:
+                self._file = GrowingText(self.path, self._kept)
+            self._file.write(_line(row))
+        return True
+
+    def sync(self) -> None:
+        """Returns when a reader finds every record. Raises InputError when they cannot be written."""
+        if self._file is not None:
+            with self._writing():
+                self._file.sync()
+
+    def close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError, StoreError):  # as of a run that ends because of it
+                self._file.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            with contextlib.closing(GrowingText(self.path)) as file:
-                file.write(_line(row))
+            yield
         except OSError as e:
             raise InputError(f"{self.path}: cannot be written ({e.strerror or e}); free some space and run it again") from None
-        return True
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -153,6 +153,7 @@ def test_a_run_that_resumes_has_the_metrics_and_skipped_records_of_before(store:
     for start, names in enumerate((["a", "b"], ["b", "c"])):
         skipped = SkippedRecords(folder, 0)
         assert [skipped.add({"id": name, "reason": "broken"}) for name in names] == [start == 0, True]
+        skipped.close()
     assert [row["id"] for row in lines("skipped_records.jsonl")] == ["a", "b", "c"]
 
 

@@ -30,6 +30,19 @@ def test_each_record_and_reason_is_listed_once_over_starts(tmp_path: Path) -> No
     assert [row["id"] for row in lines(tmp_path / "skipped_records.jsonl")] == ["a", "a", None, "b"]
 
 
+def test_in_an_object_store_the_list_is_not_replaced_for_each_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omni_jax.io.growing.is_remote", lambda _: True)
+    first = SkippedRecords(epath.Path(tmp_path), 0)
+    assert first.add(BAD) and first.add({**BAD, "id": "b"}) and not first.path.exists()
+    first.sync()
+    assert first.add({**BAD, "id": "c"}) and [row["id"] for row in lines(tmp_path / "skipped_records.jsonl")] == ["a", "b"]
+    first.close()
+    again = SkippedRecords(epath.Path(tmp_path), 0)
+    assert not again.add(BAD) and again.add({**BAD, "id": "d"})
+    again.close()
+    assert [row["id"] for row in lines(tmp_path / "skipped_records.jsonl")] == ["a", "b", "c", "d"]
+
+
 def test_processes_have_files_of_their_own(tmp_path: Path) -> None:
     for process in (0, 1):
         SkippedRecords(epath.Path(tmp_path), process).add({**BAD, "id": str(process)})
