@@ -39,7 +39,7 @@ class PacketIndex:
       packets: number of packets with something in them.
       pts: (n,) int64, ascending, one per shown frame, in the stream's time base; zeros where some have no time.
       entries: (K,) int64, ascending times of the key frames that decoding can begin at.
-      seek_times: (K,) int64, what to seek to for each of them.
+      seek_times: (K, 2) int64, what to seek to for each of them, and where that misses it.
       margin: how many entries before a frame decoding begins early: 1 where a key frame alone need not restore the picture (open groups).
       exact: whether every packet is known to be a frame, so that their number is right and a frame is known by its time.
       leading: whether the first packets may be undecodable, so that the first frame must be decoded to know which it is.
@@ -98,7 +98,7 @@ def read_index(container: Any, stream: Any, path: os.PathLike[str] | str) -> Pac
                 exact &= key is None or time > key
                 before, key = key, time
                 keys.append(time)
-                seek_times.append(packet.dts if kind == "mp4" and packet.dts is not None else time)
+                seek_times.extend((time, packet.dts if kind == "mp4" and packet.dts is not None else time))
                 margin = max(margin, grade - 1)
             elif key is None or time < key:  # leading pictures of an open group; anything earlier is another stream joined to this one
                 leading |= before is None
@@ -108,7 +108,7 @@ def read_index(container: Any, stream: Any, path: os.PathLike[str] | str) -> Pac
     pts = np.sort(np.frombuffer(times, np.int64)) * timed
     exact = exact and len(keys) > 0 and len(pts) > 0 and bool((np.diff(pts) > 0).all())
     back = int(_SEARCH_SECONDS / stream.time_base) if kind == "mpegts" else 0
-    entries, sought = np.frombuffer(keys, np.int64), np.frombuffer(seek_times, np.int64) - back
+    entries, sought = np.frombuffer(keys, np.int64), np.frombuffer(seek_times, np.int64).reshape(-1, 2) - back
     return PacketIndex(packets=packets, pts=pts, entries=entries, seek_times=sought, margin=margin, exact=exact, leading=leading)
 
 
@@ -152,17 +152,10 @@ def decode_from(container: Any, stream: Any, index: PacketIndex, entry: int, tim
     context, left = stream.codec_context, len(times)
     skips = context.name in ("h264", "mpeg2video") or (context.name == "hevc" and _has_one_layer(context.extradata))
     skips &= not len(index.behind_gaps)  # what is missing is made up from the pictures before, the skipped ones too
-    begun, sound_from = False, int(index.entries[min(entry + index.margin, len(index.entries) - 1)])
+    sound_from = int(index.entries[min(entry + index.margin, len(index.entries) - 1)])
     try:
-        container.seek(int(index.seek_times[entry]), stream=stream, backward=True)
-        for number, packet in enumerate(container.demux(stream)):
+        for packet in _packets_from(container, stream, index, entry):
             goes_on()
-            if not begun:
-                begun = packet.is_keyframe and packet.pts == index.entries[entry]
-                if not begun and (number > _SEARCH_PACKETS or not packet.size):
-                    return
-                if not begun:
-                    continue
             hit = packet.pts in times
             left -= hit
             context.skip_frame = "NONREF" if skips and not hit else "DEFAULT"
@@ -182,6 +175,18 @@ def decode_from(container: Any, stream: Any, index: PacketIndex, entry: int, tim
         return
     finally:
         context.skip_frame = "DEFAULT"
+
+
+def _packets_from(container: Any, stream: Any, index: PacketIndex, entry: int) -> Iterator[Any]:
+    """Yields the packets of a track from an entry on; none where it is not found."""
+    for time in dict.fromkeys(index.seek_times[entry].tolist()):
+        container.seek(time, stream=stream, backward=True)
+        packets = container.demux(stream)
+        for packet in itertools.islice(packets, _SEARCH_PACKETS):
+            if packet.is_keyframe and packet.pts == index.entries[entry]:
+                yield packet
+                yield from packets
+                return
 
 
 def _entry_grade(packet: Any, context: Any) -> int:

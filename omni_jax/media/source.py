@@ -138,7 +138,7 @@ def read_packets(container: av.container.InputContainer, stream: Any, path: os.P
     # PyAV 18 ends with an IndexError, after that empty packet, where other tracks began on the way.
     with contextlib.suppress(IndexError):
         for packet in container.demux(stream):
-            if packet.has_sidedata("encryption_info"):  # decoders make pictures of noise of it, and may not complain
+            if packet.is_keyframe and packet.has_sidedata("encryption_info"):  # decoders make pictures of noise of it, and may not complain
                 raise ClipError(f"{path}: its {stream.type} is encrypted (DRM); decrypt the file, or leave it out")
             yield packet
 

@@ -105,6 +105,17 @@ def test_pictures_are_not_kept_until_garbage_is_collected(tmp_path: Path) -> Non
     assert sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects()) <= 1
 
 
+def test_a_group_of_pictures_is_read_without_the_one_before_it(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mp4", 6.0, video_codec="libx264", video_options={"bf": "2"})
+    with av.open(clip) as container:
+        stream = container.streams.video[0]
+        found = index.read_index(container, stream, clip)
+        assert len(found.entries) > 3
+        for entry, (time, _) in zip(found.entries.tolist(), found.seek_times.tolist(), strict=True):
+            container.seek(time, stream=stream)
+            assert next(container.demux(stream)).pts == entry
+
+
 def test_single_frame_clip(tmp_path: Path) -> None:
     got = read_frames(write_clip(tmp_path / "one.mp4", 0.1, fps=10, audio=False), 4)
     assert numbers(got.frames) == [0, 0, 0, 0]
