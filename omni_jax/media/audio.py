@@ -405,10 +405,12 @@ def _floats(frame: Any) -> np.ndarray:
     channels, planar, kind = frame.layout.nb_channels, frame.format.is_planar, frame.format.name.removesuffix("p")
     # The planes one by one: PyAV counts those of a frame of eight or more wrongly (SIGSEGV in 18, ValueError in 19).
     count, planes = (frame.samples, channels) if planar else (frame.samples * channels, 1)
-    made: list[Any] = [AudioPlane(frame, i) for i in range(planes)]
-    data = np.stack([np.frombuffer(plane, _TYPES[kind], count) for plane in made])
+    data = np.empty((planes, count), _TYPES[kind])
+    for i in range(planes):
+        plane: Any = AudioPlane(frame, i)
+        data[i] = np.frombuffer(plane, data.dtype, count)
     data = data.T if planar else data.reshape(-1, channels)
-    if kind in _SCALES:
-        data = data.astype(np.float64) - (128.0 if kind == "u8" else 0.0)
-        return (data / _SCALES[kind]).astype(np.float32)
+    if kind in _SCALES:  # 16 bits are exact in float32
+        data = data.astype(np.float32 if data.itemsize < 4 else np.float64) - (128 if kind == "u8" else 0)
+        data /= _SCALES[kind]
     return data.astype(np.float32, copy=False)
