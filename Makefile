@@ -23,11 +23,15 @@ NEWEST = .venv-newest/.installed
 # The one of PATH, or pyenv's newest where that is a shim without a version.
 PYTHON313 ?= $(shell for p in python3.13 $$(ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.13.*/bin/python3.13 2>/dev/null | sort -rV); \
 	do "$$p" -c "import ensurepip" >/dev/null 2>&1 && { command -v "$$p"; break; }; done)
-# Tests in which each dependency is used for what it is there for.
+# Tests in which each dependency is used for what it is there for; of long files, those that no other test here stands for.
+GRADIENTS = tests/train/test_golden_run.py::test_golden_losses_and_every_gradient
+EMBED = tests/cli/test_embed.py::test_golden_
 STACK = tests/config tests/features tests/media tests/tokens tests/conversion/test_safetensors_io.py tests/conversion/test_round_trip.py \
 	tests/data/test_shards.py tests/data/test_pipeline.py tests/model/test_golden_encoder.py tests/retrieval/test_report.py \
-	tests/retrieval/test_search.py tests/train/test_checkpoint.py tests/train/test_golden_run.py tests/train/test_metrics.py \
-	tests/cli/test_embed.py tests/serve tests/conversion/test_hub.py tests/test_dependencies.py
+	tests/retrieval/test_search.py tests/train/test_checkpoint.py tests/train/test_metrics.py tests/train/test_optimizer.py $(GRADIENTS) \
+	$(EMBED)rows_from_media_files_through_the_command_line $(EMBED)demo_prints_the_table_and_the_difference \
+	$(EMBED)vectors_of_clips_in_one_file_are_those_of_loose_files_bit_for_bit \
+	tests/serve tests/conversion/test_hub.py tests/test_dependencies.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-ablation test-fast test-jit test test-slow test-reference test-tpu test-lowest test-newest python313 test-all docs test-docs bench \
