@@ -23,6 +23,10 @@ START = "OMNI_JAX_START_SECONDS"
 
 AUTO = "auto"
 START_SECONDS = 300
+LOST = "OMNI_JAX_LOST_SECONDS"
+"""Environment variable: seconds without a sign of life after which a process counts as lost, and all end; LOST_SECONDS if not set."""
+
+LOST_SECONDS = 100
 LATE = 2  # exit status of a process that waited in vain
 
 
@@ -46,9 +50,11 @@ def start(
     # Otherwise jax takes SIGTERM for itself, and a run would not hear that it is to save and leave.
     jax.config.update("jax_enable_preemption_service", False)
     seconds = _number(START, None if START in environment else START_SECONDS, environment)
+    lost = _number(LOST, None if LOST in environment else LOST_SECONDS, environment)
+    limits = {"initialization_timeout": 2 * seconds + 60, "heartbeat_timeout_seconds": lost}
     if coordinator == AUTO:
         with _within(seconds, coordinator, "all processes"):
-            jax.distributed.initialize(initialization_timeout=2 * seconds + 60)
+            jax.distributed.initialize(**limits)
         return jax.process_count() > 1
     count = _number(PROCESSES, count, environment)
     index = _number(PROCESS, index, environment)
@@ -57,7 +63,7 @@ def start(
     if count == 1:
         return False
     with _within(seconds, coordinator, f"all {count} processes"):
-        jax.distributed.initialize(coordinator, count, index, initialization_timeout=2 * seconds + 60)
+        jax.distributed.initialize(coordinator, count, index, **limits)
     return True
 
 

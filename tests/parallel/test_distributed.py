@@ -36,6 +36,23 @@ def test_flags_come_before_the_environment(calls: list[tuple[Any, ...]]) -> None
     assert calls == [("10.0.0.1:99", 4, 3), ("10.0.0.2:99", 4, 0), ()]
 
 
+@pytest.mark.parametrize("coordinator", ["10.0.0.1:99", "auto"])
+def test_how_long_to_wait_for_the_others_and_for_a_lost_one_is_in_the_environment(
+    coordinator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def initialize(*_: Any, initialization_timeout: int, heartbeat_timeout_seconds: int) -> None:
+        seen.append((initialization_timeout, heartbeat_timeout_seconds))
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    for environment in ({}, {distributed.START: "10", distributed.LOST: "30"}):
+        distributed.start(coordinator, 2, 0, environment=environment)
+    assert seen == [(660, 100), (80, 30)]
+    with pytest.raises(ValueError, match="OMNI_JAX_LOST_SECONDS='soon'"):
+        distributed.start(coordinator, 2, 0, environment={distributed.LOST: "soon"})
+
+
 @pytest.mark.parametrize(
     ("count", "index", "message"),
     [(None, 0, r"OMNI_JAX_PROCESSES=''"), (2, None, r"OMNI_JAX_PROCESS=''"), (2, 2, "process 2 of 2"), (2, -1, "process -1 of 2")],
