@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import omni_jax
-from tests import repository
+from tests import repository, workers
 from tests.golden_set import manifest_7b
 
 _STREAMS = ("sys.stdout", "sys.stderr")
@@ -143,6 +143,10 @@ def test_files_are_short_and_named_for_what_they_do() -> None:
         if file.name in repository.FORBIDDEN_NAMES:
             wrong.append(f"{file.relative_to(repository.ROOT)}: name a file for the one thing it does")
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_files_that_workers_begin_with_are_there() -> None:
+    assert not [name for name in (*workers.PROCESSES, *workers.LONG) if not (repository.ROOT / name).is_file()]
 
 
 def test_nothing_is_left_to_be_done() -> None:

@@ -11,13 +11,26 @@ import psutil
 import pytest
 
 WORKER_BYTES = 4 << 30  # what a worker holds near the end of the run, its jitted programs included
-# Commands of several processes, killed or limited in time: one after the other, so that none waits for another one's processes.
+# Several processes that wait for each other: one test after the other, so that none waits for another one's processes.
 PROCESSES = (
     "tests/launch/test_end_to_end.py",
     "tests/retrieval/test_processes.py",
     "tests/train/test_hosts.py",
-    "tests/train/test_interruptions.py",
     "tests/train/test_processes.py",
+)
+# Files of about a minute and more, begun after those, so that the last ones are short. What is out of date here costs time alone.
+LONG = (
+    "tests/train/test_interruptions.py",
+    "tests/engines/test_ray_runs.py",
+    "tests/documentation/test_tutorials.py",
+    "tests/train/test_golden_run.py",
+    "tests/train/test_gradients.py",
+    "tests/train/test_step.py",
+    "tests/model/test_sharding.py",
+    "tests/cli/test_embed.py",
+    "tests/cli/test_encode.py",
+    "tests/cli/test_nemotron.py",
+    "tests/cli/test_demo.py",
 )
 
 
@@ -69,6 +82,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return lost
 
         def _reschedule(self, node: Any) -> None:
+            # A worker needs to know the test after the one that it runs. xdist hands out the next file a test earlier than that, and
+            # where tests take minutes one worker would keep it waiting while another has nothing to do.
+            if self.workqueue and self._pending_of(self.assigned_work[node]) > 1:
+                return
             super()._reschedule(node)
             # A worker keeps its last test back until it gets another one. One that replaces a lost worker may never get one.
             if not self.workqueue and not node.shutting_down:
@@ -78,9 +95,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def put_long_files_first(items: list[pytest.Item]) -> None:
-    """Sorts the files of a worker's tests by what they compile: the last files are short, so that no worker waits long for another."""
+    """Sorts the files of a worker's tests: PROCESSES, LONG, the others by what they compile. The last ones are short."""
     compiling = collections.Counter(item.path for item in items if item.get_closest_marker("jit") or item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -compiling[item.path])
+    places = {name: place for place, name in enumerate((*PROCESSES, *LONG))}
+    items.sort(key=lambda item: (places.get(item.nodeid.partition("::")[0], len(places)), -compiling[item.path]))
 
 
 def is_controller(config: pytest.Config) -> bool:
