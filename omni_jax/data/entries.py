@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -58,12 +59,23 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "timestamps": ("interval", "start", "end", "start_time", "end_time", "begin", "segment", "time_range"),
     "conversations": ("conversation", "messages", "dialog"),
 }
+_BY_COLUMNS = ("text", "video", "audio")
 _VAGUE = ("clip", "frames", "picture", "image", "sound", "path", "file", "file_path", "filename", "file_name")
 """Those of them that may as well describe something else: of the source, say, of a record that has media."""
 
 
+def is_of_a_record(name: str) -> bool:
+    """Whether a field of this name says that an object is a record: one that is read, or one that is likely meant for it."""
+    plain = _plain(name)
+    return plain in (*PLAIN, *OFFICIAL) or plain.endswith("file_name") or any(plain in others for others in _OTHER_NAMES.values())
+
+
 class BadEntry(Exception):
     """One entry cannot be used; the message completes "FILE:LINE: ..."."""
+
+
+_ID_LIKE = re.compile(r"[a-z_]*(id|key)_*|index")
+"""Fields that may be meant as the id of a record."""
 
 
 class RemoteMedia(BadEntry):
@@ -113,7 +125,10 @@ def name_of(fields: Mapping[str, Any], nameless: bool = False) -> tuple[str, boo
     if not isinstance(value, str):
         raise BadEntry(f"id is {kind(value)}; make it a string")
     if not value:
-        raise BadEntry("has no id; give every record its own")
+        other = next((field for field, held in fields.items() if _ID_LIKE.fullmatch(field.lower()) and isinstance(held, str | int)), None)
+        raise BadEntry("has no id; give every record its own" + (f", or name the field of it: --columns id={other}" if other else ""))
+    if "\0" in value:
+        raise BadEntry("id holds a zero character, which tables of embeddings cannot keep; write another one")
     return _encodable(value, "id"), False
 
 
@@ -137,6 +152,7 @@ def record_of(fields: Mapping[str, Any], name: str, line: int, root: Any, confin
     if text is not None:
         if not isinstance(text, str):
             advice = f"; it holds {len(text)} captions: give each a record of its own" if isinstance(text, list) else "; make it a string"
+            advice = " without a caption; write one, or leave the field out to use the media alone" if text == [] else advice
             raise BadEntry(f"record {name!r}: text is {kind(text)}{advice}")
         if not text.strip():
             raise BadEntry(f"record {name!r}: the caption is empty; write one, or leave the field out to use the media alone")
@@ -182,6 +198,7 @@ def _sorted_out(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
             lacking = False
         if lacking or (name == "text" and allowed is OFFICIAL):
             advice = f"; did you mean {' or '.join(map(repr, likely))}?" if lacking else ""
+            advice += f" --columns {likely[0]}={name} reads it so" if lacking and likely[0] in _BY_COLUMNS else ""
             raise BadEntry(f"unknown field {name!r}; the fields are {', '.join(allowed)}{advice}")
     return {n: v for n, v in present.items() if n in allowed}, {n: v for n, v in present.items() if n not in allowed}
 
@@ -253,7 +270,7 @@ def _media_path(fields: Mapping[str, Any], key: str, name: str, root: Any, confi
         return value
     if isinstance(value, Mapping):
         return _part(value, key, name, root, confined)
-    if isinstance(value, list):
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
         raise BadEntry(f"record {name!r}: {key} lists {len(value)} files; a record has one: write one record a file, or join them")
     if not isinstance(value, str) or not value or "\0" in value:
         raise BadEntry(f"record {name!r}: {key} is {kind(value)}; make it the path of a file")

@@ -7,8 +7,9 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from omni_jax.data.entries import (
@@ -24,10 +25,12 @@ from omni_jax.data.entries import (
     spelled,
 )
 from omni_jax.data.formats.entry import Entry, Notes
-from omni_jax.data.formats.table import FORMATS, sources
+from omni_jax.data.formats.table import FORMATS, note_sets, sources
 from omni_jax.io import atomic_write
+from omni_jax.io.messages import some
 from omni_jax.types import FilePart, InputError, Record
 
+_LIST = re.compile(r"""\[\s*(['"]).*\1\s*\]""", re.DOTALL)
 NEGATIVES = "negatives"
 """Field of a record that `omni-jax mine` writes: direction -> ids of its hard negatives, hardest first."""
 
@@ -109,11 +112,14 @@ def read_manifest(
     asked: collections.Counter[str] = collections.Counter()
     capitals: collections.Counter[str] = collections.Counter()
     whole: collections.Counter[str] = collections.Counter()
+    listed = 0
     paths = [path] if isinstance(path, str | os.PathLike) else path
+    found = [source for one in paths for source in sources(one, format)]
+    note_sets([file for _, file in found], notes)
+    apart = _told_apart([file for kind, file in found if kind == "parquet"])
     read = (
-        _one_caption_each(entry) if kind != "json" or "text" in (columns or {}) else (entry,)
-        for one in paths
-        for kind, file in sources(one, format)
+        _one_caption_each(_named(entry, apart)) if kind != "json" or "text" in (columns or {}) else (entry,)
+        for kind, file in found
         for entry in FORMATS[kind](file, columns or {}, notes)
     )
     file = root = None
@@ -140,6 +146,7 @@ def read_manifest(
             extra.update(name for name in records[-1].extra if name != NEGATIVES)
             capitals.update(renamed)
             whole.update(interval_fields(records[-1]))
+            listed += bool(records[-1].text and _LIST.fullmatch(records[-1].text))
             if (said := question(fields)) is not None and said not in ASKED:
                 asked[said] += 1
         except BadEntry as error:
@@ -148,8 +155,34 @@ def read_manifest(
                 remote.append((str(name), error.address, *error.interval))
     if not records and not problems:
         raise InputError(f"{paths[0] if paths else path}: the manifest is empty; give one with records, as one JSON record a line")
+    if notes.fields and (absent := [name for name in (columns or {}).values() if name not in notes.fields]):
+        what = f"{paths[0]}: no record has {absent[0]!r}, which --columns names"
+        raise InputError(f"{what}; they have {some(map(one_line, notes.fields), 20)}")
+    if listed:
+        notes.add(
+            "captions that are lists by their look and are read as one text",
+            next(r.id for r in records if _LIST.fullmatch(r.text or "")),
+            listed,
+        )
     said = (*notes.lines(), *_notes(made, "conversations" if conversations else "records", extra, asked, capitals, whole))
     return Manifest(tuple(records), tuple(problems), said, tuple(remote))
+
+
+def _told_apart(files: Sequence[os.PathLike[str] | str]) -> dict[str, str]:
+    """Returns file -> the folders before its name that tell it from files of the same name; nothing where all names differ."""
+    names = [PurePath(os.path.abspath(file)) if "://" not in os.fspath(file) else PurePath(os.fspath(file)) for file in files]
+    if len({name.name for name in names}) == len(names):
+        return {}
+    shared = os.path.commonpath([name.parent for name in names])
+    return {os.fspath(file): name.parent.relative_to(shared).as_posix() for file, name in zip(files, names, strict=True)}
+
+
+def _named(entry: Entry, apart: Mapping[str, str]) -> Entry:
+    """Returns an entry whose id is made of its file's name with the folders in it that tell the file from others."""
+    folders = apart.get(os.fspath(entry.file), ".") if entry.numbered else "."
+    if folders == "." or isinstance(entry.fields, BadEntry):
+        return entry
+    return entry._replace(fields={**entry.fields, "id": f"{folders}/{entry.fields['id']}"})
 
 
 def _one_caption_each(entry: Entry) -> Iterator[Entry]:
@@ -161,7 +194,7 @@ def _one_caption_each(entry: Entry) -> Iterator[Entry]:
         return
     for number, caption in enumerate(captions):
         named = {"id": f"{fields['id']}-{number}"} if fields.get("id") is not None else {}
-        yield entry._replace(fields={**fields, "text": caption, **named})
+        yield entry._replace(fields={**fields, "text": "" if caption is None else caption, **named})
 
 
 def _place(earlier: Entry, entry: Entry) -> str:

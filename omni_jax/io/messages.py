@@ -14,3 +14,9 @@ def some(names: Iterable[object], most: int = 3) -> str:
     """Returns the first `most` of some names, and dots where there are more."""
     listed = [str(name) for name in names]
     return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
+
+
+POINTER = b"version https://git-lfs"
+"""How a file begins that git put in place of a large one."""
+
+POINTER_ADVICE = "is a Git LFS pointer, not the file that it stands for; fetch that with git lfs pull"

@@ -168,8 +168,14 @@ def test_a_table_in_another_encoding_is_one_line(tmp_path: Path, data: bytes) ->
 def test_cells_over_several_lines_are_read_and_a_quote_that_is_left_open_is_said(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text('id,text\na,"rain;\n""fog"""\nb,"sun\nc,wind\nd,hail\n')
     found = read_manifest(tmp_path / "x.csv")
-    assert [record.text for record in found.records] == ['rain;\n"fog"', "sun\nc,wind\nd,hail\n"]
+    assert [record.text for record in found.records] == ['rain;\n"fog"'] and any("go over several lines: 1" in note for note in found.notes)
+    assert found.problems[0].reason.endswith("x.csv:4: a quote is not closed before the end of the file, 3 lines further: close it")
+    (tmp_path / "x.csv").write_text('id,text\na,"rain;\n""fog"""')
+    assert [record.text for record in read_manifest(tmp_path / "x.csv").records] == ['rain;\n"fog"']
     (tmp_path / "x.csv").write_text('id,text,video\na,"rain,a.mp4\nb,fog,b.mp4\n')
+    (problem,) = read_manifest(tmp_path / "x.csv").problems
+    assert problem.reason.endswith(":2: a quote is not closed before the end of the file, 2 lines further: close it")
+    (tmp_path / "x.csv").write_text('id,text,video\na,"rain,a.mp4\nb,""fog"",b.mp4"\n')
     (problem,) = read_manifest(tmp_path / "x.csv").problems
     assert problem.reason.endswith(":2: has 2 cells where the first line has 3; it goes over 2 lines: close the quote")
 

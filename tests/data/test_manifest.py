@@ -128,7 +128,7 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
 BAD_LINES: dict[str, tuple[bytes | dict[str, Any], str | None, str]] = {
     "malformed": (b'{"id": "x", "text": ', None, "malformed JSON (Expecting value at column 21); write one JSON object a line"),
     "two objects": (b'{"id": "x"} {"id": "y"}', None, "malformed JSON (Extra data"),
-    "NaN": (b'{"id": "x", "text": NaN}', None, "malformed JSON (NaN is not"),
+    "NaN": (b'{"id": "x", "text": NaN}', "x", "record 'x': has no text, video or audio"),
     "deep": (b"[" * 100_000, None, "malformed JSON"),
     "long number": (b'{"id": ' + b"9" * 5000 + b"}", None, "malformed JSON"),
     "bytes": (b'{"id": "x", "text": "caf\xe9"}', None, "byte 25 of the line is not UTF-8"),
@@ -294,10 +294,10 @@ def test_a_damaged_array_keeps_the_entries_before_the_damage(tmp_path: Path) -> 
     assert [r.id for r in got.records] == ["0", "1"]
     (problem,) = got.problems
     assert "entry 3: malformed JSON" in problem.reason and "nothing from here on can be read" in problem.reason
-    path.write_text('[{"id": "a", "text": "t", "text": "u"}, {"id": "b", "text": NaN}, {"id": "c", "text": "t"}]')
+    path.write_text('[{"id": "a", "text": "t", "text": "u"}, {"id": "b", "text": NaN}, {"id": "c", "text": "t", "score": NaN}]')
     got = read_manifest(path)
     assert [r.id for r in got.records] == ["c"]
-    assert ["appears twice" in got.problems[0].reason, "NaN is not a JSON value" in got.problems[1].reason] == [True, True]
+    assert ["appears twice" in got.problems[0].reason, "has no text, video or audio" in got.problems[1].reason] == [True, True]
     for text in ("[", "[[[[", '[{"id": "a", "text": "t"}', "[" * 50_000, "[\xff"):
         path.write_bytes(text.encode("latin-1"))
         assert read_manifest(path).problems

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,9 @@ from omni_jax.data.entries import BadEntry, absolute
 from omni_jax.data.formats.entry import Entry, Notes, check_columns, reading, table_fields
 from omni_jax.types import InputError
 
+_SEPARATOR = re.compile(r"sep=([,;|\t])\r?\n?")
+_MARKED = ("text", "video", "audio", "timestamps")
+_ABSENT = ("NaN", "nan", "-nan", "NA", "N/A", "n/a", "#N/A", "<NA>", "None", "NULL", "null")
 _LONGEST_CELL = 1 << 24  # characters
 
 
@@ -21,23 +25,65 @@ def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes)
         opened: Any = absolute(path).open("r", encoding="utf-8-sig", errors="surrogateescape", newline="")
         with opened as file:
             first = next((line for line in iter(file.readline, "") if line.strip()), "")
-            file.seek(0)
+            named = _SEPARATOR.fullmatch(first)  # as spreadsheets write it above the names
+            start = file.tell() if named else 0
+            first = file.readline() if named else first
+            file.seek(start)
             if not _is_text(first):
                 raise InputError(f"{path}: is not UTF-8; save the table as UTF-8")
-            delimiter = _separator(os.fspath(path), first)
-            rows = csv.reader(file, delimiter=delimiter, skipinitialspace=f"{delimiter} " in first)
+            delimiter = named[1] if named else _separator(os.fspath(path), first)
+            lines = _Lines(file)
+            rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=f"{delimiter} " in first)
             try:
-                names = [name.strip() for name in next(filter(None, rows), [])]
+                names = [name.strip().removeprefix("\ufeff") for name in next(filter(None, rows), [])]
             except csv.Error as error:
                 raise InputError(
                     f"{path}: is not a table ({error}); save it as UTF-8, with the names of the columns in its first line"
                 ) from None
             if names:
                 check_columns(path, names, columns)
+                notes.fields.update(dict.fromkeys(names))
             for line, cells in _rows(rows):
-                if cells:
-                    fields = cells if isinstance(cells, BadEntry) else _fields(names, cells, columns, rows.line_num - line + 1)
-                    yield Entry(path, str(line), fields, line, nameless=True)
+                if not cells or cells == [""] * len(cells):  # a row of separators alone, as spreadsheets leave behind
+                    continue
+                over = rows.line_num - line + 1
+                if isinstance(cells, BadEntry):
+                    fields: dict[str, Any] | BadEntry = cells
+                elif lines.ended:
+                    fields = BadEntry(f"a quote is not closed before the end of the file, {over} lines further: close it")
+                else:
+                    fields = _fields(names, cells, columns, over)
+                    if over > 1 and not isinstance(fields, BadEntry):
+                        notes.add("rows that go over several lines", f"{path}:{line}")
+                if isinstance(fields, dict):
+                    fields = _without_marks(fields, f"{path}:{line}", notes)
+                yield Entry(path, str(line), fields, line, nameless=True)
+
+
+class _Lines:
+    """The lines of a file, and whether its end was come upon: within a row only where a quote is open."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.ended = False
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline()
+        if not line:
+            self.ended = True
+            raise StopIteration
+        return line
+
+
+def _without_marks(fields: dict[str, Any], where: str, notes: Notes) -> dict[str, Any]:
+    """Returns the fields of a row without words for what is absent, which `datasets` and pandas read as such."""
+    found = {name: value for name, value in fields.items() if name not in _MARKED or value not in _ABSENT}
+    if gone := [f"{name} {fields[name]!r}" for name in fields if name not in found]:
+        notes.add("cells of a word that says that there is nothing, read so", f"{where} {gone[0]}", len(gone))
+    return found
 
 
 def _rows(rows: Any) -> Iterator[tuple[int, list[str] | BadEntry]]:

@@ -29,10 +29,15 @@ _KINDS = {suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suf
 
 
 class Notes:
-    """What a format says of a source besides its entries, each thing once, however many files it is true of."""
+    """What a format says of a source besides its entries, each thing once, however many files it is true of.
+
+    Attributes:
+      fields: names of the fields, columns and members of what was read, as keys: names that `columns` may have.
+    """
 
     def __init__(self) -> None:
         self._said: dict[str, tuple[int, str]] = {}
+        self.fields: dict[str, None] = {}
 
     def add(self, what: str, first: object, count: int = 1) -> None:
         """Notes a thing, how often it is so, and where first."""
@@ -54,6 +59,7 @@ class Entry(NamedTuple):
       line: its number in the file, from 1.
       id: what to call it where it cannot be read.
       nameless: whether it may have no id, and is called by its file and a digest then.
+      numbered: whether its id is the name of its file and its number there.
     """
 
     file: os.PathLike[str] | str
@@ -62,6 +68,7 @@ class Entry(NamedTuple):
     line: int
     id: str | None = None
     nameless: bool = False
+    numbered: bool = False
 
 
 def media_kind(name: str) -> str | None:
@@ -90,7 +97,7 @@ def renamed(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
 
 def table_fields(cells: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any] | BadEntry:
     """Returns the fields of a row of a table: an empty cell is absent, and a cell of `file_name` is of the kind of its file."""
-    fields = {name: value for name, value in cells.items() if value not in (None, "") and not _is_nan(value)}
+    fields = {name: value for name, value in cells.items() if value not in (None, "", []) and not _is_nan(value)}
     found = renamed(fields, columns)
     if isinstance(found, BadEntry):
         return found
@@ -128,6 +135,31 @@ def check_columns(path: os.PathLike[str] | str, names: Sequence[str], columns: M
             f"{path}: no column is called text, video, audio or {FILE_NAME}; its columns are {listed}; "
             f"name them, as in --columns text=caption,video=path"
         )
+
+
+def files_of(folder: Any) -> list[Any]:
+    """Returns the files of a folder and of the folders in it, links to folders followed, sorted; and links that lead nowhere.
+
+    What systems and downloads put beside others (`._clip1.mp4`, `.cache`, `__MACOSX`) is left out.
+
+    Raises:
+      InputError: a folder cannot be listed.
+    """
+    found: list[Any] = []
+    known, folders = set(), [folder]
+    while folders:
+        one = folders.pop()
+        place = one if "://" in os.fspath(one) else os.path.realpath(one)
+        if place in known:
+            continue
+        known.add(place)
+        try:
+            for item in one.iterdir():
+                if not (item.name.startswith(".") or item.name == "__MACOSX"):
+                    (folders if item.is_dir() else found).append(item)
+        except OSError as error:
+            raise InputError(f"{one}: the folder cannot be read ({error.strerror or error}); check its permissions") from None
+    return sorted(found)
 
 
 @contextlib.contextmanager

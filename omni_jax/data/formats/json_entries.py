@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
-from omni_jax.data.entries import BadEntry, absolute, kind
+from omni_jax.data.entries import BadEntry, absolute, is_of_a_record, kind
 from omni_jax.data.formats.entry import Entry, Notes, reading, renamed
 from omni_jax.io.messages import line_of
 from omni_jax.types import InputError
 
+_ABSENT: Callable[[str], None] = lambda name: None  # noqa: E731 - NaN and Infinity, as Python writes what pandas lacks
 _MARK = b"\xef\xbb\xbf"  # a byte-order mark, as some editors write
 _SPACE = tuple(" \t\r\n")
 _LONGEST_ARRAY = 1 << 32  # bytes of a file that is one array: its text is held
@@ -21,7 +22,23 @@ _LONGEST_LINE = 1 << 24  # bytes; an honest record has a few hundred, and a line
 def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes) -> Iterator[Entry]:
     """Yields the entries of a file of JSON lines, or of one JSON array."""
     for line, where, fields in _entries(path):
-        yield Entry(path, where, fields if isinstance(fields, BadEntry) or not columns else renamed(fields, columns), line)
+        if isinstance(fields, dict):
+            notes.fields.update(dict.fromkeys(fields))
+            inner = _records_within(fields) if fields.keys().isdisjoint(columns.values()) else None
+            fields = inner or (renamed(fields, columns) if columns else fields)
+        yield Entry(path, where, fields, line)
+
+
+def _records_within(fields: Mapping[str, Any]) -> BadEntry | None:
+    """What is wrong with an object that is no record and holds others: {"data": [{...}]}, or {ID: {...}}."""
+    if any(map(is_of_a_record, fields)):
+        return None
+    for name, value in fields.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            return BadEntry(f"is no record: it holds {len(value)} objects under {name[:40]!r}; write these as an array, or one a line")
+    if fields and all(isinstance(value, dict) for value in fields.values()):
+        return BadEntry(f"is no record: it holds {len(fields)} objects by name; write an array of them, each with its name as its id")
+    return None
 
 
 def _entries(path: os.PathLike[str] | str) -> Iterator[tuple[int, str, dict[str, Any] | BadEntry]]:
@@ -75,7 +92,7 @@ def _array(data: bytes) -> Iterator[tuple[int, str, dict[str, Any] | BadEntry]]:
         yield 1, "1", BadEntry(f"byte {error.start + 1} of the file is not UTF-8; save the manifest as UTF-8")
         return
     faults: list[str] = []
-    decoder = json.JSONDecoder(object_pairs_hook=_noting_doubles(faults), parse_constant=_noting_constants(faults))
+    decoder = json.JSONDecoder(object_pairs_hook=_noting_doubles(faults), parse_constant=_ABSENT)
     place, line, counted, number = _past_space(text, text.index("[") + 1), 1, 0, 0
     while text[place : place + 1] != "]":
         number += 1
@@ -134,7 +151,7 @@ def _fields(data: bytes) -> dict[str, Any]:
         raise BadEntry(f"byte {error.start + 1} of the line is not UTF-8; save the manifest as UTF-8") from None
     faults: list[str] = []
     try:
-        value = json.loads(text, object_pairs_hook=_noting_doubles(faults), parse_constant=_noting_constants(faults))
+        value = json.loads(text, object_pairs_hook=_noting_doubles(faults), parse_constant=_ABSENT)
     except json.JSONDecodeError as error:
         raise BadEntry(f"malformed JSON ({error.msg} at column {error.colno}); write one JSON object a line") from None
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
@@ -157,7 +174,3 @@ def _noting_doubles(faults: list[str]) -> Callable[[list[tuple[str, Any]]], dict
         return fields
 
     return fields_of
-
-
-def _noting_constants(faults: list[str]) -> Callable[[str], None]:
-    return lambda name: faults.append(f"malformed JSON ({name} is not a JSON value)")

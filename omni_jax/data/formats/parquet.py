@@ -56,6 +56,7 @@ def _rows(path: os.PathLike[str] | str, table: Any, columns: Mapping[str, str], 
     media = [found for field in schema if (found := _media(field)) is not None]
     roles = _roles(path, schema, media, columns)
     check_columns(path, schema.names, columns, list(roles.values()))
+    notes.fields.update(dict.fromkeys(schema.names))
     used = [column for column in media if column.name in roles or column.name in columns.values()]
     idle = [name for name in schema.names if name not in scalars and name not in {column.name for column in used}]
     if asked := [name for name in idle if name in columns.values()]:
@@ -82,9 +83,10 @@ def _rows(path: os.PathLike[str] | str, table: Any, columns: Mapping[str, str], 
                     fields[column.name if column.name in columns.values() else roles[column.name]] = value
                 fields = table_fields(fields, columns)
                 number = first + row
-                if not names_itself and isinstance(fields, dict):
+                numbered = not names_itself and isinstance(fields, dict)
+                if numbered:
                     fields["id"] = f"{PurePath(os.fspath(path)).stem}-{number}"
-                yield Entry(path, f"row {number + 1}", fields, number + 1)
+                yield Entry(path, f"row {number + 1}", fields, number + 1, numbered=numbered)
         except Exception as error:
             yield Entry(
                 path,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omni_jax.data.entries import absolute
 from omni_jax.data.formats import csv_table, json_entries, parquet, webdataset
-from omni_jax.data.formats.entry import Entry, Notes, media_kind
+from omni_jax.data.formats.entry import Entry, Notes, files_of, media_kind
+from omni_jax.io.messages import POINTER, POINTER_ADVICE
 from omni_jax.types import InputError
 
 Reader = Callable[[os.PathLike[str] | str, Mapping[str, str], Notes], Iterator[Entry]]
@@ -19,14 +20,31 @@ Reader = Callable[[os.PathLike[str] | str, Mapping[str, str], Notes], Iterator[E
 
 
 def read_metadata_folder(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes) -> Iterator[Entry]:
-    """Yields the entries of the metadata files of a folder, as `audiofolder`, `videofolder` and `imagefolder` of `datasets` read them."""
-    for file in _metadata_files(absolute(path)):
-        if file.suffix != ".jsonl":
-            yield from FORMATS[_SUFFIXES[file.suffix]](file, columns, notes)
-            continue
-        for entry in json_entries.read(file, columns, notes):
-            fields = entry.fields
-            yield entry._replace(fields=csv_table.table_fields(fields, {}) if isinstance(fields, dict) else fields, nameless=True)
+    """Yields the entries of the metadata files of a folder, as `audiofolder`, `videofolder` and `imagefolder` of `datasets` read them.
+
+    `path` may be one such file of JSON lines.
+    """
+    folder, named = absolute(path), set()
+    files = _metadata_files(folder) if folder.is_dir() else [folder]
+    note_sets(files, notes)
+    for file in files:
+        for entry in FORMATS[_SUFFIXES.get(file.suffix, "json")](file, columns, notes):
+            if file.suffix == ".jsonl" and isinstance(entry.fields, dict):
+                entry = entry._replace(fields=csv_table.table_fields(entry.fields, {}), nameless=True)
+            if isinstance(entry.fields, dict):
+                named |= {
+                    os.path.normpath(file.parent / name) for name in entry.fields.values() if isinstance(name, str) and media_kind(name)
+                }
+            yield entry
+    clips = (file for file in files_of(folder) if media_kind(file.name)) if folder.is_dir() else ()
+    if left := [file for file in clips if os.path.normpath(file) not in named]:
+        notes.add("media files that no metadata file names, and are not read", min(left), len(left))
+
+
+def read_media_folder(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes) -> Iterator[Entry]:
+    """Yields the entries of a folder of media files."""
+    note_sets([item for item in absolute(path).iterdir() if item.is_dir()], notes)
+    yield from webdataset.read_folder(path, columns, notes)
 
 
 FORMATS: dict[str, Reader] = {
@@ -35,7 +53,7 @@ FORMATS: dict[str, Reader] = {
     "parquet": parquet.read,
     "webdataset": webdataset.read,
     "metadata": read_metadata_folder,
-    "files": webdataset.read_folder,
+    "files": read_media_folder,
 }
 """Name for `--format` -> what reads it."""
 
@@ -43,6 +61,18 @@ FOLDERS = ("metadata", "files")
 """Those of them that are folders; of another one a folder holds the files."""
 
 _SUFFIXES = {".csv": "csv", ".tsv": "csv", ".tab": "csv", ".parquet": "parquet", ".tar": "webdataset"}
+_SPLITS = {word: word for word in ("train", "test", "validation")}
+_SPLITS |= {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "eval": "test", "testing": "test"}
+_MOST_OF_A_SET = 100_000  # files
+_SHEETS = (".xlsx", ".xls", ".ods")
+_FOREIGN = {
+    POINTER: POINTER_ADVICE,
+    b"ARROW1": "is an Arrow file; write it as Parquet: Dataset.from_file(FILE).to_parquet(...) in datasets",
+    b"SQLite format 3": "is a database; write its table as CSV or JSON lines",
+    b"\x80\x04\x95": "is a pickle, which is never opened; write its records as JSON lines",
+    b"<!DOCTYPE": "is a web page, not the file that it stands for; fetch it again",
+    b"<html": "is a web page, not the file that it stands for; fetch it again",
+}
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
@@ -65,19 +95,43 @@ def sources(path: os.PathLike[str] | str, chosen: str | None = None) -> Iterator
                 raise InputError(f"{one}: is a file, and --format {chosen} reads a folder; name the folder")
             if isinstance(place, Path) and place.is_fifo():
                 raise InputError(f"{one}: is a pipe, which cannot be read twice; write the manifest into a file")
-            yield chosen or _format_of(one), one
+            yield chosen or ("metadata" if place.name == "metadata.jsonl" else _format_of(one)), one
             continue
         kind = chosen or _folder_format(place)
         if kind is None:
+            if any(file.suffix == ".arrow" for file in files_of(place)):
+                raise InputError(
+                    f"{one}: was written by save_to_disk of datasets; write it as Parquet: load_from_disk(...).to_parquet(FILE)"
+                )
             known = "metadata.csv or .jsonl, .tar, .parquet and media files"
             raise InputError(f"{one}: is a directory; name the manifest file in it: it holds none of what is known ({known})")
         if kind in FOLDERS:
             yield kind, one
             continue
-        found = sorted(file for suffix, name in _SUFFIXES.items() if name == kind for file in place.rglob(f"*{suffix}"))
+        found = sorted(file for file in files_of(place) if _SUFFIXES.get(file.suffix.lower()) == kind)
         if not found:
             raise InputError(f"{one}: holds no file that --format {kind} names; choose another format")
         yield from ((kind, file) for file in found)
+
+
+def note_sets(files: Sequence[os.PathLike[str] | str], notes: Notes) -> None:
+    """Notes files that the names of others say exist (`train-00000-of-00002.parquet`), and splits of a set that are read as one."""
+    sets: dict[tuple[str, str, str], set[int]] = {}
+    splits: dict[str, str] = {}
+    for file in map(os.fspath, files):
+        if match := re.fullmatch(r"(.*?)-(\d+)-of-(\d+)(\.\w+)", file):
+            sets.setdefault((match[1], match[3], match[4]), set()).add(int(match[2]))
+        words = re.split(r"[^a-z]+", "/".join(file.lower().split("/")[-2:]))
+        if split := next((word for word in reversed(words) if word in _SPLITS), None):
+            splits.setdefault(_SPLITS[split], file)
+    for (name, total, suffix), there in sets.items():
+        if absent := [number for number in range(int(total)) if number not in there] if int(total) <= _MOST_OF_A_SET else []:
+            first = f"{name}-{absent[0]:0{len(total)}}-of-{total}{suffix}"
+            notes.add("files that the names of others say exist, and are not here", first, len(absent))
+    if len(splits) > 1:
+        notes.add(
+            f"splits that are read as one ({', '.join(splits)}); a pattern names the files of one", next(iter(splits.values())), len(splits)
+        )
 
 
 def is_source(folder: os.PathLike[str] | str) -> bool:
@@ -124,23 +178,25 @@ def _format_of(path: os.PathLike[str] | str) -> str:
         return "parquet"
     if head[257:262] == b"ustar":
         return "webdataset"
+    suffix = os.path.splitext(os.fspath(path))[1].lower()
+    if suffix in _SHEETS:
+        raise InputError(f"{path}: is a spreadsheet; save it as CSV in UTF-8")
     if packing := next((name for mark, name in _PACKED.items() if head.startswith(mark)), None):
         raise InputError(f"{path}: is compressed with {packing}, and is not unpacked here; unpack it first")
-    return _SUFFIXES.get(os.path.splitext(os.fspath(path))[1].lower(), "json")
+    if what := next((what for mark, what in _FOREIGN.items() if head.startswith(mark)), None):
+        raise InputError(f"{path}: {what}")
+    if media_kind(os.fspath(path)):
+        raise InputError(f"{path}: is a media file; name the folder that holds it, or a manifest that names it")
+    return _SUFFIXES.get(suffix, "json")
 
 
 def _folder_format(folder: Any) -> str | None:
     if _metadata_files(folder):
         return "metadata"
-    kinds: set[str] = set()
-    for file in folder.rglob("*"):
-        kinds.add(_SUFFIXES.get(file.suffix.lower()) or ("files" if media_kind(file.name) else ""))
+    kinds = {_SUFFIXES.get(file.suffix.lower()) or ("files" if media_kind(file.name) else "") for file in files_of(folder)}
     return next((kind for kind in ("webdataset", "parquet", "files") if kind in kinds), None)
 
 
 def _metadata_files(folder: Any) -> list[Any]:
-    """Returns the metadata files of a folder, or those of the folders in it."""
-    for depth in ("", "*/"):
-        if found := sorted(file for suffix in (".csv", ".jsonl", ".parquet") for file in folder.glob(f"{depth}metadata{suffix}")):
-            return found
-    return []
+    """Returns the metadata files of a folder and of the folders in it."""
+    return sorted(file for file in files_of(folder) if file.name in ("metadata.csv", "metadata.jsonl", "metadata.parquet"))

@@ -1,4 +1,5 @@
-"""Files that are grouped by what precedes the first dot of their names: members of a tar (WebDataset), or files of a folder.
+"""Files that are grouped by their names: members of a tar by what precedes the first dot, as WebDataset has it, files of a folder by
+what precedes the last, as people name their clips ("Mr. Bean.mp4").
 
 `clip1.mp4`, `clip1.wav`, `clip1.txt` and `clip1.json` are one record, clip1. Text is the caption, JSON its other fields.
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from omni_jax.data.entries import BadEntry, absolute
-from omni_jax.data.formats.entry import Entry, Notes, media_kind, reading, renamed
+from omni_jax.data.formats.entry import Entry, Notes, files_of, media_kind, reading, renamed
 from omni_jax.data.formats.json_entries import parse
 from omni_jax.types import FilePart, InputError
 
@@ -60,6 +61,7 @@ def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes)
                 if any(block.strip(b"\0") for block in iter(lambda: file.read(_BLOCK), b"")):
                     damaged = f"bytes that are not read follow the end of the tar, after {len(groups)} records: tars that were "
                     damaged += "joined byte by byte must be in files of their own"
+    groups = _with_dots(groups, columns)
     yield from _records(path, groups, columns, notes)
     if damaged:
         yield Entry(path, "end", BadEntry(damaged), len(groups) + 1)
@@ -69,14 +71,22 @@ def read_folder(path: os.PathLike[str] | str, columns: Mapping[str, str], notes:
     """Yields the records of a folder of media files, with texts of the same names beside them or not."""
     folder = absolute(path)
     groups: dict[str, _Group] = {}
-    for file in sorted(folder.rglob("*")):
+    for file in files_of(folder):
         name = os.fspath(file)[len(os.fspath(folder).rstrip("/")) + 1 :]
-        if _is_hidden(name) or not file.is_file():
+        if file.exists() and not file.is_file():
             continue
-        key, extension = _key(name)
+        key, extension = _key_in_folder(name, columns)
         is_text = _is_text(extension, columns.get("text"))
-        groups.setdefault(key, _Group()).add(extension, _text(file) if is_text else os.fspath(file))
+        group = groups.setdefault(key, _Group())
+        try:
+            group.add(extension, _text(file) if is_text else os.fspath(file))
+        except OSError as error:
+            group.wrong = f".{extension}: cannot be read ({error.strerror or error}); check the file, or what it is a link to"
     kept = {key: group for key, group in groups.items() if any(media_kind(extension) for extension in group.files)}
+    if kept and (
+        others := [f"{key}.{extension}".rstrip(".") for key, group in groups.items() if key not in kept for extension in group.files]
+    ):
+        notes.add("files that belong to no media file by their names, and are not read", f"{path}/{others[0]}", len(others))
     yield from _records(path, kept, columns, notes)
 
 
@@ -90,7 +100,7 @@ def _members(file: IO[bytes], path: Path, caption: str | None) -> Iterator[tuple
             known.clear()  # it keeps every one of them otherwise
             if member.isdir():
                 continue
-            name = member.name.removeprefix("./")
+            name = "/" * member.name.startswith("/") + "/".join(part for part in member.name.split("/") if part not in ("", "."))
             if _is_hidden(name):
                 continue
             key, extension = _key(name)
@@ -118,6 +128,34 @@ def _key(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower()
+
+
+def _key_in_folder(name: str, columns: Mapping[str, str]) -> tuple[str, str]:
+    """Returns what a file's name has before and after its last dot, or before and after an extension that `columns` names."""
+    asked = next((f".{value}" for value in columns.values() if "." in value and name.lower().endswith(f".{value.lower()}")), None)
+    stem, extension = (name[: -len(asked)], asked) if asked else os.path.splitext(name)
+    return stem, extension[1:].lower()
+
+
+def _with_dots(groups: Mapping[str, _Group], columns: Mapping[str, str]) -> dict[str, _Group]:
+    """Returns the groups, those divided in which a clip and its text agree beyond the first dot: `v1.0_a.mp4` and `v1.0_a.txt`."""
+    found: dict[str, _Group] = {}
+    for key, group in groups.items():
+        kinds: dict[str, set[bool]] = {}
+        names: dict[str, str] = {}
+        for extension, held in group.files.items():
+            inner = extension.rpartition(".")[0]
+            if inner and extension not in columns.values() and (_is_text(extension, None) or media_kind(extension)):
+                kinds.setdefault(inner, set()).add(isinstance(held, bytes))
+                names |= {inner: held.name.rpartition(".")[0]} if isinstance(held, FilePart) else {}
+        apart = {inner for inner, both in kinds.items() if len(both) == 2} if not group.wrong else set()
+        for extension, held in group.files.items():
+            inner, _, suffix = extension.rpartition(".")
+            own = inner in apart
+            found.setdefault(names[inner] if own else key, _Group()).add(suffix if own else extension, held)
+        if group.wrong:
+            found[key] = group
+    return found
 
 
 def _is_hidden(name: str) -> bool:
@@ -148,8 +186,9 @@ def _records(path: os.PathLike[str] | str, groups: Mapping[str, _Group], columns
             notes.add(f"records without a file of {kind}, which others have", f"{path}:{lacking[0]}", len(lacking))
     if {"video"} in held.values() or {"video", "text"} in held.values():
         _note_sound(path, groups, held, columns, notes)
+    notes.fields.update((extension, None) for group in groups.values() for extension in group.files)
     for number, (key, group) in enumerate(groups.items(), 1):
-        yield Entry(path, key, BadEntry(group.wrong) if group.wrong else _fields(key, group.files, columns), number, id=key)
+        yield Entry(path, key, BadEntry(group.wrong) if group.wrong else _fields(key, group.files, columns, notes), number, id=key)
 
 
 def _note_sound(
@@ -170,7 +209,7 @@ def _kind(extension: str) -> str | None:
     return {"txt": "text", "json": "fields"}.get(extension) or media_kind(extension)
 
 
-def _fields(key: str, files: Mapping[str, FilePart | str | bytes], columns: Mapping[str, str]) -> dict[str, Any] | BadEntry:
+def _fields(key: str, files: Mapping[str, FilePart | str | bytes], columns: Mapping[str, str], notes: Notes) -> dict[str, Any] | BadEntry:
     """Returns the fields of a record from its files. A file overrides a field of JSON, and `columns` overrides both."""
     fields: dict[str, Any] = {}
     contents: dict[str, Any] = {}
@@ -184,6 +223,7 @@ def _fields(key: str, files: Mapping[str, FilePart | str | bytes], columns: Mapp
             if isinstance(read, BadEntry):
                 return BadEntry(f".json: {read}")
             fields = read
+            notes.fields.update(dict.fromkeys(fields))
         else:
             try:
                 contents[extension] = held.decode("utf-8-sig").strip("\r\n")
@@ -202,7 +242,9 @@ def _fields(key: str, files: Mapping[str, FilePart | str | bytes], columns: Mapp
             choice = [extension for extension in choice if better(extension)] or choice if len(choice) > 1 else choice
         if len(choice) > 1:
             listed = ", ".join(f".{extension}" for extension in choice)
-            return BadEntry(f"has several files of {kind} ({listed}); choose one with --columns {kind}={choice[0]}")
+            advice = f"choose one with --columns {kind}={choice[0]}"
+            advice += ", or rename the files: what follows the first dot is no part of a key" if "." in choice[0] else ""
+            return BadEntry(f"has several files of {kind} ({listed}); {advice}")
         if choice and (kind != "image" or found.get("video") is None):
             found["video" if kind == "image" else kind] = contents[choice[0]]
     return {**found, "id": found.get("id") if "id" in taken else key}
