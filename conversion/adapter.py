@@ -35,16 +35,16 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
     "bias": ("none",),
-    "fan_in_fan_out": (False,),
+    "fan_in_fan_out": (False, None),
     "kasa_config": (None,),
-    "layer_replication": (None,),
-    "lora_bias": (False,),
+    "layer_replication": (None, []),
+    "lora_bias": (False, None),
     "monteclora_config": (None,),
     "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
+    "trainable_token_indices": (None, []),
     "use_bdlora": (None, False),
-    "use_dora": (False,),
-    "use_qalora": (False,),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
     "velora_config": (None,),
 }
 
@@ -120,8 +120,11 @@ def open_adapter(folder: epath.PathLike, base: ModelConfig) -> Adapter:
     """
     folder = epath.Path(folder)
     if not (folder / CONFIG).exists():
-        inside = sorted(item.name for item in folder.iterdir() if (item / CONFIG).exists()) if folder.is_dir() else []
+        depths = ("*", "snapshots/*") if folder.is_dir() else ()  # the latter as the Hub's cache has them
+        inside = sorted(str(one.relative_to(folder)) for depth in depths for one in folder.glob(depth) if (one / CONFIG).exists())
         what = f"name one of the adapters in it ({', '.join(inside)})" if inside else "name the folder of a PEFT adapter"
+        if not inside and (folder / source.CONFIG).exists():
+            what = "it is a whole checkpoint: give it as --base, and no --adapter where one is merged into it"
         raise InputError(f"{folder}: has no {CONFIG}; {what}")
     config = source.read_json(folder / CONFIG)
     raw, metadata, file = _weights(folder)
@@ -135,9 +138,11 @@ def open_adapter(folder: epath.PathLike, base: ModelConfig) -> Adapter:
     }
     remedy = "use the adapter_config.json and the base model it was trained with"
     engine.check(ours, {name: info.shape for name, info in tensors.items()}, f"{folder / file} against {CONFIG}", remedy)
-    side_files = source.list_files(folder, leave_out={file})
+    stale = {PICKLED} if file == WEIGHTS and (folder / PICKLED).exists() else set()
+    side_files = source.list_files(folder, leave_out={file, *stale})
     renamed = {key: name for name, key in names.sources.items() if key != name}
     notes = (f"{folder}: {len(names.copies)} copies of the base's modules are left out ({names.copies[0]})",) if names.copies else ()
+    notes += source.run_state_note(folder) + tuple(f"{folder}: {other} beside {file} is not read and not copied" for other in stale)
     return Adapter(folder, config, lora, own, {name: entries[name] for name in tensors}, tensors, renamed, metadata, side_files, notes)
 
 
@@ -179,7 +184,7 @@ def read_config(
             raise InputError(
                 f"{where}: {field}={config[field]!r} is not supported, only {unused[0]!r}; merge such an adapter in torch first"
             )
-    strange = sorted(field for field in config.keys() - _UNUSED.keys() - _READ - _HARMLESS if config[field] is not None)
+    strange = sorted(field for field in config.keys() - _UNUSED.keys() - _READ - _HARMLESS if config[field] not in (None, [], {}, ""))
     if strange:
         raise InputError(
             f"{where}: field {strange[0]}={config[strange[0]]!r} is not known, and may change what the adapter computes; "
@@ -197,6 +202,8 @@ def read_config(
     for field, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
         if not _is_number(value):
             raise InputError(f"{where}: {field}={value!r} is not a finite number")
+    if not 0 <= dropout < 1:
+        raise InputError(f"{where}: lora_dropout={dropout!r} is not at least 0 and below 1")
     saved = config.get("modules_to_save") or ()
     if not isinstance(saved, list | tuple) or not all(isinstance(name, str) for name in saved):
         raise InputError(f"{where}: modules_to_save={saved!r} is not a list of names")
@@ -212,7 +219,7 @@ def read_config(
     scales = {name: alphas[name] / (math.sqrt(ranks[name]) if rslora else ranks[name]) for name in modules}
     largest = max(ranks.values())
     whole = float(alphas[first]) if largest == ranks[first] else scales[first] * (math.sqrt(largest) if rslora else largest)
-    lora = LoraConfig(largest, whole, rslora, float(dropout), targets, tuple(saved))  # type: ignore[arg-type]
+    lora = LoraConfig(largest, whole, rslora, float(dropout), targets, tuple(dict.fromkeys(saved)))  # type: ignore[arg-type]
     own = {
         name: (ranks[name], scales[name] / scales[first] if scales[name] != scales[first] else 1.0)
         for name in modules

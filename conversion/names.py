@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from omni_jax.conversion.rules import DROPPED_PREFIXES, PEFT_PREFIX, THINKER_PREFIX
 from omni_jax.types import InputError
 
-WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", PEFT_PREFIX, THINKER_PREFIX)
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.", PEFT_PREFIX, THINKER_PREFIX)
 """What wrappers put before every name."""
 
 _INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_layer.")
@@ -99,6 +99,11 @@ def canonical(name: str) -> str:
         else:
             return name
     return short
+
+
+def is_known(name: str) -> bool:
+    """Whether a name begins as one in the rules."""
+    return name.startswith(_ROOTS)
 
 
 @dataclasses.dataclass(frozen=True)

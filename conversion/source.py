@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,14 +13,19 @@ from etils import epath
 
 from omni_jax.config import EMBED_STYLE, WAVE_STYLE, BeatsConfig, ConfigError, ModelConfig
 from omni_jax.config.hf_fields import NAMES, thinker_config
-from omni_jax.conversion.names import canonical, read_names
-from omni_jax.conversion.weight_files import Shard, open_weights
+from omni_jax.conversion.names import canonical, is_known, read_names
+from omni_jax.conversion.weight_files import Shard, WeightFiles, open_weights, read_json
 from omni_jax.io import safetensors_io
 from omni_jax.io.messages import some
 from omni_jax.io.safetensors_io import TensorInfo
 from omni_jax.io.torch_pickle import read_torch_file
 from omni_jax.types import InputError
 
+CONFIG = "config.json"
+_RUN_STATE = re.compile(
+    r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth|random_states_\d+\.pkl|(global_step|checkpoint-|optimizer_|pytorch_model_fsdp_)\d+"
+)
+"""What training programs save beside weights to resume a run: large, and of no use to a model."""
 _SKIPPED_FOLDERS = (".git", ".cache")  # version control and download bookkeeping, not part of a checkpoint
 
 
@@ -80,10 +85,18 @@ def open_checkpoint(folder: epath.PathLike) -> Checkpoint:
     names = read_names([name for name in files.tensors if name not in doubled], str(folder))
     of = {source: name for name, source in names.sources.items()} | {name: name for name in names.buffers}
     unlisted = frozenset(of[name] for name in files.unlisted if name in of)
-    tensors = {name: files.tensors[source] for name, source in names.sources.items()}
+    if names.sources and not any(is_known(name) for name in names.sources):
+        first = f"no tensor has a known name ({some(names.sources)})"
+        raise InputError(f"{folder}: {first}; save the state dict of the model itself, without what it is wrapped in")
+    sources = _untied(names.sources, files, config)
+    of |= {source: name for name, source in sources.items()}
+    tensors = {name: files.tensors[source] for name, source in sources.items()}
+    if empty := [name for name, info in tensors.items() if not info.size]:
+        advice = "as DeepSpeed ZeRO-3 leaves behind; write whole weights with its zero_to_fp32.py"
+        raise InputError(f"{folder}: {len(empty)} tensors hold no values ({some(empty)}), {advice}")
     shards = tuple(dataclasses.replace(shard, tensors=tuple(of[n] for n in shard.tensors if n in of)) for shard in files.shards)
     left_out = sum(files.tensors[name].nbytes for name in names.dropped)
-    notes = files.notes
+    notes = files.notes + run_state_note(folder)
     if names.buffers:
         what = f"{len(names.buffers)} tables that the model computes itself are kept for the way back alone"
         notes += (f"{folder}: {what} ({some(list(names.buffers))})",)
@@ -95,8 +108,27 @@ def open_checkpoint(folder: epath.PathLike) -> Checkpoint:
     side_files = list_files(folder, leave_out=set(files.names))
     extras = {name: files.tensors[name] for name in names.buffers}
     return Checkpoint(
-        folder, config, tensors, shards, files.index, files.index_text, side_files, names.sources, extras, unlisted, left_out, notes
+        folder, config, tensors, shards, files.index, files.index_text, side_files, sources, extras, unlisted, left_out, notes
     )
+
+
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def _untied(sources: dict[str, str], files: WeightFiles, config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns name in the rules -> name in the files; the embedding under the output's name where the two were saved once.
+
+    `safetensors.torch.save_model` keeps the first of two names, and says in the metadata which it left out.
+    """
+    kept = sources.get(_OUTPUT)
+    if kept is None or _EMBEDDING in sources:
+        return sources
+    text = config.get("text_config")
+    tied = config.get("tie_word_embeddings") is True or (isinstance(text, Mapping) and text.get("tie_word_embeddings") is True)
+    said = {other for shard in files.shards for name, other in shard.metadata.items() if canonical(name) == _EMBEDDING}
+    if not tied and kept not in said:
+        return sources
+    return {_EMBEDDING if name == _OUTPUT else name: source for name, source in sources.items()}
 
 
 def read_finite(info: TensorInfo) -> np.ndarray:
@@ -242,24 +274,19 @@ def _check_types(config: Mapping[str, Any], path: epath.Path) -> None:
             raise wrong(field, value, "a number above 0")
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """Returns a JSON object; InputError where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (ValueError, RecursionError, OSError) as e:
-        raise InputError(f"{path}: not readable as JSON ({e}); download it again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+def run_state_note(folder: epath.Path) -> tuple[str, ...]:
+    """Returns a line about the state of a run that a folder holds, which is not copied; nothing where there is none."""
+    names = sorted(item.name for item in folder.iterdir() if _RUN_STATE.fullmatch(item.name))
+    return (f"{folder}: {len(names)} files and folders of a run's state are not copied ({some(names)})",) if names else ()
 
 
 def list_files(folder: epath.Path, leave_out: set[str], below: str = "") -> tuple[str, ...]:
-    """Returns the relative names of all files of a folder and its subfolders but `leave_out`, sorted."""
+    """Returns the relative names of all files of a folder and its subfolders but `leave_out` and the state of a run, sorted."""
     names: list[str] = []
     for item in sorted(folder.iterdir(), key=lambda item: item.name):
         name = f"{below}{item.name}"
+        if not below and _RUN_STATE.fullmatch(item.name):
+            continue
         if item.is_dir():
             if item.name not in _SKIPPED_FOLDERS:
                 names += list_files(item, leave_out, f"{name}/")
@@ -280,7 +307,11 @@ def _wanted_folder(folder: epath.Path) -> None:
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
             raise InputError(f"{folder}: is an adapter; give it as --adapter, and the WAVE-7B folder as --base")
-        raise InputError(f"{folder}: has no config.json; name the folder that holds config.json and the weights")
+        inside = sorted(
+            str(one.relative_to(folder)) for depth in ("*", "snapshots/*") for one in folder.glob(depth) if (one / CONFIG).exists()
+        )
+        what = f"name one of the checkpoints in it ({some(inside)})" if inside else "name the folder that holds config.json and the weights"
+        raise InputError(f"{folder}: has no config.json; {what}")
 
 
 def beats_file(checkpoint: Checkpoint, given: epath.PathLike | None) -> dict[str, str] | None:

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from omni_jax.io import safetensors_io
-from omni_jax.io.messages import some
+from omni_jax.io.messages import some, stands_for
 from omni_jax.io.safetensors_io import TensorInfo
 from omni_jax.io.torch_pickle import open_torch_weights
 from omni_jax.types import InputError
@@ -20,6 +20,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TORCH_INDEX, TORCH_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
 _KINDS = ((INDEX, SINGLE, "*.safetensors"), (TORCH_INDEX, TORCH_SINGLE, "pytorch_model*.bin"))
+_OTHERS = (".pt", ".pth", ".ckpt", ".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".incomplete")
+_BESIDE = re.compile("beats|training_args|optimizer|scheduler|rng_state|adapter_model|scaler")  # what programs put beside weights
 _NOT_OURS = "adapter_model.safetensors"
 _NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.\w+")
 
@@ -71,13 +73,34 @@ def open_weights(folder: epath.Path) -> WeightFiles:
         ours = sorted(name for name in weights if fnmatch.fnmatch(name, pattern))
         if index_file in present:
             metadata, files, placed = _read_index(folder, index_file)
-            text = (folder / index_file).read_bytes().decode()
+            text = (folder / index_file).read_bytes().decode("utf-8-sig")
             return _opened(folder, files, known, index_file, metadata, text, placed)
         if single in present or ours:
             files = [single] if single in present else ours
             _refuse_absent(folder, files)
             return _opened(folder, files, known, None, None, None, None)
-    raise InputError(f"{folder}: has neither {INDEX} nor {SINGLE} nor {TORCH_SINGLE} or its shards; expected PyTorch weights")
+    others = sorted(name for name in present if name.endswith(_OTHERS) and not _BESIDE.match(name.lower()))
+    held = (
+        f"{some(others)} is not read under its name: a state dict of torch is read as {TORCH_SINGLE}"
+        if others
+        else "expected PyTorch weights"
+    )
+    raise InputError(f"{folder}: has neither {INDEX} nor {SINGLE} nor {TORCH_SINGLE} or its shards; {held}")
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Returns a JSON object, with a byte-order mark before it or not; InputError where there is none."""
+    data = b""
+    try:
+        data = path.read_bytes()
+        value = json.loads(data.decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (ValueError, RecursionError, OSError) as e:
+        raise InputError(f"{path}: {stands_for(data) or f'not readable as JSON ({e}); download it again'}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def read_weight_file(path: epath.Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -135,11 +158,8 @@ def _opened(
 
 def _read_index(folder: epath.Path, name: str) -> tuple[dict[str, Any], list[str], dict[str, str]]:
     """Returns (index metadata, weight files, tensor -> file)."""
-    try:
-        index = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as e:
-        raise InputError(f"{folder / name}: not readable as JSON ({e}); download it again") from None
-    placed = index.get("weight_map") if isinstance(index, dict) else None
+    index = read_json(folder / name)
+    placed = index.get("weight_map")
     if not (isinstance(placed, dict) and placed and all(isinstance(file, str) for file in placed.values())):
         raise InputError(f"{folder / name}: has no weight_map; download it again")
     metadata = index.get("metadata") or {}

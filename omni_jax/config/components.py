@@ -164,11 +164,12 @@ class BeatsConfig:
           ConfigError: for the variants this port does not compute (no deep norm, ungated positions, other activations).
         """
         check_beats_fields(cfg)
-        return cls(
-            **{ours: int(cfg[theirs]) for ours, theirs in BEATS_NAMES.items()},
-            conv_bias=bool(cfg.get("conv_bias", False)),
-            predictor_classes=int(cfg.get("predictor_class", 0)) if cfg.get("finetuned_model") else 0,
-        )
+        numbers = {ours: cfg[theirs] for ours, theirs in BEATS_NAMES.items()}
+        numbers["predictor_classes"] = (cfg.get("predictor_class") or 0) if cfg.get("finetuned_model") else 0
+        for ours, value in numbers.items():
+            if type(value) is not int:
+                raise ConfigError(f"BEATs cfg: {BEATS_NAMES.get(ours, 'predictor_class')} is {value!r}, expected a whole number")
+        return cls(**numbers, conv_bias=bool(cfg.get("conv_bias", False)))
 
 
 @dataclasses.dataclass(frozen=True)

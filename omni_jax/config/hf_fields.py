@@ -129,6 +129,7 @@ _HARMLESS = frozenset(
     temperature top_k top_p typical_p
     image_token_index image_token_id user_token_id vision_token_id ignore_index sim_temperature tokens_per_second mlp_ratio
     enable_audio_output enable_talker talker_config token2wav_config
+    gradient_checkpointing unsloth_version unsloth_fixed transformers.js_config tokenizer_model_max_length tokenizer_padding_side
     """.split()
 )
 # Of a base class that could do otherwise; this model has none of it.

@@ -16,7 +16,14 @@ def some(names: Iterable[object], most: int = 3) -> str:
     return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
 
 
-POINTER = b"version https://git-lfs"
-"""How a file begins that git put in place of a large one."""
+def stands_for(head: bytes) -> str | None:
+    """Returns what a file is that lies in the place of another one, by how it begins, and what to do; None for any other file."""
+    start = head.lstrip().lower()
+    if start.startswith(_POINTER):
+        return "is a Git LFS pointer, not the file that it stands for; fetch that with git lfs pull"
+    if start.startswith((b"<!doctype", b"<html")):
+        return "is a web page, not the file that it stands for; fetch it again"
+    return None
 
-POINTER_ADVICE = "is a Git LFS pointer, not the file that it stands for; fetch that with git lfs pull"
+
+_POINTER = b"version https://git-lfs"

@@ -81,7 +81,9 @@ def _placed(storage: Any, offset: Any, size: Any, stride: Any) -> tuple[Storage,
     if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
         raise Refused(f"a tensor of size {short(size)}, stride {short(stride)}, offset {short(offset)}")
     last = offset if 0 in size else offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
-    if last > storage.numel or math.prod(size) > max(storage.numel, 1):
+    if last <= storage.numel and math.prod(size) > max(storage.numel, 1):
+        raise Refused(f"a tensor of size {short(size)} repeats the {storage.numel} values of its storage; write it with .contiguous()")
+    if last > storage.numel:
         raise Refused(f"a tensor of size {short(size)}, stride {short(stride)}, offset {offset} is past its storage of {storage.numel}")
     return storage, offset, tuple(size), tuple(stride)
 

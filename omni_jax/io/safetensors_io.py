@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from omni_jax.io.messages import stands_for
 from omni_jax.types import InputError
 
 DTYPES: dict[str, np.dtype] = {
@@ -110,7 +111,7 @@ def read_header(path: epath.Path) -> tuple[dict[str, TensorInfo], dict[str, str]
         length = int.from_bytes(head, "little")
         if len(head) < 8 or not 2 <= length <= _MAX_HEADER:
             what = "is empty" if not head else "is not a safetensors file"
-            raise InputError(f"{path}: {what}; {_AGAIN}")
+            raise InputError(f"{path}: {stands_for(head + file.read(56)) or f'{what}; {_AGAIN}'}")
         if 8 + length > size:
             raise InputError(f"{path}: {size} bytes, but its header alone needs {8 + length}; the file is truncated: {_AGAIN}")
         text = file.read(length)
@@ -118,6 +119,8 @@ def read_header(path: epath.Path) -> tuple[dict[str, TensorInfo], dict[str, str]
         header = json.loads(text)
         metadata = header.pop("__metadata__", None) or {}
         infos = [_info(name, entry, path, 8 + length) for name, entry in header.items()]
+    except _Unread as e:
+        raise InputError(f"{path}: {e}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise InputError(f"{path}: its safetensors header cannot be read ({e}); {_AGAIN}") from None
     infos.sort(key=lambda info: (info.start, info.nbytes))
@@ -132,10 +135,15 @@ def read_header(path: epath.Path) -> tuple[dict[str, TensorInfo], dict[str, str]
     return {info.name: info for info in infos}, metadata
 
 
+class _Unread(Exception):
+    """A tensor whose element type is not read."""
+
+
 def _info(name: str, entry: Mapping[str, Any], path: epath.Path, base: int) -> TensorInfo:
     dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in DTYPES:
-        raise ValueError(f"tensor {name} has element type {dtype}, which is not supported")
+        kind = str(dtype)[:20]
+        raise _Unread(f"tensor {name} has element type {kind}, which is not read; take the checkpoint that is not quantised")
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
         raise ValueError(f"tensor {name} has shape {shape} and offsets {start}, {stop}")
     info = TensorInfo(name, dtype, tuple(shape), path, base + start)

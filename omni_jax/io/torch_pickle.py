@@ -17,12 +17,15 @@ import numpy as np
 from etils import epath
 
 from omni_jax.io import safetensors_io
+from omni_jax.io.messages import some, stands_for
 from omni_jax.io.pickle_machine import STORAGES, Name, Refused, Storage, Tensors, interpret, short
 from omni_jax.io.safetensors_io import TensorInfo
 from omni_jax.types import InputError
 
 _MAX_PICKLE = 256 * 1024 * 1024  # bytes of a pickle: it holds names and shapes, not weights
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of files before torch 1.6
+_STATE = ("state_dict", "model", "module", "model_state_dict")
+"""What training programs call the weights among the other things of their file."""
 _RESAVE = "open it with torch and write it again with torch.save(obj, path)"
 _AGAIN = "copy or download it again"
 _BLOCK = 4 * 2**20
@@ -73,11 +76,22 @@ def open_torch_weights(path: epath.PathLike) -> dict[str, TensorInfo]:
 
     content = _load(path, place)
     tensors = content if isinstance(content, dict) else {}
-    if not tensors or not all(isinstance(name, str) and isinstance(info, TensorInfo) for name, info in tensors.items()):
-        inner = [name for name in ("state_dict", "model", "module", "model_state_dict") if isinstance(tensors.get(name), dict)]
-        advice = f"save its {inner[0]!r} alone" if inner else "save a state_dict()"
-        raise InputError(f"{path}: does not hold a dict of tensors; {advice} with torch.save")
+    if not _are_tensors(tensors):
+        # A training program's own file: its weights are taken where no other dict of tensors could be meant (averaged ones, say).
+        inner = [name for name, value in tensors.items() if _are_tensors(value)]
+        if len(inner) != 1 or inner[0] not in _STATE:
+            found = f"it holds {len(inner)} ({some(inner)}): save one of them alone" if len(inner) > 1 else "save a state_dict()"
+            raise InputError(f"{path}: does not hold a dict of tensors; {found} with torch.save")
+        tensors = tensors[inner[0]]
     return {name: dataclasses.replace(info, name=name) for name, info in tensors.items()}
+
+
+def _are_tensors(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(info, TensorInfo) for name, info in value.items())
+    )
 
 
 def read_pickle(path: epath.PathLike) -> Any:
@@ -106,12 +120,15 @@ def _load(path: epath.Path, tensor: Tensors) -> Any:
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a torch file (.pt)")
     with path.open("rb") as file:
-        head = file.read(4)
+        head = file.read(64)
         file.seek(0)
         if not head:
             raise InputError(f"{path}: is empty; {_AGAIN}")
-        if head != b"PK\x03\x04" and head[:1] != b"\x80":
-            raise InputError(f"{path}: not a torch file; name a file written by torch.save")
+        if head[:4] != b"PK\x03\x04" and head[:1] != b"\x80":
+            safe = b'{"' in head and int.from_bytes(head[:8], "little") < 1 << 32
+            what = "not a torch file; name a file written by torch.save"
+            what = "holds safetensors by its content; name it so (model.safetensors)" if safe else what
+            raise InputError(f"{path}: {stands_for(head) or what}")
         try:
             if head[:1] == b"\x80":
                 return _load_legacy(path, file, tensor)  # type: ignore[arg-type]

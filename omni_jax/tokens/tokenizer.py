@@ -57,7 +57,7 @@ class Tokenizer:
         files = _read_files(folder)
         if file.name in files:
             try:
-                text = files[file.name].decode()
+                text = files[file.name].decode("utf-8-sig")
             except UnicodeDecodeError as e:
                 raise InputError(f"{file}: cannot be read ({_line(e)}); copy it again from the checkpoint") from None
         elif {"vocab.json", "merges.txt"} <= files.keys():
@@ -126,7 +126,7 @@ def _added_tokens(folder: epath.Path, files: Mapping[str, bytes]) -> dict[str, i
         if name not in files:
             continue
         try:
-            record: dict[str, Any] = json.loads(files[name].decode())
+            record: dict[str, Any] = json.loads(files[name].decode("utf-8-sig"))
             if name == "added_tokens.json":
                 found.update({content: int(index) for content, index in record.items()})
             else:

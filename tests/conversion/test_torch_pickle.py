@@ -142,7 +142,7 @@ def test_a_changed_bit_is_found_by_the_sum_in_the_archive(tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({"state_dict": {"a": np.ones(2, np.float32)}, "epoch": 3}, "save its 'state_dict' alone"),
+        ({"weights": {"a": np.ones(2, np.float32)}, "epoch": 3}, "does not hold a dict of tensors"),
         ([np.ones(2, np.float32)], "does not hold a dict of tensors"),
         ({"a": np.ones(2, np.float32), "step": 4}, "does not hold a dict of tensors"),
         ({}, "does not hold a dict of tensors"),

@@ -12,7 +12,7 @@ from typing import Any
 from omni_jax.data.entries import absolute
 from omni_jax.data.formats import csv_table, json_entries, parquet, webdataset
 from omni_jax.data.formats.entry import Entry, Notes, files_of, media_kind
-from omni_jax.io.messages import POINTER, POINTER_ADVICE
+from omni_jax.io.messages import stands_for
 from omni_jax.types import InputError
 
 Reader = Callable[[os.PathLike[str] | str, Mapping[str, str], Notes], Iterator[Entry]]
@@ -66,12 +66,9 @@ _SPLITS |= {"training": "train", "val": "validation", "valid": "validation", "de
 _MOST_OF_A_SET = 100_000  # files
 _SHEETS = (".xlsx", ".xls", ".ods")
 _FOREIGN = {
-    POINTER: POINTER_ADVICE,
     b"ARROW1": "is an Arrow file; write it as Parquet: Dataset.from_file(FILE).to_parquet(...) in datasets",
     b"SQLite format 3": "is a database; write its table as CSV or JSON lines",
     b"\x80\x04\x95": "is a pickle, which is never opened; write its records as JSON lines",
-    b"<!DOCTYPE": "is a web page, not the file that it stands for; fetch it again",
-    b"<html": "is a web page, not the file that it stands for; fetch it again",
 }
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip"}
 
@@ -183,7 +180,7 @@ def _format_of(path: os.PathLike[str] | str) -> str:
         raise InputError(f"{path}: is a spreadsheet; save it as CSV in UTF-8")
     if packing := next((name for mark, name in _PACKED.items() if head.startswith(mark)), None):
         raise InputError(f"{path}: is compressed with {packing}, and is not unpacked here; unpack it first")
-    if what := next((what for mark, what in _FOREIGN.items() if head.startswith(mark)), None):
+    if what := stands_for(head) or next((what for mark, what in _FOREIGN.items() if head.startswith(mark)), None):
         raise InputError(f"{path}: {what}")
     if media_kind(os.fspath(path)):
         raise InputError(f"{path}: is a media file; name the folder that holds it, or a manifest that names it")
