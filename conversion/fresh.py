@@ -40,6 +40,7 @@ from omni_jax.conversion.engine import Entry
 from omni_jax.conversion.folder import Manifest, TensorFile
 from omni_jax.conversion.fresh_tokenizer import train_tokenizer
 from omni_jax.conversion.importer import Summary
+from omni_jax.conversion.processor_settings import preprocessor_config
 from omni_jax.conversion.store import StoreWriter
 from omni_jax.conversion.weight_files import SINGLE
 from omni_jax.types import InputError
@@ -184,33 +185,6 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
         },
         "vision_end_token_id": tokens.vision_eos,
         "vision_start_token_id": tokens.vision_bos,
-    }
-
-
-def preprocessor_config(model: ModelConfig) -> dict[str, Any]:
-    """Returns a `preprocessor_config.json` as Qwen2.5-Omni's processor reads it."""
-    return {
-        "chunk_length": 300,
-        "dither": 0.0,
-        "feature_extractor_type": "WhisperFeatureExtractor",
-        "feature_size": model.audio.num_mel_bins,
-        "hop_length": 160,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "max_pixels": 12845056,
-        "merge_size": model.vision.merge_size,
-        "min_pixels": 3136,
-        "n_fft": 400,
-        "n_samples": 4800000,
-        "nb_max_frames": 30000,
-        "padding_side": "right",
-        "padding_value": 0.0,
-        "patch_size": model.vision.patch_size,
-        "processor_class": "Qwen2_5OmniProcessor",
-        "return_attention_mask": True,
-        "sampling_rate": 16000,
-        "temporal_patch_size": model.vision.temporal_patch_size,
     }
 
 

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from omni_jax.conversion import control_tokens, engine, folder, source
+from omni_jax.conversion import control_tokens, engine, folder, processor_settings, source
 from omni_jax.conversion.adapter import Adapter, open_adapter
 from omni_jax.conversion.engine import Entry
 from omni_jax.conversion.folder import Manifest, TensorFile
@@ -103,6 +103,7 @@ def to_jax(
     with folder.new_folder(out) as temporary:
         job = _Job(source.open_checkpoint(base), beats, adapter, DTYPES[dtype], weights == "int8", merge_adapter, backbone, progress)
         control_tokens.check(job.checkpoint, job.config)
+        processor_settings.check(job.checkpoint, job.config)
         with StoreWriter(temporary / folder.WEIGHTS, part_bytes) as writer:
             job.write_base(writer)
             base_digest = writer.digest

@@ -176,3 +176,26 @@ def test_what_training_programs_write_into_a_configuration_is_carried(plain):
     }
     (plain / "config.json").write_text(json.dumps(config))
     assert model_config(open_checkpoint(plain)) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "words"),
+    [
+        ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}, "image_mean is [0.5, 0.5, 0.5], and [0.48"),
+        ("preprocessor_config.json", {"n_fft": 512, "feature_size": 128}, "n_fft is 512, and 400 is"),
+        ("preprocessor_config.json", {"do_rescale": False, "image_mean": None}, "do_rescale is False"),
+        ("video_preprocessor_config.json", {"patch_size": 16}, "patch_size is 16"),
+        ("processor_config.json", {"feature_extractor": {"sampling_rate": 8000}}, "feature_extractor.sampling_rate is 8000"),
+    ],
+)
+def test_a_processor_that_prepares_otherwise_is_refused_by_name(plain, file, fields, words):
+    (plain / file).write_text(json.dumps(fields))
+    refused(plain, f"{plain / file}: {words}")
+
+
+def test_a_processor_with_other_limits_or_rounded_numbers_is_read(plain):
+    sound = {"feature_size": 128, "do_normalize": False, "sampling_rate": 16000, "dither": 0}
+    picture = {"min_pixels": 784, "max_pixels": 50176, "image_mean": [0.48145466, 0.4578275, 0.40821073], "rescale_factor": 0.003921569}
+    (plain / "processor_config.json").write_text(json.dumps({"image_processor": picture, "feature_extractor": sound}))
+    (plain / "preprocessor_config.json").write_text(json.dumps(sound | picture | {"do_normalize": True}))
+    conversion.to_jax(plain, plain.parent / "model")
