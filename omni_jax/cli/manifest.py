@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("nothing to do: give --out FILE.jsonl or --fetch-list FILE")
     if args.out:
         check_jsonl(args.out)
+        if any(os.path.abspath(source) == os.path.abspath(args.out) for source in args.manifest):
+            raise InputError(f"--out {args.out}: is the source itself, whose other entries would be lost; choose another name")
     if args.fetched and not Path(args.fetched).is_dir():
         raise InputError(f"--fetched {args.fetched}: no such folder; name the one that the downloader wrote")
 

@@ -40,7 +40,9 @@ def read_source(args: argparse.Namespace) -> Manifest:
     """Returns the records that the arguments name. Raises InputError when they cannot be read."""
     from omni_jax.data.manifest import read_manifest
 
-    fetched = getattr(args, "fetched", None)
+    fetched, roles = getattr(args, "fetched", None), [role for role, _ in args.columns]
+    if twice := next((role for role in roles if roles.count(role) > 1), None):
+        raise InputError(f"--columns: {twice} is given {roles.count(twice)} names; give each role one")
     return read_manifest(args.manifest, args.media_root, format=args.format, columns=dict(args.columns), fetched=fetched)
 
 

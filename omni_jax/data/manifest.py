@@ -24,7 +24,7 @@ from omni_jax.data.entries import (
     record_of,
     spelled,
 )
-from omni_jax.data.formats.entry import Entry, Notes
+from omni_jax.data.formats.entry import Entry, Notes, files_of, media_kind
 from omni_jax.data.formats.table import FORMATS, note_sets, sources
 from omni_jax.io import atomic_write
 from omni_jax.io.messages import some
@@ -123,7 +123,7 @@ def read_manifest(
         for entry in FORMATS[kind](file, columns or {}, notes)
     )
     file = root = None
-    here = {one.stem: os.path.abspath(one) for one in sorted(Path(fetched).iterdir())} if fetched is not None else {}
+    here = _fetched_files(fetched) if fetched is not None else {}
     for entry in itertools.chain.from_iterable(read):
         if entry.file != file:
             file = entry.file
@@ -139,7 +139,7 @@ def read_manifest(
                 raise BadEntry(f"{again} {_place(first[name], entry)} already; give every record its own")
             first[name] = entry._replace(fields={})
             if name in here:
-                fields |= {field: here[name] for field in ("video", "audio") if is_web_address(fields.get(field))}
+                fields |= {field: _fetched(here[name], field) for field in ("video", "audio") if is_web_address(fields.get(field))}
             records.append(record_of(fields, name, entry.line, root, media_root is not None))
             made += [name] * new
             conversations &= not (new and entry.nameless)
@@ -166,6 +166,26 @@ def read_manifest(
         )
     said = (*notes.lines(), *_notes(made, "conversations" if conversations else "records", extra, asked, capitals, whole))
     return Manifest(tuple(records), tuple(problems), said, tuple(remote))
+
+
+def _fetched_files(folder: os.PathLike[str] | str) -> dict[str, list[str]]:
+    """Returns id -> the media files of a folder that are called so, with a suffix of media or none, in subfolders for slashes of an id."""
+    root = Path(os.path.abspath(folder))
+    found: dict[str, list[str]] = {}
+    for file in files_of(root):
+        if media_kind(file.name) or not file.suffix:
+            found.setdefault(file.relative_to(root).with_suffix("").as_posix(), []).append(os.fspath(file))
+    return found
+
+
+def _fetched(files: Sequence[str], field: str) -> str:
+    """Returns the file for a field: a picture, which downloaders write beside a clip, only where there is nothing else."""
+    order = (field, "audio" if field == "video" else "video", "image")
+    places = [order.index(media_kind(file) or field) for file in files]
+    found = [file for file, place in zip(files, places, strict=True) if place == min(places)]
+    if len(found) > 1:
+        raise BadEntry(f"--fetched holds {' and '.join(PurePath(file).name for file in found)} of one id; keep one of them")
+    return found[0]
 
 
 def _told_apart(files: Sequence[os.PathLike[str] | str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from omni_jax.cli.main import main
 from omni_jax.data.manifest import Manifest, read_manifest
 from omni_jax.types import FilePart, InputError
 from tests.data.test_formats import make_tar
@@ -176,3 +177,34 @@ def test_an_id_that_is_lacking_or_cannot_be_kept_says_what_to_do(tmp_path: Path)
     reasons = [problem.reason.partition(": ")[2] for problem in read_manifest(path).problems]
     assert reasons[0] == "has no id; give every record its own, or name the field of it: --columns id=video_id"
     assert reasons[1].startswith("id holds a zero character") and "audio is a list; make it the path of a file" in reasons[2]
+
+
+def test_fetched_files_are_those_of_the_kind_whatever_downloaders_write_beside_them(tmp_path: Path) -> None:
+    rows = [{"id": name, "text": "x", "video": f"https://a.b/{name}"} for name in ("a", "p/q", "c.d", "two", "none", "curl")]
+    path = folder_of(tmp_path, {"x.jsonl": "\n".join(map(json.dumps, rows))}) / "x.jsonl"
+    here = {
+        "a.mp4": V,
+        "a.webp": V,
+        "a.description": V,
+        "a.en.vtt": V,
+        "p/q.mkv": V,
+        "c.d.mp4": V,
+        "two.mp4": V,
+        "two.webm": V,
+        "none.json": V,
+        "curl": V,
+    }
+    found = read_manifest(path, fetched=folder_of(tmp_path / "here", here))
+    assert [(r.id, r.video.name) for r in found.records] == [("a", "a.mp4"), ("p/q", "q.mkv"), ("c.d", "c.d.mp4"), ("curl", "curl")]
+    two, none = found.problems
+    assert two.reason.endswith("--fetched holds two.mp4 and two.webm of one id; keep one of them") and "is a web address" in none.reason
+
+
+def test_a_role_given_twice_and_a_source_written_over_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder_of(tmp_path, {"x.jsonl": '{"id": "a", "text": "x", "title": "y"}\n{"id": "b"}\n'}) / "x.jsonl"
+    assert (
+        main(["manifest", "from", str(path), "--out", str(tmp_path / "y.jsonl"), "--columns", "text=text", "--columns", "text=title"]) == 2
+    )
+    assert "--columns: text is given 2 names; give each role one" in capsys.readouterr().err
+    assert main(["manifest", "from", str(path), "--out", str(path)]) == 2
+    assert "x.jsonl: is the source itself, whose other entries would be lost" in capsys.readouterr().err and '"b"' in path.read_text()

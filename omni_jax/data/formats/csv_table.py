@@ -44,7 +44,7 @@ def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes)
                 check_columns(path, names, columns)
                 notes.fields.update(dict.fromkeys(names))
             for line, cells in _rows(rows):
-                if not cells or cells == [""] * len(cells):  # a row of separators alone, as spreadsheets leave behind
+                if not isinstance(cells, BadEntry) and not any(cells):  # a row of separators alone, as spreadsheets leave behind
                     continue
                 over = rows.line_num - line + 1
                 if isinstance(cells, BadEntry):

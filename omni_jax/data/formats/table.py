@@ -115,7 +115,7 @@ def note_sets(files: Sequence[os.PathLike[str] | str], notes: Notes) -> None:
     """Notes files that the names of others say exist (`train-00000-of-00002.parquet`), and splits of a set that are read as one."""
     sets: dict[tuple[str, str, str], set[int]] = {}
     splits: dict[str, str] = {}
-    for file in map(os.fspath, files):
+    for file in [os.fspath(one) for one in files]:
         if match := re.fullmatch(r"(.*?)-(\d+)-of-(\d+)(\.\w+)", file):
             sets.setdefault((match[1], match[3], match[4]), set()).add(int(match[2]))
         words = re.split(r"[^a-z]+", "/".join(file.lower().split("/")[-2:]))
