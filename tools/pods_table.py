@@ -35,6 +35,7 @@ class Case(NamedTuple):
       remat: of the decoder's layers.
       captions: longest caption, in tokens; the published recipe's have about 40.
       timed: whether it is compiled at full effort, which predicts time.
+      data: devices of a slice that hold copies of the weights.
     """
 
     topology: str
@@ -46,6 +47,7 @@ class Case(NamedTuple):
     remat: str = "layer"
     captions: int = 40
     timed: bool = True
+    data: int = 1
 
     @property
     def arguments(self) -> list[str]:
@@ -55,6 +57,7 @@ class Case(NamedTuple):
             "batch.micro_batch": self.clips,
             "batch.micro_batches": self.micro_batches,
             "batch.blocks": max(self.clips // BLOCK, read_topology(self.topology, self.slices).hosts),
+            **({"mesh.data": self.data} if self.data > 1 else {}),
         }
         given = ["--topology", self.topology, "--slices", str(self.slices), "--programs", self.programs, "--kinds", self.kinds]
         return [
@@ -75,6 +78,7 @@ class Case(NamedTuple):
             entry["topology"] == str(read_topology(self.topology, self.slices))
             and parts in entry["command"]
             and (entry["micro_batch"], entry["micro_batches"], entry["remat"]) == batch
+            and entry["mesh"]["data"] == self.data
             and entry["command"].endswith(table.FULL_EFFORT) == self.timed
         )
 
@@ -88,6 +92,14 @@ RECOMMENDED = {
     "v6e": (QUICK("v6e:8x8"),),
 }
 """The training step by chip, all kinds."""
+
+GROWTH = (
+    Case("v5e:8x8", 1024, kinds="0"),
+    Case("v5e:16x16", 4096, kinds="0"),
+    Case("v5e:16x16", 4096, kinds="0", data=4),
+    Case("v5e:16x16", 8192, slices=2, kinds="0"),
+)
+"""The step of RECOMMENDED's first kind on more chips of a kind, with as many clips a chip."""
 
 OTHERS = (
     QUICK("v4:4x4x4"),
@@ -104,7 +116,7 @@ REFUSED = QUICK("v5e:4x4", remat="none", kinds="1")
 
 def cases() -> tuple[Case, ...]:
     """Returns everything in the table."""
-    return (*itertools.chain(*RECOMMENDED.values()), *OTHERS, *EMBED, REFUSED)
+    return (*itertools.chain(*RECOMMENDED.values()), *GROWTH, *OTHERS, *EMBED, REFUSED)
 
 
 def hours_per_million(chip: str) -> float:
@@ -122,7 +134,8 @@ def rows(case: Case) -> list[str]:
         share = f"{program['share_of_peak']:.0%}".replace("%", " %")
         hours = f"{program['predicted']['chip_hours_per_million_triples']:.0f}"
         cells = [f"{entry['micro_batch']:,}", program["kind"]["hard"], f"{program['predicted_seconds']:.2f}", share, hours]
-        found.append(f"| {' | '.join([entry['topology'], str(entry['chips']), *cells])} |")
+        place = entry["topology"] + (f", mesh.data={case.data}" if case.data > 1 else "")
+        found.append(f"| {' | '.join([place, str(entry['chips']), *cells])} |")
     return found
 
 

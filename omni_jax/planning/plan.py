@@ -194,6 +194,9 @@ def command(request: Request, programs: Sequence[str], counts: Sequence[int]) ->
     parts += [f"--programs {','.join(programs)}", f"--kinds {','.join(map(str, counts))}", f"--caption-tokens {request.caption_tokens}"]
     fields = {"losses.negatives": run.losses.negatives, "remat": run.remat, "batch.blocks": run.batch.blocks}
     fields |= {"batch.micro_batch": run.batch.micro_batch, "batch.micro_batches": run.batch.micro_batches}
+    if not request.mesh:
+        plain = dataclasses.asdict(type(run.mesh)())
+        fields |= {f"mesh.{name}": size for name, size in dataclasses.asdict(run.mesh).items() if size != plain[name] and name != "slices"}
     line = " ".join([*parts, *(f"--config.{name}={value}" for name, value in fields.items())])
     return line + FULL_EFFORT if request.full_effort else line
 

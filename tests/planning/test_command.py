@@ -126,6 +126,17 @@ def test_full_effort_leaves_the_compiler_to_itself():
     assert (quick.options, full.options) == (devices.QUICK, {})
 
 
+def test_the_command_in_a_table_has_the_mesh_of_the_config():
+    model, _ = planned_model(read_config(TINY).model)
+
+    def written(*changes: str, mesh: str = "") -> str:
+        return plan.command(plan.Request(read_config(TINY, changes), model, "v5e:4x4", mesh=mesh), ["train"], [0])
+
+    assert "mesh" not in written()
+    assert written("mesh.data=2", "mesh.tensor=2") == f"{written()} --config.mesh.data=2 --config.mesh.tensor=2"
+    assert written("mesh.data=2", mesh="fsdp=16") == written(mesh="fsdp=16")
+
+
 def test_full_effort_on_a_chip_whose_clock_is_not_known_is_refused_first(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
