@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,6 @@ from omni_jax.cli.status import DONE, INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.types import InputError
 
 if TYPE_CHECKING:
-    from omni_jax.cli.progress import Progress
     from omni_jax.cli.stopping import Signals
 
 EXAMPLE = "omni-jax train --config omniretriever_7b --config.data.train=shards --workdir runs/omni7b"
@@ -46,11 +46,12 @@ def run(args: argparse.Namespace) -> int:
     """Trains and returns the exit status: 0, 75 when SIGTERM or 130 when Ctrl-C stopped it after saving."""
     from omni_jax.cli.stopping import signals_noted
 
-    with signals_noted() as signals, _Display() as display:
-        return _train(args, signals, display)
+    with signals_noted() as signals, contextlib.ExitStack() as shown:
+        return _train(args, signals, shown)
 
 
-def _train(args: argparse.Namespace, signals: Signals, display: _Display) -> int:
+def _train(args: argparse.Namespace, signals: Signals, shown: contextlib.ExitStack) -> int:
+    """Trains, with lines before the loop begins, and a bar and lines above it from then on."""
     config = read_config(args.config, args.overrides)
 
     from omni_jax.cli.progress import Progress
@@ -62,16 +63,25 @@ def _train(args: argparse.Namespace, signals: Signals, display: _Display) -> int
     from omni_jax.api.training import TrainCallbacks, run_training
 
     first = jax.process_index() == 0
+    bar: Progress | None = None
 
     def log(line: str) -> None:
-        if first:
-            display.note(line)
+        if bar is not None:
+            bar.note(line)
+        elif first:
+            print(line, file=sys.stderr)
 
     def begin(done: int, total: int, clips: int) -> None:
-        if first:
-            display.start(Progress(total, "train", unit="steps", done=done))
+        nonlocal bar
+        bar = shown.enter_context(Progress(total, "train", unit="steps", done=done)) if first else None
 
-    outcome = run_training(config, args.workdir, TrainCallbacks(log, begin, display.update, lambda: bool(signals.seen)))
+    def update(number: int, row: dict[str, float]) -> None:
+        if bar is not None:
+            parts = ", ".join(f"{name} {row[name]:.3f}" for name in ("L_T", "L_D", "L_A") if name in row)
+            bar.detail = f"loss {row['loss']:.3f} ({parts}), grad norm {row['grad_norm']:.2f}, {row['clips_per_second']:.1f} clips/s"
+            bar.update(number - bar.done)
+
+    outcome = run_training(config, args.workdir, TrainCallbacks(log, begin, update, lambda: bool(signals.seen)))
     if not outcome.finished:
         where = f"{outcome.step} of {outcome.total} steps are saved in {args.workdir}: run it again to resume"
         if outcome.step == outcome.total:
@@ -81,33 +91,3 @@ def _train(args: argparse.Namespace, signals: Signals, display: _Display) -> int
     if first:
         print(f"{args.workdir}: {outcome.step} steps; use it as --model, or write PyTorch files with omni-jax convert to-torch")
     return DONE
-
-
-class _Display:
-    """Lines before the loop begins, a progress bar and lines above it from then on."""
-
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-
-    def __enter__(self) -> _Display:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._progress is not None:
-            self._progress.__exit__(None, None, None)
-
-    def start(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def note(self, line: str) -> None:
-        if self._progress is not None:
-            self._progress.note(line)
-        else:
-            print(line, file=sys.stderr)
-
-    def update(self, number: int, row: dict[str, float]) -> None:
-        if self._progress is None:
-            return
-        parts = ", ".join(f"{name} {row[name]:.3f}" for name in ("L_T", "L_D", "L_A") if name in row)
-        self._progress.detail = f"loss {row['loss']:.3f} ({parts}), grad norm {row['grad_norm']:.2f}, {row['clips_per_second']:.1f} clips/s"
-        self._progress.update(number - self._progress.done)
