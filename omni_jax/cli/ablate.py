@@ -7,15 +7,11 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omni_jax.cli.config_file import add_config_arguments, read_config
 from omni_jax.cli.status import DONE, INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.config.extras import lacking
 from omni_jax.types import InputError
-
-if TYPE_CHECKING:
-    from omni_jax.cli.progress import Progress
 
 EXAMPLE = """omni-jax ablate --arms L_A,L_A+L_D,L_A+L_T,all --seeds 5 --start warm --out ablation
 omni-jax ablate --arms all --arm "micro=all --config.losses.negatives=micro" --out negatives"""
@@ -68,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--seeds {args.seeds}: an interval over seeds needs at least 2")
     from omni_jax.ablation.runs import Ablation, AblationCallbacks, Stopped, carry_out
     from omni_jax.ablation.table import as_markdown, as_page, as_text, result_of
+    from omni_jax.cli.progress import Progress
     from omni_jax.cli.stopping import signals_noted
     from omni_jax.data.synthetic_parts import PartsConfig
     from omni_jax.io import atomic_write_text
@@ -76,8 +73,21 @@ def run(args: argparse.Namespace) -> int:
     given = (args.out, configs, args.seeds, args.start, args.equal, parts, args.warm_steps, args.warm_every, args.warm_losses)
     ablation = Ablation(*given, warm_margin=args.warm_margin)
     args.out.mkdir(parents=True, exist_ok=True)
-    with signals_noted() as signals, _Display(ablation.runs) as display:
-        callbacks = AblationCallbacks(display.begin, display.advance, display.finished, lambda: bool(signals.seen))
+    with signals_noted() as signals, Progress(ablation.runs, "ablate", unit="runs") as bar:
+        what, at, of = "", 0, 0  # what runs now, its step, and of how many
+
+        def begin(name: str, total: int, done: int) -> None:
+            nonlocal what, at, of
+            what, at, of = name, 0, total
+            advance(done)
+
+        def advance(steps: int, runs: int = 0) -> None:
+            nonlocal at
+            at += steps
+            bar.detail = f"{what}: step {at} of {of}"
+            bar.update(runs)
+
+        callbacks = AblationCallbacks(begin, advance, lambda: advance(0, 1), lambda: bool(signals.seen))
         try:
             outcome = carry_out(ablation, callbacks)
         except Stopped as stop:
@@ -94,54 +104,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _command(args: argparse.Namespace) -> str:
     """Returns the command line that makes the same table."""
+    usual = argparse.ArgumentParser()
+    add_arguments(usual)
     parts = ["omni-jax", "ablate"]
-    if args.config != "ablation":
-        parts += ["--config", args.config]
-    parts += ["--arms", args.arms] if args.arms is not None else []
+    for name in ("config", "arms", "seeds", "start", "equal", "warm_steps", "warm_every", "warm_losses", "warm_margin"):
+        if (value := getattr(args, name)) != usual.get_default(name) or name in ("seeds", "start", "equal"):
+            parts += [f"--{name.replace('_', '-')}", str(value)]
     for arm in args.arm:
         parts += ["--arm", arm]
-    for name, usual in (
-        ("seeds", None),
-        ("start", None),
-        ("equal", None),
-        ("warm_steps", 1200),
-        ("warm_every", 100),
-        ("warm_losses", "L_A"),
-        ("warm_margin", 5.0),
-    ):
-        if getattr(args, name) != usual:
-            parts += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     parts += ["--clips", *map(str, args.clips)] if args.clips else []
     parts += [f"--config.{change}" for change in args.overrides]
     return shlex.join([*parts, "--out", args.out.name])
-
-
-class _Display:
-    """One bar for all runs, in runs; what runs now, and its steps, are shown beside it."""
-
-    def __init__(self, runs: int) -> None:
-        self._runs, self._what, self._at, self._total = runs, "", 0, 0
-        self._bar: Progress | None = None
-
-    def __enter__(self) -> _Display:
-        from omni_jax.cli.progress import Progress
-
-        self._bar = Progress(self._runs, "ablate", unit="runs")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
-
-    def begin(self, what: str, total: int, done: int) -> None:
-        self._what, self._total, self._at = what, total, done
-        self.advance(0)
-
-    def advance(self, steps: int, runs: int = 0) -> None:
-        self._at += steps
-        if self._bar is not None:
-            self._bar.detail = f"{self._what}: step {self._at} of {self._total}"
-            self._bar.update(runs)
-
-    def finished(self) -> None:
-        self.advance(0, 1)
