@@ -23,6 +23,7 @@ from typing import Any
 from etils import epath
 
 from omni_jax.config import PREFIXES, ConfigError, ModelConfig
+from omni_jax.io.messages import as_input_error
 from omni_jax.io.remote import absolute, check_holds_weights
 from omni_jax.types import InputError
 
@@ -174,10 +175,8 @@ def new_folder(out: epath.PathLike) -> Iterator[epath.Path]:
         raise InputError(f"{out}: exists and is not an empty folder; choose another name or remove it first")
     temporary = out.parent / f".{out.name}.incomplete-{os.getpid()}"
     _sweep(out)
-    try:
+    with as_input_error(f"{out}: cannot be created", "choose another place"):
         temporary.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"{out}: cannot be created ({e.strerror or e}); choose another place") from None
     settle = 0
     try:
         yield temporary

@@ -31,7 +31,7 @@ import numpy as np
 from etils import epath
 
 from omni_jax.conversion.folder import ADAPTER, EXTRA, WEIGHTS, Manifest
-from omni_jax.io.messages import line_of
+from omni_jax.io.messages import as_input_error
 from omni_jax.io.remote import absolute
 from omni_jax.types import InputError
 
@@ -227,10 +227,8 @@ class Store:
             # Whole rows, as many as share digests: what an object store or a page of a file gives anyway.
             first = at[0].start - at[0].start % stored.rows if stored.digests else at[0].start
             last = min(-(-at[0].stop // stored.rows) * stored.rows, piece.shape[0]) if stored.digests else at[0].stop
-            try:
+            with as_input_error(f"{raw}: cannot be read", _CONVERT, OSError, ValueError):
                 whole = read_raw(raw, piece.shape, piece.dtype, (slice(first, last), *(slice(0, n) for n in piece.shape[1:])))
-            except (OSError, ValueError) as e:
-                raise InputError(f"{raw}: cannot be read ({e}); {_CONVERT}") from None
             self._verify(piece, whole, first)
             part = whole[(slice(at[0].start - first, at[0].stop - first), *columns)]
             self.bytes_read += part.nbytes
@@ -274,10 +272,8 @@ class Store:
             arguments = {piece.key: ocp.RestoreArgs(restore_type=np.ndarray) for piece in members}
             item = {piece.key: jax.ShapeDtypeStruct(piece.shape, piece.dtype) for piece in members}
             path = _part(self._folder, part)
-            try:
+            with as_input_error(f"{path}: cannot be read", _CONVERT, ValueError, KeyError, OSError):
                 found |= self._checkpointer.restore(path, ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True))
-            except (ValueError, KeyError, OSError) as e:
-                raise InputError(f"{path}: cannot be read ({line_of(e)}); {_CONVERT}") from None
         for piece in pieces:
             array = found.pop(piece.key)
             if array.shape != piece.shape or array.dtype != piece.dtype:

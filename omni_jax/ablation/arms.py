@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 
+from omni_jax.io.messages import as_input_error
 from omni_jax.objectives import LOSSES
 from omni_jax.types import InputError
 
@@ -46,10 +47,8 @@ def parse_arms(losses: str, named: Sequence[str] = ()) -> list[Arm]:
         where = f"--arm {text!r}"
         if not sign or not name.strip() or name.startswith("-"):
             raise InputError(f"{where}: write NAME=SETTINGS, such as 'half=L_A+L_D --config.losses.weights.distillation=0.5'")
-        try:
+        with as_input_error(f"{where}: cannot be split into settings", "check its quotes", ValueError):
             parts = shlex.split(settings)
-        except ValueError as e:
-            raise InputError(f"{where}: cannot be split into settings ({e}); check its quotes") from None
         changes: list[str] = []
         for part in parts:
             changes += [part.removeprefix(PREFIX)] if part.startswith(PREFIX) else _weights(part, where)

@@ -16,6 +16,7 @@ import jax
 from etils import epath
 
 from omni_jax.config.made_with import flat
+from omni_jax.io.messages import as_input_error
 from omni_jax.parallel import barrier, process_allgather_str, run_on_all_processes, run_on_process_0
 from omni_jax.types import InputError
 
@@ -72,10 +73,8 @@ def check_shared(folder: epath.Path) -> None:
     marks = [folder / f"{MARK}{number}-{run}" for number in range(count)]
 
     def write() -> None:
-        try:
+        with as_input_error(f"{folder}: process {me} cannot write there", _MEND):
             marks[me].write_text("")
-        except OSError as e:
-            raise InputError(f"{folder}: process {me} cannot write there ({e.strerror or e}); {_MEND}") from None
 
     def look() -> None:
         end = time.monotonic() + PATIENCE_S

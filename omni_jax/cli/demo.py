@@ -11,7 +11,7 @@ from pathlib import Path
 from omni_jax.cli.status import INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.cli.stopping import Signals, interrupts_noted
 from omni_jax.config.extras import lacking
-from omni_jax.types import InputError
+from omni_jax.io.messages import as_input_error
 
 EXAMPLE = "omni-jax demo --out demo_out"
 
@@ -60,9 +60,7 @@ def _parts(args: argparse.Namespace, signals: Signals) -> int:
 
 def _check_place(out: Path) -> None:
     """Makes the folder. Raises InputError at once where nothing can be written into it: the first file would come minutes later."""
-    try:
+    with as_input_error(f"--out {out}: cannot be written", "choose another place"):
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
-    except OSError as e:
-        raise InputError(f"--out {out}: cannot be written ({e.strerror or e}); choose another place") from None

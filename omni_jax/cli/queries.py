@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_jax.config import TABLE_MODALITIES
+from omni_jax.io.messages import as_input_error
 from omni_jax.types import InputError
 
 FIELDS = {"text": ("text",), "audio": ("audio",), "video": ("video",), "av": ("video", "audio")}
@@ -58,10 +59,8 @@ def _of_file(file: str, media_root: str | None) -> Queries:
         names = tuple(record.id for record in manifest.records)
         items = tuple({"text": r.text, "video": r.video, "audio": r.audio, "timestamps": r.timestamps} for r in manifest.records)
     else:
-        try:
+        with as_input_error(f"--queries {file}: cannot be read", "give UTF-8 text", OSError, UnicodeDecodeError):
             lines = Path(file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--queries {file}: cannot be read ({getattr(error, 'strerror', None) or error}); give UTF-8 text") from None
         names = tuple(line for line in lines if line.strip())
         items = tuple({"text": line} for line in names)
     if problems:

@@ -20,6 +20,7 @@ from omni_jax.cli.config_file import add_config_arguments, read_config
 from omni_jax.cli.status import DONE
 from omni_jax.cli.train import add_process_arguments, join
 from omni_jax.io import lock
+from omni_jax.io.messages import as_input_error
 from omni_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -133,10 +134,8 @@ def _together(error: Exception | None) -> None:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[Path]:
     """Makes a local folder and holds it against other processes of this machine."""
-    try:
+    with as_input_error(f"{folder}: cannot be written", "name another --scratch"):
         folder.mkdir(parents=True, exist_ok=True)
         held = lock(folder / "lock", wait=True)
-    except OSError as e:
-        raise InputError(f"{folder}: cannot be written ({e.strerror or e}); name another --scratch") from None
     with held or contextlib.nullcontext():
         yield folder

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from omni_jax.io import WholeFile, lock
-from omni_jax.types import InputError
+from omni_jax.io.messages import as_input_error
 
 FULL = 7 / 8  # of the size that stays when space is freed; processes may write the rest until they look again
 
@@ -37,12 +37,8 @@ class RecordCache:
         self._each = int(size * (1 - FULL) / max(1, writers))  # bytes that this process writes before it frees space
         self._written = self._each  # what earlier runs left counts, too
         self._guard = threading.Lock()
-        try:
+        with as_input_error(f"{folder}: cannot be written", "set data.cache to a folder on a local disk"):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"{folder}: cannot be written ({error.strerror or error}); set data.cache to a folder on a local disk"
-            ) from None
 
     def __reduce__(self) -> tuple[type[RecordCache], tuple[Path, int, int]]:
         return RecordCache, (self.folder, self._size, self._writers)

@@ -30,7 +30,7 @@ from omni_jax.data.record_cache import RecordCache
 from omni_jax.data.remote_shards import RemoteShards
 from omni_jax.features.vision import FRAMES_PER_STEP, PATCH, temporal_steps
 from omni_jax.io import WholeFile
-from omni_jax.io.messages import line_of
+from omni_jax.io.messages import as_input_error, line_of
 from omni_jax.io.remote import is_remote
 from omni_jax.types import Clip, ClipError, InputError, Record, VideoFrames
 
@@ -173,12 +173,9 @@ class ShardWriter:
                 self._writer.close()
         self._file.discard()
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, OSError) as error:  # the first is the library's own, whatever went wrong below
-            raise InputError(f"{self._path}: cannot be written ({line_of(error)}); check that the disk has space") from None
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        # RuntimeError is the library's own, whatever went wrong below.
+        return as_input_error(f"{self._path}: cannot be written", "check that the disk has space", RuntimeError, OSError)
 
 
 def check_shard(path: Path, records: int, size: int | None) -> None:
@@ -187,13 +184,11 @@ def check_shard(path: Path, records: int, size: int | None) -> None:
     Raises:
       InputError: when it is missing, damaged, or another than the index was written for.
     """
-    try:
+    with as_input_error(f"{path}: shard not found", AGAIN):
         if size is None:
             open_shard(path, records).close()
         elif (there := path.stat().st_size) != size:
             raise InputError(f"{path}: has {there} bytes where the index has {size}; {AGAIN}")
-    except OSError as error:
-        raise InputError(f"{path}: shard not found ({error.strerror or error}); {AGAIN}") from None
 
 
 def open_shard(path: Path, records: int) -> Any:
@@ -202,11 +197,9 @@ def open_shard(path: Path, records: int) -> Any:
 
     if not path.is_file():
         raise InputError(f"{path}: shard not found; {AGAIN}")
-    try:
+    with as_input_error(f"{path}: cannot be read as a shard", AGAIN, Exception):  # the library raises whatever its status says
         reader = ArrayRecordReader(str(path), _READER)
         there = reader.num_records()
-    except Exception as error:  # the library raises whatever its status says
-        raise InputError(f"{path}: cannot be read as a shard ({line_of(error)}); {AGAIN}") from None
     if there != records:
         raise InputError(f"{path}: holds {there} clips where the index has {records}; {AGAIN}")
     return reader

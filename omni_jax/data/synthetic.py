@@ -20,6 +20,7 @@ import numpy as np
 from omni_jax.data.manifest import write_jsonl_atomic
 from omni_jax.data.synthetic_media import FPS, picture, sound, write_mp4
 from omni_jax.io import atomic_write
+from omni_jax.io.messages import as_input_error
 from omni_jax.media.workers import run_guarded
 from omni_jax.types import ClipError, InputError
 
@@ -157,13 +158,11 @@ def write_set(out: Path, config: SyntheticConfig, workers: int = 0, progress: Ca
     """
     out, said = Path(os.path.abspath(out)), json.dumps(dataclasses.asdict(config), indent=1) + "\n"
     settings = out / "synthetic.json"
-    try:
+    with as_input_error(f"{out}: cannot be written", "choose another place"):
         if settings.exists() and settings.read_text() != said:
             raise InputError(f"{out}: holds synthetic clips of other settings; choose another folder or remove it")
         (out / "media").mkdir(parents=True, exist_ok=True)
         settings.write_text(said)
-    except OSError as e:
-        raise InputError(f"{out}: cannot be written ({e.strerror or e}); choose another place") from None
     clips = plan_clips(config)
     missing = [clip for clip in clips if not _file(out, clip).exists()]
     function = functools.partial(_write_clip, folder=out, config=config)

@@ -27,6 +27,7 @@ import numpy as np
 from omni_jax.config import TABLE_MODALITIES, Preset
 from omni_jax.data.clip_index import INDEX, write_index, write_json, write_rows
 from omni_jax.data.shards import ShardWriter, encode_clip, extents, index_row, shard_name, write_dataset_info
+from omni_jax.io.messages import as_input_error
 from omni_jax.types import Clip, InputError, Record, VideoFrames
 
 SHOWN = {"t": (0, 1, 2), "a": (0, 1, 3), "v": (0, 2, 3)}
@@ -156,12 +157,10 @@ def write_parts(out: Path, config: PartsConfig, preset: Preset, progress: Callab
     """
     drawn, done = draw_factors(config), 0
     settings, said = out / "parts.json", {**dataclasses.asdict(config), "generator": _digest(drawn, config)}
-    try:
+    with as_input_error(f"{out}: cannot be used", "choose another folder or remove it", OSError, ValueError):
         out.mkdir(parents=True, exist_ok=True)
         if settings.exists() and json.loads(settings.read_text()) != said:
             raise InputError(f"{out}: was made with other settings or another version of omni-jax; choose another folder or remove it")
-    except (OSError, ValueError) as e:
-        raise InputError(f"{out}: cannot be used ({e}); choose another folder or remove it") from None
     write_json(settings, said)
     for number, split in enumerate(SPLITS):
         folder = out / split

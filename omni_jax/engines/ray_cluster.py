@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import omni_jax
 from omni_jax.config import ConfigError
-from omni_jax.io.messages import line_of
+from omni_jax.io.messages import as_input_error
 from omni_jax.types import InputError
 
 LOCAL, AUTO = "local", "auto"
@@ -60,13 +60,11 @@ def check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise InputError(f"--ray {address}: give local, auto, or HOST:PORT of the cluster's head")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_S) as connection:
-            connection.settimeout(CONNECT_S)
-            connection.sendall(_GREETING)
-            answer = connection.recv(9)
-    except OSError as error:
-        raise InputError(f"--ray {address}: does not answer ({error.strerror or error}); start the cluster or check the address") from None
+    silent = as_input_error(f"--ray {address}: does not answer", "start the cluster or check the address")
+    with silent, socket.create_connection((host.strip("[]"), int(port)), CONNECT_S) as connection:
+        connection.settimeout(CONNECT_S)
+        connection.sendall(_GREETING)
+        answer = connection.recv(9)
     if len(answer) < 4 or answer[3] != _SETTINGS:
         raise InputError(f"--ray {address}: no Ray cluster answers there; give the port of 'ray start --head' (6379)")
 
@@ -92,10 +90,9 @@ def connected(address: str, cpus: int) -> Iterator[Any]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == LOCAL:
         quiet |= {"num_cpus": cpus, "include_dashboard": False}
-    try:
+    # Of a cluster that has gone since it answered Ray ends the process.
+    with as_input_error(f"--ray {address}: cannot be used", "start the cluster or check it", Exception, SystemExit):
         ray.init(address=address, **quiet)
-    except (Exception, SystemExit) as error:  # of a cluster that has gone since it answered Ray ends the process
-        raise InputError(f"--ray {address}: cannot be used ({line_of(error)}); start the cluster or check it") from None
     try:
         if main:
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has set its own

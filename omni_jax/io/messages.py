@@ -1,8 +1,14 @@
-"""Words of a message that other people's text goes into: one line, however long that is."""
+"""Messages that other people's text goes into: one line, however long that is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
+
+from omni_jax.types import InputError
+
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What comes of reading fields in text that is damaged."""
 
 
 def line_of(error: object) -> str:
@@ -27,3 +33,18 @@ def stands_for(head: bytes) -> str | None:
 
 
 _POINTER = b"version https://git-lfs"
+
+
+@contextlib.contextmanager
+def as_input_error(what: str, advice: str, *kinds: type[BaseException]) -> Iterator[None]:
+    """Raises "WHAT (the error's own words); ADVICE" as an InputError for errors of the block: of `kinds`, OSError by default.
+
+    An InputError of the block stays as it is.
+    """
+    kinds = kinds or (OSError,)
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        raise InputError(f"{what} ({getattr(error, 'strerror', None) or line_of(error)}); {advice}") from error

@@ -29,7 +29,7 @@ from etils import epath
 
 from omni_jax.config import TABLES
 from omni_jax.config.made_with import ROUNDING, listed, made_otherwise
-from omni_jax.io.messages import some
+from omni_jax.io.messages import MALFORMED, as_input_error, some
 from omni_jax.io.remote import reaching
 from omni_jax.retrieval.npz import PathLike, check_place, load_arrays, output_file, write_members
 from omni_jax.retrieval.parquet import SUFFIX, load_columns
@@ -283,14 +283,12 @@ def _origin(written: np.ndarray | str, path: PathLike) -> dict[str, Any]:
         found = _PART.search(PurePath(path).stem)
         number, of = map(int, found.groups()) if found else (0, 1)
         return {"named": True, "parts": (number,), "of": of} if number < of else {"named": True}
-    try:
+    with as_input_error(f"{path}: what it was made with cannot be read", "write it again", *MALFORMED):
         said = json.loads(text)
         vectors, parts, of = said.get("vectors"), tuple(map(int, said.get("parts", (0,)))), int(said.get("of", 1))
         same = {str(name): {str(record): str(key) for record, key in pairs.items()} for name, pairs in said.get("same", {}).items()}
         if not (vectors is None or isinstance(vectors, dict)) or not parts or not 0 <= min(parts) <= max(parts) < of < 1 << 20:
             raise ValueError("no record of embeddings")
-    except (ValueError, TypeError, AttributeError, RecursionError) as e:
-        raise InputError(f"{path}: what it was made with cannot be read ({e}); write it again") from None
     return {"named": said.get("named") is not False, "made_with": vectors, "parts": parts, "of": of, "same": same}
 
 

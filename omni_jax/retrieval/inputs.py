@@ -23,7 +23,7 @@ from etils import epath
 
 from omni_jax.config import TABLES
 from omni_jax.config.made_with import ROUNDING
-from omni_jax.io.messages import line_of, some
+from omni_jax.io.messages import as_input_error, line_of, some
 from omni_jax.io.torch_pickle import read_torch_file
 from omni_jax.retrieval.embedding_file import (
     IDS,
@@ -190,10 +190,8 @@ def _read_origin(path: epath.Path) -> dict[str, Any] | None:
     """Returns what an export's vectors were made with; None where it does not say."""
     if not path.is_file():
         return None
-    try:
+    with as_input_error(f"{path}: cannot be read", "export the tables again, or remove it", OSError, ValueError, RecursionError):
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path}: cannot be read ({line_of(e)}); export the tables again, or remove it") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: holds a {type(found).__name__}, an object is expected; export the tables again, or remove it")
     return found

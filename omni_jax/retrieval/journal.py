@@ -17,6 +17,7 @@ from etils import epath
 
 from omni_jax.config.made_with import listed, made_otherwise
 from omni_jax.io import lock
+from omni_jax.io.messages import as_input_error
 from omni_jax.retrieval.embedding_pass import Part
 from omni_jax.retrieval.npz import output_file
 from omni_jax.types import InputError
@@ -118,12 +119,10 @@ def _lock(folder: epath.Path) -> IO[bytes] | None:
 
 
 def _read(path: epath.Path) -> Part:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            fields = json.loads(str(arrays[_RECORDS]))
-            rows = {name: arrays[name] for name in arrays.files if name != _RECORDS}
-    except (OSError, ValueError, KeyError) as e:
-        raise InputError(f"{path}: cannot be read ({e}); remove the folder {path.parent} to begin again") from None
+    damaged = as_input_error(f"{path}: cannot be read", f"remove the folder {path.parent} to begin again", OSError, ValueError, KeyError)
+    with damaged, path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        fields = json.loads(str(arrays[_RECORDS]))
+        rows = {name: arrays[name] for name in arrays.files if name != _RECORDS}
     pairs: dict[str, Any] = {name: tuple((i, line) for i, line in fields[name]) for name in ("problems", "warnings")}
     own = {name: tuple(ids) for name, ids in fields.get("own", {}).items()}
     shapes = {kind: [tuple(shape) for shape in known] for kind, known in fields.get("shapes", {}).items()}

@@ -14,6 +14,7 @@ from etils import epath
 
 from omni_jax.config import SpecialTokens
 from omni_jax.config.components import CONTROL_TOKENS
+from omni_jax.io.messages import MALFORMED, as_input_error
 from omni_jax.types import ClipError, InputError
 
 END = "<|im_end|>"
@@ -56,21 +57,18 @@ class Tokenizer:
         file = folder / "tokenizer.json"
         files = _read_files(folder)
         if file.name in files:
-            try:
+            with as_input_error(f"{file}: cannot be read", "copy it again from the checkpoint", UnicodeDecodeError):
                 text = files[file.name].decode("utf-8-sig")
-            except UnicodeDecodeError as e:
-                raise InputError(f"{file}: cannot be read ({_line(e)}); copy it again from the checkpoint") from None
         elif {"vocab.json", "merges.txt"} <= files.keys():
             text = _from_slow_files(folder)
         else:
             raise InputError(f"{folder}: no tokenizer.json, nor vocab.json with merges.txt; copy them from the checkpoint")
-        try:
+        # The library raises bare Exception.
+        with as_input_error(f"{file}: cannot be read as a tokenizer", "copy it again from the checkpoint", Exception):
             record = json.loads(text)
             added = {token["content"]: int(token["id"]) for token in record["added_tokens"]}
             # Without its added tokens the tokenizer reads their strings as ordinary text, those marked special=false too.
             plain = tokenizers.Tokenizer.from_str(json.dumps({**record, "added_tokens": [], "truncation": None, "padding": None}))
-        except Exception as e:  # the library raises bare Exception
-            raise InputError(f"{file}: cannot be read as a tokenizer ({_line(e)}); copy it again from the checkpoint") from None
         return cls(plain, {**_added_tokens(folder, files), **added}, str(folder), _digest(files))
 
     def check(self, tokens: SpecialTokens) -> None:
@@ -103,11 +101,9 @@ class Tokenizer:
 def _read_files(folder: epath.Path) -> dict[str, bytes]:
     found = {}
     for file in (folder / name for name in FILES):
-        try:
+        with as_input_error(f"{file}: cannot be read", "copy it again from the checkpoint"):
             if file.is_file():
                 found[file.name] = file.read_bytes()
-        except OSError as e:
-            raise InputError(f"{file}: cannot be read ({_line(e)}); copy it again from the checkpoint") from None
     return found
 
 
@@ -125,14 +121,12 @@ def _added_tokens(folder: epath.Path, files: Mapping[str, bytes]) -> dict[str, i
     for name in ("added_tokens.json", "tokenizer_config.json"):
         if name not in files:
             continue
-        try:
+        with as_input_error(f"{folder / name}: cannot be read", "copy it again from the checkpoint", *MALFORMED):
             record: dict[str, Any] = json.loads(files[name].decode("utf-8-sig"))
             if name == "added_tokens.json":
                 found.update({content: int(index) for content, index in record.items()})
             else:
                 found.update({token["content"]: int(index) for index, token in record.get("added_tokens_decoder", {}).items()})
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise InputError(f"{folder / name}: cannot be read ({_line(e)}); copy it again from the checkpoint") from None
     return found
 
 
@@ -141,11 +135,6 @@ def _from_slow_files(folder: epath.Path) -> str:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises PyTorch, which is not needed
     from transformers import Qwen2Tokenizer  # slow to import; only checkpoints without tokenizer.json need it
 
-    try:
+    # The library raises whatever its parsers do.
+    with as_input_error(f"{folder}: vocab.json and merges.txt cannot be read", "copy them again from the checkpoint", Exception):
         return Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).backend_tokenizer.to_str()
-    except Exception as e:  # the library raises whatever its parsers do
-        raise InputError(f"{folder}: vocab.json and merges.txt cannot be read ({_line(e)}); copy them again from the checkpoint") from None
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -28,6 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from omni_jax.io.messages import as_input_error
 from omni_jax.io.remote import absolute
 from omni_jax.parallel import barrier, run_on_process_0
 from omni_jax.train.fingerprint import fingerprints
@@ -58,12 +59,10 @@ class Checkpoints:
         _quieten()
         _quieten_failures()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
-        try:
+        with as_input_error(f"{self._folder}: cannot be made", "choose another --workdir"):
             handlers: dict[str, Any] = {name: ocp.PyTreeCheckpointHandler() for name in (TRAINABLE, REST)}
             handlers[DIGESTS] = ocp.JsonCheckpointHandler()
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
-        except OSError as e:
-            raise InputError(f"{self._folder}: cannot be made ({e.strerror or e}); choose another --workdir") from None
 
     def newest(self) -> int | None:
         """Returns the steps made at the newest whole checkpoint."""
@@ -216,11 +215,9 @@ def trainable_fingerprints(folder: epath.PathLike, step: int) -> dict[str, str] 
       InputError: when they cannot be read.
     """
     path = absolute(folder) / str(step)
-    try:
+    with as_input_error(f"{path / DIGESTS}: cannot be read", "choose another --step", OSError, ValueError, KeyError, AttributeError):
         recorded = _recorded(path)
         return None if recorded is None else {name.replace(".", "/"): str(digits) for name, digits in recorded[TRAINABLE].items()}
-    except (OSError, ValueError, KeyError, AttributeError) as e:
-        raise InputError(f"{path / DIGESTS}: cannot be read ({one_line(e)}); choose another --step") from e
 
 
 def _recorded(step: epath.Path) -> dict[str, Any] | None:

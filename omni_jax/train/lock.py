@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from omni_jax.io import lock
+from omni_jax.io.messages import as_input_error
 from omni_jax.types import InputError
 
 LOCK = "run.lock"
@@ -22,14 +23,12 @@ def run_lock(workdir: epath.PathLike) -> Iterator[None]:
       InputError: when another process holds it, or it cannot be written.
     """
     folder = epath.Path(workdir)
-    try:
+    with as_input_error(f"{folder}: cannot be written", "choose another --workdir"):
         folder.mkdir(parents=True, exist_ok=True)
         if "://" in os.fspath(folder):
             yield
             return
         held = lock(folder / LOCK)
-    except OSError as e:
-        raise InputError(f"{folder}: cannot be written ({e.strerror or e}); choose another --workdir") from None
     if held is None:
         raise InputError(f"{folder}: another run is training here; wait for it, or choose another --workdir")
     with held:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from omni_jax.io import GrowingText, atomic_write_text
+from omni_jax.io.messages import as_input_error
 from omni_jax.io.remote import StoreError
 from omni_jax.train.workdir import skipped_records_name
-from omni_jax.types import InputError
 
 
 class SkippedRecords:
@@ -25,10 +25,8 @@ class SkippedRecords:
     def __init__(self, workdir: epath.Path, process: int):
         """Reads what earlier starts of the run have written. Raises InputError when the file cannot be read."""
         self.path = workdir / skipped_records_name(workdir, process)
-        try:
+        with as_input_error(f"{self.path}: cannot be read", "move it away", OSError, UnicodeDecodeError):
             text = self.path.read_text() if self.path.exists() else ""
-        except (OSError, UnicodeDecodeError) as e:
-            raise InputError(f"{self.path}: cannot be read ({e}); move it away") from None
         rows = [row for line in text.splitlines() if (row := _row(line)) is not None]
         self._seen = {_key(row) for row in rows}
         self._kept = "".join(_line(row) for row in rows)
@@ -63,12 +61,8 @@ class SkippedRecords:
             with contextlib.suppress(OSError, StoreError):  # as of a run that ends because of it
                 self._file.close()
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as e:
-            raise InputError(f"{self.path}: cannot be written ({e.strerror or e}); free some space and run it again") from None
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return as_input_error(f"{self.path}: cannot be written", "free some space and run it again")
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -21,6 +21,7 @@ from etils import epath
 from omni_jax.config import ConfigError, ModelConfig
 from omni_jax.config.made_with import differences, listed
 from omni_jax.io import atomic_write_text
+from omni_jax.io.messages import MALFORMED, as_input_error
 from omni_jax.train.lock import LOCK
 from omni_jax.types import InputError
 
@@ -77,13 +78,11 @@ def read_config(folder: epath.PathLike) -> WorkdirConfig | None:
     path = epath.Path(folder) / CONFIG
     if not path.exists():
         return None
-    try:
+    with as_input_error(f"{path}: cannot be read", "start again with another --workdir", OSError, *MALFORMED):
         value = json.loads(path.read_text())
         if value.pop("format") != FORMAT:
             raise ValueError("written by another version of omni_jax")
         return WorkdirConfig(**{**value, "model": ModelConfig.from_json(value["model"])})
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-        raise InputError(f"{path}: cannot be read ({e}); start again with another --workdir") from None
 
 
 def read_workdir(folder: epath.PathLike, step: int | None = None) -> tuple[WorkdirConfig, epath.Path, int]:

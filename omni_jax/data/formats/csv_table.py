@@ -10,6 +10,7 @@ from typing import Any
 
 from omni_jax.data.entries import BadEntry, absolute
 from omni_jax.data.formats.entry import Entry, Notes, check_columns, reading, table_fields
+from omni_jax.io.messages import as_input_error
 from omni_jax.types import InputError
 
 _SEPARATOR = re.compile(r"sep=([,;|\t])\r?\n?")
@@ -34,12 +35,8 @@ def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes)
             delimiter = named[1] if named else _separator(os.fspath(path), first)
             lines = _Lines(file)
             rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=f"{delimiter} " in first)
-            try:
+            with as_input_error(f"{path}: is not a table", "save it as UTF-8, with the names of the columns in its first line", csv.Error):
                 names = [name.strip().removeprefix("\ufeff") for name in next(filter(None, rows), [])]
-            except csv.Error as error:
-                raise InputError(
-                    f"{path}: is not a table ({error}); save it as UTF-8, with the names of the columns in its first line"
-                ) from None
             if names:
                 check_columns(path, names, columns)
                 notes.fields.update(dict.fromkeys(names))

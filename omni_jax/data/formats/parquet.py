@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from omni_jax.data.entries import BadEntry, absolute
 from omni_jax.data.formats.entry import Entry, Notes, check_columns, media_kind, reading, table_fields
-from omni_jax.io.messages import line_of
+from omni_jax.io.messages import as_input_error, line_of
 from omni_jax.media.parts import open_binary, parquet_module
 from omni_jax.media.workers import Guarded, goes_on
 from omni_jax.types import ClipError, FilePart, InputError
@@ -43,10 +43,9 @@ def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes)
     with reading(path):
         opened: Any = absolute(path).open("rb")
     with opened as file:
-        try:
+        # The errors of pyarrow have no class of their own.
+        with as_input_error(f"{path}: is not a complete Parquet file", "fetch it again", Exception):
             table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
-        except Exception as error:  # pyarrow's errors have no class of their own
-            raise InputError(f"{path}: is not a complete Parquet file ({line_of(error)}); fetch it again") from None
         yield from _rows(path, table, columns, notes)
 
 
