@@ -160,7 +160,7 @@ def _check(stored: Mapping[TreePath, list[Entry]], leaves: Mapping[TreePath, lis
     for path, group in leaves.items():
         absent = [entry.stored for entry in group if _holder(entry, stores) is None]
         # LoRA may touch some layers only; of everything else each layer must be there.
-        if absent and (not _is_lora(path) or len(absent) == len(group)):
+        if absent and (not path[-1].startswith("lora_") or len(absent) == len(group)):
             missing += absent
     known = {entry.stored: entry.tree_shape for group in stored.values() for entry in group}
     known |= {scale_name(entry): entry.tree_shape[-1:] for path, group in leaves.items() if path[-1] == "kernel" for entry in group}
@@ -191,7 +191,3 @@ def place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Arra
         return jnp.asarray(array)
     # device_put would compare the whole array across processes.
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def _is_lora(path: TreePath) -> bool:
-    return path[-1].startswith("lora_")

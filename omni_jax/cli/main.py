@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
@@ -82,7 +83,7 @@ def build_parser(name: str | None = None) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(
             command,
             description=about,
-            epilog=f"example:\n{_indent(getattr(module, 'EXAMPLE', ''))}",
+            epilog=f"example:\n{textwrap.indent(getattr(module, 'EXAMPLE', ''), '  ')}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -192,10 +193,6 @@ def _reader_left() -> bool:
 
 def _load(command: str) -> ModuleType:
     return importlib.import_module(f"omni_jax.cli.{command.replace('-', '_')}")
-
-
-def _indent(text: str) -> str:
-    return "\n".join(f"  {line.strip()}" for line in text.strip().splitlines())
 
 
 if __name__ == "__main__":

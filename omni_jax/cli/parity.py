@@ -23,6 +23,8 @@ def compare_with_reference(out: Path) -> int:
       InputError: when the demo's data are not at hand, or `out` holds something else.
     """
     source = _source()
+    manifest = str(source / "manifest.jsonl")
+    shown = ["--manifest", manifest, "--media", str(source)]  # captions, pictures and sounds in the report
     model, embeddings = out / "model", out / "demo.npz"
     if model.exists():
         if not (model / "omni_jax.json").is_file():
@@ -35,8 +37,8 @@ def compare_with_reference(out: Path) -> int:
 
     steps = [
         ["convert", "to-jax", "--base", str(source / "checkpoint"), "--adapter", str(source / "adapter"), "--out", str(model)],
-        ["embed", "--model", str(model), "--manifest", str(source / "manifest.jsonl"), "--out", str(embeddings), *_settings(source)],
-        ["eval", str(embeddings), "--json", str(out / "demo.json"), "--html", str(out / "demo.html"), *_clips(source)],
+        ["embed", "--model", str(model), "--manifest", manifest, "--out", str(embeddings), *_settings(source)],
+        ["eval", str(embeddings), "--json", str(out / "demo.json"), "--html", str(out / "demo.html"), *shown],
     ]
     for step in steps:
         print(f"\n$ omni-jax {' '.join(step)}", flush=True)
@@ -68,11 +70,6 @@ def _settings(source: Path) -> list[str]:
     spec = json.loads((source / "spec.json").read_text())
     names = [field.name for field in dataclasses.fields(Preset) if field.name in spec]
     return [part for name in names for part in ("--set", f"{name}={spec[name]}")]
-
-
-def _clips(source: Path) -> list[str]:
-    """Returns the arguments that put captions, pictures and sounds into the report."""
-    return ["--manifest", str(source / "manifest.jsonl"), "--media", str(source)]
 
 
 def _source() -> Path:

@@ -7,7 +7,6 @@ import functools
 import json
 import sys
 import warnings
-from typing import TYPE_CHECKING
 
 from omni_jax.cli.argtypes import add_truncate_dim
 from omni_jax.cli.model_arguments import add_index_arguments, check_preset, model_for_index
@@ -15,9 +14,6 @@ from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED
 from omni_jax.config import TABLES
 from omni_jax.types import InputError
-
-if TYPE_CHECKING:
-    pass
 
 EXAMPLE = 'omni-jax search --model omni7b --index clips.npz --text "a whistle over a gradient sky" -k 5'
 

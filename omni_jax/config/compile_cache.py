@@ -25,7 +25,8 @@ def use_compile_cache() -> None:
 
     A folder that cannot be written, or is full, is done without: nothing depends on it.
     """
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or _jax_has_one():
+    jax = sys.modules.get("jax")
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or (jax is not None and jax.config.jax_compilation_cache_dir):
         return
     folder = cache_folder()
     if folder is None:
@@ -81,8 +82,3 @@ def _processor() -> str:
     with contextlib.suppress(OSError):
         known += next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))), "")
     return hashlib.blake2b(known.encode(), digest_size=6).hexdigest()
-
-
-def _jax_has_one() -> bool:
-    jax = sys.modules.get("jax")
-    return jax is not None and bool(jax.config.jax_compilation_cache_dir)

@@ -88,15 +88,6 @@ def _placed(storage: Any, offset: Any, size: Any, stride: Any) -> tuple[Storage,
     return storage, offset, tuple(size), tuple(stride)
 
 
-def _parameter(data: Any, *_: Any) -> Any:
-    """`torch._utils._rebuild_parameter`: the tensor itself."""
-    return data
-
-
-def _ordered(pairs: Any = ()) -> dict[Any, Any]:
-    return collections.OrderedDict((key, value) for key, value in pairs)
-
-
 def _size(values: Any = ()) -> tuple[Any, ...]:
     return tuple(values)
 
@@ -105,8 +96,8 @@ _TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 """Constructors of a strided view of a storage; what follows the stride is of gradients and hooks."""
 
 _CALLS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_parameter": _parameter,
-    "collections.OrderedDict": _ordered,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,  # the tensor itself
+    "collections.OrderedDict": lambda pairs=(): collections.OrderedDict((key, value) for key, value in pairs),
     "torch.Size": _size,
 }
 

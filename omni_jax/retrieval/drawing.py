@@ -82,7 +82,7 @@ def bars(histogram: Histogram) -> Chart:
             _round(step * 0.8),
             _round((bottom - top) * share / top_share),
             label,
-            _percent(share),
+            f"{100 * share:.1f} %",
         )
         for i, (label, share) in enumerate(zip(histogram.labels, histogram.shares, strict=True))
     ]
@@ -220,7 +220,3 @@ def _round_values(low: float, high: float) -> list[float]:
 
 def _round(value: float) -> float:
     return round(float(value), 1)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

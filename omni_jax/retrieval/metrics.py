@@ -182,7 +182,8 @@ def score(
     places: dict[str, FirstHitRanks] = {}
     for query, gallery in dict.fromkeys((min(pair), max(pair)) for pair in wanted.values()):
         labels = None if relevance is None else (relevance[query], relevance[gallery])
-        both = _rank(vectors, query, gallery, labels, chunk, mesh)
+        forward, backward = rank_pair(vectors[query], vectors[gallery], labels, chunk=chunk, mesh=mesh)
+        both = {(query, gallery): forward, (gallery, query): backward}
         for name, pair in wanted.items():
             if pair in both:
                 found[name] = direction_metrics(both[pair], ties)
@@ -220,13 +221,6 @@ def _places(ranks: Ranks, ties: str, record_of: np.ndarray) -> FirstHitRanks:
     query, first = np.unique(ranks.query[order], return_index=True)
     best = order[first]
     return FirstHitRanks(query, place[best], ranks.item[best], record_of[query], ranks.gallery)
-
-
-def _rank(
-    vectors: Mapping[str, Vectors], a: str, b: str, labels: tuple[Sequence, Sequence] | None, chunk: int | None, mesh: Mesh | None
-) -> dict[tuple[str, str], Ranks]:
-    forward, backward = rank_pair(vectors[a], vectors[b], labels, chunk=chunk, mesh=mesh)
-    return {(a, b): forward, (b, a): backward}
 
 
 def _others(ranks: Ranks, relevant: np.ndarray) -> np.ndarray:

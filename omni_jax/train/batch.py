@@ -29,7 +29,6 @@ from omni_jax.types import (
     MicroBatch,
     RowBatch,
     StepKind,
-    TokenSequence,
     VisionBatch,
 )
 
@@ -137,10 +136,12 @@ def pack_micro_batch(
         prompts = examples[b].prompts
         made = [Group(b + count * (name == "positive") + 2 * count * (name == "hard"), ((name, prompts[name]),)) for name in names]
         if branches and "anchor" in names:
-            _check_branch(b, prompts["anchor"], prompts["hard"])
+            anchor, hard = prompts["anchor"], prompts["hard"]
+            if anchor.prefix != hard.prefix or not np.array_equal(anchor.ids[: anchor.prefix], hard.ids[: anchor.prefix]):
+                raise ValueError(f"clip {b}: the hard negative's media are not the anchor's")
             if kind.reach and names[0] != "anchor":
                 raise ValueError(f"a row of {', '.join(names)}: with a known reach an anchor with a branch begins its row")
-            made[names.index("anchor")] = Group(b, (("anchor", prompts["anchor"]), ("hard", prompts["hard"])))
+            made[names.index("anchor")] = Group(b, (("anchor", anchor), ("hard", hard)))
         return made
 
     for b, example in enumerate(examples) if kind.reach else ():
@@ -244,11 +245,6 @@ def _exchanged(media: MediaBatch, kind: StepKind) -> MediaBatch:
 def _rest(example: Example) -> int:
     """Tokens of the hard negative's branch: what follows the media."""
     return len(example.prompts["hard"].ids) - example.prompts["hard"].prefix
-
-
-def _check_branch(b: int, anchor: TokenSequence, hard: TokenSequence) -> None:
-    if anchor.prefix != hard.prefix or not np.array_equal(anchor.ids[: anchor.prefix], hard.ids[: anchor.prefix]):
-        raise ValueError(f"clip {b}: the hard negative's media are not the anchor's")
 
 
 def _media_rows(media: MediaBatch, shapes: BatchShapes, config: ModelConfig) -> MediaRows:

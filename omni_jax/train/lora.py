@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +32,5 @@ def fresh_lora(config: ModelConfig, seed: int, shardings: Mapping[Path, jax.shar
             bound = 1 / math.sqrt(leaf.shape[-2])
             array = np.random.default_rng([zlib.crc32(name.encode()), seed]).uniform(-bound, bound, leaf.shape).astype(np.float32)
         place = (shardings or {}).get(path)
-        made[path] = jnp.asarray(array) if place is None else jax.make_array_from_callback(array.shape, place, _part_of(array))
+        made[path] = jnp.asarray(array) if place is None else jax.make_array_from_callback(array.shape, place, array.__getitem__)
     return made
-
-
-def _part_of(array: np.ndarray) -> Any:
-    return lambda index: array[index]

@@ -103,7 +103,7 @@ def read_workdir(folder: epath.PathLike, step: int | None = None) -> tuple[Workd
     if step is not None and step not in steps:
         raise InputError(f"{folder}: no checkpoint of step {step}; choose one of {', '.join(map(str, steps))}")
     chosen = steps[-1] if step is None else step
-    base = base_folder(folder, config)
+    base = epath.Path(folder) / config.base
     if not base.exists():
         raise InputError(f"{folder}: its base weights are no longer at {base}; put them back (config.json names the place)")
     return config, base, chosen
@@ -133,10 +133,6 @@ def trained_fingerprints(folder: epath.PathLike, step: int) -> dict[str, str] | 
 
     found = trainable_fingerprints(epath.Path(folder) / CHECKPOINTS, step)
     return None if found is None else {name: digits for name, digits in found.items() if name not in loss_scalars(found)}
-
-
-def base_folder(folder: epath.PathLike, config: WorkdirConfig) -> epath.Path:
-    return epath.Path(folder) / config.base
 
 
 def skipped_records_name(folder: epath.Path, process: int) -> str:
