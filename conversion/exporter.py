@@ -10,7 +10,7 @@ import math
 import os
 import time
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,6 @@ FORMATS = ("keep", "safetensors", "bin")
 NORMS = ("keep", "old", "new")
 
 _ORIGINALS = "write the base from a folder converted without --weights, or take the checkpoint itself"
-_NOTHING = "to-torch: nothing to write; give --base-out, --adapter-out or both"
 
 
 def to_torch(
@@ -58,22 +57,12 @@ def to_torch(
     Raises:
       InputError: not a converted folder, no adapter to export, an output that exists, or a damaged part.
     """
-    if base_out is None and adapter_out is None:
-        raise InputError(_NOTHING)
-    if base_out is not None and adapter_out is not None:
-        _refuse_overlap(base_out, adapter_out)
-    started = time.monotonic()
-    source = epath.Path(model)
-    manifest = folder.read_manifest(source)
-    if base_out is not None:
-        _refuse_rounded(source, manifest)
+    source, manifest = _opened(model, base_out, adapter_out)
     if adapter_out is not None and manifest.adapter is None:
         why = "its adapter was merged into the base" if manifest.merged else "it was converted without one"
         raise InputError(f"{source}: has no adapter to write ({why}); omit --adapter-out or convert with --adapter")
     job, stores = _Job(progress), open_stores(source, manifest)
-    with contextlib.ExitStack() as both:  # neither folder appears if the other fails
-        adapter = both.enter_context(folder.new_folder(adapter_out)) if adapter_out is not None else None
-        base = both.enter_context(folder.new_folder(base_out)) if base_out is not None else None
+    with _folders(base_out, adapter_out) as (base, adapter):
         plan = _Plan.of(manifest, file_format, weight_norm)
         job.expect((*(plan.files if base is not None else ()), *((manifest.adapter,) if adapter and manifest.adapter else ())))
         if base is not None:
@@ -82,7 +71,7 @@ def to_torch(
         if adapter is not None and manifest.adapter is not None:
             job.write(adapter, (manifest.adapter,), _stored_adapter(manifest.adapter, manifest, stores[0]), stores[:1])
             folder.copy_files(source / folder.ADAPTER_FILES, manifest.adapter_files, adapter)
-    return job.summary(started)
+    return job.summary()
 
 
 def write_adapter(out: epath.PathLike, config: ModelConfig, leaves: Mapping[TreePath, Any], base_model: str | None = None) -> Summary:
@@ -99,10 +88,9 @@ def write_adapter(out: epath.PathLike, config: ModelConfig, leaves: Mapping[Tree
       InputError: `out` exists.
     """
     job = _Job(None)
-    started = time.monotonic()
     with folder.new_folder(out) as temporary:
         job.write_adapter(temporary, config, leaves, base_model)
-    return job.summary(started)
+    return job.summary()
 
 
 def write_trained(
@@ -133,14 +121,7 @@ def write_trained(
     Raises:
       InputError: nothing to write, no adapter in the run, leaves that are not those of the base, or an output that exists.
     """
-    if base_out is None and adapter_out is None:
-        raise InputError(_NOTHING)
-    if base_out is not None and adapter_out is not None:
-        _refuse_overlap(base_out, adapter_out)
-    started, source = time.monotonic(), epath.Path(base)
-    manifest = folder.read_manifest(source)
-    if base_out is not None:
-        _refuse_rounded(source, manifest)
+    source, manifest = _opened(base, base_out, adapter_out)
     if adapter_out is not None and config.lora is None:
         raise InputError("the run trained no adapter (lora.rank is 0); omit --adapter-out and take --base-out")
     shapes = engine.tree_shapes(config)
@@ -151,9 +132,7 @@ def write_trained(
         raise InputError(f"{source}: is not the base of this run ({what}); name the folder it was trained from")
     held = {entry.path for entry in adapter_entries(config).values()} if config.lora else set()
     job, plan = _Job(progress), _Plan.of(manifest, file_format, weight_norm)
-    with contextlib.ExitStack() as both:
-        adapter = both.enter_context(folder.new_folder(adapter_out)) if adapter_out is not None else None
-        out = both.enter_context(folder.new_folder(base_out)) if base_out is not None else None
+    with _folders(base_out, adapter_out) as (out, adapter):
         job.expect(plan.files if out is not None else (), sum(math.prod(shapes[path]) for path in held) if adapter is not None else 0)
         if adapter is not None:
             leaves = {**_stored_leaves(source, manifest, held - trained.keys()), **trained}
@@ -164,7 +143,7 @@ def write_trained(
             job.write(out, plan.files, plan.entries, stores, changed)
             plan.write_rest(source, out)
     left = [path for path in sorted(trained) if (adapter_out if path in held else base_out) is None]
-    return dataclasses.replace(job.summary(started), left_out={"/".join(path): math.prod(shapes[path]) for path in left})
+    return dataclasses.replace(job.summary(), left_out={"/".join(path): math.prod(shapes[path]) for path in left})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,16 +193,16 @@ class _Job:
 
     def __init__(self, progress: Callable[[int, int], None] | None) -> None:
         self._progress = progress or (lambda done, total: None)
-        self._values = 0
+        self._values, self._started = 0, time.monotonic()
         self.tensors = self.parameters = self.nbytes = 0
 
     def expect(self, files: Iterable[TensorFile], others: int = 0) -> None:
         """Sets the total for the progress: the values of the files, and so many others."""
         self._values = sum(math.prod(shape) for file in files for _, _, shape in file.tensors) + others
 
-    def summary(self, started: float) -> Summary:
-        """Returns the counts, and the seconds since `started`."""
-        return Summary(self.tensors, self.parameters, self.nbytes, time.monotonic() - started)
+    def summary(self) -> Summary:
+        """Returns the counts, and the seconds since the beginning."""
+        return Summary(self.tensors, self.parameters, self.nbytes, time.monotonic() - self._started)
 
     def write(
         self,
@@ -328,12 +307,24 @@ def _by_stored(entries: Mapping[str, Entry], wanted: Mapping[str, Any]) -> dict[
     return groups
 
 
-def _refuse_rounded(source: epath.Path, manifest: Manifest) -> None:
-    if manifest.model.weights != "float":
+def _opened(model: epath.PathLike, base_out: epath.PathLike | None, adapter_out: epath.PathLike | None) -> tuple[epath.Path, Manifest]:
+    """Returns a converted folder and what it says of itself. Raises InputError where such outputs cannot be made of it."""
+    if base_out is None and adapter_out is None:
+        raise InputError("to-torch: nothing to write; give --base-out, --adapter-out or both")
+    if base_out is not None and adapter_out is not None:
+        base, adapter = (os.fspath(out) if "://" in os.fspath(out) else os.path.realpath(out) for out in (base_out, adapter_out))
+        if f"{base}/".startswith(f"{adapter}/") or f"{adapter}/".startswith(f"{base}/"):
+            raise InputError(f"--base-out {base_out} and --adapter-out {adapter_out}: one holds the other; name two separate folders")
+    source = epath.Path(model)
+    manifest = folder.read_manifest(source)
+    if base_out is not None and manifest.model.weights != "float":
         raise InputError(f"{source}: its base weights are rounded to {manifest.model.weights} and are not the checkpoint's; {_ORIGINALS}")
+    return source, manifest
 
 
-def _refuse_overlap(base_out: epath.PathLike, adapter_out: epath.PathLike) -> None:
-    base, adapter = (os.fspath(out) if "://" in os.fspath(out) else os.path.realpath(out) for out in (base_out, adapter_out))
-    if f"{base}/".startswith(f"{adapter}/") or f"{adapter}/".startswith(f"{base}/"):
-        raise InputError(f"--base-out {base_out} and --adapter-out {adapter_out}: one holds the other; name two separate folders")
+@contextlib.contextmanager
+def _folders(base_out: epath.PathLike | None, adapter_out: epath.PathLike | None) -> Iterator[tuple[epath.Path | None, epath.Path | None]]:
+    """Yields the new folders of base and adapter, those that are asked for; neither appears if the other fails."""
+    with contextlib.ExitStack() as both:
+        adapter = both.enter_context(folder.new_folder(adapter_out)) if adapter_out is not None else None
+        yield both.enter_context(folder.new_folder(base_out)) if base_out is not None else None, adapter

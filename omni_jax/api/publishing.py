@@ -62,15 +62,9 @@ def write_adapter(source: ModelSource, out: str | os.PathLike[str], base: str) -
     Raises:
       InputError: for a model without an adapter, or where more than the adapter trained, or `out` exists.
     """
-    from omni_jax.conversion import to_torch, write_trained
-
     if source.config.lora is None:
         raise InputError(f"{source.folder}: has no adapter to publish; export the whole model with omni-jax convert to-torch --base-out")
-    if source.step is None:
-        to_torch(source.folder, adapter_out=out)
-        return
-    trained = {tuple(name.split("/")): array for name, array in source.read_trained().items()}
-    made = write_trained(source.folder, source.config, trained, adapter_out=out, base_model=base)
+    made = source.to_torch(adapter_out=out, base_model=base)
     if made.left_out:
         names = ", ".join(sorted(made.left_out)[:3])
         raise InputError(

@@ -27,11 +27,10 @@ def save_model(source: ModelSource, out: str | os.PathLike[str]) -> None:
             folder.copy_files(source.folder, names, temporary)
             folder.write_modules(temporary, source.config)  # which folders of earlier versions lack
         return
-    from omni_jax.conversion import to_jax, write_trained  # late: who embeds needs neither
+    from omni_jax.conversion import to_jax  # late: who embeds does not need it
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    trained = {tuple(name.split("/")): array for name, array in source.read_trained().items()}
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as place:
         base, adapter = Path(place) / "base", Path(place) / "adapter" if source.config.lora is not None else None
-        write_trained(source.folder, source.config, trained, base_out=base, adapter_out=adapter, base_model=str(source.folder))
+        source.to_torch(base_out=base, adapter_out=adapter, base_model=str(source.folder))
         to_jax(base, target, adapter=adapter)

@@ -75,6 +75,17 @@ class ModelSource:
         """Returns path -> float32 array of what a run trained, read from its checkpoint; empty for a converted folder."""
         return {} if self.step is None else read_trained(self.home, self.step)
 
+    def to_torch(self, base_model: str | None = None, **outputs: Any) -> conversion.Summary:
+        """Writes PyTorch folders, as `conversion.to_torch` and `write_trained` do, whose `outputs` these are.
+
+        Args:
+          base_model: `base_model_name_or_path` of an adapter that was trained here.
+        """
+        if self.step is None:
+            return conversion.to_torch(self.folder, **outputs)
+        trained = {tuple(name.split("/")): array for name, array in self.read_trained().items()}
+        return conversion.write_trained(self.folder, self.config, trained, base_model=base_model, **outputs)
+
     def trained_digest(self, recorded: str | None = None) -> str | None:
         """Returns a digest of what `read_trained` gives; None where that is empty.
 

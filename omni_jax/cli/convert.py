@@ -5,14 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from omni_jax.cli import stopping
 from omni_jax.cli.status import TERMINATED
-
-if TYPE_CHECKING:
-    from omni_jax.conversion import Summary
 
 EXAMPLE = """omni-jax convert to-jax --base WAVE-7B --adapter OmniRetriever-7B --out omni7b
 omni-jax convert to-torch --model omni7b --base-out wave --adapter-out adapter"""
@@ -108,9 +103,13 @@ def _convert(args: argparse.Namespace) -> int:
             how = [f"dtype {args.dtype}", *(["weights int8"] if args.weights == "int8" else [])]
             what = f"{args.out} ({', '.join([*how, *(['adapter merged'] if args.merge_adapter else [])])})"
         else:
-            made, step = _to_torch(args, progress)
-            what = " and ".join(out for out in (args.base_out, args.adapter_out) if out)
-            what += f" (step {step})" if step is not None else ""
+            from omni_jax.api.weights import open_model
+
+            source = open_model(args.model, args.step)
+            outputs = {"base_out": args.base_out, "adapter_out": args.adapter_out}
+            form = {"file_format": args.format, "weight_norm": args.weight_norm}
+            made = source.to_torch(args.base_out, **outputs, **form, progress=progress)
+            what = " and ".join(out for out in outputs.values() if out) + (f" (step {source.step})" if source.step is not None else "")
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     if made.left_out:
@@ -126,21 +125,6 @@ def _convert(args: argparse.Namespace) -> int:
     if made.fresh:
         print(f"freshly initialised, because {args.base} has none: {', '.join(made.fresh)}; embeddings mean nothing until they are trained")
     return 0
-
-
-def _to_torch(args: argparse.Namespace, progress: Callable[[int, int], None]) -> tuple[Summary, int | None]:
-    """Writes a converted folder or what a run trained; returns the counts and, of a run, its step."""
-    from omni_jax import conversion
-    from omni_jax.api.weights import open_model
-
-    source = open_model(args.model, args.step)
-    form = {"file_format": args.format, "weight_norm": args.weight_norm}
-    outputs = {"base_out": args.base_out, "adapter_out": args.adapter_out, "progress": progress, **form}
-    if source.step is None:
-        return conversion.to_torch(source.folder, **outputs), None
-    trained = {tuple(name.split("/")): array for name, array in source.read_trained().items()}
-    made = conversion.write_trained(source.folder, source.config, trained, base_model=args.base_out, **outputs)
-    return made, source.step
 
 
 def _direction(directions: argparse._SubParsersAction, name: str, text: str, example: str) -> argparse.ArgumentParser:
