@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_jax.conversion.folder import MANIFEST
-from omni_jax.io.lock import lock
+from omni_jax.io import lock
 from omni_jax.io.messages import line_of
 from omni_jax.types import InputError
 

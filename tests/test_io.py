@@ -55,7 +55,7 @@ def test_an_object_that_grows_keeps_what_it_had_and_is_not_replaced_for_each_lin
     first.sync()
     first.write("3\n")  # and the process is killed
     assert there.versions == ["1\n2\n"]
-    monkeypatch.setattr("omni_jax.io.growing.PERIOD_S", 0.0)
+    monkeypatch.setattr("omni_jax.io.files.PERIOD_S", 0.0)
     second = GrowingText(there, there.versions[-1])
     there.read_text = None  # it is not read again
     second.write("4\n")

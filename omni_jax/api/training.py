@@ -40,12 +40,10 @@ from omni_jax.parallel import batch_axes, batch_shards, make_mesh
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.train import RunConfig, TrainState, kinds_of_update, pack_update, report
 from omni_jax.train.checkpoint import Checkpoints, one_line
-from omni_jax.train.lock import run_lock
 from omni_jax.train.loop import LoopCallbacks, Row, train
-from omni_jax.train.lora import fresh_lora
 from omni_jax.train.metrics import MetricsWriter, collapsed_in_row, evaluated
 from omni_jax.train.skipped_records import SkippedRecords
-from omni_jax.train.trainable import over_int8
+from omni_jax.train.trainable import fresh_lora, over_int8
 from omni_jax.train.workdir import (
     BASE,
     CHECKPOINTS,
@@ -57,6 +55,7 @@ from omni_jax.train.workdir import (
     check_workdir_free,
     claim_workdir,
     read_config,
+    run_lock,
 )
 from omni_jax.types import Clip, Features, InputError
 

@@ -15,6 +15,7 @@ from etils import epath
 
 from omni_jax.cli.printing import one_line
 from omni_jax.config import BACKBONES, ConfigError
+from omni_jax.config.backbones import WAVE_7B
 from omni_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -127,8 +128,6 @@ def planned_model(section: ModelSection) -> tuple[ModelConfig, str | None]:
 
         names = dict(zip(CONTROL_TOKENS.values(), range(len(CONTROL_TOKENS)), strict=True))
         return model_config(section.architecture, names, 1024, section.lora), None
-    from omni_jax.planning.published import WAVE_7B
-
     if (epath.Path(section.base) / "omni_jax.json").exists():
         from omni_jax.conversion.folder import read_manifest
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from omni_jax.config.components import AudioConfig, BeatsConfig, DecoderConfig, SpecialTokens, VisionConfig
+from omni_jax.config.components import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, SpecialTokens, VisionConfig
 from omni_jax.config.model import EMBED_STYLE, ModelConfig
 
 
@@ -47,3 +47,6 @@ BACKBONES: dict[str, ModelConfig] = {
     "qwen2_5_omni_3b": qwen2_5_omni_3b,
     "omni_embed_nemotron_3b": omni_embed_nemotron_3b,
 }
+
+WAVE_7B = dataclasses.replace(BACKBONES["wave_7b"], lora=LoraConfig())
+"""With the adapter of OmniRetriever-7B."""

@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
-from omni_jax.io import whole
+from omni_jax.io import atomic_write
 from omni_jax.io.messages import line_of
 from omni_jax.io.remote import is_remote
 from omni_jax.types import InputError
@@ -54,7 +54,7 @@ def output_file(path: PathLike) -> Iterator[IO[bytes]]:
     Raises:
       InputError: when the folder is missing or cannot be written.
     """
-    with whole.atomic_write(check_place(path), "free some space or choose another output") as partial, partial.open("wb") as file:
+    with atomic_write(check_place(path), "free some space or choose another output") as partial, partial.open("wb") as file:
         yield file
 
 

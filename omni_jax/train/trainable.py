@@ -6,11 +6,14 @@ Paths are written with slashes here ("decoder/layers/attn/q/lora_a"), which is w
 from __future__ import annotations
 
 import dataclasses
+import math
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu.parameter_overview import count_parameters, make_table
 
 from omni_jax.config import ConfigError, ModelConfig
@@ -20,6 +23,7 @@ from omni_jax.objectives import SCALARS
 from omni_jax.types import InputError
 
 Arrays = dict[str, jax.Array]
+Path = tuple[str, ...]
 
 HEADS = {"classify_linear": "head/", "beats_ln": "bridge/norm/", "beats_proj": "bridge/fc"}
 """Modules that every recipe trains, by their names in a PEFT adapter, and their paths."""
@@ -155,3 +159,22 @@ def report(counts: Iterable[GroupCount]) -> str:
 
 def _under(path: str, prefix: str) -> bool:
     return path == prefix or path.startswith(prefix.rstrip("/") + "/")
+
+
+def fresh_lora(config: ModelConfig, seed: int, shardings: Mapping[Path, jax.sharding.Sharding] | None = None) -> dict[Path, jax.Array]:
+    """Returns path -> float32 array of every LoRA matrix of an architecture: A uniform, B zero, so that a run starts from its base.
+
+    Source: PEFT `LoraLayer.reset_lora_parameters`: A is Kaiming-uniform with a = sqrt(5), that is, uniform within 1 / sqrt(inputs).
+    """
+    made: dict[Path, jax.Array] = {}
+    for path, leaf in abstract_params(config).items():
+        name = "/".join(path)
+        if not is_lora(name):
+            continue
+        array = np.zeros(leaf.shape, np.float32)
+        if path[-1] == "lora_a":
+            bound = 1 / math.sqrt(leaf.shape[-2])
+            array = np.random.default_rng([zlib.crc32(name.encode()), seed]).uniform(-bound, bound, leaf.shape).astype(np.float32)
+        place = (shardings or {}).get(path)
+        made[path] = jnp.asarray(array) if place is None else jax.make_array_from_callback(array.shape, place, array.__getitem__)
+    return made

@@ -9,8 +9,10 @@ skipped_records.jsonl  records that could not be used; skipped_records.N.jsonl t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,15 +22,14 @@ from etils import epath
 
 from omni_jax.config import ConfigError, ModelConfig
 from omni_jax.config.made_with import differences, listed
-from omni_jax.io import atomic_write_text
+from omni_jax.io import atomic_write_text, lock
 from omni_jax.io.messages import MALFORMED, as_input_error
-from omni_jax.train.lock import LOCK
 from omni_jax.types import InputError
 
 if TYPE_CHECKING:
     from omni_jax.train.run_config import RunConfig
 
-CONFIG, BASE, CHECKPOINTS = "config.json", "base", "checkpoints"
+CONFIG, BASE, CHECKPOINTS, LOCK = "config.json", "base", "checkpoints", "run.lock"
 FORMAT = 1
 _SKIPPED = re.compile(r"(skipped_records|quarantine)(\.\d+)?\.jsonl")  # what `skipped_records_name` gives
 
@@ -187,3 +188,23 @@ def _differences(there: WorkdirConfig, here: WorkdirConfig) -> Iterator[str]:
     yield from differences(old, new, FREE)
     if there.total_steps != here.total_steps:
         yield f"it has {there.total_steps} steps, this one has {here.total_steps}"
+
+
+@contextlib.contextmanager
+def run_lock(workdir: epath.PathLike) -> Iterator[None]:
+    """Holds the workdir, made where it is not there, while the block runs. Object stores have no locks: there it only makes the folder.
+
+    Raises:
+      InputError: when another process holds it, or it cannot be written.
+    """
+    folder = epath.Path(workdir)
+    with as_input_error(f"{folder}: cannot be written", "choose another --workdir"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if "://" in os.fspath(folder):
+            yield
+            return
+        held = lock(folder / LOCK)
+    if held is None:
+        raise InputError(f"{folder}: another run is training here; wait for it, or choose another --workdir")
+    with held:
+        yield

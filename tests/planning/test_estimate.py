@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 
 from omni_jax.config import ModelConfig
+from omni_jax.config.backbones import WAVE_7B
 from omni_jax.planning import host_bytes as load_plan_module
 from omni_jax.planning.chips import Topology, read_topology
 from omni_jax.planning.devices import planning_mesh
 from omni_jax.planning.estimate import Times, cost, memory_bytes, times
 from omni_jax.planning.hlo import Collective
 from omni_jax.planning.host_bytes import host_bytes
-from omni_jax.planning.published import WAVE_7B
 from tests.train.random_batches import MODEL
 
 CHIP = read_topology("v5e:4x4")  # 197 Tflop/s, 819 GB/s, 200 GB/s to other chips, 3.125 GB/s to other slices

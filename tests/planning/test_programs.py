@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from omni_jax.config import PRESETS, ConfigError
+from omni_jax.config.backbones import WAVE_7B
 from omni_jax.parallel import make_mesh
 from omni_jax.planning.abstract import abstract_batch, abstract_state, planned_batch
 from omni_jax.planning.chips import read_topology
 from omni_jax.planning.devices import planning_mesh
 from omni_jax.planning.programs import Setting, embed_programs, train_program
-from omni_jax.planning.published import WAVE_7B
 from omni_jax.train import LossConfig, OptimizerConfig, StepConfig, place_batch, step_kind
 from omni_jax.types import BatchShapes
 from tests.model import builders

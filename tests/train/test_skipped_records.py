@@ -31,7 +31,7 @@ def test_each_record_and_reason_is_listed_once_over_starts(tmp_path: Path) -> No
 
 
 def test_in_an_object_store_the_list_is_not_replaced_for_each_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omni_jax.io.growing.is_remote", lambda _: True)
+    monkeypatch.setattr("omni_jax.io.files.is_remote", lambda _: True)
     first = SkippedRecords(epath.Path(tmp_path), 0)
     assert first.add(BAD) and first.add({**BAD, "id": "b"}) and not first.path.exists()
     first.sync()

@@ -18,7 +18,6 @@ from etils import epath
 from omni_jax.configs import tiny
 from omni_jax.train import RunConfig
 from omni_jax.train.checkpoint import Checkpoints
-from omni_jax.train.lock import run_lock
 from omni_jax.train.workdir import (
     LATER,
     WorkdirConfig,
@@ -28,6 +27,7 @@ from omni_jax.train.workdir import (
     read_config,
     read_trained,
     read_workdir,
+    run_lock,
     run_of,
     trained_fingerprints,
 )
@@ -146,7 +146,8 @@ def test_no_workdir_and_a_damaged_config_are_one_line(tmp_path: Path) -> None:
 
 def test_two_runs_at_once_are_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from omni_jax.train.lock import run_lock\nwith run_lock(sys.argv[1]): print('held', flush=True); time.sleep(600)"
+        "import sys, time; from omni_jax.train.workdir import run_lock\n"
+        "with run_lock(sys.argv[1]): print('held', flush=True); time.sleep(600)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "w")], stdout=subprocess.PIPE, text=True)
     try:
