@@ -107,11 +107,10 @@ def _command(args: argparse.Namespace) -> str:
     usual = argparse.ArgumentParser()
     add_arguments(usual)
     parts = ["omni-jax", "ablate"]
-    for name in ("config", "arms", "seeds", "start", "equal", "warm_steps", "warm_every", "warm_losses", "warm_margin"):
+    for name in ("config", "arms", "arm", "seeds", "start", "equal", "warm_steps", "warm_every", "warm_losses", "warm_margin"):
         if (value := getattr(args, name)) != usual.get_default(name) or name in ("seeds", "start", "equal"):
-            parts += [f"--{name.replace('_', '-')}", str(value)]
-    for arm in args.arm:
-        parts += ["--arm", arm]
+            for one in value if isinstance(value, list) else [value]:
+                parts += [f"--{name.replace('_', '-')}", str(one)]
     parts += ["--clips", *map(str, args.clips)] if args.clips else []
     parts += [f"--config.{change}" for change in args.overrides]
     return shlex.join([*parts, "--out", args.out.name])
