@@ -15,7 +15,6 @@ def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "model": {
-                "base": "",
                 "dtype": "float32",
                 "architecture": {
                     "decoder": {**tower, "num_layers": 2, "num_kv_heads": 1, "mrope_sections": (2, 3, 3)},
@@ -31,35 +30,30 @@ def get_config() -> ml_collections.ConfigDict:
                         "predictor_classes": 0,
                     },
                 },
-                "lora": None,
             },
             "data": {
                 "train": "synthetic",
-                "media_root": "",
-                "preset": "training",
                 "preset_fields": {"frames": 2, "pixels": 2352, "audio_seconds": 0.2, "filler": ""},
                 "distinct": "none",
                 "workers": 0,
-                "augment": {"video": True, "audio": False, "text": True},
+                "augment": {"audio": False},
             },
-            "batch": {"micro_batch": 16, "micro_batches": 1, "blocks": 1, "row_multiple": 4},
+            "batch": {"micro_batch": 16, "row_multiple": 4},
             "losses": {
                 "weights": {"tuple": 1.0, "distillation": 1.0, "pairwise": 1.0},
                 "temperature": 0.07,
-                "learn_temperature": False,
                 "pairs": "all",
                 "hard_scope": "global",
-                "hn_audio_only": False,
                 "negatives": "global",
             },
             "optimizer": {"learning_rate": 2e-3, "warmup_steps": 20, "final_fraction": 0.02, "b1": 0.9, "b2": 0.98, "weight_decay": 0.02},
-            "trainable": {"recipe": "all", "freeze": ()},
-            "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "slices": 1},
+            "trainable": {"recipe": "all"},
+            "mesh": {"fsdp": 1},
             "remat": "none",
             "seed": 0,
             "steps": 400,
             "checkpoint": {"every": 100, "keep": 1},
-            "evaluation": {"manifest": "", "every": 0, "batch_size": 32},
+            "evaluation": {"batch_size": 32},
             "log": {"every": 1},
         }
     )

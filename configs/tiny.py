@@ -40,87 +40,41 @@ def get_config(recipe: str = "") -> ml_collections.ConfigDict:
 
 def _full() -> ml_collections.ConfigDict:
     width = 96
+    tower = {"hidden_size": width, "intermediate_size": 192, "num_layers": 2, "num_heads": 4}
     return ml_collections.ConfigDict(
         {
             "model": {
-                "base": "",
                 "dtype": "float32",
                 # Sections as in `ModelConfig`; vocabulary and control tokens come from the tokenizer that is made with the weights.
                 "architecture": {
-                    "decoder": {
-                        "hidden_size": width,
-                        "intermediate_size": 256,
-                        "num_layers": 3,
-                        "num_heads": 4,
-                        "num_kv_heads": 2,
-                        "mrope_sections": (4, 4, 4),
-                    },
-                    "vision": {
-                        "hidden_size": width,
-                        "intermediate_size": 192,
-                        "num_layers": 2,
-                        "num_heads": 4,
-                        "output_size": width,
-                        "full_attention_layers": (1,),
-                    },
-                    "audio": {
-                        "hidden_size": width,
-                        "intermediate_size": 192,
-                        "num_layers": 2,
-                        "num_heads": 4,
-                        "output_size": width,
-                        "n_window": 50,
-                    },
-                    "beats": {
-                        "hidden_size": width,
-                        "intermediate_size": 192,
-                        "num_layers": 2,
-                        "num_heads": 4,
-                        "embed_dim": width,
-                        "conv_pos": 16,
-                        "conv_pos_groups": 4,
-                        "num_buckets": 32,
-                        "max_distance": 128,
-                    },
+                    "decoder": {**tower, "intermediate_size": 256, "num_layers": 3, "num_kv_heads": 2, "mrope_sections": (4, 4, 4)},
+                    "vision": {**tower, "output_size": width, "full_attention_layers": (1,)},
+                    "audio": {**tower, "output_size": width, "n_window": 50},
+                    "beats": {**tower, "embed_dim": width, "conv_pos": 16, "conv_pos_groups": 4, "num_buckets": 32, "max_distance": 128},
                 },
                 "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.0},
             },
             "data": {
                 "train": "demo_out/shards",
-                "media_root": "",
-                "preset": "training",
                 "preset_fields": {"frames": 4, "pixels": 3136, "audio_seconds": 1.0, "filler": ""},
                 "distinct": "id_prefix",
                 "workers": 1,
-                "augment": {"video": True, "audio": True, "text": True},
             },
-            "batch": {"micro_batch": 48, "micro_batches": 1, "blocks": 1, "row_multiple": 4},
+            "batch": {"micro_batch": 48, "row_multiple": 4},
             "losses": {
                 "weights": {"tuple": 1.0, "distillation": 1.0, "pairwise": 1.0},
                 "temperature": 0.05,
                 "pairs": "all",
                 "hard_scope": "global",
-                "hn_audio_only": False,
                 "negatives": "global",
             },
-            "optimizer": {
-                "learning_rate": 2e-3,
-                "warmup_steps": 40,
-                "final_fraction": 0.02,
-                "b1": 0.9,
-                "b2": 0.98,
-                "weight_decay": 0.02,
-                "clip_norm": 1.0,
-            },
-            "trainable": {"recipe": "all", "freeze": ()},
-            "mesh": {"data": 1, "fsdp": 0, "tensor": 1, "slices": 1},
+            "optimizer": {"learning_rate": 2e-3, "warmup_steps": 40, "final_fraction": 0.02, "b1": 0.9, "b2": 0.98, "weight_decay": 0.02},
+            "trainable": {"recipe": "all"},
             "remat": "none",
             "seed": 0,
             "steps": 400,
-            "epochs": 0.0,
             "checkpoint": {"every": 40, "keep": 2},
-            "evaluation": {"manifest": "", "media_root": "", "every": 0, "batch_size": 32},
+            "evaluation": {"batch_size": 32},
             "log": {"every": 1},
-            "stop": {"skipped_in_row": 10, "max_mean_cosine": 0.99, "min_effective_rank": 1.5, "collapse": "warn"},
         }
     )
