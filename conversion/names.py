@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from omni_jax.conversion.rules import DROPPED_PREFIXES, PEFT_PREFIX, THINKER_PREFIX
 from omni_jax.types import InputError
@@ -75,10 +75,15 @@ def read_names(names: Iterable[str], where: str) -> Names:
     for name in names:
         if name not in left_out:
             found[canonical(name)].append(name)
+    return Names(_one_each(found, where), tuple(dropped), tuple(buffers))
+
+
+def _one_each(found: Mapping[str, list[str]], where: str) -> dict[str, str]:
+    """Returns the one name of each tensor. Raises InputError where one has two."""
     doubled = [f"{key} as {' and '.join(of)}" for key, of in found.items() if len(of) > 1]
     if doubled:
         raise InputError(f"{where}: {len(doubled)} tensors have two names ({doubled[0]}); keep the right ones and remove the others")
-    return Names({key: of[0] for key, of in found.items()}, tuple(dropped), tuple(buffers))
+    return {key: of[0] for key, of in found.items()}
 
 
 def canonical(name: str) -> str:
@@ -137,10 +142,7 @@ def read_adapter_names(names: Iterable[str], where: str) -> AdapterNames:
                 adapters.setdefault(adapter, name)
     if len(adapters) > 1:
         raise InputError(f"{where}: holds {len(adapters)} adapters ({', '.join(adapters)}); save one of them alone (save_pretrained)")
-    doubled = [f"{key} as {' and '.join(of)}" for key, of in found.items() if len(of) > 1]
-    if doubled:
-        raise InputError(f"{where}: {len(doubled)} tensors have two names ({doubled[0]}); keep the right ones and remove the others")
-    sources = {key: of[0] for key, of in found.items()}
+    sources = _one_each(found, where)
     modules = {key.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0]: of for key, of in sources.items() if ".lora_" in key}
     raw = [(module, name.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0]) for module, name in modules.items()]
     spelled = next((spell for spell in _SPELLINGS if all(spell(module) == name for module, name in raw)), str)
