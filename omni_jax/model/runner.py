@@ -8,7 +8,6 @@ Letters: N items, R rows, K prompts per row, D LLM width, M media tokens.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -23,7 +22,7 @@ from jax.sharding import AbstractMesh, Mesh
 from omni_jax.config import TABLES
 from omni_jax.model.attention import choose_for
 from omni_jax.model.encoder import Encoder
-from omni_jax.parallel import sharding, use_mesh
+from omni_jax.parallel import computing_in, sharding
 from omni_jax.towers import Tower, towers_of
 from omni_jax.types import EncoderBatch, RowBatch
 
@@ -114,7 +113,7 @@ class Runner:
         def split(*arrays: Any) -> tuple[Any, ...]:
             return tuple(self._shape(a.shape, a.dtype, ("batch", *[None] * (a.ndim - 1))) for a in arrays)
 
-        with self._context():
+        with computing_in(self._dtype, self._mesh):
             platforms = None if platform is None else (platform,)
             traced = {t.name: self._media[t].trace(self._params, table, offset, split(*arrays), tokens=each) for t, arrays, each in calls}
             for rows in batch.rows:
@@ -133,7 +132,7 @@ class Runner:
             return self._no_media
         self._reserve(sum(arrays[0].shape[0] * each for _, arrays, each in calls))
         offset = 0
-        with self._context():
+        with computing_in(self._dtype, self._mesh):
             for tower, arrays, each in calls:
                 self._table = self._media[tower](self._params, self._table, np.int32(offset), self._place(arrays), tokens=each)
                 offset += arrays[0].shape[0] * each
@@ -146,7 +145,7 @@ class Runner:
 
     def _run_rows(self, rows: RowBatch, table: jax.Array) -> tuple[jax.Array, jax.Array]:
         arrays = dict(zip(ROWS, self._place(tuple(getattr(rows, name) for name in ROWS)), strict=True))
-        with self._context():
+        with computing_in(self._dtype, self._mesh):
             return self._rows(self._params, table, arrays)
 
     def _reserve(self, tokens: int) -> None:
@@ -166,15 +165,6 @@ class Runner:
 
     def _shape(self, shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=None if self._mesh is None else sharding(axes, shape, self._mesh))
-
-    @contextlib.contextmanager
-    def _context(self) -> Iterator[None]:
-        """Float32 means float32 on every backend (TPU and GPU multiply at lower precision by default); the mesh, where there is one."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(jax.default_matmul_precision("highest" if self._dtype == jnp.float32 else "default"))
-            if self._mesh is not None:
-                stack.enter_context(use_mesh(self._mesh))
-            yield
 
 
 def _capacity(tokens: int) -> int:

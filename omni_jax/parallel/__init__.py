@@ -10,7 +10,7 @@ from omni_jax.parallel.distributed import (
     run_on_process_0,
     start,
 )
-from omni_jax.parallel.mesh import BATCH, batch_axes, batch_shards, make_mesh, use_mesh
+from omni_jax.parallel.mesh import BATCH, batch_axes, batch_shards, computing_in, make_mesh, use_mesh
 from omni_jax.parallel.rules import RULES, constrain, gather, partition_spec, sharding, writes_gathers
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "barrier",
     "batch_axes",
     "batch_shards",
+    "computing_in",
     "constrain",
     "gather",
     "make_mesh",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -56,6 +57,14 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
 def use_mesh(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager[Any]:
     """Returns a context in which the mesh is set, abstract or not."""
     return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
+
+
+@contextlib.contextmanager
+def computing_in(dtype: Any, mesh: Mesh | AbstractMesh | None) -> Iterator[None]:
+    """Makes float32 mean float32 while the block runs (TPU and GPU multiply at lower precision by default), and sets the mesh, if any."""
+    precision = jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
+    with precision, use_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        yield
 
 
 def _by_slice(devices: Sequence[Any], slices: int) -> list[list[Any]]:

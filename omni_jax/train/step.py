@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from omni_jax.config import ModelConfig
 from omni_jax.model.attention import choose, choose_for
 from omni_jax.objectives import HEALTH
-from omni_jax.parallel import use_mesh
+from omni_jax.parallel import computing_in
 from omni_jax.train import remat
 from omni_jax.train.batch import TrainBatch, UpdateBatch
 from omni_jax.train.gradients import Forward, Metrics
@@ -135,7 +134,7 @@ class TrainStep:
             raise InputError("with negatives='global' every micro-batch of a step has the same kind; use kinds_of_update")
         # The programs see no kinds in the batch, so that the order of kinds causes no recompilation.
         arrays = [dataclasses.replace(batch, kinds=()) for batch in batches]
-        with self._context():
+        with computing_in(self._dtype, self.mesh):
             if pooled or len(kinds) == 1:
                 return self._program("update", self._update)(state, frozen, arrays[0], kind=kinds[0])
             total: tuple[Arrays, Metrics] | None = None
@@ -155,7 +154,7 @@ class TrainStep:
           one_of_several: lowers the program of one micro-batch that is a pool of its own: a loop over such programs makes the step.
         """
         kind, arrays = batch.kinds[0], dataclasses.replace(batch, kinds=())
-        with self._context():
+        with computing_in(self._dtype, self.mesh):
             program: Any = self._program("micro", self._micro) if one_of_several else self._program("update", self._update)
             number = jax.ShapeDtypeStruct((), jnp.int32)  # an array would need a device, and those of a planned mesh are not there
             which: dict[str, Any] = {"place": number, "index": number} if one_of_several else {}
@@ -241,15 +240,6 @@ class TrainStep:
             return out
         state, metrics = out
         return jax.lax.with_sharding_constraint(state, state_shardings(state, self._model, self.mesh)), metrics
-
-    @contextlib.contextmanager
-    def _context(self) -> Iterator[None]:
-        """Float32 means float32 on every backend; the mesh, where there is one."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(jax.default_matmul_precision("highest" if self._dtype == jnp.float32 else "default"))
-            if self.mesh is not None:
-                stack.enter_context(use_mesh(self.mesh))
-            yield
 
 
 @functools.cache
