@@ -11,8 +11,19 @@ from omni_jax.config.errors import ConfigError, check_divides
 from omni_jax.config.hf_fields import BEATS_NAMES, check_beats_fields
 
 
+class _Heads:
+    """A width that is split into heads."""
+
+    hidden_size: int
+    num_heads: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(_Heads):
     """Text decoder (Qwen2.5 with TMRoPE)."""
 
     hidden_size: int
@@ -26,10 +37,6 @@ class DecoderConfig:
     mrope_sections: tuple[int, int, int] = (16, 24, 24)
     max_positions: int = 32768  # longest prompt, tokens
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
     def __post_init__(self) -> None:
         check_divides("text_config.num_attention_heads", self.num_heads, "hidden_size", self.hidden_size)
         check_divides("text_config.num_key_value_heads", self.num_kv_heads, "num_attention_heads", self.num_heads)
@@ -40,7 +47,7 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(_Heads):
     """Vision tower (Qwen2.5-VL: window attention, full attention in a few blocks)."""
 
     hidden_size: int
@@ -57,10 +64,6 @@ class VisionConfig:
     in_channels: ClassVar[int] = 3
     norm_eps: ClassVar[float] = 1e-6
     rope_theta: ClassVar[float] = 1e4
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
 
     @property
     def patch_values(self) -> int:
@@ -80,7 +83,7 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class AudioConfig:
+class AudioConfig(_Heads):
     """Audio tower (Whisper encoder on chunks of 2 * n_window frames)."""
 
     hidden_size: int
@@ -93,10 +96,6 @@ class AudioConfig:
 
     num_mel_bins: ClassVar[int] = 128
     norm_eps: ClassVar[float] = 1e-5
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
 
     @property
     def chunk_frames(self) -> int:
@@ -116,7 +115,7 @@ class AudioConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class BeatsConfig:
+class BeatsConfig(_Heads):
     """BEATs audio encoder. The defaults are those of the published AS2M checkpoint, which WAVE-7B uses."""
 
     num_layers: int = 12
@@ -134,10 +133,6 @@ class BeatsConfig:
     patch_size: ClassVar[int] = 16  # fbank frames and bins
     num_mel_bins: ClassVar[int] = 128
     norm_eps: ClassVar[float] = 1e-5
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
 
     @property
     def has_input_projection(self) -> bool:
