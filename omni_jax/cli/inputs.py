@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from omni_jax.config.made_with import ROUNDING
+from omni_jax.io.messages import as_input_error
 from omni_jax.retrieval.embedding_file import Choose, check_alike, missing_parts
 from omni_jax.retrieval.inputs import captions_left_out, read_inputs, with_captions
 from omni_jax.types import EmbeddingTable, InputError
@@ -52,12 +53,9 @@ def read_captioned(
 
 def read_result(path: str) -> dict[str, Any]:
     """Returns a result that `omni-jax eval --json` wrote. Raises InputError for a file of another kind."""
-    try:
+    other = as_input_error(f"{path}: not JSON", "give a result that `omni-jax eval --json` wrote", ValueError, RecursionError)
+    with as_input_error(f"{path}: cannot be read"), other:
         result = json.loads(epath.Path(path).read_text())
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror or e}") from e
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not JSON ({e}); give a result that `omni-jax eval --json` wrote") from e
     try:
         cells = [float(metrics["R@1"]) for metrics in result["directions"].values()]
     except (AttributeError, KeyError, TypeError, ValueError) as e:

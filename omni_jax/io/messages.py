@@ -36,10 +36,10 @@ _POINTER = b"version https://git-lfs"
 
 
 @contextlib.contextmanager
-def as_input_error(what: str, advice: str, *kinds: type[BaseException]) -> Iterator[None]:
-    """Raises "WHAT (the error's own words); ADVICE" as an InputError for errors of the block: of `kinds`, OSError by default.
+def as_input_error(what: str, advice: str = "", *kinds: type[BaseException]) -> Iterator[None]:
+    """Raises an InputError for errors of the block: of `kinds`, OSError by default. An InputError of the block stays as it is.
 
-    An InputError of the block stays as it is.
+    It says "WHAT (the error's own words); ADVICE", without advice "WHAT: the error's own words".
     """
     kinds = kinds or (OSError,)
     try:
@@ -47,4 +47,5 @@ def as_input_error(what: str, advice: str, *kinds: type[BaseException]) -> Itera
     except InputError:
         raise
     except kinds as error:
-        raise InputError(f"{what} ({getattr(error, 'strerror', None) or line_of(error)}); {advice}") from error
+        words = getattr(error, "strerror", None) or line_of(error)
+        raise InputError(f"{what} ({words}); {advice}" if advice else f"{what}: {words}") from error

@@ -23,7 +23,7 @@ from etils import epath
 
 from omni_jax.config import TABLES
 from omni_jax.config.made_with import ROUNDING
-from omni_jax.io.messages import as_input_error, line_of, some
+from omni_jax.io.messages import as_input_error, some
 from omni_jax.io.torch_pickle import read_torch_file
 from omni_jax.retrieval.embedding_file import (
     IDS,
@@ -35,7 +35,7 @@ from omni_jax.retrieval.embedding_file import (
     from_two_arrays,
     read_embeddings,
 )
-from omni_jax.retrieval.npz import load_arrays, read_array
+from omni_jax.retrieval.npz import PICKLED, load_arrays, read_array
 from omni_jax.retrieval.parquet import SUFFIX
 from omni_jax.types import EmbeddingTable, InputError
 
@@ -167,13 +167,9 @@ def _read_npy(table: str | None, path: str) -> EmbeddingTable:
     file = epath.Path(path)
     if not file.is_file():
         raise InputError(f"{path}: no such file")
-    try:
-        with file.open("rb") as stream:
-            rows = read_array(stream)
-    except (ValueError, EOFError, MemoryError) as e:
-        raise InputError(f"{path}: cannot be read as an array ({line_of(e)}); pickled content is never loaded") from e
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror or e}") from e
+    other = as_input_error(f"{path}: cannot be read as an array", PICKLED, ValueError, EOFError, MemoryError)
+    with as_input_error(f"{path}: cannot be read"), other, file.open("rb") as stream:
+        rows = read_array(stream)
     if rows.ndim != 2:
         raise InputError(f"{path}: has shape {rows.shape}; expected (records, width)")
     tables = {table: float32_rows(rows, table, path)}
@@ -202,12 +198,8 @@ def _numbers(rows: int) -> tuple[str, ...]:
 
 
 def _read_ids(path: str) -> tuple[str, ...]:
-    try:
+    with as_input_error(f"{path}: cannot be read"), as_input_error(f"{path}: is not UTF-8 text", "write one id a line", UnicodeDecodeError):
         ids = tuple(epath.Path(path).read_text(encoding="utf-8").splitlines())
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror or e}") from e
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: is not UTF-8 text ({e.reason}); write one id a line") from e
     twice = len(ids) - len(set(ids))
     if twice or "" in ids:
         raise InputError(f"{path}: {'an empty line' if '' in ids else f'{twice} ids appear more than once'}; one unique id a line")

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from omni_jax.io import atomic_write
-from omni_jax.io.messages import line_of
+from omni_jax.io.messages import as_input_error
 from omni_jax.io.remote import is_remote
 from omni_jax.types import InputError
 
@@ -26,6 +26,8 @@ ROWS = 8192  # rows written together
 LOCAL_HEAD, ZIP64_FIELD = 30, 20  # bytes of a zip member's header: its fixed part, and the field of 64-bit sizes
 PADDING_FIELD = 0xD935  # the extra field that other tools pad members with
 ENCRYPTED = 1  # of a zip member's flags
+
+PICKLED = "pickled content is never loaded"
 
 PathLike = str | os.PathLike[str]
 
@@ -111,29 +113,22 @@ def load_arrays(
         raise InputError(f"{path} is a folder; name an .npz file")
     if not file.exists():
         raise InputError(f"{path}: no such file")
-    try:
-        with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
-            entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
-            doubled = [name for name, times in collections.Counter(archive.namelist()).items() if times > 1]
-            if doubled:
-                raise InputError(f"{path}: {', '.join(doubled[:3])} appears more than once; write the file again")
-            chosen = entries if wanted is None else wanted(list(entries))
-            arrays = {}
-            for name in (n for n in entries if n in chosen):
-                array = _mapped(file, stream, entries[name]) if mapped else None
-                if array is None:
-                    with archive.open(entries[name]) as member:
-                        array = read_array(member)
-                arrays[name] = array
-            return arrays, archive.comment.decode(errors="replace")
-    except InputError:
-        raise
-    except zipfile.BadZipFile as e:
-        raise InputError(f"{path}: truncated or not an .npz file ({e}); write it again") from e
-    except (ValueError, EOFError, MemoryError, RuntimeError, zlib.error) as e:
-        raise InputError(f"{path}: cannot be read as arrays ({line_of(e)}); pickled content is never loaded") from e
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror or e}") from e
+    damaged = as_input_error(f"{path}: truncated or not an .npz file", "write it again", zipfile.BadZipFile)
+    others = as_input_error(f"{path}: cannot be read as arrays", PICKLED, ValueError, EOFError, MemoryError, RuntimeError, zlib.error)
+    with as_input_error(f"{path}: cannot be read"), others, damaged, file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+        entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+        doubled = [name for name, times in collections.Counter(archive.namelist()).items() if times > 1]
+        if doubled:
+            raise InputError(f"{path}: {', '.join(doubled[:3])} appears more than once; write the file again")
+        chosen = entries if wanted is None else wanted(list(entries))
+        arrays = {}
+        for name in (n for n in entries if n in chosen):
+            array = _mapped(file, stream, entries[name]) if mapped else None
+            if array is None:
+                with archive.open(entries[name]) as member:
+                    array = read_array(member)
+            arrays[name] = array
+        return arrays, archive.comment.decode(errors="replace")
 
 
 def _mapped(path: epath.Path, stream: IO[bytes], entry: zipfile.ZipInfo) -> np.ndarray | None:
