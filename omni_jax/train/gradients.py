@@ -5,7 +5,6 @@ Letters: n micro-batches, B clips of a micro-batch, D LLM width.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -86,7 +85,6 @@ def collapse_metrics(z: jax.Array) -> Metrics:
     return {"mean_cosine": cosine, "effective_rank": jnp.square(jnp.trace(gram)) / jnp.maximum(jnp.vdot(gram, gram), 1e-12)}
 
 
-@dataclasses.dataclass(frozen=True)
 class Forward:
     """The encoder as functions of its trainable and frozen parameters.
 
@@ -95,24 +93,10 @@ class Forward:
       abstract: the encoder without storage.
       losses: what is computed from the embeddings.
       kept: towers nothing of which trains: they run once per clip, without residuals.
-      remat: what decoder layers keep for the backward pass.
-      attention: kernel of the decoder's attention.
-      frozen_layers: whether nothing of the decoder's layers trains but LoRA.
-      text_head: "last" or "fused", as `Preset.text_head`: what text alone is embedded by.
     """
 
-    config: ModelConfig
-    abstract: Encoder
-    losses: LossConfig
-    kept: tuple[str, ...]
-    remat: Remat
-    attention: str = "plain"
-    frozen_layers: bool = True
-    text_head: str = "last"
-
-    @classmethod
-    def make(
-        cls,
+    def __init__(
+        self,
         config: ModelConfig,
         losses: LossConfig,
         trainable: frozenset[str],
@@ -120,10 +104,18 @@ class Forward:
         remat: Remat,
         attention: str = "plain",
         text_head: str = "last",
-    ) -> Forward:
-        kept = tuple(tower for tower in NAMES if not any(name.startswith(f"{tower}/") for name in trainable))
+    ) -> None:
+        """Takes the architecture, the losses and what trains.
+
+        Args:
+          remat: what decoder layers keep for the backward pass.
+          attention: kernel of the decoder's attention.
+          text_head: "last" or "fused", as `Preset.text_head`: what text alone is embedded by.
+        """
+        self.config, self.losses, self.abstract = config, losses, abstract_encoder(config, dtype=dtype)
+        self.kept = tuple(tower for tower in NAMES if not any(name.startswith(f"{tower}/") for name in trainable))
         frozen = all(is_lora(name) for name in trainable if name.startswith("decoder/layers/"))
-        return cls(config, abstract_encoder(config, dtype=dtype), losses, kept, remat, attention, frozen, text_head)
+        self._options: dict[str, Any] = {"remat": remat, "attention": attention, "frozen": frozen, "text_head": text_head}
 
     def model(self, trainable: Arrays, frozen: Arrays) -> Encoder:
         return with_params(self.abstract, join(trainable, frozen))
@@ -148,11 +140,10 @@ class Forward:
         model = self.model(trainable, frozen)
         features = {**kept, **run_towers(model, batch.clips, [tower for tower in of_modalities(kind.media) if tower not in self.kept])}
         keys = (None, None) if key is None else jax.random.split(key)
-        options = {"remat": self.remat, "attention": self.attention, "frozen": self.frozen_layers, "text_head": self.text_head}
-        embedded = embed_streams(model, batch, features, kind, dropout_key=keys[0], **options)
+        embedded = embed_streams(model, batch, features, kind, dropout_key=keys[0], **self._options)
         if hard and batch.hard is not None:
             still = self.model(jax.lax.stop_gradient(trainable), frozen)
-            embedded["hard"] = embed_hard_negatives(still, batch, features, kind, dropout_key=keys[1], attention=self.attention)
+            embedded["hard"] = embed_hard_negatives(still, batch, features, kind, dropout_key=keys[1], attention=self._options["attention"])
         return embedded
 
     def plain(self, trainable: Arrays, frozen: Arrays, batch: TrainBatch, kind: StepKind, key: jax.Array | None) -> tuple[Arrays, Metrics]:

@@ -95,7 +95,7 @@ class TrainStep:
         self._model, self._dtype = model, jnp.dtype(dtype)
         attention = choose_for(config.attention, mesh)
         kept = remat.policies(config.remat, model.decoder.num_layers)
-        self.forward = Forward.make(model, config.losses, self.names, self._dtype, kept, attention, config.text_head)
+        self.forward = Forward(model, config.losses, self.names, self._dtype, kept, attention, config.text_head)
         self.optimizer = make_optimizer(config.optimizer)
         self._dropout = model.lora is not None and model.lora.dropout > 0
         self._options = dict(compiler_options or {})

@@ -27,7 +27,7 @@ def forward(losses: LossConfig, model=MODEL, remat="layer", choice="adapter") ->
     """Returns the encoder's functions, trainable and frozen parameters."""
     step = TrainStep(model, recipe(trainable=TrainableConfig(recipe=choice)), dtype=jnp.float32)
     trainable, frozen = parts(step)
-    return Forward.make(model, losses, step.names, jnp.float32, policies(remat, model.decoder.num_layers)), trainable, frozen
+    return Forward(model, losses, step.names, jnp.float32, policies(remat, model.decoder.num_layers)), trainable, frozen
 
 
 @functools.cache

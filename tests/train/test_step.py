@@ -61,7 +61,7 @@ def test_accumulation_averages_the_micro_batches(released):
     state, frozen = released.init(weights())
     made = micro(0)
     assert [one.kinds[0].hard for one in made] == ["text", "audio"] and made[0].hard is None
-    forward = Forward.make(MODEL, released.config.losses, released.names, jnp.float32, REMAT["layer"])
+    forward = Forward(MODEL, released.config.losses, released.names, jnp.float32, REMAT["layer"])
     plain = jax.jit(forward.plain, static_argnames="kind", compiler_options=QUICK)
     parts = [plain(state.trainable, frozen, jax.tree.map(lambda x: x[0], one), kind=one.kinds[0], key=None) for one in made]
     (one, metrics), (other, more) = jax.device_get(parts)
