@@ -25,6 +25,7 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util import tensor_util
 
+from omni_jax.config.made_with import flat
 from omni_jax.objectives import HEALTH, LOSSES, SCALARS
 from omni_jax.train.loop import DIGEST
 
@@ -75,7 +76,7 @@ class Board:
         """Writes the config of a run and a table of its parameters."""
         self._add(self._start, text_pb("config", f"```json\n{json.dumps(config, indent=1)}\n```", "What the run was started with."))
         self._add(self._start, text_pb("parameters", f"```\n{parameters}\n```", "What trains: clu's parameter overview."))
-        settings = _flat(config)
+        settings = {name: value for name, value in flat(config) if isinstance(value, bool | int | float | str)}
         metric = hparams.Metric(METRIC, display_name="AVG-all", description="Mean R@1 over the 12 directions of held-out clips, in %.")
         self._add(self._start, hparams.hparams_config_pb([hparams.HParam(name) for name in settings], [metric]))
         self._add(self._start, hparams.hparams_pb(settings))
@@ -163,14 +164,3 @@ def _picture(tag: str, directions: Mapping[str, float]) -> Any:
     pixels = [str(side).encode(), str(side).encode(), file.getvalue()]  # the plugin's form: width, height, images
     metadata = image_metadata(display_name="", description="R@1 of held-out clips in %: rows are queries, columns galleries.")
     return Summary.Value(tag=tag, tensor=tensor_util.make_tensor_proto(pixels), metadata=metadata)
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the settings of a nested config that are numbers, words or switches, by dotted name."""
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, bool | int | float | str):
-            found[f"{prefix}{name}"] = value
-    return found
