@@ -39,6 +39,7 @@ from omni_jax.types import InputError
 _log = logging.getLogger(__name__)
 
 TRAINABLE, REST, DIGESTS = "trainable", "rest", "digests"
+COUNTERS = ("step", "skipped", "skipped_in_row", "key")
 
 _MACHINE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Permission denied")
 """What errors of XLA and TensorStore say where not the file is at fault."""
@@ -242,7 +243,7 @@ def _named(state: TrainState) -> tuple[Arrays, Arrays]:
 
 
 def _rest(state: TrainState) -> Iterator[tuple[str, Any]]:
-    for name in ("step", "skipped", "skipped_in_row", "key"):
+    for name in COUNTERS:
         yield name, getattr(state, name)
     for path, leaf in jax.tree_util.tree_flatten_with_path(state.optimizer)[0]:
         yield "optimizer." + ".".join(_stored(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))) for k in path), leaf
@@ -252,14 +253,8 @@ def _state(found: Arrays, like: TrainState) -> TrainState:
     """Returns the state whose leaves `found` holds by name."""
     structure = jax.tree.structure(like.optimizer)
     moments = [found[name] for name, _ in _rest(like) if name.startswith("optimizer.")]
-    return TrainState(
-        step=found["step"],
-        trainable={path: found[_stored(path)] for path in like.trainable},
-        optimizer=jax.tree.unflatten(structure, moments),
-        skipped=found["skipped"],
-        skipped_in_row=found["skipped_in_row"],
-        key=found["key"],
-    )
+    trainable = {path: found[_stored(path)] for path in like.trainable}
+    return TrainState(trainable=trainable, optimizer=jax.tree.unflatten(structure, moments), **{name: found[name] for name in COUNTERS})
 
 
 def _restore_args(arrays: Arrays) -> ocp.args.PyTreeRestore:
