@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from omni_jax.config.errors import ConfigError
+from omni_jax.config.errors import ConfigError, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,8 @@ class BatchSection:
     row_multiple: int = 8
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(BatchSection):
-            if (value := getattr(self, field.name)) < 1:
-                raise ConfigError(f"config field batch.{field.name}={value}: must be at least 1")
+        sizes = "micro_batch micro_batches blocks row_multiple"
+        check_fields(self, "config field batch.", sizes, lambda value: value >= 1, "must be at least 1")
         if self.micro_batch % self.blocks:
             raise ConfigError(f"config field batch.blocks={self.blocks}: must divide batch.micro_batch={self.micro_batch}")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from omni_jax.config.components import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, SpecialTokens, VisionConfig, constants
-from omni_jax.config.errors import ConfigError
+from omni_jax.config.errors import ConfigError, check_choices
 from omni_jax.config.hf_fields import NAMES, check_fields, rope_of, thinker_config, token_id
 
 ATTENTIONS = ("causal", "bidirectional")
@@ -65,9 +65,7 @@ class ModelConfig:
     kept: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, allowed in (("attention", ATTENTIONS), ("pooling", POOLINGS), ("prompt", PROMPTS), ("weights", WEIGHTS)):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"model field {name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        check_choices(self, "model field ", attention=ATTENTIONS, pooling=POOLINGS, prompt=PROMPTS, weights=WEIGHTS)
 
     def with_weights(self, weights: str, kept: tuple[str, ...] = ()) -> ModelConfig:
         """Returns the same architecture with its matrices held otherwise."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from omni_jax.config.errors import ConfigError
+from omni_jax.config.errors import ConfigError, check_choices, check_fields
 
 TABLES = ("text", "video", "audio", "av", "tv", "at", "tva")
 """Embedding tables by name, in the order they are written."""
@@ -86,37 +86,25 @@ class Preset:
     prefix: str = ""
 
     def __post_init__(self) -> None:
-        choices = {
-            "text_head": ("last", "fused"),
-            "audio_crop": ("first", "center"),
-            "audio_start": ("track", "clip"),
-            "channels": ("first", "mean"),
-            "frame_rounding": FRAME_ROUNDING,
-            "frame_crop": ("none", "square"),
-            "prefix": ("", *PREFIXES),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"preset field {name}={getattr(self, name)!r}: choose one of {', '.join(filter(None, allowed))}")
+        what = "preset field "
+        check_choices(self, what, text_head=("last", "fused"), channels=("first", "mean"), prefix=("", *PREFIXES))
+        check_choices(self, what, audio_crop=("first", "center"), audio_start=("track", "clip"))
+        check_choices(self, what, frame_rounding=FRAME_ROUNDING, frame_crop=("none", "square"))
         if self.frames < 2 or self.frames % 2:
             raise ConfigError(f"preset field frames={self.frames}: must be even and at least 2 (frames are embedded in pairs)")
         if not (math.isfinite(self.fps) and self.fps >= 0):
             raise ConfigError(f"preset field fps={self.fps}: must be 0 (frames={self.frames} whatever the length) or positive")
         if self.max_frames < 0 or (self.max_frames and not self.fps):
             raise ConfigError(f"preset field max_frames={self.max_frames}: must be 0, or positive beside a positive fps")
-        for name in ("pixels", "min_pixels", "max_pixels"):
-            if getattr(self, name) < 28 * 28 and (name == "pixels" or getattr(self, name)):
-                raise ConfigError(f"preset field {name}={getattr(self, name)}: must be at least 784 (28 x 28)")
+        check_fields(self, what, "pixels", lambda area: area >= 28 * 28, "must be at least 784 (28 x 28)")
+        check_fields(self, what, "min_pixels max_pixels", lambda area: not area or area >= 28 * 28, "must be at least 784 (28 x 28)")
         smallest, largest = self.areas
         if smallest > largest:
             raise ConfigError(f"preset fields min_pixels and max_pixels: the smallest area {smallest} is above the largest {largest}")
         if not (math.isfinite(self.audio_seconds) and self.audio_seconds >= 0):
             raise ConfigError(f"preset field audio_seconds={self.audio_seconds}: must be 0 (the whole track) or positive")
-        for name in ("audio_track", "video_track"):
-            if getattr(self, name) < -1:
-                raise ConfigError(f"preset field {name}={getattr(self, name)}: must be a number from 0, or -1 (the usual track)")
-        if self.max_text_tokens < 1:
-            raise ConfigError(f"preset field max_text_tokens={self.max_text_tokens}: must be at least 1")
+        check_fields(self, what, "audio_track video_track", lambda track: track >= -1, "must be a number from 0, or -1 (the usual track)")
+        check_fields(self, what, "max_text_tokens", lambda count: count >= 1, "must be at least 1")
 
     @property
     def areas(self) -> tuple[int, int]:

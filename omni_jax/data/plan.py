@@ -13,6 +13,7 @@ import numpy as np
 
 from omni_jax.config import BeatsConfig, ConfigError, ModelConfig, Preset
 from omni_jax.config.batches import AugmentConfig, BatchSection
+from omni_jax.config.errors import check_choices
 from omni_jax.data.augment import augment_text
 from omni_jax.data.clips import same_as
 from omni_jax.data.negatives import MinedNegatives
@@ -47,8 +48,7 @@ class BatchConfig(BatchSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.distinct not in DISTINCT:
-            raise ConfigError(f"data field distinct={self.distinct!r}: choose one of {', '.join(DISTINCT)}")
+        check_choices(self, "data field ", distinct=DISTINCT)
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed}: must not be negative")
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from omni_jax.config import ConfigError
+from omni_jax.config.errors import check_fields, positive
 from omni_jax.objectives import SCALARS
 from omni_jax.train.trainable import Arrays
 
@@ -50,18 +51,12 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.total_steps < 1:
-            raise ConfigError(f"optimizer field total_steps={self.total_steps}: must be at least 1")
-        for name in ("learning_rate", "eps", "clip_norm"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"optimizer field {name}={value}: must be positive")
-        for name in ("warmup_ratio", "final_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"optimizer field {name}={getattr(self, name)}: must be between 0 and 1")
-        for name in ("b1", "b2"):  # 1 would divide by zero where the moments' start is corrected
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"optimizer field {name}={getattr(self, name)}: must be at least 0 and below 1")
+        what = "optimizer field "
+        check_fields(self, what, "total_steps", lambda value: value >= 1, "must be at least 1")
+        check_fields(self, what, "learning_rate eps clip_norm", positive, "must be positive")
+        check_fields(self, what, "warmup_ratio final_fraction", lambda value: 0 <= value <= 1, "must be between 0 and 1")
+        # 1 would divide by zero where the moments' start is corrected.
+        check_fields(self, what, "b1 b2", lambda value: 0 <= value < 1, "must be at least 0 and below 1")
         if self.weight_decay < 0 or (self.warmup_steps or 0) < 0:
             raise ConfigError("optimizer fields weight_decay and warmup_steps must not be negative")
 
@@ -87,16 +82,11 @@ def schedule(config: OptimizerConfig) -> Callable[[Any], jax.Array]:
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """Scales gradients by min(1, limit / (norm + 1e-6)): torch's rule, whose epsilon optax does not have."""
 
-    def init(params: Any) -> Any:
-        del params
-        return optax.EmptyState()
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
+    def clipped(updates: Any, _: Any) -> Any:
         factor = jnp.minimum(1.0, limit / (optax.tree.norm(updates) + TORCH_CLIP_EPSILON))
-        return jax.tree.map(lambda g: g * factor, updates), state
+        return jax.tree.map(lambda g: g * factor, updates)
 
-    return optax.GradientTransformation(init, update)
+    return optax.stateless(clipped)
 
 
 def decays(path: str) -> bool:

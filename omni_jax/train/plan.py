@@ -11,6 +11,7 @@ import jax
 
 from omni_jax import objectives
 from omni_jax.config import ConfigError
+from omni_jax.config.errors import check_choices, check_fields, positive
 from omni_jax.objectives import LOSSES, SCALARS
 from omni_jax.types import StepKind
 
@@ -55,12 +56,8 @@ class LossConfig:
     matryoshka_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, allowed in (("pairs", ("cycle", "all")), ("hard_scope", ("local", "global")), ("negatives", NEGATIVES)):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"loss field {name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        for name in ("temperature", "hard_weight"):
-            if not (math.isfinite(value := getattr(self, name)) and value > 0):
-                raise ConfigError(f"loss field {name}={value}: must be positive")
+        check_choices(self, "loss field ", pairs=("cycle", "all"), hard_scope=("local", "global"), negatives=NEGATIVES)
+        check_fields(self, "loss field ", "temperature hard_weight", positive, "must be positive")
         weights = _numbers("weights", self.weights, tuple(LOSSES))
         if min(weights.values(), default=0.0) < 0 or not any(weights.values()):
             raise ConfigError(f"loss field weights={weights}: must not be negative, and one at least must be positive")

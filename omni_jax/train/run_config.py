@@ -11,6 +11,7 @@ from typing import Any
 from omni_jax.config import ConfigError, LoraConfig, Preset
 from omni_jax.config import preset as preset_named
 from omni_jax.config.batches import AUGMENT, AugmentConfig, BatchSection
+from omni_jax.config.errors import check_choices, check_fields
 from omni_jax.train.config_parsing import record_of
 from omni_jax.train.optimizer import OptimizerConfig
 from omni_jax.train.plan import LossConfig, renamed
@@ -42,9 +43,7 @@ class ModelSection:
     weights: str = "keep"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("dtype", DTYPES), ("weights", WEIGHTS)):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"config field model.{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        check_choices(self, "config field model.", dtype=DTYPES, weights=WEIGHTS)
         if bool(self.base) == bool(self.architecture):
             raise ConfigError("config fields model.base and model.architecture: give one, a converted folder or the shape of fresh weights")
 
@@ -86,10 +85,8 @@ class DataSection:
             raise ConfigError("config field data.train: empty; give a folder of shards or a manifest (--config.data.train=...)")
         if self.workers < 0 or not self.timeout > 0:
             raise ConfigError("config fields data.workers and data.timeout: must not be negative, timeout must be positive")
-        if not self.cache_gb > 0:
-            raise ConfigError(f"config field data.cache_gb={self.cache_gb}: must be positive")
-        if self.negatives not in HARD_NEGATIVES:
-            raise ConfigError(f"config field data.negatives={self.negatives!r}: choose one of {', '.join(HARD_NEGATIVES)}")
+        check_fields(self, "config field data.", "cache_gb", lambda value: value > 0, "must be positive")
+        check_choices(self, "config field data.", negatives=HARD_NEGATIVES)
         if self.mined and self.negatives == "shuffle":
             raise ConfigError('config field data.mined: is not read with data.negatives="shuffle"; set data.negatives to "mined" or "both"')
         self.resolved_preset()
@@ -203,8 +200,7 @@ class StopSection:
     def __post_init__(self) -> None:
         if min(self.skipped_in_row, self.collapsed_in_row) < 1:
             raise ConfigError("config fields stop.skipped_in_row and stop.collapsed_in_row: must be at least 1")
-        if self.collapse not in COLLAPSE:
-            raise ConfigError(f"config field stop.collapse={self.collapse!r}: choose one of {', '.join(COLLAPSE)}")
+        check_choices(self, "config field stop.", collapse=COLLAPSE)
 
 
 @dataclasses.dataclass(frozen=True)
