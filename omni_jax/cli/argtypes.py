@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+TIMEOUT_S = 120.0
+
 
 def whole(text: str) -> int:
     """Returns a whole number, 0 or more."""
@@ -22,6 +24,18 @@ def add_truncate_dim(parser: argparse.ArgumentParser, what: str = "vectors") -> 
         type=positive(int),
         metavar="N",
         help=f"keep the first N dimensions of {what}, scaled to length 1 again (for models trained with losses.matryoshka_dims)",
+    )
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser, timeout: float | None) -> None:
+    """Adds how a manifest's media are decoded; `timeout` is what --timeout is where it is not given."""
+    parser.add_argument("--workers", type=whole, metavar="N", help="decoding processes (default: one less than the cores)")
+    parser.add_argument(
+        "--timeout",
+        type=positive(float),
+        default=timeout,
+        metavar="SECONDS",
+        help=f"skip a clip whose decoding makes no progress for so long, or takes ten times as long (default: {TIMEOUT_S:g})",
     )
 
 

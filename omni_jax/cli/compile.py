@@ -84,19 +84,8 @@ def run(args: argparse.Namespace) -> int:
     model, note = planned_model(config.model)
     slices = config.mesh.slices if args.slices is None else args.slices
     with Waiting("compile", "programs") as waiting:
-        request = plan.Request(
-            run=config,
-            model=model,
-            topology=args.topology,
-            slices=slices,
-            mesh=args.mesh,
-            caption_tokens=args.caption_tokens,
-            utilisation=args.utilisation,
-            price=args.price,
-            full_effort=args.full_effort,
-            weights=args.weights,
-            watch=waiting,
-        )
+        asked = {name: getattr(args, name) for name in ("mesh", "caption_tokens", "utilisation", "price", "full_effort", "weights")}
+        request = plan.Request(config, model, args.topology, slices, **asked, watch=waiting)
         if args.sweep:
             tried = plan.swept(request, counts[0], _say)
             found: dict[str, Any] = {"sweep": tried}

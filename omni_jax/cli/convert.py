@@ -89,17 +89,8 @@ def _convert(args: argparse.Namespace) -> int:
             bars[0].update(done // 1_000_000 - bars[0].done)
 
         if args.direction == "to-jax":
-            made = conversion.to_jax(
-                args.base,
-                args.out,
-                adapter=args.adapter,
-                beats=args.beats,
-                dtype=args.dtype,
-                weights=args.weights,
-                merge_adapter=args.merge_adapter,
-                backbone=args.backbone,
-                progress=progress,
-            )
+            asked = {name: getattr(args, name) for name in ("adapter", "beats", "dtype", "weights", "merge_adapter", "backbone")}
+            made = conversion.to_jax(args.base, args.out, **asked, progress=progress)
             how = [f"dtype {args.dtype}", *(["weights int8"] if args.weights == "int8" else [])]
             what = f"{args.out} ({', '.join([*how, *(['adapter merged'] if args.merge_adapter else [])])})"
         else:

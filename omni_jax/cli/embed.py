@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from omni_jax.cli.argtypes import add_truncate_dim, positive, whole
+from omni_jax.cli.argtypes import TIMEOUT_S, add_decoding_arguments, add_truncate_dim, positive, whole
 from omni_jax.cli.model_arguments import (
     add_model_arguments,
     add_preset_arguments,
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from omni_jax.engines.ray_embed import RayEmbedding
     from omni_jax.retrieval.embedding_pass import Outcome, Part
 
-TIMEOUT_S = 120.0
 FILE_GIB = 2.0  # of vectors in one file
 SAMPLE = 256
 
@@ -87,13 +86,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder that media paths start from and must stay in (default: the manifest's, unconfined)",
     )
-    parser.add_argument("--workers", type=whole, metavar="N", help="decoding processes (default: one less than the cores)")
-    parser.add_argument(
-        "--timeout",
-        type=positive(float),
-        metavar="SECONDS",
-        help=f"skip a clip whose decoding makes no progress for so long, or takes ten times as long (default: {TIMEOUT_S:g})",
-    )
+    add_decoding_arguments(parser, None)
 
 
 def check_timeout(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterator
@@ -71,15 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.retrieval.faiss_search import FaissIndex
     from omni_jax.retrieval.mining import MiningConfig, mine
 
-    config = MiningConfig(
-        **{
-            name: getattr(args, name)
-            for name in (
-                *("num_negatives", "range_min", "range_max", "min_score", "max_score"),
-                *("absolute_margin", "relative_margin", "sampling", "seed"),
-            )
-        }
-    )
+    config = MiningConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(MiningConfig)})
     directions = args.directions.split(",") if args.directions else list(DIRECTIONS)
     if unknown := [name for name in directions if name not in DIRECTIONS]:
         raise InputError(f"--directions {args.directions}: unknown direction {unknown[0]!r}; choose among {', '.join(DIRECTIONS)}")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omni_jax.cli.argtypes import positive, whole
+from omni_jax.cli.argtypes import TIMEOUT_S, add_decoding_arguments, positive
 from omni_jax.cli.model_arguments import add_override_argument
 from omni_jax.cli.on_ray import add_ray_argument, check_ray, local_cpus
 from omni_jax.cli.source import add_source_arguments, read_source
@@ -31,14 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="training", help=f"one of {', '.join(PRESETS)} (default: %(default)s)")
     add_override_argument(parser)
     parser.add_argument("--media-root", metavar="DIR", help="folder that media paths start from (default: the manifest's)")
-    parser.add_argument("--workers", type=whole, metavar="N", help="decoding processes (default: one less than the cores)")
-    parser.add_argument(
-        "--timeout",
-        type=positive(float),
-        default=120.0,
-        metavar="SECONDS",
-        help="skip a clip whose decoding makes no progress for so long, or takes ten times as long (default: 120)",
-    )
+    add_decoding_arguments(parser, TIMEOUT_S)
     add_ray_argument(parser)
 
 

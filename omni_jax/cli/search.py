@@ -8,7 +8,7 @@ import json
 import sys
 import warnings
 
-from omni_jax.cli.argtypes import add_truncate_dim
+from omni_jax.cli.argtypes import add_truncate_dim, positive
 from omni_jax.cli.model_arguments import add_index_arguments, check_preset, model_for_index
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query.add_argument("--av", metavar="FILE", help="search by the pictures and the sound of a video")
     query.add_argument("--queries", metavar="FILE", help="file of queries: one caption per line, or a manifest (.jsonl)")
     parser.add_argument("--media-root", metavar="DIR", help="folder that the media paths of --queries start from and must stay in")
-    parser.add_argument("-k", type=_count, default=10, metavar="N", help="results to print (default: %(default)s)")
+    parser.add_argument("-k", type=positive(int), default=10, metavar="N", help="results to print (default: %(default)s)")
     parser.add_argument(
         "--table", choices=TABLES, help="table to search in (default: the first of av, video, audio for a text; what other queries lack)"
     )
@@ -90,10 +90,3 @@ def _show(args: argparse.Namespace, kind: str | None, name: str, table: str, rec
     print(f"{kind if args.queries is None else one_line(name)} in table {table} of {records} records, by cosine:")
     for rank, (name, score) in enumerate(found, 1):
         print(f"{rank:4d}  {score:7.4f}  {one_line(name)}")
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("at least 1 is needed")
-    return value
