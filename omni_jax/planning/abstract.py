@@ -62,13 +62,8 @@ def planned_batch(
     Args:
       row_multiple: rows are multiples of so many tokens.
     """
-    steps, patches = _seen(config, preset)
-    frames = round(preset.audio_seconds * FRAMES_PER_SECOND)
-    if not frames:
-        raise ConfigError("preset field audio_seconds=0 (whole tracks) has no one shape; plan with a length, as in audio_seconds=8")
-    chunks = -(-frames // config.audio.chunk_frames)
-    video = steps * patches // config.vision.merge_size**2
-    heard = config.audio_repeat * (((frames - 1) // 2 + 1) // 2)
+    media, video, heard = _media(config, preset)
+    heard *= config.audio_repeat
     template = TEMPLATE_TOKENS if config.prompt == "chat" else 0
     text, filler = caption_tokens + 1 + template, FILLER_TOKENS + template
     clip = PromptLengths(video, heard, video, heard, caption=text, positive=text, hard=text, alone=text, filler=filler)
@@ -76,8 +71,7 @@ def planned_batch(
     kind = lay_out(kind, [clip], share_prefix=share, multiple=row_multiple, attention=attention_cost(config.decoder))
     row, hard = (multiple_of(row_multiple, n) for n in (clip.row(kind, share), clip.hard_row(kind, share)))
     kind = dataclasses.replace(kind, reach=clip.reach(kind, share))
-    fbank = multiple_of(config.beats.patch_size, frames) if config.beats else 0
-    return kind, BatchShapes(steps, patches, chunks, fbank, row, hard)
+    return kind, dataclasses.replace(media, row_tokens=row, hard_tokens=hard)
 
 
 def abstract_batch(
@@ -129,12 +123,22 @@ def abstract_batch(
     )
 
 
-def _seen(config: ModelConfig, preset: Preset) -> tuple[int, int]:
-    """Returns (steps, patches of a step) of square frames of the preset's largest area. Raises ConfigError where frames have no bound."""
+def _media(config: ModelConfig, preset: Preset) -> tuple[BatchShapes, int, int]:
+    """Returns the sizes of a clip's media with square frames of the preset's largest area, and its tokens of video and of one audio tower.
+
+    Raises:
+      ConfigError: where frames have no bound, or sound has no length.
+    """
     if not preset.most_frames:
         raise ConfigError(f"preset field fps={preset.fps:g} without max_frames has no one shape; plan with a limit, as in max_frames=64")
+    frames = round(preset.audio_seconds * FRAMES_PER_SECOND)
+    if not frames:
+        raise ConfigError("preset field audio_seconds=0 (whole tracks) has no one shape; plan with a length, as in audio_seconds=8")
     side = 28 * max(1, round(math.sqrt(preset.areas[1]) / 28)) // config.vision.patch_size
-    return -(-preset.most_frames // config.vision.temporal_patch_size), side**2
+    steps, patches = -(-preset.most_frames // config.vision.temporal_patch_size), side**2
+    fbank = multiple_of(config.beats.patch_size, frames) if config.beats else 0
+    shapes = BatchShapes(steps, patches, -(-frames // config.audio.chunk_frames), fbank, 0)
+    return shapes, steps * patches // config.vision.merge_size**2, ((frames - 1) // 2 + 1) // 2
 
 
 def _row_batch(array: Callable[..., Any], rows: tuple[int, ...], size: int, slots: int) -> RowBatch:
@@ -144,10 +148,8 @@ def _row_batch(array: Callable[..., Any], rows: tuple[int, ...], size: int, slot
 
 def abstract_encoder_batch(config: ModelConfig, preset: Preset, clips: int, caption_tokens: int = CAPTION_TOKENS) -> EncoderBatch:
     """Returns the shapes of a batch of the embedding pass: the six tables of each clip in two rows."""
-    steps, patches = _seen(config, preset)
-    frames = round(preset.audio_seconds * FRAMES_PER_SECOND)
-    chunks, heard = -(-frames // config.audio.chunk_frames), ((frames - 1) // 2 + 1) // 2
-    video, text = steps * patches // config.vision.merge_size**2, caption_tokens + 1
+    shapes, video, heard = _media(config, preset)
+    text = caption_tokens + 1
     # video and tv share a row's prefix, as audio and at do; then av, and the caption alone.
     sound = config.audio_repeat * heard
     tokens = (video + 2 + 6 + text) + (sound + 2 + 6 + text) + (video + sound + 4 + 6) + text
@@ -158,8 +160,6 @@ def abstract_encoder_batch(config: ModelConfig, preset: Preset, clips: int, capt
     def array(*dimensions: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(dimensions, dtype)
 
-    fbank = multiple_of(config.beats.patch_size, frames) if config.beats else 0
-    shapes = BatchShapes(steps, patches, chunks, fbank, size)
     media: dict[str, Any] = {tower.name: tower.abstract(array, (clips,), shapes, config) for tower in TOWERS}
     media["beats"] = dataclasses.replace(media["beats"], max_tokens=heard)
     batches: dict[str, Any] = {tower.name: (_items(tower, media[tower.name], array),) * tower.runs(config) for tower in TOWERS}

@@ -9,6 +9,7 @@ Matrix units: the count and side that the same compiler's estimates of large pro
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from omni_jax.config import ConfigError
 
@@ -90,10 +91,7 @@ class Topology:
     @property
     def chips(self) -> int:
         """Chips of all slices."""
-        size = self.slices
-        for length in self.grid:
-            size *= length
-        return size
+        return self.slices * math.prod(self.grid)
 
     @property
     def devices(self) -> int:

@@ -12,7 +12,7 @@ from omni_jax.config import ConfigError, ModelConfig
 from omni_jax.planning import fitting, report, sweep
 from omni_jax.planning.abstract import FRAMES_PER_SECOND
 from omni_jax.planning.chips import read_topology
-from omni_jax.planning.devices import MISSING, QUICK, check_mesh, has_compiler, planning_mesh, read_mesh
+from omni_jax.planning.devices import MISSING, QUICK, has_compiler, planning_mesh, read_mesh
 from omni_jax.planning.estimate import UTILISATION, cost
 from omni_jax.planning.host_bytes import host_bytes
 from omni_jax.planning.programs import Setting, Watch, embed_programs, evaluate_programs, train_program, unwatched
@@ -64,20 +64,16 @@ class Request:
         if self.full_effort:
             _ = topology.chip.clock  # refused before minutes are spent
         heads = decoder.num_heads, decoder.num_kv_heads
-        if self.mesh:
-            sizes = read_mesh(self.mesh, topology, heads)
-        else:
-            text = ",".join(f"{name}={size}" for name, size in dataclasses.asdict(run.mesh).items() if size and name != "slices")
-            sizes = read_mesh(text, topology, heads)
-        check_mesh(sizes, topology, heads)
+        own = ",".join(f"{name}={size}" for name, size in dataclasses.asdict(run.mesh).items() if size and name != "slices")
+        sizes = read_mesh(self.mesh or own, topology, heads)
         preset = run.data.resolved_preset()
         if not round(preset.audio_seconds * FRAMES_PER_SECOND):
             about = f"config field data.preset={run.data.preset!r}: audio_seconds={preset.audio_seconds:g} has no one shape to plan for"
             raise ConfigError(f"{about}; give a length, as in --config.data.preset_fields.audio_seconds=8")
-        own = "int8" if "int8" in (run.model.weights, self.model.weights) else "float"
+        held = "int8" if "int8" in (run.model.weights, self.model.weights) else "float"
         return Setting(
             config=self.model.with_weights("float"),
-            weights=self.weights or own,
+            weights=self.weights or held,
             recipe=run.step_config(1000),
             preset=preset,
             topology=topology,
