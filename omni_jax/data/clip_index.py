@@ -113,9 +113,7 @@ class ClipIndex:
 
     def info(self, number: int) -> ClipInfo:
         """Returns what is known of a clip."""
-        at = {name: self._value(name, number) for name in COLUMNS}
-        t, h, w = at["grid"]
-        return ClipInfo(at["id"], at["caption"], VideoGrid((t, h, w), at["second_per_grid"]), at["samples"], at["silent"])
+        return _info({name: self._value(name, number) for name in COLUMNS})
 
     def is_silent(self, number: int) -> bool:
         """Returns whether silence stands in for a clip's missing sound."""
@@ -194,8 +192,7 @@ def write_rows(folder: Path, shards: Iterable[tuple[Sequence[Mapping[str, Any]],
                 t, h, w = row["grid"]
                 most = max(most[0], t), max(most[1], h * w), max(most[2], row["samples"])
                 silent += row["silent"]
-                clip = ClipInfo(row["id"], row["caption"], VideoGrid((t, h, w), row["second_per_grid"]), row["samples"], row["silent"])
-                digest.update(digest_line(clip))
+                digest.update(digest_line(_info(row)))
                 yield {**row, "start": start, "stop": stop}
 
     write_batches(folder, (pa.RecordBatch.from_pylist(some, schema=schema()) for some in _batched(rows())))
@@ -220,6 +217,11 @@ def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file that appears whole or not at all. Raises InputError where it cannot be written."""
     with atomic_write(path, "check that the disk has space") as partial, partial.open("w", encoding="utf-8") as file:
         json.dump(value, file, ensure_ascii=False)
+
+
+def _info(row: Mapping[str, Any]) -> ClipInfo:
+    t, h, w = row["grid"]
+    return ClipInfo(row["id"], row["caption"], VideoGrid((t, h, w), row["second_per_grid"]), row["samples"], row["silent"])
 
 
 def _batched(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -34,6 +34,8 @@ _LIST = re.compile(r"""\[\s*(['"]).*\1\s*\]""", re.DOTALL)
 NEGATIVES = "negatives"
 """Field of a record that `omni-jax mine` writes: direction -> ids of its hard negatives, hardest first."""
 
+Counts = Mapping[str, int]
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -108,10 +110,7 @@ def read_manifest(
     first: dict[str, Entry] = {}
     made: list[str] = []
     conversations = True  # are what the ids were made for
-    extra: collections.Counter[str] = collections.Counter()
-    asked: collections.Counter[str] = collections.Counter()
-    capitals: collections.Counter[str] = collections.Counter()
-    whole: collections.Counter[str] = collections.Counter()
+    extra, asked, capitals, whole = (collections.Counter[str]() for _ in range(4))
     listed = 0
     paths = [path] if isinstance(path, str | os.PathLike) else path
     found = [source for one in paths for source in sources(one, format)]
@@ -242,14 +241,7 @@ def row_of(record: Record, folder: Path) -> dict[str, Any]:
     return {**row, **record.extra}
 
 
-def _notes(
-    made: list[str],
-    what: str,
-    extra: Mapping[str, int],
-    asked: Mapping[str, int],
-    capitals: Mapping[str, int],
-    whole: Mapping[str, int],
-) -> Iterator[str]:
+def _notes(made: list[str], what: str, extra: Counts, asked: Counts, capitals: Counts, whole: Counts) -> Iterator[str]:
     if made:
         yield f"{len(made)} {what} have no id and are called by their file and a digest; the first: {made[0]}"
     if extra:
@@ -263,7 +255,7 @@ def _notes(
         yield f"{sum(asked.values())} conversations ask something of their own, where the preset's filler is used; the first: {first!r}"
 
 
-def _counted(fields: Mapping[str, int]) -> str:
+def _counted(fields: Counts) -> str:
     return ", ".join(f"{one_line(name)} ({count} records)" for name, count in fields.items())
 
 
