@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from omni_jax.config import Preset
 from omni_jax.data.clip_index import INDEX, Extents, write_index, write_json, write_rows
-from omni_jax.data.loading import load_training_clip
+from omni_jax.data.loading import load_training_clip, media_name
 from omni_jax.data.manifest import Problem, write_jsonl_atomic
 from omni_jax.data.shards import (
     ShardWriter,
@@ -147,7 +146,7 @@ class Preparation:
         """
         jobs = self.begin()
         items = (item for job in jobs for item in job.items)
-        outcomes = run_guarded(prepare_record, items, workers, timeout_s, name=media_names)
+        outcomes = run_guarded(prepare_record, items, workers, timeout_s, name=lambda item: media_name(item[0]))
         for job in jobs:
             for _ in write_shard(job, outcomes):
                 yield 1
@@ -290,9 +289,3 @@ def prepare_record(item: tuple[Record, Preset]) -> Prepared:
     """Returns a record as a shard holds it. Raises ClipError when its media cannot be used."""
     clip = load_training_clip(item)
     return Prepared(encode_clip(clip), index_row(clip), clip.warnings)
-
-
-def media_names(item: tuple[Record, Preset]) -> str:
-    """Returns what to call an item whose media are at fault: its files."""
-    record = item[0]
-    return " + ".join(dict.fromkeys(os.fspath(p) for p in (record.video, record.audio) if p is not None))

@@ -11,7 +11,8 @@ from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from omni_jax.data.prepare import PARTS, ShardJob, media_names, prepare_record, send_shard, write_shard
+from omni_jax.data.loading import media_name
+from omni_jax.data.prepare import PARTS, ShardJob, prepare_record, send_shard, write_shard
 from omni_jax.engines.ray_cluster import ATTEMPTS, Counters, Lost, Report, check_code, code_stamp, connected, cpus, result
 from omni_jax.io import scratch_folder
 from omni_jax.io.remote import RemoteFolder
@@ -85,7 +86,7 @@ class _Pool:
         source, waiting = iter(items), collections.deque[tuple[Any, Future[Any]]]()
         while True:
             for item in itertools.islice(source, self._ahead - len(waiting)):
-                waiting.append((item, self._threads.submit(self._guarded.outcome, item, media_names(item))))
+                waiting.append((item, self._threads.submit(self._guarded.outcome, item, media_name(item[0]))))
             if not waiting:
                 return
             item, future = waiting.popleft()
