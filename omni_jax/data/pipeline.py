@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import itertools
 import logging
 import multiprocessing.process
 import os
@@ -307,27 +308,20 @@ class TrainPipeline:
         groups = self.planner.groups(np.concatenate([drawn, held[held != planned]]))
         twice = np.isin(groups[: len(drawn)], groups[len(drawn) :])
         most = self.planner.lengths(plan, micro, place, planned)
-        left = ATTEMPTS
-        for other in drawn[np.argsort(twice, kind="stable")].tolist():
-            lengths = self.planner.lengths(plan, micro, place, other)
-            fits = lengths.video <= most.video and lengths.audio <= most.audio and self._fits(lengths, plan, micro)
-            if not fits:
-                continue
+        order = drawn[np.argsort(twice, kind="stable")].tolist()
+        fitting = (n for n in order if self._fits(self.planner.lengths(plan, micro, place, n), most, plan, micro))
+        for other in itertools.islice(fitting, ATTEMPTS):
             try:
-                read = self._read(plan, micro, other)
+                return self._read(plan, micro, other)
             except ClipError as error:
                 errors.append((str(self._source.ids[other]), str(error)))
-            else:
-                return read
-            left -= 1
-            if not left:
-                break
         raise InputError(f"a clip cannot be used and no other can replace it; check the data: {first}")
 
-    def _fits(self, lengths: PromptLengths, plan: UpdatePlan, micro: int) -> bool:
+    def _fits(self, lengths: PromptLengths, most: PromptLengths, plan: UpdatePlan, micro: int) -> bool:
         kind, shapes, share = plan.kinds[micro], plan.shapes[micro], self._config.shares_prefix
-        fits = lengths.row(kind, share) <= shapes.row_tokens and lengths.hard_row(kind, share) <= shapes.hard_tokens
-        return fits and lengths.reach(kind, share) <= kind.reach
+        media = lengths.video <= most.video and lengths.audio <= most.audio
+        rows = lengths.row(kind, share) <= shapes.row_tokens and lengths.hard_row(kind, share) <= shapes.hard_tokens
+        return media and rows and lengths.reach(kind, share) <= kind.reach
 
     def _read(self, plan: UpdatePlan, micro: int, clip: int) -> _Loaded:
         read, features = self._known(clip)
