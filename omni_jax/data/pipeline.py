@@ -5,6 +5,7 @@ Letters: M micro-batches, B clips of a micro-batch over all processes, b of one 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -63,11 +64,7 @@ class Pack(Protocol):
     def __call__(self, micro_batches: Sequence[MicroBatch], shapes: Sequence[BatchShapes]) -> Any: ...
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("batch",),
-    meta_fields=("update", "ids", "errors", "silent", "repaired", "truncated", "mined", "equal_hard", "used_tokens", "total_tokens"),
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("batch", "counts"), meta_fields=("update", "ids", "errors"))
 @dataclasses.dataclass(frozen=True)
 class PipelineBatch:
     """One step's data of this process.
@@ -77,25 +74,20 @@ class PipelineBatch:
       batch: what `pack` returned.
       ids: M of b record ids.
       errors: (id, reason) of each clip that could not be used and was replaced by another.
-      silent: clips whose sound is silence because they have no audio track.
-      repaired: clips of which something else was repaired while decoding.
-      truncated: captions cut to the preset's length.
-      mined: hard negatives that are mined.
-      equal_hard: hard negatives that equal their anchor: the clip they take sound or picture from has the same (one file, or no sound).
-      used_tokens, total_tokens: tower and decoder tokens that are not padding, and all.
+      counts: numbers by name:
+        silent: clips whose sound is silence because they have no audio track.
+        repaired: clips of which something else was repaired while decoding.
+        truncated: captions cut to the preset's length.
+        mined: hard negatives that are mined.
+        equal_hard: hard negatives that equal their anchor: the clip they take sound or picture from has the same (one file, or no sound).
+        used_tokens, total_tokens: tower and decoder tokens that are not padding, and all.
     """
 
     update: int
     batch: Any
     ids: tuple[tuple[str, ...], ...]
     errors: tuple[tuple[str, str], ...]
-    silent: int
-    repaired: int
-    truncated: int
-    mined: int
-    equal_hard: int
-    used_tokens: int
-    total_tokens: int
+    counts: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +218,7 @@ class TrainPipeline:
         self._read_ahead(update)
         plan = self.planner.plan(update)
         parts, ids, errors = [], [], []
-        silent = repaired = truncated = mined = equal = used = total = 0
+        counts: collections.Counter[str] = collections.Counter()
         for micro, kind in enumerate(plan.kinds):
             loaded = [self._load(plan, micro, place, errors) for place in range(*self._slice.indices(plan.clips.shape[1]))]
             shuffle = plan.shuffles[micro][self._local_blocks]
@@ -237,28 +229,17 @@ class TrainPipeline:
             parts.append(MicroBatch(tuple(examples), kind, shuffle))
             ids.append(tuple(self._source.ids[got.clip] for got in loaded))
             planned = plan.mined[micro, self._slice]
-            mined += sum(n >= 0 and (not kind.hard_media or n == other.clip) for n, other in zip(planned.tolist(), others, strict=True))
+            pairs = zip(planned.tolist(), others, strict=True)
+            counts["mined"] += sum(n >= 0 and (not kind.hard_media or n == other.clip) for n, other in pairs)
             for got, other, example in zip(loaded, others, examples, strict=True):
-                equal += self._equal(kind, got, other)
                 quiet = self._silent(got)
-                silent += quiet
-                repaired += bool(got.features.warnings) and not quiet
-                truncated += any(p.truncated for p in example.prompts.values())
-                one, whole = _tokens(example, kind, plan.shapes[micro], self._config)
-                used, total = used + one, total + whole
-        return PipelineBatch(
-            update=update,
-            batch=self._pack(parts, plan.shapes),
-            ids=tuple(ids),
-            errors=tuple(errors),
-            silent=silent,
-            repaired=repaired,
-            truncated=truncated,
-            mined=mined,
-            equal_hard=equal,
-            used_tokens=used,
-            total_tokens=total,
-        )
+                counts["silent"] += quiet
+                counts["repaired"] += bool(got.features.warnings) and not quiet
+                counts["truncated"] += any(p.truncated for p in example.prompts.values())
+                counts["equal_hard"] += self._equal(kind, got, other)
+                used, total = _tokens(example, kind, plan.shapes[micro], self._config)
+                counts.update(used_tokens=used, total_tokens=total)
+        return PipelineBatch(update, self._pack(parts, plan.shapes), tuple(ids), tuple(errors), dict(counts))
 
     def _read_ahead(self, update: int) -> None:
         """Has a source that reads from afar begin with the clips of a step, and of the next ones that this worker makes."""

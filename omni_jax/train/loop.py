@@ -166,7 +166,7 @@ class _Pending:
     def settle(self, watch: Watch, callbacks: LoopCallbacks) -> None:
         row: Row = {name: np.asarray(value).item() for name, value in jax.device_get(dict(self.metrics)).items()}
         row = {name: value for name, value in row.items() if name not in HEALTH or math.isfinite(value)}  # some step kinds lack some
-        counts = {name: getattr(self.update, name) for name in COUNTS} | {"replaced": len(self.update.errors)}
+        counts = {name: self.update.counts[name] for name in COUNTS} | {"replaced": len(self.update.errors)}
         counts = dict(zip(counts, process_sum(list(counts.values())), strict=True))
         row |= counts | {"clips_per_second": self.clips_per_second, DIGEST: digest_of(self.update.ids), COLLAPSED: watch.count(row)}
         for name, reason in self.update.errors:

@@ -80,7 +80,7 @@ def test_hard_negatives_are_the_mined_clips_and_the_shuffle_serves_the_others(tm
     plain = made_with(source, None)
     for update, hard in enumerate(KINDS):
         batch = made.make(update)
-        assert batch.ids == plain.make(update).ids and batch.mined == sum(n < count - 3 for n, *_ in clips_of(batch))
+        assert batch.ids == plain.make(update).ids and batch.counts["mined"] == sum(n < count - 3 for n, *_ in clips_of(batch))
         for number, example, micro, place in clips_of(batch):
             taken = (micro.shuffle + np.arange(0, 4, 2)[:, None]).ravel()[place]
             negative = example.prompts["hard"]
@@ -104,7 +104,7 @@ def test_both_mines_about_half_and_any_update_can_be_made_again(tmp_path: Path) 
     assert 0.35 < share < 0.6
     for batch in [made.make(update) for update in range(3)][::-1]:
         other = again.make(batch.update)
-        assert (other.ids, other.mined) == (batch.ids, batch.mined)
+        assert (other.ids, other.counts) == (batch.ids, batch.counts)
         assert jax.tree.all(jax.tree.map(np.array_equal, other.batch, batch.batch))
 
 
@@ -116,7 +116,7 @@ def test_a_mined_clip_that_cannot_be_read_is_reported_and_the_shuffle_stands_in(
     for update in range(6):
         batch, halves = made.make(update), [part.make(update) for part in parts]
         assert batch.ids == tuple(a + b for a, b in zip(halves[0].ids, halves[1].ids, strict=True))
-        assert batch.mined == sum(half.mined for half in halves)
+        assert batch.counts["mined"] == sum(half.counts["mined"] for half in halves)
         if (hard := KINDS[update % 3]) == "text":
             continue
         named = {name for name, _ in batch.errors}

@@ -35,7 +35,7 @@ BATCH = BatchConfig(micro_batch=4, micro_batches=2, blocks=2, seed=3)
 
 
 def _same(one: PipelineBatch, other: PipelineBatch) -> None:
-    assert (one.update, one.ids, one.errors, one.used_tokens) == (other.update, other.ids, other.errors, other.used_tokens)
+    assert (one.update, one.ids, one.errors, one.counts) == (other.update, other.ids, other.errors, other.counts)
     assert jax.tree.structure(one.batch) == jax.tree.structure(other.batch)
     for a, b in zip(jax.tree.leaves(one.batch), jax.tree.leaves(other.batch), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -66,8 +66,7 @@ def test_slices_of_two_processes_join_to_the_batches_of_one(losses: LossConfig):
         whole = pipeline(source, BATCH, losses).make(update)
         parts = [pipeline(source, BATCH, losses, process_index=i, process_count=2).make(update) for i in range(2)]
         assert whole.ids == tuple(a + b for a, b in zip(parts[0].ids, parts[1].ids, strict=True))
-        assert whole.used_tokens == sum(p.used_tokens for p in parts)
-        assert whole.silent == sum(p.silent for p in parts)
+        assert whole.counts == {name: sum(p.counts[name] for p in parts) for name in whole.counts}
         assert sorted(whole.errors) == sorted(e for p in parts for e in p.errors)
         for a, b, c in zip(*(jax.tree.leaves(p.batch) for p in (whole, *parts)), strict=True):
             np.testing.assert_array_equal(a, np.concatenate([b, c], axis=1))
@@ -166,10 +165,10 @@ def test_counts_agree_with_the_packed_arrays(config: ModelConfig):
         decoder = sum(int((r.segment > 0).sum()) for r in rows)
         vision = int((clips.vision.window >= 0).sum()) // 4
         audio = config.audio_repeat * int((((clips.audio.frames - 1) // 2 + 1) // 2).sum())
-        assert batch.used_tokens == decoder + vision + audio
+        assert batch.counts["used_tokens"] == decoder + vision + audio
         whole = sum(r.ids.size for r in rows) + clips.vision.window.size // 4 + config.audio_repeat * clips.audio.frames.size * 50
-        assert batch.total_tokens == whole
-        assert batch.silent == sum(int(name.split("-")[1]) % 5 == 0 for micro in batch.ids for name in micro)
+        assert batch.counts["total_tokens"] == whole
+        assert batch.counts["silent"] == sum(int(name.split("-")[1]) % 5 == 0 for micro in batch.ids for name in micro)
 
 
 @pytest.mark.jit
@@ -426,6 +425,6 @@ def test_silent_clips_take_sound_from_others_and_what_cannot_be_helped_is_counte
             both = int((silent & silent[plan.taken(0)]).sum())
             assert both == max(0, 2 * int(silent.sum()) - 8)
             made_batch = made.make(update)
-            assert made_batch.equal_hard == both
+            assert made_batch.counts["equal_hard"] == both
             equal += both
         assert every == 2 or equal == 6 * expected

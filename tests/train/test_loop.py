@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from omni_jax.configs import tiny
 from omni_jax.train import RunConfig, TrainState
 from omni_jax.train.checkpoint import Checkpoints, list_steps
-from omni_jax.train.loop import COLLAPSED, DIGEST, LoopCallbacks, Row, Watch, digest_of, train
+from omni_jax.train.loop import COLLAPSED, COUNTS, DIGEST, LoopCallbacks, Row, Watch, digest_of, train
 from omni_jax.train.metrics import MetricsWriter, collapsed_in_row, evaluated
 from omni_jax.types import InputError
 from tests.train.states import assert_equal, state
@@ -36,13 +36,7 @@ class Update:
     batch: Any
     ids: tuple[tuple[str, ...], ...]
     errors: tuple[tuple[str, str], ...] = ()
-    silent: int = 0
-    repaired: int = 0
-    truncated: int = 0
-    mined: int = 0
-    equal_hard: int = 0
-    used_tokens: int = 3
-    total_tokens: int = 4
+    counts: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTS, 0) | {"used_tokens": 3, "total_tokens": 4})
 
 
 class Numbers:
