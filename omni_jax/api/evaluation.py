@@ -21,7 +21,7 @@ from omni_jax.data.sources import open_source
 from omni_jax.io import atomic_write_text
 from omni_jax.retrieval import evaluate
 from omni_jax.retrieval.directions import AVERAGES
-from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt
+from omni_jax.retrieval.embedding_pass import assemble
 from omni_jax.retrieval.rows import truncated
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.train import RunConfig
@@ -95,7 +95,7 @@ class Evaluator:
             parts.append(part)
             if jax.process_count() == 1 and self._stopping():
                 return None
-        outcome = one_row_a_prompt(self.records, assemble(self.records, parts))
+        outcome = assemble(self.records, parts)
         if outcome.problems:
             _, reason = outcome.problems[0]
             self._log(f"evaluation: {len(outcome.problems)} of {len(self.records)} records were skipped; the first: {reason}")

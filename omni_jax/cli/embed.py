@@ -185,7 +185,7 @@ def _embed_file(
     from omni_jax.api import OmniRetriever
     from omni_jax.cli.stopping import Terminated, sigterm_raises
     from omni_jax.retrieval.embedding_file import finished, write_embeddings
-    from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt, same_in_other_parts
+    from omni_jax.retrieval.embedding_pass import assemble, same_in_other_parts
     from omni_jax.retrieval.journal import Journal
     from omni_jax.retrieval.rows import TRUNCATE_DIM, truncated
 
@@ -208,7 +208,7 @@ def _embed_file(
         by, status = ("SIGTERM", STOPPED_AND_SAVED) if isinstance(e, Terminated) else ("Ctrl-C", INTERRUPTED)
         print(f"\nstopped by {by}; {kept} are kept: run it again to resume", file=sys.stderr)
         return status, 0, 0
-    outcome = one_row_a_prompt(file.manifest.records, assemble(file.manifest.records, journal.parts))
+    outcome = assemble(file.manifest.records, journal.parts)
     bad = report(file.out, file.manifest, outcome)
     table = outcome.table
     if table.ids or several:

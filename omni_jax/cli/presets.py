@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     tables = embed.parse_tables(args.tables)
 
     from omni_jax.retrieval import evaluate, format_comparison, write_embeddings
-    from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt
+    from omni_jax.retrieval.embedding_pass import assemble
 
     manifest = read_source(args)
     if args.out:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     for name, preset in chosen.items():
         model.preset = preset
         parts = list(embed.embed(args, model, manifest.records, tables, name))
-        outcome = one_row_a_prompt(manifest.records, assemble(manifest.records, parts))
+        outcome = assemble(manifest.records, parts)
         if not outcome.table.ids:
             reason = outcome.problems[0][1] if outcome.problems else manifest.problems[0].reason
             raise InputError(f"{args.manifest}: no record could be embedded under preset {name}; the first: {reason}")

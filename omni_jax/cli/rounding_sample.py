@@ -27,12 +27,12 @@ def loss_line(
       count: of the sample, at most.
       embed: (model, records, tables) -> parts.
     """
-    from omni_jax.retrieval.embedding_pass import assemble, one_row_a_prompt
+    from omni_jax.retrieval.embedding_pass import assemble
     from omni_jax.retrieval.rounding_loss import rounding_loss, sample
 
     chosen = {*sample(found.ids, count)}
     again = [record for record in records if record.id in chosen]
-    exact = one_row_a_prompt(again, assemble(again, list(embed(model.as_int8(), again, tuple(found.tables)))))
+    exact = assemble(again, list(embed(model.as_int8(), again, tuple(found.tables))))
     if not exact.table.ids:
         return "int8-dynamic was not compared with int8: no record of the sample could be embedded again"
     return rounding_loss(found, exact.table).said("int8-dynamic", "int8")

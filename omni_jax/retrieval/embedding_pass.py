@@ -166,7 +166,11 @@ class Outcome:
 
 
 def assemble(records: Sequence[Record], parts: Sequence[Part]) -> Outcome:
-    """Returns the outcome of parts that together hold some or all of these records."""
+    """Returns the outcome of parts that together hold some or all of these records.
+
+    All records that have the same prompt for a table get one row, the first one's. In groups of other shapes the same prompt comes out a
+    few times 1e-7 apart: what is level by its nature would be ranked by rounding.
+    """
     place = {record.id: n for n, record in enumerate(records)}
     ids = sorted((i for part in parts for i in part.ids), key=place.__getitem__)
     rows: dict[str, np.ndarray] = {}
@@ -174,9 +178,11 @@ def assemble(records: Sequence[Record], parts: Sequence[Part]) -> Outcome:
     for name in dict.fromkeys(name for part in parts for name in part.rows):
         have = [i for part in parts if name in part.rows for i in part.own.get(name, part.ids)]
         order = sorted(range(len(have)), key=lambda n: place[have[n]])
-        rows[name] = np.concatenate([part.rows[name] for part in parts if name in part.rows])[order]
+        whose = tuple(have[n] for n in order)
+        first = _first_of_prompt([records[place[i]] for i in whose], name)
+        rows[name] = np.concatenate([part.rows[name] for part in parts if name in part.rows])[order][first]
         if len(have) < len(ids):
-            own[name] = tuple(have[n] for n in order)
+            own[name] = whose
     problems = sorted(((place[i], reason) for part in parts for i, reason in part.problems))
     return Outcome(
         table=EmbeddingTable(tuple(ids), rows, own=own),
@@ -186,18 +192,6 @@ def assemble(records: Sequence[Record], parts: Sequence[Part]) -> Outcome:
         total_tokens=sum(part.total_tokens for part in parts),
         truncated=sum(part.truncated for part in parts),
     )
-
-
-def one_row_a_prompt(records: Iterable[Record], outcome: Outcome) -> Outcome:
-    """Returns the outcome with one row for all records that have the same prompt for a table: the first one's.
-
-    In groups of other shapes the same prompt comes out a few times 1e-7 apart: what is level by its nature would be ranked by rounding.
-    """
-    known = {record.id: record for record in records}
-    tables = {
-        name: rows[_first_of_prompt([known[i] for i in outcome.table.ids_of(name)], name)] for name, rows in outcome.table.tables.items()
-    }
-    return dataclasses.replace(outcome, table=dataclasses.replace(outcome.table, tables=tables))
 
 
 def first_of_prompts(records: Sequence[Record], tables: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -13,7 +13,6 @@ from omni_jax.retrieval.embedding_pass import (
     assemble,
     embedding_pass,
     first_of_prompts,
-    one_row_a_prompt,
     same_in_other_parts,
 )
 from omni_jax.retrieval.metrics import evaluate
@@ -21,13 +20,13 @@ from omni_jax.types import ClipError, EncoderBatch, Features, Record, TokenizedC
 
 
 def _clip(number: int, **options) -> TokenizedClip:
-    return TokenizedClip(Features(Record(id=f"clip{number}", text="x"), **options), {})
+    return TokenizedClip(Features(Record(id=f"clip{number}", text=f"caption {number}"), **options), {})
 
 
 def _stream(numbers, broken=()):
     for n in numbers:
         item = ClipError(f"clip{n}.mp4: broken") if n in broken else _clip(n)
-        yield Record(id=f"clip{n}", text="x"), item
+        yield Record(id=f"clip{n}", text=f"caption {n}"), item
 
 
 class _Encoder:
@@ -125,16 +124,15 @@ def test_equal_prompts_have_one_row_whatever_their_groups_rounded():
     text = np.stack([captions[i % 3] + 2e-7 * rng.normal(size=8) for i in range(9)]).astype(np.float32)
     video = np.stack([files[i // 3] + (i > 6) + 2e-7 * rng.normal(size=8) for i in range(9)]).astype(np.float32)
     parts = [Part(tuple(r.id for r in records[s]), {"text": text[s], "video": video[s]}) for s in (slice(5, 9), slice(0, 5))]
-    before = assemble(records, parts)
-    after = one_row_a_prompt(records, before)
-    assert after.table.ids == before.table.ids == tuple(r.id for r in records)
+    after = assemble(records, parts)
+    assert after.table.ids == tuple(r.id for r in records)
     np.testing.assert_array_equal(after.table.tables["text"], text[[0, 1, 2] * 3])
     np.testing.assert_array_equal(after.table.tables["video"], video[[0, 0, 0, 3, 3, 3, 6, 7, 7]])
     found = {ties: evaluate(after.table, ties=ties, resamples=0)["directions"]["v2t"] for ties in ("optimistic", "worst")}
     assert found["worst"]["R@1"] == 0 and found["optimistic"]["ties"] == 9
     prefixed = [Record("a", text="x", prefix="query"), Record("b", text="x"), Record("c"), Record("d")]
     part = Part(tuple("abcd"), {"text": text[:4], "audio": video[:4]})
-    unlike = one_row_a_prompt(prefixed, assemble(prefixed, [part]))  # nothing is known to be the same
+    unlike = assemble(prefixed, [part])  # nothing is known to be the same
     np.testing.assert_array_equal(unlike.table.tables["text"], text[:4])
     np.testing.assert_array_equal(unlike.table.tables["audio"], video[:4])
 
