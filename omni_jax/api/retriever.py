@@ -255,10 +255,9 @@ class OmniRetriever(ItemEncoder):
           tables_of: those that a clip is embedded into.
           shapes: as in `embed`.
         """
-        planner = self._planners.setdefault(self.preset, Planner(row_multiple=self.row_multiple))
-        if shapes is not None:
-            planner = Planner(row_multiple=self.row_multiple)
-            planner.learn(shapes)
+        planner = Planner(shapes, row_multiple=self.row_multiple)
+        if shapes is None:
+            planner = self._planners.setdefault(self.preset, planner)
         planned: collections.deque[dict[str, list[tuple[int, ...]]]] = collections.deque()
 
         def tokenized(record: Record, item: Features | ClipError) -> tuple[Record, TokenizedClip | ClipError]:
@@ -284,8 +283,7 @@ class OmniRetriever(ItemEncoder):
         Args:
           shapes: what the planner knew before this group.
         """
-        planner = Planner(row_multiple=self.row_multiple)
-        planner.learn(shapes)
+        planner = Planner(shapes, row_multiple=self.row_multiple)
         plan = functools.partial(build_batches, config=self.config, planner=planner)
         return start_group(clips, [], tables, plan=plan, encode=self._encode, normalize=normalize)
 

@@ -111,8 +111,7 @@ class RayEmbedding:
             if planner is None:
                 while not work.models.ready:  # how many rows a batch is a multiple of is known where the devices are
                     work.step()
-                planner = Planner(row_multiple=work.models.row_multiple)
-                planner.learn(shapes)
+                planner = Planner(shapes, row_multiple=work.models.row_multiple)
             before = planner.known()
             if clips:
                 plan_group([clip.status.sizes for clip in clips if clip.status.sizes], self.config, planner)

@@ -126,19 +126,18 @@ class Planner:
       shapes: tower's name, or "rows" -> shapes used so far, each one a compiled program.
     """
 
-    def __init__(self, *, row_multiple: int = 1):
-        """`row_multiple`: rows of a batch are a multiple of it, so that they spread over so many devices."""
+    def __init__(self, known: Mapping[str, Iterable[tuple[int, ...]]] | None = None, *, row_multiple: int = 1):
+        """Takes the shapes that another planner knew, so that this one chooses as it would.
+
+        Args:
+          row_multiple: rows of a batch are a multiple of it, so that they spread over so many devices.
+        """
         self._multiple = row_multiple
-        self.shapes: dict[str, set[tuple[int, ...]]] = {name: set() for name in (*NAMES, "rows")}
+        self.shapes: dict[str, set[tuple[int, ...]]] = {name: set((known or {}).get(name, ())) for name in (*NAMES, "rows")}
 
     def known(self) -> dict[str, list[tuple[int, ...]]]:
-        """Returns the shapes in lists, to be kept or handed to `learn`."""
+        """Returns the shapes in lists, to be kept or handed to another planner."""
         return {kind: sorted(shapes) for kind, shapes in self.shapes.items()}
-
-    def learn(self, known: Mapping[str, Iterable[tuple[int, ...]]]) -> None:
-        """Takes shapes that another planner knew, so that this one chooses as it would."""
-        for kind, shapes in known.items():
-            self.shapes[kind].update(shapes)
 
     @property
     def programs(self) -> int:

@@ -153,8 +153,7 @@ def test_groups_planned_from_sizes_and_learned_shapes_are_those_of_one_planner_g
         plan_group(
             [clip_sizes(TokenizedClip(*pair), CONFIG, CONFIG.shares_prefix) for pair in zip(group, sequences, strict=True)], CONFIG, ahead
         )
-        elsewhere = Planner()
-        elsewhere.learn(before)
+        elsewhere = Planner(before)
         one, two = (batched(group, TABLES, TOKENIZER, CONFIG, chosen, planner=planner) for planner in (together, elsewhere))
         assert _shapes(one) == _shapes(two)
         assert together.known() == elsewhere.known() == ahead.known()
