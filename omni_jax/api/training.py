@@ -203,7 +203,7 @@ def run_training(run: RunConfig, workdir: epath.PathLike, callbacks: TrainCallba
         )
         try:
             state, done = train(
-                step, state, frozen, mesh=mesh, run=run, total=total, data=data, checkpoints=checkpoints, callbacks=loop_callbacks
+                step, state, frozen, mesh=mesh, run=run, total=total, data=data.batches, checkpoints=checkpoints, callbacks=loop_callbacks
             )
         except jax.errors.JaxRuntimeError as e:
             if jax.process_count() == 1:

@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import jax
@@ -58,10 +58,8 @@ NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.ENOMEM)
 AHEAD = 2  # steps made ahead in a thread where there are no workers, and whose clips are read ahead by each worker
 
 
-class Pack(Protocol):
-    """Micro-batches of this process to one batch, as `omni_jax.train.pack_update` with its config given."""
-
-    def __call__(self, micro_batches: Sequence[MicroBatch], shapes: Sequence[BatchShapes]) -> Any: ...
+Pack = Callable[[Sequence[MicroBatch], Sequence[BatchShapes]], Any]
+"""Micro-batches of this process to one batch, as `omni_jax.train.pack_update` with its config given."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("batch", "counts"), meta_fields=("update", "ids", "errors"))

@@ -8,7 +8,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,15 +39,9 @@ ALWAYS = (DIGEST, *COUNTS, "replaced", COLLAPSED)
 """What the row of every step has, logged or not."""
 
 
-class Data(Protocol):
-    """What makes steps by number."""
-
-    def batches(self, start: int, stop: int) -> Generator[Any]:
-        """Yields this process's data of the steps start, start + 1, ..., stop - 1, made ahead. Closing it ends its workers.
-
-        Each is a record as `omni_jax.data.pipeline.PipelineBatch`.
-        """
-        ...
+Batches = Callable[[int, int], Generator[Any]]
+"""From start and stop to this process's data of the steps start, start + 1, ..., stop - 1, made ahead, each a record as
+`omni_jax.data.pipeline.PipelineBatch`. Closing it ends its workers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +80,7 @@ def train(
     mesh: Mesh | None,
     run: RunConfig,
     total: int,
-    data: Data,
+    data: Batches,
     checkpoints: Checkpoints,
     callbacks: LoopCallbacks,
 ) -> tuple[TrainState, bool]:
@@ -121,7 +115,7 @@ def train(
         save(state)
         checkpoints.wait()
         return state, start == total and not missing
-    with contextlib.closing(data.batches(start, total)) as made:
+    with contextlib.closing(data(start, total)) as made:
         for number in range(start + 1, total + 1):
             update, failure = _next(made)
             # All processes leave together: the others would wait for this one's part of the step.

@@ -127,7 +127,7 @@ class World:
         )
         try:
             data = data or Numbers()
-            settings = {"mesh": None, "run": run, "total": total, "data": data, "checkpoints": checkpoints, "callbacks": callbacks}
+            settings = {"mesh": None, "run": run, "total": total, "data": data.batches, "checkpoints": checkpoints, "callbacks": callbacks}
             last, self.done = train(step, first, {}, **settings)  # type: ignore[arg-type]
             return last
         finally:
