@@ -122,6 +122,7 @@ def test_own_clips_train_and_the_broken_ones_are_listed(tmp_path: Path, capsys: 
         "optimizer__learning_rate": 5e-3,
         "checkpoint__every": 30,
         "data__distinct": "caption",
+        "trainable__freeze": "()",
     }
     one_program = {"losses__hn_audio_only": True}  # instead of three, which would take most of the test's time to compile
     finish(command(config, tmp_path / "run", **changes, **one_program), environment(tmp_path / "cache"))

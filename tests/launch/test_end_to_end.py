@@ -1,4 +1,4 @@
-"""Two processes of four devices started by launch/local.sh: one is killed, all start again, and the run ends as if nothing had been."""
+"""Two processes of two devices started by launch/local.sh: one is killed, all start again, and the run ends as if nothing had been."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_a_run_that_loses_a_process_starts_again_and_ends_with_the_same_adapter(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 
     def command(workdir: Path) -> list[str]:
-        options = ["--processes", "2", "--devices", "4", "--port", str(free_port()), "--restarts", "2", "--grace", "5"]
-        changes = [f"--config.steps={STEPS}", "--config.checkpoint.every=2", "--config.losses.hn_audio_only=true", "--config.mesh.fsdp=4"]
+        options = ["--processes", "2", "--devices", "2", "--port", str(free_port()), "--restarts", "2", "--grace", "5"]
+        changes = [f"--config.steps={STEPS}", "--config.checkpoint.every=2", "--config.losses.hn_audio_only=true", "--config.mesh.fsdp=2"]
         sizes = ["--config.mesh.data=2", "--config.batch.micro_batch=8", "--config.model.lora.rank=2", "--config.model.lora.alpha=4.0"]
         run = ["train", "--config", str(config), "--workdir", str(workdir), *changes, *sizes]
         return [str(ROOT / "launch" / "local.sh"), *options, "--", *run]

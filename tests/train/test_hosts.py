@@ -1,8 +1,9 @@
-"""Hosts that do not fit together, or of which one is lost: a clear line, in time, and the last whole checkpoint."""
+"""Hosts that do not fit together, or of which one is lost or stopped: a clear line, in time, and the last whole checkpoint."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 from etils import epath
 
 from omni_jax.api import processes
-from omni_jax.cli.status import BAD_INPUT
+from omni_jax.cli.status import BAD_INPUT, STOPPED_AND_SAVED
+from omni_jax.parallel import distributed
 from omni_jax.train.checkpoint import list_steps
 from omni_jax.train.loop import DIGEST
 from omni_jax.types import InputError
+from tests.tolerances import assert_close
 from tests.train.test_interruptions import PLAIN, newest, rows, wait_for
 from tests.train.tiny_run import command, environment, finish, free_port, make_files, start
 
@@ -63,9 +66,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="module")
+def whole(config: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a run on four devices that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    finish(command(config, workdir, steps=STEPS, **PLAIN), environment(cache, devices=4))
+    return workdir
+
+
 def pair_of(config: Path, cache: Path, workdirs: Sequence[Path], *changes: dict[str, Any]) -> list[Any]:
     """Starts a run as two processes of two devices, each with its workdir and its changes of the config."""
-    address, around = f"127.0.0.1:{free_port()}", environment(cache, devices=2)
+    address, around = f"127.0.0.1:{free_port()}", environment(cache, devices=2) | {distributed.LOST: "20"}
     flags = [("--coordinator", address, "--processes", "2", "--process", str(i)) for i in range(2)]
     settings = [{**PLAIN, "steps": STEPS, **(changes[i] if changes else {})} for i in range(2)]
     return [start(command(config, workdirs[i], *flags[i], **settings[i]), around) for i in range(2)]
@@ -104,9 +115,8 @@ def test_two_hosts_that_do_not_fit_together_both_say_so(config: Path, cache: Pat
 
 
 @pytest.mark.slow
-def test_one_of_two_hosts_killed_within_a_save_leaves_the_checkpoint_before(config: Path, cache: Path, tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(command(config, whole, steps=STEPS, **PLAIN), environment(cache, devices=4))
+def test_one_of_two_hosts_killed_within_a_save_leaves_the_checkpoint_before(config: Path, cache: Path, whole: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
     pair = pair_of(config, cache, [broken, broken])
     try:
         folder = broken / "checkpoints"
@@ -126,3 +136,51 @@ def test_one_of_two_hosts_killed_within_a_save_leaves_the_checkpoint_before(conf
     assert [process.returncode for process in again] == [0, 0], told
     assert f"resuming from step {left}" in told[0]
     assert [(row["step"], row[DIGEST]) for row in rows(broken)] == [(row["step"], row[DIGEST]) for row in rows(whole)]
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices_go_on_as_one_of_four(config: Path, cache: Path, whole: Path, tmp_path: Path) -> None:
+    """SIGTERM to one of two processes stops both after saving; one process with all devices continues with the same batches."""
+    moved = tmp_path / "moved"
+    pair = pair_of(config, cache, [moved, moved])
+    try:
+        assert wait_for(pair[0], lambda: bool(list_steps(moved / "checkpoints"))), pair[0].communicate()[0]
+        pair[1].send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=300)[0] for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+    assert [process.returncode for process in pair] == [STOPPED_AND_SAVED] * 2, said
+    assert 0 < newest(moved) < STEPS
+    finish(command(config, moved, steps=STEPS, **PLAIN), environment(cache, devices=4))
+    ours, theirs = rows(moved), rows(whole)
+    assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine[DIGEST] == other[DIGEST]  # the same global batches in the same order
+        assert mine["used_tokens"] == other["used_tokens"]
+        for name in ("loss", "L_T", "L_D", "L_A"):
+            assert_close(mine[name], other[name], "update_loss")
+
+
+@pytest.mark.slow
+def test_where_the_data_of_one_process_fail_both_save_and_end(config: Path, cache: Path, tmp_path: Path) -> None:
+    """The second process reads a copy of the shards, which is damaged while it trains."""
+    workdir, copy = tmp_path / "run", tmp_path / "shards"
+    shutil.copytree(config.parent / "shards", copy)
+    pair = pair_of(
+        config, cache, [workdir, workdir], *({"data__train": source, "steps": 400} for source in (config.parent / "shards", copy))
+    )
+    try:
+        assert wait_for(pair[0], lambda: bool(list_steps(workdir / "checkpoints"))), pair[0].communicate()[0]
+        for shard in copy.glob("*.array_record*"):
+            with shard.open("r+b") as file:
+                file.write(bytes(shard.stat().st_size))
+        said = [process.communicate(timeout=300)[0] for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+    assert [process.returncode for process in pair] == [BAD_INPUT] * 2, said
+    step = newest(workdir)
+    assert f"the data of another process failed, see its own message; step {step} is saved" in said[0].splitlines()[-1]
+    assert "a clip cannot be used and no other can replace it" in said[1].splitlines()[-1]
+    assert [row["step"] for row in rows(workdir)] == list(range(1, step + 1))

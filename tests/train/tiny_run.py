@@ -33,7 +33,7 @@ def get_config():
         "batch": {{"micro_batch": 8, "blocks": 2}},
         "losses": {{"temperature": 0.1, "pairs": "all", "negatives": "global"}},
         "optimizer": {{"learning_rate": 3e-3, "warmup_steps": 2}},
-        "trainable": {{"recipe": "all"}},
+        "trainable": {{"recipe": "all", "freeze": ("vision", "audio", "beats")}},
         "remat": "none",
         "steps": 6,
         "checkpoint": {{"every": 2, "keep": 2}},
