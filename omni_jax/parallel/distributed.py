@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import threading
@@ -51,10 +52,10 @@ def start(
     jax.config.update("jax_enable_preemption_service", False)
     seconds = _number(START, None if START in environment else START_SECONDS, environment)
     lost = _number(LOST, None if LOST in environment else LOST_SECONDS, environment)
-    limits = {"initialization_timeout": 2 * seconds + 60, "heartbeat_timeout_seconds": lost}
+    initialize = functools.partial(jax.distributed.initialize, initialization_timeout=2 * seconds + 60, heartbeat_timeout_seconds=lost)
     if coordinator == AUTO:
         with _within(seconds, coordinator, "all processes"):
-            jax.distributed.initialize(**limits)
+            initialize()
         return jax.process_count() > 1
     count = _number(PROCESSES, count, environment)
     index = _number(PROCESS, index, environment)
@@ -63,7 +64,7 @@ def start(
     if count == 1:
         return False
     with _within(seconds, coordinator, f"all {count} processes"):
-        jax.distributed.initialize(coordinator, count, index, **limits)
+        initialize(coordinator, count, index)
     return True
 
 
