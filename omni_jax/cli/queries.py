@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_jax.config import TABLE_MODALITIES
-from omni_jax.io.messages import as_input_error
+from omni_jax.io.messages import as_input_error, lines_of_text
 from omni_jax.types import InputError
 
 FIELDS = {"text": ("text",), "audio": ("audio",), "video": ("video",), "av": ("video", "audio")}
@@ -34,6 +34,10 @@ class Queries:
     problems: int = 0
 
 
+_MANIFESTS = (".jsonl", ".json", ".csv", ".tsv", ".tab", ".parquet", ".tar")
+"""How a file of queries is called that is no text of one caption a line."""
+
+
 def read_queries(args: argparse.Namespace) -> Queries:
     """Returns the queries that --text, --audio, --video, --av or --queries gives; says which lines of a file are none.
 
@@ -51,7 +55,7 @@ def read_queries(args: argparse.Namespace) -> Queries:
 
 def _of_file(file: str, media_root: str | None) -> Queries:
     problems: Sequence[Any] = ()
-    if file.endswith((".jsonl", ".json")):
+    if file.lower().endswith(_MANIFESTS):
         from omni_jax.data.manifest import read_manifest
 
         manifest = read_manifest(file, media_root)
@@ -60,13 +64,13 @@ def _of_file(file: str, media_root: str | None) -> Queries:
         items = tuple({"text": r.text, "video": r.video, "audio": r.audio, "timestamps": r.timestamps} for r in manifest.records)
     else:
         with as_input_error(f"--queries {file}: cannot be read", "give UTF-8 text", OSError, UnicodeDecodeError):
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
+            lines = lines_of_text(Path(file).read_bytes())
         names = tuple(line for line in lines if line.strip())
         items = tuple({"text": line} for line in names)
     if problems:
         print(f"{file}: {len(problems)} lines are not queries; the first: {problems[0].reason}", file=sys.stderr)
     if not items:
-        raise InputError(f"--queries {file}: holds no queries; give a caption a line, or a manifest (.jsonl)")
+        raise InputError(f"--queries {file}: holds no queries; give a caption a line, or a manifest (.jsonl, .csv, .parquet or .tar)")
     kinds = {frozenset(field[0] for field in ("text", "video", "audio") if item.get(field) is not None) for item in items}
     kind = next((name for name, modalities in TABLE_MODALITIES.items() if {modalities} == kinds), None)
     return Queries(kind, names, items, len(problems))

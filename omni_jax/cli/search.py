@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query.add_argument("--audio", metavar="FILE", help="search by a sound, or by the sound of a video")
     query.add_argument("--video", metavar="FILE", help="search by the pictures of a video")
     query.add_argument("--av", metavar="FILE", help="search by the pictures and the sound of a video")
-    query.add_argument("--queries", metavar="FILE", help="file of queries: one caption per line, or a manifest (.jsonl)")
+    query.add_argument("--queries", metavar="FILE", help="one caption per line, or a manifest (.jsonl, .csv, .parquet or .tar)")
     parser.add_argument("--media-root", metavar="DIR", help="folder that the media paths of --queries start from and must stay in")
     parser.add_argument("-k", type=positive(int), default=10, metavar="N", help="results to print (default: %(default)s)")
     parser.add_argument(

@@ -16,6 +16,16 @@ def line_of(error: object) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def lines_of_text(data: bytes) -> list[str]:
+    """Returns the lines of a file of UTF-8 without a byte-order mark, ended as files end lines; what else Unicode breaks lines at is text.
+
+    Raises:
+      UnicodeDecodeError: it is not UTF-8.
+    """
+    lines = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines[:-1] if not lines[-1] else lines
+
+
 def some(names: Iterable[object], most: int = 3) -> str:
     """Returns the first `most` of some names, and dots where there are more."""
     listed = [str(name) for name in names]

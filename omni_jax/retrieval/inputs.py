@@ -23,7 +23,7 @@ from etils import epath
 
 from omni_jax.config import TABLES
 from omni_jax.config.made_with import ROUNDING
-from omni_jax.io.messages import as_input_error, some
+from omni_jax.io.messages import as_input_error, lines_of_text, some
 from omni_jax.io.torch_pickle import read_torch_file
 from omni_jax.retrieval.embedding_file import (
     IDS,
@@ -199,7 +199,7 @@ def _numbers(rows: int) -> tuple[str, ...]:
 
 def _read_ids(path: str) -> tuple[str, ...]:
     with as_input_error(f"{path}: cannot be read"), as_input_error(f"{path}: is not UTF-8 text", "write one id a line", UnicodeDecodeError):
-        ids = tuple(epath.Path(path).read_text(encoding="utf-8").splitlines())
+        ids = tuple(lines_of_text(epath.Path(path).read_bytes()))
     twice = len(ids) - len(set(ids))
     if twice or "" in ids:
         raise InputError(f"{path}: {'an empty line' if '' in ids else f'{twice} ids appear more than once'}; one unique id a line")

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from omni_jax.cli import queries
 from omni_jax.cli.main import main
 from omni_jax.cli.status import BAD_INPUT, DONE, DONE_WITH_SKIPPED
+from omni_jax.retrieval import inputs
 from tests.golden_set import GoldenSet
 
 
@@ -84,3 +86,20 @@ def test_a_file_without_queries_is_refused(content: str | bytes | None, words: s
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert main(["search", "--model", "m", "--index", "i.npz", "--queries", str(file)]) == BAD_INPUT
     assert words in capsys.readouterr().err
+
+
+def test_lines_end_as_files_end_them_and_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    """Editors write the mark; U+2028 and its like break no line of a file, so that captions and ids keep them."""
+    file = tmp_path / "queries.txt"
+    for data in (b"a dog\r\nrain\xe2\x80\xa8fog\r\n", b"a dog\nrain\xe2\x80\xa8fog", b"a dog\rrain\xe2\x80\xa8fog\r"):
+        for mark in (b"", b"\xef\xbb\xbf"):
+            file.write_bytes(mark + data)
+            assert queries._of_file(str(file), None).names == ("a dog", "rain\u2028fog")
+            assert inputs._read_ids(str(file)) == ("a dog", "rain\u2028fog")
+
+
+def test_a_table_of_queries_is_read_as_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "q.csv").write_text("id,text\na,a dog\nb\n")
+    found = queries._of_file(str(tmp_path / "q.csv"), None)
+    assert (found.names, [item["text"] for item in found.items]) == (("a",), ["a dog"])
+    assert "1 lines are not queries; the first: " in capsys.readouterr().err

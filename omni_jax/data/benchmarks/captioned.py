@@ -27,6 +27,7 @@ from omni_jax.data.benchmarks.items import (
     read_json,
     read_text,
 )
+from omni_jax.io.messages import lines_of_text
 from omni_jax.types import InputError
 
 YOUTUBE = "https://www.youtube.com/watch?v="
@@ -100,7 +101,7 @@ def msrvtt(path: PathLike) -> Annotations:
 def msvd(path: PathLike) -> Annotations:
     """Returns the clips of MSVD with all their captions (about forty)."""
     if str(path).endswith(".txt"):
-        lines = [line.strip() for line in read_text(path).splitlines()]
+        lines = [line.strip() for line in lines_of_text(read_text(path).encode())]
         pairs = [(number, *line.partition(" ")[::2]) for number, line in enumerate(lines, 1) if line and not line.startswith("#")]
         entries = [(f"line {number}", name, [caption]) for number, name, caption in pairs]
     else:

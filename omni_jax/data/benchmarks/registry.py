@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from omni_jax.data.benchmarks import captioned
 from omni_jax.data.benchmarks.items import Annotations, PathLike, read_text
 from omni_jax.data.benchmarks.omni_bench import omni_bench
+from omni_jax.io.messages import lines_of_text
 from omni_jax.types import InputError
 
 
@@ -69,7 +70,7 @@ def read_annotations(
         found = read(path)
     if split is None:
         return found
-    wanted = dict.fromkeys(line.strip() for line in read_text(split).splitlines() if line.strip())
+    wanted = dict.fromkeys(line.strip() for line in lines_of_text(read_text(split).encode()) if line.strip())
     by_id = {item.id: item for item in found.items}
     items = tuple(by_id[i] for i in wanted if i in by_id)
     if not items:
