@@ -17,8 +17,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from omni_jax.media.sampling import FrameRule, sample_indices
 from omni_jax.types import ClipError, VideoFrames
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of large pictures and damaged notes: Pillow's go to the terminal
-
 PICTURE_FPS = 24.0
 """Frames a second of pictures that come without a rate, as transformers takes them."""
 
@@ -99,7 +97,8 @@ def read_picture(path: os.PathLike[str] | str) -> Image.Image:
       ClipError: when it is none of these, or a damaged one.
     """
     try:
-        with Image.open(path, formats=_FORMATS) as opened:
+        # Pillow warns of large pictures and damaged notes on the terminal.
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_FORMATS) as opened:
             return _rgb(opened, os.fspath(path))
     except UnidentifiedImageError:
         raise ClipError(f"{path}: not a picture of {', '.join(_FORMATS)}, or a damaged one; save it as PNG") from None

@@ -179,7 +179,7 @@ def _picture(frame: Any, size: tuple[int, int], matrix: bytes | None) -> np.ndar
     known = frame.colorspace in _MATRICES and not frame.interlaced_frame
     if known and frame.format.name in ("yuv420p", "yuvj420p") and (frame.width, frame.height) == size and not height % 2:
         # The same bits as below in a third of the time. More threads take more of it.
-        converted = VideoReformatter().reformat(frame, format="rgb24", threads=1)
+        converted: Any = VideoReformatter().reformat(frame, format="rgb24", threads=1)
     else:
         # FFmpeg's filter, as its command line and decord do: PyAV's own conversion places the colours of 10-bit pictures elsewhere. An
         # interlaced one is converted as one picture; FFmpeg 8 alone would convert the colours of its two fields apart.
@@ -200,11 +200,16 @@ def _matrix(frame: Any) -> bytes | None:
     """How a picture is shown: phones store a turned or mirrored one and a note of it. Streams may have the note at their key frames alone,
     where it holds until the next."""
     try:
-        matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # frame.side_data would be a cycle, which keeps pictures by the hundred
+        matrix = _side_data(frame).get("DISPLAYMATRIX")
     except ValueError:  # some of it is of a kind that PyAV does not know, as EXIF or the number of a view
         deletions = [("sidedata", f"mode=delete:type={number}") for number in range(64) if number not in _KNOWN_SIDE_DATA]
-        matrix = SideDataContainer(_filtered(frame, *deletions)).get("DISPLAYMATRIX")
+        matrix = _side_data(_filtered(frame, *deletions)).get("DISPLAYMATRIX")
     return None if matrix is None else bytes(matrix)
+
+
+def _side_data(frame: Any) -> Any:
+    """A picture's notes. `frame.side_data` would be a reference cycle, which keeps pictures by the hundred until garbage is collected."""
+    return SideDataContainer(frame)  # pyright: ignore[reportCallIssue] (PyAV declares no arguments)
 
 
 def _filtered(frame: Any, *filters: tuple[str, str]) -> Any:
