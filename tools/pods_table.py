@@ -89,9 +89,9 @@ QUICK = functools.partial(Case, captions=128, timed=False)
 RECOMMENDED = {
     "v5e": tuple(Case("v5e:4x4", kinds=kind) for kind in "012"),  # one by one: each takes many minutes
     "v5p": (QUICK("v5p:4x4x4"),),
-    "v6e": (QUICK("v6e:8x8"),),
+    "v6e": (Case("v6e:8x8", 1024, kinds="0"),),
 }
-"""The training step by chip, all kinds."""
+"""The training step by chip: all kinds, on v6e the first."""
 
 GROWTH = (
     Case("v5e:8x8", 1024, kinds="0"),
@@ -103,6 +103,7 @@ GROWTH = (
 
 OTHERS = (
     QUICK("v4:4x4x4"),
+    QUICK("v6e:8x8"),
     QUICK("v5e:16x16"),
     QUICK("v5e:16x16", 512, slices=2),
     QUICK("tpu7x:2x2x4", 128, 2),
