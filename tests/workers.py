@@ -21,11 +21,14 @@ PROCESSES = (
 # Files of about a minute and more, begun after those, so that the last ones are short. What is out of date here costs time alone.
 LONG = (
     "tests/train/test_interruptions.py",
+    "tests/ablation/test_runs.py",
     "tests/engines/test_ray_runs.py",
+    "tests/conversion/test_memory.py",
     "tests/documentation/test_tutorials.py",
     "tests/train/test_golden_run.py",
     "tests/train/test_gradients.py",
     "tests/train/test_step.py",
+    "tests/train/test_int8.py",
     "tests/model/test_sharding.py",
     "tests/cli/test_embed.py",
     "tests/cli/test_encode.py",
