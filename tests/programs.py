@@ -7,13 +7,16 @@ nothing that only a fresh compilation shows can hide behind the folder.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 _OWN = pytest.StashKey[Path]()
 
@@ -57,6 +60,24 @@ def set_up(config: pytest.Config) -> None:
     for name, value in settings.items():
         os.environ[name.upper()] = str(value)
         jax.config.update(name, value)
+
+
+@contextlib.contextmanager
+def programs_kept(folder: Path) -> Iterator[None]:
+    """Keeps compiled programs in a folder of one test's, also under `--compiler full`."""
+    settings = SETTINGS | {"jax_compilation_cache_dir": str(folder)}
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        _use(settings)
+        yield
+    finally:
+        _use(before)
+
+
+def _use(settings: Mapping[str, object]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def forbid_compiling() -> None:

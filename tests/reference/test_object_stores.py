@@ -34,6 +34,7 @@ from tests.data.test_remote_shards import digests, write_folder
 from tests.data.training_clips import PRESET, pipeline
 from tests.media_samples import write_clip
 from tests.object_servers import BUCKET, Faults
+from tests.programs import programs_kept
 from tests.train.tiny_run import CONFIG, make_files
 
 pytestmark = [pytest.mark.reference, pytest.mark.jit]
@@ -173,12 +174,13 @@ def embedded(folder: Path, model: str, out: str) -> EmbeddingTable:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EmbeddingTable]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, EmbeddingTable]]:
     """A folder of clips and shards, and what a run on this disk that nothing stopped makes of the held-out clips."""
     folder = tmp_path_factory.mktemp("run")
     make_files(folder)
-    trained(folder, str(folder / "shards"), str(folder / "run"))
-    return folder, embedded(folder, str(folder / "run"), str(folder / "held_out.npz"))
+    with programs_kept(folder / "programs"):
+        trained(folder, str(folder / "shards"), str(folder / "run"))
+        yield folder, embedded(folder, str(folder / "run"), str(folder / "held_out.npz"))
 
 
 def test_a_run_from_a_bucket_resumes_and_embeds_as_one_on_a_disk(
