@@ -85,29 +85,24 @@ def vision_features(frames: VideoFrames, preset: Preset) -> VisionFeatures:
     Raises:
       ClipError: for a clip without frames or length, and frames that cannot be resized.
     """
-    return patch_features(training_frames(frames, preset))
+    _check(frames)
+    return patch_features(dataclasses.replace(frames, frames=fit(frames.frames, preset)))
 
 
-def training_frames(frames: VideoFrames, preset: Preset) -> VideoFrames:
-    """Returns the frames cropped and resized as the preset says: uint8 still, sides multiples of 28.
+def fit(frames: np.ndarray, preset: Preset) -> np.ndarray:
+    """Returns frames (F, height, width, 3) uint8, cropped and resized as the preset says; sides are multiples of 28.
 
     Not to be applied twice: a frame of the right size may be resized once more.
 
     Raises:
-      ClipError: as `vision_features`.
+      ClipError: as `smart_resize`.
     """
-    _check(frames)
-    return dataclasses.replace(frames, frames=fit(frames.frames, preset))
-
-
-def fit(frames: np.ndarray, preset: Preset) -> np.ndarray:
-    """Returns frames (F, height, width, 3) uint8 cropped and resized as the preset says. Raises ClipError as `smart_resize` does."""
     pictures = square_crop(frames) if preset.frame_crop == "square" else frames
     return resize(pictures, *smart_resize(pictures.shape[1], pictures.shape[2], *preset.areas))
 
 
 def patch_features(frames: VideoFrames) -> VisionFeatures:
-    """Returns the normalised patches of frames that `training_frames` has made; the last of an odd number appears twice, as in Qwen's
+    """Returns the normalised patches of frames that `fit` has made; the last of an odd number appears twice, as in Qwen's
     processor, and the time between steps is that of the frames sampled."""
     _check(frames)
     count, height, width = frames.frames.shape[:3]
