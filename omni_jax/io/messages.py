@@ -36,7 +36,7 @@ def stands_for(head: bytes) -> str | None:
     """Returns what a file is that lies in the place of another one, by how it begins, and what to do; None for any other file."""
     start = head.lstrip().lower()
     if start.startswith(_POINTER):
-        return "is a Git LFS pointer, not the file that it stands for; fetch that with git lfs pull"
+        return "is a Git LFS pointer, not the file that it stands for; run git lfs pull"
     if start.startswith((b"<!doctype", b"<html")):
         return "is a web page, not the file that it stands for; fetch it again"
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import IO, Any
 
+from omni_jax.io.messages import stands_for
 from omni_jax.media.parts import open_bytes
 
 
@@ -44,8 +45,8 @@ def advice(path: os.PathLike[str] | str) -> str:
     """Says what to do about a file that FFmpeg does not know."""
     with open_bytes(path) as file:
         head = file.read(64)
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a pointer of Git LFS: run git lfs pull"
+    if said := stands_for(head):
+        return f"it {said}"
     if head[4:8] in (b"styp", b"sidx", b"emsg", b"moof"):
         return "it is a segment of a stream: put the initialization segment before it (cat init.mp4 part.m4s > clip.mp4)"
     return "fetch it again" if is_incomplete(path) else "correct the path, or re-encode it"
