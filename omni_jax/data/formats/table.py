@@ -25,7 +25,8 @@ def read_metadata_folder(path: os.PathLike[str] | str, columns: Mapping[str, str
     `path` may be one such file of JSON lines.
     """
     folder, named = absolute(path), set()
-    files = _metadata_files(folder) if folder.is_dir() else [folder]
+    there = files_of(folder) if folder.is_dir() else [folder]
+    files = [file for file in there if file.name in _METADATA] if folder.is_dir() else there
     note_sets(files, notes)
     for file in files:
         for entry in FORMATS[_SUFFIXES.get(file.suffix, "json")](file, columns, notes):
@@ -36,8 +37,7 @@ def read_metadata_folder(path: os.PathLike[str] | str, columns: Mapping[str, str
                     os.path.normpath(file.parent / name) for name in entry.fields.values() if isinstance(name, str) and media_kind(name)
                 }
             yield entry
-    clips = (file for file in files_of(folder) if media_kind(file.name)) if folder.is_dir() else ()
-    if left := [file for file in clips if os.path.normpath(file) not in named]:
+    if left := [file for file in there if media_kind(file.name) and os.path.normpath(file) not in named]:
         notes.add("media files that no metadata file names, and are not read", min(left), len(left))
 
 
@@ -61,6 +61,7 @@ FOLDERS = ("metadata", "files")
 """Those of them that are folders; of another one a folder holds the files."""
 
 _SUFFIXES = {".csv": "csv", ".tsv": "csv", ".tab": "csv", ".parquet": "parquet", ".tar": "webdataset"}
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _SPLITS = {word: word for word in ("train", "test", "validation")}
 _SPLITS |= {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "eval": "test", "testing": "test"}
 _MOST_OF_A_SET = 100_000  # files
@@ -188,12 +189,8 @@ def _format_of(path: os.PathLike[str] | str) -> str:
 
 
 def _folder_format(folder: Any) -> str | None:
-    if _metadata_files(folder):
+    files = files_of(folder)
+    if any(file.name in _METADATA for file in files):
         return "metadata"
-    kinds = {_SUFFIXES.get(file.suffix.lower()) or ("files" if media_kind(file.name) else "") for file in files_of(folder)}
+    kinds = {_SUFFIXES.get(file.suffix.lower()) or ("files" if media_kind(file.name) else "") for file in files}
     return next((kind for kind in ("webdataset", "parquet", "files") if kind in kinds), None)
-
-
-def _metadata_files(folder: Any) -> list[Any]:
-    """Returns the metadata files of a folder and of the folders in it."""
-    return sorted(file for file in files_of(folder) if file.name in ("metadata.csv", "metadata.jsonl", "metadata.parquet"))
