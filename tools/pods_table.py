@@ -99,7 +99,7 @@ GROWTH = (
     Case("v5e:16x16", 4096, kinds="0", data=4),
     Case("v5e:16x16", 8192, slices=2, kinds="0"),
 )
-"""The step of RECOMMENDED's first kind on more chips of a kind, with as many clips a chip."""
+"""The step with hard negative text on more v5e chips, 16 clips a chip."""
 
 OTHERS = (
     QUICK("v4:4x4x4"),
