@@ -19,6 +19,7 @@ import numpy as np
 from omni_jax.config import PREFIXES, TABLE_MODALITIES, TABLES, ModelConfig, Preset
 from omni_jax.data.items import Item, is_single, parse_items
 from omni_jax.data.loading import DECODE_LIMIT_S, item_features
+from omni_jax.data.times import interval
 from omni_jax.media.workers import run_guarded
 from omni_jax.retrieval.embedding_pass import Part
 from omni_jax.retrieval.rows import PRECISIONS, finished, similarity
@@ -343,7 +344,8 @@ def _given(inputs: Any, fields: Mapping[str, Any], timestamps: Any) -> tuple[Ite
 
 
 def _is_interval(value: Any) -> bool:
-    return hasattr(value, "__len__") and len(value) == 2 and all(isinstance(x, int | float | np.number) for x in value)
+    numbers = hasattr(value, "__len__") and len(value) == 2 and all(isinstance(x, int | float | np.number) for x in value)
+    return numbers or interval(value) is not None
 
 
 def _prompt(prompts: Mapping[str, str], name: str | None) -> str | None:

@@ -11,29 +11,28 @@ Other fields are carried along in `Record.extra`.
 from __future__ import annotations
 
 import difflib
-import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 from omni_jax.config import PREFIXES
+from omni_jax.data.paths import is_inside, media_path
+from omni_jax.data.times import interval
 from omni_jax.types import FilePart, InputError, Record
 
 PLAIN = ("id", "text", "video", "audio", "timestamps", "prefix")
 OFFICIAL = ("id", "conversations", "video", "audio", "timestamps", "prefix", "pos_image")
 ASKED = ("Please describe the video.", "Please describe the audio.")  # what the official manifests ask, and what presets write themselves
-_LONGEST_SECONDS = 1e9  # some thirty years: beyond it a number is a mistake
 _NEAR = 0.8  # likeness of two names above which one is taken for a slip of the other
 _SPELLED: dict[str, tuple[type, ...]] = {
     "id": (str, int),
     "text": (str, list),
     "video": (str, list),
     "audio": (str, list),
-    "timestamps": (list,),
+    "timestamps": (list, str),
     "conversations": (list,),
 }
 """Fields that are read in capitals too, and what they may hold."""
@@ -280,16 +279,15 @@ def _media_path(fields: Mapping[str, Any], key: str, name: str, root: Any, confi
             f"record {name!r}: {key} {value[:80]}: is a web address, and nothing is fetched; 'omni-jax manifest from SOURCE --fetch-list "
             f"FILE' writes the list for a downloader, and --fetched DIR takes the files of these ids"
         )
-        times = fields.get("timestamps")
         found.address = value
-        if isinstance(times, list) and len(times) == 2:
+        if times := interval(fields.get("timestamps")):
             found.interval = str(times[0]), str(times[1])
         raise found
     try:
-        path = absolute(value) if "://" in value else root / value
+        path = media_path(value, root)
     except InputError as error:
         raise BadEntry(f"record {name!r}: {key} {error}") from None
-    if confined and not _inside(path, root):
+    if confined and not is_inside(path, root):
         raise BadEntry(f"record {name!r}: {key} {value!r} leads out of the media root {root}; move the file there or choose another root")
     return path
 
@@ -316,43 +314,12 @@ def _part(value: Mapping[str, Any], key: str, name: str, root: Any, confined: bo
     return FilePart(file, _encodable(called, key), **{place: value[place] for place in places})
 
 
-def _inside(path: Any, root: Any) -> bool:
-    """Whether a path, its links followed, is under a folder. An object store has no links, and ".." there is a plain name or refused."""
-    if "://" in os.fspath(path) or "://" in os.fspath(root):
-        text = os.fspath(path)
-        return text.startswith(os.fspath(root).rstrip("/") + "/") and ".." not in text.split("/")
-    folder, name = os.path.split(path)
-    real = os.path.join(_real(folder), name)
-    if os.path.islink(real) or name in ("", ".", ".."):
-        real = os.path.realpath(real)
-    return real.startswith(_real(os.fspath(root)).rstrip("/") + "/")
-
-
-@functools.lru_cache(maxsize=4096)  # a folder holds many clips
-def _real(folder: str) -> str:
-    return os.path.realpath(folder)
-
-
-def absolute(path: os.PathLike[str] | str) -> Any:
-    """Returns an absolute pathlib.Path, or an epath.Path for an object store."""
-    if "://" in os.fspath(path):
-        from etils import epath  # reading gs:// alone needs it
-
-        try:
-            return epath.Path(os.fspath(path))
-        except KeyError:
-            raise InputError(f"{path}: not a kind of storage that is known; use a local path or gs://") from None
-    return Path(os.path.abspath(path))
-
-
 def _timestamps(value: Any, name: str) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value):
-        start, end = value
-        if 0 <= start < end <= _LONGEST_SECONDS:
-            return float(start), float(end)
-    raise BadEntry(f"record {name!r}: timestamps {json.dumps(value)[:80]} must be [start, end] in seconds with 0 <= start < end")
+    times = interval(value)
+    if times is None and value is not None:
+        said = json.dumps(value)[:80]
+        raise BadEntry(f"record {name!r}: timestamps {said} must be [start, end] in seconds or HH:MM:SS with 0 <= start < end")
+    return times
 
 
 def _encodable(text: str, what: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,8 +15,10 @@ import numpy as np
 
 from omni_jax.config import Preset
 from omni_jax.data.formats.entry import media_kind
+from omni_jax.data.paths import media_path
+from omni_jax.data.times import interval
 from omni_jax.io.messages import line_of
-from omni_jax.types import ClipError, FilePart, Record, VideoFrames
+from omni_jax.types import ClipError, FilePart, InputError, Record, VideoFrames
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -266,7 +267,10 @@ class _Parser:
                 raise ClipError(f"its {what} is a path of type {type(path).__name__}; give a string or a pathlib path")
             if not path.strip():
                 raise ClipError(f"its {what} is empty; fill it in or omit it")
-            return Path(path).absolute()
+            try:
+                return media_path(path, Path.cwd())
+            except InputError as error:
+                raise ClipError(f"its {what} {error}") from None
         if not isinstance(value, bytes | bytearray) and not hasattr(value, "read"):
             raise ClipError(f"its {what} is of type {type(value).__name__}; give a path, bytes, a file object or an array")
         held = isinstance(value, bytes | bytearray)
@@ -301,11 +305,9 @@ def _known(value: Mapping[str, Any], what: str, keys: set[str]) -> None:
 def _timestamps(value: Any) -> tuple[float, float] | None:
     if value is None:
         return None
-    with contextlib.suppress(TypeError, ValueError):
-        start, end = (float(x) for x in value)
-        if 0 <= start < end and math.isfinite(end):
-            return start, end
-    raise ClipError(f"its timestamps {str(value)[:80]} must be (start, end) in seconds with 0 <= start < end")
+    if (times := interval(value)) is None:
+        raise ClipError(f"its timestamps {str(value)[:80]} must be (start, end) in seconds or HH:MM:SS with 0 <= start < end")
+    return times
 
 
 def _is_wave(value: Any) -> bool:

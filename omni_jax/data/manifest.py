@@ -16,7 +16,6 @@ from omni_jax.data.entries import (
     ASKED,
     BadEntry,
     RemoteMedia,
-    absolute,
     interval_fields,
     is_web_address,
     name_of,
@@ -26,6 +25,7 @@ from omni_jax.data.entries import (
 )
 from omni_jax.data.formats.entry import Entry, Notes, files_of, media_kind
 from omni_jax.data.formats.table import FORMATS, note_sets, sources
+from omni_jax.data.paths import absolute
 from omni_jax.io import atomic_write
 from omni_jax.io.messages import some
 from omni_jax.types import FilePart, InputError, Record

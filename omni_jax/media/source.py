@@ -44,7 +44,8 @@ def check_file(path: os.PathLike[str] | str) -> None:
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise ClipError(f"{path}: file not found; check the manifest's path and --media-root") from None
+        more = " (with / for each backslash it is not there either)" if "\\" in os.fspath(path) else ""
+        raise ClipError(f"{path}: file not found; check the manifest's path and --media-root{more}") from None
     except (OSError, ValueError) as error:
         raise ClipError(f"{path}: cannot be looked at ({reason(error)}); check the path and its permissions") from None
     if stat.S_ISDIR(found.st_mode):

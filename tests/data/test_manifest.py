@@ -164,7 +164,7 @@ BAD_LINES: dict[str, tuple[bytes | dict[str, Any], str | None, str]] = {
     "reversed interval": ({"id": "x", "video": "a.mp4", "timestamps": [3, 2]}, "x", "record 'x': timestamps [3, 2] must be [start, end]"),
     "empty interval": ({"id": "x", "video": "a.mp4", "timestamps": [2, 2]}, "x", "record 'x': timestamps [2, 2] must be"),
     "negative interval": ({"id": "x", "video": "a.mp4", "timestamps": [-1, 2]}, "x", "record 'x': timestamps [-1, 2] must be"),
-    "interval of words": ({"id": "x", "video": "a.mp4", "timestamps": ["0", "2"]}, "x", 'record \'x\': timestamps ["0", "2"] must be'),
+    "interval of words": ({"id": "x", "video": "a.mp4", "timestamps": ["a", "b"]}, "x", 'record \'x\': timestamps ["a", "b"] must be'),
     "interval of three": ({"id": "x", "video": "a.mp4", "timestamps": [0, 1, 2]}, "x", "record 'x': timestamps [0, 1, 2] must be"),
     "endless interval": (b'{"id": "x", "video": "a.mp4", "timestamps": [0, 1e999]}', "x", "record 'x': timestamps [0, Infinity] must be"),
     "huge interval": (b'{"id": "x", "video": "a.mp4", "timestamps": [0, 1' + b"0" * 400 + b"]}", "x", "record 'x': timestamps [0, 1000"),

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, urlparse
 from omni_jax.data.benchmarks.captioned import YOUTUBE
 from omni_jax.data.benchmarks.coverage import without_ending
 from omni_jax.data.benchmarks.items import Annotations, Item, PathLike, columns_for, read_csv
+from omni_jax.data.times import seconds
 from omni_jax.types import InputError
 
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -98,14 +99,7 @@ def _interval(cells: Mapping[str, str]) -> tuple[float, float]:
     found = _NUMBER.findall(text)
     if len(found) != 2:
         raise ValueError(f"interval {text.strip()[:80]!r} is not two times in seconds or hours:minutes:seconds")
-    start, end = map(_seconds, found)
+    start, end = map(seconds, found)
     if not start < end:
         raise ValueError(f"interval {text.strip()[:80]!r} ends before it starts")
     return start, end
-
-
-def _seconds(text: str) -> float:
-    total = 0.0
-    for part in text.split(":"):
-        total = 60 * total + float(part)
-    return total

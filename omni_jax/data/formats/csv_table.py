@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from omni_jax.data.entries import BadEntry, absolute
+from omni_jax.data.entries import BadEntry
 from omni_jax.data.formats.entry import Entry, Notes, check_columns, reading, table_fields
+from omni_jax.data.paths import absolute
 from omni_jax.io.messages import as_input_error
 from omni_jax.types import InputError
 

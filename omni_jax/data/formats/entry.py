@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from omni_jax.io.messages import some
 from omni_jax.types import InputError
 
 ROLES = ("id", "text", "video", "audio", "image", "timestamps", "start", "end", "prefix")
-"""What a column may be, as `--columns ROLE=NAME` says it; `start` and `end` are seconds."""
+"""What a column may be, as `--columns ROLE=NAME` says it; `start` and `end` are times."""
 
 FILE_NAME = "file_name"
 """The column of a metadata file that names a media file, alone or after a kind (`audio_file_name`)."""
@@ -84,7 +83,7 @@ def renamed(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
     taken = {role: fields[name] for role, name in columns.items() if name in fields}
     found = {name: value for name, value in fields.items() if name not in columns.values() or name in taken} | taken
     if "start" in columns or "end" in columns:
-        start, end = (_number(found.pop(name, None)) for name in ("start", "end"))
+        start, end = (found.pop(name, None) for name in ("start", "end"))
         if end is not None:
             found["timestamps"] = [0.0 if start is None else start, end]
         elif start is not None:
@@ -108,9 +107,6 @@ def table_fields(cells: Mapping[str, Any], columns: Mapping[str, str]) -> dict[s
         if role is None:
             return BadEntry(f"{name} {str(value)!r} has no suffix of a video, a sound or a picture; rename the file")
         found.setdefault("video" if role == "image" else role, value)
-    if isinstance(times := found.get("timestamps"), str):
-        with contextlib.suppress(ValueError):
-            found["timestamps"] = json.loads(times)
     return found
 
 
@@ -173,13 +169,6 @@ def reading(path: os.PathLike[str] | str) -> Iterator[None]:
         raise InputError(f"{path}: the manifest cannot be read ({error.strerror or error}); check its permissions") from None
     except ImportError as error:  # the client of an object store
         raise InputError(f"{path}: the manifest cannot be read ({error})") from None
-
-
-def _number(value: Any) -> Any:
-    """A number where a cell holds one; otherwise the cell, which the check of timestamps refuses."""
-    with contextlib.suppress(ValueError):
-        return float(value) if isinstance(value, str) else value
-    return value
 
 
 def _is_nan(value: Any) -> bool:

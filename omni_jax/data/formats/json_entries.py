@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
-from omni_jax.data.entries import BadEntry, absolute, is_of_a_record, kind
+from omni_jax.data.entries import BadEntry, is_of_a_record, kind
 from omni_jax.data.formats.entry import Entry, Notes, reading, renamed
+from omni_jax.data.paths import absolute
 from omni_jax.io.messages import line_of
 from omni_jax.types import InputError
 

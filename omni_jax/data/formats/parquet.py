@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from omni_jax.data.entries import BadEntry, absolute
+from omni_jax.data.entries import BadEntry
 from omni_jax.data.formats.entry import Entry, Notes, check_columns, media_kind, reading, table_fields
+from omni_jax.data.paths import absolute
 from omni_jax.io.messages import as_input_error, line_of
 from omni_jax.media.parts import open_binary, parquet_module
 from omni_jax.media.workers import Guarded, goes_on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
@@ -9,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omni_jax.data.entries import absolute
 from omni_jax.data.formats import csv_table, json_entries, parquet, webdataset
 from omni_jax.data.formats.entry import Entry, Notes, files_of, media_kind
+from omni_jax.data.paths import absolute, media_path
 from omni_jax.io.messages import stands_for
 from omni_jax.types import InputError
 
@@ -32,10 +33,10 @@ def read_metadata_folder(path: os.PathLike[str] | str, columns: Mapping[str, str
         for entry in FORMATS[_SUFFIXES.get(file.suffix, "json")](file, columns, notes):
             if file.suffix == ".jsonl" and isinstance(entry.fields, dict):
                 entry = entry._replace(fields=csv_table.table_fields(entry.fields, {}), nameless=True)
-            if isinstance(entry.fields, dict):
-                named |= {
-                    os.path.normpath(file.parent / name) for name in entry.fields.values() if isinstance(name, str) and media_kind(name)
-                }
+            for name in entry.fields.values() if isinstance(entry.fields, dict) else ():
+                if isinstance(name, str) and media_kind(name):
+                    with contextlib.suppress(InputError):  # an address
+                        named.add(os.path.normpath(media_path(name, file.parent)))
             yield entry
     if left := [file for file in there if media_kind(file.name) and os.path.normpath(file) not in named]:
         notes.add("media files that no metadata file names, and are not read", min(left), len(left))

@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from omni_jax.data.entries import BadEntry, absolute
+from omni_jax.data.entries import BadEntry
 from omni_jax.data.formats.entry import Entry, Notes, files_of, media_kind, reading, renamed
 from omni_jax.data.formats.json_entries import parse
+from omni_jax.data.paths import absolute
 from omni_jax.types import FilePart, InputError
 
 _LONGEST_TEXT = 1 << 20  # bytes of a member that holds a caption or fields
