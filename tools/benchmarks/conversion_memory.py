@@ -5,39 +5,26 @@ Run alone: python -m tools.benchmarks.conversion_memory [GIGABYTES ...]
 
 from __future__ import annotations
 
-import json
-import os
+import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-
-# VmHWM is this process's own peak; ru_maxrss, on Linux, starts at that of the process that started it.
-_CHILD = """
-import json, resource, sys
-from omni_jax import conversion
-made = conversion.to_jax(sys.argv[1], sys.argv[2])
-try:
-    lines = open("/proc/self/status").read().splitlines()
-    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-except OSError:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print(json.dumps({"peak_bytes": peak, "seconds": made.seconds, "bytes": made.nbytes, "tensors": made.tensors}))
-"""
+from tools.benchmarks.process_memory import alone, status
 
 
-def measure(folder: Path, out: Path) -> dict[str, float]:
-    """Converts a checkpoint in a process of its own; returns its peak resident memory in bytes, seconds, bytes and tensors."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", _CHILD, str(folder), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    if done.returncode:
-        raise RuntimeError(f"the conversion ended with status {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def converted(folder: str, out: str) -> dict[str, float]:
+    """Converts a checkpoint; returns the peak resident memory of this process in bytes, seconds, bytes and tensors."""
+    from omni_jax import conversion
+
+    made = conversion.to_jax(folder, out)
+    try:
+        peak = status("VmHWM")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"peak_bytes": peak, "seconds": made.seconds, "bytes": made.nbytes, "tensors": made.tensors}
 
 
 def run(
@@ -51,7 +38,7 @@ def run(
         scratch = Path(tempfile.mkdtemp(prefix="omni_jax-conversion-"))
         try:
             synthetic_checkpoint.write(scratch / "source", size, shards, vocab, file_format=file_format)
-            made = measure(scratch / "source", scratch / "out")
+            made = alone("conversion_memory.converted", str(scratch / "source"), str(scratch / "out"))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         made["mb_per_s"] = made["bytes"] / made["seconds"] / 1e6

@@ -5,34 +5,14 @@ Run alone: python -m tools.benchmarks.embed_memory
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools.benchmarks.process_memory import alone, status
+
 CAPTIONS = ("a red ball", "rain on a tin roof", "two dogs bark", "a whistle over a gradient sky")
 WIDTH, INNER = 1536, 8960
-
-# Anonymous pages alone: what is mapped from files (libraries, a store) is the system's to drop.
-_CHILD = """
-import json, sys
-import jax.numpy as jnp
-import omni_jax, omni_jax.model
-jnp.zeros(1).block_until_ready()
-def resident():
-    lines = open("/proc/self/status").read().splitlines()
-    return {key: int(line.split()[1]) * 1024 for line in lines for key in ("RssAnon", "VmHWM") if line.startswith(key + ":")}
-before = resident()["RssAnon"]
-model = omni_jax.OmniRetriever.from_pretrained(sys.argv[1], dtype="bfloat16", weights=sys.argv[2])
-loaded = resident()["RssAnon"] - before
-model.encode(texts=sys.argv[3:])
-after = resident()
-print(json.dumps({"loaded": loaded, "embedding": after["RssAnon"] - before, "peak": after["VmHWM"]}))
-"""
 
 
 def architecture(layers: int) -> dict:
@@ -53,14 +33,21 @@ def architecture(layers: int) -> dict:
     }
 
 
-def measure(folder: Path, weights: str) -> dict[str, int]:
-    """Loads and embeds in a process of its own; returns bytes resident after loading and after embedding, and the peak of all pages."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "OMNI_JAX_CACHE": "off"}
-    command = [sys.executable, "-c", _CHILD, str(folder), weights, *CAPTIONS]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    if done.returncode:
-        raise RuntimeError(f"embedding ended with status {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def measured(folder: str, weights: str) -> dict[str, int]:
+    """Loads and embeds; returns bytes resident after loading and after embedding, and the peak of all pages.
+
+    The former two are anonymous pages alone: what is mapped from files (libraries, a store) is the system's to drop.
+    """
+    import jax.numpy as jnp
+
+    import omni_jax.model  # what is there before a model is loaded does not count
+
+    jnp.zeros(1).block_until_ready()
+    before = status("RssAnon")
+    model = omni_jax.OmniRetriever.from_pretrained(folder, dtype="bfloat16", weights=weights)
+    loaded = status("RssAnon") - before
+    model.encode(texts=CAPTIONS)
+    return {"loaded": loaded, "embedding": status("RssAnon") - before, "peak": status("VmHWM")}
 
 
 def run(layers: int = 5) -> dict[str, dict[str, int]]:
@@ -70,7 +57,7 @@ def run(layers: int = 5) -> dict[str, dict[str, int]]:
     scratch = Path(tempfile.mkdtemp(prefix="omni_jax-embed-"))
     try:
         made = write_fresh(scratch / "model", architecture(layers), captions=CAPTIONS)
-        found = {weights: measure(scratch / "model", weights) for weights in ("keep", "int8")}
+        found = {weights: alone("embed_memory.measured", str(scratch / "model"), weights) for weights in ("keep", "int8")}
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     for weights, at in found.items():

@@ -12,27 +12,18 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tools.benchmarks.process_memory import own_peak, status
+from tools.benchmarks.process_memory import alone, own_peak, status
 
-ROOT = Path(__file__).resolve().parents[2]
 SEARCHED, SCORED = (10_000_000, 256), (1_000_000, 512)  # rows, width
 CAPTIONS, QUERIES = 4096, 16
 ROWS = 1 << 18  # of a file
 MINUTES = 3.0
-
-_CHILD = """
-import json, sys
-from tools.benchmarks import large_tables
-print(json.dumps(getattr(large_tables, sys.argv[1])(*sys.argv[2:])))
-"""
 
 
 def write(path: Path, shape: tuple[int, int], names: tuple[str, ...], suffix: str = "") -> None:
@@ -88,14 +79,9 @@ def scored(clips: str, minutes: str) -> dict[str, float]:
 
 
 def _measure(what: str, *arguments: object) -> dict[str, float]:
-    command = [sys.executable, "-c", _CHILD, what, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    if done.returncode:
-        raise RuntimeError(f"{what} ended with status {done.returncode}: {done.stderr[-2000:]}")
-    row = json.loads(done.stdout.splitlines()[-1])
-    print(
-        f"{what}: " + ", ".join(f"{name} {value / 2**30:.2f} GiB" if name == "peak" else f"{name} {value}" for name, value in row.items())
-    )
+    row = alone(f"large_tables.{what}", *map(str, arguments))
+    shown = (f"{name} {value / 2**30:.2f} GiB" if name == "peak" else f"{name} {value}" for name, value in row.items())
+    print(f"{what}: {', '.join(shown)}")
     return row
 
 

@@ -9,10 +9,6 @@ Run alone, and write the table of the documentation: python -m tools.benchmarks.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,9 +17,8 @@ import numpy as np
 
 from omni_jax.retrieval.mining import MiningConfig, mine
 from omni_jax.types import EmbeddingTable
-from tools.benchmarks.process_memory import status
+from tools.benchmarks.process_memory import alone, forget_peak, status
 
-ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- mining table -->", "<!-- end of the mining table -->"
 CASES = (("exact", 100_000, 64), ("faiss", 100_000, 64), ("faiss", 1_000_000, 64))
 HEAD = ("search", "rows", "width", "seconds", "CPU seconds", "above the tables, MB", "tables, MB", "near misses found", "twins kept")
@@ -50,8 +45,7 @@ def measure(search: str, rows: int, width: int) -> dict[str, Any]:
 
     table, same = planted(rows, width)
     held = sum(x.nbytes for x in table.tables.values())
-    with Path("/proc/self/clear_refs").open("w") as file:
-        file.write("5")
+    forget_peak()
     before, clock, cpu = status("VmRSS"), time.monotonic(), time.process_time()
     nearest = FaissIndex if search == "faiss" else None
     config = MiningConfig(num_negatives=1, range_max=20)
@@ -74,14 +68,7 @@ def measure(search: str, rows: int, width: int) -> dict[str, Any]:
 
 def run(cases: tuple[tuple[str, int, int], ...] = CASES) -> list[dict[str, Any]]:
     """Returns the figures of every case, each measured in a process of its own, and prints the table."""
-    rows = []
-    for case in cases:
-        command = [sys.executable, "-m", "tools.benchmarks.mining", "--case", ",".join(map(str, case))]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-        if done.returncode:
-            raise RuntimeError(f"mining ended with status {done.returncode}: {done.stderr[-2000:]}")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    rows = [alone("mining.measure", *case) for case in cases]
     print(table(rows))
     return rows
 
@@ -102,13 +89,8 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 def main(arguments: list[str] | None = None) -> None:
     """Measures, prints and, where it is asked to, writes the table between its marks."""
     parser = argparse.ArgumentParser(prog="python -m tools.benchmarks.mining", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--case", help="measure one case in this process: SEARCH,ROWS,WIDTH")
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the table between the marks of this page")
     chosen = parser.parse_args(arguments)
-    if chosen.case:
-        search, rows, width = chosen.case.split(",")
-        print(json.dumps(measure(search, int(rows), int(width))))
-        return
     made = table(run())
     if chosen.write:
         before, _, rest = chosen.write.read_text(encoding="utf-8").partition(BEGIN)

@@ -12,51 +12,20 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tools.benchmarks.process_memory import alone, forget_peak, status
 from tools.benchmarks.timing import PAIRS, clock, interleave
 
-ROOT = Path(__file__).resolve().parents[2]
 RECORDS, WIDTH = 3782, 3584
 SIZES = (12_500, 25_000, 50_000, 100_000)
 NARROW = 512
 TABLES = ("text", "video", "audio", "av", "tv", "at")
-
-# Peaks are those of the kernel's counter, set back before the part that is measured.
-_CHILD = """
-import json, sys
-from tools.benchmarks import ranking
-
-def status(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
-
-what, n, width = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-names = ranking.TABLES if what in ("ours", "published") else ranking.TABLES[:2]
-tables = ranking.random_tables(n, width, names)
-run = {"ours": ranking.ours, "published": ranking.published, "pair": ranking.ours}[what]
-warm = {name: rows[: min(n, ranking.warm_rows(n))] for name, rows in tables.items()}
-run(warm)
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")
-before = status("VmRSS")
-seconds, cpu = ranking.spent(lambda: run(tables))
-done = {"seconds": seconds, "cpu": cpu, "above": status("VmHWM") - before, "tables": sum(t.nbytes for t in tables.values())}
-if what == "pair":
-    ranking.products(*warm.values())
-    done["product_seconds"], done["product_cpu"] = ranking.spent(lambda: ranking.products(*tables.values()))
-print(json.dumps(done))
-"""
 
 
 def random_tables(n: int, width: int, names: tuple[str, ...] = TABLES) -> dict[str, np.ndarray]:
@@ -131,20 +100,25 @@ def spent(run: Callable[[], object]) -> tuple[float, float]:
     return clock(run), time.process_time() - cpu
 
 
-def measure(what: str, n: int, width: int) -> dict[str, float]:
-    """Returns seconds, bytes above the loaded tables, and bytes of these, of one run in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD, what, str(n), str(width)], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
-    if done.returncode:
-        raise RuntimeError(f"ranking ended with status {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def measured(what: str, n: int, width: int) -> dict[str, float]:
+    """Returns seconds, bytes above the loaded tables, and bytes of these, of one run of `ours` or `published`, or of ours on one "pair"."""
+    tables = random_tables(n, width, TABLES[:2] if what == "pair" else TABLES)
+    run = published if what == "published" else ours
+    warm = {name: rows[: min(n, warm_rows(n))] for name, rows in tables.items()}
+    run(warm)
+    forget_peak()
+    before = status("VmRSS")
+    seconds, cpu = spent(lambda: run(tables))
+    done = {"seconds": seconds, "cpu": cpu, "above": status("VmHWM") - before, "tables": sum(t.nbytes for t in tables.values())}
+    if what == "pair":
+        products(*warm.values())
+        done["product_seconds"], done["product_cpu"] = spent(lambda: products(*tables.values()))
+    return done
 
 
 def run(pairs: int = PAIRS, records: int = RECORDS, width: int = WIDTH, sizes: tuple[int, ...] = SIZES) -> dict[str, object]:
     """Returns the ratio of times, the memory of both sides and the growth with N, and prints a line for each."""
-    memory = {what: measure(what, records, width) for what in ("ours", "published")}
+    memory = {what: alone("ranking.measured", what, records, width) for what in ("ours", "published")}
     tables = random_tables(records, width)
     ranks, theirs = ours(tables), published(tables)
     apart = sum(int((ranks[pair] != theirs[pair]).sum()) for pair in theirs)
@@ -160,7 +134,7 @@ def run(pairs: int = PAIRS, records: int = RECORDS, width: int = WIDTH, sizes: t
     )
     growth = {}
     for n in sizes:
-        growth[n] = measure("pair", n, NARROW)
+        growth[n] = alone("ranking.measured", "pair", n, NARROW)
         total = (growth[n]["above"] + growth[n]["tables"]) / 1e6
         rate = 2 * n * n * NARROW / growth[n]["seconds"] / 1e9
         print(

@@ -9,8 +9,6 @@ Run alone: python -m tools.benchmarks.sampler [CLIPS ...]
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,17 +18,12 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools.benchmarks.process_memory import alone, status
+
 SIZES = (10**8, 10**7, 10**6, 10**5, 10**4)
 STEP, STEPS = 256, 50  # clips of a step, and steps that are planned
 CLIPS_A_SHARD, BYTES_A_CLIP = 16384, 1_600_000
 RUNS = 1 << 12  # captions' beginnings
-
-_CHILD = """
-import json, sys
-from tools.benchmarks import sampler
-print(json.dumps(sampler.measured(sys.argv[1])))
-"""
 
 
 def write(folder: Path, clips: int) -> None:
@@ -77,7 +70,6 @@ def measured(folder: str) -> dict[str, float]:
     from omni_jax.data.shards import ShardSource
     from omni_jax.train import LossConfig, kinds_of_update
     from tests.data.training_clips import CONFIG, PRESET, tokenizer
-    from tools.benchmarks.process_memory import status
 
     before, start = status("VmRSS"), time.perf_counter()
     source = ShardSource(folder, PRESET)
@@ -105,10 +97,7 @@ def run(sizes: tuple[int, ...] = SIZES) -> dict[int, dict[str, float]]:
         with tempfile.TemporaryDirectory(prefix="omni_jax-sampler-") as folder:
             write(Path(folder), clips)
             size = (Path(folder) / "index.arrow").stat().st_size
-            done = subprocess.run([sys.executable, "-c", _CHILD, folder], capture_output=True, text=True, cwd=ROOT)
-        if done.returncode:
-            raise RuntimeError(f"the sampler ended with status {done.returncode}: {done.stderr[-2000:]}")
-        row = found[clips] = json.loads(done.stdout.splitlines()[-1])
+            row = found[clips] = alone("sampler.measured", folder)
         times = " | ".join(f"{row[name]:.2f}" for name in ("open_s", "planner_s", "plan_s", "slowest_plan_s"))
         print(f"| {clips:,} | {size / 1e6:.0f} | {times} | {row['peak'] / 1e6:.0f} | {row['above'] / 1e6:.0f} |", flush=True)
     return found

@@ -10,14 +10,9 @@ Run alone: python -m tools.benchmarks --only train_mid
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import dataclasses
 import gc
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,11 +34,10 @@ from omni_jax.towers.vision import step_layout
 from omni_jax.train import LossConfig, OptimizerConfig, StepConfig, TrainBatch, TrainStep, fit_shapes, pack_micro_batch, step_kind
 from omni_jax.types import AudioBatch, BeatsBatch, Example, Features, MediaBatch, TokenSequence, VisionBatch
 from tools import training_cost
-from tools.benchmarks import encoder_7b, mid_size
-from tools.benchmarks.process_memory import status
+from tools.benchmarks import mid_size
+from tools.benchmarks.process_memory import alone, forget_peak, status
 from tools.benchmarks.timing import PAIRS, Pairs, interleave, product_rates
 
-ROOT = Path(__file__).resolve().parents[2]
 THREADS = 2
 CLIPS = 2  # clips of a micro-batch
 KINDS = 3
@@ -232,7 +226,7 @@ def run(pairs: int = PAIRS, config: ModelConfig | None = None, clips: int = CLIP
         f"{results['parameters'] / 1e6:.0f} M parameters, float32, {THREADS} threads; micro-batches of {clips} clips, LoRA and heads train"
     )
     if memory:
-        results["peak_bytes"] = {side: peak(side, clips) for side in ("ours", "torch")}
+        results["peak_bytes"] = {side: alone("train_mid.peak", side, clips) for side in ("ours", "torch")}
         ratio = results["peak_bytes"]["torch"] / results["peak_bytes"]["ours"]
         results["memory_ratio"] = ratio
         print(
@@ -292,41 +286,19 @@ def _report(config: ModelConfig, material: Material, recipe: StepConfig, timed: 
     return figures
 
 
-# ---------------------------------------------------------------------------------------------------------------------- memory
-
-
 def peak(side: str, clips: int) -> int:
-    """Returns the peak resident memory, in bytes, of a process that makes a step of the largest kind on one side, compilation apart."""
-    command = [sys.executable, "-m", "tools.benchmarks.train_mid", "--side", side, "--clips", str(clips)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {side} ended with status {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
+    """Returns the peak memory of this process, in bytes, in a step of the largest kind on one side, compilation apart."""
+    config = adapted(mid_size.mid_config())
+    material = Material.make(config, clips, **SHAPES)
+    made = (Ours if side == "ours" else Theirs)(mid_size.random_encoder(config), material)
+    made.update(KINDS - 1)  # compiles
+    return peak_of(lambda: made.update(KINDS - 1))
 
 
 def peak_of(call: Callable[[], object]) -> int:
     """Returns the largest resident memory of this process during a call, in bytes (Linux)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system first
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    forget_peak()
     call()
     return status("VmHWM")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Measures the memory of one side; `python -m tools.benchmarks --only train_mid` is the benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m tools.benchmarks.train_mid")
-    parser.add_argument("--side", choices=("ours", "torch"), required=True)
-    parser.add_argument("--clips", type=int, default=CLIPS)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try this script")
-    chosen = parser.parse_args(arguments)
-    config = adapted(encoder_7b.shape_7b(layers=2, width=128) if chosen.tiny else mid_size.mid_config())
-    material = Material.make(config, chosen.clips, **SHAPES)
-    side = (Ours if chosen.side == "ours" else Theirs)(mid_size.random_encoder(config), material)
-    side.update(KINDS - 1)  # compiles
-    print(json.dumps({"peak_bytes": peak_of(lambda: side.update(KINDS - 1))}))
-
-
-if __name__ == "__main__":
-    main()
