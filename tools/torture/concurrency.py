@@ -10,7 +10,6 @@ import contextlib
 import json
 import resource
 import signal
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from omni_jax.retrieval.embedding_pass import Part
 from omni_jax.retrieval.journal import Journal
 from omni_jax.types import EmbeddingTable, InputError
 from tools.torture import commands
-from tools.torture.outcome import Clock, Outcome
+from tools.torture.outcome import Outcome, begun
 
 RECORDS = 400
 ROUNDS = 8
@@ -36,11 +35,8 @@ SAME = 1e-5  # tests/tolerances.py: the same embedding in other batch shapes
 
 def run(seed: int, minutes: float, *, rounds: int = ROUNDS) -> Outcome:
     """Returns what was tried and lost."""
-    outcome = Outcome("concurrency", seed)
-    clock = Clock(60 * minutes)
     rng = np.random.default_rng(seed)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with begun("concurrency", seed, minutes) as (outcome, clock, folder):
         hammer(outcome, folder / "hammered", HAMMER)
         setting = _Setting(folder)
         races = stops = 0
@@ -59,7 +55,6 @@ def run(seed: int, minutes: float, *, rounds: int = ROUNDS) -> Outcome:
         outcome.tried.append(("runs interrupted once, twice or killed at a random moment, then resumed", stops))
         if races < rounds:
             outcome.notes.append(f"out of time: {races} of {rounds} rounds")
-    outcome.seconds = clock.spent
     return outcome
 
 

@@ -8,7 +8,6 @@ import re
 import resource
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from omni_jax.train.checkpoint import list_steps
 from tests.train import tiny_run
 from tools.torture import commands
-from tools.torture.outcome import Clock, Outcome
+from tools.torture.outcome import Outcome, begun
 from tools.torture.training import compare
 
 SMALL_FILE = 20_000  # bytes: no array file of a checkpoint fits
@@ -29,10 +28,7 @@ ALONE_S = 400.0  # the process that is left ends by itself within: jax hears not
 
 def run(seed: int, minutes: float) -> Outcome:
     """Returns what was tried and lost; without the pairs of processes where the time is short, and it says so."""
-    outcome = Outcome("faults", seed)
-    clock = Clock(60 * minutes)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with begun("faults", seed, minutes) as (outcome, clock, folder):
         config = tiny_run.make_files(folder)
         around = tiny_run.environment(folder / "cache")
         changes: dict[str, Any] = {"checkpoint__every": 3, "evaluation__every": 10, "data__workers": 1}
@@ -47,7 +43,6 @@ def run(seed: int, minutes: float) -> Outcome:
             one_of_two(outcome, folder, command, around, np.random.default_rng(seed))
         else:
             outcome.notes.append("out of time: no run of two processes")
-    outcome.seconds = clock.spent
     return outcome
 
 

@@ -215,26 +215,12 @@ def _atheris(name: str, start: list[bytes], seed: int, seconds: float) -> tuple[
         for i, data in enumerate(start):
             (folder / "corpus" / str(i)).write_bytes(data)
         while clock.left >= 2 and len(found) < 20:
-            command = [
-                sys.executable,
-                "-m",
-                "tools.torture.fuzz",
-                name,
-                "--seconds",
-                str(int(clock.left)),
-                "--seed",
-                str(seed + len(found)),
-            ]
+            command = [sys.executable, "-m", "tools.torture.fuzz", name, "--seconds", str(int(clock.left)), "--folder", place]
+            command += ["--seed", str(seed + len(found))]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(commands.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
             try:
                 done = subprocess.run(
-                    [*command, "--folder", place],
-                    capture_output=True,
-                    text=True,
-                    errors="replace",
-                    timeout=clock.left + 120,
-                    cwd=folder,
-                    env=environment,
+                    command, capture_output=True, text=True, errors="replace", timeout=clock.left + 120, cwd=folder, env=environment
                 )
             except subprocess.TimeoutExpired:
                 found["atheris did not end"] = b""
@@ -269,13 +255,8 @@ def main(arguments: list[str] | None = None) -> None:
     instrument: Any = atheris.instrument_imports  # type: ignore[attr-defined]
     with instrument(include=["omni_jax"]):
         from tools.torture.fuzz_targets import TARGETS
-    options = [
-        f"-max_total_time={chosen.seconds}",
-        f"-seed={chosen.seed + 1}",
-        f"-timeout={HANG_S:.0f}",
-        "-max_len=65536",
-        "-rss_limit_mb=4096",
-    ]
+    options = [f"-max_total_time={chosen.seconds}", f"-seed={chosen.seed + 1}", f"-timeout={HANG_S:.0f}"]
+    options += ["-max_len=65536", "-rss_limit_mb=4096"]
     setup: Any = atheris.Setup
     setup([sys.argv[0], *options, f"-artifact_prefix={chosen.folder}/", str(chosen.folder / "corpus")], TARGETS[chosen.name])
     atheris.Fuzz()

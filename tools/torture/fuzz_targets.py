@@ -30,16 +30,7 @@ from tests.conversion.torch_files import Assembler, write_program
 from tools.torture.commands import golden
 
 LARGEST = 1 << 16  # bytes of an input
-_FORBIDDEN = (
-    "os.system",
-    "subprocess.Popen",
-    "os.exec",
-    "os.posix_spawn",
-    "os.spawn",
-    "socket.connect",
-    "pickle.find_class",
-    "ctypes.dlopen",
-)
+_FORBIDDEN = tuple("os.system subprocess.Popen os.exec os.posix_spawn os.spawn socket.connect pickle.find_class ctypes.dlopen".split())
 _watching = False
 
 
@@ -187,7 +178,8 @@ def _decodes(data: bytes) -> bool:
     return True
 
 
-def _safetensors(header: dict[str, Any], data: bytes) -> bytes:
+def safetensors_file(header: dict[str, Any], data: bytes) -> bytes:
+    """Returns a file of this header, whatever it says."""
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
 
@@ -210,7 +202,7 @@ SEEDS: dict[str, tuple[bytes, ...]] = {
         b'[{"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "x"}], "url": 1},\n {"id": 3, "text": "x"}]',
     ),
     "safetensors_header": (
-        _safetensors(
+        safetensors_file(
             {
                 "__metadata__": {"format": "pt"},
                 "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
@@ -234,73 +226,22 @@ SEEDS: dict[str, tuple[bytes, ...]] = {
 
 WORDS: dict[str, tuple[bytes, ...]] = {
     "manifest": (
-        *(b'"id"', b'"text"', b'"video"', b'"audio"', b'"timestamps"', b'"conversations"', b'"from"', b'"gpt"', b'"human"', b'"value"'),
-        *(
-            b"null",
-            b"true",
-            b"NaN",
-            b"-Infinity",
-            b"1e999",
-            b"[",
-            b"]",
-            b"{",
-            b"}",
-            b":",
-            b",",
-            b"\\ud83d",
-            b"\\u0000",
-            b"../",
-            b"gs://",
-            b"\n",
-        ),
+        *b'"id" "text" "video" "audio" "timestamps" "conversations" "from" "gpt" "human" "value"'.split(),
+        *rb"null true NaN -Infinity 1e999 [ ] { } : , \ud83d \u0000 ../ gs://".split(),
+        b"\n",
     ),
     "safetensors_header": (
-        *(b'"dtype"', b'"shape"', b'"data_offsets"', b'"__metadata__"', b'"F32"', b'"F64"', b'"BOOL"', b"18446744073709551616", b"-1"),
-        *(b"[", b"]", b"{", b"}", b"null", b"1e9", b"true", b"\x00\x00\x00\x00\x00\x00\x00\x00", b"\xff\xff\xff\xff", b"0.0"),
+        *b'"dtype" "shape" "data_offsets" "__metadata__" "F32" "F64" "BOOL"'.split(),
+        *b"18446744073709551616 -1 [ ] { } null 1e9 true".split(),
+        *(b"\x00\x00\x00\x00\x00\x00\x00\x00", b"\xff\xff\xff\xff", b"0.0"),
     ),
     "pt_reader": (
-        *(
-            b"cos\nsystem\n",
-            b"cbuiltins\neval\n",
-            b"ctorch._utils\n_rebuild_tensor_v2\n",
-            b"ccollections\nOrderedDict\n",
-            b"\x93",
-            b"R",
-            b"Q",
-        ),
-        *(
-            b"(",
-            b"t",
-            b"}",
-            b"]",
-            b"e",
-            b"u",
-            b"s",
-            b"b",
-            b".",
-            b"\x81",
-            b"\x92",
-            b"\x8c\x02os",
-            b"h\x00",
-            b"q\x00",
-            b"0",
-            b"2",
-            b"N",
-            b"K\x01",
-        ),
+        *(b"cos\nsystem\n", b"cbuiltins\neval\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n"),
+        *b"\x93 R Q ( t } ] e u s b . \x81 \x92 \x8c\x02os h\x00 q\x00 0 2 N K\x01".split(b" "),
         *(b"ctorch\nFloatStorage\n", b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f", b"X\x01\x00\x00\x000", b"PK\x05\x06", b"\x89", b"\x88"),
     ),
     "prompt_builder": (
-        *(
-            b"<|im_end|>",
-            b"<|VIDEO|>",
-            b"<|AUDIO|>",
-            b"<|vision_bos|>",
-            b"<|audio_eos|>",
-            b"<|endoftext|>",
-            b"<tool_call>",
-            b"<|fim_prefix|>",
-        ),
+        *b"<|im_end|> <|VIDEO|> <|AUDIO|> <|vision_bos|> <|audio_eos|> <|endoftext|> <tool_call> <|fim_prefix|>".split(),
         *(b"\x00", b"\x1b[2J", b"\xe2\x80\xae", b"\xed\xa0\xbd", b"\xf0\x9f\x98\x80", b"\n\n", b"   ", b"\xef\xbf\xbf"),
     ),
 }

@@ -13,7 +13,6 @@ import os
 import pickle
 import shutil
 import struct
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,8 @@ from omni_jax.io.safetensors_io import read_header
 from omni_jax.types import InputError
 from tests.conversion.torch_files import write_program
 from tools.torture import commands
-from tools.torture.outcome import Clock, Outcome
+from tools.torture.fuzz_targets import prompt_builder, safetensors_file
+from tools.torture.outcome import Clock, Outcome, begun
 
 PATTERN_LIMIT_S = 20.0
 HOSTILE_TEXTS = (
@@ -61,15 +61,11 @@ class Call:
 
 def run(seed: int, minutes: float, *, rounds: int = 400) -> Outcome:
     """Returns what was tried and lost."""
-    outcome = Outcome("files", seed)
-    clock = Clock(60 * minutes)
     rng = np.random.default_rng(seed)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with begun("files", seed, minutes) as (outcome, clock, folder):
         # The last two are short. The others make fewer rounds where the time is, and the numbers say so.
         for part, until in ((_pickles, 0.4), (_safetensors, 0.7), (_patterns, 0.9), (_manifests, 1.0), (_captions, 1.0)):
             part(outcome, folder, rng, rounds, Clock(60 * minutes * until - clock.spent))
-    outcome.seconds = clock.spent
     return outcome
 
 
@@ -173,7 +169,7 @@ def _safetensors(outcome: Outcome, folder: Path, rng: np.random.Generator, round
         name, other = (names[int(i)] for i in rng.choice(len(names), 2, replace=False))
         kind = LIES[number % len(LIES)]
         content = kind(lie, name, other, data, rng)
-        shard.write_bytes(content if content is not None else _packed(lie, data))
+        shard.write_bytes(content if content is not None else safetensors_file(lie, data))
         out = folder / "out"
         status, err = _shown(["convert", "to-jax", "--base", str(base), "--out", str(out)])
         tried += 1
@@ -188,11 +184,6 @@ def _safetensors(outcome: Outcome, folder: Path, rng: np.random.Generator, round
         except InputError:
             pass
     outcome.tried.append(("checkpoints with a lying shard through convert", tried))
-
-
-def _packed(header: dict[str, Any], data: bytes) -> bytes:
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
 
 
 def _huge_shape(lie: dict[str, Any], name: str, other: str, data: bytes, rng: np.random.Generator) -> bytes | None:
@@ -219,7 +210,7 @@ def _odd_values(lie: dict[str, Any], name: str, other: str, data: bytes, rng: np
 
 
 def _length_of_header(lie: dict[str, Any], name: str, other: str, data: bytes, rng: np.random.Generator) -> bytes | None:
-    return struct.pack("<Q", int(rng.choice([0, 1, 7, 1 << 30, (1 << 63) - 1]))) + _packed(lie, data)[8:]
+    return struct.pack("<Q", int(rng.choice([0, 1, 7, 1 << 30, (1 << 63) - 1]))) + safetensors_file(lie, data)[8:]
 
 
 def _deep(lie: dict[str, Any], name: str, other: str, data: bytes, rng: np.random.Generator) -> bytes | None:
@@ -231,11 +222,11 @@ def _not_a_number(lie: dict[str, Any], name: str, other: str, data: bytes, rng: 
     start, stop = lie[name]["data_offsets"]
     spoiled = bytearray(data)
     spoiled[start : start + 4] = b"\x00\x00\xc0\x7f" if lie[name]["dtype"] == "F32" else b"\xc0\x7f\xc0\x7f"
-    return _packed(lie, bytes(spoiled)) if stop - start >= 4 else b"short"
+    return safetensors_file(lie, bytes(spoiled)) if stop - start >= 4 else b"short"
 
 
 def _cut(lie: dict[str, Any], name: str, other: str, data: bytes, rng: np.random.Generator) -> bytes | None:
-    return _packed(lie, data[: int(rng.integers(len(data)))])
+    return safetensors_file(lie, data[: int(rng.integers(len(data)))])
 
 
 def _renamed(lie: dict[str, Any], name: str, other: str, data: bytes, rng: np.random.Generator) -> bytes | None:
@@ -291,24 +282,7 @@ def _manifests(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds:
         link.symlink_to((secret, folder, root / "link0")[n])
     (root / "link3").symlink_to("link4")
     (root / "link4").symlink_to("link3")
-    pieces = (
-        "..",
-        ".",
-        "sub",
-        "link0",
-        "link1",
-        "link2",
-        "link3",
-        "root",
-        "secret.wav",
-        "",
-        "\\..",
-        "....",
-        "~",
-        "%2e%2e",
-        str(folder),
-        "a b",
-    )
+    pieces = [*".. . sub link0 link1 link2 link3 root secret.wav".split(), "", *"\\.. .... ~ %2e%2e".split(), str(folder), "a b"]
     tried = escaped = 0
     lines: list[str] = []
     for n in range(max(50, rounds)):
@@ -344,7 +318,6 @@ def _captions(outcome: Outcome, folder: Path, rng: np.random.Generator, rounds: 
     from omni_jax.retrieval import write_embeddings
     from omni_jax.types import EmbeddingTable
     from tests.retrieval.pages import Page
-    from tools.torture.fuzz_targets import prompt_builder
 
     manifest = folder / "captions.jsonl"
     manifest.write_text("".join(json.dumps({"id": f"{i} {text[:200]}", "text": text}) + "\n" for i, text in enumerate(HOSTILE_TEXTS)))

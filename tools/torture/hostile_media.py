@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from omni_jax.types import Clip, EmbeddingTable
 from tools.torture import commands
 from tools.torture.commands import Done
 from tools.torture.media_corpus import Case, make_corpus
-from tools.torture.outcome import Clock, Outcome
+from tools.torture.outcome import Outcome, begun
 
 MUTATED = 320
 FULL = {"mutated": MUTATED}
@@ -37,10 +36,7 @@ def run(
     seed: int, minutes: float, *, mutated: int = MUTATED, tables: str = "av", model: Path | None = None, embed: Embed | None = None
 ) -> Outcome:
     """Returns what was tried and lost. `embed` runs the command in another way; the whole files are not run alone then."""
-    outcome = Outcome("media", seed)
-    clock = Clock(60 * minutes)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with begun("media", seed, minutes) as (outcome, clock, folder):
         media = folder / "media"
         media.mkdir()
         model = model or commands.convert(folder)
@@ -96,7 +92,6 @@ def run(
         _prepare(outcome, folder, media, cases, run_embed)
         if done.peak:
             outcome.notes.append(f"memory at the peak {done.peak / 1e9:.2f} GB, {clean.peak / 1e9:.2f} GB without the bad files")
-    outcome.seconds = clock.spent
     return outcome
 
 

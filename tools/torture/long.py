@@ -11,7 +11,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import psutil
 from omni_jax.train.checkpoint import list_steps
 from tests.train import tiny_run
 from tools.torture import commands
-from tools.torture.outcome import Clock, Outcome
+from tools.torture.outcome import Outcome, begun
 
 STEPS = 2000
 RECORDS = 5000
@@ -49,13 +48,9 @@ class Sample:
 
 def run(seed: int, minutes: float, *, steps: int = STEPS, records: int = RECORDS) -> Outcome:
     """Returns what was tried and lost."""
-    outcome = Outcome("long", seed)
-    clock = Clock(60 * minutes)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with begun("long", seed, minutes) as (outcome, clock, folder):
         _embeddings(outcome, folder, records, clock.left / 2)
         _updates(outcome, folder, steps, clock.left)
-    outcome.seconds = clock.spent
     return outcome
 
 

@@ -7,7 +7,6 @@ than a trained model's would be and the figures are a lower bound of sorts.
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
 import jax
@@ -22,7 +21,7 @@ from omni_jax.retrieval.ranks import Ranks, prepare, rank_pair
 from omni_jax.types import EmbeddingTable, InputError
 from tests.media_samples import write_clip
 from tools.torture import commands
-from tools.torture.outcome import Clock, Outcome
+from tools.torture.outcome import Outcome, begun
 
 TAU = 0.01
 CLIPS = 48
@@ -33,15 +32,12 @@ BEYOND_FLOAT32 = (1 << 24) + 3  # float32 counts to 2^24 and stands still
 
 def run(seed: int, minutes: float, *, clips: int = CLIPS, rows: int = ROWS, draws: int = 200) -> Outcome:
     """Returns what was tried and lost; `clips` 0 leaves the comparison of types out."""
-    outcome = Outcome("numbers", seed)
-    clock = Clock(60 * minutes)
-    near_duplicates(outcome, seed, draws)
-    zero_vectors(outcome, seed)
-    counts(outcome, seed, rows)
-    if clips and clock.left > 0:
-        with tempfile.TemporaryDirectory() as place:
-            agreement(outcome, Path(place), clips)
-    outcome.seconds = clock.spent
+    with begun("numbers", seed, minutes) as (outcome, clock, folder):
+        near_duplicates(outcome, seed, draws)
+        zero_vectors(outcome, seed)
+        counts(outcome, seed, rows)
+        if clips and clock.left > 0:
+            agreement(outcome, folder, clips)
     return outcome
 
 

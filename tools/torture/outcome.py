@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 
 @dataclasses.dataclass
@@ -45,3 +49,12 @@ class Clock:
     @property
     def left(self) -> float:
         return self._seconds - self.spent
+
+
+@contextlib.contextmanager
+def begun(part: str, seed: int, minutes: float) -> Iterator[tuple[Outcome, Clock, Path]]:
+    """Yields the outcome of a part that begins, to be filled, its time, and a folder that is removed at its end."""
+    outcome, clock = Outcome(part, seed), Clock(60 * minutes)
+    with tempfile.TemporaryDirectory() as folder:
+        yield outcome, clock, Path(folder)
+    outcome.seconds = clock.spent

@@ -8,14 +8,13 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from tests import repository
 from tests.train import tiny_run
 from tools import licences
 from tools.torture import commands
-from tools.torture.outcome import Clock, Outcome
+from tools.torture.outcome import Outcome, begun
 
 # In a process of its own, because an audit hook cannot be taken off: refuses every look-up of a host and every connection but local ones.
 _OFFLINE = """
@@ -34,14 +33,11 @@ _ALLOWED = {("omni_jax/media/workers.py", "pickle.loads")}
 
 def run(seed: int, minutes: float, *, offline: bool = True) -> Outcome:
     """Returns what was tried and lost."""
-    outcome = Outcome("supply", seed)
-    clock = Clock(60 * minutes)
-    locks(outcome)
-    sources(outcome)
-    if offline:
-        with tempfile.TemporaryDirectory() as place:
-            commands_offline(outcome, Path(place))
-    outcome.seconds = clock.spent
+    with begun("supply", seed, minutes) as (outcome, _, folder):
+        locks(outcome)
+        sources(outcome)
+        if offline:
+            commands_offline(outcome, folder)
     return outcome
 
 

@@ -11,7 +11,6 @@ import contextlib
 import json
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from omni_jax.cli.status import INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.train.checkpoint import list_steps, read_trainable
 from tests.train import tiny_run
 from tools.torture import commands
-from tools.torture.outcome import Clock, Outcome
+from tools.torture.outcome import Outcome, begun
 
 KILLS = 30
 STEPS = 120
@@ -41,11 +40,8 @@ OTHERS = ("worker", "ctrl-c", "worker", "sigterm", "twice")
 
 def run(seed: int, minutes: float, *, kills: int = KILLS, steps: int = STEPS) -> Outcome:
     """Returns what was tried and lost; fewer kills where the time is short, and the number says so."""
-    outcome = Outcome("training", seed)
-    clock = Clock(60 * minutes)
     rng = np.random.default_rng(seed)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with begun("training", seed, minutes) as (outcome, clock, folder):
         config = tiny_run.make_files(folder)
         around = tiny_run.environment(folder / "cache")
         changes: dict[str, Any] = {"steps": steps, "checkpoint__every": SAVED, "evaluation__every": EVALUATED, "data__workers": 1}
@@ -68,7 +64,6 @@ def run(seed: int, minutes: float, *, kills: int = KILLS, steps: int = STEPS) ->
             outcome.notes.append(f"out of time: {killed} of {kills} kills")
         compare(outcome, folder / "calm", folder / "disturbed", steps)
         outcome.expect(killed >= min(kills, 5), f"only {killed} kills in the time given")
-    outcome.seconds = clock.spent
     return outcome
 
 
