@@ -17,12 +17,9 @@ from typing import Any
 import numpy as np
 
 from omni_jax.config import TABLE_MODALITIES, TABLES, ModelConfig
-from omni_jax.model.runner import Runner
-from omni_jax.tokens.batching import Planner
 from omni_jax.towers.work import FlopCount
 from omni_jax.types import Features
 from tools.benchmarks import mid_size
-from tools.benchmarks.forward_work import forward_work, total
 from tools.benchmarks.timing import PAIRS, Pairs, clock, interleave, product_rates
 
 THREADS = 2
@@ -30,25 +27,6 @@ BATCH = 8
 ALONE = 4  # clips of the case with batch 1
 TABLE_CLIPS = 2  # clips of the cases with seven tables
 LARGEST_DIFFERENCE = 1e-4  # of the largest entry: both sides are float32
-
-
-class Ours:
-    """omni_jax as `embed` runs it: the planner's shapes, compiled programs, one media table."""
-
-    def __init__(self, encoder: Any):
-        self.config: ModelConfig = encoder.config
-        self.runner = Runner(encoder)
-        self.planner = Planner()
-
-    def embed(self, clips: Sequence[Features], tables: Sequence[str]) -> dict[str, np.ndarray]:
-        """Returns table -> (N, D)."""
-        batch = mid_size.batch(clips, tables, self.config, self.planner)
-        found = {(clip, table): row for clip, table, row in self.runner.embed(batch, text_head="fused")}
-        return {table: np.stack([found[clip, table] for clip in range(len(clips))]) for table in tables}
-
-    def work(self, clips: Sequence[Features], tables: Sequence[str]) -> FlopCount:
-        """Returns the operations of embedding the clips in one batch."""
-        return total(forward_work(self.config, mid_size.batch(clips, tables, self.config, self.planner)))
 
 
 class Theirs:
@@ -87,7 +65,7 @@ def run(pairs: int = PAIRS, config: ModelConfig | None = None, batch: int = BATC
     config = config or mid_size.mid_config()
     encoder = mid_size.random_encoder(config)
     features = mid_size.synthetic_clips(config, batch, **shapes)
-    ours, theirs = Ours(encoder), Theirs(encoder)
+    ours, theirs = mid_size.Ours(encoder), Theirs(encoder)
     # Case: tables, clips, batch size.
     cases: dict[str, tuple[Sequence[str], int, int]] = {
         "tva_batch_1": (("tva",), min(ALONE, batch), 1),

@@ -14,9 +14,12 @@ from flax import nnx
 
 from omni_jax.config import AudioConfig, BeatsConfig, DecoderConfig, ModelConfig, Preset, SpecialTokens, VisionConfig
 from omni_jax.model import Encoder, abstract_encoder, abstract_params, with_params
+from omni_jax.model.runner import Runner
 from omni_jax.tokens.batching import Planner, build_batches
 from omni_jax.tokens.prompts import build_sequences
+from omni_jax.towers.work import FlopCount
 from omni_jax.types import AudioSegment, EncoderBatch, Features, Record, TokenizedClip, TokenSequence, VideoGrid, VisionFeatures
+from tools.benchmarks.forward_work import forward_work, total
 
 PRESET = Preset()
 WORDS = 1000  # vocabulary indices from here on are ordinary text
@@ -105,6 +108,25 @@ def batch(clips: Sequence[Features], tables: Sequence[str], config: ModelConfig,
     """Returns the encoder's batch of these clips, as `embed` would build it."""
     made = map(TokenizedClip, clips, sequences(clips, tables, config))
     return build_batches(list(made), config, planner=planner)
+
+
+class Ours:
+    """omni_jax as `embed` runs it: the planner's shapes, compiled programs, one media table."""
+
+    def __init__(self, encoder: Encoder):
+        self.config: ModelConfig = encoder.config
+        self.runner = Runner(encoder)
+        self.planner = Planner()
+
+    def embed(self, clips: Sequence[Features], tables: Sequence[str]) -> dict[str, np.ndarray]:
+        """Returns table -> (N, D)."""
+        packed = batch(clips, tables, self.config, self.planner)
+        found = {(clip, table): row for clip, table, row in self.runner.embed(packed, text_head="fused")}
+        return {table: np.stack([found[clip, table] for clip in range(len(clips))]) for table in tables}
+
+    def work(self, clips: Sequence[Features], tables: Sequence[str]) -> FlopCount:
+        """Returns the operations of embedding the clips in one batch."""
+        return total(forward_work(self.config, batch(clips, tables, self.config, self.planner)))
 
 
 def parameter_count(encoder: Encoder) -> int:

@@ -143,12 +143,17 @@ async def searches(port: int, count: int = 20) -> dict[str, float]:
     return first | dict(zip(("embed", "search", "request", "pictures"), medians, strict=True))
 
 
+def server(folder: Path, batch: int) -> contextlib.AbstractContextManager[tuple[int, int]]:
+    """Gives port and process id of a server with batches of this size."""
+    media = ["--manifest", folder / "clips.jsonl", "--media", folder] if (folder / "clips.jsonl").exists() else []
+    return served(folder, "--batch-size", str(batch), "--unchecked", *media)
+
+
 @contextlib.contextmanager
-def server(folder: Path, batch: int) -> Iterator[tuple[int, int]]:
-    """Yields port and process id of a server."""
+def served(folder: Path, *options: str | Path) -> Iterator[tuple[int, int]]:
+    """Yields port and process id of a server of FOLDER/model and FOLDER/clips.npz, with more options of its command."""
     command = [sys.executable, "-m", "omni_jax", "serve", "--model", folder / "model", "--index", folder / "clips.npz", "--port", "0"]
-    command += ["--batch-size", str(batch), "--workers", "1", "--unchecked"]
-    command += ["--manifest", folder / "clips.jsonl", "--media", folder] if (folder / "clips.jsonl").exists() else []
+    command += ["--workers", "1", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}) as process:
         try:
             assert process.stdout is not None

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from omni_jax.config import TABLES, ModelConfig
-from omni_jax.model.runner import Runner
 from omni_jax.tokens.batching import Planner
 from omni_jax.towers.work import FlopCount
 from omni_jax.types import Features
@@ -31,20 +30,12 @@ CASES = {"seven_tables": TABLES, "six_tables": SIX}
 LARGEST_DIFFERENCE = 1e-5  # between unit rows
 
 
-class Pass:
-    """The encoder as `embed` runs it, and the plan of its batches: all tables together, or one after the other."""
-
-    def __init__(self, encoder: Any):
-        self.config: ModelConfig = encoder.config
-        self.runner = Runner(encoder)
-        self.planner = Planner()
+class Pass(mid_size.Ours):
+    """All tables together, or one after the other."""
 
     def together(self, clips: Sequence[Features], tables: Sequence[str]) -> dict[str, np.ndarray]:
         """Returns table -> (N, D) unit rows."""
-        batch = mid_size.batch(clips, tables, self.config, self.planner)
-        found = {(clip, table): row for clip, table, row in self.runner.embed(batch, text_head="fused")}
-        rows = {table: np.stack([found[clip, table] for clip in range(len(clips))]) for table in tables}
-        return {table: row / np.linalg.norm(row, axis=1, keepdims=True) for table, row in rows.items()}
+        return {table: row / np.linalg.norm(row, axis=1, keepdims=True) for table, row in self.embed(clips, tables).items()}
 
     def apart(self, clips: Sequence[Features], tables: Sequence[str]) -> dict[str, np.ndarray]:
         """Returns the same, each table in a pass of its own."""

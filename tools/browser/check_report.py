@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -169,15 +168,7 @@ def main() -> int:
     parser.add_argument("page", nargs="?", type=Path, help="a page that `omni-jax eval --html` wrote")
     parser.add_argument("--out", type=Path, metavar="DIR", help="put screenshots into this folder")
     args = parser.parse_args()
-    if chromium.find() is None:
-        print(f"report-check: no Chromium on PATH ({', '.join(chromium.NAMES)}); on Debian: apt-get install chromium", file=sys.stderr)
-        return 2
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        wrong = check(args.page or hostile_page(Path(folder)), args.out)
-    print("\n".join(wrong) or "report-check: all well")
-    return 1 if wrong else 0
+    return chromium.report("report-check", args.out, lambda folder: check(args.page or hostile_page(folder), args.out))
 
 
 if __name__ == "__main__":

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import random
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.golden_set import GoldenSet, find
+from tools.benchmarks.serving import served
 from tools.browser import chromium
 from tools.browser.check_report import CONTRAST, SOUNDS
 
@@ -142,16 +140,9 @@ def server(folder: Path, golden: GoldenSet) -> Iterator[str]:
     records = golden.records
     tables = {"text": model.encode([r.text for r in records]), "av": model.encode([r.video for r in records], workers=1)}
     write_embeddings(folder / "clips.npz", EmbeddingTable(tuple(r.id for r in records), tables, made_with=model.made_with()))
-    command = [sys.executable, "-m", "omni_jax", "serve", "--model", folder / "model", "--index", folder / "clips.npz", "--port", "0"]
-    command += ["--manifest", golden.manifest, "--media", golden.dir, "--workers", "1", "--max-upload", str(LIMIT_MIB)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}) as process:
-        try:
-            assert process.stdout is not None
-            found = re.search(r"http://[\d.:]+/", process.stdout.readline())
-            assert found, "the server did not start"
-            yield found[0]
-        finally:
-            process.kill()
+    options = ("--manifest", golden.manifest, "--media", golden.dir, "--max-upload", str(LIMIT_MIB))
+    with served(folder, *options) as (port, _):
+        yield f"http://127.0.0.1:{port}/"
 
 
 def main() -> int:
@@ -159,16 +150,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="use the page of omni-jax serve in a headless Chromium")
     parser.add_argument("--out", type=Path, metavar="DIR", help="put screenshots into this folder")
     args = parser.parse_args()
-    if chromium.find() is None:
-        print(f"serve-check: no Chromium on PATH ({', '.join(chromium.NAMES)}); on Debian: apt-get install chromium", file=sys.stderr)
-        return 2
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
     golden = find("OMNI_GOLDEN", "wave_tiny")
-    with tempfile.TemporaryDirectory() as folder, server(Path(folder), golden) as address:
-        wrong = check(address, golden, Path(folder), args.out)
-    print("\n".join(wrong) or "serve-check: all well")
-    return 1 if wrong else 0
+
+    def found(folder: Path) -> list[str]:
+        with server(folder, golden) as address:
+            return check(address, golden, folder, args.out)
+
+    return chromium.report("serve-check", args.out, found)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,25 @@ LIMIT = 60.0  # seconds an answer may take
 def find() -> str | None:
     """Returns the path of a Chromium, or None."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+def report(name: str, out: Path | None, check: Callable[[Path], list[str]]) -> int:
+    """Prints what a check finds wrong, in words, and returns the exit status: 0, 1, or 2 where no Chromium is installed.
+
+    Args:
+      name: of the program.
+      out: folder of its pictures, made where it is given.
+      check: takes a folder for its files.
+    """
+    if find() is None:
+        print(f"{name}: no Chromium on PATH ({', '.join(NAMES)}); on Debian: apt-get install chromium", file=sys.stderr)
+        return 2
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        wrong = check(Path(folder))
+    print("\n".join(wrong) or f"{name}: all well")
+    return 1 if wrong else 0
 
 
 class Tab:
