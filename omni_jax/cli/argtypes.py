@@ -17,6 +17,14 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def part(text: str) -> tuple[int, int]:
+    """Returns which slice of how many."""
+    index, separator, count = text.partition("/")
+    if not (separator and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N-1")
+    return int(index), int(count)
+
+
 def add_truncate_dim(parser: argparse.ArgumentParser, what: str = "vectors") -> None:
     """Adds the dimensions that vectors are cut to, as `retrieval.rows.truncated` takes them."""
     parser.add_argument(

@@ -8,7 +8,7 @@ import sys
 
 from etils import epath
 
-from omni_jax.cli import embed
+from omni_jax.cli import embedding
 from omni_jax.cli.model_arguments import add_override_argument, load_model, named_model
 from omni_jax.cli.source import read_source
 from omni_jax.config import ConfigError, Preset, presets_for
@@ -18,7 +18,7 @@ EXAMPLE = "omni-jax presets --model omni7b --manifest clips.jsonl --out presets"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    embed.add_input_arguments(parser)
+    embedding.add_input_arguments(parser)
     add_override_argument(parser)
     parser.add_argument(
         "--presets", metavar="LIST", help="comma-separated, which ones (default: all of the backbone; wave takes up to 128 frames)"
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints R@1 of the 12 directions, one column a preset, and returns the exit status."""
-    embed.check_timeout(args)
+    embedding.check_timeout(args)
     Preset().override(args.overrides)  # a wrong one is answered before the model is looked for
 
     source = named_model(args)
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         if args.presets or not chosen:
             raise ConfigError(f"preset {name}: {e}; leave it out of --presets, or the field out of --set")
         print(f"preset {name} is left out: {e}", file=sys.stderr)
-    tables = embed.parse_tables(args.tables)
+    tables = embedding.parse_tables(args.tables)
 
     from omni_jax.retrieval import evaluate, format_comparison, write_embeddings
     from omni_jax.retrieval.embedding_pass import assemble
@@ -58,18 +58,18 @@ def run(args: argparse.Namespace) -> int:
     manifest = read_source(args)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-    tables = embed.usable_tables(args, manifest, tables, args.out / "manifest.npz" if args.out else None)
+    tables = embedding.usable_tables(args, manifest, tables, args.out / "manifest.npz" if args.out else None)
     model = load_model(args, source, next(iter(chosen.values())))
     results, bad = {}, 0
     for name, preset in chosen.items():
         model.preset = preset
-        parts = list(embed.embed(args, model, manifest.records, tables, name))
+        parts = list(embedding.embed(args, model, manifest.records, tables, name))
         outcome = assemble(manifest.records, parts)
         if not outcome.table.ids:
             reason = outcome.problems[0][1] if outcome.problems else manifest.problems[0].reason
             raise InputError(f"{args.manifest}: no record could be embedded under preset {name}; the first: {reason}")
         out = args.out / f"{name}.npz" if args.out else None
-        bad = max(bad, embed.report(out, manifest, outcome))
+        bad = max(bad, embedding.report(out, manifest, outcome))
         if out:
             write_embeddings(out, dataclasses.replace(outcome.table, made_with=model.made_with()))
         results[name] = evaluate(outcome.table, ties=args.ties)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import omni_jax
-from omni_jax.cli import embed, parity
+from omni_jax.cli import embedding, parity, presets
 from omni_jax.cli.main import main
 from omni_jax.config import TABLES, presets_for
 from omni_jax.retrieval import read_embeddings
@@ -288,8 +288,8 @@ def test_golden_presets_where_an_override_has_no_effect_are_left_out_and_told(go
         taken.append(name)
         raise InputError("no further")
 
-    monkeypatch.setattr(embed, "load_model", lambda args, source, preset: argparse.Namespace(preset=preset))
-    monkeypatch.setattr(embed, "embed", pass_over)
+    monkeypatch.setattr(presets, "load_model", lambda args, source, preset: argparse.Namespace(preset=preset))
+    monkeypatch.setattr(embedding, "embed", pass_over)
     assert main(arguments) == 2
     assert taken == ["training"]
     assert "preset wave is left out: preset field audio_crop='center' has no effect" in capsys.readouterr().err
