@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
+
+from omni_jax.types import EmbeddingTable
 
 STORAGE = ("float32", "bfloat16")
 COUNTS = ("queries", "gallery")  # sizes, which no rounding changes
 
 
-def stored(tables: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
-    """Returns the tables in the type they are to be kept in, one of STORAGE; `evaluate` multiplies and sums in float32 either way."""
-    return {name: rows if rows.dtype == jnp.dtype(dtype) else rows[:].astype(jnp.dtype(dtype)) for name, rows in tables.items()}
+def stored(table: EmbeddingTable, dtype: str) -> EmbeddingTable:
+    """Returns the table in the type it is to be kept in, one of STORAGE; `evaluate` multiplies and sums in float32 either way."""
+    kept = {name: rows if rows.dtype == jnp.dtype(dtype) else rows[:].astype(jnp.dtype(dtype)) for name, rows in table.tables.items()}
+    return dataclasses.replace(table, tables=kept)
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, dict[str, float]]:
