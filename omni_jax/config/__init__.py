@@ -16,28 +16,3 @@ from omni_jax.config.presets import (
     preset_key,
     presets_for,
 )
-
-__all__ = [
-    "BACKBONES",
-    "EMBED_MODEL_TYPE",
-    "EMBED_STYLE",
-    "PREFIXES",
-    "PRESETS",
-    "TABLES",
-    "TABLE_MODALITIES",
-    "WAVE_STYLE",
-    "AudioConfig",
-    "BeatsConfig",
-    "ConfigError",
-    "DecoderConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "Preset",
-    "SpecialTokens",
-    "VisionConfig",
-    "default_preset",
-    "mteb_preset",
-    "preset",
-    "preset_key",
-    "presets_for",
-]

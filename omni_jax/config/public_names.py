@@ -11,7 +11,7 @@ from omni_jax.config.extras import advice
 
 
 def loaded_when_used(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Returns `__getattr__` and `__dir__` of a package, which lists `__all__`.
+    """Returns `__getattr__` and `__dir__` of a package, which lists `__all__`, or these names where it has none.
 
     Args:
       package: its dotted name.
@@ -32,4 +32,4 @@ def loaded_when_used(package: str, homes: Mapping[str, str]) -> tuple[Callable[[
             raise
         return module if home[name] == name else getattr(module, name)
 
-    return load, lambda: sorted(sys.modules[package].__all__)
+    return load, lambda: sorted(getattr(sys.modules[package], "__all__", home))

@@ -10,14 +10,3 @@ from omni_jax.model.encoder import (
     rounded_maps,
     with_params,
 )
-
-__all__ = [
-    "Encoder",
-    "abstract_encoder",
-    "abstract_params",
-    "carried_shapes",
-    "param_axes",
-    "param_shardings",
-    "rounded_maps",
-    "with_params",
-]

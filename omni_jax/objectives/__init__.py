@@ -3,29 +3,6 @@
 from omni_jax.objectives.health import HEALTH, health
 from omni_jax.objectives.infonce import info_nce
 from omni_jax.objectives.losses import distillation_loss, pairwise_loss, tuple_loss
-from omni_jax.objectives.schedule import HARD_NEGATIVES, JOINT, PAIRS, active_duals, active_hard_negative, active_pairs, active_students
+from omni_jax.objectives.schedule import active_duals, active_hard_negative, active_pairs, active_students
 from omni_jax.objectives.siglip import siglip_loss, sigmoid_contrast
-from omni_jax.objectives.table import LOSSES, SCALARS, Loss, Pool, Scalar
-
-__all__ = [
-    "HARD_NEGATIVES",
-    "HEALTH",
-    "JOINT",
-    "LOSSES",
-    "PAIRS",
-    "SCALARS",
-    "Loss",
-    "Pool",
-    "Scalar",
-    "active_duals",
-    "active_hard_negative",
-    "active_pairs",
-    "active_students",
-    "distillation_loss",
-    "health",
-    "info_nce",
-    "pairwise_loss",
-    "siglip_loss",
-    "sigmoid_contrast",
-    "tuple_loss",
-]
+from omni_jax.objectives.table import LOSSES, SCALARS, Pool

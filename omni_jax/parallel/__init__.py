@@ -10,28 +10,5 @@ from omni_jax.parallel.distributed import (
     run_on_process_0,
     start,
 )
-from omni_jax.parallel.mesh import BATCH, batch_axes, batch_shards, computing_in, make_mesh, use_mesh
+from omni_jax.parallel.mesh import batch_axes, batch_shards, computing_in, make_mesh, use_mesh
 from omni_jax.parallel.rules import RULES, constrain, gather, partition_spec, sharding, writes_gathers
-
-__all__ = [
-    "BATCH",
-    "RULES",
-    "any_process",
-    "barrier",
-    "batch_axes",
-    "batch_shards",
-    "computing_in",
-    "constrain",
-    "gather",
-    "make_mesh",
-    "partition_spec",
-    "process_allgather",
-    "process_allgather_str",
-    "process_sum",
-    "run_on_all_processes",
-    "run_on_process_0",
-    "sharding",
-    "start",
-    "use_mesh",
-    "writes_gathers",
-]

@@ -13,21 +13,6 @@ from omni_jax.towers.beats import BeatsInput
 from omni_jax.towers.vision import VisionInput
 from omni_jax.types import BatchShapes
 
-__all__ = [
-    "AUDIO",
-    "BEATS",
-    "NAMES",
-    "TOWERS",
-    "VISION",
-    "Item",
-    "Tower",
-    "in_turn",
-    "media_tokens",
-    "of_modalities",
-    "table_rows",
-    "towers_of",
-]
-
 VISION, AUDIO, BEATS = VisionInput(), AudioInput(), BeatsInput()
 
 TOWERS: tuple[Tower, ...] = (VISION, AUDIO, BEATS)

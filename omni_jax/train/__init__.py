@@ -10,12 +10,10 @@ if TYPE_CHECKING:
     from omni_jax.train.batch import (
         BatchShapes,
         TrainBatch,
-        UpdateBatch,
         fit_shapes,
         pack_micro_batch,
         pack_update,
         place_batch,
-        place_update,
         stack_micro_batches,
     )
     from omni_jax.train.optimizer import OptimizerConfig
@@ -25,32 +23,10 @@ if TYPE_CHECKING:
     from omni_jax.train.step import StepConfig, TrainStep
     from omni_jax.train.trainable import TrainableConfig, report
 
-__all__ = [
-    "BatchShapes",
-    "LossConfig",
-    "OptimizerConfig",
-    "RunConfig",
-    "StepConfig",
-    "TrainBatch",
-    "TrainState",
-    "TrainStep",
-    "TrainableConfig",
-    "UpdateBatch",
-    "fit_shapes",
-    "kinds_of_update",
-    "pack_micro_batch",
-    "pack_update",
-    "place_batch",
-    "place_update",
-    "report",
-    "stack_micro_batches",
-    "step_kind",
-]
-
 __getattr__, __dir__ = loaded_when_used(
     __name__,
     {
-        "batch": "BatchShapes TrainBatch UpdateBatch fit_shapes pack_micro_batch pack_update place_batch place_update stack_micro_batches",
+        "batch": "BatchShapes TrainBatch fit_shapes pack_micro_batch pack_update place_batch stack_micro_batches",
         "optimizer": "OptimizerConfig",
         "plan": "LossConfig kinds_of_update step_kind",
         "run_config": "RunConfig",

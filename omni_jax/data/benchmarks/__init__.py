@@ -2,17 +2,4 @@
 
 from omni_jax.data.benchmarks.coverage import Coverage, fetch_rows, manifest_rows, match_media, training_rows
 from omni_jax.data.benchmarks.items import Annotations, Item
-from omni_jax.data.benchmarks.registry import BENCHMARKS, Benchmark, read_annotations
-
-__all__ = [
-    "BENCHMARKS",
-    "Annotations",
-    "Benchmark",
-    "Coverage",
-    "Item",
-    "fetch_rows",
-    "manifest_rows",
-    "match_media",
-    "read_annotations",
-    "training_rows",
-]
+from omni_jax.data.benchmarks.registry import BENCHMARKS, read_annotations
