@@ -12,19 +12,10 @@ from etils import epath
 
 from omni_jax.config import ModelConfig
 from omni_jax.config.components import CONTROL_TOKENS
+from omni_jax.config.hf_fields import TOKEN_NAMES
 from omni_jax.conversion.source import Checkpoint, read_json
 from omni_jax.types import InputError
 
-# Field of `SpecialTokens` -> field of config.json; the padding token is the one the tokenizer's own files name.
-_FIELDS = {
-    "audio": "audio_token_index",
-    "audio_bos": "audio_start_token_id",
-    "audio_eos": "audio_end_token_id",
-    "video": "video_token_index",
-    "vision_bos": "vision_start_token_id",
-    "vision_eos": "vision_end_token_id",
-    "pad": "pad_token_id",
-}
 _FILES = ("tokenizer.json", "added_tokens.json", "tokenizer_config.json", "vocab.json")
 
 
@@ -39,7 +30,8 @@ def check(checkpoint: Checkpoint, model: ModelConfig) -> None:
     if not ("tokenizer.json" in known or "vocab.json" in known):
         raise InputError(f"{folder}: has no tokenizer (tokenizer.json, or vocab.json with merges.txt); copy them from the checkpoint")
     size = model.decoder.vocab_size
-    for name, field in _FIELDS.items():
+    for name, field in TOKEN_NAMES.items():
+        # The padding token is the one that the tokenizer's own files name.
         token = CONTROL_TOKENS[name] if name != "pad" else _pad_token(folder)
         ours = getattr(model.tokens, name)
         where = f"{folder / 'config.json'}: {field} {ours!r}"

@@ -33,7 +33,7 @@ from omni_jax.config import (
     VisionConfig,
 )
 from omni_jax.config.components import CONTROL_TOKENS
-from omni_jax.config.hf_fields import BEATS_FIXED, BEATS_NAMES, NAMES
+from omni_jax.config.hf_fields import BEATS_FIXED, BEATS_NAMES, NAMES, TOKEN_NAMES
 from omni_jax.conversion import engine, folder
 from omni_jax.conversion.adapter import CONFIG, WEIGHTS, adapter_entries, default_config, write_config
 from omni_jax.conversion.engine import Entry
@@ -52,12 +52,7 @@ _EMBEDDING_SCALE = 0.5
 
 
 def write_fresh(
-    out: epath.PathLike,
-    architecture: Mapping[str, Any],
-    *,
-    captions: Iterable[str],
-    seed: int = 0,
-    lora: LoraConfig | None = None,
+    out: epath.PathLike, architecture: Mapping[str, Any], *, captions: Iterable[str], seed: int = 0, lora: LoraConfig | None = None
 ) -> Summary:
     """Writes the converted folder `out` with random float32 weights; it appears under its name only when complete.
 
@@ -145,8 +140,9 @@ def model_config(architecture: Mapping[str, Any], tokens: Mapping[str, int], voc
 def hf_config(model: ModelConfig) -> dict[str, Any]:
     """Returns the `config.json` of a checkpoint with this architecture: `ModelConfig.from_hf` reads it back."""
     embeds = all(getattr(model, name) == value for name, value in EMBED_STYLE.items())
-    text, vision, audio, tokens = model.decoder, model.vision, model.audio, model.tokens
+    text, vision, audio = model.decoder, model.vision, model.audio
     return {
+        **_named(model.tokens, TOKEN_NAMES),
         "architectures": ["NVOmniEmbedModel" if embeds else "Qwen2_5OmniThinkerForConditionalGeneration"],
         "audio_config": {
             "activation_function": "gelu",
@@ -156,12 +152,8 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
             "num_hidden_layers": audio.num_layers,
             "num_mel_bins": audio.num_mel_bins,
         },
-        "audio_end_token_id": tokens.audio_eos,
-        "audio_start_token_id": tokens.audio_bos,
-        "audio_token_index": tokens.audio,
         **({"classify_type": "all_layer"} if model.has_head else {}),
         "model_type": EMBED_MODEL_TYPE if embeds else "qwen2_5_omni_thinker",
-        "pad_token_id": tokens.pad,
         "position_id_per_seconds": model.positions_per_second,
         "seconds_per_chunk": model.seconds_per_chunk,
         "text_config": {
@@ -173,7 +165,6 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
         },
         "torch_dtype": "float32",
         "train_classify": model.has_head,
-        "video_token_index": tokens.video,
         "vision_config": {
             **_named(vision, NAMES["vision_config"]),
             "hidden_act": "silu",
@@ -183,8 +174,6 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
             "spatial_merge_size": vision.merge_size,
             "temporal_patch_size": vision.temporal_patch_size,
         },
-        "vision_end_token_id": tokens.vision_eos,
-        "vision_start_token_id": tokens.vision_bos,
     }
 
 

@@ -58,11 +58,21 @@ BEATS_NAMES = {
 }
 """Our name of a whole number of BEATs -> its name in the `cfg` of a published file."""
 
+TOKEN_NAMES = {
+    "audio": "audio_token_index",
+    "audio_bos": "audio_start_token_id",
+    "audio_eos": "audio_end_token_id",
+    "video": "video_token_index",
+    "vision_bos": "vision_start_token_id",
+    "vision_eos": "vision_end_token_id",
+    "pad": "pad_token_id",
+}
+"""Field of `SpecialTokens` -> its name there."""
+
 # Beside those of NAMES.
 _READ = {
-    "": "text_config vision_config audio_config model_type classify_type pad_token_id audio_token_index audio_start_token_id "
-    "audio_end_token_id video_token_index vision_start_token_id vision_end_token_id position_id_per_seconds seconds_per_chunk "
-    "audio_token_id video_token_id train_classify",
+    "": "text_config vision_config audio_config model_type classify_type position_id_per_seconds seconds_per_chunk audio_token_id "
+    f"video_token_id train_classify {' '.join(TOKEN_NAMES.values())}",
     "text_config": "rope_theta rope_scaling rope_parameters layer_types use_sliding_window sliding_window max_window_layers head_dim "
     "partial_rotary_factor pad_token_id",
     "vision_config": "rope_parameters embed_dim num_attention_heads num_hidden_layers",
@@ -187,8 +197,14 @@ def check_fields(config: Mapping[str, Any]) -> None:
     _check_attention(config["text_config"])
 
 
-def token_id(config: Mapping[str, Any], name: str) -> Any:
-    """Returns a control token's id, which transformers calls `..._token_index` or `..._token_id`; KeyError where it is absent."""
+def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the control tokens' ids by field of `SpecialTokens`; KeyError where one is absent."""
+    pad = config["text_config"]["pad_token_id"] if config.get("pad_token_id") is None else config["pad_token_id"]
+    return {ours: _token_id({**config, "pad_token_id": pad}, name) for ours, name in TOKEN_NAMES.items()}
+
+
+def _token_id(config: Mapping[str, Any], name: str) -> Any:
+    """Returns a control token's id, which transformers calls `..._token_index` or `..._token_id`."""
     other = name.replace("_token_index", "_token_id")
     if config.get(other) is None or other == name:
         return config[name]

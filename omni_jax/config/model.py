@@ -8,7 +8,7 @@ from typing import Any
 
 from omni_jax.config.components import AudioConfig, BeatsConfig, DecoderConfig, LoraConfig, SpecialTokens, VisionConfig, constants
 from omni_jax.config.errors import ConfigError, check_choices
-from omni_jax.config.hf_fields import NAMES, check_fields, rope_of, thinker_config, token_id
+from omni_jax.config.hf_fields import NAMES, check_fields, rope_of, thinker_config, token_ids
 
 ATTENTIONS = ("causal", "bidirectional")
 POOLINGS = ("last_all_layers", "mean")
@@ -129,15 +129,7 @@ class ModelConfig:
             vision=VisionConfig(**_read(vision, "vision_config")),
             audio=AudioConfig(**_read(audio, "audio_config")),
             beats=beats,
-            tokens=SpecialTokens(
-                pad=text["pad_token_id"] if config.get("pad_token_id") is None else config["pad_token_id"],
-                audio=token_id(config, "audio_token_index"),
-                audio_bos=config["audio_start_token_id"],
-                audio_eos=config["audio_end_token_id"],
-                video=token_id(config, "video_token_index"),
-                vision_bos=config["vision_start_token_id"],
-                vision_eos=config["vision_end_token_id"],
-            ),
+            tokens=SpecialTokens(**token_ids(config)),
             positions_per_second=config["position_id_per_seconds"],
             seconds_per_chunk=config["seconds_per_chunk"],
             **(EMBED_STYLE if config.get("model_type") == EMBED_MODEL_TYPE else {}),

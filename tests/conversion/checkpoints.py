@@ -16,7 +16,7 @@ from omni_jax.config import BeatsConfig, LoraConfig, ModelConfig
 from omni_jax.conversion import engine
 from omni_jax.conversion.adapter import adapter_entries, default_config
 from omni_jax.conversion.export_readme import README
-from tools.benchmarks.synthetic_checkpoint import hf_config, write_tokenizer
+from tools.benchmarks.synthetic_checkpoint import config_json, write_tokenizer
 
 BEATS = BeatsConfig(
     num_layers=3,
@@ -35,7 +35,7 @@ Tensors = dict[str, np.ndarray]
 
 def tiny_config() -> dict[str, Any]:
     """Returns the `config.json` of a checkpoint of about 30,000 values."""
-    config = hf_config(layers=2, vocab=40)
+    config = config_json(layers=2, vocab=40)
     config["text_config"] |= {"hidden_size": 32, "intermediate_size": 20, "num_attention_heads": 2, "num_key_value_heads": 1}
     config["text_config"]["rope_scaling"] = {"mrope_section": [2, 3, 3], "rope_type": "default"}
     config["audio_config"] |= {"d_model": 12, "encoder_attention_heads": 2, "encoder_ffn_dim": 20, "output_dim": 32}

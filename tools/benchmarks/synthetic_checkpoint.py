@@ -12,7 +12,10 @@ import numpy as np
 from etils import epath
 
 from omni_jax.config import BeatsConfig, ModelConfig
+from omni_jax.config.components import CONTROL_TOKENS
+from omni_jax.config.hf_fields import TOKEN_NAMES
 from omni_jax.conversion import engine
+from omni_jax.conversion.fresh import hf_config, model_config
 from omni_jax.conversion.torch_writer import TorchWriter
 from omni_jax.conversion.weight_files import in_format
 from omni_jax.io.safetensors_io import DTYPES, Writer
@@ -20,71 +23,23 @@ from omni_jax.io.safetensors_io import DTYPES, Writer
 WIDTH, INNER, HEADS, KV_HEADS = 1536, 8960, 12, 2
 
 
-def hf_config(layers: int, vocab: int) -> dict:
+def config_json(layers: int, vocab: int) -> dict:
     """Returns a `config.json` with a decoder of this depth and vocabulary and towers of a few layers."""
-    return {
-        "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"],
-        "audio_config": {
-            "activation_function": "gelu",
-            "d_model": 256,
-            "encoder_attention_heads": 4,
-            "encoder_ffn_dim": 1024,
-            "encoder_layers": 2,
-            "max_source_positions": 1500,
-            "n_window": 100,
-            "num_mel_bins": 128,
-            "output_dim": WIDTH,
-        },
-        "audio_end_token_id": 4,
-        "audio_start_token_id": 3,
-        "audio_token_index": 2,
-        "pad_token_id": 0,
-        "position_id_per_seconds": 25,
-        "seconds_per_chunk": 2,
-        "text_config": {
-            "hidden_act": "silu",
-            "hidden_size": WIDTH,
-            "intermediate_size": INNER,
-            "num_attention_heads": HEADS,
-            "num_hidden_layers": layers,
-            "num_key_value_heads": KV_HEADS,
-            "rms_norm_eps": 1e-6,
-            "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default"},
-            "rope_theta": 1e6,
-            "vocab_size": vocab,
-        },
-        "video_token_index": 5,
-        "vision_config": {
-            "depth": 2,
-            "fullatt_block_indexes": [1],
-            "hidden_act": "silu",
-            "hidden_size": 256,
-            "in_channels": 3,
-            "intermediate_size": 684,
-            "num_heads": 4,
-            "out_hidden_size": WIDTH,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 112,
-        },
-        "vision_end_token_id": 7,
-        "vision_start_token_id": 6,
+    tower = {"hidden_size": 256, "num_layers": 2, "num_heads": 4}
+    decoder = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_layers": layers, "num_heads": HEADS, "num_kv_heads": KV_HEADS}
+    architecture = {
+        "decoder": decoder,
+        "vision": {**tower, "intermediate_size": 684, "full_attention_layers": (1,)},
+        "audio": {**tower, "intermediate_size": 1024},
+        "beats": None,
     }
+    ids = {"pad": 0, "audio": 2, "audio_bos": 3, "audio_eos": 4, "video": 5, "vision_bos": 6, "vision_eos": 7}
+    return hf_config(model_config(architecture, {CONTROL_TOKENS[field]: number for field, number in ids.items()}, vocab, None))
 
 
 def write_tokenizer(folder: Path, config: Mapping[str, Any]) -> None:
     """Writes a `tokenizer.json` that holds nothing but the control tokens of a `config.json`."""
-    tokens = {
-        "<|endoftext|>": "pad_token_id",
-        "<|AUDIO|>": "audio_token_index",
-        "<|audio_bos|>": "audio_start_token_id",
-        "<|audio_eos|>": "audio_end_token_id",
-        "<|VIDEO|>": "video_token_index",
-        "<|vision_bos|>": "vision_start_token_id",
-        "<|vision_eos|>": "vision_end_token_id",
-    }
-    added = [{"id": config[field], "content": token, "special": True} for token, field in tokens.items()]
+    added = [{"id": config[field], "content": CONTROL_TOKENS[name], "special": True} for name, field in TOKEN_NAMES.items()]
     (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": {"type": "BPE", "vocab": {}, "merges": []}}))
 
 
@@ -96,7 +51,7 @@ def write(folder: Path, gigabytes: float, shards: int = 6, vocab: int = 151936, 
     """
     folder.mkdir(parents=True)
     layers = _layers(gigabytes, vocab)
-    config = hf_config(layers, vocab)
+    config = config_json(layers, vocab)
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder, config)
     entries = engine.base_entries(ModelConfig.from_hf(config, BeatsConfig()))
