@@ -47,10 +47,10 @@ class Dot:
     name: str
     x: float
     y: float
-    low: float | None
-    high: float | None
     colour: int
-    value: str
+    low: float | None = None
+    high: float | None = None
+    value: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,96 +63,87 @@ class Chart:
     right: float
     top: float
     bottom: float
-    x_ticks: tuple[Tick, ...] = ()
-    y_ticks: tuple[Tick, ...] = ()
-    bars: tuple[Bar, ...] = ()
-    lines: tuple[Line, ...] = ()
-    dots: tuple[Dot, ...] = ()
+    x_ticks: Sequence[Tick] = ()
+    y_ticks: Sequence[Tick] = ()
+    bars: Sequence[Bar] = ()
+    lines: Sequence[Line] = ()
+    dots: Sequence[Dot] = ()
+
+    def x(self, share: float) -> float:
+        """Returns the coordinate of a share of the plot's width, from the left."""
+        return _round(self.left + (self.right - self.left) * share)
+
+    def y(self, share: float) -> float:
+        """Returns the coordinate of a share of the plot's height, from the bottom."""
+        return _round(self.bottom - (self.bottom - self.top) * share)
 
 
 def bars(histogram: Histogram) -> Chart:
     """Returns a bar chart of shares, its axis cut at the next tenth above the largest."""
-    width, height, left, right, top, bottom = 260, 150, 30, 256, 14, 122
+    chart = Chart(260, 150, 30, 256, 14, 122)
     top_share = max(0.1, math.ceil(max(histogram.shares, default=0) * 10 - 1e-9) / 10)
-    step = (right - left) / len(histogram.labels)
+    step, full = (chart.right - chart.left) / len(histogram.labels), chart.bottom - chart.top
+    parts = [share / top_share for share in histogram.shares]
     drawn = [
-        Bar(
-            _round(left + i * step + step * 0.1),
-            _round(bottom - (bottom - top) * share / top_share),
-            _round(step * 0.8),
-            _round((bottom - top) * share / top_share),
-            label,
-            f"{100 * share:.1f} %",
-        )
-        for i, (label, share) in enumerate(zip(histogram.labels, histogram.shares, strict=True))
+        Bar(_round(chart.left + (i + 0.1) * step), chart.y(part), _round(step * 0.8), _round(full * part), label, f"{100 * share:.1f} %")
+        for i, (label, share, part) in enumerate(zip(histogram.labels, histogram.shares, parts, strict=True))
     ]
     # Where the bar begins: the whole label of a wide bar would run into its neighbour's.
-    marks = [Tick(_round(left + (i + 0.5) * step), label.partition("-")[0]) for i, label in enumerate(histogram.labels)]
-    levels = [Tick(_round(bottom - (bottom - top) * part), f"{100 * part * top_share:.0f}") for part in (0, 0.5, 1)]
-    return Chart(width, height, left, right, top, bottom, tuple(marks), tuple(levels), tuple(drawn))
+    marks = [Tick(_round(chart.left + (i + 0.5) * step), label.partition("-")[0]) for i, label in enumerate(histogram.labels)]
+    levels = [Tick(chart.y(part), f"{100 * part * top_share:.0f}") for part in (0, 0.5, 1)]
+    return dataclasses.replace(chart, x_ticks=marks, y_ticks=levels, bars=drawn)
 
 
 def curves(named: Mapping[str, Curve]) -> Chart:
     """Returns recall over rank on a logarithmic axis, one line a direction, and the line of chance."""
-    width, height, left, right, top, bottom = 560, 330, 40, 548, 12, 292
+    chart = Chart(560, 330, 40, 548, 12, 292)
     last = max(curve.ranks[-1] for curve in named.values())
     span = math.log10(max(last, 2))
 
     def path(ranks: Sequence[int], shares: Sequence[float]) -> str:
-        points = [
-            f"{_round(left + (right - left) * math.log10(rank) / span):g} {_round(bottom - (bottom - top) * share):g}"
-            for rank, share in zip(ranks, shares, strict=True)
-        ]
-        return "M" + "L".join(points) + (f"H{right}" if len(points) == 1 else "")
+        points = [f"{chart.x(math.log10(rank) / span):g} {chart.y(share):g}" for rank, share in zip(ranks, shares, strict=True)]
+        return "M" + "L".join(points) + (f"H{chart.right}" if len(points) == 1 else "")
 
-    lines = [Line(name, path(curve.ranks, curve.shares), i) for i, (name, curve) in enumerate(named.items())]
     longest = max(named.values(), key=lambda curve: curve.ranks[-1])
-    lines.insert(0, Line("chance", path(longest.ranks, longest.chance), -1))
+    lines = [Line("chance", path(longest.ranks, longest.chance), -1)]
+    lines += [Line(name, path(curve.ranks, curve.shares), i) for i, (name, curve) in enumerate(named.items())]
     ranks = [rank for power in range(7) for rank in (10**power, 2 * 10**power, 5 * 10**power) if rank <= last]
     if len(ranks) > 8:
         ranks = [rank for rank in ranks if str(rank)[0] == "1"]
-    marks = [Tick(_round(left + (right - left) * math.log10(rank) / span), f"{rank:,}") for rank in ranks]
-    levels = [Tick(_round(bottom - (bottom - top) * part), f"{100 * part:.0f}") for part in (0, 0.25, 0.5, 0.75, 1)]
-    return Chart(width, height, left, right, top, bottom, tuple(marks), tuple(levels), lines=tuple(lines))
+    marks = [Tick(chart.x(math.log10(rank) / span), f"{rank:,}") for rank in ranks]
+    levels = [Tick(chart.y(part), f"{100 * part:.0f}") for part in (0, 0.25, 0.5, 0.75, 1)]
+    return dataclasses.replace(chart, x_ticks=marks, y_ticks=levels, lines=lines)
 
 
 def overlap(gap: Gap) -> Chart:
     """Returns the two histograms of cosines as outlines: line 0 the random pairs, line 1 the relevant ones."""
-    width, height, left, right, top, bottom = 260, 150, 8, 252, 10, 122
+    chart = Chart(260, 150, 8, 252, 10, 122)
     low, high = gap.edges[0], gap.edges[-1]
     peak = max(*gap.random, *gap.matched, 1e-9)
 
     def outline(shares: Sequence[float]) -> str:
-        step = (right - left) / len(shares)
-        steps = "".join(f"V{_round(bottom - (bottom - top) * s / peak):g}H{_round(left + (i + 1) * step):g}" for i, s in enumerate(shares))
-        return f"M{left} {bottom}{steps}V{bottom}Z"
+        steps = "".join(f"V{chart.y(share / peak):g}H{chart.x((i + 1) / len(shares)):g}" for i, share in enumerate(shares))
+        return f"M{chart.left} {chart.bottom}{steps}V{chart.bottom}Z"
 
-    marks = [Tick(_round(left + (right - left) * part), f"{low + (high - low) * part:.2f}") for part in (0.06, 0.5, 0.94)]
-    lines = (Line("random pairs", outline(gap.random), 0), Line("relevant pairs", outline(gap.matched), 1))
-    return Chart(width, height, left, right, top, bottom, tuple(marks), lines=lines)
+    marks = [Tick(chart.x(part), f"{low + (high - low) * part:.2f}") for part in (0.06, 0.5, 0.94)]
+    lines = [Line("random pairs", outline(gap.random), 0), Line("relevant pairs", outline(gap.matched), 1)]
+    return dataclasses.replace(chart, x_ticks=marks, lines=lines)
 
 
 def cloud(points: Mapping[str, np.ndarray]) -> Chart:
     """Returns a scatter plot with equal scales, one colour a table."""
-    width, height, left, right, top, bottom = 560, 400, 10, 550, 10, 390
+    chart = Chart(560, 400, 10, 550, 10, 390)
     every = np.concatenate(list(points.values()))
     low, high = every.min(axis=0), every.max(axis=0)
-    scale = min((right - left - 12) / max(high[0] - low[0], 1e-9), (bottom - top - 12) / max(high[1] - low[1], 1e-9))
+    wide, tall = chart.right - chart.left, chart.bottom - chart.top
+    scale = min((wide - 12) / max(high[0] - low[0], 1e-9), (tall - 12) / max(high[1] - low[1], 1e-9))
     middle = (low + high) / 2
     dots = [
-        Dot(
-            name,
-            _round((left + right) / 2 + (x - middle[0]) * scale),
-            _round((top + bottom) / 2 - (y - middle[1]) * scale),
-            None,
-            None,
-            i,
-            "",
-        )
+        Dot(name, chart.x(0.5 + (x - middle[0]) * scale / wide), chart.y(0.5 + (y - middle[1]) * scale / tall), i)
         for i, (name, rows) in enumerate(points.items())
         for x, y in rows.tolist()
     ]
-    return Chart(width, height, left, right, top, bottom, dots=tuple(dots))
+    return dataclasses.replace(chart, dots=dots)
 
 
 def averages_chart(rows: Sequence[str], models: Sequence[tuple[str, Mapping[str, float | None], Mapping[str, Sequence[float]]]]) -> Chart:
@@ -162,51 +153,49 @@ def averages_chart(rows: Sequence[str], models: Sequence[tuple[str, Mapping[str,
       rows: names of the averages.
       models: (name, average -> R@1 in percent, average -> its interval), in the order of their colours.
     """
-    left, right, top, line = 92, 548, 16, 56
-    height = top + line * len(rows) + 30
+    top, line = 16, 56
+    chart = Chart(560, top + line * len(rows) + 30, 92, 548, top, top + line * len(rows))
     ends = [v for _, values, spread in models for key in rows for v in (values.get(key), *spread.get(key, ())) if v is not None]
     low, high = math.floor(min(ends) / 5) * 5, math.ceil(max(ends) / 5) * 5
     high = max(high, low + 5)
 
     def across(value: float) -> float:
-        return _round(left + (right - left) * (value - low) / (high - low))
+        return chart.x((value - low) / (high - low))
 
     dots = []
     for r, key in enumerate(rows):
         present = [
-            (m, name, values[key], spread.get(key)) for m, (name, values, spread) in enumerate(models) if values.get(key) is not None
+            (m, name, value, spread.get(key)) for m, (name, values, spread) in enumerate(models) if (value := values.get(key)) is not None
         ]
         for slot, (m, name, value, interval) in enumerate(present):
-            assert value is not None
             y = top + line * r + 12 + (line - 24) * (slot + 0.5) / len(present)
             bounds = [across(end) for end in interval] if interval else [None, None]
-            dots.append(Dot(name, across(value), _round(y), bounds[0], bounds[1], m, f"{value:.2f}"))
+            dots.append(Dot(name, across(value), _round(y), m, *bounds, f"{value:.2f}"))
     step = next(s for s in (1, 2, 5, 10, 20) if (high - low) / s <= 10)
-    first = math.ceil(low / step) * step
-    marks = [Tick(across(v), f"{v}") for v in range(first, high + 1, step)]
+    marks = [Tick(across(v), f"{v}") for v in range(math.ceil(low / step) * step, high + 1, step)]
     levels = [Tick(top + line * (r + 0.5), key) for r, key in enumerate(rows)]
-    return Chart(560, height, left, right, top, top + line * len(rows), tuple(marks), tuple(levels), dots=tuple(dots))
+    return dataclasses.replace(chart, x_ticks=marks, y_ticks=levels, dots=dots)
 
 
 def over_steps(named: Mapping[str, Sequence[tuple[float, float]]]) -> Chart:
     """Returns (step, value) points of a run, one line a metric; about five round values of the axis enclose them."""
-    width, height, left, right, top, bottom = 520, 230, 58, 510, 12, 198
+    chart = Chart(520, 230, 58, 510, 12, 198)
     points = [point for one in named.values() for point in one]
     first = min(step for step, _ in points)
     last = max(*(step for step, _ in points), first + 1)
     levels = _round_values(min(value for _, value in points), max(value for _, value in points))
 
     def x(step: float) -> float:
-        return _round(left + (right - left) * (step - first) / (last - first))
+        return chart.x((step - first) / (last - first))
 
     def y(value: float) -> float:
-        return _round(bottom - (bottom - top) * (value - levels[0]) / (levels[-1] - levels[0]))
+        return chart.y((value - levels[0]) / (levels[-1] - levels[0]))
 
     lines = [
         Line(name, "M" + "L".join(f"{x(step):g} {y(value):g}" for step, value in one), i) for i, (name, one) in enumerate(named.items())
     ]
     marks = [Tick(x(step), f"{step:g}") for step in (first, (first + last) // 2, last)]
-    return Chart(width, height, left, right, top, bottom, tuple(marks), tuple(Tick(y(v), f"{v:.4g}") for v in levels), lines=tuple(lines))
+    return dataclasses.replace(chart, x_ticks=marks, y_ticks=[Tick(y(v), f"{v:.4g}") for v in levels], lines=lines)
 
 
 def _round_values(low: float, high: float) -> list[float]:
