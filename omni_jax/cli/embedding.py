@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from omni_jax.api import OmniRetriever
     from omni_jax.data.manifest import Manifest
     from omni_jax.engines.ray_embed import RayEmbedding
-    from omni_jax.retrieval.embedding_pass import Outcome, Part
+    from omni_jax.retrieval.embedding_pass import Part
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +30,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive(int), default=16, metavar="N", help="clips encoded together (default: %(default)s)")
     add_weights_arguments(parser)
     parser.add_argument(
-        "--media-root",
-        metavar="DIR",
-        help="folder that media paths start from and must stay in (default: the manifest's, unconfined)",
+        "--media-root", metavar="DIR", help="folder that media paths start from and must stay in (default: the manifest's, unconfined)"
     )
     add_decoding_arguments(parser, None)
 
@@ -105,14 +103,15 @@ def embed(
             yield part
 
 
-def report(out: epath.Path | None, manifest: Manifest, outcome: Outcome) -> int:
+def report(out: epath.Path | None, manifest: Manifest, outcome: Part) -> int:
     """Prints the skipped and the repaired records and returns the number of skipped ones.
 
     With `out` the lists go to OUT.errors.jsonl and OUT.warnings.jsonl, and those of an earlier run are removed.
     """
     from omni_jax.data.manifest import Problem, write_jsonl_atomic
 
-    failed = [Problem(r.id, r.line, _at_fault(r, reason), reason) for r, reason in outcome.problems]
+    known = {record.id: record for record in manifest.records}
+    failed = [Problem(name, known[name].line, _at_fault(known[name], reason), reason) for name, reason in outcome.problems]
     errors = [p.row() for p in sorted([*manifest.problems, *failed], key=lambda p: p.line)]
     warnings = [{"id": name, "reason": line} for name, line in outcome.warnings]
     for kind, rows, what in (("errors", errors, "skipped records"), ("warnings", warnings, "repaired records")):

@@ -20,7 +20,7 @@ Plan = Callable[[Sequence[TokenizedClip]], EncoderBatch]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one group of clips gave.
+    """What one group of clips gave, or several together.
 
     Attributes:
       ids: embedded records, in the order they came.
@@ -47,6 +47,14 @@ class Part:
     def records(self) -> int:
         """Records embedded or skipped."""
         return len(self.ids) + len(self.problems)
+
+    @property
+    def table(self) -> EmbeddingTable:
+        return EmbeddingTable(self.ids, self.rows, own=self.own)
+
+    @property
+    def padded_share(self) -> float:
+        return 1 - self.used_tokens / self.total_tokens if self.total_tokens else 0.0
 
 
 def embedding_pass(
@@ -149,24 +157,8 @@ def _collect(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a whole embedding pass gave: as `Part`, with the rows in the order of the records."""
-
-    table: EmbeddingTable
-    problems: tuple[tuple[Record, str], ...]
-    warnings: tuple[tuple[str, str], ...]
-    used_tokens: int
-    total_tokens: int
-    truncated: int
-
-    @property
-    def padded_share(self) -> float:
-        return 1 - self.used_tokens / self.total_tokens if self.total_tokens else 0.0
-
-
-def assemble(records: Sequence[Record], parts: Sequence[Part]) -> Outcome:
-    """Returns the outcome of parts that together hold some or all of these records.
+def assemble(records: Sequence[Record], parts: Sequence[Part]) -> Part:
+    """Returns parts that hold some or all of these records as one, all in the order of the records.
 
     All records that have the same prompt for a table get one row, the first one's. In groups of other shapes the same prompt comes out a
     few times 1e-7 apart: what is level by its nature would be ranked by rounding.
@@ -184,9 +176,11 @@ def assemble(records: Sequence[Record], parts: Sequence[Part]) -> Outcome:
         if len(have) < len(ids):
             own[name] = whose
     problems = sorted(((place[i], reason) for part in parts for i, reason in part.problems))
-    return Outcome(
-        table=EmbeddingTable(tuple(ids), rows, own=own),
-        problems=tuple((records[n], reason) for n, reason in problems),
+    return Part(
+        ids=tuple(ids),
+        rows=rows,
+        own=own,
+        problems=tuple((records[n].id, reason) for n, reason in problems),
         warnings=tuple(pair for part in parts for pair in part.warnings),
         used_tokens=sum(part.used_tokens for part in parts),
         total_tokens=sum(part.total_tokens for part in parts),

@@ -89,7 +89,7 @@ def test_golden_embed_names_records_and_lines(model: omni_jax.OmniRetriever):
     records = [Record("bare", text="x", line=7), Record("made"), Record("odd", text="\udce9", line=9)]
     outcome = assemble(records, list(model.embed(records, ["text"])))
     reasons = [reason for _, reason in outcome.problems]
-    assert [record.id for record, _ in outcome.problems] == ["made", "odd"]
+    assert [name for name, _ in outcome.problems] == ["made", "odd"]
     assert reasons[0].startswith("record 'made': has no text, which the requested tables need; ")
     assert reasons[1].startswith("record 'odd' (line 9 of the manifest): the caption is not valid Unicode")
     with pytest.raises(InputError, match="batch_size is 0"):

@@ -37,7 +37,7 @@ def test_what_was_added_is_read_back(tmp_path: Path):
         for field in dataclasses.fields(Part):
             np.testing.assert_equal(getattr(found, field.name), getattr(wanted, field.name))
     outcome = assemble([Record(f"clip{n}") for n in range(5)], again.parts)
-    assert outcome.table.ids == ("clip0", "clip1", "clip3") and [r.id for r, _ in outcome.problems] == ["clip2", "clip4"]
+    assert outcome.table.ids == ("clip0", "clip1", "clip3") and [name for name, _ in outcome.problems] == ["clip2", "clip4"]
     assert (outcome.used_tokens, outcome.total_tokens, outcome.truncated) == (9, 12, 3)
 
 
