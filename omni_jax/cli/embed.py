@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--out {args.out}: the name of an embedding file ends in .npz")
 
     from omni_jax.api.embedding_files import Making, embedding_files
-    from omni_jax.retrieval.embedding_file import check_place, part_path
+    from omni_jax.retrieval.embedding_file import part_path
+    from omni_jax.retrieval.npz import check_place
 
     check_place(first := part_path(args.out, *(args.part or (0, 1))))
     manifest = read_source(args)

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from omni_jax.cli.inputs import read_captioned
     from omni_jax.cli.report import page, records_of
     from omni_jax.retrieval import format_comparison, format_table, score
-    from omni_jax.retrieval.embedding_file import check_place, output_file
+    from omni_jax.retrieval.npz import check_place, output_file
     from omni_jax.retrieval.rows import truncated
     from omni_jax.retrieval.storage import changes, format_changes, stored
     from omni_jax.retrieval.table import format_left_out

@@ -151,12 +151,7 @@ class Whole:
     """
 
     def __init__(
-        self,
-        what: str,
-        parts: Mapping[str, float],
-        *,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, what: str, parts: Mapping[str, float], *, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """Takes what the whole is called, and the seconds that each part is expected to take compared with the others, by name."""
         self.what, self._parts = what, dict(parts)

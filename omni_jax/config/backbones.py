@@ -32,20 +32,11 @@ def _omni(decoder: DecoderConfig, beats: BeatsConfig | None) -> ModelConfig:
 _DECODER_7B = DecoderConfig(hidden_size=3584, intermediate_size=18944, num_layers=28, num_heads=28, num_kv_heads=4, vocab_size=152064)
 _DECODER_3B = DecoderConfig(hidden_size=2048, intermediate_size=11008, num_layers=36, num_heads=16, num_kv_heads=2, vocab_size=151936)
 
-wave_7b = _omni(_DECODER_7B, BeatsConfig())
-
-qwen2_5_omni_7b = _omni(_DECODER_7B, None)
-"""The plain thinker; its fusion head is none of its own."""
-
-qwen2_5_omni_3b = _omni(_DECODER_3B, None)
-
-omni_embed_nemotron_3b = dataclasses.replace(qwen2_5_omni_3b, **EMBED_STYLE)
-
 BACKBONES: dict[str, ModelConfig] = {
-    "wave_7b": wave_7b,
-    "qwen2_5_omni_7b": qwen2_5_omni_7b,
-    "qwen2_5_omni_3b": qwen2_5_omni_3b,
-    "omni_embed_nemotron_3b": omni_embed_nemotron_3b,
+    "wave_7b": _omni(_DECODER_7B, BeatsConfig()),
+    "qwen2_5_omni_7b": _omni(_DECODER_7B, None),  # the plain thinker, whose fusion head is none of its own
+    "qwen2_5_omni_3b": _omni(_DECODER_3B, None),
+    "omni_embed_nemotron_3b": dataclasses.replace(_omni(_DECODER_3B, None), **EMBED_STYLE),
 }
 
 WAVE_7B = dataclasses.replace(BACKBONES["wave_7b"], lora=LoraConfig())

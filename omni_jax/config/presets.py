@@ -9,9 +9,6 @@ from typing import Any
 
 from omni_jax.config.errors import ConfigError, check_choices, check_fields
 
-TABLES = ("text", "video", "audio", "av", "tv", "at", "tva")
-"""Embedding tables by name, in the order they are written."""
-
 TABLE_MODALITIES = {
     "text": frozenset("t"),
     "video": frozenset("v"),
@@ -21,8 +18,9 @@ TABLE_MODALITIES = {
     "at": frozenset("ta"),
     "tva": frozenset("tva"),
 }
-"""Modalities (t, v, a) each table's prompt contains."""
+"""Embedding tables in the order they are written, with the modalities (t, v, a) that the prompt of each contains."""
 
+TABLES = tuple(TABLE_MODALITIES)
 
 PREFIXES = ("passage", "query")
 """What a caption may be for a backbone trained with prefixes: something to be found, or something to find with."""

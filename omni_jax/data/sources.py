@@ -23,8 +23,6 @@ from omni_jax.io.remote import is_remote
 from omni_jax.media.workers import Guarded
 from omni_jax.types import Clip, InputError, Record
 
-__all__ = ["ClipInfo", "ClipSource", "Limits", "MediaSource", "open_source"]
-
 MANIFESTS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
 LONGEST_ASPECT = 4  # of a streamed clip's frames: shapes are fixed before any of them is seen
 

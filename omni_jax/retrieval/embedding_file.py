@@ -31,12 +31,10 @@ from omni_jax.config import TABLES
 from omni_jax.config.made_with import ROUNDING, listed, made_otherwise
 from omni_jax.io.messages import MALFORMED, as_input_error, some
 from omni_jax.io.remote import reaching
-from omni_jax.retrieval.npz import PathLike, check_place, load_arrays, output_file, write_members
+from omni_jax.retrieval.npz import PathLike, load_arrays, write_members
 from omni_jax.retrieval.parquet import SUFFIX, load_columns
 from omni_jax.retrieval.stored_rows import StoredRows
 from omni_jax.types import EmbeddingTable, InputError
-
-__all__ = ["check_place", "output_file", "read_embeddings", "write_embeddings"]
 
 IDS = "ids"
 MADE_WITH = "made_with"

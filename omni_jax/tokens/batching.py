@@ -17,8 +17,6 @@ from omni_jax.tokens.packing import MediaRows, group_prompts, owners, row_batch
 from omni_jax.towers import NAMES, TOWERS, Item, Tower, in_turn, table_rows
 from omni_jax.types import SOURCE_AUDIO, SOURCE_VIDEO, EncoderBatch, RowBatch, TokenizedClip
 
-__all__ = ["Planner", "build_batches", "clip_sizes", "plan_group"]
-
 
 def build_batches(
     clips: Sequence[TokenizedClip], config: ModelConfig, *, planner: Planner, share_prefix: bool | None = None
