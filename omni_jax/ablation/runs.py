@@ -326,10 +326,7 @@ def _trained(
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{workdir}.log").open("a", encoding="utf-8") as log:
         training = TrainCallbacks(
-            log=lambda line: log.writelines((line, "\n")),
-            begin=begin,
-            update=update,
-            stopping=lambda: callbacks.stopping() or enough(),
+            log=lambda line: log.writelines((line, "\n")), begin=begin, update=update, stopping=lambda: callbacks.stopping() or enough()
         )
         outcome = run_training(run, workdir, training, shared)
     if not outcome.finished and not enough():

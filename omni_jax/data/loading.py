@@ -31,11 +31,7 @@ SILENCE_S = 8.0
 
 
 def load_features(
-    records: Iterable[Record],
-    preset: Preset,
-    modalities: Iterable[str],
-    workers: int,
-    timeout_s: float = DECODE_LIMIT_S,
+    records: Iterable[Record], preset: Preset, modalities: Iterable[str], workers: int, timeout_s: float = DECODE_LIMIT_S
 ) -> Iterator[Features | ClipError]:
     """Yields, for each record in order, its features or the reason why there are none.
 

@@ -36,18 +36,7 @@ from omni_jax.tokens.prompts import build_sequence
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.tokens.training import PromptLengths, clip_media
 from omni_jax.towers import media_tokens, towers_of
-from omni_jax.types import (
-    AudioSegment,
-    BatchShapes,
-    Clip,
-    ClipError,
-    Example,
-    Features,
-    InputError,
-    MicroBatch,
-    StepKind,
-    TokenSequence,
-)
+from omni_jax.types import AudioSegment, BatchShapes, Clip, ClipError, Example, Features, InputError, MicroBatch, StepKind, TokenSequence
 
 _log = logging.getLogger(__name__)
 

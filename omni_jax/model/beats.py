@@ -77,11 +77,7 @@ class PositionConv(nnx.Module):
         inputs, kernels = jnp.split(x, self.groups, axis=-1), jnp.split(self.kernel().astype(x.dtype), self.groups, axis=-1)
         parts = [
             jax.lax.conv_general_dilated(
-                part,
-                kernel,
-                window_strides=(1,),
-                padding=[(taps // 2, taps // 2 - 1 + taps % 2)],
-                dimension_numbers=("NWC", "WIO", "NWC"),
+                part, kernel, window_strides=(1,), padding=[(taps // 2, taps // 2 - 1 + taps % 2)], dimension_numbers=("NWC", "WIO", "NWC")
             )
             for part, kernel in zip(inputs, kernels, strict=True)
         ]

@@ -103,15 +103,7 @@ class Linear(nnx.Module):
     W may be held in int8 (see `int8`); the bias, A and B never are.
     """
 
-    def __init__(
-        self,
-        make: ParamFactory,
-        inputs: int,
-        outputs: int,
-        axes: tuple[str | None, str | None],
-        *,
-        bias: bool = True,
-    ):
+    def __init__(self, make: ParamFactory, inputs: int, outputs: int, axes: tuple[str | None, str | None], *, bias: bool = True):
         lora = make.lora
         self.axes = axes
         self.weights = make.weights

@@ -15,12 +15,7 @@ from omni_jax.objectives.infonce import AxisName, all_rows, check_pairs, cosines
 
 
 def sigmoid_contrast(
-    a: jax.Array,
-    b: jax.Array,
-    *,
-    temperature: float | jax.Array,
-    bias: float | jax.Array,
-    axis_name: AxisName | None = None,
+    a: jax.Array, b: jax.Array, *, temperature: float | jax.Array, bias: float | jax.Array, axis_name: AxisName | None = None
 ) -> jax.Array:
     """Returns the mean over rows of the sum over columns of -log sigmoid(y (cosine / temperature + bias)): a float32 scalar.
 

@@ -50,12 +50,7 @@ def abstract_state(step: TrainStep, config: ModelConfig, stored: Any = jnp.bfloa
 
 
 def planned_batch(
-    config: ModelConfig,
-    preset: Preset,
-    kind: StepKind,
-    *,
-    caption_tokens: int = CAPTION_TOKENS,
-    row_multiple: int = 8,
+    config: ModelConfig, preset: Preset, kind: StepKind, *, caption_tokens: int = CAPTION_TOKENS, row_multiple: int = 8
 ) -> tuple[StepKind, BatchShapes]:
     """Returns a kind with the layout of its rows, and its static sizes, for square frames, full audio and captions of so many tokens.
 
@@ -164,11 +159,7 @@ def abstract_encoder_batch(config: ModelConfig, preset: Preset, clips: int, capt
     media["beats"] = dataclasses.replace(media["beats"], max_tokens=heard)
     batches: dict[str, Any] = {tower.name: (_items(tower, media[tower.name], array),) * tower.runs(config) for tower in TOWERS}
     return EncoderBatch(
-        **batches,
-        rows=(_row_batch(array, (rows,), size, slots),),
-        owners=(array(rows, slots, 2),),
-        used_tokens=0,
-        total_tokens=0,
+        **batches, rows=(_row_batch(array, (rows,), size, slots),), owners=(array(rows, slots, 2),), used_tokens=0, total_tokens=0
     )
 
 

@@ -117,12 +117,7 @@ def _duplicates(rows: np.ndarray | StoredRows, scale: np.ndarray) -> np.ndarray:
 
 
 def rank_pair(
-    a: Vectors,
-    b: Vectors,
-    relevance: tuple[Sequence, Sequence] | None = None,
-    *,
-    chunk: int | None = None,
-    mesh: Mesh | None = None,
+    a: Vectors, b: Vectors, relevance: tuple[Sequence, Sequence] | None = None, *, chunk: int | None = None, mesh: Mesh | None = None
 ) -> tuple[Ranks, Ranks]:
     """Returns the ranks of a's rows in gallery b and of b's rows in gallery a, from one pass over the cosine matrix.
 

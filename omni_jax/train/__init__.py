@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING
 from omni_jax.config.public_names import loaded_when_used
 
 if TYPE_CHECKING:
-    from omni_jax.train.batch import (
-        BatchShapes,
-        TrainBatch,
-        fit_shapes,
-        pack_micro_batch,
-        pack_update,
-        place_batch,
-        stack_micro_batches,
-    )
+    from omni_jax.train.batch import BatchShapes, TrainBatch, fit_shapes, pack_micro_batch, pack_update, place_batch, stack_micro_batches
     from omni_jax.train.optimizer import OptimizerConfig
     from omni_jax.train.plan import LossConfig, kinds_of_update, step_kind
     from omni_jax.train.run_config import RunConfig

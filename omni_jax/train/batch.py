@@ -19,18 +19,7 @@ from omni_jax.config import ModelConfig
 from omni_jax.parallel import batch_axes, batch_shards
 from omni_jax.tokens.packing import Group, MediaRows, row_batch
 from omni_jax.towers import TOWERS, in_turn, media_tokens, table_rows, towers_of
-from omni_jax.types import (
-    AudioBatch,
-    BatchShapes,
-    BeatsBatch,
-    Example,
-    InputError,
-    MediaBatch,
-    MicroBatch,
-    RowBatch,
-    StepKind,
-    VisionBatch,
-)
+from omni_jax.types import AudioBatch, BatchShapes, BeatsBatch, Example, InputError, MediaBatch, MicroBatch, RowBatch, StepKind, VisionBatch
 
 for record in (VisionBatch, AudioBatch, BeatsBatch, MediaBatch, RowBatch):  # here, so that who packs without training needs no JAX
     names = [field.name for field in dataclasses.fields(record)]

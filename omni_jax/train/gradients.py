@@ -126,15 +126,7 @@ class Forward:
         return run_towers(self.model(jax.lax.stop_gradient(trainable), frozen), batch.clips, towers)
 
     def embed(
-        self,
-        trainable: Arrays,
-        frozen: Arrays,
-        batch: TrainBatch,
-        kept: Features,
-        kind: StepKind,
-        key: jax.Array | None,
-        *,
-        hard: bool,
+        self, trainable: Arrays, frozen: Arrays, batch: TrainBatch, kept: Features, kind: StepKind, key: jax.Array | None, *, hard: bool
     ) -> Embeddings:
         """Returns the embeddings of a micro-batch, those of hard negatives with rows of their own only where `hard` is set."""
         model = self.model(trainable, frozen)

@@ -99,13 +99,7 @@ def embed_streams(
 
 
 def embed_hard_negatives(
-    model: Encoder,
-    batch: TrainBatch,
-    features: Features,
-    kind: StepKind,
-    *,
-    dropout_key: jax.Array | None = None,
-    attention: str = "plain",
+    model: Encoder, batch: TrainBatch, features: Features, kind: StepKind, *, dropout_key: jax.Array | None = None, attention: str = "plain"
 ) -> jax.Array:
     """Returns z of the hard negatives that have rows of their own, (B, D) float32, without gradient.
 

@@ -109,13 +109,7 @@ def _refused_and_gone_on_with(
     outcome.notes.append(f"a {what} says: {last.replace(os.fspath(workdir), 'WORKDIR')}")
 
 
-def one_of_two(
-    outcome: Outcome,
-    folder: Path,
-    command: Callable[..., list[str]],
-    around: dict[str, str],
-    rng: np.random.Generator,
-) -> None:
+def one_of_two(outcome: Outcome, folder: Path, command: Callable[..., list[str]], around: dict[str, str], rng: np.random.Generator) -> None:
     """Kills one and then the other of two processes that train together: the one left ends by itself, and both are started again."""
 
     def pair(name: str) -> list[subprocess.Popen[str]]:

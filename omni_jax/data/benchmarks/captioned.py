@@ -17,16 +17,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from omni_jax.data.benchmarks.items import (
-    Annotations,
-    Item,
-    PathLike,
-    columns_for,
-    read_captions,
-    read_csv,
-    read_json,
-    read_text,
-)
+from omni_jax.data.benchmarks.items import Annotations, Item, PathLike, columns_for, read_captions, read_csv, read_json, read_text
 from omni_jax.io.messages import lines_of_text
 from omni_jax.types import InputError
 

@@ -42,13 +42,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 }
 
 
-def read_annotations(
-    name: str,
-    path: PathLike,
-    *,
-    split: PathLike | None = None,
-    columns: Mapping[str, str] | None = None,
-) -> Annotations:
+def read_annotations(name: str, path: PathLike, *, split: PathLike | None = None, columns: Mapping[str, str] | None = None) -> Annotations:
     """Returns the clips of a benchmark's annotation file.
 
     Args:
