@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 import numpy as np
 
 from omni_jax.retrieval.directions import DIRECTIONS, possible
+from omni_jax.retrieval.rows import paired_cosines
 from omni_jax.retrieval.search import Index
 from omni_jax.types import EmbeddingTable, InputError
 
@@ -119,7 +120,7 @@ def mine(
             relevant = np.array([place[queries[row]] for row in part])
             looked = config.range_max + 1 + min(sum(label.most(part) for label in equal.values()), MOST_EQUAL)
             cosines, found = search(table.tables[asking][part], min(looked, len(gallery)))
-            positive = _cosines(table.tables[asking][part], table.tables[asked][relevant])
+            positive = paired_cosines(table.tables[asking][part], table.tables[asked][relevant])
             for i, kept in enumerate(_kept(cosines, found, part, relevant, positive, equal, config, removed)):
                 if not len(kept):
                     mined.without[name] += 1
@@ -185,12 +186,6 @@ def _kept(
 
 def _exact(gallery: np.ndarray) -> Nearest:
     return Index(gallery, "gallery").search
-
-
-def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Returns the cosine (Q,) of each row of one table with that of the other."""
-    a, b = left.astype(np.float64), right.astype(np.float64)
-    return np.vecdot(a, b) / np.sqrt(np.vecdot(a, a) * np.vecdot(b, b))
 
 
 def _numbered(labels: Mapping[str, Hashable]) -> dict[str, int]:

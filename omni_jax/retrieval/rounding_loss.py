@@ -9,6 +9,7 @@ import numpy as np
 
 from omni_jax.retrieval.directions import possible
 from omni_jax.retrieval.metrics import evaluate
+from omni_jax.retrieval.rows import paired_cosines
 from omni_jax.types import EmbeddingTable
 
 NOTABLE = 2.0
@@ -54,7 +55,7 @@ def rounding_loss(rounded: EmbeddingTable, exact: EmbeddingTable) -> RoundingLos
     """Returns what was lost, over the records and tables that both have; there must be some."""
     ids = tuple(sorted({*rounded.ids} & {*exact.ids}))
     some, other = (_restricted(table, ids) for table in (rounded, exact))
-    cosines = {name: float(_cosines(some.tables[name], other.tables[name]).min()) for name in some.tables.keys() & other.tables.keys()}
+    cosines = {name: float(paired_cosines(some.tables[name], other.tables[name]).min()) for name in some.tables.keys() & other.tables.keys()}
     table = min(sorted(cosines), key=lambda name: cosines[name])
     exactly, roughly = (_rates(one) if possible(cosines) else {} for one in (other, some))
     return RoundingLoss(len(ids), cosines[table], table, exactly, roughly)
@@ -77,7 +78,3 @@ def _restricted(table: EmbeddingTable, ids: Sequence[str]) -> EmbeddingTable:
     own = {name: tuple(record for record in ids if record in place) for name, place in places.items()}
     tables = {name: table.tables[name][[places[name][record] for record in having]] for name, having in own.items() if having}
     return EmbeddingTable(tuple(ids), tables, own={name: own[name] for name in tables if len(own[name]) < len(ids)})
-
-
-def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.vecdot(a, b) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))

@@ -148,6 +148,12 @@ def similarity(a: Any, b: Any, *, pairwise: bool = False) -> np.ndarray:
     return np.vecdot(one, other)
 
 
+def paired_cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Returns the cosine (N,) float64 of each row of one table with that of the other. They must not be zero."""
+    a, b = left.astype(np.float64), right.astype(np.float64)
+    return np.vecdot(a, b) / np.sqrt(np.vecdot(a, a) * np.vecdot(b, b))
+
+
 def unit_rows(rows: np.ndarray) -> np.ndarray:
     """Returns rows scaled to length 1; zeros stay zeros."""
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-12))
