@@ -55,7 +55,8 @@ def rounding_loss(rounded: EmbeddingTable, exact: EmbeddingTable) -> RoundingLos
     """Returns what was lost, over the records and tables that both have; there must be some."""
     ids = tuple(sorted({*rounded.ids} & {*exact.ids}))
     some, other = (_restricted(table, ids) for table in (rounded, exact))
-    cosines = {name: float(paired_cosines(some.tables[name], other.tables[name]).min()) for name in some.tables.keys() & other.tables.keys()}
+    both = some.tables.keys() & other.tables.keys()
+    cosines = {name: float(paired_cosines(some.tables[name], other.tables[name]).min()) for name in both}
     table = min(sorted(cosines), key=lambda name: cosines[name])
     exactly, roughly = (_rates(one) if possible(cosines) else {} for one in (other, some))
     return RoundingLoss(len(ids), cosines[table], table, exactly, roughly)
