@@ -78,7 +78,7 @@ class _Pool:
     """Children that decode, one a thread, as those of `media.workers.run_guarded`, which ends its own with every call."""
 
     def __init__(self, processes: int, timeout_s: float):
-        self._guarded = Guarded(prepare_record, timeout_s, must_start=True)
+        self._guarded = Guarded(prepare_record, timeout_s)
         self._threads, self._ahead = ThreadPoolExecutor(processes), 2 * processes
 
     def outcomes(self, items: Iterable[Any]) -> Generator[tuple[Any, Any]]:

@@ -66,7 +66,7 @@ def decode(key: str, box: list[Any], record: Record) -> tuple[Status, TokenizedC
         check_code(setup.stamp)
         function = functools.partial(record_features, preset=setup.preset, modalities=setup.needed)
         _held.clear()
-        _held[key] = setup, Guarded(function, setup.timeout_s, must_start=True)
+        _held[key] = setup, Guarded(function, setup.timeout_s)
     setup, guarded = _held[key]
     media = setup.needed & record.modalities - {"t"}
     features = (guarded.outcome if media else guarded.unguarded)(record, media_name(record))

@@ -11,8 +11,6 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
-import ctypes
-import functools
 import itertools
 import json
 import math
@@ -21,7 +19,6 @@ import pickle
 import queue
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -46,9 +43,13 @@ ALIKE = 5
 
 _OURS = (TypeError, AttributeError, NameError, ImportError, NotImplementedError, AssertionError, RecursionError)  # no file raises these
 _JOIN_LIMIT_S = 10.0
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _ORPHAN_GRACE_S = 2.0  # a hung child ends itself this long after its parent should have done so
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from omni_jax.media.workers import _serve; _serve(int(sys.argv[1]))"
+
+
+_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # the processes are the parallelism
+# glibc keeps up to 256 MiB of freed memory for the next clip: what the kernel takes back it zeroes before it gives it again.
+_ENVIRONMENT |= {"MALLOC_TRIM_THRESHOLD_": str(256 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
 
 
 class OwnFault(ClipError):
@@ -94,8 +95,7 @@ def run_guarded(
         raise InputError(f"time limit {timeout_s}: must be a positive number of seconds")
     if workers == 0:
         return stop_at_our_fault((item, _attempt(function, item, name(item))) for item in items)
-    guarded = Guarded(function, timeout_s, must_start=True)
-    return stop_at_our_fault(_in_order(guarded, items, workers, name, in_flight or 4 * workers, here))
+    return stop_at_our_fault(_in_order(Guarded(function, timeout_s), items, workers, name, in_flight or 4 * workers, here))
 
 
 def stop_at_our_fault(outcomes: Generator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
@@ -118,17 +118,20 @@ def stop_at_our_fault(outcomes: Generator[tuple[Any, Any]]) -> Iterator[tuple[An
 
 
 def _in_order(
-    guarded: Guarded,
-    items: Iterable[Any],
-    workers: int,
-    name: Callable[[Any], str],
-    in_flight: int,
-    here: Callable[[Any], bool] | None,
+    guarded: Guarded, items: Iterable[Any], workers: int, name: Callable[[Any], str], in_flight: int, here: Callable[[Any], bool] | None
 ) -> Generator[tuple[Any, Any]]:
     """Yields items and outcomes. Threads of this process make the calls, each with a child of its own: a thread can wait under a limit."""
     source, tasks = iter(items), queue.SimpleQueue[tuple[Future[Any], Any] | None]()
     waiting: collections.deque[tuple[Any, Future[Any]]] = collections.deque()
     threads: list[threading.Thread] = []
+
+    def work() -> None:
+        while (task := tasks.get()) is not None:
+            try:
+                task[0].set_result(guarded.outcome(task[1], name(task[1])))
+            except BaseException as failure:  # not one item's fault: the consumer must hear of it, or it would wait for ever
+                task[0].set_exception(failure)
+
     atexit.register(guarded.close)  # an iterator that was not closed must not leave a hung child behind
     try:
         while True:
@@ -139,7 +142,7 @@ def _in_order(
                     continue
                 tasks.put((waiting[-1][1], item))
                 if len(threads) < workers:
-                    threads.append(threading.Thread(target=_work, args=(guarded, tasks, name), name=f"decode-{len(threads)}", daemon=True))
+                    threads.append(threading.Thread(target=work, name=f"decode-{len(threads)}", daemon=True))
                     threads[-1].start()
             if not waiting:
                 return
@@ -155,26 +158,15 @@ def _in_order(
         atexit.unregister(guarded.close)
 
 
-def _work(guarded: Guarded, tasks: queue.SimpleQueue[tuple[Future[Any], Any] | None], name: Callable[[Any], str]) -> None:
-    try:
-        while (task := tasks.get()) is not None:
-            try:
-                task[0].set_result(guarded.outcome(task[1], name(task[1])))
-            except BaseException as failure:  # not one item's fault: the consumer must hear of it, or it would wait for ever
-                task[0].set_exception(failure)
-    finally:
-        guarded.end_own()
-
-
 class Guarded:
     """A function whose calls run in a child process under a time limit, one child for each thread that calls.
 
     Can be pickled: a copy starts children of its own.
     """
 
-    def __init__(self, function: Callable[[Any], Any], timeout_s: float, *, must_start: bool = False) -> None:
-        """Takes what `run_guarded` takes; `must_start`: a child that cannot start is no fault of its item (RuntimeError)."""
-        self._args = function, timeout_s, must_start
+    def __init__(self, function: Callable[[Any], Any], timeout_s: float) -> None:
+        """Takes what `run_guarded` takes."""
+        self._args = function, timeout_s
         self._local = threading.local()
         self._children: weakref.WeakSet[_Child] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -193,33 +185,24 @@ class Guarded:
 
     def outcome(self, item: Any, name: str) -> Any:
         """Returns function(item), or a ClipError that says why there is no result."""
-        timeout_s, why = self._args[1], ""
+        why = ""
         for _ in range(2):
-            child: _Child | None = getattr(self._local, "child", None)
-            self._local.child = None  # an interrupted call leaves a child that still owes an answer: it is not used again
+            # An interrupted call leaves a child that still owes an answer: it is not used again.
+            child, self._local.child = getattr(self._local, "child", None) or self._start(), None
             try:
-                child = child or self._start()
-                got = child.call(item, name, timeout_s)
-                self._local.child = child
+                self._local.child, got = child, child.call(item, name, self._args[1])
                 return got
             except TimeoutError as error:
-                why = f"decoding {error} and was stopped; re-encode the file or raise --timeout"
-                again = False
+                return ClipError(f"{name}: decoding {error} and was stopped; re-encode the file or raise --timeout")
             except (EOFError, OSError):
-                ending = child.ending() if child else "did not start"
-                why = f"the decoding process {ending}; the file is damaged or needs more memory than there is: re-encode it"
+                why = child.ending()
                 # No file sends SIGKILL: somebody did, or the kernel when memory ran out, perhaps another process's. Once more, then.
-                again = child is not None and child.process.returncode == -signal.SIGKILL
-            if child:
-                child.end()
-            if not again:
-                break
-        return ClipError(f"{name}: {why}")
-
-    def end_own(self) -> None:
-        """Ends the child of the thread that calls."""
-        if child := getattr(self._local, "child", None):
-            child.end()
+                if child.process.returncode != -signal.SIGKILL:
+                    break
+            finally:
+                if not self._local.child:
+                    child.end()
+        return ClipError(f"{name}: the decoding process {why}; the file is damaged or needs more memory than there is: re-encode it")
 
     def close(self) -> None:
         """Kills all children, whose threads then get no result; no other child starts."""
@@ -229,39 +212,22 @@ class Guarded:
                 child.process.kill()
 
     def _start(self) -> _Child:
-        function, timeout_s, must_start = self._args
-        try:
-            with self._lock:
-                if self._closing:
-                    raise RuntimeError("no process is started for a pool that closes")
-                child = _Child()
-                self._children.add(child)
-        except OSError as error:
-            if must_start:
+        with self._lock:
+            if self._closing:
+                raise RuntimeError("no process is started for a pool that closes")
+            try:
+                self._children.add(child := _Child())
+            except OSError as error:  # no fault of its item
                 raise RuntimeError(f"a decoding process could not start: {error}; use fewer workers") from None
-            raise
-        # Ends with its thread, with this object or with the process, whichever comes first.
-        weakref.finalize(child, _end, child.process, child.socket)
-        try:
-            child.begin(function, timeout_s)
-        except BaseException:
-            child.end()
-            raise
+        child.begin(*self._args)
         return child
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(Guarded, must_start=self._args[2]), self._args[:2]
-
-
-def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
-    process.kill()
-    connection.close()
-    with contextlib.suppress(subprocess.TimeoutExpired):  # a process in an uninterruptible read dies when the read ends
-        process.wait(_JOIN_LIMIT_S)
+        return Guarded, self._args
 
 
 class _Child:
-    """One process and the socket to it."""
+    """One process and the pipe to it."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
@@ -271,36 +237,37 @@ class _Child:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                # One thread each: the processes are the parallelism.
-                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+                env=os.environ | _ENVIRONMENT,
                 process_group=0,  # Ctrl-C is for the parent, which ends its children itself
             )
-        self.socket = ours
+        self._pipe = _Pipe(ours)
+        # Called when it is done with, or when its thread ends, the pool or this process, whichever comes first.
+        self.end = weakref.finalize(self, _end, self.process, ours)
 
     def begin(self, function: Any, timeout_s: float) -> None:
         """Hands over the function. Raises RuntimeError when the child cannot import it."""
         try:
-            deadline = time.monotonic() + START_LIMIT_S
-            _send(self.socket, (function, timeout_s), deadline)
-            problem = _receive(self.socket, deadline)
+            self._pipe.send((function, timeout_s), START_LIMIT_S)
+            problem = self._pipe.receive(START_LIMIT_S)
         except (EOFError, OSError) as error:
             problem = f"{self.ending()} ({type(error).__name__})"
         if problem:
+            self.end()
             raise RuntimeError(f"a decoding process could not start: {problem}")
 
     def call(self, item: Any, name: str, timeout_s: float) -> Any:
         """Returns what the function gave. Raises TimeoutError past the limit, EOFError or OSError when the process is gone."""
         latest = time.monotonic() + LONGEST * timeout_s
-        reason, deadline = "took longer than", time.monotonic() + timeout_s
+        said, limit = "took longer than", timeout_s
         try:
-            _send(self.socket, (item, name), deadline)
-            while isinstance(got := _receive(self.socket, deadline), _GoesOn):
-                reason, deadline = "stood still for", min(time.monotonic() + timeout_s, latest)
+            self._pipe.send((item, name), limit)
+            while not (got := self._pipe.receive(limit)):
+                said, limit = "stood still for", max(1e-3, min(timeout_s, latest - time.monotonic()))
+            return got[0]
         except TimeoutError:
-            if deadline == latest:
-                reason, timeout_s = "took longer than", LONGEST * timeout_s
-            raise TimeoutError(f"{reason} {timeout_s:g} s") from None
-        return got
+            if limit < timeout_s:
+                said, timeout_s = "took longer than", LONGEST * timeout_s
+            raise TimeoutError(f"{said} {timeout_s:g} s") from None
 
     def ending(self) -> str:
         """Says how the process ended."""
@@ -308,19 +275,43 @@ class _Child:
             status = self.process.wait(1.0)
         except subprocess.TimeoutExpired:
             return "closed its connection"
-        if status >= 0:
-            return f"ended with status {status}"
-        return f"was killed by {signal.Signals(-status).name}"
+        return f"ended with status {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}"
 
-    def end(self) -> None:
-        _end(self.process, self.socket)
+
+def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
+    process.kill()
+    connection.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a process in an uninterruptible read dies when the read ends
+        process.wait(_JOIN_LIMIT_S)
 
 
 # ------------------------------------------------------------------------------------------------------------- both processes
 
 
-class _GoesOn:
-    """What a child sends while it works."""
+class _Pipe:
+    """Values over a socket, pickled; arrays without a copy. Limits are seconds without a byte: TimeoutError. EOFError where it ends."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket, self._reader = connection, connection.makefile("rb")
+
+    def send(self, value: Any, limit: float | None = None) -> None:
+        arrays: list[pickle.PickleBuffer] = []
+        body = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
+        self._socket.settimeout(limit)
+        with self._socket.makefile("wb") as writer:
+            pickle.dump((body, [array.raw().nbytes for array in arrays]), writer)
+            writer.writelines(array.raw() for array in arrays)
+
+    def receive(self, limit: float | None = None) -> Any:
+        self._socket.settimeout(limit)
+        try:
+            body, sizes = pickle.load(self._reader)
+        except pickle.UnpicklingError as error:  # in the middle
+            raise EOFError from error
+        arrays = [np.empty(size, np.uint8) for size in sizes]  # not a bytearray: this one is not filled with zeros first
+        if any(self._reader.readinto(array.data) < array.size for array in arrays):
+            raise EOFError
+        return pickle.loads(body, buffers=arrays)
 
 
 _progress: Callable[[], None] = lambda: None  # noqa: E731 - in a child: reports to the parent
@@ -351,94 +342,43 @@ def _attempt(function: Any, item: Any, name: str) -> Any:
         return fault
 
 
-_HEAD = struct.Struct("<QI")  # bytes of the pickle, number of arrays sent after it
-_SIZE = struct.Struct("<Q")
-
-
-def _send(connection: socket.socket, value: Any, deadline: float) -> None:
-    buffers: list[pickle.PickleBuffer] = []
-    body = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-    arrays = [buffer.raw() for buffer in buffers]
-    head = _HEAD.pack(len(body), len(arrays)) + b"".join(_SIZE.pack(array.nbytes) for array in arrays)
-    for part in (head, body, *arrays):
-        connection.settimeout(_left(deadline))
-        connection.sendall(part)
-
-
-def _receive(connection: socket.socket, deadline: float) -> Any:
-    length, count = _HEAD.unpack(_read(connection, _HEAD.size, deadline))
-    sizes = [_SIZE.unpack(_read(connection, _SIZE.size, deadline))[0] for _ in range(count)]
-    body = _read(connection, length, deadline)
-    return pickle.loads(body, buffers=[_read(connection, size, deadline) for size in sizes])
-
-
-def _read(connection: socket.socket, size: int, deadline: float) -> memoryview:
-    data = np.empty(size, np.uint8).data  # not a bytearray: this one is not filled with zeros first
-    at = 0
-    while at < size:
-        connection.settimeout(_left(deadline))
-        got = connection.recv_into(data[at:])
-        if not got:
-            raise EOFError
-        at += got
-    return data
-
-
-def _left(deadline: float) -> float | None:
-    if deadline == math.inf:
-        return None
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep up to 256 MiB of freed memory for the next clip: what the kernel takes back it zeroes before it gives it again."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
-
-
 def _serve(descriptor: int) -> None:
     """Life of a child: receive the function, then item after item, until the parent closes the socket."""
-    keep_freed_memory()
     # An orphan that hangs in C code is ended by the kernel: the default action of an alarm needs no Python.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     # A terminal's Ctrl-C goes to this process too; it ends with its parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with socket.socket(fileno=descriptor) as connection:
-        try:
-            function, timeout_s = _receive(connection, math.inf)
-        except EOFError:
-            return
-        except Exception as error:
-            _send(connection, " ".join(f"{type(error).__name__}: {error}".split()), math.inf)
-            return
-        reported = 0.0
+    pipe = _Pipe(socket.socket(fileno=descriptor))
+    try:
+        function, timeout_s = pipe.receive()
+    except EOFError:
+        return
+    except Exception as error:
+        pipe.send(" ".join(f"{type(error).__name__}: {error}".split()))
+        return
+    reported = 0.0
 
-        def report() -> None:
-            nonlocal reported
-            if (now := time.monotonic()) - reported > min(1.0, timeout_s / 4):
-                reported = now
-                signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_GRACE_S)
-                try:
-                    _send(connection, _GoesOn(), math.inf)
-                except OSError:  # the parent is gone
-                    os._exit(1)
+    def report() -> None:
+        nonlocal reported
+        if (now := time.monotonic()) - reported > min(1.0, timeout_s / 4):
+            reported = now
+            signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_GRACE_S)
+            try:
+                pipe.send(())
+            except OSError:  # the parent is gone
+                os._exit(1)
 
-        global _progress
-        _progress = report
-        with contextlib.suppress(EOFError, OSError):
-            _send(connection, "", math.inf)
-            while True:
-                item, name = _receive(connection, math.inf)
-                reported = time.monotonic()
-                signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_GRACE_S)
-                outcome = _attempt(function, item, name)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                try:
-                    _send(connection, outcome, math.inf)
-                except (pickle.PicklingError, TypeError, AttributeError) as error:
-                    _send(connection, ClipError(f"{name}: the result cannot be handed over ({error})"), math.inf)
+    global _progress
+    _progress = report
+    with contextlib.suppress(EOFError, OSError):
+        pipe.send("")
+        while True:
+            item, name = pipe.receive()
+            reported = time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_GRACE_S)
+            outcome = _attempt(function, item, name)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            try:
+                pipe.send((outcome,))
+            except (pickle.PicklingError, TypeError, AttributeError) as error:
+                pipe.send((ClipError(f"{name}: the result cannot be handed over ({error})"),))

@@ -12,6 +12,8 @@ Run alone: python -m tools.benchmarks --only media
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import tempfile
 import time
@@ -29,7 +31,6 @@ from omni_jax.data.loading import load_training_clip, training_features
 from omni_jax.data.shards import ShardWriter, encode_clip
 from omni_jax.media.audio import read_waveform
 from omni_jax.media.video import read_frames
-from omni_jax.media.workers import keep_freed_memory
 from omni_jax.types import Features, Record
 
 FPS, SECONDS, FRAMES, RATE = 24, 10, 8, 16_000
@@ -122,6 +123,14 @@ def processed(clip: Path, sound: Path) -> tuple[np.ndarray, np.ndarray]:
     return pictures(images=list(decord_frames(clip)), return_tensors="np")["pixel_values"], made["input_features"]
 
 
+def _keep_freed_memory() -> None:
+    """As `media.workers` has it in the processes that decode."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+
+
 @functools.cache
 def _processors() -> tuple[Any, Any]:
     import torch
@@ -130,7 +139,7 @@ def _processors() -> tuple[Any, Any]:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     threadpool_limits(1)  # as in the processes that decode
-    keep_freed_memory()
+    _keep_freed_memory()
     torch.set_num_threads(1)
     smallest, largest = TRAINING.areas
     return Qwen2VLImageProcessorPil(size={"shortest_edge": smallest, "longest_edge": largest}), WhisperFeatureExtractor(feature_size=128)
