@@ -196,7 +196,6 @@ class _Parser:
 
     def video(self, value: Any, times: tuple[float, float] | None) -> tuple[Path | None, VideoFrames | None]:
         from omni_jax.media.arrays import PICTURE_FPS, sampled_frames
-        from omni_jax.media.sampling import FrameRule
 
         rate: Any = None
         if isinstance(value, Mapping):
@@ -225,15 +224,14 @@ class _Parser:
                 rate = PICTURE_FPS
                 if count > 1:
                     self.notes.append(f'frames without a rate are taken as {rate:g} a second; say it as {{"array": frames, "fps": rate}}')
-        return None, sampled_frames(fetch, count, rate, FrameRule.of(self.preset), times, "its video")
+        return None, sampled_frames(fetch, count, rate, self.preset, times, "its video")
 
     def image(self, value: Any) -> tuple[Path | None, VideoFrames | None]:
         from omni_jax.media.arrays import PICTURE_FPS, sampled_frames
-        from omni_jax.media.sampling import FrameRule
 
         if isinstance(value, str | bytes | bytearray | os.PathLike | Mapping) or hasattr(value, "read"):
             return self.file(value, "image"), None
-        return None, sampled_frames(lambda _: [value], 1, PICTURE_FPS, FrameRule.of(self.preset), None, "its image")
+        return None, sampled_frames(lambda _: [value], 1, PICTURE_FPS, self.preset, None, "its image")
 
     def audio(self, value: Any) -> tuple[Path | None, tuple[np.ndarray, int] | None]:
         from omni_jax.media.arrays import sound

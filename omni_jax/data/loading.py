@@ -66,11 +66,10 @@ def load_clip(record: Record, preset: Preset, modalities: frozenset[str], fitted
     warnings: tuple[str, ...] = ()
     silent = False
     if "v" in modalities and record.video is not None:
-        from omni_jax.media.sampling import FrameRule
         from omni_jax.media.video import read_frames
 
         options = {"fit": functools.partial(_fitted, record, preset)} if fitted else {}
-        video = read_frames(record.video, FrameRule.of(preset), record.timestamps, preset.video_track, **options)
+        video = read_frames(record.video, preset, record.timestamps, preset.video_track, **options)
         warnings = video.warnings
     if "a" in modalities and record.audio is not None:
         from omni_jax.media.audio import read_waveform
@@ -113,10 +112,9 @@ def load_item(item: Item, preset: Preset) -> Clip:
     video, waveform = clip.video, clip.waveform
     if image is not None:
         from omni_jax.media.arrays import PICTURE_FPS, read_picture, sampled_frames
-        from omni_jax.media.sampling import FrameRule
 
         picture = read_picture(image)
-        video = sampled_frames(lambda _: [picture], 1, PICTURE_FPS, FrameRule.of(preset), None, str(image))
+        video = sampled_frames(lambda _: [picture], 1, PICTURE_FPS, preset, None, str(image))
     elif item.frames is not None:
         video = item.frames
     if video is not None and video is not clip.video:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from omni_jax.media.sampling import FrameRule, sample_indices
+from omni_jax.config import Preset
+from omni_jax.media.sampling import sample_indices
 from omni_jax.types import ClipError, VideoFrames
 
 PICTURE_FPS = 24.0
@@ -27,9 +28,9 @@ _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
 
 
 def sampled_frames(
-    fetch: Callable[[list[int]], Sequence[Any]], count: int, fps: float, rule: FrameRule, timestamps: tuple[float, float] | None, name: str
+    fetch: Callable[[list[int]], Sequence[Any]], count: int, fps: float, rule: Preset, timestamps: tuple[float, float] | None, name: str
 ) -> VideoFrames:
-    """Returns the frames that a rule takes of n frames in memory, each once: `frame_index` gives their places (`repeated`).
+    """Returns the frames that a preset takes of n frames in memory, each once: `frame_index` gives their places (`repeated`).
 
     Args:
       fetch: gives the frames of some numbers, each a picture as `picture` takes it.

@@ -6,19 +6,20 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import os
+import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import av
 import numpy as np
 import soxr
 from av.audio.plane import AudioPlane
 
-from omni_jax.media.parts import open_bytes
+from omni_jax.media.parts import PathLike, open_bytes
 from omni_jax.media.source import AvError, Decoding, check_complete, choose_track, open_container, other_codec, tracks
 from omni_jax.types import ClipError
 
+Interval: TypeAlias = "tuple[float, float] | None"
 SAMPLE_RATE = 16_000  # Hz
 SHORTEST = SAMPLE_RATE  # samples: no waveform is shorter than one second
 SILENCE_SECONDS = 8.0  # stands for a missing track where the preset names no length, as in training
@@ -56,13 +57,13 @@ class Waveform:
 
 
 def read_waveform(
-    path: os.PathLike[str] | str,
+    path: PathLike,
     *,
     seconds: float = 8.0,
     pad: bool = True,
     crop: str = "first",
     channels: str = "first",
-    timestamps: tuple[float, float] | None = None,
+    timestamps: Interval = None,
     track: int = -1,
     start: str = "clip",
 ) -> Waveform:
@@ -100,30 +101,24 @@ def read_waveform(
         return Waveform(np.zeros(max(length, SHORTEST), np.float32), (f"{path}: {error}; silence is used instead",), silent=True)
 
 
-def array_waveform(
-    samples: np.ndarray,
-    rate: int,
-    name: str,
-    *,
-    seconds: float = 8.0,
-    pad: bool = True,
-    crop: str = "first",
-    channels: str = "first",
-    timestamps: tuple[float, float] | None = None,
-) -> Waveform:
+def array_waveform(samples: np.ndarray, rate: int, name: str, *, channels: str = "first", **part: Any) -> Waveform:
     """Returns samples in memory as `read_waveform` returns those of a file.
 
     Args:
       samples: (N, channels) float32, finite.
       rate: Hz.
       name: what to call them in a message.
+      part: `seconds`, `pad`, `crop` and `timestamps`, as there.
 
     Raises:
       ClipError: when they end before the interval.
     """
     mixer = _Mixer(channels)
+    mono = mixer.mono(samples)
+    blocks = lambda start: (mono[at : at + _BLOCK] for at in range(start, len(mono), _BLOCK))  # noqa: E731
+    held = types.SimpleNamespace(rate=rate, longest=len(mono), length=lambda: len(mono), blocks=blocks)
     try:
-        return Waveform(_part(_Held(mixer.mono(samples), rate), seconds, pad, crop, timestamps), mixer.warnings(name))
+        return Waveform(_part(held, **part), mixer.warnings(name))
     except _Unreadable as error:
         raise ClipError(f"{name}: {error}; correct the interval") from None
 
@@ -148,27 +143,26 @@ class _Mixer:
         return (f"{name}: the first channel is silent, others are not; set channels=mean to hear them",)
 
 
-class _Held:
-    """Samples in memory with what `_cut` asks of a track."""
-
-    def __init__(self, samples: np.ndarray, rate: int) -> None:
-        self._samples, self.rate, self.longest = samples, rate, len(samples)
-
-    def length(self) -> int:
-        return self.longest
-
-    def blocks(self, start: int) -> Iterator[np.ndarray]:
-        yield from (self._samples[at : at + _BLOCK] for at in range(start, self.longest, _BLOCK))
-
-
 class _Unreadable(Exception):
     """A track that cannot be used; the message completes "FILE: ..."."""
 
 
-def _part(track: _Track | _Held, seconds: float, pad: bool, crop: str, timestamps: tuple[float, float] | None) -> np.ndarray:
-    """Returns the part of a track that is wanted, at 16 kHz, cropped and padded: (N,) float32."""
+def _part(track: Any, seconds: float = 8.0, pad: bool = True, crop: str = "first", timestamps: Interval = None) -> np.ndarray:
+    """Returns the part of a track, with what `_Track` has in public, that is wanted, at 16 kHz, cropped and padded: (N,) float32."""
     wanted = round(seconds * SAMPLE_RATE) if seconds > 0 else None
-    samples = _cut(track, wanted, crop, timestamps)
+    start, stop = (round(t * track.rate) for t in timestamps) if timestamps else (0, None)
+    longest = track.longest if stop is None else min(stop, track.longest)
+    if wanted is None or crop == "first":
+        samples = _resample(track, start, stop, wanted)
+    elif longest - start <= _CENTER_EXACT_SECONDS * track.rate:
+        whole = _resample(track, start, stop, None)
+        first = max(0, len(whole) - wanted) // 2
+        samples = whole[first : first + wanted].copy()
+    else:
+        end = track.length() if stop is None else min(stop, track.length())
+        span = math.ceil(wanted * track.rate / SAMPLE_RATE)
+        first = start + max(0, end - start - span) // 2
+        samples = _resample(track, first, first + span, wanted)
     return _filled(samples, max(SHORTEST, wanted if pad and wanted else 0))
 
 
@@ -177,23 +171,7 @@ def _filled(samples: np.ndarray, length: int) -> np.ndarray:
     return samples if len(samples) >= length else np.pad(samples, (0, length - len(samples)))
 
 
-def _cut(track: _Track | _Held, wanted: int | None, crop: str, timestamps: tuple[float, float] | None) -> np.ndarray:
-    """Returns the part of a track that is wanted, at 16 kHz: (N,) float32, N <= `wanted` where that is given."""
-    start, stop = (round(t * track.rate) for t in timestamps) if timestamps else (0, None)
-    if wanted is None or crop == "first":
-        return _resample(track, start, stop, wanted)
-    longest = track.longest if stop is None else min(stop, track.longest)
-    if longest - start <= _CENTER_EXACT_SECONDS * track.rate:
-        whole = _resample(track, start, stop, None)
-        first = max(0, len(whole) - wanted) // 2
-        return whole[first : first + wanted].copy()
-    end = track.length() if stop is None else min(stop, track.length())
-    span = math.ceil(wanted * track.rate / SAMPLE_RATE)
-    first = start + max(0, end - start - span) // 2
-    return _resample(track, first, first + span, wanted)
-
-
-def _resample(track: _Track | _Held, start: int, stop: int | None, wanted: int | None) -> np.ndarray:
+def _resample(track: Any, start: int, stop: int | None, wanted: int | None) -> np.ndarray:
     """Returns samples [start, stop) of a track at 16 kHz, at most `wanted` of them; decoding ends as soon as they are there."""
     stream = soxr.ResampleStream(track.rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ") if track.rate != SAMPLE_RATE else None
     parts: list[np.ndarray] = []
@@ -226,7 +204,7 @@ class _Track:
       longest: samples that the track may have at most, as far as the container can be trusted; infinite where it says nothing.
     """
 
-    def __init__(self, container: Any, path: os.PathLike[str] | str, channels: str, number: int, start: str) -> None:
+    def __init__(self, container: Any, path: PathLike, channels: str, number: int, start: str) -> None:
         stream = choose_track(container, "audio", number, path)
         if stream is None:
             raise _Unreadable("no audio track")
@@ -376,7 +354,7 @@ class _Track:
         raise ClipError(f"{self._path}: truncated: {ends}; fetch it again")
 
 
-def _mp3_seconds(path: os.PathLike[str] | str, rate: int) -> float | None:
+def _mp3_seconds(path: PathLike, rate: int) -> float | None:
     """Length that an mp3 file states in the header of the Xing, LAME or Fraunhofer encoders, None without one. FFmpeg guesses it then."""
     with open_bytes(path) as file:
         head = file.read(10)

@@ -3,45 +3,49 @@
 from __future__ import annotations
 
 import os
-from typing import IO, Any
+import re
+from typing import Any
 
 from omni_jax.io.messages import stands_for
-from omni_jax.media.parts import open_bytes
+from omni_jax.media.parts import PathLike, open_bytes
 
 
-def is_incomplete(path: os.PathLike[str] | str) -> bool | None:
+def is_incomplete(path: PathLike) -> bool | None:
     """Whether a file ends before its parts do; None where it may, as its sizes contradict each other.
 
     Knows Matroska and WebM, MP4 and MOV, AVI, WAV, RF64, W64 and AIFF, CAF, Ogg, ASF; False for everything else.
     """
     with open_bytes(path) as file:
         length = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        head = file.read(64)
-        if head[:4] == b"\x1aE\xdf\xa3":
-            return _matroska_end(head) > length
-        if head[4:8] in (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"free", b"skip"):
-            return _boxes_end(file, length, caf=False) > length
-        if head[:4] in (b"RF64", b"BW64") and head[12:16] == b"ds64":  # the sizes of the whole and of the samples
-            return min(int.from_bytes(head[20:28], "little"), int.from_bytes(head[28:36], "little")) > length
-        if head[:4] in (b"RIFF", b"FORM"):
-            end = _chunks_end(file, length, "little" if head[:4] == b"RIFF" else "big")
-            return None if end is None else end > length
-        if head[:4] == b"riff":  # W64
-            return int.from_bytes(head[16:24], "little") > length
-        if head[:4] == b"OggS":
-            return _ogg_end(file, length) > length
-        if head[:4] == b"caff":
-            return _boxes_end(file, length, caf=True) > length
-        if head[:4] == b"\x30\x26\xb2\x75":  # ASF: a header, whose size some writers of tags leave wrong, and the object of the packets
-            start = int.from_bytes(head[16:24], "little")
-            file.seek(min(start, length))
-            data = file.read(24)
-            return start > length or (data[:4] == b"\x36\x26\xb2\x75" and start + int.from_bytes(data[16:], "little") > length)
-    return False
+        end = _stated_end(file, length)
+    return None if end is None else end > length
 
 
-def advice(path: os.PathLike[str] | str) -> str:
+def _stated_end(file: Any, length: int) -> int | None:
+    """Where a file ends by the sizes in its headers, in bytes; 0 where these say nothing, None where they contradict each other."""
+    file.seek(0)
+    head = file.read(64)
+    if head[:4] == b"\x1aE\xdf\xa3":
+        return _matroska_end(head)
+    if head[4:8] in (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"free", b"skip") or head[:4] == b"caff":
+        return _boxes_end(file, length, caf=head[:4] == b"caff")
+    if head[:4] in (b"RF64", b"BW64") and head[12:16] == b"ds64":  # the sizes of the whole and of the samples
+        return min(int.from_bytes(head[20:28], "little"), int.from_bytes(head[28:36], "little"))
+    if head[:4] in (b"RIFF", b"FORM"):
+        return _chunks_end(file, length, "little" if head[:4] == b"RIFF" else "big")
+    if head[:4] == b"riff":  # W64
+        return int.from_bytes(head[16:24], "little")
+    if head[:4] == b"OggS":
+        return _ogg_end(file, length)
+    if head[:4] == b"\x30\x26\xb2\x75":  # ASF: a header, whose size some writers of tags leave wrong, and the object of the packets
+        start = int.from_bytes(head[16:24], "little")
+        file.seek(min(start, length))
+        data = file.read(24)
+        return start + int.from_bytes(data[16:], "little") if data[:4] == b"\x36\x26\xb2\x75" else start
+    return 0
+
+
+def advice(path: PathLike) -> str:
     """Says what to do about a file that FFmpeg does not know."""
     with open_bytes(path) as file:
         head = file.read(64)
@@ -54,24 +58,16 @@ def advice(path: os.PathLike[str] | str) -> str:
 
 def _matroska_end(head: bytes) -> int:
     """End of the Segment element in bytes; 0 where its size is left open, as in a live recording."""
-    size, start = _vint(head, 4)
-    segment = start + size
-    if head[segment : segment + 4] != b"\x18S\x80g":
+    found = re.search(rb"\x18S\x80g([^\0].{0,7})", head, re.DOTALL)
+    if found is None:
         return 0
-    size, start = _vint(head, segment + 4)
-    return 0 if size < 0 else start + size
+    width = 9 - found[1][0].bit_length()  # bytes of the size, which begins with as many bits, the last of them set
+    largest = (1 << 7 * width) - 1
+    size = int.from_bytes(found[1][:width], "big") & largest
+    return found.start(1) + width + size if size < largest else 0
 
 
-def _vint(data: bytes, at: int) -> tuple[int, int]:
-    """Reads an EBML size: (value, position after it); the value is -1 where all its bits are set (unknown) or the data end."""
-    if at >= len(data) or not data[at]:
-        return -1, at
-    width = 9 - data[at].bit_length()
-    value = int.from_bytes(data[at : at + width], "big") & ((1 << 7 * width) - 1)
-    return (-1 if value == (1 << 7 * width) - 1 else value), at + width
-
-
-def _boxes_end(file: IO[bytes], length: int, caf: bool) -> int:
+def _boxes_end(file: Any, length: int, caf: bool) -> int:
     """End of the last top-level MP4 box, or CAF chunk, that starts within the file."""
     at = 8 if caf else 0
     while at + 8 <= length:
@@ -94,7 +90,7 @@ _CHUNKS = frozenset({b"data", b"SSND", b"LIST", b"idx1"})
 _UNFILLED = 0x7FFF_F000  # bytes: what writers to a pipe leave as a size is above
 
 
-def _chunks_end(file: IO[bytes], length: int, order: Any) -> int | None:
+def _chunks_end(file: Any, length: int, order: Any) -> int | None:
     """End of the last chunk that starts within a RIFF or FORM file, or within one of the several lists of a long AVI.
 
     Writers leave the size of the whole list wrong, and that of a chunk unfilled, which counts as right. None where the samples of a sound
@@ -118,7 +114,7 @@ def _chunks_end(file: IO[bytes], length: int, order: Any) -> int | None:
     return at if at > length + 1 else length  # the padding byte of an odd size is often left out
 
 
-def _ogg_end(file: IO[bytes], length: int) -> int:
+def _ogg_end(file: Any, length: int) -> int:
     """End of the last page that starts within the file."""
     start = max(0, length - (1 << 17))  # a page has at most 65,307 bytes
     file.seek(start)

@@ -10,12 +10,12 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from omni_jax.media.parts import PathLike
 from omni_jax.media.source import AvError, Decoding, nal_units, read_packets
 from omni_jax.media.workers import goes_on
 
@@ -68,7 +68,7 @@ class PacketIndex:
         return self.pts[1:][steps > _LONG_STEP * np.median(steps)] if len(steps) else steps
 
 
-def read_index(container: Any, stream: Any, path: os.PathLike[str] | str) -> PacketIndex:
+def read_index(container: Any, stream: Any, path: PathLike) -> PacketIndex:
     """Walks the packets without decoding them; leaves the container at its end. Raises ClipError for encrypted ones."""
     context = stream.codec_context
     kind = next((name for name in _CONTAINERS if name in container.format.name), "")
@@ -131,8 +131,9 @@ def shows_all(container: Any, stream: Any, index: PacketIndex) -> bool:
 
     Decoders that reorder pictures may leave out or misplace those that miss what they depend on.
     """
-    behind = index.behind_gaps
-    behind = behind[~np.isin(behind, index.entries)] if stream.codec_context.name in ("h264", "hevc", "mpeg2video") else behind[:0]
+    if stream.codec_context.name not in ("h264", "hevc", "mpeg2video"):
+        return True
+    behind = np.setdiff1d(index.behind_gaps, index.entries)
     bounds = np.append(index.entries, index.pts[-1] + 1)
     for group in np.unique(np.searchsorted(index.entries, behind, side="right")).tolist():
         first, last = np.searchsorted(index.pts, (bounds[max(0, group - 1)], bounds[group]))

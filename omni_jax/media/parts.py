@@ -6,26 +6,32 @@ is read in order; a process keeps its place in the last two columns, and the nex
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import functools
 import importlib
 import io
+import math
 import os
 import tarfile
-from collections.abc import Iterator
-from typing import IO, Any, cast
+from typing import IO, Any, TypeAlias, cast
 
+from omni_jax.io.messages import line_of
 from omni_jax.io.remote import is_remote
 from omni_jax.media.workers import goes_on
 from omni_jax.types import ClipError, FilePart, InputError
 
+PathLike: TypeAlias = "os.PathLike[str] | str"
 _BLOCK = 512  # bytes: a tar's unit; the header of a member is in the block before its bytes
 _LARGEST = 8 << 30  # bytes: the header of a larger member may state its size elsewhere
-_KEPT_COLUMNS = 2  # a record has two media files at most; each holds the pages that it reads, at most twice its bytes of a row group
 _BUFFER = 1 << 20  # bytes of a file that are read at a time, not a whole column of a row group
 
 
-def open_binary(path: os.PathLike[str] | str) -> IO[bytes]:
+def reason(error: BaseException) -> str:
+    """One line of an exception's message, without the path that our own messages already name."""
+    return line_of(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+
+
+def open_binary(path: PathLike) -> IO[bytes]:
     """Returns a file opened for reading, of this machine or of an object store. Raises ClipError where it cannot be opened."""
     try:
         if not is_remote(path):
@@ -34,8 +40,7 @@ def open_binary(path: os.PathLike[str] | str) -> IO[bytes]:
 
         return cast("IO[bytes]", epath.Path(os.fspath(path)).open("rb"))
     except Exception as error:  # every store has its own exceptions
-        why = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
-        raise ClipError(f"{path}: cannot be opened ({why}); check the path and your access to it") from None
+        raise ClipError(f"{path}: cannot be opened ({reason(error)}); check the path and your access to it") from None
 
 
 def parquet_module() -> Any:
@@ -47,18 +52,23 @@ def parquet_module() -> Any:
 
 
 class Window:
-    """Bytes [start, start + size) of an open file, as a file of its own for PyAV. FFmpeg goes by its name, too."""
+    """Bytes of an open file from `start` on, as a file of its own for PyAV. FFmpeg goes by its name, too."""
 
     def __init__(self, file: IO[bytes], start: int, size: int, name: str) -> None:
         self._file, self._start, self._size, self._at = file, start, size, 0
         self.name = name
 
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
     def tell(self) -> int:
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        self._at = max(0, origin + offset)
+        self._at = max(0, offset + (0, self._at, self._size)[whence])
         return self._at
 
     def read(self, size: int | None = -1) -> bytes:
@@ -69,26 +79,17 @@ class Window:
         return data
 
 
-@contextlib.contextmanager
-def open_part(part: FilePart) -> Iterator[IO[bytes]]:
-    """Yields a part of a file as a binary file of its own.
-
-    Raises:
-      ClipError: when it cannot be read there.
-    """
-    if part.column:
-        data = _cell(part)
-        # FFmpeg knows WAV by its name, and cells may have none.
-        is_wav = data[:4] == b"RIFF" and data[8:12] == b"WAVE" and not os.path.splitext(part.name)[1]
-        yield cast("IO[bytes]", Window(io.BytesIO(data), 0, len(data), part.name + ".wav" * is_wav))
-        return
-    with open_binary(part.file) as file:
-        yield cast("IO[bytes]", Window(file, part.start, part.size, part.name))
-
-
-def open_bytes(path: os.PathLike[str] | str) -> contextlib.AbstractContextManager[IO[bytes]]:
-    """Opens a file of this machine or of a remote store, or a part of a file, for reading. Raises ClipError where it cannot."""
-    return open_part(path) if isinstance(path, FilePart) else open_binary(path)
+def open_bytes(path: PathLike, start: int = 0) -> IO[bytes] | Window:
+    """Opens a file of this machine or of a remote store, or a part of a file, from a byte on. Raises ClipError where it cannot."""
+    if not isinstance(path, FilePart):
+        file = open_binary(path)
+        return Window(file, start, file.seek(0, os.SEEK_END) - start, os.fspath(path)) if start else file
+    if not path.column:
+        return Window(open_binary(path.file), path.start + start, path.size - start, path.name)
+    data = _cell(path)
+    # FFmpeg knows WAV by its name, and cells may have none.
+    is_wav = data[:4] == b"RIFF" and data[8:12] == b"WAVE" and not os.path.splitext(path.name)[1]
+    return Window(io.BytesIO(data), start, len(data) - start, path.name + ".wav" * is_wav)
 
 
 def check_part(part: FilePart) -> None:
@@ -112,51 +113,47 @@ def check_part(part: FilePart) -> None:
 
 
 class _Column:
-    """Cells of one column of one row group, in order, with the last one kept."""
+    """Cells of one column of one row group, which are read in their order."""
 
     def __init__(self, part: FilePart) -> None:
-        self._file = open_binary(part.file)
-        parquet = parquet_module().ParquetFile(self._file, buffer_size=_BUFFER, pre_buffer=False)
-        self._batches = parquet.iter_batches(batch_size=1, row_groups=[part.group], columns=[part.column], use_threads=False)
-        self.row, self.data = -1, b""
+        self._part, self._file, self._row, self._data = part, open_binary(part.file), math.inf, b""
 
-    def move_to(self, row: int) -> None:
-        while self.row < row:
+    def __del__(self) -> None:
+        self._file.close()
+
+    def cell(self, row: int) -> bytes:
+        """Returns the bytes of a cell; b"" for null."""
+        at, self._row = self._row, math.inf  # begins again where this fails
+        if at > row:
+            parquet = parquet_module().ParquetFile(self._file, buffer_size=_BUFFER, pre_buffer=False)
+            part, at = self._part, -1
+            self._batches = parquet.iter_batches(batch_size=1, row_groups=[part.group], columns=[part.column], use_threads=False)
+        while at < row:
             goes_on()
             value: Any = next(self._batches).column(0)
             while value.type.num_fields:  # a struct of the one leaf
                 value = value.flatten()[0]
-            self.data = value[0].as_py() or b""
-            self.row += 1
-
-    def close(self) -> None:
-        self._file.close()
+            self._data, at = value[0].as_py() or b"", at + 1
+        self._row = row
+        return self._data
 
 
-_columns: collections.OrderedDict[tuple[object, ...], _Column] = collections.OrderedDict()
+@functools.lru_cache(maxsize=2)  # a record has two media files at most; each holds the pages that it reads, twice its bytes of a row group
+def _column(*key: Any) -> _Column:
+    return _Column(FilePart(key[0], "", column=key[1], group=key[2]))
 
 
 def _cell(part: FilePart) -> bytes:
-    """Returns the bytes of a cell; b"" for null."""
-    key: tuple[object, ...] = os.fspath(part.file), part.column, part.group
+    key: list[Any] = [part.file, part.column, part.group]
     with contextlib.suppress(OSError):  # of a store, or one that is missing
         status = os.stat(part.file)  # another file may have taken its place
         key += status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-    column = _columns.pop(key, None)
     try:
-        if column is None or column.row > part.row:
-            if column is not None:
-                column.close()
-            column = _Column(part)
-        column.move_to(part.row)
+        return _column(*key).cell(part.row)
     except StopIteration:
         raise ClipError(f"{part}: the file has no such row any more; list it again with 'omni-jax manifest'") from None
     except (InputError, ImportError):
         raise
     except Exception as error:  # pyarrow's errors have no class of their own
-        why = " ".join(str(error).split())
+        why = line_of(error)
         raise ClipError(f"{part}: cannot be read ({why}); fetch the file again, or list it again with 'omni-jax manifest'") from None
-    _columns[key] = column
-    while len(_columns) > _KEPT_COLUMNS:
-        _columns.popitem(last=False)[1].close()
-    return column.data

@@ -17,7 +17,7 @@ import av.stream
 
 from omni_jax.io.remote import is_remote
 from omni_jax.media.ends import advice, is_incomplete
-from omni_jax.media.parts import Window, check_part, open_bytes
+from omni_jax.media.parts import PathLike, check_part, open_bytes, reason
 from omni_jax.media.workers import goes_on
 from omni_jax.types import ClipError, FilePart
 
@@ -33,12 +33,11 @@ PLAYLISTS = frozenset({"concat", "dash", "hls", "imf", "lavfi", "rtp", "rtsp", "
 """Formats of FFmpeg's that hold no media but name where they lie: other files, outside the media root too, or hosts."""
 
 
-def check_file(path: os.PathLike[str] | str) -> None:
+def check_file(path: PathLike) -> None:
     """Raises ClipError unless `path` is a file with something in it that may be read."""
     if isinstance(path, FilePart):
         check_file(path.file)
-        check_part(path)
-        return
+        return check_part(path)
     if is_remote(path):
         return  # the object store answers when the file is opened
     try:
@@ -59,7 +58,7 @@ def check_file(path: os.PathLike[str] | str) -> None:
 
 
 @contextlib.contextmanager
-def open_container(path: os.PathLike[str] | str, by_header: bool = False) -> Iterator[av.container.InputContainer]:
+def open_container(path: PathLike, by_header: bool = False) -> Iterator[av.container.InputContainer]:
     """Yields an opened container.
 
     Args:
@@ -108,7 +107,7 @@ def tracks(container: av.container.InputContainer, kind: str) -> list[Any]:
     return [stream for stream in found if not stream.disposition & av.stream.Disposition.attached_pic]
 
 
-def choose_track(container: av.container.InputContainer, kind: str, number: int, path: os.PathLike[str] | str) -> Any:
+def choose_track(container: av.container.InputContainer, kind: str, number: int, path: PathLike) -> Any:
     """Returns a track of a kind ("video" or "audio") or None where the file has none.
 
     Args:
@@ -134,7 +133,7 @@ def choose_track(container: av.container.InputContainer, kind: str, number: int,
     return max(found, key=merit)
 
 
-def read_packets(container: av.container.InputContainer, stream: Any, path: os.PathLike[str] | str) -> Iterator[Any]:
+def read_packets(container: av.container.InputContainer, stream: Any, path: PathLike) -> Iterator[Any]:
     """Yields the packets of a track and an empty one for its end. Raises AvError where the container cannot be read on."""
     # PyAV 18 ends with an IndexError, after that empty packet, where other tracks began on the way.
     with contextlib.suppress(IndexError):
@@ -153,7 +152,7 @@ _PLACES = 8  # of a transport stream where the codecs are looked up, evenly spac
 _TABLES = 1 << 18  # bytes that hold the tables of a transport stream, which come ten times a second
 
 
-def other_codec(container: av.container.InputContainer, stream: Any, path: os.PathLike[str] | str) -> str:
+def other_codec(container: av.container.InputContainer, stream: Any, path: PathLike) -> str:
     """Says to which codec a track of a transport stream changes, "" where it keeps its own.
 
     FFmpeg continues with the first codec, and may drop all that follows without an error.
@@ -169,12 +168,12 @@ def other_codec(container: av.container.InputContainer, stream: Any, path: os.Pa
 
 
 @functools.lru_cache(maxsize=1)  # picture and sound ask one after the other
-def _codecs(path: os.PathLike[str] | str, size: int, changed: int) -> list[tuple[int, str]]:
+def _codecs(path: PathLike, size: int, changed: int) -> list[tuple[int, str]]:
     """Returns the number and the codec of the tracks that the tables of a transport stream name, in the order of the file."""
     found: dict[tuple[int, str], None] = {}
     options = {"analyzeduration": "1", "fpsprobesize": "0"}  # the tables alone say what is asked
     for start in (*(size * place // _PLACES for place in range(1, _PLACES)), max(0, size - _TABLES)):
-        with contextlib.suppress(*AvError), _from(path, start) as file, av.open(file, "r", "mpegts", options=options) as rest:
+        with contextlib.suppress(*AvError), open_bytes(path, start) as file, av.open(file, "r", "mpegts", options=options) as rest:
             # The tag is the kind of stream that the table names. Without one, or with 6 for anything, FFmpeg may have guessed.
             contexts = [(other.id, other.codec_context) for other in rest.streams if other.codec_context]
             found |= {(number, context.name): None for number, context in contexts if context.codec_tag.strip("\0\6")}
@@ -193,7 +192,7 @@ class Decoding:
       last: the last packet with something in it.
     """
 
-    def __init__(self, container: av.container.InputContainer, stream: Any, path: os.PathLike[str] | str) -> None:
+    def __init__(self, container: av.container.InputContainer, stream: Any, path: PathLike) -> None:
         self._container, self._stream, self._path = container, stream, path
         self._whole = stream.type == "audio" and "mp4" in container.format.name
         self._place = 0  # of the last packet in the file, bytes
@@ -226,7 +225,7 @@ class Decoding:
         # FFmpeg ends where the next stream of an Ogg chain has another layout or rate.
         while self.stopped and self._container.format.name == "ogg" and (start := _next_in_chain(self._path, self._place)):
             self.stopped = ""
-            with _from(self._path, start) as file, av.open(file, "r", "ogg") as rest:
+            with open_bytes(self._path, start) as file, av.open(file, "r", "ogg") as rest:
                 if found := tracks(rest, self._stream.type):
                     yield from self._demux(rest, found[0], start)
 
@@ -247,9 +246,7 @@ class Decoding:
 
     def refusal(self, what: str) -> str:
         """Says why the track is not used, "" where it may be: more than LARGEST_LOSS of the packets do not decode."""
-        if self.lost <= max(1, LARGEST_LOSS * self.packets):
-            return ""
-        return f"damaged: {self.said(what)} ({self.error})"
+        return f"damaged: {self.said(what)} ({self.error})" if self.lost > max(1, LARGEST_LOSS * self.packets) else ""
 
     def said(self, what: str) -> str:
         """Says how many packets do not decode, and where the container stops; "" where all do and it does not."""
@@ -295,9 +292,7 @@ def _keep_end(packet: Any) -> None:
     packet.set_sidedata(skipped)
 
 
-def check_complete(
-    container: av.container.InputContainer, stream: Any, path: os.PathLike[str] | str, packets: int | None, shown: str
-) -> str:
+def check_complete(container: av.container.InputContainer, stream: Any, path: PathLike, packets: int | None, shown: str) -> str:
     """Returns a warning, or "", for a file that was read to its end.
 
     Args:
@@ -319,33 +314,17 @@ def check_complete(
     return ""
 
 
-def reason(error: BaseException) -> str:
-    """One line of an exception's message, without the path that our own messages already name."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())
-
-
-def _next_in_chain(path: os.PathLike[str] | str, place: int) -> int:
+def _next_in_chain(path: PathLike, place: int) -> int:
     """Returns where the next stream of a chain of Ogg streams begins after a page of the one before, 0 where none follows; bytes."""
     if is_remote(path):
         return 0
-    first = True  # of the pages that begin streams: those of the stream itself are passed over
-    with open_bytes(path) as file:
-        while True:
-            file.seek(place)
-            head = file.read(27)
-            if head[:4] != b"OggS":
-                return 0
-            begins = bool(head[5] & 2)
-            if begins and not first:
+    begun = False  # of the pages that begin streams those of the stream itself are passed over
+    with open_bytes(path, place) as file:
+        while len(head := file.read(27)) == 27 and head[:4] == b"OggS":
+            if head[5] & 2 and begun:
                 return place
-            first &= begins
-            table = file.read(head[26])
-            place += 27 + len(table) + sum(table)
-
-
-@contextlib.contextmanager
-def _from(path: os.PathLike[str] | str, start: int) -> Iterator[Window]:
-    """Yields a file from a byte on."""
-    with open_bytes(path) as file:
-        yield Window(file, start, file.seek(0, os.SEEK_END) - start, os.fspath(path))
+            begun |= not head[5] & 2
+            size = sum(file.read(head[26]))
+            place += 27 + head[26] + size
+            file.seek(size, os.SEEK_CUR)
+    return 0

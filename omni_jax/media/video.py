@@ -9,7 +9,7 @@ Letters: F frames sampled, n frames in the stream.
 from __future__ import annotations
 
 import contextlib
-import os
+import functools
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -20,8 +20,10 @@ from av.sidedata.sidedata import SideDataContainer
 from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import VideoReformatter
 
+from omni_jax.config import Preset
 from omni_jax.media.index import PacketIndex, decode_from, read_index, shows_all, without_leading
-from omni_jax.media.sampling import FrameRule, sample_indices
+from omni_jax.media.parts import PathLike
+from omni_jax.media.sampling import sample_indices
 from omni_jax.media.source import Decoding, check_complete, choose_track, open_container, other_codec
 from omni_jax.types import ClipError, VideoFrames
 
@@ -33,11 +35,7 @@ _RATE_TOLERANCE = 0.1  # a container's average rate that differs more from the t
 
 
 def read_frames(
-    path: os.PathLike[str] | str,
-    frames: int | FrameRule,
-    timestamps: tuple[float, float] | None = None,
-    track: int = -1,
-    fit: Fit = np.asarray,
+    path: PathLike, frames: int | Preset, timestamps: tuple[float, float] | None = None, track: int = -1, fit: Fit = np.asarray
 ) -> VideoFrames:
     """Returns frames spread over a clip, upright and all of the first one's size.
 
@@ -45,7 +43,7 @@ def read_frames(
 
     Args:
       path: a video file of any container FFmpeg knows.
-      frames: F, how many to sample, a clip with fewer repeats some; or a rule that says how many and which.
+      frames: F, how many to sample, a clip with fewer repeats some; or a preset, which says how many and which.
       timestamps: (start, end) seconds of the part to sample; None for the whole stream.
       track: its number among the video tracks, from 0; -1 as `choose_track` chooses.
       fit: crops or resizes a picture (height, width, 3) uint8 as soon as it is decoded, so that large ones are never held together.
@@ -63,21 +61,20 @@ def read_frames(
         if shown is not None and index.leading:
             with open_container(path) as start:  # seeking to the first packet of a transport stream may miss it
                 shown = without_leading(index, Decoding(start, _stream(start, path, track), path))
-        pictures, count = None, len(index.pts)
+        sample = functools.partial(sample_indices, fps=fps, rule=frames, timestamps=timestamps, path=path)
+        pictures, count, warnings = None, len((shown or index).pts), ()
         if shown is not None:
-            count = len(shown.pts)
-            wanted = sample_indices(count, fps, frames, timestamps, path)[0]
-            if 3 * stream.width * stream.height * len(wanted) <= LARGEST_SAMPLE:  # by the header; its pictures may be smaller
-                pictures = _enter(container, stream, shown, np.unique(wanted), fit)
-    warnings: tuple[str, ...] = ()
+            wanted = sample(count)[0]
+            _check_size(stream.width, stream.height, len(wanted), path)
+            pictures = _enter(container, stream, shown, np.unique(wanted), fit)
     if pictures is None:
-        pictures, count, warnings = _decode_in_order(path, track, count, fps, frames, timestamps, fit)
-    indices, seconds = sample_indices(count, fps, frames, timestamps, path)
+        pictures, count, warnings = _decode_in_order(path, track, count, sample, fit)
+    indices, seconds = sample(count)
     stacked = np.stack([pictures[i] for i in indices.tolist()])
     return VideoFrames(frames=stacked, frame_index=indices, fps=fps, num_frames=count, seconds=seconds, warnings=warnings)
 
 
-def _stream(container: Any, path: os.PathLike[str] | str, track: int) -> Any:
+def _stream(container: Any, path: PathLike, track: int) -> Any:
     stream = choose_track(container, "video", track, path)
     if stream is None:
         raise ClipError(f"{path}: has no video stream; remove the record's video field or give a video file")
@@ -89,12 +86,10 @@ def _stream(container: Any, path: os.PathLike[str] | str, track: int) -> Any:
     return stream
 
 
-def _check_size(width: int, height: int, frames: int, path: os.PathLike[str] | str) -> None:
-    needed = 3 * width * height * frames
-    if needed > LARGEST_SAMPLE:
-        raise ClipError(
-            f"{path}: {frames} frames of {width}x{height} pixels take {needed / 1e9:.1f} GB; scale it down, or sample fewer frames"
-        )
+def _check_size(width: int, height: int, frames: int, path: PathLike) -> None:
+    if (needed := 3 * width * height * frames) > LARGEST_SAMPLE:
+        size = f"{frames} frames of {width}x{height} pixels take {needed / 1e9:.1f} GB"
+        raise ClipError(f"{path}: {size}; scale it down, or sample fewer frames")
 
 
 def _frames_per_second(stream: Any, pts: np.ndarray) -> float:
@@ -135,19 +130,13 @@ def _enter(container: Any, stream: Any, index: PacketIndex, wanted: np.ndarray, 
 
 
 def _decode_in_order(
-    path: os.PathLike[str] | str,
-    track: int,
-    guess: int,
-    fps: float,
-    frames: int | FrameRule,
-    timestamps: tuple[float, float] | None,
-    fit: Fit,
+    path: PathLike, track: int, guess: int, sample: Callable[[int], tuple[np.ndarray, float]], fit: Fit
 ) -> tuple[dict[int, np.ndarray], int, tuple[str, ...]]:
     """Returns the wanted frames by number, the number of all frames and warnings; decodes once where `guess` is that number, else twice."""
     while True:
         indices: list[int] = []
         with contextlib.suppress(ClipError):  # where so short a clip would end before the interval
-            indices = sample_indices(guess, fps, frames, timestamps)[0].tolist() if guess else []
+            indices = sample(guess)[0].tolist() if guess else []
         wanted = set(indices)
         pictures: dict[int, np.ndarray] = {}
         count, size, matrix = 0, (0, 0), None
@@ -167,7 +156,7 @@ def _decode_in_order(
         refusal = decoding.refusal("video") or ("" if count else f"the video stream holds no frames ({decoding.error or 'no packets'})")
         if refusal:
             raise ClipError(f"{path}: {refusal}; re-encode it or leave it out")
-        if wanted.issuperset(sample_indices(count, fps, frames, timestamps, path)[0].tolist()):
+        if wanted.issuperset(sample(count)[0].tolist()):
             lost = decoding.said("video")
             return pictures, count, (f"{path}: {lost}; the others are used",) if lost else ()
         guess = count
@@ -199,17 +188,14 @@ def _picture(frame: Any, size: tuple[int, int], matrix: bytes | None) -> np.ndar
 def _matrix(frame: Any) -> bytes | None:
     """How a picture is shown: phones store a turned or mirrored one and a note of it. Streams may have the note at their key frames alone,
     where it holds until the next."""
+    # `frame.side_data` would be a reference cycle, which keeps pictures by the hundred until garbage is collected.
+    side_data: Any = SideDataContainer
     try:
-        matrix = _side_data(frame).get("DISPLAYMATRIX")
+        matrix = side_data(frame).get("DISPLAYMATRIX")
     except ValueError:  # some of it is of a kind that PyAV does not know, as EXIF or the number of a view
         deletions = [("sidedata", f"mode=delete:type={number}") for number in range(64) if number not in _KNOWN_SIDE_DATA]
-        matrix = _side_data(_filtered(frame, *deletions)).get("DISPLAYMATRIX")
+        matrix = side_data(_filtered(frame, *deletions)).get("DISPLAYMATRIX")
     return None if matrix is None else bytes(matrix)
-
-
-def _side_data(frame: Any) -> Any:
-    """A picture's notes. `frame.side_data` would be a reference cycle, which keeps pictures by the hundred until garbage is collected."""
-    return SideDataContainer(frame)  # pyright: ignore[reportCallIssue] (PyAV declares no arguments)
 
 
 def _filtered(frame: Any, *filters: tuple[str, str]) -> Any:

@@ -30,7 +30,7 @@ def contents(found: Manifest, role: str) -> list[bytes | str | None]:
         media = getattr(record, role)
         if isinstance(media, FilePart):
             parts.check_part(media)
-            with parts.open_part(media) as file:
+            with parts.open_bytes(media) as file:
                 made.append(file.read())
         else:
             made.append(media and media.name)

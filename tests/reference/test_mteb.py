@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from omni_jax.config import PRESETS
-from omni_jax.media.sampling import FrameRule, sample_indices
+from omni_jax.media.sampling import sample_indices
 
 pytestmark = pytest.mark.reference
 
@@ -36,8 +36,8 @@ def frame_indices() -> Callable[[int, int], list[int]]:
 @example(count=8)
 @example(count=9)
 def test_the_mteb_presets_take_mtebs_frames(frame_indices: Callable[[int, int], list[int]], count: int) -> None:
-    wrapper = FrameRule.of(PRESETS["mteb"])
+    wrapper = PRESETS["mteb"]
     assert sample_indices(count, 25.0, wrapper)[0].tolist() == frame_indices(count, 8)
-    rule = FrameRule.of(PRESETS["nemotron_mteb"])
+    rule = PRESETS["nemotron_mteb"]
     wanted = min(max(1, int(count / 25.0 * 2.0)), 64, count)
     assert sample_indices(count, 25.0, rule)[0].tolist() == frame_indices(count, wanted)
