@@ -23,13 +23,7 @@ _INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.",
 _DECODER = ("layers.", "embed_tokens.", "norm.")
 _ROOTS = (
     *(f"model.{part}" for part in _DECODER),
-    "lm_head.",
-    "audio_tower.",
-    "visual.",
-    "beats.",
-    "beats_ln.",
-    "beats_proj.",
-    "classify_linear.",
+    *"lm_head. audio_tower. visual. beats. beats_ln. beats_proj. classify_linear.".split(),
 )
 
 OLD_NORM, NEW_NORM = ("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1")

@@ -16,19 +16,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = "omni-jax bench-data clotho --annotations clotho_captions_evaluation.csv --media evaluation --out clotho.jsonl --audit"
 
-NAMES = (
-    "omniretriever",
-    "clotho",
-    "clotho_v2",
-    "audiocaps",
-    "sounddescs",
-    "msrvtt",
-    "msvd",
-    "didemo",
-    "vatex",
-    "youcook2",
-    "youcook2_train",
-)  # those of omni_jax.data.benchmarks, imported late
+NAMES = "omniretriever clotho clotho_v2 audiocaps sounddescs msrvtt msvd didemo vatex youcook2 youcook2_train".split()
+"""Those of `omni_jax.data.benchmarks`, which is imported late."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

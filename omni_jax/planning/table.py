@@ -11,25 +11,10 @@ from omni_jax.types import InputError
 
 ASSUMED = ". In parentheses: not compiled at full effort, a share of the peak assumed."
 FULL_EFFORT = " --full-effort"
-KEPT = (
-    "program",
-    "kind",
-    "status",
-    "memory_gib",
-    "out_of_memory",
-    "clips_per_device",
-    "largest_collective_bytes",
-    "large_outside_layers",
-    "collectives_by_kind",
-    "seconds",
-    "at_peak",
-    "expected",
-    "predicted_seconds",
-    "ideal_seconds",
-    "share_of_peak",
-    "without_estimate",
-    "predicted",
-)
+KEPT = """
+    program kind status memory_gib out_of_memory clips_per_device largest_collective_bytes large_outside_layers collectives_by_kind seconds
+    at_peak expected predicted_seconds ideal_seconds share_of_peak without_estimate predicted
+""".split()
 
 
 def read(file: epath.Path) -> list[dict[str, Any]]:
