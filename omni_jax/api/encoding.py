@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import dataclasses
 import functools
@@ -10,7 +9,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +28,13 @@ ON_ERROR = ("raise", "skip", "nan")
 SHOWN = 5  # items named in one line
 
 
-class ItemEncoder(abc.ABC):
+class ItemEncoder:
     """The methods of `OmniRetriever` that take items as a caller has them, over the one that embeds decoded clips."""
 
     config: ModelConfig
     preset: Preset
-
-    @abc.abstractmethod
-    def report_programs(self, log: Callable[[str], None]) -> contextlib.AbstractContextManager[None]: ...
-
-    @abc.abstractmethod
-    def embed_features(
-        self,
-        clips: Iterable[tuple[Record, Features | ClipError]],
-        tables: Sequence[str],
-        tables_of: Callable[[Features], Sequence[str]],
-        *,
-        batch_size: int,
-        normalize: bool,
-    ) -> Generator[Part]: ...
+    report_programs: Callable[..., contextlib.AbstractContextManager[None]]
+    embed_features: Callable[..., Generator[Part]]
 
     def encode(
         self,
