@@ -117,7 +117,8 @@ def name_of(fields: Mapping[str, Any], nameless: bool = False) -> tuple[str, boo
         except RecursionError:
             raise BadEntry("its fields are nested too deeply; write plain values") from None
         file = next((one for name in ("video", "audio") if isinstance(one := _alone(fields.get(name)), str) and one), "text")
-        return f"{_encodable(PurePath(file).stem, 'the file name') or 'clip'}-{digest}", True
+        stem = PurePath(file.replace("\\", "/")).stem
+        return f"{_encodable(stem, 'the file name') or 'clip'}-{digest}", True
     value = "" if value is None else value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value), False

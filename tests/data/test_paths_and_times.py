@@ -66,6 +66,7 @@ def test_every_way_to_write_a_path_names_the_file_in_every_kind_of_manifest(root
         assert not found.problems
         assert [os.path.realpath(str(record.video)) for record in found.records] == list(map(os.fspath, names.values())), source
         assert not [note for note in found.notes if "no metadata file names" in note]
+        assert not [record.id for record in found.records if "\\" in record.id]
     items = list(parse_items([{"video": name} for name in names], Preset(), lambda: root))
     assert [os.path.normpath(str(item.record.video)) for item in items] == list(map(os.fspath, names.values()))
 
