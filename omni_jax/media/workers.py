@@ -36,6 +36,7 @@ from omni_jax.types import ClipError, InputError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+IN_FLIGHT = 4  # items a worker that are handed out or finished and not yet yielded, at most: bounds memory
 START_LIMIT_S = 300.0  # a child imports NumPy and PyAV first, which a busy network disk can make slow
 LONGEST = 10  # times its limit that an item in progress may take: an hour of interlaced video decodes in a quarter of one
 ALIKE = 5
@@ -65,7 +66,6 @@ def run_guarded(
     timeout_s: float,
     *,
     name: Callable[[Item], str] = str,
-    in_flight: int | None = None,
     here: Callable[[Item], bool] | None = None,
 ) -> Iterator[tuple[Item, Result | ClipError]]:
     """Yields (item, function(item)) in the order of `items`, with a ClipError in place of a result that could not be had.
@@ -76,12 +76,11 @@ def run_guarded(
     Args:
       function: an importable function (or a functools.partial of one); its module must not import jax. Results are pickled, arrays without
         a copy.
-      items: picklable; pulled from only `in_flight` ahead of what was yielded, in the caller's thread.
+      items: picklable; pulled from only `IN_FLIGHT` a worker ahead of what was yielded, in the caller's thread.
       workers: child processes. 0 calls the function in this process, WITHOUT protection: a hang is not ended, a crash ends everything.
       timeout_s: seconds one item may take; the start of a process does not count. Where the function says that it `goes_on`, they begin
         again, up to `LONGEST` times as many in all.
       name: what to call an item in a message, a file name for example.
-      in_flight: items handed out or finished and not yet yielded, at most; default 4 per worker. Bounds memory.
       here: which items are worked on in this process, since nothing in them could hang; None: none.
 
     Raises:
@@ -95,7 +94,7 @@ def run_guarded(
         raise InputError(f"time limit {timeout_s}: must be a positive number of seconds")
     if workers == 0:
         return stop_at_our_fault((item, _attempt(function, item, name(item))) for item in items)
-    return stop_at_our_fault(_in_order(Guarded(function, timeout_s), items, workers, name, in_flight or 4 * workers, here))
+    return stop_at_our_fault(_in_order(Guarded(function, timeout_s), items, workers, name, here))
 
 
 def stop_at_our_fault(outcomes: Generator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
@@ -118,7 +117,7 @@ def stop_at_our_fault(outcomes: Generator[tuple[Any, Any]]) -> Iterator[tuple[An
 
 
 def _in_order(
-    guarded: Guarded, items: Iterable[Any], workers: int, name: Callable[[Any], str], in_flight: int, here: Callable[[Any], bool] | None
+    guarded: Guarded, items: Iterable[Any], workers: int, name: Callable[[Any], str], here: Callable[[Any], bool] | None
 ) -> Generator[tuple[Any, Any]]:
     """Yields items and outcomes. Threads of this process make the calls, each with a child of its own: a thread can wait under a limit."""
     source, tasks = iter(items), queue.SimpleQueue[tuple[Future[Any], Any] | None]()
@@ -135,7 +134,7 @@ def _in_order(
     atexit.register(guarded.close)  # an iterator that was not closed must not leave a hung child behind
     try:
         while True:
-            for item in itertools.islice(source, in_flight - len(waiting)):
+            for item in itertools.islice(source, IN_FLIGHT * workers - len(waiting)):
                 waiting.append((item, Future()))
                 if here is not None and here(item):
                     waiting[-1][1].set_result(guarded.unguarded(item, name(item)))

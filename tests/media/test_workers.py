@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from omni_jax.media import workers as workers_module
-from omni_jax.media.workers import ALIKE, Guarded, run_guarded
+from omni_jax.media.workers import ALIKE, IN_FLIGHT, Guarded, run_guarded
 from omni_jax.types import ClipError, InputError
 from tests.media import worker_functions as functions
 
@@ -78,9 +78,9 @@ def test_items_are_pulled_only_a_little_ahead() -> None:
             pulled += 1
             yield pulled
 
-    results = run_guarded(functions.square, items(), 2, 60, in_flight=5)
+    results = run_guarded(functions.square, items(), 2, 60)
     for count, _ in zip(range(1, 21), results, strict=False):
-        assert pulled <= count + 5
+        assert pulled <= count + 2 * IN_FLIGHT
     results.close()  # type: ignore[attr-defined]
 
 
