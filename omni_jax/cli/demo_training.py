@@ -126,7 +126,12 @@ def _learn(out: Path, scale: Scale, stages: Stages) -> tuple[dict[str, Any], flo
     with stages(TRAIN):
         _train(out, run, scale)
     with stages(SCORE):
-        _score(run, held, name, scale, ["--html", f"{name}.html", "--manifest", str(held), "--media", str(held.parent)])
+        for file in (f"{name}.npz", f"{name}.json"):  # of an earlier model perhaps
+            Path(file).unlink(missing_ok=True)
+        given = ["--model", str(run), "--manifest", str(held), "--out", f"{name}.npz", "--batch-size", "32"]
+        _command(["embed", *given, *_preset(scale)])
+        shown = ["--html", f"{name}.html", "--manifest", str(held), "--media", str(held.parent)]
+        _command(["eval", f"{name}.npz", "--json", f"{name}.json", *shown])
     with stages(EXPORT):
         folders = {"--base-out": out / "torch_base", "--adapter-out": out / "torch_adapter"}
         for folder in folders.values():
@@ -176,22 +181,9 @@ def _make_data(out: Path, scale: Scale, stages: Stages) -> None:
 def _train(out: Path, workdir: Path, scale: Scale) -> None:
     import jax
 
-    settings = {
-        **dict(scale.changes),
-        "data.train": str(out / "shards"),
-        "mesh.data": len(jax.devices()),
-        "mesh.fsdp": 1,
-    }
+    settings = {**dict(scale.changes), "data.train": out / "shards", "mesh.data": len(jax.devices()), "mesh.fsdp": 1}
     assigned = [f"--config.{field}={value}" for field, value in settings.items()]
     _command(["train", "--config", scale.config, "--workdir", str(workdir), *assigned])
-
-
-def _score(model: Path, manifest: Path, name: str, scale: Scale, report: Sequence[str]) -> None:
-    for file in (f"{name}.npz", f"{name}.json"):  # of an earlier model perhaps
-        Path(file).unlink(missing_ok=True)
-    arguments = ["embed", "--model", str(model), "--manifest", str(manifest), "--out", f"{name}.npz", "--batch-size", "32"]
-    _command([*arguments, *_preset(scale)])
-    _command(["eval", f"{name}.npz", "--json", f"{name}.json", *report])
 
 
 def _command(arguments: list[str]) -> None:

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     from omni_jax.cli.inputs import read_tables
     from omni_jax.cli.progress import Progress
-    from omni_jax.data.manifest import read_manifest, write_jsonl_atomic
+    from omni_jax.data.manifest import read_manifest, row_of, write_jsonl_atomic
     from omni_jax.retrieval.directions import DIRECTIONS, possible
     from omni_jax.retrieval.faiss_search import FaissIndex
     from omni_jax.retrieval.mining import MiningConfig, mine
@@ -91,9 +90,10 @@ def run(args: argparse.Namespace) -> int:
     with Progress(sum(len(table.ids_of(DIRECTIONS[name][0])) for name in chosen), "mine", unit="queries") as bar:
         nearest = functools.partial(FaissIndex, probed=args.probe) if args.search == "faiss" else None
         mined = mine(table, config, same=_same(manifest), directions=directions, nearest=nearest, progress=lambda done: bar.update(done))
-    write_jsonl_atomic(args.out, _rows(manifest, mined, args.out.absolute().parent))
+    folder, found = args.out.absolute().parent, mined.negatives
+    write_jsonl_atomic(args.out, ({**row_of(record, folder), "negatives": found.get(record.id, {})} for record in manifest.records))
     print(_summary(mined))
-    print(f"{args.out}: {len(mined.negatives)} of {len(manifest.records)} records have negatives")
+    print(f"{args.out}: {len(found)} of {len(manifest.records)} records have negatives")
     return DONE_WITH_SKIPPED if manifest.problems or absent else DONE
 
 
@@ -113,14 +113,6 @@ def _same(manifest: Manifest) -> dict[str, dict[str, Any]]:
         "same caption": {record.id: " ".join(record.text.lower().split()) for record in manifest.records if record.text is not None},
         "same source": {record.id: str(file) for record in manifest.records if (file := record.video or record.audio) is not None},
     }
-
-
-def _rows(manifest: Manifest, mined: Mined, folder: Path) -> Iterator[dict[str, Any]]:
-    """Yields each record as a line of a manifest in `folder`, with its negatives."""
-    from omni_jax.data.manifest import row_of
-
-    for record in manifest.records:
-        yield {**row_of(record, folder), "negatives": mined.negatives.get(record.id, {})}
 
 
 def _summary(mined: Mined) -> str:
