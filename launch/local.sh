@@ -39,15 +39,12 @@ done
 read -ra command <<< "${OMNI_JAX:-omni-jax}"
 command+=("$@")
 
-# XLA ends a process where one simulated device waits 40 s for another, which they do on a busy machine.
-patience="--xla_cpu_collective_call_terminate_timeout_seconds=600"
-
 # variables PROCESS ATTEMPT: the environment of that process, one NAME=VALUE a line.
 variables() {
   echo "OMNI_JAX_COORDINATOR=127.0.0.1:$((port + $2))"
   echo "OMNI_JAX_PROCESSES=$processes"
   echo "OMNI_JAX_PROCESS=$1"
-  ((devices == 0)) || printf '%s\n' JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" "XLA_FLAGS=$patience${XLA_FLAGS:+ $XLA_FLAGS}"
+  ((devices == 0)) || printf '%s\n' JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices"
 }
 
 if [[ -n $dry ]]; then

@@ -18,15 +18,15 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from omni_jax.config import simulated
+
 _OWN = pytest.StashKey[Path]()
 
 # Matrix products are library calls anyway. XLA of jax 0.12 has no such emitters any more, and ends at an option that it does not know.
 QUICK_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True} | (
     {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 12) else {}
 )
-# XLA ends the process where one device waits 40 s for another. Eight devices on a busy core need longer; pytest-timeout sees what hangs.
-PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-QUICK = " ".join([*(f"--{name}={str(value).lower()}" for name, value in QUICK_OPTIONS.items()), PATIENT])
+QUICK = " ".join([*(f"--{name}={str(value).lower()}" for name, value in QUICK_OPTIONS.items()), *simulated.FLAGS])
 SETTINGS = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -47,7 +47,7 @@ def set_up(config: pytest.Config) -> None:
     if "not jit" in config.option.markexpr:
         forbid_compiling()
     full = config.getoption("compiler") == "full"
-    flags = PATIENT if full else QUICK
+    flags = " ".join(simulated.FLAGS) if full else QUICK
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '').replace(flags, '')} {flags}".strip()
     if full:
         return

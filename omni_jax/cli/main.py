@@ -28,6 +28,7 @@ from omni_jax.config.compile_cache import use_compile_cache
 from omni_jax.config.extras import advice
 from omni_jax.config.hub_name import is_hub_name
 from omni_jax.config.libtpu import silence_libtpu
+from omni_jax.config.simulated import let_devices_wait
 from omni_jax.types import InputError
 
 COMMANDS = {
@@ -100,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = next((a for a in arguments if not a.startswith("-")), None)
     _stay_offline(arguments, name)
     silence_libtpu()
+    let_devices_wait()
     _clean_up_quietly()
     debug = "--debug" in arguments
     try:
