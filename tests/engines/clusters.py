@@ -25,6 +25,8 @@ STORE = 100 << 20  # bytes of a node's object store
 # Set on the head: a node that is gone is noticed after a few seconds, by default after most of a minute.
 HEALTH = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "3"}
 NOTICED_S = 30.0
+ONE_EACH = {"model": 1}
+"""What each node has one of: an actor that asks for it has a node of its own."""
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
 """What lets a process into the cluster."""
 
@@ -62,8 +64,9 @@ class Nodes:
         return self._start(f"--address={self.address}", **environment)
 
     def _start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
-        options = ["--node-ip-address=127.0.0.1", "--num-cpus=1", f"--object-store-memory={STORE}", "--block", "--disable-usage-stats"]
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments, *options]
+        has = ["--num-cpus=1", f"--resources={json.dumps(ONE_EACH)}", f"--object-store-memory={STORE}"]
+        options = ["--node-ip-address=127.0.0.1", "--block", "--disable-usage-stats"]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments, *has, *options]
         log = self._folder / f"{time.monotonic_ns()}.log"
         with log.open("w") as file:
             process = subprocess.Popen(command, env=os.environ | HEALTH | TOKEN | environment, stdout=file, stderr=subprocess.STDOUT)
@@ -81,11 +84,29 @@ class Nodes:
         node.wait()
 
     def kill_at_work(self, node: subprocess.Popen[bytes], title: str, process: subprocess.Popen[str], log: Path) -> None:
-        """Kills a node while it works on something of this name for a command; it is stopped first, so that the work is not done before."""
-        for worker in wait_for(lambda: self.workers(title, node), process, log):
-            worker.suspend()
-        time.sleep(0.5)  # an actor that was between two batches gets its next one
-        self.kill(node)
+        """Kills a node while it works on something of this name for a command.
+
+        Until then the other node is stopped in such work, so that the command does not end before; and the worker is, so that it does not.
+        """
+        other = self.head if node is self.second else self.second
+        held: dict[int, psutil.Process] = {}
+
+        def at_work() -> list[psutil.Process]:
+            for worker in self.workers(title, other):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.suspend()
+                    held[worker.pid] = worker
+            return self.workers(title, node)
+
+        try:
+            for worker in wait_for(at_work, process, log):
+                worker.suspend()
+            time.sleep(0.5)  # an actor that was between two batches gets its next one
+            self.kill(node)
+        finally:
+            for worker in held.values():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.resume()
 
     def workers(self, title: str, *nodes: subprocess.Popen[bytes]) -> list[psutil.Process]:
         """Returns the processes of these nodes, by default of all, that work on something of this name."""

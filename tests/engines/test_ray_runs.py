@@ -128,10 +128,11 @@ def test_a_killed_node_costs_neither_shard_nor_row_of_a_golden_model(
         assert files(out) == files(shards)
         nodes.second = nodes.add()
         log, journal = tmp_path / "embed.log", tmp_path / ".e.unfinished"
-        process = begin(*embed(manifest, model, tmp_path / "e.npz", "--ray", nodes.address), log=log)
+        one_a_node = ["--ray", nodes.address, "--actor-resources", "model=1"]
+        process = begin(*embed(manifest, model, tmp_path / "e.npz", *one_a_node), log=log)
         wait_for(lambda: len(list(journal.glob("part-*.npz"))) >= 2, process, log)
         nodes.kill_at_work(nodes.second, "Model", process, log)
-        noticed("another takes its place", process, log)
+        noticed("a model was lost", process, log)
         finish(process, log, 1)
     same_tables(tmp_path, tables)
 
