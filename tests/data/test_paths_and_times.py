@@ -123,6 +123,10 @@ def test_a_media_root_confines_however_a_path_is_written(root: Path, name: str) 
         "00:01:02-00:01:05": (62, 65),
         "00:00:01.000 --> 00:00:02.500": (1, 2.5),
         "0:10 to 0:20": (10, 20),
+        "00:00:01,500 --> 00:00:02,000": (1.5, 2),
+        "0:01,0:05": (1, 5),
+        "0:01,5": (1, 5),
+        " [\t1 ,\n 2 ] ": (1, 2),
     }.items(),
 )
 def test_times_are_seconds_or_as_clocks_show_them(value: Any, found: tuple[float, float]) -> None:
@@ -131,6 +135,8 @@ def test_times_are_seconds_or_as_clocks_show_them(value: Any, found: tuple[float
 
 WRONG = ["", "0:10", "0:20-0:10", "-1, 5", "1:75-2:00", "1:60:00-2:00:00", "01:02:03:04-01:02:04:00", "[" * 5000, "a-b", {"0": 1, "1": 2}]
 WRONG += [["0:10"], ["0:20", "0:10"], ["1:75", "2:00"], [True, 2], ["0", "nan"], ["0", "9" * 5000], [0, None], 5]
+LONG = " " * 2000  # a pattern that tries every way to share spaces out would take hours
+WRONG += [f"{LONG}1{LONG}x", f"1{'.' * 2000}x", f"1 2{LONG}x", [f"0{LONG}", f"{'1:' * 2000}x"]]
 
 
 @pytest.mark.parametrize("value", WRONG, ids=lambda value: str(value)[:20])
