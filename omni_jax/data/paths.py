@@ -22,13 +22,20 @@ def media_path(text: str, root: Any) -> Any:
       root: folder that relative paths start from.
 
     Raises:
-      InputError: for a URL of another machine, or of a store that is not known.
+      InputError: for a URL of another machine, or of a store that is not known, and for a text that no file can be called.
     """
+    try:
+        unusable = b"\0" in os.fsencode(text)
+    except UnicodeEncodeError:
+        unusable = True
+    if unusable:
+        raise InputError(f"{text[:80]!a}: holds a zero character or half of a surrogate pair, which no name of a file has; write it again")
     if text[:6].lower() == "file:/":
-        host, _, path = unquote(text[5:]).removeprefix("//").partition("/")
+        host, _, path = text[5:].removeprefix("//").partition("/")
+        path = unquote(path)
         if host.lower() not in ("", "localhost") or "\0" in path:
             raise InputError(f"{text[:80]}: names no file of this machine; write file:///PATH, with the path from the root of the disk")
-        return Path("/" + path)
+        return Path("/" + path.lstrip("/"))
     if is_remote(text):
         return absolute(text)
     if is_remote(root):

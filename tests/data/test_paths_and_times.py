@@ -43,6 +43,8 @@ def written(root: Path) -> dict[str, Path]:
         f"file://{encoded}": file,
         f"FILE://localhost{encoded}": file,
         f"file:{encoded}": file,
+        f"file://{'/' + encoded}": file,
+        f"file:/%2F{encoded[1:]}": file,
         f"file://{file}": file,
         "~/clips/a.mp4": home,
         "~\\clips\\a.mp4": home,
@@ -91,7 +93,7 @@ def test_object_stores_have_no_backslashes_and_no_home(root: Path) -> None:
     assert os.fspath(media_path("gs://other/a.mp4", root)) == "gs://other/a.mp4"
 
 
-@pytest.mark.parametrize("name", ["file://host/a.mp4", "file://a.mp4", "file:///a%00.mp4"])
+@pytest.mark.parametrize("name", ["file://host/a.mp4", "file://a.mp4", "file:///a%00.mp4", "file:////%00"])
 def test_an_address_of_no_file_here_is_a_problem_of_its_record(root: Path, name: str) -> None:
     (root / "m.jsonl").write_text(json.dumps({"id": "x", "video": name}))
     (problem,) = read_manifest(root / "m.jsonl").problems
@@ -100,6 +102,18 @@ def test_an_address_of_no_file_here_is_a_problem_of_its_record(root: Path, name:
     assert f"its video {name}: names no file" in str(item.error)
     with pytest.raises(InputError):
         media_path(name, root)
+
+
+def test_a_text_that_no_file_can_be_called_is_a_problem_of_its_record(root: Path) -> None:
+    names = ["~a\0/x.mp4", "~\ud800/x.mp4", "videos\\\0.mp4", "videos/a b.mp4"]
+    (root / "metadata.jsonl").write_text("".join(json.dumps({"file_name": name, "id": str(n)}) + "\n" for n, name in enumerate(names)))
+    found = read_manifest(root)
+    assert [record.id for record in found.records] == ["3"]
+    assert [problem.reason.split(": ")[0].rpartition(":")[2] for problem in found.problems] == ["1", "2", "3"]
+    assert not [note for note in found.notes if "no metadata file names" in note]
+    for item in parse_items([{"video": name} for name in names[:3]], Preset(), lambda: root):
+        assert "holds a zero character or half of a surrogate pair" in str(item.error)
+    assert media_path(os.fsdecode(b"\xff.mp4"), root) == root / os.fsdecode(b"\xff.mp4")  # a name that is not UTF-8
 
 
 @pytest.mark.parametrize("name", ["~/clips/a.mp4", "~\\clips\\a.mp4", "videos\\..\\..\\home\\clips\\a.mp4", "file:///etc/passwd"])
