@@ -331,8 +331,9 @@ def _given(inputs: Any, fields: Mapping[str, Any], timestamps: Any) -> tuple[Ite
 
 
 def _is_interval(value: Any) -> bool:
-    numbers = hasattr(value, "__len__") and len(value) == 2 and all(isinstance(x, int | float | np.number) for x in value)
-    return numbers or interval(value) is not None
+    if not hasattr(value, "__len__"):
+        return False  # an iterator, of an item each
+    return (len(value) == 2 and all(isinstance(x, int | float | np.number) for x in value)) or interval(value) is not None
 
 
 def _prompt(prompts: Mapping[str, str], name: str | None) -> str | None:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import omni_jax
+from omni_jax.api import encoding
 from omni_jax.cli.main import main
 from omni_jax.types import ArgumentError, InputError
 from tests.golden_set import GoldenSet
@@ -94,6 +95,14 @@ def test_golden_an_interval_is_cut_from_all_media(model: omni_jax.OmniRetriever,
     both = model.encode([pair, pair], timestamps=[(0.2, 0.8), None], workers=0)
     assert_close(both, np.stack([cut, model.encode(pair, workers=0)]), "invariance")
     assert_close(model.encode([pair, pair | {"text": "x"}], timestamps=(0.2, 0.8), workers=0)[0], cut, "invariance")
+
+
+@pytest.mark.parametrize("times", [[(0, 1), (1, 2), (2, 3)], ["0:00-0:01", "0:01-0:02", None], ["0:01", "0:02", "0:03"]])
+def test_times_from_an_iterator_are_one_of_each_item(times: list[Any]):
+    rows, count, _ = encoding._given(None, {"video": ["a", "b", "c"]}, iter(times))
+    assert [row["timestamps"] for row in rows] == times and count == 3
+    rows, _, _ = encoding._given(None, {"video": ["a", "b"]}, (time for time in ("0:01", "0:02")))
+    assert [row["timestamps"] for row in rows] == ["0:01", "0:02"]
 
 
 @pytest.mark.jit
