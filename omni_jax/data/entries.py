@@ -10,6 +10,7 @@ Other fields are carried along in `Record.extra`.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -87,12 +88,13 @@ class RemoteMedia(BadEntry):
 def spelled(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Returns an entry with its fields under their own names where only capitals differ ("Audio"), and the names that it had for them.
 
-    A name that two fields might be meant by, or whose value no such field holds, stays as it is.
+    A name that two fields might be meant by, or whose value no such field holds, as a date is no interval, stays as it is.
     """
     renamed: dict[str, list[str]] = {}
     for name, value in fields.items():
         plain = name.lower()
-        if name != plain and plain in _SPELLED and fields.get(plain) is None and isinstance(value, _SPELLED[plain]):
+        known = name != plain and plain in _SPELLED and fields.get(plain) is None and isinstance(value, _SPELLED[plain])
+        if known and not (plain == "timestamps" and isinstance(value, str) and interval(value) is None):
             renamed.setdefault(plain, []).append(name)
     found = {names[0]: plain for plain, names in renamed.items() if len(names) == 1}
     kept = {name: value for name, value in fields.items() if name not in found.values()}
@@ -112,6 +114,7 @@ def name_of(fields: Mapping[str, Any], nameless: bool = False) -> tuple[str, boo
     if value is None and (nameless or fields.get("conversations") is not None):
         kept = OFFICIAL if fields.get("conversations") is not None else PLAIN
         held = {name: fields.get(name) for name in kept if name not in ("id", "prefix")}
+        held["timestamps"] = _numbers(held["timestamps"])
         try:
             digest = hashlib.blake2b(json.dumps(held, sort_keys=True).encode(), digest_size=4).hexdigest()
         except RecursionError:
@@ -130,6 +133,15 @@ def name_of(fields: Mapping[str, Any], nameless: bool = False) -> tuple[str, boo
     if "\0" in value:
         raise BadEntry("id holds a zero character, which tables of embeddings cannot keep; write another one")
     return _encodable(value, "id"), False
+
+
+def _numbers(times: Any) -> Any:
+    """What is written as text as JSON would hold it: one way to write times must not give an entry another name."""
+    if isinstance(times, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            times = json.loads(times)
+    written = isinstance(times, str) or (isinstance(times, list) and any(isinstance(time, str) for time in times))
+    return (interval(times) or times) if written else times
 
 
 def record_of(fields: Mapping[str, Any], name: str, line: int, root: Any, confined: bool) -> Record:

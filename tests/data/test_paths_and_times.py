@@ -176,3 +176,28 @@ def test_columns_of_times_are_read_as_lists_are(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["t"], "timestamps": [["0:01", "0:02"]]}), tmp_path / "c.parquet")
     assert times("c.parquet", {}) == [(1, 2)]
     assert isinstance(read_manifest(tmp_path / "c.parquet").records[0], Record)
+
+
+def test_one_way_to_write_times_does_not_name_an_entry_otherwise_than_another(tmp_path: Path) -> None:
+    def name(file: str, text: str, columns: dict[str, str]) -> str:
+        (tmp_path / file).write_text(text)
+        (record,) = read_manifest(tmp_path / file, columns=columns).records
+        assert record.timestamps == (0, 5)
+        (tmp_path / file).unlink()
+        return record.id
+
+    for written in ("[0.0, 5.0]", '"0-5"', '["0:00", "0:05"]', '[0, "5"]'):
+        assert name("metadata.jsonl", json.dumps({"file_name": "v.mp4", "timestamps": json.loads(written)}), {}) == "v-271e83b4"
+    for cell in ('"[0.0, 5.0]"', "0:00 to 0:05"):
+        assert name("metadata.csv", f"file_name,timestamps\nv.mp4,{cell}\n", {}) == "v-271e83b4"
+    for cells in ("0,5", ",5.0", "0:00,0:05"):
+        assert name("metadata.csv", f"file_name,a,b\nv.mp4,{cells}\n", {"start": "a", "end": "b"}) == "v-271e83b4"
+    assert name("metadata.csv", 'file_name,timestamps\nv.mp4,"[0, 5]"\n', {}) == "v-3be9ea70", "whole numbers as JSON has them"
+
+
+def test_a_column_in_capitals_is_of_times_only_where_it_holds_them(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("id,text,Timestamps\na,t,2020-01-01\nb,t,12.5\nc,t,0:01-0:02\n")
+    found = read_manifest(tmp_path / "m.csv")
+    assert not found.problems
+    assert [record.timestamps for record in found.records] == [None, None, (1, 2)]
+    assert [record.extra.get("Timestamps") for record in found.records] == ["2020-01-01", "12.5", None]
