@@ -13,6 +13,8 @@ import io
 import math
 import os
 import tarfile
+import threading
+import weakref
 from typing import IO, Any, TypeAlias, cast
 
 from omni_jax.io.messages import line_of
@@ -117,12 +119,15 @@ class _Column:
 
     def __init__(self, part: FilePart) -> None:
         self._part, self._file, self._row, self._data = part, open_binary(part.file), math.inf, b""
-
-    def __del__(self) -> None:
-        self._file.close()
+        self._lock = threading.Lock()  # threads that decode in this process share the place
+        weakref.finalize(self, self._file.close)
 
     def cell(self, row: int) -> bytes:
         """Returns the bytes of a cell; b"" for null."""
+        with self._lock:
+            return self._read(row)
+
+    def _read(self, row: int) -> bytes:
         at, self._row = self._row, math.inf  # begins again where this fails
         if at > row:
             parquet = parquet_module().ParquetFile(self._file, buffer_size=_BUFFER, pre_buffer=False)
