@@ -322,3 +322,14 @@ def test_frames_that_memory_would_not_hold_are_refused(tmp_path: Path, monkeypat
     assert len(read_frames(tmp_path / "clip.mp4", 4).frames) == 4
     with pytest.raises(ClipError, match="6 frames of 32x32 pixels take"):
         read_frames(tmp_path / "clip.mp4", 6)
+
+
+def test_a_header_that_states_too_large_a_picture_does_not_decide(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "clip.mp4", seconds=0.5, fps=8, width=32, height=32, audio=False)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"avc1", data.index(b"stsd")) + 28
+    assert data[at : at + 4] == bytes([0, 32, 0, 32])
+    expected = read_frames(path, 4).frames
+    data[at : at + 4] = bytes([0x7F, 0, 0x7F, 0])
+    path.write_bytes(data)
+    assert np.array_equal(read_frames(path, 4).frames, expected)
