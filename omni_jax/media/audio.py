@@ -148,7 +148,7 @@ class _Unreadable(Exception):
 
 
 def _part(track: Any, seconds: float = 8.0, pad: bool = True, crop: str = "first", timestamps: Interval = None) -> np.ndarray:
-    """Returns the part of a track, with what `_Track` has in public, that is wanted, at 16 kHz, cropped and padded: (N,) float32."""
+    """Returns the wanted part of a track (a `_Track`, or what has its public members), at 16 kHz, cropped and padded: (N,) float32."""
     wanted = round(seconds * SAMPLE_RATE) if seconds > 0 else None
     start, stop = (round(t * track.rate) for t in timestamps) if timestamps else (0, None)
     longest = track.longest if stop is None else min(stop, track.longest)

@@ -22,7 +22,7 @@ def sample_indices(
 ) -> tuple[np.ndarray, float]:
     """Returns the (F,) int64 indices of the frames to take, F >= 1, and the length they span in seconds.
 
-    By `fps` of a preset, where it is not 0, F is that length times `fps`, at most `max_frames`. `frame_rounding` says whose are taken:
+    By `fps` of a preset, where it is not 0, F is that length times `fps`, at most `max_frames`. `frame_rounding` says which are taken:
       floor     F places evenly spaced over the clip, rounded down, some twice where n < F; by `fps` F is rounded. As OmniRetriever and WAVE
                 train.
       nearest   the same places rounded to the nearest, half to even, or place i * n // F where n < F; by `fps` F is rounded down, at most
