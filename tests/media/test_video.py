@@ -330,6 +330,6 @@ def test_a_header_that_states_too_large_a_picture_does_not_decide(tmp_path: Path
     at = data.index(b"avc1", data.index(b"stsd")) + 28
     assert data[at : at + 4] == bytes([0, 32, 0, 32])
     expected = read_frames(path, 4).frames
-    data[at : at + 4] = bytes([0x7F, 0, 0x7F, 0])
+    data[at : at + 4] = bytes([0x3F, 0, 0x3F, 0])
     path.write_bytes(data)
     assert np.array_equal(read_frames(path, 4).frames, expected)
