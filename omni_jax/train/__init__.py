@@ -15,6 +15,26 @@ if TYPE_CHECKING:
     from omni_jax.train.step import StepConfig, TrainStep
     from omni_jax.train.trainable import TrainableConfig, report
 
+__all__ = [
+    "BatchShapes",
+    "LossConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "StepConfig",
+    "TrainBatch",
+    "TrainState",
+    "TrainStep",
+    "TrainableConfig",
+    "fit_shapes",
+    "kinds_of_update",
+    "pack_micro_batch",
+    "pack_update",
+    "place_batch",
+    "report",
+    "stack_micro_batches",
+    "step_kind",
+]
+
 __getattr__, __dir__ = loaded_when_used(
     __name__,
     {

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +20,19 @@ def test_a_package_lists_its_public_names_and_gives_each(package) -> None:
     assert dir(package) and all(getattr(package, name) is not None for name in dir(package))
     with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nonsense'"):
         _ = package.nonsense
+
+
+def test_what_documented_examples_import_is_public_to_type_checkers() -> None:
+    """The wheel is typed: a name that a package imports is private unless `__all__` has it."""
+    root = Path(__file__).resolve().parents[2]
+    found = 0
+    for file in [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("docs/**/*.ipynb")]:
+        for name, given in re.findall(r"from (omni_jax[.\w]*) import (\w+(?:, \w+)*)", file.read_text()):
+            module = importlib.import_module(name)
+            if hasattr(module, "__path__"):
+                assert set(given.split(", ")) <= set(module.__all__), file
+                found += 1
+    assert found
 
 
 def test_a_name_that_needs_a_missing_package_of_training_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
