@@ -36,7 +36,8 @@ from omni_jax.types import ClipError, InputError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-IN_FLIGHT = 4  # items a worker that are handed out or finished and not yet yielded, at most: bounds memory
+IN_FLIGHT = 4  # items per worker that are handed out or finished and not yet yielded, at most: bounds memory
+START_PAUSES_S = (0.2, 1.0, 3.0)  # before a process is tried again that the system refused: others may have ended then
 START_LIMIT_S = 300.0  # a child imports NumPy and PyAV first, which a busy network disk can make slow
 LONGEST = 10  # times its limit that an item in progress may take: an hour of interlaced video decodes in a quarter of one
 ALIKE = 5
@@ -47,7 +48,6 @@ _JOIN_LIMIT_S = 10.0
 _ORPHAN_GRACE_S = 2.0  # a hung child ends itself this long after its parent should have done so
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from omni_jax.media.workers import _serve; _serve(int(sys.argv[1]))"
 
-
 _ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # the processes are the parallelism
 # glibc keeps up to 256 MiB of freed memory for the next clip: what the kernel takes back it zeroes before it gives it again.
 _ENVIRONMENT |= {"MALLOC_TRIM_THRESHOLD_": str(256 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
@@ -57,6 +57,10 @@ class OwnFault(ClipError):
     """No result because of an error that no file raises. `cause` says what was raised where."""
 
     cause = ""
+
+
+class CannotStart(InputError):
+    """The system refuses a decoding process, and did so several times: no fault of an item."""
 
 
 def run_guarded(
@@ -86,7 +90,8 @@ def run_guarded(
     Raises:
       InputError: for arguments out of range, and when the first `ALIKE` items, or all of fewer, fail with the same error that no file
         raises: the fault is then one of this project or of a library below it.
-      RuntimeError: when children cannot start at all.
+      CannotStart: when the system refuses a child, for lack of processes, open files or memory, and goes on to after `START_PAUSES_S`.
+      RuntimeError: when a child ends before its first item.
     """
     if workers < 0:
         raise InputError(f"workers {workers}: must be 0 (no child processes) or more")
@@ -169,7 +174,7 @@ class Guarded:
         self._local = threading.local()
         self._children: weakref.WeakSet[_Child] = weakref.WeakSet()
         self._lock = threading.Lock()
-        self._closing = False
+        self._closing = threading.Event()
 
     def __call__(self, item: Any, name: str) -> Any:
         """Returns function(item). Raises ClipError where there is no result, whatever the reason."""
@@ -206,18 +211,27 @@ class Guarded:
     def close(self) -> None:
         """Kills all children, whose threads then get no result; no other child starts."""
         with self._lock:
-            self._closing = True
+            self._closing.set()
             for child in self._children:
                 child.process.kill()
 
     def _start(self) -> _Child:
-        with self._lock:
-            if self._closing:
-                raise RuntimeError("no process is started for a pool that closes")
+        pauses = iter(START_PAUSES_S)
+        while True:
             try:
-                self._children.add(child := _Child())
-            except OSError as error:  # no fault of its item
-                raise RuntimeError(f"a decoding process could not start: {error}; use fewer workers") from None
+                with self._lock:
+                    if self._closing.is_set():
+                        raise RuntimeError("no process is started for a pool that closes")
+                    self._children.add(child := _Child())
+                break
+            except OSError as error:
+                if (pause := next(pauses, None)) is None:
+                    why, advice = (
+                        error.strerror or error,
+                        "use fewer workers, or allow more processes, open files (ulimit -u, -n) or memory",
+                    )
+                    raise CannotStart(f"a decoding process could not start ({why}); {advice}") from None
+            self._closing.wait(pause)
         child.begin(*self._args)
         return child
 
@@ -230,7 +244,8 @@ class _Child:
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, contextlib.ExitStack() as opened:
+            opened.enter_context(ours)
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, str(theirs.fileno()), json.dumps(sys.path)],
                 pass_fds=[theirs.fileno()],
@@ -239,6 +254,7 @@ class _Child:
                 env=os.environ | _ENVIRONMENT,
                 process_group=0,  # Ctrl-C is for the parent, which ends its children itself
             )
+            opened.pop_all()
         self._pipe = _Pipe(ours)
         # Called when it is done with, or when its thread ends, the pool or this process, whichever comes first.
         self.end = weakref.finalize(self, _end, self.process, ours)

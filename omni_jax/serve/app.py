@@ -21,6 +21,7 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Respon
 from starlette.routing import Route
 
 from omni_jax import __version__
+from omni_jax.media.workers import CannotStart
 from omni_jax.retrieval.rows import finished
 from omni_jax.serve.batching import Batcher, Busy
 from omni_jax.serve.embedding import Embedder
@@ -63,7 +64,8 @@ def make_app(embedder: Embedder, library: Library, rules: Rules, name: str) -> S
         Refused: lambda _, error: refused(error.status, str(error)),
         ClipError: lambda _, error: refused(422, str(error)),
         InputError: lambda _, error: refused(400, str(error)),
-        Busy: lambda _, error: _busy(),
+        Busy: lambda _, error: _later("too many requests wait; try again in a moment"),
+        CannotStart: lambda _, error: _later(str(error)),
         HTTPException: lambda _, error: refused(error.status_code, str(error.detail), error.headers),
         Exception: lambda _, error: refused(500, "the server failed; its log says how"),
     }
@@ -102,7 +104,9 @@ class _Service:
                 return response
             except (Refused, ClipError, InputError, Busy, HTTPException) as error:
                 status = str(
-                    getattr(error, "status", None) or getattr(error, "status_code", None) or (503 if isinstance(error, Busy) else 422)
+                    getattr(error, "status", None)
+                    or getattr(error, "status_code", None)
+                    or (503 if isinstance(error, Busy | CannotStart) else 422)
                 )
                 raise
             finally:
@@ -209,7 +213,7 @@ def _number(query: Query, name: str, most: int, usual: int) -> int:
     return value
 
 
-def _busy() -> Response:
-    response = refused(503, "too many requests wait; try again in a moment")
+def _later(line: str) -> Response:
+    response = refused(503, line)
     response.headers["retry-after"] = "1"
     return response

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -11,13 +13,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
 from omni_jax.media import workers as workers_module
-from omni_jax.media.workers import ALIKE, IN_FLIGHT, Guarded, run_guarded
+from omni_jax.media.workers import ALIKE, IN_FLIGHT, CannotStart, Guarded, run_guarded
 from omni_jax.types import ClipError, InputError
 from tests.media import worker_functions as functions
 
@@ -167,6 +170,39 @@ def test_a_function_that_cannot_be_imported_is_no_clips_fault(monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "tests.media.not_there", functions)
     with pytest.raises(RuntimeError, match="a decoding process could not start: ModuleNotFoundError"):
         list(run_guarded(functions.square, [1], 1, 60))
+
+
+@pytest.mark.parametrize(("module", "name", "code"), [(subprocess, "Popen", errno.EAGAIN), (socket, "socketpair", errno.EMFILE)])
+def test_a_process_that_the_system_refuses_is_tried_again(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, code: int) -> None:
+    given, left = getattr(module, name), [1]
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        if left and left.pop():
+            raise OSError(code, os.strerror(code))
+        return given(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, refused)
+    monkeypatch.setattr(workers_module, "START_PAUSES_S", (0.0, 0.0))
+    assert list(run_guarded(functions.square, range(3), 1, 60)) == [(i, i * i) for i in range(3)]
+    assert not left
+    left.extend([1] * 3)
+    with pytest.raises(CannotStart, match=rf"^a decoding process could not start \({os.strerror(code)}\); use fewer workers, or allow"):
+        list(run_guarded(functions.square, range(3), 1, 60))
+    assert not left
+    assert issubclass(CannotStart, InputError) and not issubclass(CannotStart, ClipError), "ends the run with one line"
+
+
+def test_a_pool_that_closes_does_not_wait_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    guarded = Guarded(functions.square, 60)
+
+    def refused(*_: Any, **__: Any) -> Any:
+        threading.Thread(target=guarded.close).start()
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    monkeypatch.setattr(workers_module, "START_PAUSES_S", (3600.0,))
+    with pytest.raises(RuntimeError, match="a pool that closes"):
+        guarded(1, "1")
 
 
 def test_an_error_of_the_items_reaches_the_caller() -> None:

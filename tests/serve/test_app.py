@@ -279,7 +279,12 @@ def test_golden_files_outside_the_folder_of_media_are_not_given_out(tmp_path: Pa
         library.close()
 
 
-def test_golden_busy_server_says_so(model: OmniRetriever, library: Library, golden: GoldenSet):
+def _refused() -> None:
+    raise BlockingIOError(11, "no room")
+
+
+def test_golden_busy_server_says_so(model: OmniRetriever, library: Library, golden: GoldenSet, monkeypatch: pytest.MonkeyPatch):
+    from omni_jax.media import workers
     from omni_jax.serve.app import make_app
     from omni_jax.serve.embedding import Embedder
     from omni_jax.serve.guards import Rules
@@ -289,3 +294,9 @@ def test_golden_busy_server_says_so(model: OmniRetriever, library: Library, gold
         response = client.post("/v1/embeddings", json={"input": ["a", "b", "c"]})
         assert "try again" in line_of(response, 503) and response.headers["retry-after"] == "1"
         assert client.post("/v1/embeddings", json={"input": ["a", "b"]}).status_code == 200
+        monkeypatch.setattr(workers, "START_PAUSES_S", ())
+        monkeypatch.setattr(workers, "_Child", _refused)
+        response = client.post("/v1/search", files={"video": Path(golden.records[0].video).read_bytes()})
+        assert "a decoding process could not start (no room)" in line_of(response, 503)
+        assert response.headers["retry-after"] == "1"
+        assert 'omni_jax_requests_total{route="/v1/search",status="503"} 1.0' in client.get("/metrics").text
