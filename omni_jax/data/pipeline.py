@@ -32,6 +32,7 @@ from omni_jax.data.negatives import MinedNegatives
 from omni_jax.data.order import stand_ins
 from omni_jax.data.plan import BatchConfig, Planner, UpdatePlan
 from omni_jax.data.sources import ClipSource
+from omni_jax.media.workers import ONE_THREAD
 from omni_jax.tokens.prompts import build_sequence
 from omni_jax.tokens.tokenizer import Tokenizer
 from omni_jax.tokens.training import PromptLengths, clip_media
@@ -197,6 +198,8 @@ class TrainPipeline:
         ahead = made.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         if not flags.FLAGS.is_parsed():  # grain reads its own in the parent of its workers
             flags.FLAGS.mark_as_parsed()
+        for name, value in ONE_THREAD.items():  # read when a library is loaded: by the workers, as this process has loaded its own
+            os.environ.setdefault(name, value)
         workers = min(self._workers, stop - start)
         return iter(ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_begin_worker))
 

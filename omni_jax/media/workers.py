@@ -48,9 +48,11 @@ _JOIN_LIMIT_S = 10.0
 _ORPHAN_GRACE_S = 2.0  # a hung child ends itself this long after its parent should have done so
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from omni_jax.media.workers import _serve; _serve(int(sys.argv[1]))"
 
-_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # the processes are the parallelism
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""Environment of a process that is one of several: they share the cores, and the threads of its libraries would wait for each other's."""
+
 # glibc keeps up to 256 MiB of freed memory for the next clip: what the kernel takes back it zeroes before it gives it again.
-_ENVIRONMENT |= {"MALLOC_TRIM_THRESHOLD_": str(256 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
+_ENVIRONMENT = ONE_THREAD | {"MALLOC_TRIM_THRESHOLD_": str(256 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
 
 
 class OwnFault(ClipError):

@@ -22,6 +22,7 @@ from omni_jax.config.batches import AugmentConfig
 from omni_jax.data.clips import ClipInfo
 from omni_jax.data.pipeline import PipelineBatch
 from omni_jax.data.plan import BatchConfig, row_sizes
+from omni_jax.media.workers import ONE_THREAD
 from omni_jax.train import LossConfig, fit_shapes, kinds_of_update
 from omni_jax.types import BatchShapes, InputError, MicroBatch
 from tests.data.training_clips import CONFIG, MemorySource, captions, pipeline, tokenizer
@@ -281,7 +282,10 @@ def test_fields_out_of_range_are_refused():
 
 
 @pytest.mark.slow
-def test_workers_change_nothing_and_one_that_is_killed_is_replaced(caplog: pytest.LogCaptureFixture):
+def test_workers_change_nothing_and_one_that_is_killed_is_replaced(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    for name in ONE_THREAD:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     source = MemorySource(captions(20), broken=[4])
     # More than workers make ahead: the one that is killed must have work left.
     expected = list(pipeline(source, BATCH, ALL).batches(0, 24))
@@ -289,6 +293,7 @@ def test_workers_change_nothing_and_one_that_is_killed_is_replaced(caplog: pytes
     made = [next(stream) for _ in range(3)]
     workers = [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
     assert len(workers) == 2
+    assert all(ONE_THREAD.items() <= worker.environ().items() for worker in workers)
     workers[0].kill()
     made += list(stream)
     assert "a data worker died" in caplog.text
