@@ -169,8 +169,8 @@ def averages_chart(rows: Sequence[str], models: Sequence[tuple[str, Mapping[str,
         ]
         for slot, (m, name, value, interval) in enumerate(present):
             y = top + line * r + 12 + (line - 24) * (slot + 0.5) / len(present)
-            bounds = [across(end) for end in interval] if interval else [None, None]
-            dots.append(Dot(name, across(value), _round(y), m, *bounds, f"{value:.2f}"))
+            left, right = map(across, interval) if interval else (None, None)
+            dots.append(Dot(name, across(value), _round(y), m, left, right, f"{value:.2f}"))
     step = next(s for s in (1, 2, 5, 10, 20) if (high - low) / s <= 10)
     marks = [Tick(across(v), f"{v}") for v in range(math.ceil(low / step) * step, high + 1, step)]
     levels = [Tick(top + line * (r + 0.5), key) for r, key in enumerate(rows)]
