@@ -131,7 +131,7 @@ def test_a_killed_node_costs_neither_shard_nor_row_of_a_golden_model(
         one_a_node = ["--ray", nodes.address, "--actor-resources", "model=1"]
         process = begin(*embed(manifest, model, tmp_path / "e.npz", *one_a_node), log=log)
         wait_for(lambda: len(list(journal.glob("part-*.npz"))) >= 2, process, log)
-        nodes.kill_at_work(nodes.second, "Model", process, log)
+        nodes.kill_at_work(nodes.second, "Model.embed", process, log)
         noticed("a model was lost", process, log)
         finish(process, log, 1)
     same_tables(tmp_path, tables)
