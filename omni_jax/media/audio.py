@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import types
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -114,11 +113,8 @@ def array_waveform(samples: np.ndarray, rate: int, name: str, *, channels: str =
       ClipError: when they end before the interval.
     """
     mixer = _Mixer(channels)
-    mono = mixer.mono(samples)
-    blocks = lambda start: (mono[at : at + _BLOCK] for at in range(start, len(mono), _BLOCK))  # noqa: E731
-    held = types.SimpleNamespace(rate=rate, longest=len(mono), length=lambda: len(mono), blocks=blocks)
     try:
-        return Waveform(_part(held, **part), mixer.warnings(name))
+        return Waveform(_part(_Held(mixer.mono(samples), rate), **part), mixer.warnings(name))
     except _Unreadable as error:
         raise ClipError(f"{name}: {error}; correct the interval") from None
 
@@ -143,12 +139,25 @@ class _Mixer:
         return (f"{name}: the first channel is silent, others are not; set channels=mean to hear them",)
 
 
+class _Held:
+    """Samples in memory, with what `_part` asks of a track."""
+
+    def __init__(self, samples: np.ndarray, rate: int) -> None:
+        self._samples, self.rate, self.longest = samples, rate, len(samples)
+
+    def length(self) -> int:
+        return self.longest
+
+    def blocks(self, start: int) -> Iterator[np.ndarray]:
+        yield from (self._samples[at : at + _BLOCK] for at in range(start, self.longest, _BLOCK))
+
+
 class _Unreadable(Exception):
     """A track that cannot be used; the message completes "FILE: ..."."""
 
 
-def _part(track: Any, seconds: float = 8.0, pad: bool = True, crop: str = "first", timestamps: Interval = None) -> np.ndarray:
-    """Returns the wanted part of a track (a `_Track`, or what has its public members), at 16 kHz, cropped and padded: (N,) float32."""
+def _part(track: _Track | _Held, seconds: float = 8.0, pad: bool = True, crop: str = "first", timestamps: Interval = None) -> np.ndarray:
+    """Returns the wanted part of a track at 16 kHz, cropped and padded: (N,) float32."""
     wanted = round(seconds * SAMPLE_RATE) if seconds > 0 else None
     start, stop = (round(t * track.rate) for t in timestamps) if timestamps else (0, None)
     longest = track.longest if stop is None else min(stop, track.longest)
@@ -171,7 +180,7 @@ def _filled(samples: np.ndarray, length: int) -> np.ndarray:
     return samples if len(samples) >= length else np.pad(samples, (0, length - len(samples)))
 
 
-def _resample(track: Any, start: int, stop: int | None, wanted: int | None) -> np.ndarray:
+def _resample(track: _Track | _Held, start: int, stop: int | None, wanted: int | None) -> np.ndarray:
     """Returns samples [start, stop) of a track at 16 kHz, at most `wanted` of them; decoding ends as soon as they are there."""
     stream = soxr.ResampleStream(track.rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ") if track.rate != SAMPLE_RATE else None
     parts: list[np.ndarray] = []
