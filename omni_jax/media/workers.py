@@ -228,11 +228,10 @@ class Guarded:
                 break
             except OSError as error:
                 if (pause := next(pauses, None)) is None:
-                    why, advice = (
-                        error.strerror or error,
-                        "use fewer workers, or allow more processes, open files (ulimit -u, -n) or memory",
-                    )
-                    raise CannotStart(f"a decoding process could not start ({why}); {advice}") from None
+                    raise CannotStart(
+                        f"a decoding process could not start ({error.strerror or error}); use fewer workers, or allow more processes, "
+                        f"open files (ulimit -u, -n) or memory"
+                    ) from None
             self._closing.wait(pause)
         child.begin(*self._args)
         return child
