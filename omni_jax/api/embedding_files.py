@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from etils import epath
 from omni_jax.api.made_with import media_digest
 from omni_jax.config import TABLE_MODALITIES
 from omni_jax.data.manifest import Manifest
+from omni_jax.io import remove_leftovers
 from omni_jax.retrieval.embedding_file import finished, part_path, write_embeddings
 from omni_jax.retrieval.embedding_pass import first_of_prompts, same_in_other_parts
 from omni_jax.retrieval.journal import Journal
@@ -82,7 +84,9 @@ class EmbeddingFile:
     @functools.cached_property
     def journal(self) -> Journal:
         """What is finished of it so far, opened when it is first asked for, as `Journal` says."""
-        return Journal(self.out.with_name(f".{self.out.stem}.unfinished"), self.settings)
+        journal = Journal(self.out.with_name(f".{self.out.stem}.unfinished"), self.settings)
+        remove_leftovers(self.out.parent, glob.escape(self.out.name))  # the journal keeps other runs from this file
+        return journal
 
     @functools.cached_property
     def left(self) -> list[Record]:

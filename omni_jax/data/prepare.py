@@ -29,6 +29,7 @@ from omni_jax.data.shards import (
     write_dataset_info,
 )
 from omni_jax.data.sources import trainable
+from omni_jax.io import remove_leftovers
 from omni_jax.io.remote import RemoteFolder
 from omni_jax.media.workers import run_guarded
 from omni_jax.types import ClipError, InputError, Record
@@ -222,8 +223,8 @@ class Preparation:
         return sizes
 
     def _remove_leftovers(self) -> None:
-        for leftover in self._out.glob(".*.unfinished"):
-            leftover.unlink(missing_ok=True)
+        for folder in (self._out, self._out / PARTS):
+            remove_leftovers(folder)
 
     @staticmethod
     def _is_free(folder: Path) -> bool:

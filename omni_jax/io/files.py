@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 HINT = "check that the folder exists and has space"
 PERIOD_S = 60.0  # between two writes of an object
 LOCK = "lock"
+TAG = 8  # hexadecimal digits that tell two writers of one file apart
 FRESH_S = 60.0  # a folder so new may not be locked yet
 
 
@@ -35,7 +36,7 @@ class WholeFile:
     def __init__(self, target: Path | epath.Path, *, flush: bool = True):
         """Takes the place, and whether the disk must have the file before its name: a loss of power then leaves none that is cut."""
         self._target, self._flush = target, flush
-        self.path: Path = cast(Path, target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.unfinished"))
+        self.path: Path = cast(Path, target.with_name(f".{target.name}.{uuid.uuid4().hex[:TAG]}.unfinished"))
         self._finished = False
 
     def finish(self) -> None:
@@ -51,6 +52,12 @@ class WholeFile:
         if not self._finished:
             with contextlib.suppress(OSError, InputError), reaching(self.path):
                 self.path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path | epath.Path, name: str = "*") -> None:
+    """Removes what killed processes left of a `WholeFile` called `name` (a glob pattern) in a folder that no living process writes to."""
+    for leftover in list(folder.glob(f".{name}.{'[0-9a-f]' * TAG}.unfinished")):
+        leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -166,6 +166,8 @@ def test_an_interrupted_preparation_goes_on_without_losing_or_doubling(manifest:
     for _ in range(4):  # within the second shard
         next(work)
     work.close()  # type: ignore[attr-defined] (a generator)
+    for killed in (".clips.array_record.0123abcd.unfinished", "parts/.00001.json.89abcdef.unfinished"):
+        (out / killed).touch()
     with pytest.raises(InputError, match="preparation was interrupted"):
         ClipIndex(out)
     again = Preparation(out, records, (), PRESET, 3)
@@ -173,7 +175,7 @@ def test_an_interrupted_preparation_goes_on_without_losing_or_doubling(manifest:
     assert sum(again.run(0, 60)) == again.total - 2
     assert again.finish().clips == 6
     assert list(ShardSource(out, PRESET).ids) == [*(f"clip-{i}" for i in range(5)), "mute"]
-    assert not list(out.glob(".*"))
+    assert not list(out.rglob(".*"))
 
 
 def test_a_full_disk_ends_a_preparation_with_one_line_and_keeps_what_is_there(
@@ -193,7 +195,7 @@ def test_a_full_disk_ends_a_preparation_with_one_line_and_keeps_what_is_there(
         assert status == 2 and name in said and "cannot be written (" in said and said.endswith("; check that the disk has space")
         assert (out / shard_name(0, 3)).read_bytes() == kept and not (out / "index.json").exists()
     assert main(_arguments(manifest, out, "--shards", "3", "--workers", "0")) == 1
-    assert list(ShardSource(out, PRESET).ids) == [*(f"clip-{i}" for i in range(5)), "mute"] and not list(out.glob(".*"))
+    assert list(ShardSource(out, PRESET).ids) == [*(f"clip-{i}" for i in range(5)), "mute"] and not list(out.rglob(".*"))
 
 
 def test_an_index_that_cannot_be_written_is_one_line(tmp_path: Path):
@@ -315,4 +317,4 @@ def test_a_killed_preparation_goes_on(tmp_path: Path, name: str):
     assert subprocess.run(command, check=False, timeout=300).returncode == 0
     source = ShardSource(out, PRESET)
     assert [source.load(i).record.id for i in range(len(source))] == [f"clip-{i}" for i in range(24)]
-    assert not list(out.glob(".*"))
+    assert not list(out.rglob(".*"))
