@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from omni_jax.conversion.adapter import PICKLED
+from omni_jax.conversion.adapter import WEIGHTS as ADAPTER
 from omni_jax.conversion.folder import MANIFEST
+from omni_jax.conversion.weight_files import INDEX, SINGLE, TORCH_INDEX, TORCH_SINGLE
 from omni_jax.io import lock
 from omni_jax.io.messages import line_of
 from omni_jax.types import InputError
@@ -22,6 +25,8 @@ from omni_jax.types import InputError
 DEFAULT = "main"
 _SIDE = ("*.json", "*.txt", "*.jinja", "*.model", "BEATs*.pt", "beats*.pt")  # of the top folder; the .pt file holds settings of a tower
 _BIN = ("pytorch_model*.bin", "model*.bin", "adapter_model*.bin")  # other .bin files, as training_args.bin, hold no weights
+_WHOLE_SAFE = (INDEX, SINGLE, ADAPTER)
+_WHOLE_BIN = (TORCH_INDEX, TORCH_SINGLE, PICKLED)
 _CONVERTED = ("weights/*", "adapter/*")
 PART = ".omni_jax-part"  # of a file's name, while only a part of it is there
 AT_A_TIME = 4  # files
@@ -92,7 +97,9 @@ def needed_files(names: Iterable[str]) -> list[str]:
     if MANIFEST in known:
         return [name for name in known if ("/" not in name and _is(name, _SIDE)) or _is(name, _CONVERTED)]
     top = [name for name in known if "/" not in name]
-    weights = [name for name in top if name.endswith(".safetensors")] or [name for name in top if _is(name, _BIN)]
+    safe, bins = [name for name in top if name.endswith(".safetensors")], [name for name in top if _is(name, _BIN)]
+    # As `open_weights` chooses: by the names that transformers knows, safetensors first, then by the suffix.
+    weights = bins if set(_WHOLE_BIN) & set(top) and not set(_WHOLE_SAFE) & set(top) else safe or bins
     if not weights or not {"config.json", "adapter_config.json"} & set(top):
         return []
     other = ".bin.index.json" if weights[0].endswith(".safetensors") else ".safetensors.index.json"

@@ -266,15 +266,12 @@ class _Job:
                     self._read += self.checkpoint.tensors[entry.key].nbytes
 
     def _shared(self, group: list[Entry]) -> np.ndarray:
-        first = self._load(group[0])
-        for entry in group[1:]:
-            other = self._load(entry)
-            if other.dtype != first.dtype or other.tobytes() != first.tobytes():
-                where = self._beats_path if self._replaced(entry.key) else self.checkpoint.folder
-                raise InputError(
-                    f"{where}: {entry.key} differs from {group[0].key}, but all layers must share one table; get the weights again"
-                )
-        return group[0].to_tree(first)
+        """Returns the one leaf of tensors that all layers share, the adapter's where it is merged and has it."""
+        loaded = [(self._load(entry), entry) for entry in group]
+        if self._merge is not None and (trained := [e for e in group if PEFT_PREFIX + e.key in self._merge.entries]):
+            loaded = [(self._merge.read(PEFT_PREFIX + entry.key), entry) for entry in trained]
+            return _one_table(loaded, self._merge.folder)
+        return _one_table(loaded, self._beats_path if self._replaced(group[0].key) else self.checkpoint.folder)
 
     def _merged(self, entry: Entry, array: np.ndarray) -> np.ndarray:
         """Returns a torch tensor of the base with the adapter folded in (float32 arithmetic, the base's type)."""
@@ -302,6 +299,10 @@ class _Job:
     def write_adapter(self, adapter: Adapter, writer: StoreWriter) -> None:
         """Writes LoRA and whole modules; in the order of the tree."""
         for group in engine.stacks(adapter.entries.values()).values():
+            if group[0].shared:
+                self._add(writer, group[0], _one_table([(adapter.read(entry.key), entry) for entry in group], adapter.folder))
+                self._written |= {entry.key: self._written[group[0].key] for entry in group}
+                continue
             for entry in group:
                 array = adapter.read(entry.key)
                 fitted = adapter.fitted(entry.key, array)
@@ -389,6 +390,15 @@ class _Job:
         absent = f"{self.checkpoint.folder}: has no {', '.join(self.absent)}, which no embedding needs; an export will not have it either"
         adapter = self.adapter.notes if self.adapter is not None else ()
         return self.checkpoint.notes + ((absent,) if self.absent else ()) + adapter
+
+
+def _one_table(tensors: Iterable[tuple[np.ndarray, Entry]], where: Any) -> np.ndarray:
+    """Returns the leaf that tensors of several layers hold. Raises InputError where they differ."""
+    (first, home), *others = tensors
+    for other, entry in others:
+        if other.dtype != first.dtype or other.tobytes() != first.tobytes():
+            raise InputError(f"{where}: {entry.key} differs from {home.key}, but all layers must share one table; get the weights again")
+    return home.to_tree(first)
 
 
 def _without_unknown(checkpoint: Checkpoint, entries: Mapping[str, Entry]) -> Checkpoint:

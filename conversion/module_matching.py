@@ -50,7 +50,8 @@ def selected(config: Mapping[str, Any], modules: Mapping[str, bool], spelled: Ca
     else:
         raise InputError(f"{where}: target_modules={target!r} is not supported; expected a regular expression or a list of module names")
     if config.get("layers_to_transform") not in (None, []):
-        kept = _of_layers(kept, config, where)
+        # A module that is listed by its whole name is meant in whichever layer it is.
+        kept = _of_layers(kept, config, where) | (kept & set(target))
     elif config.get("layers_pattern"):
         raise InputError(f"{where}: layers_pattern={config['layers_pattern']!r} without layers_to_transform is not supported, as in PEFT")
     excluded, saved = config.get("exclude_modules"), config.get("modules_to_save") or ()

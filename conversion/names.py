@@ -137,10 +137,13 @@ def read_adapter_names(names: Iterable[str], where: str) -> AdapterNames:
     if len(adapters) > 1:
         raise InputError(f"{where}: holds {len(adapters)} adapters ({', '.join(adapters)}); save one of them alone (save_pretrained)")
     sources = _one_each(found, where)
-    modules = {key.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0]: of for key, of in sources.items() if ".lora_" in key}
-    raw = [(module, name.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0]) for module, name in modules.items()]
-    spelled = next((spell for spell in _SPELLINGS if all(spell(module) == name for module, name in raw)), str)
-    return AdapterNames(sources, copies, spelled)
+    own = {
+        key.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0]: name.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0]
+        for key, name in sources.items()
+        if ".lora_" in key
+    }
+    usual = max(_SPELLINGS, key=lambda spell: sum(spell(module) == name for module, name in own.items()))
+    return AdapterNames(sources, copies, lambda module: own.get(module) or usual(module))
 
 
 def _adapter_key(name: str) -> tuple[str, str | None]:
@@ -154,10 +157,10 @@ def _adapter_key(name: str) -> tuple[str, str | None]:
 
 
 def _nested(module: str) -> str:
-    """The name of a module in transformers 5."""
+    """The name of a module in transformers 5, where what WAVE adds stays outside as the output layer does."""
     if module.startswith("model."):
         return f"model.language_model.{module.removeprefix('model.')}"
-    return module if module.startswith("lm_head") else f"model.{module}"
+    return f"model.{module}" if module.startswith(("visual.", "audio_tower.")) else module
 
 
 _SPELLINGS: tuple[Callable[[str], str], ...] = (

@@ -61,7 +61,9 @@ class WeightFiles:
 
 
 def open_weights(folder: epath.Path) -> WeightFiles:
-    """Returns the weights in a folder; headers are read and checked, weights are not. The index says which file holds a tensor.
+    """Returns the weights in a folder; headers are read and checked, weights are not.
+
+    A whole file (`model.safetensors`) comes before an index, which says which file holds a tensor, and both before files of other names.
 
     Raises:
       InputError: no weights, damaged or absent files, an index that contradicts them, or files without an index that overlap.
@@ -69,14 +71,15 @@ def open_weights(folder: epath.Path) -> WeightFiles:
     present = {item.name for item in folder.iterdir() if not item.is_dir()} - {_NOT_OURS}
     weights = {name for name in present for _, _, pattern in _KINDS if fnmatch.fnmatch(name, pattern)}
     known = frozenset(weights | {index for index, _, _ in _KINDS if index in present})
-    for index_file, single, pattern in _KINDS:
-        ours = sorted(name for name in weights if fnmatch.fnmatch(name, pattern))
+    for index_file, single, _ in _KINDS:  # in the order of transformers, which takes the whole file where both are there
+        if single in present:
+            return _opened(folder, [single], known, None, None, None, None)
         if index_file in present:
             metadata, files, placed = _read_index(folder, index_file)
             text = (folder / index_file).read_bytes().decode("utf-8-sig")
             return _opened(folder, files, known, index_file, metadata, text, placed)
-        if single in present or ours:
-            files = [single] if single in present else ours
+    for _, _, pattern in _KINDS:
+        if files := sorted(name for name in weights if fnmatch.fnmatch(name, pattern)):
             _refuse_absent(folder, files)
             return _opened(folder, files, known, None, None, None, None)
     others = sorted(name for name in present if name.endswith(_OTHERS) and not _BESIDE.match(name.lower()))

@@ -227,6 +227,8 @@ def test_golden_a_published_folder_is_converted_once(golden: GoldenSet, tmp_path
         ("config.json pytorch_model-1.bin training_args.bin optimizer.pt", "config.json pytorch_model-1.bin"),
         ("adapter_config.json adapter_model.bin", "adapter_config.json adapter_model.bin"),
         ("config.json m.safetensors BEATs_iter3.pt optimizer.pt", "BEATs_iter3.pt config.json m.safetensors"),
+        ("config.json pytorch_model.bin heads.safetensors", "config.json pytorch_model.bin"),
+        ("config.json pytorch_model-1.bin m.safetensors", "config.json m.safetensors"),
         ("config.json", ""),
         ("model.safetensors", ""),
         (

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from omni_jax import conversion
-from omni_jax.conversion.adapter import default_config, read_config
+from omni_jax.conversion.adapter import default_config, open_adapter, read_config
 from omni_jax.conversion.folder import read_manifest
 from omni_jax.conversion.rules import base_rules
 from omni_jax.types import InputError
@@ -180,6 +180,48 @@ def test_every_spelling_is_the_same_adapter_and_comes_back(tmp_path, base, plain
     expected = plain["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"].T
     assert np.array_equal(np.asarray(params["decoder", "layers", "attn", "q", "lora_a"][1]), expected)
     assert np.array_equal(np.asarray(params["head", "fc1", "kernel"]), plain["base_model.model.classify_linear.0.weight"].T)
+
+
+def test_patterns_are_compared_with_the_names_in_the_file_module_by_module(tmp_path, base):
+    """Under transformers 5 the decoder's names are nested and those of what WAVE adds are not."""
+    lora = dataclasses.replace(checkpoints.LORA, targets=("decoder/layers/attn/q", "bridge/fc1"), modules_to_save=())
+    plain = load_file(checkpoints.write_adapter(tmp_path / "plain", checkpoints.model_config(lora=lora)) / FILE)
+    mixed = {name.replace("model.model.layers.", "model.model.language_model.layers."): value for name, value in plain.items()}
+    settings = {
+        "modules_to_save": None,
+        "target_modules": ["q_proj", "beats_proj.0"],
+        "exclude_modules": r"model\.(visual|audio_tower)\..*|beats\..*",
+    }
+    adapter = written(tmp_path / "adapter", mixed, alpha_pattern={"language_model.*q_proj": 16, "beats_proj.0": 2}, **settings)
+    found = open_adapter(adapter, BASE)
+    factors = {key: found.scale(f"{key}.weight") for key in ("model.layers.1.self_attn.q_proj", "beats_proj.0")}
+    assert factors == {"model.layers.1.self_attn.q_proj": 16 / 3, "beats_proj.0": 2 / 3}
+
+
+def test_a_module_listed_by_its_whole_name_is_meant_in_whichever_layer():
+    settings = {"target_modules": ["q_proj", "beats_proj.0", "model.layers.0.self_attn.k_proj"], "layers_to_transform": [1]}
+    config = default_config(CONFIG) | settings | {"modules_to_save": None, "exclude_modules": r"(audio_tower|beats|visual)\..*"}
+    _, selected, _ = read_config(config, BASE, "adapter_config.json")
+    assert selected == {"model.layers.1.self_attn.q_proj", "beats_proj.0", "model.layers.0.self_attn.k_proj"}
+
+
+@pytest.mark.jit
+def test_a_table_that_layers_share_is_the_adapters_where_beats_is_saved_whole(tmp_path, base):
+    key, path = "base_model.model.beats.encoder.layers.{}.self_attn.relative_attention_bias.weight", ("beats", "relative_bias", "embedding")
+    lora = dataclasses.replace(checkpoints.LORA, modules_to_save=("beats",))
+    plain = load_file(checkpoints.write_adapter(tmp_path / "plain", checkpoints.model_config(lora=lora)) / FILE)
+    tensors = plain | {key.format(layer): plain[key.format(0)] for layer in range(3)}
+    settings = {"modules_to_save": ["beats"], "exclude_modules": r"(audio_tower|beats)\..*"}
+    adapter = written(tmp_path / "adapter", tensors, **settings)
+    for merge in (False, True):
+        conversion.to_jax(base, tmp_path / f"model {merge}", adapter=adapter, merge_adapter=merge)
+        _, params = conversion.load(tmp_path / f"model {merge}")
+        assert np.array_equal(np.asarray(params[path]), plain[key.format(0)])
+    conversion.to_torch(tmp_path / "model False", adapter_out=tmp_path / "out")
+    assert_same_tensors(load_file(tmp_path / "out" / FILE), tensors)
+    odd = written(tmp_path / "odd", plain | {key.format(0): 2 * plain[key.format(0)]}, **settings)
+    with pytest.raises(InputError, match=r"differs from .* but all layers must share one table"):
+        conversion.to_jax(base, tmp_path / "none", adapter=odd)
 
 
 def test_copies_of_the_base_beside_saved_modules_are_left_out_and_reported(tmp_path, base, plain):
