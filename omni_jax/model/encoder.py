@@ -51,7 +51,7 @@ class Encoder(nnx.Module):
     `dtype` is that of activations; weights keep the dtype they are stored in. What else a checkpoint has, `carried_shapes` lists.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, param_dtype: Any = jnp.float32, dtype: Any = None):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None, *, param_dtype: Any = jnp.float32, dtype: Any = None):
         make = ParamFactory(rngs, jnp.dtype(param_dtype), config.lora, weights=(config.weights, config.kept))
         width = config.decoder.hidden_size
         self.vision = VisionTower(make / "vision", config.vision)
@@ -110,7 +110,7 @@ class Encoder(nnx.Module):
 
 def abstract_encoder(config: ModelConfig, *, param_dtype: Any = jnp.float32, dtype: Any = None) -> Encoder:
     """Returns an encoder whose parameters are shapes without storage, in milliseconds at any size."""
-    return nnx.eval_shape(lambda: Encoder(config, nnx.Rngs(0), param_dtype=param_dtype, dtype=dtype))
+    return Encoder(config, None, param_dtype=param_dtype, dtype=dtype)
 
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:

@@ -37,14 +37,14 @@ class ParamFactory:
 
     def __init__(
         self,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
         dtype: jnp.dtype,
         lora: LoraConfig | None = None,
         path: str = "",
         layers: int | None = None,
         weights: tuple[str, tuple[str, ...]] = ("float", ()),
     ):
-        """`weights`: those of a `ModelConfig`, and its `kept`."""
+        """Without `rngs` parameters are shapes. `weights`: those of a `ModelConfig`, and its `kept`."""
         self.rngs = rngs
         self.dtype = dtype
         self.path = path
@@ -77,11 +77,15 @@ class ParamFactory:
         """
         if len(shape) != len(axes):
             raise ValueError(f"axes {axes} do not fit shape {shape}")
-        key, dtype = self.rngs.params(), dtype or self.dtype
+        dtype = dtype or self.dtype
+        if self.layers is not None:
+            axes = ("layers", *axes)
+        if self.rngs is None:
+            return nnx.Param(jax.ShapeDtypeStruct(shape if self.layers is None else (self.layers, *shape), dtype), axes=axes)
+        key = self.rngs.params()
         if self.layers is None:
             return nnx.Param(init(key, shape, dtype), axes=axes)
-        value = jax.vmap(lambda k: init(k, shape, dtype))(jax.random.split(key, self.layers))
-        return nnx.Param(value, axes=("layers", *axes))
+        return nnx.Param(jax.vmap(lambda k: init(k, shape, dtype))(jax.random.split(key, self.layers)), axes=axes)
 
 
 WEIGHT_INIT = jax.nn.initializers.normal(0.02)
