@@ -13,7 +13,8 @@ FULL = --compiler full
 PAGES = GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 # Without bytecode each worker would parse and rewrite all test files, and each command all of the project.
 unexport PYTHONDONTWRITEBYTECODE
-PIP = -m pip install --quiet --disable-pip-version-check --no-deps
+# Of tens of thousands of modules few are imported, and an import writes its own bytecode.
+PIP = -m pip install --quiet --disable-pip-version-check --no-deps --no-compile
 SETUP = .venv/.installed
 REFERENCE = .venv-reference/.installed
 TPU = .venv-tpu/.installed
