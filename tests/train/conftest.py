@@ -40,7 +40,9 @@ class Reference:
 
 
 @pytest.fixture(scope="session")
-def reference(golden: GoldenSet, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+def reference(golden: GoldenSet, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Reference:
+    """Under `--compiler full` with every optimization; else with the few that pay where a step of seconds runs thirty times."""
+    options = {} if pytestconfig.getoption("compiler") == "full" else QUICK | {"xla_backend_optimization_level": 1}
     model, params = golden_batches.load_model(golden, tmp_path_factory.mktemp("golden") / "model")
     config = golden_batches.recipe(golden)
-    return Reference(golden, model, params, config, TrainStep(model, config, dtype=jnp.float32, compiler_options=QUICK))
+    return Reference(golden, model, params, config, TrainStep(model, config, dtype=jnp.float32, compiler_options=options))
