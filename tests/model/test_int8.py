@@ -20,7 +20,7 @@ from omni_jax.model import Encoder, abstract_encoder, abstract_params, rounded_m
 from omni_jax.model.int8 import LEVELS, SCALE, product, restored, rounded
 from omni_jax.parallel import make_mesh
 from tests.model import builders
-from tests.model.test_sharding import compare_part
+from tests.model.test_sharding import part_of
 from tests.tolerances import assert_close
 
 TINY = np.finfo(np.float32).tiny
@@ -160,8 +160,9 @@ def test_maps_that_train_stay_as_they_are_and_the_head_is_never_dynamic():
 @pytest.mark.parametrize("part", ["embed_rows", *(pytest.param(p, marks=pytest.mark.slow) for p in ("video_tokens", "beats_tokens"))])
 def test_an_int8_encoder_is_its_restored_one_on_one_device_and_on_eight(part: str, sizes: tuple[int, int, int]):
     held, plain = int8_encoder(ONLY_LORA.with_weights("int8"))
-    want = compare_part(held, part, sizes)
-    assert_close(want, compare_part(plain, part, None), "sharding")
+    want = part_of(held, part)
+    assert_close(part_of(held, part, sizes), want, "sharding")
+    assert_close(want, part_of(plain, part), "sharding")
 
 
 def with_outliers(params: dict[tuple[str, ...], Any], channels: tuple[int, ...], factor: float = 30.0) -> dict[tuple[str, ...], Any]:
@@ -189,13 +190,13 @@ def test_channels_that_stand_out_cost_a_dynamic_product_more(kind: str):
     config = ONLY_LORA
     plain = {p: builders.random_value("/".join(p), leaf.shape) for p, leaf in abstract_params(config).items()}
     heavy = with_outliers(plain, (3, 17, 40))
-    want = compare_part(with_params(abstract_encoder(config), plain), "embed_rows", None)
+    want = part_of(with_params(abstract_encoder(config), plain), "embed_rows")
     turned = []
     for params in (plain, heavy):
         held: dict[tuple[str, ...], Any] = dict(params)
         for path in rounded_maps(config.with_weights(kind)):
             held[(*path, "kernel")], held[(*path, SCALE)] = rounded(params[(*path, "kernel")])
-        got = compare_part(with_params(abstract_encoder(config.with_weights(kind)), held), "embed_rows", None)
+        got = part_of(with_params(abstract_encoder(config.with_weights(kind)), held), "embed_rows")
         assert_close(got, want, LIMITS[kind][params is heavy])
         turned.append(1 - cosines(got, want).min())
     assert turned[1] > (100 if kind == "int8-dynamic" else 5) * turned[0]
