@@ -63,7 +63,8 @@ class WeightFiles:
 def open_weights(folder: epath.Path) -> WeightFiles:
     """Returns the weights in a folder; headers are read and checked, weights are not.
 
-    A whole file (`model.safetensors`) comes before an index, which says which file holds a tensor, and both before files of other names.
+    An index says which file holds a tensor. Without one, or without the shards that it names, the whole file (`model.safetensors`) is read,
+    and only then files of other names.
 
     Raises:
       InputError: no weights, damaged or absent files, an index that contradicts them, or files without an index that overlap.
@@ -71,13 +72,18 @@ def open_weights(folder: epath.Path) -> WeightFiles:
     present = {item.name for item in folder.iterdir() if not item.is_dir()} - {_NOT_OURS}
     weights = {name for name in present for _, _, pattern in _KINDS if fnmatch.fnmatch(name, pattern)}
     known = frozenset(weights | {index for index, _, _ in _KINDS if index in present})
-    for index_file, single, _ in _KINDS:  # in the order of transformers, which takes the whole file where both are there
-        if single in present:
-            return _opened(folder, [single], known, None, None, None, None)
+    for index_file, single, _ in _KINDS:
         if index_file in present:
             metadata, files, placed = _read_index(folder, index_file)
-            text = (folder / index_file).read_bytes().decode("utf-8-sig")
-            return _opened(folder, files, known, index_file, metadata, text, placed)
+            absent = [file for file in files if not (folder / file).exists()]
+            if absent and single not in present:
+                where = folder / index_file
+                raise InputError(f"{where}: {len(absent)} of {len(files)} weight files are absent ({some(absent)}); download them")
+            if not absent:
+                text = (folder / index_file).read_bytes().decode("utf-8-sig")
+                return _opened(folder, files, known, index_file, metadata, text, placed)
+        if single in present:
+            return _opened(folder, [single], known, None, None, None, None)
     for _, _, pattern in _KINDS:
         if files := sorted(name for name in weights if fnmatch.fnmatch(name, pattern)):
             _refuse_absent(folder, files)
@@ -172,9 +178,6 @@ def _read_index(folder: epath.Path, name: str) -> tuple[dict[str, Any], list[str
     outside = [file for file in files if "/" in file or "\\" in file or file in ("", ".", "..")]
     if outside:
         raise InputError(f"{folder / name}: names files outside its folder ({some(outside)}); do not use this checkpoint")
-    absent = [file for file in files if not (folder / file).exists()]
-    if absent:
-        raise InputError(f"{folder / name}: {len(absent)} of {len(files)} weight files are absent ({some(absent)}); download them")
     return metadata, files, placed
 
 

@@ -243,23 +243,25 @@ def shards_of(tmp_path, weights):
     return base
 
 
-@pytest.mark.parametrize("index", ["whole", "without its shards", "no index, another file"])
+@pytest.mark.parametrize("beside", ["an index without its shards", "another file"])
 @pytest.mark.parametrize("write", [None, write_torch_file])
-def test_a_whole_file_comes_before_an_index_and_loose_files_as_in_transformers(tmp_path, weights, write, index):
+def test_a_whole_file_comes_before_loose_files_and_an_index_without_shards(tmp_path, weights, write, beside):
     base = folder_of(tmp_path, weights, write)
     old = {name: np.zeros_like(value) for name, value in weights.items()}
     other = folder_of(tmp_path / "old", old, write_torch_file, 2) if write else checkpoints.write_base(tmp_path / "old", old)
-    shards = [*other.glob("*-of-*"), *other.glob("*.index.json")]
-    if index == "no index, another file":
+    if beside == "another file":
         save_file({"heads.weight": weights[Q]}, base / "heads.safetensors")
-    for file in shards if index == "whole" else shards[2:] if index == "without its shards" else ():
-        (base / file.name).write_bytes(file.read_bytes())
+    else:
+        (index,) = other.glob("*.index.json")
+        (base / index.name).write_bytes(index.read_bytes())
     made = both_ways(tmp_path, base)
     assert len(made.notes) == 1 and "are not read and not copied" in made.notes[0]
     assert_same_tensors(bins(tmp_path / "out") if write else checkpoints.read_folder(tmp_path / "out"), weights)
 
 
-@pytest.mark.parametrize("stale", ["model-00001-of-00003.safetensors", "consolidated.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "stale", ["model-00001-of-00003.safetensors", "model.safetensors", "consolidated.safetensors", "pytorch_model.bin"]
+)
 def test_stale_weight_files_are_left_out_with_a_note(tmp_path, weights, stale):
     base = shards_of(tmp_path, weights)
     (base / stale).write_bytes(b"not even a weight file")
