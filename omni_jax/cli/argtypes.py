@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from typing import Any
+
+from omni_jax.types import InputError
 
 TIMEOUT_S = 120.0
 
@@ -25,13 +28,32 @@ def part(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def finite(text: str) -> float:
+    """Returns a number that is neither infinite nor NaN."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def check_apart(flag: str, out: os.PathLike[str] | str, inputs: Iterable[os.PathLike[str] | str]) -> None:
+    """Raises InputError where an output is one of the inputs, which would be lost. An input may be TABLE=FILE."""
+    names = [os.fspath(one) for one in inputs]
+    paths = [path for name in names for path in (name, name.partition("=")[2]) if path]
+    if os.path.realpath(out) in [os.path.realpath(path) for path in paths]:
+        raise InputError(f"{flag} {out}: is read by this command, too, and would be lost; choose another name")
+
+
 def add_truncate_dim(parser: argparse.ArgumentParser, what: str = "vectors") -> None:
     """Adds the dimensions that vectors are cut to, as `retrieval.rows.truncated` takes them."""
     parser.add_argument(
         "--truncate-dim",
         type=positive(int),
         metavar="N",
-        help=f"keep the first N dimensions of {what}, scaled to length 1 again (for models trained with losses.matryoshka_dims)",
+        help=f"keep the first N dimensions, scaled to length 1 again, of {what} (for models trained with losses.matryoshka_dims)",
     )
 
 

@@ -61,7 +61,7 @@ def set_beside(args: argparse.Namespace, scores: Scores, score_of: Callable[[Emb
         else:
             if args.captions:
                 raise InputError(f"--compare {path}: with --captions, score it alone with --json and compare with that file")
-            table = read_tables(path.split(",") if "=" in path else [path], incomplete=args.incomplete)
+            table = read_tables([path] if Path(path).exists() else path.split(","), incomplete=args.incomplete)
             theirs = score_of(stored(table, args.storage))
             name = beside.add(path, theirs.result, {"made_with": table.made_with, "storage": result.get("storage")})
             differences = None

@@ -7,7 +7,7 @@ import functools
 import json
 import sys
 
-from omni_jax.cli.argtypes import add_truncate_dim
+from omni_jax.cli.argtypes import add_truncate_dim, check_apart
 from omni_jax.types import InputError
 
 EXAMPLE = "omni-jax eval bench.npz --ties worst --json bench.json --html bench.html --compare published --compare wave7b.npz"
@@ -68,6 +68,13 @@ def run(args: argparse.Namespace) -> int:
     for flag, value in (("--manifest", " ".join(args.manifest)), ("--media", args.media)):
         if value and not args.html:
             raise InputError(f"{flag} {value}: is for the report; name its file with --html")
+    compared = [file for path in args.compare for file in (path, *path.split(","))]
+    inputs = [*args.files, *filter(None, [args.captions]), *compared, *args.manifest]
+    for flag, out in (("--json", args.json), ("--html", args.html)):
+        if out:
+            check_apart(flag, out, inputs)
+    if args.json and args.json == args.html:
+        raise InputError(f"--json {args.json}: is the page of --html, too; name two files")
     import jax
     import numpy as np
     from jax.sharding import Mesh

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
-from omni_jax.cli.argtypes import add_truncate_dim, whole
+from omni_jax.cli.argtypes import add_truncate_dim, check_apart, whole
 from omni_jax.types import InputError
 
 EXAMPLE = "omni-jax export clips.npz --to int8 --out clips-int8.npz"
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     ):
         if value not in (None, []) and args.to != form:
             raise InputError(f"--{flag}: is for --to {form}, and has no effect with --to {args.to}; leave it out")
+    folders = [os.path.dirname(file.rpartition("=")[2]) or "." for file in args.files if not ending]
+    check_apart("--out", args.out, [*args.files, *args.manifest, *folders])
     args.queries = QUERIES if args.queries is None else args.queries
 
     from omni_jax.cli.inputs import read_tables

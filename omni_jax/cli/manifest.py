@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from omni_jax.cli.argtypes import check_apart
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.source import add_format_arguments, check_jsonl, read_source, write_fetch_list
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED
@@ -33,13 +34,18 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("nothing to do: give --out FILE.jsonl or --fetch-list FILE")
     if args.out:
         check_jsonl(args.out)
-        if any(os.path.abspath(source) == os.path.abspath(args.out) for source in args.manifest):
-            raise InputError(f"--out {args.out}: is the source itself, whose other entries would be lost; choose another name")
     if args.fetched and not Path(args.fetched).is_dir():
         raise InputError(f"--fetched {args.fetched}: no such folder; name the one that the downloader wrote")
 
+    from omni_jax.data.formats.entry import files_of
+    from omni_jax.data.formats.table import sources
     from omni_jax.data.manifest import row_of, write_jsonl_atomic
 
+    read = [file for source in args.manifest for _, file in sources(source, args.format)]
+    read += [file for folder in read if os.path.isdir(folder) for file in files_of(Path(folder)) if file.suffix == ".jsonl"]
+    for flag, out in (("--out", args.out), ("--fetch-list", args.fetch_list)):
+        if out:
+            check_apart(flag, out, read)
     found = read_source(args)
     for note in found.notes:
         print(one_line(note), file=sys.stderr)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omni_jax.cli.argtypes import positive, whole
+from omni_jax.cli.argtypes import check_apart, finite, positive, whole
 from omni_jax.cli.source import check_jsonl
 from omni_jax.cli.status import DONE, DONE_WITH_SKIPPED
 from omni_jax.types import InputError
@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-negatives", type=whole, default=5, metavar="N", help="negatives per record and direction (default: 5)")
     parser.add_argument("--range-min", type=whole, default=0, metavar="RANK", help="leave the hardest RANK candidates out (default: 0)")
     parser.add_argument("--range-max", type=whole, default=100, metavar="RANK", help="consider candidates up to this rank (default: 100)")
-    parser.add_argument("--min-score", type=float, metavar="COSINE", help="lowest cosine of a negative (default: none)")
-    parser.add_argument("--max-score", type=float, metavar="COSINE", help="highest cosine of a negative (default: none)")
+    parser.add_argument("--min-score", type=finite, metavar="COSINE", help="lowest cosine of a negative (default: none)")
+    parser.add_argument("--max-score", type=finite, metavar="COSINE", help="highest cosine of a negative (default: none)")
     parser.add_argument(
         "--absolute-margin",
         type=_margin,
@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes the mined manifest and returns the exit status: 0, 1 when records were skipped."""
     check_jsonl(args.out)
+    check_apart("--out", args.out, [args.manifest, *(args.embeddings or [])])
     if args.probe is not None and args.search != "faiss":
         raise InputError(f"--probe {args.probe}: is for --search faiss; leave it out")
 
@@ -98,11 +99,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _embedded(args: argparse.Namespace) -> str:
-    """Embeds the manifest as `omni-jax embed` does, which resumes, and returns the file."""
+    """Embeds the manifest as `omni-jax embed` does, which resumes, and returns the file.
+
+    Raises:
+      InputError: for one that exists: it may be of another model, or of an earlier state of the manifest.
+    """
     from omni_jax.cli.main import main
 
     file = str(args.out.with_suffix(".npz"))
-    if not Path(file).exists() and main(["embed", "--model", args.model, "--manifest", args.manifest, "--out", file]) not in (0, 1):
+    if Path(file).exists():
+        raise InputError(f"{file}: exists already; mine in it with --embeddings {file}, or remove it to embed the manifest again")
+    if main(["embed", "--model", args.model, "--manifest", args.manifest, "--out", file]) not in (0, 1):
         raise InputError(f"--model {args.model}: {args.manifest} was not embedded; see the message above and run it again to resume")
     return file
 
@@ -126,6 +133,6 @@ def _summary(mined: Mined) -> str:
 
 def _margin(text: str) -> float | None:
     try:
-        return None if text == "none" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor the word none") from None
+        return None if text == "none" else finite(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a finite number nor the word none") from None

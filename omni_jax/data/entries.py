@@ -116,7 +116,7 @@ def name_of(fields: Mapping[str, Any], nameless: bool = False) -> tuple[str, boo
         held = {name: fields.get(name) for name in kept if name not in ("id", "prefix")}
         held["timestamps"] = _numbers(held["timestamps"])
         try:
-            digest = hashlib.blake2b(json.dumps(held, sort_keys=True).encode(), digest_size=4).hexdigest()
+            digest = hashlib.blake2b(json.dumps(held, sort_keys=True).encode(), digest_size=8).hexdigest()
         except RecursionError:
             raise BadEntry("its fields are nested too deeply; write plain values") from None
         file = next((one for name in ("video", "audio") if isinstance(one := _alone(fields.get(name)), str) and one), "text")

@@ -256,7 +256,7 @@ def _notes(made: list[str], what: str, extra: Counts, asked: Counts, capitals: C
 
 
 def _counted(fields: Counts) -> str:
-    return ", ".join(f"{one_line(name)} ({count} records)" for name, count in fields.items())
+    return ", ".join(f"{one_line(name) or 'one without a name'} ({count} records)" for name, count in fields.items())
 
 
 def one_line(text: str) -> str:

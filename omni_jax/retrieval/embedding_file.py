@@ -358,7 +358,9 @@ def _from_official(arrays: dict[str, np.ndarray], path: str) -> EmbeddingTable:
     for key, value in arrays.items():
         record, separator, name = key.rpartition(SEPARATOR)
         if not separator or name not in TABLES:
-            raise InputError(f"{path}: no 'ids' array, and {key!r} is not of the form ID__TABLE with one of {', '.join(TABLES)}")
+            raise InputError(
+                f"{path}: no 'ids' array, and {key!r} is not of the form ID__TABLE with one of {', '.join(TABLES)}; add 'ids', one a row"
+            )
         rows[name][record] = value.reshape(-1) if value.ndim == 2 and value.shape[0] == 1 else value
     present = {name: found for name, found in rows.items() if found}
     if not present:

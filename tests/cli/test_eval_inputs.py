@@ -235,3 +235,26 @@ def test_search_embeds_what_it_is_given(
     assert "the index has no table 'tva'; it holds text, video, audio, av" in capsys.readouterr().err
     assert main([*command, "-k", "0"]) == 2
     assert main([*command[:-1], " "]) == (2 if flag == "text" else 0)
+
+
+def test_no_output_takes_the_place_of_what_the_command_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, folder = str(tmp_path / "e.npz"), tmp_path / "tables"
+    folder.mkdir()
+    write_embeddings(file, EmbeddingTable(tuple(f"c{i}" for i in range(40)), {"text": TEXT, "video": VIDEO}))
+    for name, rows in (("text", TEXT), ("video", VIDEO)):
+        np.save(folder / f"{name}.npy", rows)
+    held = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    single = [str(folder / "text.npy"), f"video={folder / 'video.npy'}"]
+    for command in (
+        ["eval", file, "--json", file],
+        ["eval", *single, "--html", str(folder / "video.npy")],
+        ["eval", *single, "--compare", file, "--json", f"{tmp_path}/tables/../e.npz"],
+        ["export", file, "--to", "int8", "--out", file],
+        ["export", *single, "--to", "npy", "--truncate-dim", "2", "--out", str(folder)],
+    ):
+        assert main(command) == 2
+        assert "is read by this command, too, and would be lost; choose another name" in capsys.readouterr().err
+    assert main(["eval", file, "--json", "r", "--html", "r"]) == 2
+    assert "--json r: is the page of --html, too" in capsys.readouterr().err
+    assert held == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(["eval", file, "--compare", f"{folder / 'text.npy'},{folder / 'video.npy'}"]) == 0  # by the names of the files, as before

@@ -207,4 +207,4 @@ def test_a_role_given_twice_and_a_source_written_over_are_refused(tmp_path: Path
     )
     assert "--columns: text is given 2 names; give each role one" in capsys.readouterr().err
     assert main(["manifest", "from", str(path), "--out", str(path)]) == 2
-    assert "x.jsonl: is the source itself, whose other entries would be lost" in capsys.readouterr().err and '"b"' in path.read_text()
+    assert "x.jsonl: is read by this command, too, and would be lost" in capsys.readouterr().err and '"b"' in path.read_text()

@@ -204,3 +204,33 @@ def test_an_array_lines_and_one_object_are_the_same_record(tmp_path: Path, text:
     monkeypatch.setattr(json_entries, "_LONGEST_LINE", 20)
     with pytest.raises(InputError, match="is JSON over several lines"):
         read_manifest(path)
+
+
+def test_a_quote_that_is_written_in_another_way_is_a_problem_of_its_row(tmp_path: Path) -> None:
+    """Spark and MySQL write a backslash before it, others nothing at all: `csv` and pandas drop it, or what follows, without a word."""
+    rows = ['a,"he said \\"hi\\" loudly"', 'b,"rain" and fog', 'c,5" of rain', 'd,"a ""b"", c"', 'e,"open', "f,x"]
+    (tmp_path / "x.csv").write_text("id,text\n" + "\n".join(rows) + "\n")
+    found = read_manifest(tmp_path / "x.csv")
+    assert [(record.id, record.text) for record in found.records] == [("c", '5" of rain'), ("d", 'a "b", c')]
+    reasons = [problem.reason.partition("x.csv:")[2] for problem in found.problems]
+    assert reasons[:2] == [f"{line}: text follows a quote that closes a cell; write a quote within a cell twice" for line in (2, 3)]
+    assert reasons[2].startswith("6: a quote is not closed before the end of the file, ")
+
+
+def test_an_id_in_capitals_names_the_rows_of_parquet_as_of_any_table(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"ID": ["a", "b"], "text": ["x", "y"]}), tmp_path / "x.parquet")
+    assert [record.id for record in read_manifest(tmp_path / "x.parquet").records] == ["a", "b"]
+    pq.write_table(pa.table({"Id": [0.5, 1.5], "text": ["x", "y"]}), tmp_path / "y.parquet")
+    assert [record.id for record in read_manifest(tmp_path / "y.parquet").records] == ["y-0", "y-1"]
+
+
+def test_a_source_within_a_folder_or_a_pattern_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from omni_jax.cli.main import main
+
+    row = '{"file_name": "a.mp4", "text": "rain"}\nnot JSON\n'
+    (tmp_path / "metadata.jsonl").write_text(row)
+    for source in (tmp_path, tmp_path / "*.jsonl"):
+        for flag in ("--out", "--fetch-list"):
+            assert main(["manifest", "from", str(source), flag, str(tmp_path / "metadata.jsonl")]) == 2
+            assert "is read by this command, too, and would be lost" in capsys.readouterr().err
+    assert (tmp_path / "metadata.jsonl").read_text() == row

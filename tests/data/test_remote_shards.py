@@ -182,7 +182,8 @@ def test_reading_ahead_ends_with_the_first_range_that_cannot_be_read(store: dict
     Flaky.seen.clear()
     shards.ahead((name, start, start + 1) for start in range(200))
     shards._pool.shutdown()
-    assert 0 < len(Flaky.seen) <= READS
+    own = [(path, start) for path, start in Flaky.seen if path.endswith(name) and (start or 0) < 200]  # not what other tests read ahead
+    assert 0 < len(own) <= READS
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,8 @@ def test_a_manifest_of_duplicates_gives_one_line_and_no_file(tmp_path: Path, cap
         (["--out", "m.jsonl", "--directions", "t2x"], "unknown direction 't2x'"),
         (["--out", "m.jsonl", "--range-max", "0"], "range_min 0 and range_max 0"),
         (["--out", "m.jsonl", "--probe", "8"], "--probe 8: is for --search faiss"),
+        (["--out", "m.jsonl", "--min-score", "nan"], "'nan' is not a finite number"),
+        (["--out", "m.jsonl", "--relative-margin", "inf"], "'inf' is neither a finite number nor the word none"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str) -> None:
@@ -192,3 +194,21 @@ def test_arguments_that_cannot_be_used_are_named(tmp_path: Path, capsys: pytest.
     write_set(tmp_path, table, same["same caption"])
     assert main(["mine", "--manifest", str(tmp_path / "clips.jsonl"), "--embeddings", str(tmp_path / "clips.npz"), *more]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_neither_the_manifest_is_written_over_nor_are_vectors_of_an_earlier_model_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, same = planted(np.random.default_rng(7), groups=3)
+    write_set(tmp_path, table, same["same caption"])
+    manifest = str(tmp_path / "clips.jsonl")
+    before = (tmp_path / "clips.jsonl").read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(manifest)
+    for out in (manifest, str(tmp_path / "link.jsonl")):
+        assert main(["mine", "--manifest", manifest, "--embeddings", str(tmp_path / "clips.npz"), "--out", out]) == 2
+        assert f"--out {out}: is read by this command, too" in capsys.readouterr().err
+    assert main(["mine", "--manifest", manifest, "--model", "model", "--out", str(tmp_path / "clips.x.jsonl")]) == 2
+    (tmp_path / "mined.npz").write_bytes((tmp_path / "clips.npz").read_bytes())
+    assert main(["mine", "--manifest", manifest, "--model", "model", "--out", str(tmp_path / "mined.jsonl")]) == 2
+    assert "mined.npz: exists already; mine in it with --embeddings" in capsys.readouterr().err
+    assert (tmp_path / "clips.jsonl").read_bytes() == before

@@ -31,11 +31,11 @@ def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes)
             start = file.tell() if named else 0
             first = file.readline() if named else first
             file.seek(start)
-            if not _is_text(first):
+            if not _is_text(first) or "\0" in first:
                 raise InputError(f"{path}: is not UTF-8; save the table as UTF-8")
             delimiter = named[1] if named else _separator(os.fspath(path), first)
             lines = _Lines(file)
-            rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=f"{delimiter} " in first)
+            rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=f"{delimiter} " in first, strict=True)
             with as_input_error(f"{path}: is not a table", "save it as UTF-8, with the names of the columns in its first line", csv.Error):
                 names = [name.strip().removeprefix("\ufeff") for name in next(filter(None, rows), [])]
             if names:
@@ -45,10 +45,11 @@ def read(path: os.PathLike[str] | str, columns: Mapping[str, str], notes: Notes)
                 if not isinstance(cells, BadEntry) and not any(cells):  # a row of separators alone, as spreadsheets leave behind
                     continue
                 over = rows.line_num - line + 1
-                if isinstance(cells, BadEntry):
-                    fields: dict[str, Any] | BadEntry = cells
-                elif lines.ended:
-                    fields = BadEntry(f"a quote is not closed before the end of the file, {over} lines further: close it")
+                if lines.ended:
+                    end = f"a quote is not closed before the end of the file, {over} lines further: close it"
+                    fields: dict[str, Any] | BadEntry = BadEntry(end)
+                elif isinstance(cells, BadEntry):
+                    fields = cells
                 else:
                     fields = _fields(names, cells, columns, over)
                     if over > 1 and not isinstance(fields, BadEntry):
@@ -93,7 +94,9 @@ def _rows(rows: Any) -> Iterator[tuple[int, list[str] | BadEntry]]:
         except StopIteration:
             return
         except csv.Error as error:
-            cells = BadEntry(f"is no row of a table ({error}); correct the line")
+            inner = "expected after" in str(error)  # strict: a text with a quote in it would be read without it, or cut
+            what = "text follows a quote that closes a cell; write a quote within a cell twice" if inner else ""
+            cells = BadEntry(what or f"is no row of a table ({error}); correct the line")
         yield line, cells
 
 

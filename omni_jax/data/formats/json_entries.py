@@ -154,7 +154,7 @@ def _fields(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=_noting_doubles(faults), parse_constant=_ABSENT)
     except json.JSONDecodeError as error:
-        raise BadEntry(f"malformed JSON ({error.msg} at column {error.colno}); write one JSON object a line") from None
+        raise BadEntry(f"malformed JSON ({error.msg.removesuffix(' at')} at column {error.colno}); write one JSON object a line") from None
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
         raise BadEntry(f"malformed JSON ({error}); write one JSON object a line") from None
     if faults:

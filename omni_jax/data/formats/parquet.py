@@ -65,7 +65,10 @@ def _rows(path: os.PathLike[str] | str, table: Any, columns: Mapping[str, str], 
     if idle:
         notes.add(f"files with columns that are not read ({', '.join(idle)})", path)
     wanted = scalars + [column.path for column in used if column.path]
-    names_itself = "id" in schema.names or "id" in columns
+    # "ID" is read as "id" where it holds what an id may be (`entries.spelled`).
+    texts = ("string", "large_string", "int", "uint")
+    own = [name for field in schema if (name := field.name).lower() == "id" and str(_decoded(field.type)).startswith(texts)]
+    names_itself = "id" in (*schema.names, *columns) or len(own) == 1
     leaves = tuple(column.bytes for column in used if column.bytes)
     try:
         there = _apart()((path, leaves), name=str(path)) if leaves else []
