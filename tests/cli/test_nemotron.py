@@ -15,8 +15,10 @@ from omni_jax.data.synthetic import SyntheticConfig, write_set
 from omni_jax.retrieval import read_embeddings
 from omni_jax.types import InputError
 from tests.golden_set import GoldenSet
+from tests.programs import BALANCED
 from tests.repository import ROOT
 from tests.tolerances import assert_close
+from tests.train.tiny_run import command, environment, finish
 
 NAMES = {"text": "t", "video": "v", "audio": "a", "av": "va", "tv": "tv", "at": "ta", "tva": "tva"}
 
@@ -105,11 +107,11 @@ def test_its_small_config_trains_from_clips_to_an_adapter(tmp_path: Path):
     fields = ["--set", "frames=4", "--set", "pixels=3136", "--set", "audio_seconds=1", "--set", "audio_pad=true"]
     shards, workdir = tmp_path / "shards", tmp_path / "run"
     assert main(["prepare", "--manifest", str(made.train), "--out", str(shards), "--preset", "nemotron", *fields, "--workers", "0"]) == 0
-    changes = {"data.train": shards, "data.workers": 0, "evaluation.manifest": made.held_out, "steps": 24, "batch.micro_batch": 16}
-    changes |= {"optimizer.warmup_steps": 2, "checkpoint.every": 24, "log.every": 1}
-    config = str(ROOT / "configs" / "tiny_nemotron.py")
-    given = [f"--config.{name}={value}" for name, value in changes.items()]
-    assert main(["train", "--config", config, "--workdir", str(workdir), *given]) == 0
+    changes = {"data__train": shards, "data__workers": 0, "evaluation__manifest": made.held_out, "steps": 24, "batch__micro_batch": 16}
+    changes |= {"optimizer__warmup_steps": 2, "checkpoint__every": 24, "log__every": 1}
+    changes["losses__hn_audio_only"] = True  # one program instead of three; tests/train/test_second_backbone.py has the others
+    around = environment(tmp_path / "cache", devices=8) | {"XLA_FLAGS": BALANCED}
+    finish(command(ROOT / "configs" / "tiny_nemotron.py", workdir, **changes), around)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for name in ("L_T", "L_D", "L_A"):
         losses = [row[name] for row in rows if name in row]

@@ -13,8 +13,8 @@ from tensorboard.summary.writer import event_file_writer
 from omni_jax.config import ModelConfig
 from omni_jax.train import StepConfig, TrainBatch, TrainStep, step_kind
 from tests.golden_set import GoldenSet
+from tests.programs import BALANCED_OPTIONS
 from tests.train import golden_batches
-from tests.train.random_batches import QUICK
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +41,8 @@ class Reference:
 
 @pytest.fixture(scope="session")
 def reference(golden: GoldenSet, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Reference:
-    """Under `--compiler full` with every optimization; else with the few that pay where a step of seconds runs thirty times."""
-    options = {} if pytestconfig.getoption("compiler") == "full" else QUICK | {"xla_backend_optimization_level": 1}
+    """Under `--compiler full` with every optimization."""
+    options = {} if pytestconfig.getoption("compiler") == "full" else BALANCED_OPTIONS
     model, params = golden_batches.load_model(golden, tmp_path_factory.mktemp("golden") / "model")
     config = golden_batches.recipe(golden)
     return Reference(golden, model, params, config, TrainStep(model, config, dtype=jnp.float32, compiler_options=options))
