@@ -23,9 +23,11 @@ from omni_jax.config import simulated
 _OWN = pytest.StashKey[Path]()
 
 # Matrix products are library calls anyway. XLA of jax 0.12 has no such emitters any more, and ends at an option that it does not know.
-QUICK_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True} | (
-    {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 12) else {}
-)
+QUICK_OPTIONS = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,  # a worker has one core, and each of many pieces would cost
+} | ({"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 12) else {})
 # For what runs longer than it compiles: a training step compiles 4 CPU seconds longer and takes less than half as long.
 BALANCED_OPTIONS = QUICK_OPTIONS | {"xla_backend_optimization_level": 1}
 
