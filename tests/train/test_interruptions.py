@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from omni_jax.cli.main import main
 from omni_jax.cli.status import INTERRUPTED, STOPPED_AND_SAVED
 from omni_jax.train.checkpoint import REST, TRAINABLE, list_steps
 from tests.train.tiny_run import CLIPS, command, environment, finish, make_files, omni_jax, start
@@ -74,7 +75,7 @@ def wait_for(process: subprocess.Popen[str], what: Callable[[], bool], seconds: 
         if what():
             return True
         assert time.monotonic() < end, "waited too long"
-        time.sleep(0.002)
+        time.sleep(0.005)  # a fraction of a save
     return False
 
 
@@ -152,14 +153,12 @@ def test_from_shards_to_the_12_directions_with_stops_on_the_way(config: Path, ca
         said = process.communicate(timeout=300)[0]
         assert process.returncode == status, said
         assert f"{newest(workdir)} of {STEPS} steps are saved" in said
-    other = finish(command(config, workdir, **{**settings, "optimizer__learning_rate": 0.5}), around, status=2)
-    assert "holds another run: optimizer.learning_rate is 0.003 there, 0.5 here" in other.splitlines()[-1]
     said = finish(command(config, workdir, **settings), around)
     assert "resuming from step" in said and f"held-out R@1 after step {STEPS}" in said
     table, result = tmp_path / "t.npz", tmp_path / "t.json"
     manifest = ["--manifest", str(settings["evaluation__manifest"]), "--workers", "0", "--batch-size", "4"]
     finish(omni_jax("embed", "--model", str(workdir), "--out", str(table), *manifest), around)  # as it was trained
-    finish(omni_jax("eval", str(table), "--json", str(result)), around)
+    assert main(["eval", str(table), "--json", str(result)]) == 0
     measured, again = json.loads((workdir / "evaluations" / f"{STEPS}.json").read_text()), json.loads(result.read_text())
     assert again["n"] == CLIPS.held_out and len(again["directions"]) == 12
     for direction, figures in measured["directions"].items():
@@ -167,7 +166,7 @@ def test_from_shards_to_the_12_directions_with_stops_on_the_way(config: Path, ca
     # The last update once more, evaluated on shards of the held-out clips.
     prepared = tmp_path / "held_out"
     fields = [part for field in ("frames=2", "pixels=3136", "audio_seconds=1") for part in ("--set", field)]
-    finish(omni_jax("prepare", "--out", str(prepared), *manifest[:4], *fields), around)
+    assert main(["prepare", "--out", str(prepared), *manifest[:4], *fields]) == 0
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     finish(command(config, workdir, **{**settings, "evaluation__manifest": prepared}), around)
     assert json.loads((workdir / "evaluations" / f"{STEPS}.json").read_text()) == measured
