@@ -57,16 +57,22 @@ def add_truncate_dim(parser: argparse.ArgumentParser, what: str = "vectors") -> 
     )
 
 
-def add_decoding_arguments(parser: argparse.ArgumentParser, timeout: float | None) -> None:
-    """Adds how a manifest's media are decoded; `timeout` is what --timeout is where it is not given."""
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds how a manifest's media are decoded, for `check_timeout`."""
     parser.add_argument("--workers", type=whole, metavar="N", help="decoding processes (default: one less than the cores)")
     parser.add_argument(
         "--timeout",
         type=positive(float),
-        default=timeout,
         metavar="SECONDS",
         help=f"skip a clip whose decoding makes no progress for so long, or takes ten times as long (default: {TIMEOUT_S:g})",
     )
+
+
+def check_timeout(args: argparse.Namespace) -> None:
+    """Raises InputError for a time limit where no other process decodes, which alone can be stopped; sets it where none was given."""
+    if args.timeout is not None and args.workers == 0:
+        raise InputError(f"--timeout {args.timeout:g}: --workers 0 decodes in this process, which no limit stops; leave one of them out")
+    args.timeout = args.timeout or TIMEOUT_S
 
 
 def positive(kind: type) -> Callable[[str], Any]:

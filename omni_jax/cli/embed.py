@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, cast
 
 from etils import epath
 
-from omni_jax.cli.argtypes import add_truncate_dim, part, positive, whole
-from omni_jax.cli.embedding import add_input_arguments, beside, check_timeout, embed, parse_tables, report, sample_line, usable_tables
+from omni_jax.cli.argtypes import add_truncate_dim, check_timeout, part, positive, whole
+from omni_jax.cli.embedding import add_input_arguments, beside, embed, parse_tables, report, sample_line, usable_tables
 from omni_jax.cli.model_arguments import add_preset_arguments, check_preset, choose_preset, load_model, named_model
 from omni_jax.cli.on_ray import add_actor_arguments, add_ray_argument, check_ray, embedding_on_ray
 from omni_jax.cli.source import read_source

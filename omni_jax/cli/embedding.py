@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from omni_jax.cli.argtypes import TIMEOUT_S, add_decoding_arguments, positive
+from omni_jax.cli.argtypes import add_decoding_arguments, positive
 from omni_jax.cli.model_arguments import add_model_arguments, add_weights_arguments
 from omni_jax.cli.printing import one_line
 from omni_jax.cli.source import add_source_arguments
@@ -32,14 +32,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--media-root", metavar="DIR", help="folder that media paths start from and must stay in (default: the manifest's, unconfined)"
     )
-    add_decoding_arguments(parser, None)
-
-
-def check_timeout(args: argparse.Namespace) -> None:
-    """Raises InputError for a time limit where no other process decodes, which alone can be stopped; sets it where none was given."""
-    if args.timeout is not None and args.workers == 0:
-        raise InputError(f"--timeout {args.timeout:g}: --workers 0 decodes in this process, which no limit stops; leave one of them out")
-    args.timeout = args.timeout or TIMEOUT_S
+    add_decoding_arguments(parser)
 
 
 def parse_tables(text: str | None) -> tuple[str, ...] | None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omni_jax.cli.argtypes import TIMEOUT_S, add_decoding_arguments, positive
+from omni_jax.cli.argtypes import add_decoding_arguments, check_timeout, positive
 from omni_jax.cli.model_arguments import add_override_argument
 from omni_jax.cli.on_ray import add_ray_argument, check_ray, local_cpus
 from omni_jax.cli.source import add_source_arguments, read_source
@@ -31,13 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="training", help=f"one of {', '.join(PRESETS)} (default: %(default)s)")
     add_override_argument(parser)
     parser.add_argument("--media-root", metavar="DIR", help="folder that media paths start from (default: the manifest's)")
-    add_decoding_arguments(parser, TIMEOUT_S)
+    add_decoding_arguments(parser)
     add_ray_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prepares and returns the exit status: 0, 1 when records were skipped, 75 when SIGTERM stopped it after saving."""
     chosen = preset(args.preset).override(args.overrides)
+    check_timeout(args)
     check_ray(args)
 
     from omni_jax.data.prepare import Preparation

@@ -9,6 +9,7 @@ import sys
 from etils import epath
 
 from omni_jax.cli import embedding
+from omni_jax.cli.argtypes import check_timeout
 from omni_jax.cli.model_arguments import add_override_argument, load_model, named_model
 from omni_jax.cli.source import read_source
 from omni_jax.config import ConfigError, Preset, presets_for
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints R@1 of the 12 directions, one column a preset, and returns the exit status."""
-    embedding.check_timeout(args)
+    check_timeout(args)
     Preset().override(args.overrides)  # a wrong one is answered before the model is looked for
 
     source = named_model(args)

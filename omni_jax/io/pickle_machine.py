@@ -266,6 +266,8 @@ class _Machine:
         if not isinstance(function, Name) or not isinstance(arguments, tuple) or str(function) not in (*_CALLS, *_TENSORS):
             raise Refused(f"its pickle calls {short(function)}; refused, nothing was run")
         if str(function) in _TENSORS:
+            if len(arguments) > 6 and arguments[6]:  # of a view that negates or conjugates what is stored
+                raise Refused(f"a tensor that is not as stored ({short(arguments[6])}); write it with .resolve_neg().resolve_conj()")
             return self._tensor(*_placed(*arguments[:4]))
         return _CALLS[str(function)](*arguments)
 

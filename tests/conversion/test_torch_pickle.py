@@ -173,6 +173,22 @@ def test_a_tensor_outside_its_storage_is_refused(tmp_path, numel, offset, size, 
         read_program(tmp_path, program, {"0": b"\0" * 16})
 
 
+def test_a_view_that_negates_what_is_stored_is_refused(tmp_path):
+    """The imaginary part of a conjugate, which torch saves with a mark beside the values of the other sign."""
+    made = Assembler()
+    whole = made.tensor("0", "FloatStorage", 4, 0, (4,), (1,))
+    assert whole.endswith(b")RtR")
+    for mark, read in (({"neg": True}, False), ({}, True)):
+        write_program(
+            tmp_path / "x.bin", b"\x80\x02}" + made.value("w") + whole[:-2] + made.value(mark) + b"tRs.", {"0": np.ones(4, "f4").tobytes()}
+        )
+        if read:
+            assert open_torch_weights(tmp_path / "x.bin")["w"].shape == (4,)
+            continue
+        with pytest.raises(InputError, match=r"a tensor that is not as stored \(\{'neg': True\}\); write it with .resolve_neg"):
+            open_torch_weights(tmp_path / "x.bin")
+
+
 def test_a_storage_that_claims_another_length_is_refused(tmp_path):
     made = Assembler()
     honest, lying = made.tensor("0", "FloatStorage", 4, 0, (4,), (1,)), made.tensor("0", "FloatStorage", 400, 0, (400,), (1,))

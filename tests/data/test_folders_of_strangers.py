@@ -125,6 +125,9 @@ def test_a_folder_of_save_to_disk_says_how_to_write_it(tmp_path: Path) -> None:
     folder_of(tmp_path, {"train/data-00000-of-00001.arrow": "x", "dataset_dict.json": "{}"})
     with pytest.raises(InputError, match="was written by save_to_disk of datasets; write it as Parquet"):
         read_manifest(tmp_path)
+    shards = folder_of(tmp_path / "shards", {"index.arrow": "x", "index.json": "{}", "clips-train.array_record-00000-of-00001": "x"})
+    with pytest.raises(InputError, match=r"holds shards of 'omni-jax prepare', .* name the manifest that they were made of"):
+        read_manifest(shards)
 
 
 @pytest.mark.parametrize("text", ['{"data": [{"id": "a"}], "version": 1}', '{"info": {}, "data": [{"id": "a"}]}'])
@@ -208,3 +211,9 @@ def test_a_role_given_twice_and_a_source_written_over_are_refused(tmp_path: Path
     assert "--columns: text is given 2 names; give each role one" in capsys.readouterr().err
     assert main(["manifest", "from", str(path), "--out", str(path)]) == 2
     assert "x.jsonl: is read by this command, too, and would be lost" in capsys.readouterr().err and '"b"' in path.read_text()
+
+
+def test_a_time_limit_that_would_have_no_effect_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder_of(tmp_path, {"x.jsonl": '{"id": "a", "text": "x", "video": "a.mp4"}'}) / "x.jsonl"
+    assert main(["prepare", "--manifest", str(path), "--out", str(tmp_path / "out"), "--workers", "0", "--timeout", "5"]) == 2
+    assert "--timeout 5: --workers 0 decodes in this process, which no limit stops" in capsys.readouterr().err

@@ -98,7 +98,12 @@ def sources(path: os.PathLike[str] | str, chosen: str | None = None) -> Iterator
             continue
         kind = chosen or _folder_format(place)
         if kind is None:
-            if any(file.suffix == ".arrow" for file in files_of(place)):
+            names = [file.name for file in files_of(place)]
+            if any(".array_record-" in name for name in names):
+                raise InputError(
+                    f"{one}: holds shards of 'omni-jax prepare', which runs train on; name the manifest that they were made of"
+                )
+            if any(name.endswith(".arrow") for name in names):
                 raise InputError(
                     f"{one}: was written by save_to_disk of datasets; write it as Parquet: load_from_disk(...).to_parquet(FILE)"
                 )
