@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Generator, Iterator, Sequence
+import os
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from omni_jax.data.sources import trainable
 from omni_jax.io import remove_leftovers
 from omni_jax.io.remote import RemoteFolder
 from omni_jax.media.workers import run_guarded
-from omni_jax.types import ClipError, InputError, Record
+from omni_jax.types import ClipError, FilePart, InputError, Record
 
 STATE, PARTS, ERRORS = "preparation.json", "parts", "errors.jsonl"
 CLIPS_PER_SHARD = 256  # some 400 MB at training size: what an interruption costs at most
@@ -242,12 +243,28 @@ class Preparation:
 
     def _finished(self, shard: int) -> bool:
         try:
+            part = self._part(shard)
+            there = zip(part.get("media", ()), _media_sizes(self._shards[shard]), strict=False)
+            if any(before is not None and now is not None and before != now for pair in there for before, now in zip(*pair, strict=True)):
+                return False  # made of other files; one that is gone since is no reason
             if self._store is not None:
-                return self._stored.get(self._path(shard).name) == self._part(shard)["size"]
-            open_shard(self._path(shard), len(self._part(shard)["rows"]))
-        except (OSError, ValueError, KeyError, InputError):
+                return self._stored.get(self._path(shard).name) == part["size"]
+            open_shard(self._path(shard), len(part["rows"]))
+        except (OSError, ValueError, KeyError, TypeError, InputError):
             return False
         return True
+
+
+def _media_sizes(records: Iterable[Record]) -> list[list[int | None]]:
+    """Returns the sizes of the files of video and sound of each record, None for what is not there or in an object store."""
+
+    def size(media: Any) -> int | None:
+        try:
+            return os.stat(media.file if isinstance(media, FilePart) else media).st_size
+        except (OSError, ValueError, TypeError):
+            return None
+
+    return [[size(record.video), size(record.audio)] for record in records]
 
 
 def write_shard(job: ShardJob, outcomes: Iterator[tuple[Any, Any]]) -> Iterator[dict[str, int]]:
@@ -260,6 +277,7 @@ def write_shard(job: ShardJob, outcomes: Iterator[tuple[Any, Any]]) -> Iterator[
       InputError: when it cannot be written.
     """
     rows, errors, warnings = [], [], []
+    sizes = _media_sizes(job.records)
     writer = ShardWriter(job.path)
     try:
         for _ in job.records:
@@ -275,7 +293,7 @@ def write_shard(job: ShardJob, outcomes: Iterator[tuple[Any, Any]]) -> Iterator[
         found = writer.finish()
     finally:
         writer.discard()
-    lies = {"bounds": found.bounds, "size": found.size}
+    lies = {"bounds": found.bounds, "size": found.size, "media": sizes}
     write_json(job.part, {"rows": rows, "errors": errors, "warnings": warnings, **lies})
 
 

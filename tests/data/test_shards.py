@@ -178,6 +178,33 @@ def test_an_interrupted_preparation_goes_on_without_losing_or_doubling(manifest:
     assert not list(out.rglob(".*"))
 
 
+def test_a_clip_of_another_size_is_prepared_again_and_one_that_is_gone_is_not(manifest: Path, tmp_path: Path):
+    for clip in manifest.parent.glob("*.mp4"):
+        (tmp_path / clip.name).write_bytes(clip.read_bytes())
+    (tmp_path / "clips.jsonl").write_text(manifest.read_text())
+    records, out = read_manifest(tmp_path / "clips.jsonl").records, tmp_path / "shards"
+
+    def prepared() -> tuple[int, np.ndarray]:
+        work = Preparation(out, records, (), PRESET, 3)
+        left = work.total - work.done
+        assert sum(work.run(0, 60)) == left
+        work.finish()
+        film = ShardSource(out, PRESET).load(0).video
+        assert film is not None
+        return left, np.asarray(film.frames)
+
+    first, before = prepared()
+    video = records[0].video
+    assert isinstance(video, Path)
+    other = next(r.video for r in records[1:] if isinstance(r.video, Path) and r.video.stat().st_size != video.stat().st_size)
+    video.write_bytes(other.read_bytes())
+    again, after = prepared()
+    assert 0 < again < first and not np.array_equal(before, after)
+    video.unlink()
+    left, kept = prepared()
+    assert left == 0 and np.array_equal(kept, after)
+
+
 def test_a_full_disk_ends_a_preparation_with_one_line_and_keeps_what_is_there(
     manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
