@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, Mesh
 from omni_jax.config import TABLES
 from omni_jax.model.attention import choose_for
 from omni_jax.model.encoder import Encoder
-from omni_jax.parallel import computing_in, sharding
+from omni_jax.parallel import compiler_options, computing_in, sharding
 from omni_jax.towers import Tower, towers_of
 from omni_jax.types import EncoderBatch, RowBatch
 
@@ -61,7 +61,7 @@ class Runner:
                 model: Encoder = nnx.merge(graph, params)
                 return function(model, *args, **kwargs)
 
-            return jax.jit(traced, **options)
+            return jax.jit(traced, compiler_options=compiler_options(mesh), **options)
 
         def write(table: jax.Array, offset: jax.Array, tokens: jax.Array) -> jax.Array:
             rows = tokens.reshape(-1, tokens.shape[-1]).astype(table.dtype)

@@ -1,5 +1,6 @@
 """Meshes, logical-axis rules and placing. Knows nothing about the model beyond the names of its axes."""
 
+from omni_jax.parallel.compiler import compiler_options
 from omni_jax.parallel.distributed import (
     any_process,
     barrier,

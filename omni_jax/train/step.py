@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from omni_jax.config import ModelConfig
 from omni_jax.model.attention import choose, choose_for
 from omni_jax.objectives import HEALTH
+from omni_jax.parallel import compiler_options as chip_options
 from omni_jax.parallel import computing_in
 from omni_jax.train import remat
 from omni_jax.train.batch import TrainBatch, UpdateBatch
@@ -98,7 +99,7 @@ class TrainStep:
         self.forward = Forward(model, config.losses, self.names, self._dtype, kept, attention, config.text_head)
         self.optimizer = make_optimizer(config.optimizer)
         self._dropout = model.lora is not None and model.lora.dropout > 0
-        self._options = dict(compiler_options or {})
+        self._options = chip_options(mesh) | dict(compiler_options or {})
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     def init(self, params: Mapping[tuple[str, ...], Any]) -> tuple[TrainState, Arrays]:
