@@ -109,7 +109,7 @@ OTHERS = (
     QUICK("tpu7x:2x2x4", 128, 2),
 )
 
-EMBED = (Case("v5e:2x2", programs="embed", kinds="0", captions=128),)
+EMBED = tuple(Case(topology, programs="embed", kinds="0", captions=128) for topology in ("v5e:2x2", "v6e:1x1"))
 """The embedding pass: 16 clips with all six tables."""
 
 REFUSED = QUICK("v5e:4x4", remat="none", kinds="1")
