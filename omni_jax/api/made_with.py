@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax
 
 from omni_jax.api.weights import ModelSource, base_digests
 from omni_jax.config import Preset
+from omni_jax.data.loading import media_stat
 from omni_jax.types import FilePart, Record
 
 
@@ -59,11 +59,7 @@ def media_digest(records: Iterable[Record], *, times: bool = True) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for record in records:
         for path in (record.video, record.audio):
-            part = path if isinstance(path, FilePart) else None
-            try:
-                found = os.stat(part.file if part else path) if path is not None else None
-            except (OSError, ValueError):
-                found = None
+            part, found = path if isinstance(path, FilePart) else None, media_stat(path)
             known: Any = (found.st_size, found.st_mtime_ns if times else 0) if found is not None else None
             if part and known:  # another part of one file
                 known = (*known, part.name, part.start, part.size, part.column, part.group, part.row)

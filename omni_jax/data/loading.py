@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import numpy as np
 from omni_jax.config import Preset
 from omni_jax.data.items import Item
 from omni_jax.media.workers import run_guarded
-from omni_jax.types import AudioSegment, Clip, ClipError, Features, MediaFile, Record
+from omni_jax.types import AudioSegment, Clip, ClipError, Features, FilePart, MediaFile, Record
 
 if TYPE_CHECKING:
     from omni_jax.media.audio import Waveform
@@ -253,3 +254,13 @@ def media_name(record: Record) -> str:
     """Returns what to call a record whose media are at fault: its files."""
     files = dict.fromkeys(str(path) for path in (record.video, record.audio) if path is not None)
     return " + ".join(files) or f"record {record.id}"
+
+
+def media_stat(media: MediaFile | None) -> os.stat_result | None:
+    """Returns what the system knows of the file that a video or a sound is in; None of one that is not there, or in an object store."""
+    if media is None:
+        return None
+    try:
+        return os.stat(media.file if isinstance(media, FilePart) else media)
+    except (OSError, ValueError):
+        return None

@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from omni_jax.config import Preset
 from omni_jax.data.clip_index import INDEX, Extents, write_index, write_json, write_rows
-from omni_jax.data.loading import load_training_clip, media_name
+from omni_jax.data.loading import load_training_clip, media_name, media_stat
 from omni_jax.data.manifest import Problem, write_jsonl_atomic
 from omni_jax.data.shards import (
     ShardWriter,
@@ -33,7 +32,7 @@ from omni_jax.data.sources import trainable
 from omni_jax.io import remove_leftovers
 from omni_jax.io.remote import RemoteFolder
 from omni_jax.media.workers import run_guarded
-from omni_jax.types import ClipError, FilePart, InputError, Record
+from omni_jax.types import ClipError, InputError, Record
 
 STATE, PARTS, ERRORS = "preparation.json", "parts", "errors.jsonl"
 CLIPS_PER_SHARD = 256  # some 400 MB at training size: what an interruption costs at most
@@ -244,8 +243,8 @@ class Preparation:
     def _finished(self, shard: int) -> bool:
         try:
             part = self._part(shard)
-            there = zip(part.get("media", ()), _media_sizes(self._shards[shard]), strict=False)
-            if any(before is not None and now is not None and before != now for pair in there for before, now in zip(*pair, strict=True)):
+            sizes = zip(part.get("media", ()), _media_sizes(self._shards[shard]), strict=False)  # earlier versions did not keep them
+            if any(before != now and None not in (before, now) for before, now in sizes):
                 return False  # made of other files; one that is gone since is no reason
             if self._store is not None:
                 return self._stored.get(self._path(shard).name) == part["size"]
@@ -255,16 +254,10 @@ class Preparation:
         return True
 
 
-def _media_sizes(records: Iterable[Record]) -> list[list[int | None]]:
-    """Returns the sizes of the files of video and sound of each record, None for what is not there or in an object store."""
-
-    def size(media: Any) -> int | None:
-        try:
-            return os.stat(media.file if isinstance(media, FilePart) else media).st_size
-        except (OSError, ValueError, TypeError):
-            return None
-
-    return [[size(record.video), size(record.audio)] for record in records]
+def _media_sizes(records: Iterable[Record]) -> list[int | None]:
+    """Returns the sizes of the files of video and sound, two a record; None as `media_stat`."""
+    found = (media_stat(media) for record in records for media in (record.video, record.audio))
+    return [one.st_size if one else None for one in found]
 
 
 def write_shard(job: ShardJob, outcomes: Iterator[tuple[Any, Any]]) -> Iterator[dict[str, int]]:
