@@ -7,6 +7,8 @@ import os
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
+from omni_jax.parallel.mesh import device_kind
+
 _V6E = {
     # KiB of on-chip memory that an operation may use. By default the tiles of the MLP's products come out too small.
     "xla_tpu_scoped_vmem_limit_kib": "65536",
@@ -25,12 +27,6 @@ def compiler_options(mesh: Mesh | AbstractMesh | None) -> dict[str, str]:
 
     What LIBTPU_INIT_ARGS says about an option holds.
     """
+    kind = jax.devices()[0].device_kind if mesh is None else device_kind(mesh)
     given = {word.partition("=")[0].lstrip("-") for word in os.environ.get("LIBTPU_INIT_ARGS", "").split()}
-    return {name: value for name, value in _OPTIONS.get(_kind(mesh), {}).items() if name not in given}
-
-
-def _kind(mesh: Mesh | AbstractMesh | None) -> str:
-    if mesh is None:
-        return jax.devices()[0].device_kind
-    device = mesh.abstract_mesh.abstract_device
-    return device.device_kind if device else ""
+    return {name: value for name, value in _OPTIONS.get(kind, {}).items() if name not in given}

@@ -44,6 +44,12 @@ def make_mesh(data: int = 1, fsdp: int | None = None, tensor: int = 1, devices: 
     return Mesh(array, (SLICE, *AXES), axis_types=(AxisType.Auto,) * 4)
 
 
+def device_kind(mesh: Mesh | AbstractMesh) -> str:
+    """Returns JAX's name of a mesh's kind of device ("TPU v5 lite"), "" of an abstract mesh that does not say."""
+    device = mesh.abstract_mesh.abstract_device
+    return device.device_kind if device else ""
+
+
 def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """Returns the axes of BATCH that the mesh has."""
     return tuple(axis for axis in BATCH if axis in mesh.shape)

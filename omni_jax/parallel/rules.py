@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from omni_jax.parallel.mesh import BATCH, SLICE
+from omni_jax.parallel.mesh import BATCH, SLICE, device_kind
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -84,8 +84,7 @@ _LEFT_TO_THE_PARTITIONER = ("TPU v5", "TPU v5p")
 
 def writes_gathers(mesh: Mesh | AbstractMesh) -> bool:
     """Whether programs for a mesh say themselves where weights and embeddings are gathered: not on one device, nor on v5p."""
-    kind = mesh.abstract_device.device_kind if isinstance(mesh, AbstractMesh) and mesh.abstract_device else ""
-    return not mesh.empty and mesh.size > 1 and kind not in _LEFT_TO_THE_PARTITIONER
+    return not mesh.empty and mesh.size > 1 and device_kind(mesh) not in _LEFT_TO_THE_PARTITIONER
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
